@@ -1,0 +1,25 @@
+"""Errors a user can cause. The CLI prints them without a traceback and exits with their code."""
+
+
+class KDTuneError(Exception):
+    """Base of every error whose message is meant for the user: what is wrong, the value found, what is allowed, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(KDTuneError):
+    """A config, an override or a command line that cannot be used. The message names the key."""
+
+
+class CheckpointError(KDTuneError):
+    """Weights, a tokenizer or a saved state that cannot be read or written. The message names the file, and the tensor if there is one."""
+
+
+class DataError(KDTuneError):
+    """A dataset that cannot be read or trained on. The message names the source."""
+
+
+class TrainingError(KDTuneError):
+    """A run that had to stop while training, such as at a non-finite loss. The message names the step."""
+
+    exit_code = 1
