@@ -1,0 +1,152 @@
+"""Where the shipped recipes and configs are, and what they are called. The folders are the only list there is."""
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kdtune.errors import ConfigError
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+_PARTNER = re.compile(r"^recipe:\s*['\"]?([\w./-]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: its name (the file's stem), the other names it answers to, and the first line of its docstring."""
+
+    name: str
+    path: Path
+    aliases: tuple[str, ...]
+    summary: str
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config file: its name (path below the configs folder, no suffix) and the recipe its `recipe:` line names."""
+
+    name: str
+    path: Path
+    recipe: str | None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest choice, else an empty string."""
+    nearest = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def assets_dir(kind: Literal["recipes", "configs"]) -> Path:
+    """Folder of the shipped recipes or configs: inside the installed package, else the checkout's."""
+    package = Path(__file__).resolve().parent
+    packaged = package / f"_{kind}"
+    return packaged if packaged.is_dir() else package.parent / kind
+
+
+def recipes() -> list[Recipe]:
+    """Every shipped recipe, sorted by name."""
+    files = sorted(assets_dir("recipes").glob("*.py"))
+    return [read_recipe(path) for path in files if not path.name.startswith("_")]
+
+
+def configs() -> list[ConfigFile]:
+    """Every shipped config, sorted by name."""
+    root = assets_dir("configs")
+    files = [path for path in root.rglob("*") if path.suffix in CONFIG_SUFFIXES]
+    return sorted((read_config_header(path) for path in files), key=lambda config: config.name)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Name, aliases and summary of a recipe file, read from its syntax tree: nothing is imported.
+
+    Raises:
+        ConfigError: the file cannot be read or is not Python.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    docstring = ast.get_docstring(tree) or ""
+    return Recipe(path.stem, path, _aliases(tree), docstring.partition("\n")[0].strip())
+
+
+def _aliases(tree: ast.Module) -> tuple[str, ...]:
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "ALIASES" for target in targets):
+            value = getattr(statement, "value", None)
+            return tuple(str(name) for name in ast.literal_eval(value)) if value is not None else ()
+    return ()
+
+
+def read_config_header(path: Path) -> ConfigFile:
+    """Name and partner recipe of a config file, by a regular expression over its text; no YAML is parsed."""
+    root = assets_dir("configs")
+    shipped = path.resolve().is_relative_to(root.resolve())
+    name = path.resolve().relative_to(root.resolve()).with_suffix("").as_posix() if shipped else str(path)
+    try:
+        partner = _PARTNER.search(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return ConfigFile(name, path, partner.group(1) if partner else None)
+
+
+def recipe_named(name: str) -> Recipe | None:
+    """The shipped recipe of that name or alias, or None."""
+    return next((recipe for recipe in recipes() if name == recipe.name or name in recipe.aliases), None)
+
+
+def is_recipe(argument: str) -> bool:
+    """Whether a command-line argument names a recipe: a shipped name or alias, or an existing .py file."""
+    return (argument.endswith(".py") and Path(argument).is_file()) or recipe_named(argument) is not None
+
+
+def find_recipe(source: str | Path) -> Recipe:
+    """The shipped recipe of that name or alias, or the user's own recipe file at that path.
+
+    Raises:
+        ConfigError: there is none; the message lists what there is.
+    """
+    shipped = recipe_named(str(source))
+    if shipped is not None:
+        return shipped
+    path = Path(source)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ConfigError(
+                f"recipe {str(source)!r}: no such file; give an existing .py file or a name of `kdtune ls`"
+            )
+        return read_recipe(path)
+    known = recipes()
+    spellings = [name for recipe in known for name in (recipe.name, *recipe.aliases)]
+    raise ConfigError(
+        f"unknown recipe {str(source)!r}{did_you_mean(str(source), spellings)}\n"
+        f"  recipes: {', '.join(recipe.name for recipe in known) or 'none found'}\n"
+        "  or give the path of your own recipe file (.py)"
+    )
+
+
+def find_config(source: str | Path) -> ConfigFile:
+    """The config file at that path, or the shipped config of that name.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest and says where to look.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_config_header(path)
+    if path.suffix in CONFIG_SUFFIXES:
+        raise ConfigError(f"config {str(source)!r}: no such file; give an existing .yaml file or a name of `kdtune ls`")
+    known = configs()
+    for config in known:
+        if config.name == str(source):
+            return config
+    nearest = did_you_mean(str(source), [config.name for config in known])
+    raise ConfigError(
+        f"unknown config {str(source)!r}{nearest}\n  `kdtune ls` lists the configs; a path to a .yaml file works too"
+    )

@@ -1,0 +1,1 @@
+"""The `kdtune` command: argparse in, library call out. Importing it never imports torch."""

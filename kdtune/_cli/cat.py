@@ -1,0 +1,43 @@
+"""`kdtune cat`: prints a recipe or a config, or with --resolved every value a run would use."""
+
+import argparse
+
+from kdtune import _assets
+from kdtune._cli.names import find_asset, import_recipe, partner_recipe
+from kdtune.errors import ConfigError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `cat` to the command's parsers."""
+    parser = subparsers.add_parser("cat", help="print a recipe or config", description=__doc__)
+    parser.add_argument("name", metavar="NAME|PATH", help="recipe or config, as `kdtune ls` names it, or a path")
+    parser.add_argument(
+        "--resolved", action="store_true", help="every key of the config: defaults, overrides, interpolations"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value|~key", help="changes to the config (with --resolved)"
+    )
+    parser.set_defaults(func=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Prints the file's text, or the resolved config."""
+    asset = find_asset(arguments.name)
+    if not arguments.resolved:
+        if arguments.overrides:
+            raise ConfigError(f"cat {arguments.name}: overrides are applied by --resolved; add it")
+        print(asset.path.read_text(encoding="utf-8"), end="")
+        return
+    if isinstance(asset, _assets.Recipe):
+        raise ConfigError(f"cat --resolved: {arguments.name!r} is a recipe; name a config (`kdtune ls {asset.name}`)")
+    print(resolved(asset, arguments.name, arguments.overrides), end="")
+
+
+def resolved(config: _assets.ConfigFile, source: str, overrides: list[str]) -> str:
+    """The config as a run would use it, every key with its docs above it."""
+    from kdtune.config import field_docs, load, resolved_yaml
+
+    recipe = partner_recipe(config)
+    cfg = load(source, overrides, import_recipe(recipe).frame)
+    docs = field_docs(recipe.path.read_text(encoding="utf-8"))
+    return f"recipe: {config.recipe}\n\n{resolved_yaml(cfg, docs)}"

@@ -1,0 +1,54 @@
+"""`kdtune ls`: the shipped recipes and configs, or one recipe's keys."""
+
+import argparse
+import textwrap
+
+from kdtune import _assets
+
+_WIDTH = 110
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `ls` to the command's parsers."""
+    parser = subparsers.add_parser("ls", help="list recipes and configs, or a recipe's keys", description=__doc__)
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="show this recipe's summary, aliases, configs and keys"
+    )
+    parser.set_defaults(func=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Prints the table."""
+    print(table() if arguments.recipe is None else describe(_assets.find_recipe(arguments.recipe)))
+
+
+def table() -> str:
+    """Every recipe beside its configs, then the configs that name no recipe."""
+    recipes, configs = _assets.recipes(), _assets.configs()
+    rows = [("RECIPE", "CONFIG")]
+    listed = set()
+    for recipe in recipes:
+        partners = [config.name for config in configs if config.recipe in (recipe.name, *recipe.aliases)]
+        listed.update(partners)
+        rows += [(recipe.name if index == 0 else "", name) for index, name in enumerate(partners or ["-"])]
+    orphans = [config.name for config in configs if config.name not in listed]
+    rows += [("-" if index == 0 else "", name) for index, name in enumerate(orphans)]
+    width = max(len(left) for left, _ in rows)
+    return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
+
+
+def describe(recipe: _assets.Recipe) -> str:
+    """A recipe's summary, aliases, configs, and its keys with type, default and meaning."""
+    from kdtune.config.frame import field_docs
+
+    names = (recipe.name, *recipe.aliases)
+    partners = [config.name for config in _assets.configs() if config.recipe in names]
+    lines = [f"{recipe.name}: {recipe.summary}", f"file:    {recipe.path}"]
+    if recipe.aliases:
+        lines.append(f"aliases: {', '.join(recipe.aliases)}")
+    lines += [f"configs: {', '.join(partners) or 'none'}", "", "keys (* must be set):"]
+    for key in field_docs(recipe.path.read_text(encoding="utf-8")).values():
+        default = "" if key.default is None else f" = {key.default}"
+        lines.append(f"{'*' if key.default is None else ' '} {key.name}: {key.type}{default}")
+        lines += textwrap.wrap(key.doc, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""The `kdtune` command line: which commands there are, and what the user sees when one fails."""
+
+import argparse
+import os
+import sys
+
+import kdtune
+from kdtune._cli import cat, completion, cp, download, ls, run, validate
+from kdtune.errors import KDTuneError
+
+_DESCRIPTION = "Distil large language models into small ones: recipes, configs and a command line in pure PyTorch."
+_EPILOG = """\
+examples:
+  kdtune ls                                     recipes and their configs
+  kdtune ls knowledge_distillation              the keys of a recipe's config
+  kdtune cp tiny/knowledge_distillation my.yaml
+  kdtune validate my.yaml kd_ratio=0.75
+  kdtune run knowledge_distillation --config my.yaml kd_ratio=0.75 optimizer.lr=1e-4
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; every subcommand leaves its function in `func`."""
+    parser = argparse.ArgumentParser(
+        prog="kdtune",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kdtune {kdtune.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for command in (ls, cp, cat, validate, run, download, completion):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(run_command(argv))
+
+
+def run_command(argv: list[str]) -> int:
+    """The exit code of a command line; errors meant for the user are printed without a traceback."""
+    arguments = parse(argv)
+    try:
+        return arguments.func(arguments) or 0
+    except KDTuneError as error:
+        if arguments.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader (head, a closed pager) has seen enough; nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line as its command's function wants it."""
+    before = argv[: argv.index("run")] if "run" in argv else argv
+    if (
+        len(before) < len(argv)
+        and set(before) <= {"--traceback"}
+        and argv[len(before) + 1 :] not in ([], ["-h"], ["--help"])
+    ):
+        # What follows `run` belongs to torchrun and the recipe; argparse would take their options for its own.
+        return argparse.Namespace(
+            func=run.execute, arguments=[*argv[len(before) + 1 :], *before], traceback=bool(before)
+        )
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown and not hasattr(arguments, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown:
+        # Overrides after an option, which argparse does not collect, and --key=value, which the config gates explain.
+        arguments.overrides += unknown
+    return arguments

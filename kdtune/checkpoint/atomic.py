@@ -1,0 +1,163 @@
+"""Folders and files that are either whole or not there, whenever the process is killed."""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kdtune.errors import CheckpointError
+
+# `.step_10.partial-4711-1f3a9c02`: hidden, beside its target (so a rename never crosses file systems), owner's pid inside.
+_HIDDEN = re.compile(r"^\..+\.(?:partial|deleted)-(?P<pid>\d+)-[0-9a-f]{8}$")
+_in_use: set[Path] = set()
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
+
+    Everything in it is flushed to disk before the rename, so `path` never exists half written. An error removes the
+    hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made.
+
+    Raises:
+        CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
+    """
+    target = Path(path).absolute()
+    _refuse_existing(target)
+    hidden = _hidden_sibling(target, "partial")
+    _in_use.add(hidden)
+    try:
+        with writing(target):
+            hidden.mkdir(parents=True)
+            yield hidden
+            _sync_tree(hidden)
+            # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
+            hidden.rename(target)
+            _sync(target.parent)
+    finally:
+        _in_use.discard(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file; a reader sees the old content or the new, never a part. Replaces an existing file.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    target = Path(path).absolute()
+    hidden = _hidden_sibling(target, "partial")
+    _in_use.add(hidden)
+    try:
+        with writing(target):
+            hidden.parent.mkdir(parents=True, exist_ok=True)
+            hidden.write_text(text, encoding="utf-8")
+            _sync(hidden)
+            hidden.replace(target)
+            _sync(target.parent)
+    finally:
+        _in_use.discard(hidden)
+        with suppress(OSError):  # gone on success; where nothing can be written there is nothing to remove
+            hidden.unlink()
+
+
+def remove_folder(path: str | Path) -> None:
+    """Deletes a folder and its content. It is renamed first, so a killed deletion leaves no half of it under its name."""
+    target = Path(path).absolute()
+    hidden = _hidden_sibling(target, "deleted")
+    with writing(target):
+        target.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def clean_leftovers(parent: str | Path) -> list[Path]:
+    """Removes the hidden folders and files that killed processes left in `parent`, and returns what it removed.
+
+    What a living process of this machine is writing stays. A missing `parent` has nothing to clean.
+    """
+    folder = Path(parent).absolute()
+    removed = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _HIDDEN.match(entry.name)
+        if match is None or entry in _in_use or _is_other_process(int(match["pid"])):
+            continue
+        with writing(entry):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        removed.append(entry)
+    return removed
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the errors of a full, read-only or failing disk into a CheckpointError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}{place}; {_advice(error)}") from error
+    except SafetensorError as error:
+        # safetensors reports a full disk as its own error, with the system's text inside.
+        advice = "free some space or choose another output_dir, then start again"
+        raise CheckpointError(f"{path}: cannot be written: {error}; {advice}") from error
+
+
+def _advice(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "choose an output_dir that you may write to"
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        return "something else has that name: choose another output_dir"
+    return "check that the disk has free space and is not read-only, or choose another output_dir, then start again"
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_dir():
+        found = next(target.iterdir(), None)
+        if found is None:
+            return
+        what = f"exists and is not empty (holds {found.name!r})"
+    elif os.path.lexists(target):
+        what = "exists and is a file"
+    else:
+        return
+    raise CheckpointError(f"{target}: {what}; nothing is overwritten: choose another folder or move this one away")
+
+
+def _hidden_sibling(target: Path, purpose: str) -> Path:
+    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _is_other_process(pid: int) -> bool:
+    """Whether a process other than this one has this id. Ids are reused, so our own id marks an earlier life."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder` to disk, contents before the folders that name them."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

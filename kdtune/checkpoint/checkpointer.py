@@ -1,0 +1,288 @@
+"""A model's folder, or GGUF file, in whichever format it is: what is missing, its config, its weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.checkpoint import gguf, huggingface, meta
+from kdtune.checkpoint.huggingface import read_json
+from kdtune.checkpoint.tensors import StoredTensor, check_tensors, fill_model
+from kdtune.errors import CheckpointError
+from kdtune.models import Transformer, TransformerConfig
+from kdtune.models.llama import convert
+
+_FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
+_PICKLES = (".bin", ".pt", ".ckpt", ".pkl", ".pickle")
+_NO_PICKLES = (
+    "pickled weights are not loaded, because a pickle can run code; download the model's .safetensors files, or write them "
+    "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model of a Hugging Face folder, a folder of Meta's files, or a GGUF file (or a folder with one).
+
+    Args:
+        folder: The folder or file.
+        dtype: Of the weights in memory; None: as most of them are stored (float32 for a quantized GGUF).
+        device: Where the weights go, one tensor at a time.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of an unsupported model; the file and tensor are named.
+    """
+    return Checkpointer(folder).load(dtype=dtype, device=device)
+
+
+class Checkpointer:
+    """Reads a model from a folder, or from a GGUF file.
+
+    Args:
+        checkpoint_dir: The folder, or a single file in it.
+        checkpoint_files: Names of the weight files in it, of one format. None: found by looking, safetensors before
+            GGUF before Meta's consolidated.NN.pth.
+
+    Nothing is read until a method asks for it.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, checkpoint_files: Sequence[str] | None = None) -> None:
+        path = Path(checkpoint_dir).expanduser()
+        if path.is_file():
+            if checkpoint_files is not None:
+                raise CheckpointError(
+                    f"{path}: is a file, and checkpoint_files={list(checkpoint_files)} is given too; "
+                    "give its folder as checkpoint_dir, or leave out checkpoint_files"
+                )
+            path, checkpoint_files = path.parent, [path.name]
+        if isinstance(checkpoint_files, str) or not (checkpoint_files is None or isinstance(checkpoint_files, Sequence)):
+            raise CheckpointError(
+                f"checkpoint_files={checkpoint_files!r}: a list of file names expected; leave it out to have them found"
+            )
+        self.checkpoint_dir = path
+        self._named_files = checkpoint_files
+
+    def problems(self) -> list[str]:
+        """One sentence for each thing that keeps the model from loading; reads no weights, only what describes them."""
+        try:
+            files = self.files()
+        except CheckpointError as error:
+            return [str(error)]
+        described_by = {"huggingface": huggingface.CONFIG, "meta": meta.PARAMS}.get(_format(files[0]))
+        needed = [*files, *([files[0].parent / described_by] if described_by else [])]
+        missing = [f"{file}: missing; download it again" for file in needed if not file.is_file()]
+        if missing:
+            return missing
+        try:
+            config, tensors = self._read()
+            check_tensors(_on_meta(config), tensors)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+    def files(self) -> list[Path]:
+        """The weight files, in order; those named by the user or by an index may be missing.
+
+        Raises:
+            CheckpointError: the folder is missing or holds no weights that are supported, or more than one model.
+        """
+        folder = self.checkpoint_dir
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; give one that holds a model (kdtune download gets one)")
+        if self._named_files is not None:
+            return _named(folder, self._named_files)
+        if found := huggingface.weight_files(folder):
+            return found
+        if found := gguf.gguf_files(folder):
+            if len(found) > 1:
+                names = ", ".join(file.name for file in found)
+                raise CheckpointError(f"{folder}: {len(found)} GGUF files ({names}); name one in checkpoint_files")
+            return found
+        if found := meta.weight_files(folder):
+            return found
+        _refuse_other_weights(folder)
+        raise CheckpointError(
+            f"{folder}: no weights found; model.safetensors (or shards with {huggingface.INDEX}), a .gguf file or "
+            "consolidated.00.pth expected: download the model again"
+        )
+
+    def model_config(self) -> TransformerConfig:
+        """The config of the model that lies there; reads no weights.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of an unsupported model.
+        """
+        files = self.files()
+        if _format(files[0]) == "huggingface":
+            return _hf_config(files[0].parent)
+        return self._read()[0]
+
+    def load(
+        self,
+        model: Transformer | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Transformer:
+        """The model with the weights that lie there, in `dtype` (None: as stored) on `device`.
+
+        A given `model` is filled in place; on the meta device it costs no memory before. It must be the model that the
+        folder describes (the context length apart).
+
+        Raises:
+            CheckpointError: model and folder disagree, or a file is missing or damaged; field, file or tensor is named.
+        """
+        config, tensors = self._read()
+        if model is None:
+            model = _on_meta(config)
+        else:
+            self._check_same(model.config, config)
+        return fill_model(model, tensors, dtype=dtype, device=device)
+
+    def _read(self) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+        """The config, and the tensors by our names, unread and in our row order."""
+        files = self.files()
+        return _READERS[_format(files[0])](files)
+
+    def _check_same(self, given: TransformerConfig, stored: TransformerConfig) -> None:
+        silent = {"max_seq_len"}
+        if _format(self.files()[0]) == "meta":
+            # params.json does not say whether the head is tied, nor by which factor RoPE is scaled.
+            silent.add("tie_embeddings")
+            if given.rope_scaling is not None and stored.rope_scaling is not None:
+                silent.add("rope_scaling")
+        names = [field.name for field in fields(given) if field.name not in silent]
+        different = [name for name in names if getattr(given, name) != getattr(stored, name)]
+        if different:
+            listed = "; ".join(f"{name}={getattr(given, name)!r}, stored {getattr(stored, name)!r}" for name in different)
+            raise CheckpointError(
+                f"{self.checkpoint_dir}: holds another model than the config's `model`: {listed}; "
+                "use the builder of this model, or the folder of that one"
+            )
+
+
+def _on_meta(config: TransformerConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def _format(file: Path) -> str:
+    return _FORMATS[file.suffix]
+
+
+def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+    files = [folder / name for name in names]
+    suffixes = {file.suffix for file in files}
+    if pickled := [file for file in files if file.suffix in _PICKLES]:
+        raise CheckpointError(f"{pickled[0]}: {_NO_PICKLES}")
+    if len(suffixes) != 1 or not suffixes <= _FORMATS.keys():
+        raise CheckpointError(
+            f"checkpoint_files={list(names)}: the files of one model in one of {', '.join(_FORMATS)} expected; "
+            "leave checkpoint_files out to have them found"
+        )
+    if suffixes == {".gguf"} and len(files) > 1:
+        raise CheckpointError(f"checkpoint_files={list(names)}: one GGUF file expected")
+    return files
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if pickled := [name for name in names if name.endswith(_PICKLES) or name == "pytorch_model.bin.index.json"]:
+        raise CheckpointError(f"{folder / pickled[0]}: {_NO_PICKLES}")
+    if loose := [name for name in names if name.endswith(".safetensors")]:
+        raise CheckpointError(
+            f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the index "
+            "too, or name the files in checkpoint_files"
+        )
+
+
+@contextmanager
+def _in_file(path: Path) -> Iterator[None]:
+    """Puts the path before the message of an error that knows only the tensor or setting."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(path.name + ': ')}") from error
+
+
+def _hf_config(folder: Path) -> TransformerConfig:
+    path = folder / huggingface.CONFIG
+    document = read_json(path)
+    with _in_file(path):
+        return convert.config_from_hf(document)
+
+
+def _read_huggingface(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+    folder = files[0].parent
+    config = _hf_config(folder)
+    index = huggingface.read_index(folder) if (folder / huggingface.INDEX).is_file() else None
+    if index is not None and set(index.values()) != {file.name for file in files}:
+        index = None
+    return config, _by_our_names(huggingface.stored_tensors(files, index), convert.HF)
+
+
+def _read_meta(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+    path = files[0].parent / meta.PARAMS
+    params = read_json(path)
+    parts = meta.load_parts(files)
+    is_tied = convert.kdtune_to_meta("output.weight") not in parts[0]
+    embedding = parts[0].get(convert.kdtune_to_meta("tok_embeddings.weight"))
+    # Llama 2's params.json leaves the vocabulary to the tokenizer; its parts are cut along the other dimension.
+    rows = None if embedding is None else len(embedding)
+    with _in_file(path):
+        config = convert.config_from_meta(params, vocab_size=rows, tie_embeddings=True if is_tied else None)
+    shapes = {convert.kdtune_to_meta(name): tuple(tensor.shape) for name, tensor in _on_meta(config).state_dict().items()}
+    tensors = _by_our_names(meta.stored_tensors(files, parts, shapes), convert.META)
+    return config, _unpermuted(tensors, config)
+
+
+def _read_gguf(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+    file = files[0]
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; download it again")
+    reader = gguf.open_gguf(file)
+    stored = gguf.stored_tensors(file, reader)
+    fields_by_key: dict[str, Any] = gguf.metadata(reader)
+    embedding = stored.get(convert.kdtune_to_gguf("tok_embeddings.weight"))
+    if embedding is not None:
+        fields_by_key.setdefault("llama.vocab_size", embedding.shape[0])
+    factors = stored.get(convert.GGUF_ROPE_FACTORS)
+    with _in_file(file):
+        config = convert.config_from_gguf(
+            fields_by_key,
+            tie_embeddings=convert.kdtune_to_gguf("output.weight") not in stored,
+            rope_factors=factors.read() if factors else None,
+        )
+    return config, _unpermuted(_by_our_names(stored, convert.GGUF), config)
+
+
+_READERS = {"huggingface": _read_huggingface, "meta": _read_meta, "gguf": _read_gguf}
+
+
+def _by_our_names(tensors: dict[str, StoredTensor], names: convert.KeyMap) -> dict[str, StoredTensor]:
+    renamed = {}
+    for name, stored in tensors.items():
+        if names.is_derived(name):
+            continue
+        with _in_file(stored.file):
+            renamed[names.to_kdtune(name)] = stored
+    return renamed
+
+
+def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> dict[str, StoredTensor]:
+    """The same with q and k in our row order: Meta and GGUF keep the two halves of each rotary pair side by side."""
+    result = {}
+    for name, stored in tensors.items():
+        heads = convert.rotary_heads(name, config)
+        result[name] = stored if heads is None else replace(stored, pieces=partial(_unpermuted_pieces, stored, heads))
+    return result
+
+
+def _unpermuted_pieces(stored: StoredTensor, num_heads: int) -> Iterator[Tensor]:
+    yield convert.unpermute(stored.read(), num_heads)

@@ -1,0 +1,90 @@
+"""torch.distributed.checkpoint for tensors only and without a process group: nothing that is read can run code."""
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from kdtune.errors import CheckpointError
+
+MARK = ".metadata"
+"""Written last by torch.distributed.checkpoint: without it a folder is not whole."""
+
+# What the metadata of plain tensors is made of. It is a pickle, and torch reads it with the unrestricted unpickler.
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the tensors into a folder.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    with _as_checkpoint_error(folder, "written", "check that the disk has free space, then start again"):
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+
+
+def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fills the targets in place with the folder's tensors of the same names, converting dtypes.
+
+    Raises:
+        CheckpointError: the folder is damaged, or a tensor is missing or has another shape.
+    """
+    advice = "it is damaged or was saved for another model or optimizer: resume from another step folder"
+    with _as_checkpoint_error(folder, "read", advice):
+        dcp.load(dict(targets), storage_reader=_TensorReader(folder), no_dist=True)
+
+
+class _TensorReader(FileSystemReader):
+    """Reads tensors, and refuses metadata that names anything else."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / MARK
+        with path.open("rb") as file:
+            entries = _MetadataUnpickler(file).load().state_dict_metadata
+        for name, entry in entries.items():
+            # Any other kind would be unpickled without restriction.
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{path}: {name!r} is a {type(entry).__name__}; only tensors are loaded")
+        return super().read_metadata(*args, **kwargs)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_record = module in _MODULES and isinstance(found := super().find_class(module, name), type)
+        if is_record and found.__module__ == module:
+            return found
+        if is_dtype or (module, name) in _NAMES or (module.startswith("pathlib") and name in _PATHS):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which loading could run")
+
+
+@contextmanager
+def _as_checkpoint_error(folder: Path, verb: str, advice: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            # It says that no process group is there, which is what no_dist=True asks for.
+            warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
+            yield
+    except CheckpointException as error:  # a BaseException, not an Exception
+        causes = [one for wrapped in error.failures.values() for one in (wrapped[0] if isinstance(wrapped, tuple) else wrapped,)]
+        own = next((one for one in causes if isinstance(one, CheckpointError)), None)
+        if own is not None:
+            raise own from error
+        reason = str(causes[0]).strip().splitlines()[0] if causes and str(causes[0]).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error

@@ -1,0 +1,144 @@
+"""Hugging Face safetensors files: which ones a folder holds, and their tensors, unread."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}; it may be cut off: download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, an object expected; download it again")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the folder's model: `model.safetensors`, else those of the index; maybe none.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names a file outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return sorted({folder / name for name in read_index(folder).values()})
+    return []
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The index's map from tensor name to file name."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: no 'weight_map' from tensor to file in it; download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} lies in {file!r}; the name of a file in this folder expected: download it again"
+            )
+    return weight_map
+
+
+def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by the names in the files, unread.
+
+    Where an index is given, the files must hold exactly what it lists.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or corrupt; two hold the same tensor; index and files disagree.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for stored in _header(file):
+            if stored.name in found:
+                raise CheckpointError(
+                    f"{stored}: also in {found[stored.name].file.name}; each tensor lies in one file: "
+                    "remove the file that does not belong to this model, or name the right ones in checkpoint_files"
+                )
+            found[stored.name] = stored
+    if index is not None:
+        _check_index(found, index, files[0].parent)
+    return found
+
+
+def _check_index(found: dict[str, StoredTensor], index: dict[str, str], folder: Path) -> None:
+    for name, file in index.items():
+        if name not in found or found[name].file.name != file:
+            place = f"it lies in {found[name].file.name}" if name in found else "no file holds it"
+            raise CheckpointError(
+                f"{folder / file}: tensor {name!r} is not in it, though {INDEX} says so ({place}); "
+                "index and files do not belong together: download them again"
+            )
+    if extra := next((stored for name, stored in found.items() if name not in index), None):
+        raise CheckpointError(f"{extra}: not listed in {INDEX}; index and files do not belong together: download them again")
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    with _open(file) as handle:
+        stored = []
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            view = handle.get_slice(name)
+            code = view.get_dtype()
+            if code not in _DTYPES:
+                raise CheckpointError(f"{file}: tensor {name!r}: dtype {code} found; one of {', '.join(_DTYPES)} expected")
+            shape = tuple(view.get_shape())
+            stored.append(StoredTensor(file, name, shape, _DTYPES[code], partial(_read, file, name)))
+    return stored
+
+
+def _read(file: Path, name: str) -> Iterator[Tensor]:
+    # Opened anew for each tensor: the pages of one mapping would stay in memory until it is closed, a second copy of
+    # the weights by the end. Reading the header again costs well under a millisecond.
+    with _open(file) as handle:
+        yield handle.get_tensor(name)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing; download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}; it is cut off or corrupt: download it again"
+        ) from error

@@ -1,0 +1,101 @@
+"""Meta's original files: consolidated.NN.pth and params.json. Nothing in them is executed."""
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.errors import CheckpointError
+
+PARAMS = "params.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's consolidated.NN.pth files in order, maybe none."""
+    return sorted(folder.glob("consolidated.*.pth"))
+
+
+def load_parts(files: Sequence[Path]) -> list[dict[str, Tensor]]:
+    """Each file's tensors by Meta's names, mapped from disk: only what is used is read.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt, or holds anything but tensors.
+    """
+    return [_load(file) for file in files]
+
+
+def stored_tensors(
+    files: Sequence[Path], parts: Sequence[dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """The tensors of one model by Meta's names.
+
+    Several files are the parts of a model-parallel run: each tensor is put together along the one dimension in which
+    the parts are too short for `shapes` (those of the whole model, by Meta's names). Norms are the same in every part.
+
+    Raises:
+        CheckpointError: the parts hold different names or cannot be put together.
+    """
+    found = {}
+    for part, file in zip(parts, files, strict=True):
+        if different := sorted(part.keys() ^ parts[0].keys()):
+            raise CheckpointError(
+                f"{file}: tensor {different[0]!r}: only in this part or only in {files[0].name}; "
+                "the parts of one model hold the same names: download them again"
+            )
+    for name, first in parts[0].items():
+        tensors = [part[name] for part in parts]
+        dim = None if len(parts) == 1 else _merge_dim(files[0], name, tensors, shapes.get(name))
+        shape = list(first.shape)
+        if dim is not None:
+            shape[dim] *= len(parts)
+        found[name] = StoredTensor(files[0], name, tuple(shape), first.dtype, partial(_pieces, tensors, dim))
+    return found
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        # weights_only: the unpickler knows tensors and plain containers, so a file cannot run code.
+        value: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing; download it again") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{file}: refused, it holds more than tensors or is corrupt ({reason}); loading it could run code: "
+            "use the model's safetensors, or download it again from its maker"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{file}: not a whole .pth file: {reason}; it is cut off or corrupt: download it again") from error
+    if not isinstance(value, dict) or not value or not all(isinstance(item, Tensor) for item in value.values()):
+        raise CheckpointError(f"{file}: holds no dictionary of tensors; one of Meta's consolidated.NN.pth files expected")
+    return value
+
+
+def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> int | None:
+    """Dimension along which the parts join to `shape`; None where each part is the whole tensor."""
+    found = tuple(parts[0].shape)
+    if shape is None or found == shape:
+        return None
+    for dim in range(len(found)):
+        joined = (*found[:dim], found[dim] * len(parts), *found[dim + 1 :])
+        if joined == shape and all(tuple(part.shape) == found for part in parts):
+            return dim
+    raise CheckpointError(
+        f"{file}: tensor {name!r}: shape {list(found)} in {len(parts)} parts found, which do not join to {list(shape)}; "
+        "use the model's safetensors"
+    )
+
+
+def _pieces(parts: list[Tensor], dim: int | None) -> Iterator[Tensor]:
+    if dim is None:
+        yield parts[0]
+    elif dim == 0:
+        yield from parts
+    else:
+        yield torch.cat(parts, dim)

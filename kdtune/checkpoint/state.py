@@ -1,0 +1,278 @@
+"""Resume state: optimizers, schedulers and random number generators. The weights lie beside it, in the model files.
+
+Tensors go through torch.distributed.checkpoint, keyed by parameter names, so that a later run may load them at another
+world size; everything else is one readable JSON file, written last.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import Optimizer
+
+from kdtune.checkpoint import dcp
+from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
+from kdtune.checkpoint.huggingface import read_json
+from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
+
+STATE_FILE = "state.json"
+_VERSION = 1
+
+
+class Stateful(Protocol):
+    """What a learning-rate scheduler offers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state as plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes that state back."""
+        ...
+
+
+def save_state(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizers: Optimizer | Sequence[Optimizer],
+    extra: Mapping[str, Any],
+    schedulers: Sequence[Stateful] = (),
+) -> None:
+    """Writes the resume state as a new folder, atomically. `extra` is anything JSON can hold (step, loader position).
+
+    Raises:
+        CheckpointError: the folder exists, cannot be written, or a value is neither a tensor nor JSON.
+    """
+    with atomic_folder(folder) as hidden:
+        write_state(hidden, model=model, optimizers=optimizers, extra=extra, schedulers=schedulers)
+
+
+def write_state(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizers: Optimizer | Sequence[Optimizer],
+    extra: Mapping[str, Any],
+    schedulers: Sequence[Stateful] = (),
+) -> None:
+    """`save_state` into a folder that exists, such as a part of an atomic folder."""
+    listed = _as_list(optimizers)
+    # An optimizer before its first step has no state: get_optimizer_state_dict would make one up by taking a step.
+    tensors, scalars = _split(_named_state(model, [one for one in listed if one.state]))
+    rng_tensors, python_rng = _rng_state()
+    document = {
+        "version": _VERSION,
+        "extra": dict(extra),
+        "optimizers": [_describe(model, one) for one in listed],
+        "optimizer_scalars": scalars,
+        "optimizer_tensors": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        "rng": {"python": python_rng, "tensors": {name: list(tensor.shape) for name, tensor in rng_tensors.items()}},
+    }
+    try:
+        text = json.dumps(document, indent=1)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: {error}"
+        ) from error
+    dcp.write_tensors(folder, {**tensors, **rng_tensors})
+    atomic_write_text(folder / STATE_FILE, text)
+
+
+def load_state(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizers: Optimizer | Sequence[Optimizer],
+    schedulers: Sequence[Stateful] = (),
+) -> dict[str, Any]:
+    """Fills optimizers, schedulers and random number generators in place; returns the `extra` that was saved.
+
+    Load the weights first. Gradients are cleared.
+
+    Raises:
+        CheckpointError: the folder is missing or not whole, or was saved by other optimizers, schedulers or for
+            another model; what differs is named.
+    """
+    path = Path(folder)
+    listed = _as_list(optimizers)
+    document = read_state_file(path)
+    _check_same_kind(path, document, model, listed, schedulers)
+    for one in listed:
+        one.zero_grad(set_to_none=True)
+    tensors = _targets(path, document, model, listed)
+    rng_tensors = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in document["rng"]["tensors"].items()}
+    dcp.read_tensors(path, {**tensors, **rng_tensors})
+    for one, described in zip(listed, document["optimizers"], strict=True):
+        for group, saved in zip(one.param_groups, described["groups"], strict=True):
+            group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
+    for scheduler, saved in zip(schedulers, document["schedulers"], strict=True):
+        scheduler.load_state_dict(saved)
+    _restore_rng(rng_tensors, document["rng"]["python"])
+    return document["extra"]
+
+
+def read_state_file(folder: Path) -> dict[str, Any]:
+    """The JSON part of a resume state: `extra` and what else is no tensor.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another version of this format.
+    """
+    document = read_json(folder / STATE_FILE)
+    if document.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: version {document.get('version')!r} found, {_VERSION} expected; "
+            "resume with the version of kdtune that wrote it"
+        )
+    return document
+
+
+def is_whole_state(folder: Path) -> bool:
+    """Whether the folder holds both parts of a resume state."""
+    return (folder / STATE_FILE).is_file() and (folder / dcp.MARK).is_file()
+
+
+def _as_list(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Names as get_optimizer_state_dict spells them: without the layers that wrappers put in."""
+    wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
+    names = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in wrappers:
+            name = name.replace(wrapper, "")
+        names[parameter] = name
+    return names
+
+
+def _named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
+    """State by parameter name and key. The tensors are the optimizers' own, so that loading can fill them in place."""
+    if not optimizers:
+        return {}
+    # strict=False: a parameter without state (plain SGD) is no error here; what must be there is checked by name below.
+    options = StateDictOptions(strict=False)
+    found: Any = get_optimizer_state_dict(model, optimizers, options=options)["state"]
+    return found
+
+
+def _split(named: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and other values of a state, each by `parameter name.key`."""
+    flat = {f"{parameter}.{key}": value for parameter, entries in named.items() for key, value in entries.items()}
+    tensors = {f"optimizer.{name}": value for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+
+
+def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's class and parameter groups, with names in place of parameters."""
+    names = _parameter_names(model)
+    groups = []
+    for group in optimizer.param_groups:
+        described = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        described["params"] = [names[parameter] for parameter in group["params"]]
+        groups.append(described)
+    return {"class": type(optimizer).__name__, "groups": groups}
+
+
+def _check_same_kind(
+    folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
+) -> None:
+    place = folder / STATE_FILE
+    saved = document["optimizers"]
+    here = [_describe(model, one) for one in optimizers]
+    advice = "resume with the config of the run that wrote it"
+    for what, count, expected in (
+        ("optimizers", len(saved), len(here)),
+        ("schedulers", len(document["schedulers"]), len(schedulers)),
+    ):
+        if count != expected:
+            raise CheckpointError(f"{place}: holds {count} {what}, this run has {expected}; {advice}")
+    for theirs, ours in zip(saved, here, strict=True):
+        if theirs["class"] != ours["class"]:
+            raise CheckpointError(f"{place}: saved by optimizer {theirs['class']}, this run has {ours['class']}; {advice}")
+        their_names = [group["params"] for group in theirs["groups"]]
+        our_names = [group["params"] for group in ours["groups"]]
+        if their_names != our_names:
+            different = set().union(*their_names) ^ set().union(*our_names)
+            first = f" (first: {min(different)!r})" if different else " in how they are grouped"
+            raise CheckpointError(f"{place}: {theirs['class']} trained other parameters than this run's{first}; {advice}")
+
+
+def _targets(folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' tensors that the saved ones go into, after filling in the scalars; both sides must agree."""
+    saved_tensors, saved_scalars = document["optimizer_tensors"], document["optimizer_scalars"]
+    has_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in (*saved_tensors, *saved_scalars)}
+    names = _parameter_names(model)
+    stateful = []
+    for one in optimizers:
+        trained = [parameter for group in one.param_groups for parameter in group["params"]]
+        if any(names[parameter] in has_state for parameter in trained):
+            stateful.append(one)
+        else:
+            one.state.clear()
+    # Makes the tensors where there are none yet, by a step with learning rate 0 and no gradient.
+    _named_state(model, stateful)
+    for one in stateful:
+        for parameter in [parameter for parameter in one.state if names[parameter] not in has_state]:
+            del one.state[parameter]
+    tensors, scalars = _split(_named_state(model, stateful))
+    here = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    for name in sorted({*here, *saved_tensors}):
+        if here.get(name) != saved_tensors.get(name):
+            raise CheckpointError(
+                f"{folder}: tensor {name!r}: {saved_tensors.get(name, 'nothing')} saved, {here.get(name, 'nothing')} expected; "
+                "resume with the optimizer settings and dtype of the run that wrote it"
+            )
+    if different := sorted(scalars.keys() ^ saved_scalars.keys()):
+        raise CheckpointError(f"{folder}: {different[0]!r}: only in the saved or only in this run's optimizer state")
+    parameters = {name: parameter for parameter, name in names.items()}
+    for name, value in saved_scalars.items():
+        owner, _, key = name.rpartition(".")
+        state = next(one.state for one in stateful if parameters[owner] in one.state)[parameters[owner]]
+        state[key] = _like(state[key], value)
+    return tensors
+
+
+def _like(current: Any, value: Any) -> Any:
+    """A JSON value in the kind of container that the optimizer holds it in."""
+    if isinstance(current, Tensor):
+        return current.fill_(value)
+    return tuple(value) if isinstance(current, tuple) else value
+
+
+def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
+    """States of torch's generators by device, and of Python's."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
+    version, numbers, gauss = random.getstate()
+    return tensors, [version, list(numbers), gauss]
+
+
+def _restore_rng(tensors: Mapping[str, Tensor], python: list[Any]) -> None:
+    here = set(_rng_state()[0])
+    if different := sorted(here ^ tensors.keys()):
+        get_logger(__name__).warning(
+            "resuming on other devices than the run was saved on (%s differ): random numbers there start anew",
+            ", ".join(different),
+        )
+    for name in here & tensors.keys():
+        kind, _, index = name.removeprefix("rng.").partition(".")
+        if kind == "cuda":
+            torch.cuda.set_rng_state(tensors[name], int(index))
+        elif kind == "mps":
+            torch.mps.set_rng_state(tensors[name])
+        else:
+            torch.set_rng_state(tensors[name])
+    version, numbers, gauss = python
+    random.setstate((version, tuple(numbers), gauss))

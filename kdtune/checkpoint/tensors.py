@@ -1,0 +1,139 @@
+"""Tensors that still lie in a file, and how a model is filled with them one at a time."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
+from kdtune.models import Transformer
+
+_TIED = ("tok_embeddings.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint file, unread."""
+
+    file: Path
+    name: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """The dtype that reading gives (float32 for quantized formats)."""
+    pieces: Callable[[], Iterator[Tensor]]
+    """Reads it as consecutive pieces along dimension 0, so that a large one need not be in memory twice."""
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        found = list(self.pieces())
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name!r}"
+
+
+def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype that most of the weights are stored in, counted in elements."""
+    counts: Counter[torch.dtype] = Counter()
+    for stored in tensors.values():
+        counts[stored.dtype] += torch.Size(stored.shape).numel()
+    if not counts:
+        raise CheckpointError("the checkpoint holds no tensors: download it again")
+    return counts.most_common(1)[0][0]
+
+
+def fill_model(
+    model: Transformer, tensors: Mapping[str, StoredTensor], *, dtype: torch.dtype | None, device: torch.device | str
+) -> Transformer:
+    """Fills `model` (allocated here if it is on the meta device) in place and returns it, on `device` in `dtype`.
+
+    `tensors` are by kdtune's names. They are checked against the model before any is read, then read, converted and
+    copied one by one, so that about one copy of the weights is in memory. None as dtype: as stored.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point, or a head that
+            should be tied to the embedding differs from it.
+    """
+    tied = model.config.tie_embeddings
+    check_tensors(model, tensors)
+    dtype = dtype or stored_dtype(tensors)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        if tied:  # to_empty would give the head an allocation of its own, which tie_weights then throws away
+            model.output.weight = nn.Parameter(torch.empty(0, device="meta"))
+        model.to(dtype).to_empty(device=device)
+    else:
+        model.to(device=device, dtype=dtype)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _copy(tensors[name], parameter)
+    if tied and _TIED[1] in tensors:
+        _check_tied(*(tensors[name] for name in _TIED))
+    mixed = {stored.dtype for stored in tensors.values()} - {dtype}
+    if mixed:
+        names = ", ".join(sorted(str(found).removeprefix("torch.") for found in mixed))
+        get_logger(__name__).debug("weights stored as %s were converted to %s", names, str(dtype).removeprefix("torch."))
+    return model
+
+
+def check_tensors(model: Transformer, tensors: Mapping[str, StoredTensor]) -> None:
+    """Checks names, shapes and dtypes of all tensors against the model without reading one.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
+    if model.config.tie_embeddings and _TIED[1] not in tensors:
+        expected.pop(_TIED[1], None)
+    if missing := [name for name in expected if name not in tensors]:
+        hint = ""
+        if missing == [_TIED[1]]:
+            hint = "; a model whose head is the embedding says so in its config (tie_word_embeddings: true)"
+        raise CheckpointError(
+            f"{where}: {_some(missing)} missing, shape {list(expected[missing[0]])} expected; "
+            f"the files do not hold the whole model that the config describes: download it again{hint}"
+        )
+    if unexpected := [stored for name, stored in tensors.items() if name not in expected]:
+        first = unexpected[0]
+        raise CheckpointError(
+            f"{first}: unexpected ({len(unexpected)} such), shape {list(first.shape)} found; "
+            f"the config describes a model of {model.config.num_layers} layers without it: use the files' own config"
+        )
+    for name, shape in expected.items():
+        stored = tensors[name]
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored}: shape {list(stored.shape)} found, {list(shape)} expected (as {name!r}); "
+                "the weights and the config do not belong together: download both again"
+            )
+        if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{stored}: dtype {str(stored.dtype).removeprefix('torch.')} found; float32, float16, bfloat16 or "
+                "float64 expected: use the unquantized weights of this model"
+            )
+
+
+def _copy(stored: StoredTensor, target: Tensor) -> None:
+    row = 0
+    for piece in stored.pieces():
+        target[row : row + len(piece)].copy_(piece)
+        row += len(piece)
+    assert row == len(target), f"{stored} gave {row} rows of {len(target)}"
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+    if not torch.equal(embedding.read(), head.read()):
+        raise CheckpointError(
+            f"{head}: differs from the embedding {embedding.name!r}, but the config says that the two are one "
+            "(tie_word_embeddings: true); set it to false in the config to use this head"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"tensor {names[0]!r}" if len(names) == 1 else f"{len(names)} tensors (first: {names[0]!r})"

@@ -1,0 +1,30 @@
+"""Configs: YAML and overrides to a recipe's typed dataclass, and component nodes to objects."""
+
+from kdtune.config.check import MISSING, is_component
+from kdtune.config.component import bind, component, instantiate, resolve
+from kdtune.config.frame import KeyDoc, field_docs
+from kdtune.config.load import as_values, check_machine, load, to_yaml
+from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
+from kdtune.errors import ConfigError
+
+__all__ = [
+    "MISSING",
+    "ConfigError",
+    "EntryPoint",
+    "KeyDoc",
+    "Origin",
+    "as_values",
+    "bind",
+    "check_machine",
+    "component",
+    "entry_point",
+    "field_docs",
+    "instantiate",
+    "is_component",
+    "load",
+    "origin",
+    "resolve",
+    "resolved_yaml",
+    "run_record",
+    "to_yaml",
+]

@@ -1,0 +1,151 @@
+"""Values against type annotations: the one check behind config frames and component arguments."""
+
+import collections.abc
+import types
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin
+
+COMPONENT = "_component_"
+MISSING = "???"
+
+_SCALARS: dict[type, str] = {bool: "true or false", int: "int", float: "float", str: "str"}
+_LISTS = (list, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+class MismatchError(ValueError):
+    """A value that does not fit its annotation; the text says what was found and what is allowed."""
+
+
+def is_component(value: Any) -> bool:
+    """Whether a config value is a component node: a mapping with a `_component_` key."""
+    return isinstance(value, dict) and COMPONENT in value
+
+
+def conform(value: Any, annotation: Any) -> Any:
+    """The value as its annotation wants it: an int becomes a float, a string a Path, a list a tuple or set.
+
+    Component nodes are left as they are, and so are values whose annotation says nothing that a YAML value could break.
+
+    Raises:
+        MismatchError: the value does not fit.
+    """
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return conform(value, get_args(annotation)[0])
+    if isinstance(annotation, NewType):
+        return conform(value, annotation.__supertype__)
+    if origin in (Union, types.UnionType):
+        return _conform_union(value, annotation)
+    if origin is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in get_args(annotation)):
+            raise MismatchError(_mismatch(value, annotation))
+        return value
+    if annotation is None or annotation is type(None):
+        if value is not None:
+            raise MismatchError(_mismatch(value, annotation))
+        return None
+    plain = origin or annotation
+    if plain in (Any, object) or not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
+        return value
+    if is_component(value):
+        if plain in _SCALARS:
+            raise MismatchError(_mismatch(value, annotation))
+        return value
+    return _conform_class(value, plain, get_args(annotation), annotation)
+
+
+def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: Any) -> Any:
+    if plain is float and type(value) is int:
+        return float(value)
+    if plain in _SCALARS:
+        fits = type(value) is plain
+    elif plain in (Path, PurePath) or plain.__name__ == "PathLike":
+        fits = isinstance(value, str | PurePath)
+        value = Path(value) if fits and plain is Path else value
+    elif plain is tuple and isinstance(value, list | tuple):
+        return _conform_tuple(value, args, annotation)
+    elif plain in _LISTS and isinstance(value, list | tuple | set | frozenset):
+        items = [_item(item, index, args[:1]) for index, item in enumerate(value)]
+        return set(items) if plain is set else frozenset(items) if plain is frozenset else items
+    elif plain in _MAPPINGS and isinstance(value, dict):
+        return {key: _item(item, key, args[1:]) for key, item in value.items()}
+    else:
+        fits = isinstance(value, plain) and not isinstance(value, str)
+    if not fits:
+        raise MismatchError(_mismatch(value, annotation))
+    return value
+
+
+def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], annotation: Any) -> tuple[Any, ...]:
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if args and len(args) != len(value):
+        raise MismatchError(_mismatch(value, annotation))
+    return tuple(_item(item, index, args[index : index + 1]) for index, item in enumerate(value))
+
+
+def _conform_union(value: Any, annotation: Any) -> Any:
+    """The value under the member that changes it least: `int | float` keeps 3 an int, `float | None` makes it 3.0."""
+    converted = []
+    for member in get_args(annotation):
+        try:
+            result = conform(value, member)
+        except MismatchError:
+            continue
+        if type(result) is type(value):
+            return result
+        converted.append(result)
+    if not converted:
+        raise MismatchError(_mismatch(value, annotation))
+    return converted[0]
+
+
+def _item(value: Any, position: int | str, annotation: tuple[Any, ...]) -> Any:
+    if not annotation:
+        return value
+    try:
+        return conform(value, annotation[0])
+    except MismatchError as error:
+        raise MismatchError(f"item {position}: {error}") from None
+
+
+def _mismatch(value: Any, annotation: Any) -> str:
+    hint = ""
+    if isinstance(value, str) and value.lower() == "none" and "null" in describe(annotation):
+        hint = "; write null for no value"
+    return f"{shown(value)} is not allowed; must be {describe(annotation)}{hint}"
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, spelled as in YAML, with its type where that is not plain to see."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if is_component(value):
+        return f"component {value[COMPONENT]}"
+    text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return text if isinstance(value, int | float) else f"{text} ({type(value).__name__})"
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words a config's author can act on."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        choices = ", ".join(repr(choice) for choice in get_args(annotation))
+        return f"one of {choices}" if len(get_args(annotation)) > 1 else choices
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(member) for member in get_args(annotation))
+    if annotation is None or annotation is type(None):
+        return "null"
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    if origin is not None and get_args(annotation) and origin in (*_LISTS, tuple):
+        members = [member for member in get_args(annotation) if member is not Ellipsis]
+        return f"a list of {', '.join(describe(member) for member in members)}"
+    if origin in _MAPPINGS:
+        return "a mapping"
+    if isinstance(annotation, TypeVar):
+        return str(annotation)
+    return getattr(origin or annotation, "__qualname__", str(annotation))

@@ -1,0 +1,248 @@
+"""Component nodes: `{_component_: dotted.path, argument: value, ...}` to objects, with the arguments checked first."""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kdtune._assets import did_you_mean
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, shown
+from kdtune.config.torchtune_keys import component_hint, key_hint
+from kdtune.errors import ConfigError
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def component(*runtime: str, optional: Iterable[str] = (), default: Any = MISSING) -> Any:
+    """A dataclass field that holds a component node (or a list of them).
+
+    `runtime` are the arguments that the recipe gives when it instantiates the node, so the config must not; `optional`
+    are those it gives only where the component takes them and the config does not set them. Without a default the
+    config must set the field, and null is refused.
+    """
+    metadata = {"component": True, "runtime": runtime, "optional": tuple(optional)}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def resolve(dotted: str) -> Any:
+    """The object at a dotted path, such as `torch.optim.AdamW`.
+
+    Raises:
+        ConfigError: the path is malformed, a module cannot be imported, or has no such name (with the nearest one).
+    """
+    parts = dotted.split(".") if isinstance(dotted, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{shown(dotted)} is not a dotted path; write one such as torch.optim.AdamW")
+    if parts[0] == "torchtune":
+        raise ConfigError(f"{dotted!r} is torchtune's; {component_hint(parts[-1])}")
+    target: Any = _import(parts[0], dotted)
+    for depth, part in enumerate(parts[1:], start=1):
+        if inspect.ismodule(target) and not hasattr(target, part):
+            module = ".".join(parts[: depth + 1])
+            if _is_module(module):
+                target = _import(module, dotted)
+                continue
+        try:
+            target = getattr(target, part)
+        except AttributeError:
+            holder = ".".join(parts[:depth])
+            hint = did_you_mean(part, _public_names(target))
+            raise ConfigError(f"{dotted!r} cannot be found: {holder} has no {part!r}{hint}") from None
+    return target
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _import(module: str, dotted: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        if missing == module:
+            raise ConfigError(
+                f"{dotted!r} cannot be found: no module named {module!r}; "
+                "it must be installed, or lie in the folder kdtune is started from"
+            ) from error
+        raise ConfigError(
+            f"{dotted!r} cannot be imported: it needs {missing!r}, which is not installed; install it"
+        ) from error
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"{dotted!r} cannot be imported: importing {module} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _public_names(holder: Any) -> list[str]:
+    return list(getattr(holder, "__all__", None) or [name for name in dir(holder) if not name.startswith("_")])
+
+
+def bind(
+    node: Mapping[str, Any],
+    runtime: Iterable[str] = (),
+    *,
+    optional: Iterable[str] = (),
+    key: str = "",
+    inherited: Iterable[str] = (),
+) -> list[str]:
+    """Findings of a component node: its path, its arguments' names and types, and those of the nodes inside it.
+
+    `runtime` and `optional` as in `component`; `inherited` are names that an enclosing node was given: a nested
+    component gets one of them where it requires an argument of that name and the config gives none. `key` begins
+    each finding.
+    """
+    here = f"{key}: " if key else ""
+    runtime, optional = tuple(runtime), tuple(optional)
+    try:
+        target = resolve(node[COMPONENT])
+    except ConfigError as error:
+        return [f"{here}{error}"]
+    if not callable(target):
+        return [f"{here}{node[COMPONENT]} is not a class or function but {shown(target)}"]
+    offered = (*runtime, *optional, *inherited)
+    problems = _bind_arguments(target, node, runtime, offered, key)
+    for name, value in node.items():
+        problems += check_nodes(value, f"{key}.{name}" if key else name, inherited=offered)
+    return problems
+
+
+def check_nodes(
+    value: Any, key: str, runtime: Iterable[str] = (), *, optional: Iterable[str] = (), inherited: Iterable[str] = ()
+) -> list[str]:
+    """Findings of every component node in a config value, at any depth."""
+    if is_component(value):
+        return bind(value, runtime, optional=optional, key=key, inherited=inherited)
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [
+            problem
+            for name, item in items
+            for problem in check_nodes(item, f"{key}.{name}", runtime, optional=optional, inherited=inherited)
+        ]
+    return []
+
+
+def _bind_arguments(
+    target: Any, node: Mapping[str, Any], runtime: tuple[str, ...], offered: tuple[str, ...], key: str
+) -> list[str]:
+    parameters = _parameters(target)
+    if parameters is None:
+        return []
+    label = node[COMPONENT]
+    prefix = f"{key}." if key else ""
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind in _NAMED}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    problems = []
+    for name, value in node.items():
+        if name == COMPONENT:
+            continue
+        if name in runtime:
+            problems.append(f"{prefix}{name}: is given by the recipe; remove it")
+        elif name in named:
+            problems += _type_problem(value, named[name], f"{prefix}{name}")
+        elif not takes_any:
+            choices = [choice for choice in named if choice not in runtime]
+            advice = (
+                key_hint(f"{key}.{name}")
+                or f"takes {', '.join(choices) or 'no arguments'}{did_you_mean(name, choices)}"
+            )
+            problems.append(f"{prefix}{name}: {label} has no such argument; {advice}")
+    for name in runtime:
+        if name not in named and not takes_any:
+            problems.append(
+                f"{key}: {label} does not take {name!r}, which the recipe gives it; use a component that does"
+            )
+    for name, parameter in named.items():
+        if parameter.default is inspect.Parameter.empty and name not in node and name not in offered:
+            problems.append(f"{prefix}{name}: is missing; {label} requires it")
+    return problems
+
+
+def _type_problem(value: Any, parameter: inspect.Parameter, key: str) -> list[str]:
+    if value == MISSING:
+        return [f"{key}: has no value ({MISSING}); set it"]
+    try:
+        conform(value, parameter.annotation)
+    except MismatchError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
+    """The target's parameters, their annotations evaluated where possible; None where Python cannot tell (C code)."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    source = target.__init__ if inspect.isclass(target) and target.__init__ is not object.__init__ else target
+    namespace = getattr(inspect.unwrap(source), "__globals__", {})
+    return {
+        name: parameter.replace(annotation=_evaluated(parameter.annotation, namespace))
+        for name, parameter in signature.parameters.items()
+    }
+
+
+def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
+    """The annotation with its names looked up; Any where there is none, or a name exists only under TYPE_CHECKING."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    holder = types.SimpleNamespace(__annotations__={"value": annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=namespace, include_extras=True)["value"]
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return Any
+
+
+def instantiate(node: Any, *, optional: Mapping[str, Any] | None = None, **runtime: Any) -> Any:
+    """The object a component node describes; a list of nodes gives a list, None and other values stay themselves.
+
+    `runtime` and `optional` are the arguments the recipe gives (see `component`).
+
+    Raises:
+        ConfigError: the node does not bind, with every finding; for a config's nodes `load` has seen to this already.
+    """
+    optional = optional or {}
+    problems = check_nodes(node, "", runtime, optional=optional)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _build(node, runtime, dict(optional), {})
+
+
+def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], inherited: Mapping[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_build(item, runtime, optional, inherited) for item in node]
+    if not is_component(node):
+        if isinstance(node, dict):
+            return {name: _build(item, runtime, optional, inherited) for name, item in node.items()}
+        return node
+    target = resolve(node[COMPONENT])
+    parameters = _parameters(target) or {}
+    offered = {**inherited, **optional, **runtime}
+    arguments = dict(runtime)
+    for name, value in node.items():
+        if name != COMPONENT:
+            annotation = parameters[name].annotation if name in parameters else Any
+            arguments[name] = _build(conform(value, annotation), {}, {}, offered)
+    for name, parameter in parameters.items():
+        if name not in arguments and parameter.kind in _NAMED:
+            if name in optional:
+                arguments[name] = optional[name]
+            elif name in inherited and parameter.default is inspect.Parameter.empty:
+                arguments[name] = inherited[name]
+    return target(**arguments)

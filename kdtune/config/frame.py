@@ -1,0 +1,183 @@
+"""Config frames: a recipe's dataclass as its list of keys, with types, defaults and the docs written below each."""
+
+import ast
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from pathlib import PurePath
+from typing import Any
+
+from kdtune._assets import did_you_mean
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, shown
+from kdtune.config.component import check_nodes
+from kdtune.config.torchtune_keys import key_hint
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyDoc:
+    """One key of a frame as its source states it: type, default (None: must be set) and docs, as text."""
+
+    name: str
+    type: str
+    default: str | None
+    doc: str
+
+
+def frame_fields(frame: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """A frame's keys: its dataclass fields by name, those that are not set by the caller left out."""
+    return {field.name: field for field in dataclasses.fields(frame) if field.init}
+
+
+def frame_defaults(frame: type[Any]) -> dict[str, Any]:
+    """Defaults of the keys that have one, as plain YAML values."""
+    defaults = {}
+    for name, field in frame_fields(frame).items():
+        if field.default is not NO_DEFAULT and not _is_missing(field.default):
+            defaults[name] = plain(field.default)
+        elif field.default_factory is not NO_DEFAULT:
+            defaults[name] = plain(field.default_factory())
+    return defaults
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML has it: tuples and sets become lists, paths strings."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def has_default(field: dataclasses.Field[Any]) -> bool:
+    """Whether the config may leave the field out."""
+    return field.default_factory is not NO_DEFAULT or not (field.default is NO_DEFAULT or _is_missing(field.default))
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, str) and value == MISSING
+
+
+def is_component_field(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field was made by `component(...)`."""
+    return bool(field.metadata.get("component"))
+
+
+def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values for the frame's keys, converted to their types; and unknown, missing and wrongly typed keys."""
+    fields = frame_fields(frame)
+    hints = typing.get_type_hints(frame)
+    values: dict[str, Any] = {}
+    problems = []
+    for key in tree:
+        if key not in fields:
+            advice = key_hint(key)
+            problems.append(f"{key}: {advice}" if advice else f"{key}: unknown key{did_you_mean(str(key), fields)}")
+    for name, field in fields.items():
+        if name not in tree or _is_missing(tree[name]):
+            if name in tree or not has_default(field):
+                problems.append(f"{name}: is missing; the recipe needs it (`kdtune ls RECIPE` describes the keys)")
+            continue
+        try:
+            values[name] = conform(tree[name], hints[name])
+        except MismatchError as error:
+            problems.append(f"{name}: {error}")
+    return values, problems
+
+
+def check_components(values: Mapping[str, Any], frame: type[Any]) -> list[str]:
+    """Findings of the component nodes in a frame's values: paths that do not resolve, arguments that do not bind."""
+    problems = []
+    for name, field in frame_fields(frame).items():
+        if name not in values:
+            continue
+        value = values[name]
+        runtime = field.metadata.get("runtime", ())
+        optional = field.metadata.get("optional", ())
+        if is_component_field(field):
+            problems += _not_nodes(value, name, nullable=has_default(field))
+        problems += check_nodes(value, name, runtime, optional=optional)
+    return problems
+
+
+def _not_nodes(value: Any, key: str, *, nullable: bool) -> list[str]:
+    if value is None:
+        return [] if nullable else [f"{key}: is null; the recipe needs a component here"]
+    if isinstance(value, list):
+        return [
+            problem
+            for index, item in enumerate(value)
+            for problem in _not_nodes(item, f"{key}.{index}", nullable=False)
+        ]
+    if is_component(value):
+        return []
+    if isinstance(value, dict):
+        return [f"{key}: has no {COMPONENT}; name the class or function, such as {COMPONENT}: torch.optim.AdamW"]
+    if isinstance(value, str) and value.lower() == "none":
+        return [f"{key}: {shown(value)} is not a component; write null for none"]
+    return [f"{key}: {shown(value)} is not a component; write {{{COMPONENT}: dotted.path, argument: value}}"]
+
+
+def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
+    """The keys of the frame in a recipe's source text, in order, read from its syntax tree: nothing is imported.
+
+    `frame` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names.
+    """
+    tree = ast.parse(source)
+    name = frame or _frame_name(tree)
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef) and statement.name == name:
+            return {doc.name: doc for doc in _key_docs(statement.body)}
+    return {}
+
+
+def _frame_name(tree: ast.Module) -> str:
+    for statement in tree.body:
+        for decorator in getattr(statement, "decorator_list", []):
+            if (
+                isinstance(decorator, ast.Call)
+                and ast.unparse(decorator.func).rpartition(".")[2] == "entry_point"
+                and decorator.args
+            ):
+                return ast.unparse(decorator.args[0])
+    return "Config"
+
+
+def _key_docs(body: list[ast.stmt]) -> typing.Iterator[KeyDoc]:
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        doc = ""
+        if (
+            isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            doc = " ".join(following.value.value.split())
+        kind, default = ast.unparse(statement.annotation), None
+        if statement.value is not None:
+            default = _default_text(statement.value)
+            if _call_name(statement.value) == "component":
+                kind = "component"
+        yield KeyDoc(statement.target.id, kind, default, doc)
+
+
+def _call_name(value: ast.expr) -> str:
+    return ast.unparse(value.func).rpartition(".")[2] if isinstance(value, ast.Call) else ""
+
+
+def _default_text(value: ast.expr) -> str | None:
+    if ast.unparse(value).rpartition(".")[2] == "MISSING":
+        return None
+    if _call_name(value) not in ("field", "component"):
+        return "null" if isinstance(value, ast.Constant) and value.value is None else ast.unparse(value)
+    assert isinstance(value, ast.Call)
+    keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+    if "default" in keywords:
+        return _default_text(keywords["default"])
+    if "default_factory" not in keywords:
+        return None
+    factory = keywords["default_factory"]
+    if isinstance(factory, ast.Lambda):
+        return ast.unparse(factory.body)
+    return {"list": "[]", "dict": "{}", "tuple": "()"}.get(ast.unparse(factory), f"{ast.unparse(factory)}()")

@@ -1,0 +1,200 @@
+"""YAML and overrides to a recipe's dataclass, through the config gates. The only importer of OmegaConf."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdtune._assets import find_config
+from kdtune.config.check import MISSING, is_component
+from kdtune.config.frame import (
+    KeyDoc,
+    check_components,
+    check_frame,
+    frame_defaults,
+    frame_fields,
+    is_component_field,
+    plain,
+)
+from kdtune.config.overrides import apply_overrides
+from kdtune.errors import ConfigError
+
+T = TypeVar("T")
+RECIPE_KEY = "recipe"
+
+
+def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
+    """The frame filled from a shipped config's name or a path, and overrides; component nodes stay plain data.
+
+    Gates: the text parses; keys, types and values fit the frame, components import and their arguments bind; the
+    frame's own `problems()`, if it has that method. The fifth gate, the machine, is `check_machine`.
+
+    Raises:
+        ConfigError: with every finding of the gate that failed, one a line.
+    """
+    config = find_config(source)
+    given = read_yaml(config.path)
+    given.pop(RECIPE_KEY, None) if RECIPE_KEY not in frame_fields(frame) else None
+    defaults = frame_defaults(frame)
+    component_keys = {name for name, field in frame_fields(frame).items() if is_component_field(field)}
+    given = {key: _with_default_component(value, defaults.get(key)) for key, value in given.items()}
+    given, problems = apply_overrides(
+        given, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value
+    )
+    raise_problems(str(source), problems)
+
+    tree, problems = resolve_interpolations({**defaults, **given})
+    values, frame_problems = check_frame(tree, frame)
+    # A key whose interpolation failed is already a finding; that it is missing from the tree is not another.
+    failed = {problem.partition(":")[0].partition(".")[0] for problem in problems}
+    problems += [problem for problem in frame_problems if problem.partition(":")[0] not in failed]
+    problems += check_components(values, frame)
+    raise_problems(str(source), problems)
+
+    cfg = frame(**values)
+    own_problems = getattr(cfg, "problems", None)
+    if own_problems is not None:
+        raise_problems(str(source), list(own_problems()))
+    return cfg
+
+
+def check_machine(cfg: Any, source: str | Path) -> None:
+    """The fifth gate: the frame's own `machine_problems()`, if it has that method (files exist, the device is there).
+
+    Raises:
+        ConfigError: with every finding, one a line.
+    """
+    machine_problems = getattr(cfg, "machine_problems", None)
+    if machine_problems is not None:
+        raise_problems(str(source), list(machine_problems()))
+
+
+def raise_problems(source: str, problems: list[str]) -> None:
+    """Nothing where there are no findings.
+
+    Raises:
+        ConfigError: one line a finding, after a line that names the config and counts them.
+    """
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [line.replace("\n", " ") for line in problems]
+        raise ConfigError("\n  ".join([f"{source}: {count}", *lines]))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as plain data, interpolations untouched; 1e-4 is a float, a key given twice is an error.
+
+    Raises:
+        ConfigError: naming file and line.
+    """
+    try:
+        container = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        context = f" ({error.context})" if error.context else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    tree = OmegaConf.to_container(container, resolve=False)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a list; a config is a mapping of keys to values")
+    bad_keys = [key for key in tree if not isinstance(key, str)]
+    if bad_keys:
+        raise ConfigError(f"{path}: key {bad_keys[0]!r} is not a string")
+    return {str(key): value for key, value in tree.items()}
+
+
+def parse_value(text: str) -> Any:
+    """An override's value, read as YAML.
+
+    Raises:
+        ConfigError: it is not valid YAML.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[call-overload,index]
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(str(error.problem)) from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _with_default_component(value: Any, default: Any) -> Any:
+    """A node that names no component keeps the default's: the YAML then states only the arguments that differ."""
+    if isinstance(value, dict) and not is_component(value) and is_component(default):
+        return {**default, **value}
+    return value
+
+
+def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The tree with every `${...}` replaced, and the findings; a top-level key with a finding is left out."""
+    problems: list[str] = []
+    sound = {}
+    for key, value in tree.items():
+        try:
+            OmegaConf.create({key: value})
+            sound[key] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{error.full_key or key}: {_first_line(error)}")
+    container = OmegaConf.create(sound)
+    resolved = {}
+    for key in sound:
+        before = len(problems)
+        value = _resolved(container, key, str(key), problems)
+        if len(problems) == before:
+            resolved[key] = value
+    return resolved, problems
+
+
+def _resolved(container: Any, name: Any, key: str, problems: list[str]) -> Any:
+    if OmegaConf.is_missing(container, name):
+        return MISSING
+    try:
+        value = container[name]
+    except OmegaConfBaseException as error:
+        problems.append(f"{key}: {_first_line(error)}")
+        return None
+    if isinstance(value, DictConfig):
+        return {item: _resolved(value, item, f"{key}.{item!s}", problems) for item in value}
+    if isinstance(value, ListConfig):
+        return [_resolved(value, index, f"{key}.{index}", problems) for index in range(len(value))]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def to_yaml(values: Mapping[str, Any], docs: Mapping[str, KeyDoc] | None = None) -> str:
+    """Values as YAML that `load` reads back unchanged, with each key's docs as a comment above it."""
+    parts = []
+    for key, value in values.items():
+        if docs and key in docs and docs[key].doc:
+            parts += [f"\n# {docs[key].doc}\n"]
+        parts.append(OmegaConf.to_yaml({key: _escaped(plain(value))}))
+    return "".join(parts).lstrip("\n")
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"\$\{", r"\\${", value) if isinstance(value, str) else value
+
+
+def as_values(cfg: Any) -> dict[str, Any]:
+    """A frame's instance as its keys and values."""
+    return {name: getattr(cfg, name) for name in frame_fields(type(cfg))}
+
+
+def is_frame(frame: Any) -> bool:
+    """Whether an object can serve as a config frame: a dataclass type."""
+    return isinstance(frame, type) and dataclasses.is_dataclass(frame)

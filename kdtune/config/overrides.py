@@ -1,0 +1,104 @@
+"""Command-line overrides: `a.b=value`, `~a.b` and `node=dotted.Component`, applied to a plain config tree."""
+
+import copy
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from kdtune._assets import did_you_mean
+from kdtune.config.check import COMPONENT, is_component, shown
+from kdtune.errors import ConfigError
+
+FORMS = "overrides are key=value, a.b=value, ~key or node=dotted.Component"
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def apply_overrides(
+    tree: dict[str, Any],
+    overrides: list[str],
+    *,
+    defaults: dict[str, Any],
+    component_keys: Collection[str],
+    parse_value: Callable[[str], Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """A copy of the tree with the overrides applied in order (the last one wins), and the findings.
+
+    `defaults` is where a key that the tree does not set starts from; `component_keys` are the top-level keys that hold
+    components; `parse_value` reads a value as YAML and raises ConfigError.
+    """
+    tree = copy.deepcopy(tree)
+    problems = []
+    for override in overrides:
+        try:
+            if override.startswith("~"):
+                _remove(tree, override[1:])
+            else:
+                key, value = _split(override, parse_value)
+                _assign(tree, key.split("."), value, defaults, component_keys)
+        except ConfigError as error:
+            problems.append(str(error))
+    return tree, problems
+
+
+def _split(override: str, parse_value: Callable[[str], Any]) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if key.startswith("-"):
+        raise ConfigError(f"{override}: overrides have no leading dashes; write {key.lstrip('-')}={text or 'value'}")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} cannot be read; {FORMS}")
+    try:
+        return key, parse_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value: {error}; quote it, such as {key}='\"text\"'") from None
+
+
+def _assign(
+    tree: dict[str, Any], parts: list[str], value: Any, defaults: dict[str, Any], component_keys: Collection[str]
+) -> None:
+    if len(parts) > 1 and tree.get(parts[0]) is None and defaults.get(parts[0]) is not None:
+        tree[parts[0]] = copy.deepcopy(defaults[parts[0]])
+    node: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        where = ".".join(parts[: depth + 1])
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = _child(node, part, where)
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{'.'.join(parts)}: {where} is {shown(node)}, which has no keys to set")
+    last = parts[-1]
+    current = _child(node, last, ".".join(parts)) if isinstance(node, list) else node.get(last)
+    holds_component = is_component(current) or (len(parts) == 1 and last in component_keys)
+    if holds_component and isinstance(value, str) and _DOTTED.fullmatch(value):
+        value = {COMPONENT: value}
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise ConfigError(f"{where}: is a list of {len(node)}; give an index from 0 to {len(node) - 1}")
+        return node[int(part)]
+    return node[part]
+
+
+def _remove(tree: dict[str, Any], key: str) -> None:
+    parts = key.split(".")
+    if not all(parts):
+        raise ConfigError(f"override '~{key}' cannot be read; {FORMS}")
+    if "=" in key:
+        raise ConfigError(f"~{key}: a removal takes no value; write ~{key.partition('=')[0]}")
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[: depth + 1])
+        if isinstance(node, list):
+            _child(node, part, where)
+        elif not isinstance(node, dict) or part not in node:
+            hint = did_you_mean(part, node) if isinstance(node, dict) else ""
+            raise ConfigError(f"~{key}: nothing to remove, the config does not set {where!r}{hint}")
+        if depth == len(parts) - 1:
+            del node[int(part) if isinstance(node, list) else part]
+        else:
+            node = _child(node, part, where)

@@ -1,0 +1,224 @@
+"""The entry point of a recipe: its command line, the config gates, and what the user sees when something is wrong."""
+
+import argparse
+import dataclasses
+import errno
+import functools
+import inspect
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar, cast
+
+import kdtune
+from kdtune import _assets
+from kdtune.config.frame import KeyDoc
+from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_frame, load, to_yaml
+from kdtune.errors import ConfigError, KDTuneError
+
+T = TypeVar("T")
+_ORIGIN = "_kdtune_origin"
+_FILE_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a recipe's config came from: recipe name, config source, overrides, and the command line."""
+
+    recipe: str
+    config: str
+    overrides: tuple[str, ...]
+    command: tuple[str, ...]
+
+
+class EntryPoint(Protocol):
+    """What `entry_point` makes of a recipe's main: the command line in, nothing out; exits the process on an error."""
+
+    frame: type[Any]
+    function: Callable[[Any], Any]
+
+    def __call__(self, argv: list[str] | None = None) -> None:
+        """Runs the recipe on these command-line arguments (None: the process's own)."""
+
+
+def entry_point(frame: type[T]) -> Callable[[Callable[[T], Any]], EntryPoint]:
+    """Decorator of a recipe's `main(cfg)`: it becomes `main(argv=None)` with `--config NAME|PATH [key=value|~key]...`.
+
+    All five gates pass before the function sees the config. A KDTuneError is printed without a traceback and ends the
+    process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
+    traceback and 1. The result keeps `.frame` and `.function` (the function itself, which raises instead of exiting).
+    """
+    if not is_frame(frame):
+        raise TypeError(f"entry_point({frame!r}): must be a dataclass")
+
+    def decorate(function: Callable[[T], Any]) -> EntryPoint:
+        @functools.wraps(function)
+        def main(argv: list[str] | None = None) -> None:
+            path = Path(inspect.getfile(function))
+            arguments, overrides = parse_arguments(argv, _summary(function), prog=path.stem)
+            prepare_imports(path)
+            try:
+                cfg = _gates(frame, path, arguments.config, overrides)
+            except KDTuneError as error:
+                _exit(error, show=arguments.traceback, quiet=os.environ.get("RANK", "0") != "0")
+            try:
+                function(cfg)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise SystemExit(1) from None
+            except (KDTuneError, OSError) as error:
+                _exit(error, show=arguments.traceback)
+
+        wrapped = cast(Any, main)
+        wrapped.frame, wrapped.function = frame, function
+        # functools.wraps would otherwise show the undecorated signature.
+        del wrapped.__wrapped__
+        return cast(EntryPoint, wrapped)
+
+    return decorate
+
+
+def parse_arguments(argv: list[str] | None, summary: str, prog: str) -> tuple[argparse.Namespace, list[str]]:
+    """A recipe's command line: its options, and the overrides with the unknown options, which the gates explain."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=summary,
+        epilog="overrides: key=value, a.b=value, ~a.b (remove), node=dotted.Component (replace)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="shipped config or path of a YAML file")
+    parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value|~key", help="changes to the config, the last one wins"
+    )
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    return arguments, [*unknown, *arguments.overrides]
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    module = inspect.getmodule(function)
+    return ((module and module.__doc__) or function.__doc__ or "").strip().partition("\n")[0]
+
+
+def prepare_imports(recipe: Path) -> None:
+    """The user's components are found in the working directory, and shipped recipes do not shadow installed modules."""
+    shipped = str(_assets.assets_dir("recipes").resolve())
+    if sys.path and str(Path(sys.path[0] or ".").resolve()) == shipped and str(recipe.resolve().parent) == shipped:
+        del sys.path[0]
+    folders = [os.getcwd()] if str(recipe.resolve().parent) == shipped else [os.getcwd(), str(recipe.resolve().parent)]
+    present = {os.path.abspath(folder) for folder in sys.path}
+    sys.path += [folder for folder in folders if folder not in present]
+
+
+def _gates(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
+    check_partner(recipe, source)
+    cfg = load(source, overrides, frame)
+    check_machine(cfg, source)
+    name = _assets.find_config(source).recipe or recipe.stem
+    object.__setattr__(cfg, _ORIGIN, Origin(name, source, tuple(overrides), _command(sys.argv)))
+    return cfg
+
+
+def _command(argv: list[str]) -> tuple[str, ...]:
+    """The command line as one would type it: the console command and `python -m kdtune` are both `kdtune`."""
+    program = Path(argv[0])
+    if program.name == "kdtune" or program.name == "__main__.py":
+        return ("kdtune", *argv[1:])
+    return ("python", *argv)
+
+
+def check_partner(recipe: Path, source: str | Path) -> None:
+    """Nothing where the config's `recipe:` line names this recipe, or is missing, or the recipe is the user's own file.
+
+    Raises:
+        ConfigError: the config belongs to another recipe.
+    """
+    partner = _assets.find_config(source).recipe
+    shipped = next((known for known in _assets.recipes() if known.path.resolve() == recipe.resolve()), None)
+    if partner is None or shipped is None or partner in (shipped.name, *shipped.aliases):
+        return
+    raise ConfigError(
+        f"{source}: {RECIPE_KEY}: is a config for {partner!r}, not for {shipped.name!r}; "
+        f"run `kdtune run {partner} --config {source}`"
+    )
+
+
+def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
+    """Ends the process as the error says; `quiet` prints nothing (another rank prints the same message)."""
+    if isinstance(error, OSError) and error.errno not in _FILE_ERRORS:
+        raise error
+    if show:
+        traceback.print_exception(error)
+    elif not quiet:
+        rank = os.environ.get("RANK")
+        print(f"{f'[rank {rank}] ' if rank else ''}{error_text(error)}", file=sys.stderr)
+    raise SystemExit(error.exit_code if isinstance(error, KDTuneError) else 1) from None
+
+
+def error_text(error: Exception) -> str:
+    """One readable message for an error that needs no traceback."""
+    if isinstance(error, OSError):
+        return f"error: {error.filename or 'output'}: {error.strerror or error}"
+    return f"error: {error}"
+
+
+def origin(cfg: Any) -> Origin | None:
+    """Where this config came from, or None where it was not read by an entry point."""
+    return getattr(cfg, _ORIGIN, None)
+
+
+def resolved_yaml(cfg: Any, docs: Mapping[str, KeyDoc] | None = None) -> str:
+    """Every key of the config with its resolved value, as YAML that loads back to the same config."""
+    source = origin(cfg)
+    head = f"{RECIPE_KEY}: {source.recipe}\n" if source and RECIPE_KEY not in as_values(cfg) else ""
+    return head + to_yaml(as_values(cfg), docs)
+
+
+def run_record(cfg: Any) -> dict[str, Any]:
+    """What `run.json` holds: the command line, the config's source, versions, and the checkout's commit if any."""
+    source = origin(cfg)
+    return {
+        "command": shlex.join(source.command) if source else None,
+        "recipe": source.recipe if source else None,
+        "config": source.config if source else None,
+        "overrides": list(source.overrides) if source else [],
+        "versions": {
+            "kdtune": kdtune.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "torchao", "tokenizers", "safetensors", "datasets")},
+        },
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout kdtune runs from, with `+changes` where files differ from it; None outside a checkout."""
+    root = Path(kdtune.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return f"{commit}+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
+    return result.stdout.strip()

@@ -1,0 +1,122 @@
+"""What became of torchtune's config keys and components that have no function here: old name to one sentence."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+_ONE_DEVICE = "this release trains on one device; remove it"
+_ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpointing"
+_ALL_FILES = "list the files in checkpoint_files, or leave it out: every weight file of the folder is read"
+_FROM_FOLDER = "the architecture is read from the folder's own configuration; remove it"
+_NEWEST_STEP = "resume_from_checkpoint=true finds the newest whole step_N in output_dir; remove it"
+_NO_ADAPTERS = "this release trains all parameters; use the model's builder without lora_ and remove it"
+_NO_PACKING = "sequences are not packed in this release, a batch is padded to its own longest; remove it"
+_VALIDATION = "this recipe does not validate while it trains; remove it"
+
+# Keys by their place in a torchtune config. The table answers only for keys that the recipe itself does not have.
+REFUSED: dict[str, str] = {
+    "ac_mode": _ONE_SWITCH,
+    "ac_option": _ONE_SWITCH,
+    "batch_size_val": _VALIDATION,
+    "checkpointer.adapter_checkpoint": "this release trains all parameters, there is no adapter to read; remove it",
+    "checkpointer.enable_dcp": "the resume state is always torch.distributed.checkpoint; remove it",
+    "checkpointer.filename_format": _ALL_FILES,
+    "checkpointer.keep_last_n_checkpoints": "it is a top-level key here: keep_last_n_checkpoints",
+    "checkpointer.max_filename": _ALL_FILES,
+    "checkpointer.model_type": _FROM_FOLDER,
+    "checkpointer.output_dir": "checkpoints go below the top-level output_dir; remove it",
+    "checkpointer.recipe_checkpoint": _NEWEST_STEP,
+    "checkpointer.resume_from_checkpoint": "it is a top-level key here: resume_from_checkpoint",
+    "checkpointer.safe_serialization": "weights are always written as safetensors; remove it",
+    "checkpointer.should_load_recipe_state": "resume_from_checkpoint=true at the top level does it; remove it",
+    "collate_fn": "the loader pads and the dataset shifts labels; for another layout write a dataset component",
+    "context_parallel_dim": _ONE_DEVICE,
+    "custom_sharded_layers": _ONE_DEVICE,
+    "data_parallel_replicate_dim": _ONE_DEVICE,
+    "data_parallel_shard_dim": _ONE_DEVICE,
+    "dataset.new_system_prompt": "put the system turn into the data's messages; remove it",
+    "dataset.packed": _NO_PACKING,
+    "dataset.split_across_pack": _NO_PACKING,
+    "dataset_val": _VALIDATION,
+    "enable_activation_offloading": "nothing is offloaded; enable_activation_checkpointing saves memory here",
+    "enable_async_checkpointing": "checkpoints are written whole before the next step; remove it",
+    "enable_fp8_training": "training is in fp32 or bf16: use dtype",
+    "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",
+    "fsdp_cpu_offload": _ONE_DEVICE,
+    "fsdp_reshard_after_forward": _ONE_DEVICE,
+    "fsdp_sharding_strategy": _ONE_DEVICE,
+    "fused": "it is an argument of the optimizer: optimizer.fused=true",
+    "kd_loss.ignore_index": "labels that are not trained on are always -100; remove it",
+    "kd_loss.num_output_chunks": "the loss is cut by tokens, not into a number of chunks: use loss_chunk_size",
+    "loss": "the loss is cross entropy plus kd_loss, weighed by kd_ratio (0: cross entropy alone); remove it",
+    "loss.num_output_chunks": "the loss is cut by tokens, not into a number of chunks: use loss_chunk_size",
+    "low_cpu_ram": "loading needs about one copy of the weights as it is; remove it",
+    "max_seq_len": "it is an argument of the tokenizer: tokenizer.max_seq_len",
+    "max_steps": "use max_steps_per_epoch and epochs",
+    "memory_efficient_fsdp_wrap": _ONE_DEVICE,
+    "metric_logger.log_dir": "every logger writes below output_dir; remove it",
+    "model.apply_lora_to_mlp": _NO_ADAPTERS,
+    "model.apply_lora_to_output": _NO_ADAPTERS,
+    "model.lora_alpha": _NO_ADAPTERS,
+    "model.lora_attn_modules": _NO_ADAPTERS,
+    "model.lora_dropout": _NO_ADAPTERS,
+    "model.lora_rank": _NO_ADAPTERS,
+    "model.quantize_base": _NO_ADAPTERS,
+    "model.use_dora": _NO_ADAPTERS,
+    "model_type": _FROM_FOLDER,
+    "optimizer_in_bwd": "gradients are clipped and checked before the step, so they are kept until then; remove it",
+    "packed": _NO_PACKING,
+    "recipe_checkpoint": _NEWEST_STEP,
+    "resize_token_embeddings": "heads of unequal size are cut to the ids both have, none is resized; remove it",
+    "resume": "use resume_from_checkpoint",
+    "run_val_every_n_steps": _VALIDATION,
+    "save_adapter_weights_only": "this release trains all parameters and saves the whole model; remove it",
+    "tensor_parallel_dim": _ONE_DEVICE,
+    "tensor_parallel_plan": _ONE_DEVICE,
+    "tokenizer.merges_file": "set path to the folder that holds tokenizer.json, which has the merges",
+    "tokenizer.prompt_template": "the folder's own chat template is used; remove it",
+    "tokenizer.special_tokens_path": "set path to the folder that holds the tokenizer, which has its special tokens",
+    "use_clip_grad_value": "gradients are clipped by norm: use clip_grad_norm",
+}
+
+_ROLES = ("teacher_", "student_")
+
+# Components whose counterpart has another name; those of the same name are found by looking (see component_hint).
+RENAMED: dict[str, str] = {
+    "AdamW": "torch.optim.AdamW",
+    "CEWithChunkedOutputLoss": "kdtune.losses.KDLoss (with kd_ratio 0 it is cross entropy alone)",
+    "ForwardKLWithChunkedOutputLoss": "kdtune.losses.ForwardKLLoss",
+    "FullModelHFCheckpointer": "kdtune.checkpoint.Checkpointer",
+    "FullModelMetaCheckpointer": "kdtune.checkpoint.Checkpointer",
+    "FullModelTorchTuneCheckpointer": "kdtune.checkpoint.Checkpointer (Hugging Face, Meta and GGUF files)",
+    "LinearCrossEntropyLoss": "kdtune.losses.KDLoss (with kd_ratio 0 it is cross entropy alone)",
+    "PagedAdamW8bit": "torch.optim.AdamW, or torchao.optim.AdamW8bit",
+}
+_PACKAGES = ("models", "tokenizers", "losses", "data", "checkpoint", "training")
+
+
+def key_hint(key: str) -> str | None:
+    """What replaces a torchtune key that has no function here, or None for a key torchtune did not have either."""
+    head, dot, rest = key.partition(".")
+    for role in _ROLES:
+        if head.startswith(role) and f"{head.removeprefix(role)}{dot}{rest}" in REFUSED:
+            head = head.removeprefix(role)
+    return REFUSED.get(f"{head}{dot}{rest}")
+
+
+def component_hint(name: str) -> str:
+    """What to write for the torchtune component of that name: kdtune's own where there is one."""
+    if name in RENAMED:
+        return f"use {RENAMED[name]}"
+    plain = name.removeprefix("qlora_").removeprefix("lora_")
+    for package in _PACKAGES:
+        module = _package(f"kdtune.{package}")
+        if module is not None and hasattr(module, name):
+            return f"use kdtune.{package}.{name}"
+        if module is not None and plain != name and hasattr(module, plain):
+            return f"adapters are not in this release: use kdtune.{package}.{plain}, which trains all parameters"
+    return "kdtune has no component of that name; `kdtune cat CONFIG` shows what its own configs use"
+
+
+def _package(name: str) -> ModuleType | None:
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None

@@ -1,0 +1,52 @@
+"""Datasets, batches and the loader: rows in, padded token ids and shifted labels out."""
+
+from kdtune.data.alpaca import (
+    alpaca_cleaned_dataset,
+    alpaca_dataset,
+    alpaca_messages,
+    alpaca_prompt,
+    quickstart_dataset,
+)
+from kdtune.data.batch import Batch, collate
+from kdtune.data.chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
+from kdtune.data.dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
+from kdtune.data.loader import Loader, Position, batches
+from kdtune.data.messages import Message, parse_conversation
+from kdtune.data.mix import MixedDataset, MixedStream, mixed_dataset
+from kdtune.data.sources import Source, open_rows
+from kdtune.data.text import text_completion_dataset
+from kdtune.data.transforms import Example, make_example, truncate
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Example",
+    "Loader",
+    "MapDataset",
+    "Message",
+    "MixedDataset",
+    "MixedStream",
+    "Position",
+    "Report",
+    "RowStream",
+    "Source",
+    "StreamDataset",
+    "TokenizedDataset",
+    "alpaca_cleaned_dataset",
+    "alpaca_dataset",
+    "alpaca_messages",
+    "alpaca_prompt",
+    "batches",
+    "chat_dataset",
+    "chat_messages",
+    "collate",
+    "instruct_dataset",
+    "instruct_messages",
+    "make_example",
+    "mixed_dataset",
+    "open_rows",
+    "parse_conversation",
+    "quickstart_dataset",
+    "text_completion_dataset",
+    "truncate",
+]

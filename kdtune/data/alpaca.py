@@ -1,0 +1,138 @@
+"""Alpaca: instruction, optional input, output."""
+
+from collections.abc import Callable, Mapping
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING
+
+from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, end_ids, tokenize_rows
+from kdtune.data.messages import Message
+from kdtune.data.sources import DataFiles, Source, read_json, split_parts
+from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+_COLUMNS = ("instruction", "input", "output")
+
+# The wording of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca), which results are compared under.
+_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The Alpaca prompt of an instruction, with or without an input."""
+    template = _PROMPT_WITH_INPUT if input else _PROMPT_WITHOUT_INPUT
+    return template.format(instruction=instruction, input=input)
+
+
+def alpaca_messages(column_map: Mapping[str, str] | None = None) -> Callable[[Row], list[Message]]:
+    """A function from a row to its two messages: the prompt from the user, the output from the assistant.
+
+    column_map: from instruction, input, output to the row's columns. The input may be null; its column may be missing
+    unless it is mapped.
+    """
+    columns = check_column_map(column_map, _COLUMNS)
+    instruction, output = columns.get("instruction", "instruction"), columns.get("output", "output")
+    input_column = columns.get("input", "input")
+    input_required = "input" in columns
+
+    def to_messages(row: Row) -> list[Message]:
+        if input_required:
+            any_column(row, input_column)
+        context = "" if row.get(input_column) is None else text_column(row, input_column)
+        prompt = alpaca_prompt(text_column(row, instruction), context)
+        return [Message("user", prompt), Message("assistant", text_column(row, output))]
+
+    return to_messages
+
+
+def alpaca_dataset(
+    tokenizer: "Tokenizer",
+    *,
+    source: str = "tatsu-lab/alpaca",
+    column_map: Mapping[str, str] | None = None,
+    train_on_input: bool = True,
+    filter_fn: FilterFn | str | None = None,
+    split: str = "train",
+    data_files: DataFiles | None = None,
+    data_dir: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
+) -> Dataset:
+    """A dataset of Alpaca rows, in the Alpaca prompt.
+
+    train_on_input: train on the prompt too (the default here, as in torchtune; False trains on the output alone).
+    column_map: from instruction, input and output to the dataset's columns.
+    filter_fn: a function, or its dotted path, from a row to whether it is kept.
+    source, split, data_files, data_dir, name, streaming, shuffle_buffer: see Source.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
+    """
+    encode = conversation_encoder(tokenizer, alpaca_messages(column_map), train_on_input=train_on_input)
+    return build_dataset(
+        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
+    )
+
+
+def alpaca_cleaned_dataset(
+    tokenizer: "Tokenizer",
+    *,
+    source: str = "yahma/alpaca-cleaned",
+    column_map: Mapping[str, str] | None = None,
+    train_on_input: bool = True,
+    filter_fn: FilterFn | str | None = None,
+    split: str = "train",
+    data_files: DataFiles | None = None,
+    data_dir: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
+) -> Dataset:
+    """alpaca_dataset over a corrected version of the Alpaca rows."""
+    return alpaca_dataset(
+        tokenizer,
+        source=source,
+        column_map=column_map,
+        train_on_input=train_on_input,
+        filter_fn=filter_fn,
+        split=split,
+        data_files=data_files,
+        data_dir=data_dir,
+        name=name,
+        streaming=streaming,
+        shuffle_buffer=shuffle_buffer,
+    )
+
+
+def quickstart_dataset(
+    tokenizer: "Tokenizer", *, split: str = "train", train_on_input: bool = True
+) -> TokenizedDataset:
+    """The small instruction set that ships with kdtune, in the Alpaca prompt.
+
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work.
+
+    Raises:
+        DataError: the split is unknown, or nothing can be trained on within tokenizer.max_seq_len.
+    """
+    label = f"quickstart ({split})"
+    with as_file(files("kdtune.data") / "quickstart.jsonl") as path:
+        rows = list(read_json([str(path)]))
+    splits = {
+        "train": [row for number, row in enumerate(rows, start=1) if number % 8],
+        "test": [row for number, row in enumerate(rows, start=1) if number % 8 == 0],
+    }
+    parts = split_parts(split, splits, label, {name: len(part) for name, part in splits.items()})
+    chosen = [row for name, start, stop in parts for row in splits[name][start:stop]]
+    encode = conversation_encoder(tokenizer, alpaca_messages(), train_on_input=train_on_input)
+    return tokenize_rows(chosen, RowEncoder(encode, tokenizer.max_seq_len, end_ids(tokenizer)), label)

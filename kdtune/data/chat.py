@@ -1,0 +1,114 @@
+"""Conversations: single question and answer (instruct), and lists of messages (chat)."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from kdtune.data.dataset import Dataset, FilterFn, build_dataset
+from kdtune.data.messages import CONVERSATION_STYLES, Message, parse_conversation
+from kdtune.data.sources import DataFiles, Source
+from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
+from kdtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+_INSTRUCT_COLUMNS = ("input", "output")
+
+
+def instruct_messages(
+    column_map: Mapping[str, str] | None = None, new_system_prompt: str | None = None
+) -> Callable[[Row], list[Message]]:
+    """A function from a row to its messages: input from the user, output from the assistant."""
+    columns = check_column_map(column_map, _INSTRUCT_COLUMNS)
+    input_column, output = columns.get("input", "input"), columns.get("output", "output")
+    system = _system(new_system_prompt)
+
+    def to_messages(row: Row) -> list[Message]:
+        return [
+            *system,
+            Message("user", text_column(row, input_column)),
+            Message("assistant", text_column(row, output)),
+        ]
+
+    return to_messages
+
+
+def chat_messages(
+    conversation_column: str = "messages", conversation_style: str = "openai", new_system_prompt: str | None = None
+) -> Callable[[Row], list[Message]]:
+    """A function from a row to its conversation; new_system_prompt takes the place of the row's own system message.
+
+    Raises:
+        ConfigError: conversation_style is unknown.
+    """
+    if conversation_style not in CONVERSATION_STYLES:
+        raise ConfigError(
+            f"conversation_style={conversation_style}: unknown; allowed: {', '.join(CONVERSATION_STYLES)}"
+        )
+    system = _system(new_system_prompt)
+
+    def to_messages(row: Row) -> list[Message]:
+        messages = parse_conversation(any_column(row, conversation_column), conversation_style)
+        if system:
+            messages = [*system, *(message for message in messages if message.role != "system")]
+        return messages
+
+    return to_messages
+
+
+def instruct_dataset(
+    tokenizer: "Tokenizer",
+    *,
+    source: str,
+    column_map: Mapping[str, str] | None = None,
+    train_on_input: bool = False,
+    new_system_prompt: str | None = None,
+    filter_fn: FilterFn | str | None = None,
+    split: str = "train",
+    data_files: DataFiles | None = None,
+    data_dir: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
+) -> Dataset:
+    """A dataset of questions and answers (columns input and output, or what column_map calls them).
+
+    The other arguments and the errors are alpaca_dataset's.
+    """
+    to_messages = instruct_messages(column_map, new_system_prompt)
+    encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
+    return build_dataset(
+        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
+    )
+
+
+def chat_dataset(
+    tokenizer: "Tokenizer",
+    *,
+    source: str,
+    conversation_column: str = "messages",
+    conversation_style: str = "openai",
+    train_on_input: bool = False,
+    new_system_prompt: str | None = None,
+    filter_fn: FilterFn | str | None = None,
+    split: str = "train",
+    data_files: DataFiles | None = None,
+    data_dir: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
+) -> Dataset:
+    """A dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
+
+    new_system_prompt takes the place of the conversation's own system message. A turn with `masked: true` is not
+    trained on. The other arguments and the errors are alpaca_dataset's.
+    """
+    to_messages = chat_messages(conversation_column, conversation_style, new_system_prompt)
+    encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
+    return build_dataset(
+        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
+    )
+
+
+def _system(prompt: str | None) -> list[Message]:
+    return [] if prompt is None else [Message("system", prompt)]

@@ -1,0 +1,260 @@
+"""Datasets of examples: tokenized in memory, or streamed; both know how to order an epoch."""
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from kdtune.config.component import resolve
+from kdtune.data.messages import type_name
+from kdtune.data.sources import Source, open_rows, read_stream
+from kdtune.data.transforms import Encoded, Example, Row, is_trainable, make_example, truncate
+from kdtune.errors import DataError
+from kdtune.log import get_logger
+
+if TYPE_CHECKING:
+    import datasets
+
+    from kdtune.tokenizers import Tokenizer
+
+log = get_logger(__name__)
+
+FilterFn: TypeAlias = Callable[[Row], bool]
+Order: TypeAlias = npt.NDArray[np.int64]
+
+DEFAULT_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass
+class Report:
+    """What became of the rows of a source: counts of rows."""
+
+    source: str
+    rows: int = 0
+    filtered: int = 0
+    truncated: int = 0
+    untrainable: int = 0
+    """Rows left out because no label was left to train on (after truncation)."""
+
+    @property
+    def examples(self) -> int:
+        """Rows that can be trained on."""
+        return self.rows - self.filtered - self.untrainable
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {self.examples} examples from {self.rows} rows"]
+        for count, what in (
+            (self.filtered, "filtered out"),
+            (self.truncated, "truncated to max_seq_len"),
+            (self.untrainable, "left out: no label to train on within max_seq_len"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
+        return ", ".join(parts)
+
+
+def total_report(reports: Iterable[Report], source: str) -> Report:
+    """The sum of several reports, under one name."""
+    total = Report(source)
+    for report in reports:
+        for field in ("rows", "filtered", "truncated", "untrainable"):
+            setattr(total, field, getattr(total, field) + getattr(report, field))
+    return total
+
+
+def check_not_empty(report: Report) -> None:
+    """Raises a DataError when no row of a source can be trained on, saying why."""
+    if report.rows == 0:
+        raise DataError(f"{report.source}: the dataset is empty (0 rows); check source, split and data_files")
+    if report.examples == 0:
+        raise DataError(f"nothing to train on: {report}; check filter_fn, masks and tokenizer.max_seq_len")
+
+
+def random_state(*key: int) -> np.random.Generator:
+    """A generator that depends on nothing but the key (integers >= 0)."""
+    return np.random.default_rng(key)
+
+
+class Dataset(ABC):
+    """Examples that can be handed out epoch by epoch, in an order that depends only on (seed, epoch)."""
+
+    report: Report
+
+    @abstractmethod
+    def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
+        """The examples of one epoch, in that epoch's order."""
+
+
+class MapDataset(Dataset):
+    """Examples that can be fetched by index; an epoch is a sequence of `len(dataset)` indices."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Examples an epoch."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example:
+        """The example at an index below `size`."""
+
+    @property
+    def size(self) -> int:
+        """Examples there are; other than the length of an epoch only where an epoch repeats or omits examples."""
+        return len(self)
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
+        """The indices of an epoch [len], in order: a permutation where shuffled."""
+        return random_state(seed, epoch).permutation(len(self)) if shuffle else np.arange(len(self))
+
+    def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
+        """The examples of one epoch, in that epoch's order."""
+        return (self[int(index)] for index in self.order(seed=seed, epoch=epoch, shuffle=shuffle))
+
+
+class TokenizedDataset(MapDataset):
+    """Examples held in memory as token ids (int32) and training flags, 5 bytes a token."""
+
+    def __init__(self, encoded: Iterable[Encoded], report: Report) -> None:
+        ids, trained, ends = array("i"), bytearray(), array("q", [0])
+        for example_ids, example_trained in encoded:
+            ids.extend(example_ids)
+            trained.extend(example_trained)
+            ends.append(len(ids))
+        self.report = report
+        self._ids = np.frombuffer(ids, dtype=np.int32)
+        self._trained = np.frombuffer(trained, dtype=np.bool_)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        part = slice(self._ends[index], self._ends[index + 1])
+        return make_example(self._ids[part], self._trained[part])
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """How the rows of a source become examples: which to keep, how to tokenize them, where to cut them."""
+
+    encode: Callable[[Row], Encoded]
+    max_seq_len: int | None
+    stop_ids: Collection[int]
+    keep: FilterFn | None = None
+
+    def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
+        """The rows that can be trained on, tokenized and cut; the report counts all of them on the way."""
+        for row in rows:
+            report.rows += 1
+            try:
+                if self.keep is not None and not _kept(self.keep, row):
+                    report.filtered += 1
+                    continue
+                whole_ids, whole_trained = self.encode(row)
+            except DataError as error:
+                raise DataError(f"{report.source}: row {report.rows}: {error}") from error
+            ids, trained = truncate(whole_ids, whole_trained, self.max_seq_len, self.stop_ids)
+            report.truncated += len(ids) < len(whole_ids)
+            if is_trainable(trained):
+                yield ids, trained
+            else:
+                report.untrainable += 1
+
+
+class StreamDataset(Dataset):
+    """Examples read and tokenized as they are needed; shuffled within a buffer of rows."""
+
+
+class RowStream(StreamDataset):
+    """The rows of a `datasets.IterableDataset`, tokenized on the way. The report counts from the start of the epoch."""
+
+    def __init__(
+        self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int
+    ) -> None:
+        self.report = Report(source)
+        self._rows = rows
+        self._encoder = encoder
+        self._shuffle_buffer = shuffle_buffer
+
+    def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
+        """The examples of one epoch, in that epoch's order.
+
+        Raises:
+            DataError: a row cannot be used, or the whole epoch had no example.
+        """
+        report = self.report = Report(self.report.source)
+        rows = self._rows
+        if shuffle:
+            buffer_seed = int(random_state(seed, epoch).integers(2**31))
+            rows = rows.shuffle(seed=buffer_seed, buffer_size=self._shuffle_buffer)
+        for ids, trained in self._encoder.encoded(read_stream(rows, report.source), report):
+            yield make_example(ids, trained)
+        check_not_empty(report)
+        _log_left_out(report)
+
+
+def build_dataset(
+    tokenizer: "Tokenizer", encode: Callable[[Row], Encoded], source: Source, filter_fn: FilterFn | str | None
+) -> Dataset:
+    """The dataset of a source: in memory, or a stream where source.streaming.
+
+    Raises:
+        ConfigError: source or filter_fn cannot be used.
+        DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
+    """
+    keep = resolve_filter(filter_fn)
+    encoder = RowEncoder(encode, tokenizer.max_seq_len, end_ids(tokenizer), keep)
+    rows = open_rows(source)
+    if source.streaming:
+        buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
+        return RowStream(rows, encoder, source=source.label, shuffle_buffer=buffer)
+    return tokenize_rows(rows, encoder, source.label)
+
+
+def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> TokenizedDataset:
+    """The dataset of some rows, tokenized now; with a progress bar on a terminal when it takes more than two seconds.
+
+    Raises:
+        DataError: a row cannot be used, or nothing can be trained on.
+    """
+    report = Report(source)
+    total = len(rows) if isinstance(rows, Sized) else None
+    with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
+        dataset = TokenizedDataset(encoder.encoded(progress, report), report)
+    check_not_empty(report)
+    _log_left_out(report)
+    return dataset
+
+
+def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The ids that may end a sequence: the tokenizer's stop ids and its eos."""
+    eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    return frozenset(tokenizer.stop_ids) | eos
+
+
+def resolve_filter(filter_fn: FilterFn | str | None) -> FilterFn | None:
+    """The filter function, found by its dotted path where it is text."""
+    return resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
+
+
+def _kept(keep: FilterFn, row: Row) -> bool:
+    answer: Any = keep(row)
+    if not isinstance(answer, bool | np.bool_):
+        raise DataError(f"filter_fn must return true or false: found {type_name(answer)}")
+    return bool(answer)
+
+
+def _log_left_out(report: Report) -> None:
+    if report.filtered or report.truncated or report.untrainable:
+        log.info("%s", report)
+
+
+def report_copy(report: Report) -> Report:
+    """The report as it stands now."""
+    return replace(report)

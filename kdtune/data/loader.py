@@ -1,0 +1,219 @@
+"""Batches in a fixed order, epoch after epoch, from any position."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from kdtune.data.batch import Batch, collate
+from kdtune.data.dataset import Dataset, MapDataset, Report, StreamDataset, report_copy
+from kdtune.data.transforms import Example
+from kdtune.errors import ConfigError, DataError
+
+Position: TypeAlias = tuple[int, int]
+"""(epoch, batch of that epoch), both from 0: the next batch to be handed out."""
+
+
+class Loader:
+    """An endless iterator of batches. What comes next depends only on the dataset, the settings and the position.
+
+    num_workers: processes that fetch and pad ahead (for a stream, whose rows are read in order, at most 1). They change
+    neither the order nor the position: batches fetched ahead do not count. In a stream, seek reads and drops what lies
+    before. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the dataset; for a
+    stream, those of the current epoch up to the last batch handed out.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: the dataset gives no batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        pad_id: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        for key, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ConfigError(f"{key}={value}: must be at least {least}")
+        if isinstance(dataset, StreamDataset) and num_workers > 1:
+            raise ConfigError(
+                f"num_workers={num_workers}: at most 1 for a streaming dataset, whose rows are read in order"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.report = dataset.report
+        self._settings = _Settings(batch_size, pad_id, shuffle, seed, drop_last)
+        self._num_workers = num_workers
+        self._position: Position = (0, 0)
+        self._ahead: Iterator[Any] | None = None
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"{dataset.report.source}: no batch to train on: {dataset.report.examples} examples with "
+                f"batch_size={batch_size} and drop_last={drop_last}; lower batch_size or set drop_last=false"
+            )
+
+    @property
+    def position(self) -> Position:
+        """The next batch to be handed out: (epoch, batch of that epoch), from (0, 0)."""
+        return self._position
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Batches an epoch; None for a stream, whose length is not known."""
+        return self._settings.batches(len(self.dataset)) if isinstance(self.dataset, MapDataset) else None
+
+    def __len__(self) -> int:
+        """Batches an epoch.
+
+        Raises:
+            TypeError: the dataset is a stream (see batches_per_epoch).
+        """
+        if self.batches_per_epoch is None:
+            raise TypeError("a streaming dataset has no length")
+        return self.batches_per_epoch
+
+    def seek(self, position: Sequence[int]) -> None:
+        """Goes to a position, as given by `position`; iteration then goes on exactly as if it had come there by itself.
+
+        Raises:
+            DataError: the position lies outside an epoch (for a stream, raised by the next batch).
+        """
+        epoch, batch = position
+        outside = self.batches_per_epoch is not None and batch >= self.batches_per_epoch
+        if epoch < 0 or batch < 0 or outside:
+            raise _outside(epoch, batch, self.batches_per_epoch, self.dataset)
+        self._position = (int(epoch), int(batch))
+        self._ahead = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The loader itself: iteration goes on from the position."""
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ahead is None:
+            self._ahead = iter(self._fetcher())
+        item = next(self._ahead)
+        if isinstance(item, DataError):
+            raise item
+        if isinstance(item, _StreamItem):
+            self._position, self.report = item.next_position, item.report
+            return item.batch
+        epoch, batch = self._position
+        self._position = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+        return item
+
+    def _fetcher(self) -> "DataLoader[Any]":
+        # A generator of its own: DataLoader would otherwise draw from the global one, and a resumed run would differ.
+        common: dict[str, Any] = {"num_workers": self._num_workers, "generator": torch.Generator().manual_seed(0)}
+        if isinstance(self.dataset, MapDataset):
+            indices = _IndexBatches(self.dataset, self._settings, self._position)
+            pad = partial(collate, pad_id=self._settings.pad_id)
+            return DataLoader(self.dataset, batch_sampler=indices, collate_fn=pad, **common)  # type: ignore[arg-type]
+        stream = _StreamBatches(self.dataset, self._settings, self._position)
+        return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **common)
+
+
+def batches(dataset: Dataset, batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """The batches of one pass over a dataset in its own order, the last one kept: what validation reads."""
+    for group in _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size):
+        yield collate(group, pad_id)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    batch_size: int
+    pad_id: int
+    shuffle: bool
+    seed: int
+    drop_last: bool
+
+    def batches(self, num_examples: int) -> int:
+        return num_examples // self.batch_size if self.drop_last else -(-num_examples // self.batch_size)
+
+
+class _IndexBatches:
+    """The indices of each batch from a position on, for ever."""
+
+    def __init__(self, dataset: MapDataset, settings: _Settings, start: Position) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._start = start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        settings, (epoch, first) = self._settings, self._start
+        while True:
+            order = self._dataset.order(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+            for batch in range(first, settings.batches(len(order))):
+                yield order[batch * settings.batch_size : (batch + 1) * settings.batch_size].tolist()
+            epoch, first = epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class _StreamItem:
+    batch: Batch
+    next_position: Position
+    report: Report
+
+
+class _StreamBatches(IterableDataset[Any]):
+    """The batches of a stream from a position on, for ever, each with the position after it.
+
+    An error is handed out as an item, so that it comes from a worker process with its own message.
+    """
+
+    def __init__(self, dataset: Dataset, settings: _Settings, start: Position) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._start = start
+
+    def __iter__(self) -> Iterator[_StreamItem | DataError]:
+        epoch, first = self._start
+        try:
+            while True:
+                yield from self._epoch(epoch, first)
+                epoch, first = epoch + 1, 0
+        except DataError as error:
+            yield error
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[_StreamItem]:
+        settings, waiting, count = self._settings, None, 0
+        examples = self._dataset.examples(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+        for group in _grouped(examples, settings.batch_size):
+            if settings.drop_last and len(group) < settings.batch_size:
+                break
+            count += 1
+            if waiting is not None:  # held back until it is known not to be the epoch's last
+                yield waiting
+            if count > first:
+                waiting = _StreamItem(
+                    collate(group, settings.pad_id), (epoch, count), report_copy(self._dataset.report)
+                )
+        if waiting is None:
+            raise _outside(epoch, first, count, self._dataset)
+        yield _StreamItem(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))
+
+
+def _grouped(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while group := list(islice(examples, size)):
+        yield group
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _outside(epoch: int, batch: int, length: int | None, dataset: Dataset) -> DataError:
+    return DataError(
+        f"{dataset.report.source}: no batch {batch} in epoch {epoch}: an epoch has {length} batches, counted from 0; "
+        "was the dataset or batch_size changed since the state was saved?"
+    )

@@ -1,0 +1,188 @@
+"""Several datasets mixed by weight."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from kdtune.config import instantiate
+from kdtune.data.dataset import Dataset, MapDataset, Order, Report, StreamDataset, random_state, total_report
+from kdtune.data.transforms import Example
+from kdtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+
+def mixed_dataset(
+    tokenizer: "Tokenizer",
+    *,
+    datasets: Sequence[Dataset | Mapping[str, Any]],
+    weights: Sequence[float],
+    epoch_length: int | None = None,
+) -> Dataset:
+    """A dataset whose examples come from several datasets, in proportion to weights (which need not sum to 1).
+
+    datasets: finished datasets, or builder nodes (`_component_: kdtune.data.alpaca_dataset, ...`), which are given the
+    tokenizer. epoch_length: examples an epoch. None: the sum of the datasets' lengths; with a stream among them, until
+    the first of them is read through. See MixedDataset and MixedStream for what an epoch holds.
+
+    Raises:
+        ConfigError: weights do not match the datasets, are not positive, or are too small to give an example an epoch.
+        DataError: what the builders raise.
+    """
+    shares = normalized_weights(weights, len(datasets))
+    if epoch_length is not None and epoch_length < 1:
+        raise ConfigError(f"epoch_length={epoch_length}: examples an epoch; at least 1, or null")
+    built = [instantiate(node, tokenizer=tokenizer) if isinstance(node, Mapping) else node for node in datasets]
+    if all(isinstance(dataset, MapDataset) for dataset in built):
+        return MixedDataset(cast(list[MapDataset], built), shares, epoch_length)
+    return MixedStream(built, shares, epoch_length)
+
+
+def normalized_weights(weights: Sequence[float], num_datasets: int) -> list[float]:
+    """The weights divided by their sum.
+
+    Raises:
+        ConfigError: there is not one weight for each dataset, or one is not a positive number.
+    """
+    if num_datasets == 0:
+        raise ConfigError("datasets: the list is empty; name at least one dataset")
+    if len(weights) != num_datasets:
+        raise ConfigError(
+            f"weights: {len(weights)} values for {num_datasets} datasets; give one weight for each dataset"
+        )
+    for number, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"weights[{number}]={weight}: must be a positive number; leave a dataset out to give it none"
+            )
+    return [weight / sum(weights) for weight in weights]
+
+
+class MixedDataset(MapDataset):
+    """Datasets in memory, mixed. An epoch takes exactly its share from each (rounded to whole examples).
+
+    Each dataset is gone through in its own order, from epoch to epoch where the last one stopped: no example comes back
+    before all of its dataset have been used. Shuffled, the datasets follow each other at random; if not, evenly spaced.
+    """
+
+    def __init__(
+        self, datasets: Sequence[MapDataset], shares: Sequence[float], epoch_length: int | None = None
+    ) -> None:
+        self.report = _mixed_report(datasets)
+        self._datasets = list(datasets)
+        self._starts = np.cumsum([0] + [dataset.size for dataset in datasets])
+        self._length = sum(len(dataset) for dataset in datasets) if epoch_length is None else epoch_length
+        self._quotas = whole_shares(shares, self._length)
+        for number, (quota, share) in enumerate(zip(self._quotas, shares, strict=True)):
+            if quota == 0:
+                raise ConfigError(
+                    f"weights[{number}]: a share of {share:.3g} of an epoch of {self._length} examples is no example; "
+                    "raise the weight or epoch_length, or leave the dataset out"
+                )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def size(self) -> int:
+        """Examples of all datasets together."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._datasets[number][index - int(self._starts[number])]
+
+    def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
+        """The indices of an epoch [len], in order."""
+        chosen = np.repeat(np.arange(len(self._datasets)), self._quotas)
+        if shuffle:
+            chosen = random_state(seed, epoch).permutation(chosen)
+        else:
+            spaced = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in self._quotas])
+            chosen = chosen[np.argsort(spaced, kind="stable")]
+        indices = np.empty(self._length, dtype=np.int64)
+        for number, start in enumerate(self._starts[:-1]):
+            indices[chosen == number] = start + self._part(number, seed=seed, epoch=epoch, shuffle=shuffle)
+        return indices
+
+    def _part(self, number: int, *, seed: int, epoch: int, shuffle: bool) -> Order:
+        """What the epoch takes of one dataset: its quota of the endless sequence of that dataset's own epochs."""
+        dataset, quota = self._datasets[number], self._quotas[number]
+        own_seed = _own_seed(seed, number)
+        first, last = epoch * quota, (epoch + 1) * quota
+        cycles = range(first // len(dataset), (last - 1) // len(dataset) + 1)
+        run = np.concatenate([dataset.order(seed=own_seed, epoch=cycle, shuffle=shuffle) for cycle in cycles])
+        offset = first - cycles.start * len(dataset)
+        return run[offset : offset + quota]
+
+
+class MixedStream(StreamDataset):
+    """Datasets mixed example by example, at least one of them a stream.
+
+    Shuffled, the dataset of each next example is drawn at random by weight; otherwise it is the one furthest behind its
+    share. An epoch ends after epoch_length examples, where datasets that run out start over; without it, as soon as one
+    runs out.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], shares: Sequence[float], epoch_length: int | None = None) -> None:
+        self._datasets = list(datasets)
+        self._shares = np.asarray(shares)
+        self._epoch_length = epoch_length
+
+    @property
+    def report(self) -> Report:  # type: ignore[override]  # computed: the datasets count while they are read
+        """The sum of the datasets' reports."""
+        return _mixed_report(self._datasets)
+
+    def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
+        """The examples of one epoch, in that epoch's order."""
+        # A dataset that starts over within an epoch does so in an order of its own: its pass is part of its seed.
+        passes = [0] * len(self._datasets)
+        running = [self._pass(number, 0, seed, epoch, shuffle) for number in range(len(self._datasets))]
+        for number in islice(self._choices(seed, epoch, shuffle), self._epoch_length):
+            example = next(running[number], None)
+            if example is None:
+                if self._epoch_length is None:
+                    return
+                passes[number] += 1
+                running[number] = self._pass(number, passes[number], seed, epoch, shuffle)
+                example = next(running[number])
+            yield example
+
+    def _pass(self, number: int, repeat: int, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
+        own_seed = _own_seed(seed, number, repeat)
+        return self._datasets[number].examples(seed=own_seed, epoch=epoch, shuffle=shuffle)
+
+    def _choices(self, seed: int, epoch: int, shuffle: bool) -> Iterator[int]:
+        """The number of the dataset that each next example comes from, for ever."""
+        random, taken = random_state(seed, epoch), np.zeros(len(self._datasets))
+        while True:
+            if shuffle:
+                yield int(random.choice(len(self._shares), p=self._shares))
+            else:
+                number = int(np.argmax(self._shares * (taken.sum() + 1) - taken))
+                taken[number] += 1
+                yield number
+
+
+def whole_shares(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to total, in proportion to shares: rounded down, the largest remainders up."""
+    exact = np.asarray(shares) * total
+    whole = np.floor(exact).astype(np.int64)
+    up = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]
+    whole[up] += 1
+    return [int(count) for count in whole]
+
+
+def _own_seed(*key: int) -> int:
+    return int(random_state(*key).integers(2**31))
+
+
+def _mixed_report(datasets: Sequence[Dataset]) -> Report:
+    return total_report(
+        [dataset.report for dataset in datasets], " + ".join(dataset.report.source for dataset in datasets)
+    )

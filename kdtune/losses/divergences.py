@@ -1,0 +1,28 @@
+"""Divergences between next-token distributions: pure functions of log-probabilities, one value a token.
+
+Shapes: N tokens, V vocabulary. A divergence is any `f(student_logp_NV, teacher_logp_NV) -> [N]` that autograd can
+differentiate with respect to its first argument; the losses take care of masks, vocabularies, chunks and the softmax.
+"""
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """KL(teacher || student) of every token in nats, [N]; 0 where the two agree.
+
+    sum_v p_v (log p_v - log q_v) with p the teacher's and q the student's probabilities, at temperature 1: Hinton,
+    Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The paper trains on
+    the cross entropy -sum_v p_v log q_v; subtracting the teacher's entropy leaves the gradient as it is and makes the
+    value 0 at a match.
+
+    Arguments are natural log-probabilities, each row summing to 1, at least fp32 (half precision is raised to fp32,
+    float64 stays). Ids to which the teacher gives no probability add 0, whatever the student says; a token is inf
+    where the student excludes (-inf) an id to which the teacher gives some.
+    """
+    dtype = torch.promote_types(student_logp_NV.dtype, torch.float32)
+    student_logp_NV, teacher_logp_NV = student_logp_NV.to(dtype), teacher_logp_NV.to(dtype)
+    teacher_p_NV = teacher_logp_NV.exp()
+    # Masked before the product: 0 * inf would be NaN, in the value and in its gradient.
+    log_ratio_NV = (teacher_logp_NV - student_logp_NV).masked_fill(teacher_p_NV == 0, 0.0)
+    return (teacher_p_NV * log_ratio_NV).sum(-1)

@@ -1,0 +1,254 @@
+"""Output projection, softmax, loss and gradient, chunk by chunk: the [tokens, vocabulary] logits never exist.
+
+For each chunk, student and teacher are projected, the loss is differentiated with respect to the student's logits while
+they are still there, and the result is multiplied straight back into the gradients of hidden states and head. The
+backward pass only scales what the forward pass has stored, and memory does not grow with the number of tokens.
+
+With g the gradient of a token's loss with respect to its log-probabilities, found by autograd on the divergence alone,
+the gradient with respect to its logits is g - softmax * sum(g). That is what lets any divergence through.
+
+Shapes: T positions of the batch, N valid tokens among them, C tokens of a chunk, R tokens of a block of a chunk,
+V vocabulary shared by student and teacher, D embedding width (the student's and the teacher's may differ).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.errors import TrainingError
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+# The sizes below were chosen with bench/loss.py.
+# Logits of a chunk, for each of the two models: more makes the matrix products a little faster.
+CHUNK_BYTES = 128 * 2**20
+# On a CPU, softmax and divergence run on blocks of a chunk's rows, small enough for their temporaries to stay in cache.
+CPU_BLOCK_BYTES = 8 * 2**20
+# Where half-precision products cannot be summed in fp32, a head is raised to fp32 by tiles of its rows.
+TILE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T. It may have rows beyond V."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to compare the student with, and how: everything that is not differentiated."""
+
+    positions_N: Tensor  # the valid tokens among the T positions
+    labels_N: Tensor  # their targets, below vocab_size
+    vocab_size: int  # ids that count: both heads are cut to their first vocab_size rows
+    teacher: Projection | None  # None: cross entropy only, with kd_ratio 0
+    divergence: Divergence
+    kd_ratio: float
+    chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the valid tokens. kd and agreement are None without a teacher; only total has a gradient."""
+
+    total: Tensor  # (1 - kd_ratio) * ce + kd_ratio * kd
+    ce: Tensor
+    kd: Tensor | None
+    agreement: Tensor | None  # tokens to which both models give the same most likely id
+
+
+def fused_linear_kd(student: Projection, task: Task) -> Sums:
+    """The loss and its parts, in fp32 or, for float64 hidden states, in float64.
+
+    Gradients go to the student's hidden states and, where it requires one, to its weight; not to the teacher.
+    """
+    return Sums(*_FusedLinear.apply(student.hidden_TD, student.weight_VD, task, torch.is_grad_enabled()))
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, task: Task, with_grad: bool
+    ) -> tuple[Tensor | None, ...]:
+        needs_hidden, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        # Summed over all chunks, hence not in half precision.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_sum_dtype(hidden_TD)) if needs_weight else None
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            sums = _run_chunks(Projection(hidden_TD, weight_VD), task, grad_hidden_TD, grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(*(part for part in (sums.ce, sums.kd, sums.agreement) if part is not None))
+        return sums.total, sums.ce, sums.kd, sums.agreement
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # that is, create_graph=True: the result would silently be taken for a constant
+            raise TrainingError(
+                "the fused loss has no second derivative: backward got create_graph=True; allowed is False; "
+                "for second derivatives use CrossEntropyLoss and ForwardKLLoss on plain logits"
+            )
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD * grad_total
+        if grad_weight_VD is not None:
+            # In place, for a second matrix would cost as much as the head. Autograd's version check then refuses a
+            # second backward through the same graph.
+            grad_weight_VD = grad_weight_VD.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None
+
+
+def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
+    """The sums over all chunks. The gradients of the total are written into the given tensors, where there are any."""
+    num_tokens, dtype = len(task.labels_N), _sum_dtype(student.hidden_TD)
+    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (task.vocab_size * dtype.itemsize))
+    # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
+    student_buffer = student.hidden_TD.new_empty(min(chunk_size, num_tokens), task.vocab_size, dtype=dtype)
+    teacher_buffer = torch.empty_like(student_buffer) if task.teacher else None
+    ce_N = student_buffer.new_zeros(num_tokens)
+    kd_N, agreement_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N)
+
+    for chunk in _slices(num_tokens, chunk_size):
+        positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
+        hidden_CD = student.hidden_TD[positions_C]
+        logits_CV = _project(hidden_CD, student.weight_VD, student_buffer)
+        teacher_CV = None
+        if task.teacher is not None and teacher_buffer is not None:
+            teacher_CV = _project(task.teacher.hidden_TD[positions_C], task.teacher.weight_VD, teacher_buffer)
+        needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
+        for block in _slices(len(labels_C), _block_size(logits_CV)):
+            teacher_RV = None if teacher_CV is None else teacher_CV[block]
+            parts = _compare_(logits_CV[block], teacher_RV, labels_C[block], task, needs_grad)
+            ce_N[chunk][block], kd_N[chunk][block], agreement_N[chunk][block] = parts
+        # From here on, logits_CV holds the gradient with respect to the logits.
+        if grad_hidden_TD is not None:
+            grad_hidden_TD[positions_C] = _hidden_grad(logits_CV, hidden_CD, student.weight_VD)
+        if grad_weight_VD is not None:
+            _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, _operand_dtype(hidden_CD, student.weight_VD))
+
+    ce, kd = ce_N.sum(), kd_N.sum()
+    # A part of weight 0 is left out, not multiplied by 0: it may be infinite.
+    total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
+    return Sums(total, ce, *((kd, agreement_N.sum()) if task.teacher else (None, None)))
+
+
+def _compare_(
+    logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, task: Task, needs_grad: bool
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """Cross entropy, divergence and agreement of each token. If needs_grad, logits_RV becomes the loss's gradient."""
+    logp_RV = logits_RV.log_softmax(-1)
+    ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
+    kd_R: Tensor | float = 0.0
+    agreement_R: Tensor | float = 0.0
+    grad_logp_RV = None
+    if teacher_RV is not None:
+        agreement_R = (logits_RV.argmax(-1) == teacher_RV.argmax(-1)).to(ce_R.dtype)
+        with torch.set_grad_enabled(needs_grad):
+            kd_R = task.divergence(logp_RV.requires_grad_(needs_grad), teacher_RV.log_softmax(-1))
+        if needs_grad:
+            (grad_logp_RV,) = torch.autograd.grad(kd_R, logp_RV, torch.full_like(kd_R, task.kd_ratio))
+        kd_R = kd_R.detach()
+    if needs_grad:
+        _logit_grad(logp_RV.detach(), grad_logp_RV, labels_R, task.kd_ratio, out_RV=logits_RV)
+    return ce_R.detach(), kd_R, agreement_R
+
+
+def _logit_grad(
+    logp_RV: Tensor, grad_logp_RV: Tensor | None, labels_R: Tensor, kd_ratio: float, *, out_RV: Tensor
+) -> None:
+    """Writes g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
+
+    The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere.
+    """
+    p_RV = logp_RV.exp()
+    if grad_logp_RV is None:
+        torch.mul(p_RV, 1 - kd_ratio, out=out_RV)
+    else:
+        sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
+        torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
+    out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio
+
+
+# ---- Matrix products: operands as they are where torch sums them in the wanted dtype, else raised to it tile by tile.
+
+
+def _sum_dtype(hidden_TD: Tensor) -> torch.dtype:
+    """fp32, or the wider dtype of the hidden states."""
+    return torch.promote_types(hidden_TD.dtype, torch.float32)
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which hidden states and weight are multiplied so that the result is exact to `_sum_dtype`.
+
+    CUDA multiplies bf16 into an fp32 result; other devices round the result to bf16, so there both are raised first.
+    """
+    native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if native else _sum_dtype(hidden)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The product of two matrices, computed to the precision of out's dtype."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Adds the product of two matrices to out, computed to the precision of out's dtype."""
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def _tiles(weight_VD: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The first vocab_size rows of a head in `dtype` and their place: at once if that takes no copy, else by tiles."""
+    if weight_VD.dtype == dtype:
+        yield slice(0, vocab_size), weight_VD[:vocab_size]
+        return
+    rows = min(vocab_size, max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize)))
+    buffer = weight_VD.new_empty(rows, weight_VD.shape[1], dtype=dtype)
+    for tile in _slices(vocab_size, rows):
+        yield tile, buffer[: tile.stop - tile.start].copy_(weight_VD[tile])
+
+
+def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
+    """Logits [C, V] of a chunk, in the first rows of the buffer."""
+    logits_CV = buffer[: len(hidden_CD)]
+    dtype = _operand_dtype(hidden_CD, weight_VD)
+    hidden_CD = hidden_CD.to(dtype)
+    for tile, weight in _tiles(weight_VD, logits_CV.shape[1], dtype):
+        _mm(hidden_CD, weight.T, out=logits_CV[:, tile])
+    return logits_CV
+
+
+def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Gradient [C, D] of the hidden states, in their dtype."""
+    dtype = _operand_dtype(hidden_CD, weight_VD)
+    grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
+    for tile, weight in _tiles(weight_VD, grad_logits_CV.shape[1], dtype):
+        _addmm_(grad_CD, grad_logits_CV[:, tile].to(dtype), weight)
+    return grad_CD.to(hidden_CD.dtype)
+
+
+def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, dtype: torch.dtype) -> None:
+    """Adds a chunk's share to the gradient of the head's first V rows."""
+    hidden_CD = hidden_CD.to(dtype)
+    for tile in _slices(
+        grad_logits_CV.shape[1], max(1, TILE_BYTES // (grad_weight_VD.shape[1] * grad_weight_VD.element_size()))
+    ):
+        _addmm_(grad_weight_VD[tile], grad_logits_CV[:, tile].T.to(dtype), hidden_CD)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of about equal length, none longer than size, that cover range(length)."""
+    count = math.ceil(length / size)
+    return (slice(i * length // count, (i + 1) * length // count) for i in range(count))
+
+
+def _block_size(logits_CV: Tensor) -> int:
+    """Rows of a chunk on which softmax and divergence run at once: all of them, except on a CPU."""
+    if logits_CV.device.type != "cpu":
+        return len(logits_CV)
+    return max(1, CPU_BLOCK_BYTES // (logits_CV.shape[1] * logits_CV.element_size()))

@@ -1,0 +1,156 @@
+"""The losses a user names: means of plain logits, and KDLoss, which takes hidden states and returns a sum.
+
+Labels are already shifted (labels[b, t] is the target of position t) and IGNORE_INDEX where there is none.
+Shapes: B batch, S sequence, N valid tokens, V vocabulary, D embedding.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtune.constants import IGNORE_INDEX
+from kdtune.errors import ConfigError, DataError, TrainingError
+from kdtune.losses.divergences import forward_kl
+from kdtune.losses.fused_linear import Divergence, Projection, Task, fused_linear_kd
+from kdtune.losses.signal import Signal
+
+
+class CrossEntropyLoss:
+    """Cross entropy of plain logits with the labels: the mean over valid tokens in nats, 0 if there are none."""
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [B, S, V] or [N, V]; labels of the same leading shape. The softmax is in fp32 or wider."""
+        valid = _valid_tokens(labels, logits.shape, logits.shape[-1])
+        return F.cross_entropy(_raised(logits[valid]), labels[valid], reduction="sum") / valid.sum().clamp(min=1)
+
+
+class ForwardKLLoss:
+    """KL(teacher || student) of plain logits: the mean over valid tokens in nats, 0 if there are none.
+
+    See `kdtune.losses.forward_kl`. The teacher is a constant: no gradient reaches its logits.
+    """
+
+    divergence: Divergence = staticmethod(forward_kl)
+
+    def __call__(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Both logits [B, S, V] or [N, V]; where their V differ, both are cut to the shared ids before the softmax."""
+        vocab_size = min(logits.shape[-1], teacher_logits.shape[-1])
+        valid = _valid_tokens(labels, logits.shape, vocab_size)
+        _check_positions("teacher logits", teacher_logits.shape, labels)
+        student_NV, teacher_NV = (
+            _raised(x[valid][:, :vocab_size]).log_softmax(-1) for x in (logits, teacher_logits.detach())
+        )
+        return self.divergence(student_NV, teacher_NV).sum() / valid.sum().clamp(min=1)
+
+
+class DivergenceLoss(Protocol):
+    """A loss whose divergence KDLoss can use: `divergence(student_logp_NV, teacher_logp_NV) -> [N]`."""
+
+    divergence: Divergence
+
+
+_FORWARD_KL = ForwardKLLoss()
+
+
+class KDLoss:
+    """Cross entropy and distillation from hidden states, summed over valid tokens: (1 - kd_ratio) * ce + kd_ratio * kd.
+
+    Neither model's [B, S, V] logits ever exist (see `kdtune.losses.fused_linear`). Divide by the number of valid tokens
+    of the whole optimizer step, over micro-batches and ranks, before backward.
+
+    Args:
+        kd_loss: gives the divergence, in its `divergence` attribute.
+        kd_ratio: weight of the divergence, 0 to 1. At 0 the teacher is not computed and may be missing.
+        chunk_size: tokens projected at a time; None: as many as fit a fixed number of bytes.
+    """
+
+    def __init__(
+        self, kd_loss: DivergenceLoss = _FORWARD_KL, *, kd_ratio: float = 0.5, chunk_size: int | None = None
+    ) -> None:
+        if not 0.0 <= kd_ratio <= 1.0:
+            raise ConfigError(
+                f"kd_ratio is outside its range: {kd_ratio}; allowed is 0 (cross entropy only) to 1 (distillation only)"
+            )
+        if chunk_size is not None and chunk_size < 1:
+            raise ConfigError(
+                f"chunk_size is not a number of tokens: {chunk_size}; allowed is 1 or more; null chooses it by memory"
+            )
+        self.divergence = kd_loss.divergence
+        self.kd_ratio = kd_ratio
+        self.chunk_size = chunk_size
+
+    def __call__(
+        self, hidden_BSD: Tensor, output: nn.Linear, signal: Signal | None, labels_BS: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the other two.
+
+        These are "kd_loss", the divergence, and "agreement", the number of tokens to which both models give the same
+        most likely id. The softmax is over the ids
+        that both heads have. Softmax and sums are in fp32 (float64 for float64 hidden states).
+        """
+        student = Projection(hidden_BSD.flatten(0, 1), _head_weight("student", output))
+        teacher = None
+        if self.kd_ratio > 0:
+            if signal is None:
+                raise ConfigError(f"a teacher is missing: kd_ratio is {self.kd_ratio}; without a teacher it must be 0")
+            _check_positions("teacher hidden states", signal.hidden_BSD.shape, labels_BS)
+            teacher = Projection(signal.hidden_BSD.detach().flatten(0, 1), _head_weight("teacher", signal.output))
+        vocab_size = min(len(head.weight_VD) for head in (student, teacher) if head)
+        valid_BS = _valid_tokens(labels_BS, hidden_BSD.shape, vocab_size)
+        task = Task(
+            positions_N=valid_BS.flatten().nonzero().squeeze(1),
+            labels_N=labels_BS[valid_BS],
+            vocab_size=vocab_size,
+            teacher=teacher,
+            divergence=self.divergence,
+            kd_ratio=self.kd_ratio,
+            chunk_size=self.chunk_size,
+        )
+        sums = fused_linear_kd(student, task)
+        parts = {"class_loss": sums.ce, "kd_loss": sums.kd, "agreement": sums.agreement}
+        return sums.total, {name: part for name, part in parts.items() if part is not None}
+
+
+def _raised(logits: Tensor) -> Tensor:
+    """The logits in fp32, or as they are if they are wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _valid_tokens(labels: Tensor, shape: torch.Size, vocab_size: int) -> Tensor:
+    """Where labels are not IGNORE_INDEX (bool, labels' shape), once they are known to fit the model's output."""
+    _check_positions("student logits or hidden states", shape, labels)
+    valid = labels != IGNORE_INDEX
+    wrong = labels[valid & ((labels < 0) | (labels >= vocab_size))]
+    if wrong.numel():
+        raise DataError(
+            f"a label is not an id of the vocabulary: {wrong[0].item()}; allowed are 0 to {vocab_size - 1}, which all "
+            f"models of this loss have, and {IGNORE_INDEX} (ignored); use the tokenizer that belongs to the models"
+        )
+    return valid
+
+
+def _check_positions(name: str, shape: torch.Size, labels: Tensor) -> None:
+    if shape[:-1] != labels.shape:
+        raise TrainingError(
+            f"{name} do not belong to the labels: shape {tuple(shape)} for labels of {tuple(labels.shape)}; all but "
+            "the last dimension must be the labels' shape; make both from the same batch"
+        )
+
+
+def _head_weight(owner: str, output: nn.Module) -> Tensor:
+    """The head's weight [V, D], if its product with the hidden states is all that the head does."""
+    plain = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward
+    if not plain:
+        found = f"a {type(output).__name__}"
+    elif output.bias is not None:
+        found = f"a {type(output).__name__} with a bias"
+    elif type(output.weight) not in (Tensor, nn.Parameter):
+        found = f"a {type(output).__name__} whose weight is a {type(output.weight).__name__}"
+    else:
+        return output.weight
+    raise ConfigError(
+        f"the {owner}'s output head cannot be fused with the loss: it is {found}; allowed is a torch.nn.Linear without "
+        "bias whose weight is a plain matrix; leave the head out of quantization, adapters and sharding"
+    )

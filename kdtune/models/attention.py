@@ -1,0 +1,60 @@
+"""Grouped-query causal attention (arXiv 2305.13245).
+
+Shape suffixes: B batch, S new tokens, T tokens attended to (held by the cache and new), D embedding, H query heads,
+K key/value heads, E head dim.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdtune.models.kv_cache import LayerCache
+from kdtune.models.rope import rotate
+
+
+class Attention(nn.Module):
+    """Query heads in groups that share one key and one value head."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False)
+        self.output_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        cache_length: int = 0,
+    ) -> Tensor:
+        """[B, S, D] to [B, S, D].
+
+        ``mask`` is bool, broadcastable to [B, 1, S, T], True where a query may see a key; None is causal. With a cache
+        that already holds tokens, None is right for a single new token only.
+        """
+        heads = (*hidden_BSD.shape[:2], -1, self.head_dim)
+        q_BHSE = rotate(self.q_proj(hidden_BSD).view(heads), rope).transpose(1, 2)
+        k_BKTE = rotate(self.k_proj(hidden_BSD).view(heads), rope).transpose(1, 2)
+        v_BKTE = self.v_proj(hidden_BSD).view(heads).transpose(1, 2)
+        if cache is not None:
+            k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
+        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask)
+        return self.output_proj(out_BHSE.transpose(1, 2).flatten(2))
+
+
+def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query."""
+    groups = q_BHSE.shape[1] // k_BKTE.shape[1]
+    # Only CUDA's flash kernel reads shared heads without copying them; its other kernels would fall back to one that
+    # holds all scores, and on the CPU both ways take equally long.
+    shared = groups > 1 and mask is None and q_BHSE.is_cuda and q_BHSE.dtype in (torch.bfloat16, torch.float16)
+    if groups > 1 and not shared:
+        k_BKTE = k_BKTE.repeat_interleave(groups, dim=1)
+        v_BKTE = v_BKTE.repeat_interleave(groups, dim=1)
+    return functional.scaled_dot_product_attention(
+        q_BHSE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and q_BHSE.shape[2] > 1, enable_gqa=shared
+    )

@@ -1,0 +1,69 @@
+"""Keys and values of the tokens a model has already seen, for generation.
+
+Shape suffixes: B batch, S new tokens, K key/value heads, C capacity of the cache, P tokens held, E head dim.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdtune.models.transformer import TransformerConfig
+
+
+class LayerCache:
+    """One layer's keys and values."""
+
+    def __init__(self, keys_BKCE: Tensor, values_BKCE: Tensor) -> None:
+        self._keys_BKCE = keys_BKCE
+        self._values_BKCE = values_BKCE
+
+    def store(self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values at ``start``; returns all up to their end, views [B, K, start + S, E]."""
+        end = start + keys_BKSE.shape[2]
+        self._keys_BKCE[:, :, start:end] = keys_BKSE
+        self._values_BKCE[:, :, start:end] = values_BKSE
+        return self._keys_BKCE[:, :, :end], self._values_BKCE[:, :, :end]
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once for ``max_seq_len`` tokens a sequence.
+
+    Pass it to ``Transformer.forward`` with the new tokens only; forward appends them and moves ``length`` on.
+    For inference: the writes are in place, so nothing can be differentiated through them.
+    """
+
+    def __init__(
+        self,
+        config: "TransformerConfig",
+        batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, config.num_kv_heads, max_seq_len, config.head_dim)
+        self.batch_size = batch_size
+        self.max_seq_len = max_seq_len
+        self.length = 0
+        self.layers = [
+            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+
+    def check_room(self, tokens_BS: Tensor) -> None:
+        """Raises ValueError where the new tokens do not fit."""
+        batch_size, num_new = tokens_BS.shape
+        if batch_size != self.batch_size:
+            raise ValueError(f"KVCache: a batch of {batch_size} sequences; this cache was made for {self.batch_size}")
+        if self.length + num_new > self.max_seq_len:
+            raise ValueError(
+                f"KVCache: {self.length} tokens held and {num_new} new ones; it has room for {self.max_seq_len}: "
+                "make it with a larger max_seq_len"
+            )
+
+    def truncate(self, length: int = 0) -> None:
+        """Forgets all tokens from position ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache.truncate: length={length}; allowed: 0 to {self.length}, the tokens held")
+        self.length = length

@@ -1,0 +1,1 @@
+"""The Llama family, and SmolLM2, which shares its architecture: sizes, builders, and other formats' names."""

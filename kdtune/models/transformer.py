@@ -1,0 +1,173 @@
+"""The Llama decoder: plain modules that know nothing of files, configs, devices, adapters or parallelism.
+
+Shape suffixes: B batch, S sequence, T tokens attended to, D embedding, H heads, K kv heads, E head dim, V vocabulary,
+F feed-forward.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdtune.errors import ConfigError
+from kdtune.models.attention import Attention
+from kdtune.models.feed_forward import FeedForward
+from kdtune.models.kv_cache import KVCache, LayerCache
+from kdtune.models.rope import RopeScaling, inverse_frequencies, rope_tables
+
+# Standard deviation of a fresh model's weights: what Llama and GPT-2 start from.
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that decides a decoder's shape and arithmetic.
+
+    ``max_seq_len`` is the context the weights were trained for; forward does not enforce it.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_dim: int
+    max_seq_len: int
+    norm_eps: float
+    rope_base: float
+    rope_scaling: RopeScaling | None
+    tie_embeddings: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("rope_scaling", "tie_embeddings") and value <= 0:
+                raise ConfigError(f"{field.name}={value}: must be above 0")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (arXiv 1910.07467): the statistics in fp32, the gain in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Same shape and dtype as the input; computed in fp32 and rounded once, before the gain, as Llama does."""
+        return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.attn = Attention(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp = FeedForward(config.embed_dim, config.intermediate_dim)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        cache_length: int = 0,
+    ) -> Tensor:
+        """[B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
+        hidden_BSD = hidden_BSD + self.attn(self.attn_norm(hidden_BSD), rope, mask, cache, cache_length)
+        return hidden_BSD + self.mlp(self.mlp_norm(hidden_BSD))
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model of the Llama family, built on the current default device and dtype."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+        # A tied head needs no memory of its own, not even for a moment.
+        head_device = "meta" if config.tie_embeddings else None
+        self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False, device=head_device)
+        # A plain attribute, not a buffer: to_empty, .to(bfloat16) and checkpoints must not touch it.
+        self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+        self.tie_weights()
+        self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Makes the head share the embeddings' Parameter where the config says so.
+
+        Call it again after ``to_empty`` or ``load_state_dict(assign=True)``, which give each its own.
+        """
+        if self.config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights from N(0, 0.02²) and sets the norms' gains to 1."""
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=INIT_STD)
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The tables every layer of one forward shares, for positions [S] or [B, S]."""
+        return rope_tables(positions, self._inverse_frequencies, dtype)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        input_pos: Tensor | None = None,
+        mask: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor:
+        """Logits [B, S, V], or with ``return_hidden`` the hidden states [B, S, D] after the final norm.
+
+        Args:
+            tokens_BS: Token ids. Right-padded batches need no mask: attention is causal.
+            input_pos: Position of each token, [S] or [B, S]; None counts on from what the cache holds, or from 0.
+            mask: Bool, [B, S, T] or broadcastable to it, True where a token may attend; None is causal. T is S, plus
+                the tokens the cache already holds.
+            kv_cache: Holds the tokens before these; these are appended to it.
+            return_hidden: For losses that project chunk by chunk, so that [B, S, V] never exists.
+        """
+        num_held = 0
+        if kv_cache is not None:
+            kv_cache.check_room(tokens_BS)
+            num_held = kv_cache.length
+        num_new = tokens_BS.shape[1]
+        if input_pos is None:
+            input_pos = torch.arange(num_held, num_held + num_new, device=tokens_BS.device)
+        mask = _attention_mask(mask, num_held, num_new, tokens_BS.device)
+        hidden_BSD = self.tok_embeddings(tokens_BS)
+        rope = self.rope(input_pos, hidden_BSD.dtype)
+        for index, layer in enumerate(self.layers):
+            cache = None if kv_cache is None else kv_cache.layers[index]
+            hidden_BSD = layer(hidden_BSD, rope, mask, cache, num_held)
+        if kv_cache is not None:
+            kv_cache.length += num_new
+        hidden_BSD = self.norm(hidden_BSD)
+        return hidden_BSD if return_hidden else self.output(hidden_BSD)
+
+
+def _attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: torch.device) -> Tensor | None:
+    """The mask with a heads dimension, [B, 1, S, T]; None where the causal fast path is right."""
+    if mask is not None:
+        return mask[..., None, :, :]
+    if num_held == 0 or num_new == 1:
+        return None
+    # Several new tokens after held ones: the fast path would align the causal triangle with the first key.
+    return torch.ones(num_new, num_held + num_new, dtype=torch.bool, device=device).tril(num_held)

@@ -1,0 +1,5 @@
+"""Teachers: `teacher(batch)` gives the signal that a loss compares the student with."""
+
+from kdtune.teachers.online import OnlineTeacher
+
+__all__ = ["OnlineTeacher"]

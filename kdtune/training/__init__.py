@@ -1,0 +1,70 @@
+"""What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
+
+from kdtune.training.clip import check_finite, clip_grad_norm_
+from kdtune.training.interrupt import InterruptFlag
+from kdtune.training.loggers import (
+    JSONLLogger,
+    MetricLogger,
+    TensorBoardLogger,
+    WandBLogger,
+    read_metrics,
+    truncate_metrics,
+)
+from kdtune.training.memory import memory_stats, reset_peak_memory
+from kdtune.training.metrics import Metrics
+from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
+from kdtune.training.plot import VALIDATION_PREFIX, plot_losses
+from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
+from kdtune.training.profiling import Profiler
+from kdtune.training.progress import ProgressBar
+from kdtune.training.report import comparison_table
+from kdtune.training.schedules import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_exponential_schedule_with_warmup,
+    get_inverse_sqrt_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
+from kdtune.training.seed import set_seed
+from kdtune.training.steps import count_steps, enter_epoch, take_micro_batches
+from kdtune.training.table import format_table
+
+__all__ = [
+    "VALIDATION_PREFIX",
+    "InterruptFlag",
+    "JSONLLogger",
+    "MetricLogger",
+    "Metrics",
+    "Muon",
+    "Profiler",
+    "ProgressBar",
+    "TensorBoardLogger",
+    "WandBLogger",
+    "adamw",
+    "check_finite",
+    "clip_grad_norm_",
+    "comparison_table",
+    "count_steps",
+    "decay_groups",
+    "device_problems",
+    "dtype_from_name",
+    "enter_epoch",
+    "format_table",
+    "get_constant_schedule_with_warmup",
+    "get_cosine_schedule_with_warmup",
+    "get_exponential_schedule_with_warmup",
+    "get_inverse_sqrt_schedule_with_warmup",
+    "get_linear_schedule_with_warmup",
+    "get_wsd_schedule",
+    "is_muon_weight",
+    "memory_stats",
+    "plot_losses",
+    "read_metrics",
+    "reset_peak_memory",
+    "resolve_device",
+    "set_seed",
+    "take_micro_batches",
+    "trainable_parameters",
+    "truncate_metrics",
+]

@@ -1,0 +1,149 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard or Weights & Biases if the config names one."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+from kdtune.errors import CheckpointError, ConfigError
+
+
+class MetricLogger(Protocol):
+    """What a config's `metric_logger` must be."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record named numbers of an optimizer step (1 is the first)."""
+
+    def close(self) -> None:
+        """Write what is still held."""
+
+
+class JSONLLogger:
+    """Appends a JSON object a line, `step` first, floats unrounded (a non-finite one as null), flushed at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
+        self._file.write(_line({"step": step, **values}))
+        self._file.flush()
+
+    def truncate_to(self, step: int) -> None:
+        """Cut every line after `step`, for a run that goes on from there; see `truncate_metrics`."""
+        self._file.close()
+        truncate_metrics(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file; everything logged is already in it."""
+        self._file.close()
+
+    def __enter__(self) -> "JSONLLogger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, a torn last line (a killed writer's) left out.
+
+    Raises:
+        CheckpointError: if any other line is not a JSON object with a `step`.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise CheckpointError(
+                f"{path}: line {number} must be a JSON object with a step, is {line[:60]!r}; remove it"
+            )
+        rows.append(row)
+    return rows
+
+
+def truncate_metrics(path: str | Path, step: int) -> None:
+    """Keep a metrics.jsonl's lines up to and including `step`, without a torn last one. Atomic."""
+    path = Path(path)
+    kept = [_line(row) for row in read_metrics(path) if row["step"] <= step]
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class TensorBoardLogger:
+    """Writes scalars for TensorBoard into the folder `log_dir`. Needs `pip install 'kdtune[tensorboard]'`."""
+
+    def __init__(self, log_dir: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing_extra("TensorBoardLogger", "tensorboard") from error
+        self._writer = SummaryWriter(log_dir)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record the step's numbers as scalars."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is still held."""
+        self._writer.close()
+
+
+class WandBLogger:
+    """Sends numbers to Weights & Biases; the arguments are `wandb.init`'s. Needs `pip install 'kdtune[wandb]'`.
+
+    `log_dir` is where wandb keeps its files; None: where wandb likes.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        entity: str | None = None,
+        group: str | None = None,
+        name: str | None = None,
+        log_dir: str | None = None,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing_extra("WandBLogger", "wandb") from error
+        self._run = wandb.init(project=project, entity=entity, group=group, name=name, dir=log_dir)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send the step's numbers."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _missing_extra(logger: str, extra: str) -> ConfigError:
+    return ConfigError(
+        f"metric_logger: {logger} needs the package {extra}, which is not installed; run pip install 'kdtune[{extra}]' "
+        "or leave metric_logger out (metrics.jsonl is written anyway)"
+    )

@@ -1,0 +1,71 @@
+"""What a step's loss was, per token, without stopping the device between micro-batches."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kdtune.errors import TrainingError
+
+
+class Metrics:
+    """Accumulates sums over micro-batches and gives means per valid token.
+
+    The sums stay on their device as they come; `pop` fetches them all in one transfer and adds them in float64.
+
+    Args:
+        clock: seconds, for the speed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        self._num_valid_tokens = 0
+        self._num_tokens = 0
+        self._started = clock()
+
+    def add(self, parts: Mapping[str, torch.Tensor], *, num_valid_tokens: int, num_tokens: int = 0) -> None:
+        """Add a micro-batch: 0-d sums over its `num_valid_tokens` labels; `num_tokens` counts its unpadded tokens."""
+        for name, value in parts.items():
+            self._sums[name].append(value.detach())
+        self._num_valid_tokens += num_valid_tokens
+        self._num_tokens += num_tokens
+
+    def restart_clock(self) -> None:
+        """Leave out of the next speed what went by until now (a validation, a save)."""
+        self._started = self._clock()
+
+    def pop(self) -> dict[str, float]:
+        """Mean per valid token of every part, `num_valid_tokens`, `tokens_per_second`; then starts anew.
+
+        Raises:
+            TrainingError: if there was no valid token to average over.
+        """
+        if self._num_valid_tokens == 0:
+            raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
+        names = [name for name, values in self._sums.items() for _ in values]
+        values = _fetch([value for values in self._sums.values() for value in values])
+        totals = {
+            name: math.fsum(value for key, value in zip(names, values, strict=True) if key == name)
+            for name in self._sums
+        }
+        result = {name: total / self._num_valid_tokens for name, total in totals.items()}
+        result["num_valid_tokens"] = self._num_valid_tokens
+        # Fetching the parts has waited for the device, so the clock covers the whole computation.
+        now = self._clock()
+        result["tokens_per_second"] = self._num_tokens / max(now - self._started, 1e-9)
+        self._sums.clear()
+        self._num_valid_tokens = self._num_tokens = 0
+        self._started = now
+        return result
+
+
+def _fetch(scalars: list[torch.Tensor]) -> list[float]:
+    """The 0-d tensors as Python floats, by one transfer per dtype."""
+    found: dict[int, float] = {}
+    for dtype in {scalar.dtype for scalar in scalars}:
+        indices = [i for i, scalar in enumerate(scalars) if scalar.dtype == dtype]
+        found.update(zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True))
+    return [found[i] for i in range(len(scalars))]

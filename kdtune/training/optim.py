@@ -1,0 +1,156 @@
+"""Optimizers: any class by dotted path takes `params`; here are the ones that need to know which weight is what.
+
+The recipe calls `config.instantiate(cfg.optimizer, params=trainable_parameters(model))`. The parameters come with their
+names, which torch's optimizers accept as they are and which tell Muon the hidden weights from the embedding and head.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdtune.errors import ConfigError
+
+# Modules whose 2-D weight has one row a token: orthogonalizing its update makes no sense, so AdamW takes it.
+TOKEN_MODULES = frozenset({"tok_embeddings", "output"})
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything that takes a gradient, a tied weight once.
+
+    Raises:
+        ConfigError: if the whole model is frozen.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ConfigError("model: 0 trainable parameters; at least one must have requires_grad=True; unfreeze some")
+    return named
+
+
+def adamw(
+    params: NamedParameters,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:
+    """`torch.optim.AdamW` that decays matrices only: norms and biases (fewer than two dimensions) keep their size.
+
+    `torch.optim.AdamW` itself, named in a config, decays every parameter, as torchtune's configs do.
+    """
+    return torch.optim.AdamW(decay_groups(params, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=fused)  # type: ignore[arg-type]
+
+
+def decay_groups(params: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with `weight_decay`, those of fewer than two dimensions with none; no empty group."""
+    named = list(params)
+    groups = [
+        {"params": [(name, p) for name, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def is_muon_weight(name: str, parameter: torch.Tensor) -> bool:
+    """True for what Muon should train: a 2-D weight that is neither the token embedding nor the output head."""
+    return parameter.ndim == 2 and TOKEN_MODULES.isdisjoint(name.split("."))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the 2-D hidden weights, AdamW for the rest (embedding, head, norms, biases), as one optimizer.
+
+    Muon (Keller Jordan, 2024) replaces the momentum of a matrix by about the nearest orthogonal matrix, found by
+    Newton-Schulz steps; it is `torch.optim.Muon`. By default its update is scaled to AdamW's root mean square,
+    0.2 * sqrt(max(rows, columns)) (Liu et al. 2025, arXiv 2502.16982), so that one `lr`, of AdamW's usual size, serves
+    both halves.
+
+    The halves share this object's `param_groups` and `state`: schedules and checkpoints see one ordinary optimizer.
+
+    Args:
+        params: (name, parameter) pairs, as `trainable_parameters` gives them.
+        lr: learning rate of both halves.
+        weight_decay: decoupled decay, on matrices only (norms and biases have none).
+        momentum: Muon's momentum.
+        nesterov: whether Muon's momentum is Nesterov's.
+        ns_steps: Newton-Schulz steps.
+        adjust_lr_fn: how Muon scales its update: "match_rms_adamw", or "original" (sqrt(max(1, rows / columns))).
+        adamw_lr: learning rate of the AdamW half; None: `lr`.
+        betas: AdamW's moving-average factors.
+        eps: AdamW's epsilon.
+    """
+
+    def __init__(
+        self,
+        params: NamedParameters,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        adamw_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        named = list(params)
+        if not all(isinstance(item, tuple) for item in named):
+            raise ConfigError(
+                "optimizer: kdtune.training.Muon got parameters without names; it needs (name, parameter) pairs to "
+                "tell hidden weights from embeddings; pass trainable_parameters(model)"
+            )
+        hidden = [(name, p) for name, p in named if is_muon_weight(name, p)]
+        rest = [(name, p) for name, p in named if not is_muon_weight(name, p)]
+        if not hidden:
+            raise ConfigError(
+                "optimizer: kdtune.training.Muon found 0 hidden 2-D weights among the "
+                f"{len(named)} trainable parameters; at least one is needed; use torch.optim.AdamW"
+            )
+        halves: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                hidden,
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                nesterov=nesterov,
+                ns_steps=ns_steps,
+                adjust_lr_fn=adjust_lr_fn,
+            )
+        ]
+        if rest:
+            groups = decay_groups(rest, weight_decay)
+            rest_lr = lr if adamw_lr is None else adamw_lr
+            halves.append(torch.optim.AdamW(groups, lr=rest_lr, betas=tuple(betas), eps=eps))  # type: ignore[arg-type]
+        self._halves = halves
+        self._group_counts = [len(half.param_groups) for half in halves]
+        super().__init__([group for half in halves for group in half.param_groups], defaults={})
+        self._share()
+
+    def _share(self) -> None:
+        """Make both halves work on this object's own state and group dicts, so that there is one truth."""
+        start = 0
+        for half, count in zip(self._halves, self._group_counts, strict=True):
+            half.state = self.state
+            half.param_groups = self.param_groups[start : start + count]
+            start += count
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # loading a state dict puts new dicts in place of the old
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_halves": self._halves, "_group_counts": self._group_counts}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what the closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for half in self._halves:
+            half.step()
+        return loss

@@ -1,0 +1,71 @@
+"""Devices and number formats a run can use, checked before anything is loaded."""
+
+import torch
+
+from kdtune.errors import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """The torch dtype for a config's `dtype`: "fp32" or "bf16" (also "float32" and "bfloat16").
+
+    Raises:
+        ConfigError: for any other name; fp16 because gradients below 6e-8 would need a loss scaler.
+    """
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name in {"fp16", "float16", "half"}:
+        raise ConfigError(
+            f"dtype={name}: not supported, because gradients below 6e-8 become 0 in fp16 without a loss scaler; "
+            "use bf16 (the same memory, the range of fp32) or fp32"
+        )
+    raise ConfigError(f"dtype={name}: unknown; use fp32 or bf16")
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first there is of cuda, mps, cpu.
+
+    Raises:
+        ConfigError: if the name is unknown or this machine has no such device.
+    """
+    if name is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    kind, _, index = name.partition(":")
+    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
+        raise ConfigError(f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ConfigError(f"device={name}: torch {torch.__version__} sees no CUDA device; use device=cpu")
+        if index and int(index) >= count:
+            raise ConfigError(
+                f"device={name}: this machine has {count} CUDA devices, numbered from 0; use a lower number"
+            )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={name}: no Apple GPU here; use device=cpu")
+    return torch.device(name)
+
+
+def device_problems(device: str | None, dtype: str = "fp32") -> list[str]:
+    """What keeps this machine from running a config's `device` and `dtype`; empty if nothing does. Loads nothing."""
+    problems = []
+    resolved = None
+    try:
+        resolved = resolve_device(device)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        number_format = dtype_from_name(dtype)
+    except ConfigError as error:
+        return [*problems, str(error)]
+    if resolved is not None and resolved.type == "cuda" and number_format is torch.bfloat16:
+        major, minor = torch.cuda.get_device_capability(resolved)
+        if major < 8:
+            problems.append(
+                f"dtype={dtype}: {torch.cuda.get_device_name(resolved)} (compute capability {major}.{minor}) has no "
+                "bf16 arithmetic; 8.0 or newer does; use dtype=fp32"
+            )
+    return problems

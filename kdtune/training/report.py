@@ -1,0 +1,37 @@
+"""What a finished run shows: the table of before, after and teacher, made from the run's own metrics."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdtune.training.table import format_table
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Text table of the held-out metrics before the first step and after the last, beside the teacher's.
+
+    Args:
+        rows: the run's metrics. The first row with a validation is "before", the last one is "after".
+
+    Returns:
+        None where the run has no validation.
+    """
+    validated = [row for row in rows if "val_class_loss" in row]
+    if not validated:
+        return None
+    table = [_line(f"student, step {row['step']}", row) for row in (validated[0], validated[-1])]
+    teacher_loss = next((row["val_teacher_class_loss"] for row in validated if "val_teacher_class_loss" in row), None)
+    if teacher_loss is not None:
+        table.append(_line("teacher", {"val_class_loss": teacher_loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
+    return format_table(table)
+
+
+def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    class_loss, kd_loss, agreement = row["val_class_loss"], row.get("val_kd_loss"), row.get("val_agreement")
+    return {
+        "held-out, per token": title,
+        "cross entropy (nats)": class_loss,
+        "perplexity": f"{math.exp(min(class_loss, 700)):.4g}".rjust(10),
+        "KL to teacher (nats)": kd_loss,
+        "teacher's top token": None if agreement is None else f"{agreement:.1%}".rjust(19),
+    }

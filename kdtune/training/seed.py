@@ -1,0 +1,45 @@
+"""Random seeds and deterministic kernels."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from kdtune.errors import ConfigError
+
+_MODES = ("default", "warn", "error")
+
+
+def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> int:
+    """Seed Python, numpy and torch (all devices) and return the seed used; None draws one.
+
+    `deterministic_mode` is torchtune's `cudnn_deterministic_mode`: None leaves torch as it is; "default" (0) switches
+    determinism off; "warn" (1) and "error" (2) ask for deterministic kernels and warn or raise where there is none.
+
+    Raises:
+        ConfigError: if the seed is not in 0 ... 2**32 - 1 (numpy's range) or the mode is unknown.
+    """
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: must be between 0 and {2**32 - 1}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic_mode is not None:
+        _set_determinism(deterministic_mode)
+    return seed
+
+
+def _set_determinism(mode: str | int) -> None:
+    names = dict(enumerate(_MODES))
+    name = names.get(mode) if isinstance(mode, int) else mode
+    if name not in _MODES:
+        raise ConfigError(f"cudnn_deterministic_mode={mode}: unknown; use null, default (0), warn (1) or error (2)")
+    torch.set_deterministic_debug_mode(name)
+    torch.backends.cudnn.benchmark = name == "default"
+    torch.backends.cudnn.deterministic = name != "default"
+    if name != "default":
+        # cuBLAS is deterministic only with a fixed workspace; it reads this when the first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

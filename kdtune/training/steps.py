@@ -1,0 +1,35 @@
+"""How many optimizer steps a run has, and which micro-batches belong to one."""
+
+from kdtune.data import Batch, Loader
+from kdtune.errors import ConfigError
+
+
+def count_steps(
+    batches_per_epoch: int | None, gradient_accumulation_steps: int, max_steps_per_epoch: int | None
+) -> int:
+    """Optimizer steps an epoch; a last, shorter accumulation counts as one.
+
+    Raises:
+        ConfigError: for a stream (batches_per_epoch None) without max_steps_per_epoch.
+    """
+    if batches_per_epoch is None:
+        if max_steps_per_epoch is None:
+            raise ConfigError("max_steps_per_epoch=null: a streamed dataset has no length; give the steps of an epoch")
+        return max_steps_per_epoch
+    whole = -(-batches_per_epoch // gradient_accumulation_steps)
+    return whole if max_steps_per_epoch is None else min(whole, max_steps_per_epoch)
+
+
+def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
+    """The next step's micro-batches: fewer at the end of an epoch, which a step never crosses."""
+    epoch = loader.position[0]
+    batches = [next(loader)]
+    while len(batches) < gradient_accumulation_steps and loader.position[0] == epoch:
+        batches.append(next(loader))
+    return batches
+
+
+def enter_epoch(loader: Loader, epoch: int) -> None:
+    """Goes to the start of an epoch, if the loader is still in the one before (max_steps_per_epoch has cut it)."""
+    if loader.position[0] < epoch:
+        loader.seek((epoch, 0))

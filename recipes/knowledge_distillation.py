@@ -1,0 +1,248 @@
+"""Distil a teacher into a student: cross entropy on the data plus forward KL to the teacher.
+
+    kdtune run knowledge_distillation_single_device --config quickstart
+    kdtune run knowledge_distillation_single_device --config llama3_2/knowledge_distillation_single_device kd_ratio=0.75
+
+The loss of a token is (1 - kd_ratio) * cross entropy + kd_ratio * KL(teacher || student), in nats. A step's gradient is
+the sum over its valid tokens divided by their number, counted before the first backward: it does not depend on how the
+step is cut into micro-batches. The full [tokens, vocabulary] logits of either model never exist (kdtune/losses).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, teachers, tokenizers, training
+
+ALIASES = ("knowledge_distillation_single_device",)
+
+
+@dataclass
+class Config:
+    """Every key this recipe reads."""
+
+    output_dir: str = config.MISSING
+    """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
+    resume_from_checkpoint: bool = False
+    """Go on from the newest whole step_N in output_dir (from the start where there is none)."""
+
+    # Models
+    checkpointer: Any = config.component(default=None)
+    """The student's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """The student's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    teacher_checkpointer: Any = config.component(default=None)
+    """The teacher's weights; null: random weights, with a builder in `teacher_model`."""
+    teacher_model: Any = config.component(default=None)
+    """The teacher's builder; null: built from the checkpoint's own config."""
+    tokenizer: Any = config.component()
+    """The tokenizer of both models, such as kdtune.tokenizers.load; max_seq_len is the longest example, in tokens."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the student: weights, gradients and optimizer state."""
+    teacher_dtype: Literal["fp32", "bf16"] | None = None
+    """Of the teacher; null: as dtype."""
+    compile: bool = False
+    """torch.compile each layer of both models."""
+    enable_activation_checkpointing: bool = False
+    """Recompute the student's activations in backward: less memory, about a third more time."""
+
+    # Data
+    dataset: Any = config.component("tokenizer")
+    """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
+    dataset_val: Any = config.component("tokenizer", default=None)
+    """Held-out examples for the validation and the table at the end."""
+    batch_size: int = 4
+    """Examples a micro-batch."""
+    batch_size_val: int | None = None
+    """Examples a batch in validation; null: as batch_size."""
+    shuffle: bool = True
+    """A new order every epoch, from the seed alone."""
+    num_workers: int = 0
+    """Processes that prepare batches."""
+
+    # Loss
+    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKLLoss"})
+    """The divergence between teacher and student."""
+    kd_ratio: float = 0.5
+    """Weight of the divergence; cross entropy has 1 - kd_ratio."""
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
+
+    # Optimization
+    optimizer: Any = config.component("params")
+    """Any torch optimizer, or kdtune.training.Muon."""
+    lr_scheduler: Any = config.component("optimizer", "num_training_steps", default=None)
+    """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps_per_epoch: int | None = None
+    """Steps after which an epoch is cut; needed when the dataset is streamed."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step."""
+    clip_grad_norm: float | None = None
+    """Largest norm of a step's gradient; null: no clipping."""
+    seed: int | None = 0
+    """Of the data order and of random weights; null: drawn, and written to config.yaml."""
+    cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
+    """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
+
+    # Validation, samples, checkpoints
+    run_val_every_n_steps: int | None = None
+    """Steps between validations; null: before the first step and after the last one only."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Questions put to the student before and after, and to the teacher."""
+    sample_every_n_steps: int | None = None
+    """Steps between samples in between."""
+    sample_max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    save_every_n_steps: int | None = None
+    """Steps between checkpoints; null: a checkpoint only when the run is interrupted, and final/ at the end."""
+    keep_last_n_checkpoints: int | None = None
+    """Older step_N folders are deleted (never the best); null: all are kept."""
+    best_metric: Literal["val_class_loss", "val_kd_loss", "val_agreement"] | None = None
+    """The validation metric whose best step_N is kept and named at the end."""
+
+    # Logging
+    metric_logger: Any = config.component("output_dir", default=None)
+    """A second logger beside metrics.jsonl: kdtune.training.TensorBoardLogger or WandBLogger."""
+    log_every_n_steps: int = 1
+    """Steps between lines of the second logger (metrics.jsonl has every step)."""
+    log_peak_memory_stats: bool = True
+    """Log the peak memory so far."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """What is printed beside the progress bar."""
+    profiler: Any = config.component("output_dir", default=None)
+    """kdtune.training.Profiler for a torch profiler trace."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = [
+            f"{key}={getattr(self, key)}: must be at least 1"
+            for key in ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
+                        "loss_chunk_size", "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens",
+                        "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]  # fmt: skip
+        if not 0 <= self.kd_ratio <= 1:
+            found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            found.append(f"clip_grad_norm={self.clip_grad_norm}: must be above 0; null switches clipping off")
+        for builder, weights in (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer")):
+            if getattr(self, builder) is None and getattr(self, weights) is None:
+                found.append(f"{weights}: missing, and no {builder} to start from random weights; give one of them")
+        if self.dataset_val is None and (self.run_val_every_n_steps or self.best_metric):
+            found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
+        if self.sample_every_n_steps and not self.sample_prompts:
+            found.append(f"sample_every_n_steps={self.sample_every_n_steps}: needs sample_prompts")
+        if self.keep_last_n_checkpoints and not self.save_every_n_steps:
+            found.append(f"keep_last_n_checkpoints={self.keep_last_n_checkpoints}: needs save_every_n_steps")
+        every, val = self.save_every_n_steps, self.run_val_every_n_steps
+        if self.best_metric and not (every and val and every % val == 0):
+            found.append(f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device)
+        found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
+        for key in ("checkpointer", "teacher_checkpointer"):
+            if node := config.instantiate(getattr(self, key)):
+                found += [f"{key}: {problem}" for problem in node.problems()]
+        return found
+
+
+# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "compile", "enable_activation_checkpointing", "num_workers",
+              "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
+              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints", "best_metric",
+              "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Data, models, optimization, loop: from the config to final/."""
+    output_dir = Path(cfg.output_dir)
+    newest = training.step_to_resume(output_dir, cfg, may_change=MAY_CHANGE) if cfg.resume_from_checkpoint else None
+    device = training.resolve_device(cfg.device)
+    training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
+    get_logger().setLevel(cfg.log_level)
+
+    # Data. It comes first: no weight is read for examples that cannot be trained on.
+    tokenizer = config.instantiate(cfg.tokenizer)
+    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+    loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
+                         num_workers=cfg.num_workers)  # fmt: skip
+    held_out = None
+    if cfg.dataset_val is not None:
+        dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+        held_out = list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+    steps_per_epoch = training.count_steps(len(loader), cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
+    num_steps = cfg.epochs * steps_per_epoch
+
+    # Models. A teacher of another tokenizer is refused before its weights are read.
+    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
+    dtype = training.dtype_from_name(cfg.dtype)
+    student = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device, weights=newest)
+    teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
+    teacher_model = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device)
+    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher_model.config.vocab_size)
+    teacher = teachers.OnlineTeacher(teacher_model)
+    if cfg.enable_activation_checkpointing:
+        distributed.apply_activation_checkpointing(student)
+    if cfg.compile:
+        distributed.apply_compile(student)
+        distributed.apply_compile(teacher_model)
+
+    # Optimization.
+    kd_loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(student))
+    scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, num_training_steps=num_steps)
+    schedulers = [] if scheduler is None else [scheduler]
+    step = 0
+    if newest is not None:
+        saved = checkpoint.load_state(newest / "state", model=student, optimizers=optimizer, schedulers=schedulers)
+        step = saved["step"]
+        loader.seek(saved["position"])
+
+    # Loop. From here on the output folder is written to.
+    training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+    manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric)
+    second_logger = config.instantiate(cfg.metric_logger, log_dir=cfg.output_dir)
+    metrics = training.Metrics()
+    with (
+        training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
+        training.InterruptFlag() as interrupt,
+        training.ProgressBar(num_steps, initial=step) as bar,
+        config.instantiate(cfg.profiler, output_dir=cfg.output_dir) or nullcontext() as profiler,
+    ):
+        if step == 0:
+            logger.log(validate(student, teacher, cfg, held_out, device, with_teacher=True), step=0)
+            sample(student, tokenizer, cfg, step=0, who="student")
+            sample(teacher_model, tokenizer, cfg, step=0, who="teacher")
+        while step < num_steps and not interrupt.requested:
+            position = loader.position
+            # Counted first, over all micro-batches, so that every gradient is normalized as it is computed.
+            micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
+            num_valid_tokens = sum(batch.num_valid_tokens() for batch in micro_batches)
+            for batch in micro_batches:
+                loss, parts = kd_step(student, teacher, kd_loss, batch.to(device))
+                (loss / num_valid_tokens).backward()
+                metrics.add({"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens)
+            grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm).item()
+            row = {**metrics.pop(), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
+            training.check_finite(row["loss"], grad_norm, step + 1, position)
+            optimizer.step()
+            for one in schedulers:
+                one.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            training.enter_epoch(loader, step // steps_per_epoch)

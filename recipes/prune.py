@@ -1,0 +1,147 @@
+"""Make a student from a teacher by dropping layers, chosen by what each one costs.
+
+    kdtune run prune --config smollm2/prune
+    kdtune run prune --config smollm2/prune num_layers=16 method=block_influence output_dir=models/SmolLM2-16-layers
+
+Writes a Hugging Face folder. Which layers go matters more than how many: the loss of every choice is printed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from kdtune import checkpoint, config, data, distributed, training
+from kdtune.models import Transformer, prune
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    output_dir: str
+    """The Hugging Face folder to write; it must not exist yet."""
+
+    checkpointer: Any = config.component(default=None)
+    """The teacher's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """The teacher's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    tokenizer: Any = config.component()
+    """The tokenizer, written into the folder too; max_seq_len is the longest calibration example, in tokens."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the weights, in the measurement and in the folder."""
+
+    layers: list[int] | None = None
+    """The layers to keep, by index from 0; null: num_layers of them, chosen by `method`."""
+    num_layers: int | None = None
+    """How many layers to keep."""
+    method: Literal["greedy", "block_influence", "even"] = "greedy"
+    """greedy: drop the layer that hurts the loss least, again and again; block_influence: keep those that change their
+    input most (arXiv 2403.03853); even: at equal distances."""
+
+    dataset: Any = config.component("tokenizer")
+    """Calibration text; the loss of its labels decides."""
+    num_calibration_tokens: int = 1024
+    """Labels to measure with, from the start of the dataset; time grows with it."""
+    seed: int = 0
+    """Of random weights."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = []
+        if (self.layers is None) == (self.num_layers is None):
+            found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
+        if self.num_calibration_tokens < 1:
+            found.append(f"num_calibration_tokens={self.num_calibration_tokens}: must be at least 1")
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device, self.dtype)
+        found += training.output_dir_problems(self.output_dir, resume=False)
+        if checkpointer := config.instantiate(self.checkpointer):
+            found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
+        return found
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Calibration text, model, choice, folder."""
+    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+    training.set_seed(cfg.seed)
+    tokenizer = config.instantiate(cfg.tokenizer)
+    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+    batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
+    num_tokens = sum(batch.num_valid_tokens() for batch in batches)
+
+    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    print(f"calibrating on {num_tokens} labels of {dataset.report.source}")
+    kept, removals = choose_layers(cfg, model, batches)
+
+    choices = {"all layers": list(range(model.config.num_layers)), "this choice": kept}
+    choices["evenly spaced"] = prune.evenly_spaced(model.config.num_layers, len(kept))
+    choices["block influence"] = prune.most_influential(prune.block_influence(model, batches), len(kept))
+    costs = {name: prune.mean_loss(model, batches, layers) for name, layers in choices.items()}
+    print(training.format_table([{"layers": name, "number": len(choices[name]), "loss (nats/token)": cost,
+                                  "kept": ranges(choices[name])} for name, cost in costs.items()]))  # fmt: skip
+
+    student = prune.keep_layers(model, kept)
+    report = {"kept": kept, "removals": removals, "num_calibration_tokens": num_tokens, "loss": costs}
+    with checkpoint.atomic_folder(cfg.output_dir) as folder:
+        checkpoint.write_model(student, folder, base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer)
+        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+        (folder / "prune.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {cfg.output_dir}: {len(kept)} of {model.config.num_layers} layers, "
+          f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f}M parameters")  # fmt: skip
+
+
+def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[data.Batch]:
+    """Batches of four examples from the start of the dataset, until they hold so many valid labels."""
+    count = 0
+    for batch in data.batches(dataset, 4, pad_id):
+        if count >= num_tokens:
+            return
+        count += batch.num_valid_tokens()
+        yield batch
+
+
+def choose_layers(cfg: Config, model: Transformer, batches: list[data.Batch]) -> tuple[list[int], list[dict[str, float]]]:
+    """The layers to keep, and for the greedy choice each removal with the loss after it."""
+    total = model.config.num_layers
+    if cfg.layers is not None:
+        return cfg.layers, []
+    assert cfg.num_layers is not None
+    if cfg.method == "even":
+        return prune.evenly_spaced(total, cfg.num_layers), []
+    if cfg.method == "block_influence":
+        influence = prune.block_influence(model, batches)
+        print(training.format_table([{"layer": index, "block influence": value} for index, value in enumerate(influence)]))
+        return prune.most_influential(influence, cfg.num_layers), []
+    with tqdm(total=max(0, total - cfg.num_layers), desc="dropping layers", unit="layer") as bar:
+        removals = prune.greedy_removal(model, batches, cfg.num_layers, progress=lambda _: bar.update())
+    print(training.format_table([{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]))
+    dropped = {step.layer for step in removals}
+    return [index for index in range(total) if index not in dropped], [vars(step) for step in removals]
+
+
+def ranges(layers: list[int]) -> str:
+    """The indices with runs shortened: [0, 1, 2, 5] gives "0-2, 5"."""
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+if __name__ == "__main__":
+    main()

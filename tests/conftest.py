@@ -1,0 +1,33 @@
+"""Shared fixtures: one thread, no hub, and the real model and tokenizers where they have been fetched."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+def _real(name: str) -> Path:
+    """Path of a fetched real input; skips where KDTUNE_TEST_MODELS is unset, fails where KDTUNE_REQUIRE_REAL is set (CI)."""
+    root = os.environ.get("KDTUNE_TEST_MODELS")
+    path = Path(root or "/nonexistent") / name
+    if not path.exists():
+        message = f"{name} is not in KDTUNE_TEST_MODELS={root}: run `make test-models` first"
+        if os.environ.get("KDTUNE_REQUIRE_REAL"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Folder with the real SmolLM2-135M-Instruct GGUF and its licence."""
+    return _real("smollm2-gguf")
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_file() -> Path:
+    """The real Llama 3 tokenizer.model (tiktoken)."""
+    return _real("llama3-tokenizer/tokenizer.model")

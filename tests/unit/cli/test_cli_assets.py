@@ -1,0 +1,69 @@
+"""Discovery of recipes and configs."""
+
+from pathlib import Path
+
+import pytest
+
+from kdtune import _assets
+from kdtune.errors import ConfigError
+
+
+def test_recipes_are_the_files_of_the_folder(assets: Path) -> None:
+    recipes = _assets.recipes()
+    assert [recipe.name for recipe in recipes] == ["add", "subtract"]
+    assert recipes[0].aliases == ("add_single_device", "add_distributed")
+    assert recipes[0].summary == "Adds two numbers."
+
+
+def test_configs_are_the_files_below_the_folder(assets: Path) -> None:
+    assert [(config.name, config.recipe) for config in _assets.configs()] == [
+        ("orphan", None),
+        ("quickstart", "add"),
+        ("tiny/add", "add_single_device"),
+    ]
+
+
+def test_names_aliases_and_paths(assets: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text('"""Mine."""\nALIASES: tuple[str, ...] = ("x",)\n')
+    assert _assets.find_recipe("add_distributed").name == "add"
+    assert _assets.find_recipe(str(own)).aliases == ("x",)
+    assert _assets.is_recipe(str(own)) and _assets.is_recipe("subtract")
+    assert not _assets.is_recipe("4") and not _assets.is_recipe(str(tmp_path / "missing.py"))
+    config = tmp_path / "own.yaml"
+    config.write_text("recipe: 'add'\n")
+    assert _assets.find_config(config).recipe == "add"
+    assert _assets.find_config("tiny/add").path == assets / "configs" / "tiny" / "add.yaml"
+
+
+@pytest.mark.parametrize(
+    ("finder", "name", "words"),
+    [
+        (_assets.find_recipe, "ad", "did you mean 'add'"),
+        (_assets.find_recipe, "nothing_like_it", "recipes: add, subtract"),
+        (_assets.find_recipe, "my/missing.py", "no such file"),
+        (_assets.find_config, "tiny/ad", "did you mean 'tiny/add'"),
+        (_assets.find_config, "missing.yaml", "no such file"),
+    ],
+)
+def test_unknown_names_say_what_there_is(assets: Path, finder: object, name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        finder(name)  # type: ignore[operator]
+
+
+def test_a_broken_recipe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
+    with pytest.raises(ConfigError, match=r"broken\.py:2: not valid Python"):
+        _assets.find_recipe(str(tmp_path / "broken.py"))
+
+
+def test_every_shipped_recipe_states_itself() -> None:
+    for recipe in _assets.recipes():
+        assert recipe.summary.endswith("."), recipe.path
+    names = [name for recipe in _assets.recipes() for name in (recipe.name, *recipe.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_every_shipped_config_names_a_recipe() -> None:
+    for config in _assets.configs():
+        assert config.recipe and _assets.recipe_named(config.recipe), config.path

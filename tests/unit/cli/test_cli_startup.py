@@ -1,0 +1,67 @@
+"""What the command imports before it has to, and how long it takes to answer."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdtune import _assets
+
+ROOT = Path(_assets.__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HEAVY = {"torch", "numpy", "tokenizers", "huggingface_hub", "datasets", "matplotlib", "transformers"}
+
+
+def loaded_modules(*argv: str) -> set[str]:
+    """Top-level modules that a command line has imported when it is done."""
+    program = (
+        "import sys\nfrom kdtune._cli.main import run_command\n"
+        f"try:\n    code = run_command({list(argv)!r})\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "assert not code, code\n"
+        "print('MODULES', *{name.partition('.')[0] for name in sys.modules})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
+    return set(result.stdout.rpartition("MODULES ")[2].split())
+
+
+def first_names() -> tuple[str, str]:
+    recipes, configs = _assets.recipes(), _assets.configs()
+    if not recipes or not configs:
+        pytest.fail("no recipe or config is shipped")
+    return recipes[0].name, configs[0].name
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "ls", "ls RECIPE", "cat RECIPE", "cat CONFIG", "completion all"]
+)
+def test_light_commands_import_nothing_heavy(command: str) -> None:
+    recipe, config = first_names()
+    argv = command.replace("RECIPE", recipe).replace("CONFIG", config).split()
+    assert not loaded_modules(*argv) & HEAVY
+
+
+def test_cp_imports_nothing_heavy(tmp_path: Path) -> None:
+    assert not loaded_modules("cp", first_names()[1], str(tmp_path / "x.yaml")) & HEAVY
+
+
+def test_import_kdtune_imports_nothing() -> None:
+    program = "import sys; before = set(sys.modules); import kdtune; print(*(set(sys.modules) - before))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
+    assert result.stdout.split() == ["kdtune"]
+
+
+@pytest.mark.parametrize("command", ["ls", "--help"])
+def test_answers_in_half_a_second(command: str) -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kdtune", command], capture_output=True, env=ENVIRONMENT, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5

@@ -1,0 +1,169 @@
+import gzip
+import json
+
+import pytest
+from datasets import Dataset as HFDataset
+
+from kdtune.data import Source, open_rows
+from kdtune.data.sources import read_stream, split_parts
+from kdtune.errors import ConfigError, DataError
+
+ROWS = [{"a": f"x{n}", "b": n} for n in range(10)]
+
+
+def rows_of(*args, **kwargs):
+    return [dict(row) for row in open_rows(Source(*args, **kwargs))]
+
+
+def test_a_path_as_source(jsonl):
+    assert rows_of(jsonl(ROWS)) == ROWS
+
+
+def test_json_with_data_files(jsonl):
+    assert rows_of("json", data_files=jsonl(ROWS)) == ROWS
+
+
+def test_json_array_and_gzip(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=1))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, ROWS)))
+    assert rows_of(str(tmp_path / "rows.json")) == rows_of(str(tmp_path / "rows.jsonl.gz")) == ROWS
+
+
+def test_csv_cells_stay_text(tmp_path):
+    # What pandas would make of these: 7.0, None, None.
+    (tmp_path / "rows.csv").write_text('\ufeffa,b\nx,007\ny,\nz,None\n"p, q","two\nlines"\n', encoding="utf-8")
+    expected = [("x", "007"), ("y", ""), ("z", "None"), ("p, q", "two\nlines")]
+    assert [tuple(row.values()) for row in rows_of(str(tmp_path / "rows.csv"))] == expected
+    assert rows_of("csv", data_files=str(tmp_path / "rows.csv"))[0] == {"a": "x", "b": "007"}
+
+
+def test_parquet_and_text(tmp_path):
+    HFDataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    assert rows_of(str(tmp_path / "rows.parquet")) == ROWS
+    assert rows_of("parquet", data_files=str(tmp_path / "*.parquet")) == ROWS
+    assert rows_of("text", data_files=str(tmp_path / "rows.txt")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_several_files_patterns_folders_and_splits(jsonl, tmp_path):
+    first, second = jsonl(ROWS[:4], "1.jsonl"), jsonl(ROWS[4:], "2.jsonl")
+    assert rows_of("json", data_files=[first, second]) == ROWS
+    assert rows_of("json", data_files=str(tmp_path / "*.jsonl")) == ROWS
+    assert rows_of("json", data_dir=str(tmp_path)) == ROWS
+    assert rows_of("json", data_dir=str(tmp_path), data_files="2.jsonl") == ROWS[4:]
+    by_split = {"train": first, "test": second}
+    assert rows_of("json", data_files=by_split, split="test") == ROWS[4:]
+    assert rows_of("json", data_files=by_split, split="train[:2]+test[-1:]") == [ROWS[0], ROWS[1], ROWS[9]]
+
+
+def test_rows_are_what_the_lines_say_whatever_the_other_rows_hold(jsonl):
+    # One type a column is inferred by `datasets`, which hands out '"b"' for the text "b" here.
+    first, second = jsonl([{"o": "a"}], "1.jsonl"), jsonl([{"o": "b"}, {"o": 3}], "2.jsonl")
+    assert rows_of("json", data_files=[first, second]) == [{"o": "a"}, {"o": "b"}, {"o": 3}]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("train", ROWS), ("train[:90%]", ROWS[:9]), ("train[90%:]", ROWS[9:]), ("train[2:4]", ROWS[2:4])],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_split_expressions(jsonl, tmp_path, split, expected, kind):
+    path = jsonl(ROWS)
+    if kind == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        HFDataset.from_list(ROWS).to_parquet(path)
+    assert rows_of(path, split=split) == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("split", "streaming"), [("validation", False), ("validation[:50%]", False), ("validation", True)]
+)
+def test_unknown_split_lists_the_splits(jsonl, tmp_path, kind, split, streaming):
+    path = jsonl(ROWS)
+    if kind == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        HFDataset.from_list(ROWS).to_parquet(path)
+    with pytest.raises(DataError, match=r"validation.*train"):
+        rows_of(path, split=split, streaming=streaming)
+
+
+def test_malformed_split(jsonl):
+    with pytest.raises(DataError, match=r"Unrecognized instruction format: train\[:5x%\]"):
+        rows_of(jsonl(ROWS), split="train[:5x%]")
+    assert split_parts("train[1:3]", ["train"], "s", {"train": 10}) == [("train", 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}\n\n{"a": oops}\n', "bad.jsonl, line 3: invalid JSON: Expecting value at column 7"),
+        ('{"a": 1}\n[1]\n', "bad.jsonl, line 2: a row must be a JSON object: found list"),
+        ('[{"a": 1},\n {"a": 2}', "bad.jsonl, line 2: invalid JSON"),
+        ('[{"a": 1}, 5]', "bad.jsonl, element 2: a row must be a JSON object: found int"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_json_names_file_and_line(tmp_path, text, message, streaming):
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        rows_of(str(tmp_path / "bad.jsonl"), streaming=streaming)
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl: not UTF-8 text"):
+        rows_of(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_corrupt_parquet_is_named(tmp_path, streaming):
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"bad.parquet \(train\): .*[Pp]arquet"):
+        list(read_stream(open_rows(Source(str(tmp_path / "bad.parquet"), streaming=streaming)), "bad.parquet (train)"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"source": "no/such.jsonl"}, DataError, "source=no/such.jsonl: no such file"),
+        ({"source": "./no-such-folder"}, DataError, "source=./no-such-folder: no such file or folder"),
+        ({"source": "json", "data_files": "nothing.jsonl"}, DataError, "data_files=nothing.jsonl: no such file"),
+        ({"source": "json", "data_files": "none*.jsonl"}, DataError, r"data_files=none\*.jsonl: no such file"),
+        ({"source": "json", "data_dir": "nowhere"}, DataError, "data_dir=nowhere: no such folder"),
+        ({"source": "json"}, ConfigError, "source=json: needs data_files"),
+        (
+            {"source": "json", "name": "x", "data_files": "a"},
+            ConfigError,
+            "name=x: names a configuration of a hub dataset",
+        ),
+        (
+            {"source": "a.jsonl", "data_files": "b.jsonl"},
+            ConfigError,
+            "data_files=b.jsonl: has no effect when source is a",
+        ),
+        ({"source": "a.jsonl", "shuffle_buffer": 5}, ConfigError, "shuffle_buffer=5: .*only with streaming=true"),
+        ({"source": "a", "shuffle_buffer": 0, "streaming": True}, ConfigError, "shuffle_buffer=0: .*at least 1"),
+        (
+            {"source": "a", "split": "train[:9]", "streaming": True},
+            ConfigError,
+            r"split=train\[:9\]: a stream has no length",
+        ),
+        ({"source": "org/missing"}, DataError, r"org/missing \(train\): .*org/missing"),
+    ],
+)
+def test_errors(settings, error, message):
+    with pytest.raises(error, match=message):
+        rows_of(**settings)
+
+
+def test_empty_csv(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match=r"empty.csv: the file is empty"):
+        rows_of(str(tmp_path / "empty.csv"))
+
+
+def test_a_folder_without_fitting_files(tmp_path):
+    with pytest.raises(DataError, match="no json file in this folder"):
+        rows_of("json", data_dir=str(tmp_path))

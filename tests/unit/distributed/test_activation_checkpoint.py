@@ -1,0 +1,70 @@
+"""Recomputed layers: same numbers, same names, less kept."""
+
+import copy
+
+import pytest
+import torch
+
+from kdtune import models
+from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
+
+
+def tiny():
+    torch.manual_seed(0)
+    return models.llama(vocab_size=31, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_dim=24)
+
+
+def backward(model, tokens) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that autograd keeps between forward and backward, and the gradients."""
+    kept = 0
+
+    def pack(tensor):
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens).logsumexp(-1).sum()
+    loss.backward()
+    return kept, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_gradients_and_names_are_the_same(times):
+    plain, checkpointed = tiny(), tiny()
+    for _ in range(times):
+        apply_activation_checkpointing(checkpointed)
+    assert list(checkpointed.state_dict()) == list(plain.state_dict())
+    tokens = torch.randint(0, 31, (2, 20), generator=torch.Generator().manual_seed(1))
+    kept_plain, expected = backward(plain, tokens)
+    kept, grads = backward(checkpointed, tokens)
+    assert grads.keys() == expected.keys()
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+    assert kept < kept_plain / 3
+
+
+def test_each_layer_runs_twice_with_gradients_and_once_without():
+    model, runs = tiny(), []
+    model.layers[1].attn.register_forward_hook(lambda *_: runs.append(1))
+    apply_activation_checkpointing(model)
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        model(tokens)
+    assert len(runs) == 1
+    model(tokens).sum().backward()
+    assert len(runs) == 3
+
+
+def test_copies_are_independent_and_caches_still_work():
+    model = tiny()
+    apply_activation_checkpointing(model)
+    copied = copy.deepcopy(model)
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(tokens)
+        for parameter in model.layers.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(tokens), expected)
+        cache = models.KVCache(copied.config, 1, 6, torch.float32)
+        parts = [copied(part, kv_cache=cache) for part in tokens.split([4, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected)
