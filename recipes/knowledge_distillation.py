@@ -8,22 +8,25 @@ the sum over its valid tokens divided by their number, counted before the first 
 step is cut into micro-batches. The full [tokens, vocabulary] logits of either model never exist (kdtune/losses).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, teachers, training
+from kdtune.log import get_logger
+from kdtune.models import Transformer
 
 ALIASES = ("knowledge_distillation_single_device",)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """Every key this recipe reads."""
 
-    output_dir: str = config.MISSING
+    output_dir: str
     """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
     resume_from_checkpoint: bool = False
     """Go on from the newest whole step_N in output_dir (from the start where there is none)."""
@@ -75,7 +78,7 @@ class Config:
     # Optimization
     optimizer: Any = config.component("params")
     """Any torch optimizer, or kdtune.training.Muon."""
-    lr_scheduler: Any = config.component("optimizer", "num_training_steps", default=None)
+    lr_scheduler: Any = config.component("optimizer", optional=("num_training_steps",), default=None)
     """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
     epochs: int = 1
     """Passes over the data."""
@@ -85,8 +88,8 @@ class Config:
     """Micro-batches a step."""
     clip_grad_norm: float | None = None
     """Largest norm of a step's gradient; null: no clipping."""
-    seed: int | None = 0
-    """Of the data order and of random weights; null: drawn, and written to config.yaml."""
+    seed: int = 0
+    """Of the data order and of random weights."""
     cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
     """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
 
@@ -107,7 +110,7 @@ class Config:
     """The validation metric whose best step_N is kept and named at the end."""
 
     # Logging
-    metric_logger: Any = config.component("output_dir", default=None)
+    metric_logger: Any = config.component(optional=("log_dir",), default=None)
     """A second logger beside metrics.jsonl: kdtune.training.TensorBoardLogger or WandBLogger."""
     log_every_n_steps: int = 1
     """Steps between lines of the second logger (metrics.jsonl has every step)."""
@@ -115,7 +118,7 @@ class Config:
     """Log the peak memory so far."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """What is printed beside the progress bar."""
-    profiler: Any = config.component("output_dir", default=None)
+    profiler: Any = config.component(optional=("output_dir",), default=None)
     """kdtune.training.Profiler for a torch profiler trace."""
 
     def problems(self) -> list[str]:
@@ -147,7 +150,7 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
-        found = training.device_problems(self.device)
+        found = training.device_problems(self.device, self.dtype)
         found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
@@ -171,7 +174,9 @@ def main(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
-    newest = training.step_to_resume(output_dir, cfg, may_change=MAY_CHANGE) if cfg.resume_from_checkpoint else None
+    newest = None
+    if cfg.resume_from_checkpoint:
+        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=MAY_CHANGE)
     device = training.resolve_device(cfg.device)
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
     get_logger().setLevel(cfg.log_level)
@@ -185,8 +190,11 @@ def run(cfg: Config) -> None:
     if cfg.dataset_val is not None:
         dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
         held_out = list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
-    steps_per_epoch = training.count_steps(len(loader), cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
+    steps_per_epoch = training.count_steps(loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
+    if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
+        print(f"{output_dir}: all {num_steps} steps are done")
+        return finish(cfg)
 
     # Models. A teacher of another tokenizer is refused before its weights are read.
     teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
@@ -205,7 +213,7 @@ def run(cfg: Config) -> None:
     # Optimization.
     kd_loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
     optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(student))
-    scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, num_training_steps=num_steps)
+    scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     schedulers = [] if scheduler is None else [scheduler]
     step = 0
     if newest is not None:
@@ -213,36 +221,127 @@ def run(cfg: Config) -> None:
         step = saved["step"]
         loader.seek(saved["position"])
 
-    # Loop. From here on the output folder is written to.
+    # Loop. Only from here on is anything written.
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric)
-    second_logger = config.instantiate(cfg.metric_logger, log_dir=cfg.output_dir)
+    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     metrics = training.Metrics()
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step) as bar,
-        config.instantiate(cfg.profiler, output_dir=cfg.output_dir) or nullcontext() as profiler,
+        config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir}) or nullcontext() as profiler,
     ):
         if step == 0:
-            logger.log(validate(student, teacher, cfg, held_out, device, with_teacher=True), step=0)
-            sample(student, tokenizer, cfg, step=0, who="student")
-            sample(teacher_model, tokenizer, cfg, step=0, who="teacher")
+            logger.log(validate(student, teacher, held_out, device, with_teacher_loss=True), step)
+            record_samples(cfg, {"student": student, "teacher": teacher_model}, tokenizer, step)
         while step < num_steps and not interrupt.requested:
+            # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
             position = loader.position
-            # Counted first, over all micro-batches, so that every gradient is normalized as it is computed.
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
             num_valid_tokens = sum(batch.num_valid_tokens() for batch in micro_batches)
             for batch in micro_batches:
                 loss, parts = kd_step(student, teacher, kd_loss, batch.to(device))
                 (loss / num_valid_tokens).backward()
                 metrics.add({"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens)
-            grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm).item()
-            row = {**metrics.pop(), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
-            training.check_finite(row["loss"], grad_norm, step + 1, position)
+            grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
+            row = {**metrics.pop(), "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            training.check_finite(row["loss"], row["grad_norm"], step + 1, position)
             optimizer.step()
             for one in schedulers:
                 one.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             training.enter_epoch(loader, step // steps_per_epoch)
+
+            if cfg.log_peak_memory_stats:
+                row |= training.memory_stats(device)
+            if is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
+                row |= validate(student, teacher, held_out, device)
+            logger.log({"epoch": position[0], **row}, step)
+            if second_logger and is_due(step, cfg.log_every_n_steps):
+                second_logger.log(row, step)
+            if is_due(step, cfg.sample_every_n_steps) or step == num_steps:
+                record_samples(cfg, {"student": student}, tokenizer, step)
+            if is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+                manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
+                             base=newest or base_folder(cfg), extra={"position": loader.position})  # fmt: skip
+            bar.update(row)
+            if profiler:
+                profiler.step()
+            metrics.restart_clock()
+    if second_logger:
+        second_logger.close()
+
+    if interrupt.requested and step < num_steps:
+        print(f"stopped by {interrupt.signal_name} after step {step} of {num_steps}; saved in {output_dir / f'step_{step}'}; "
+              "go on with resume_from_checkpoint=true")  # fmt: skip
+        return
+    training.write_final(output_dir, student, base=newest or base_folder(cfg), tokenizer=tokenizer)
+    finish(cfg)
+
+
+def kd_step(
+    student: Transformer, teacher: teachers.OnlineTeacher, kd_loss: losses.KDLoss, batch: data.Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over the micro-batch's valid tokens of the loss, and its named parts."""
+    signal = teacher(batch) if kd_loss.kd_ratio > 0 else None
+    hidden_BSD = student(batch.tokens, return_hidden=True)
+    return kd_loss(hidden_BSD, student.output, signal, batch.labels)
+
+
+def validate(
+    student: Transformer,
+    teacher: teachers.OnlineTeacher,
+    held_out: list[data.Batch] | None,
+    device: torch.device,
+    *,
+    with_teacher_loss: bool = False,
+) -> dict[str, float]:
+    """Held-out cross entropy and KL in nats a token, and top-1 agreement, whatever kd_ratio is; {} without held-out data."""
+    if held_out is None:
+        return {}
+    found = evaluation.evaluate_kd(student, teacher, losses.KDLoss(kd_ratio=1.0), held_out, device=device)
+    values = {f"val_{name}": found[name] for name in ("class_loss", "kd_loss", "agreement")}
+    if with_teacher_loss:
+        values["val_teacher_class_loss"] = evaluation.evaluate_ce(teacher.model, held_out, device=device)["class_loss"]
+    return values
+
+
+def record_samples(cfg: Config, models: dict[str, Transformer], tokenizer: Any, step: int) -> None:
+    """Appends each model's answer to each of sample_prompts to samples.jsonl."""
+    if not cfg.sample_prompts:
+        return
+    with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl") as samples:
+        for prompt in cfg.sample_prompts:
+            for who, model in models.items():
+                text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens)
+                samples.log({"model": who, "prompt": prompt, "answer": text}, step)
+
+
+def finish(cfg: Config) -> None:
+    """Draws loss.png and prints the answers, the table of before, after and teacher, and where everything is."""
+    output_dir = Path(cfg.output_dir)
+    rows = training.read_metrics(output_dir / "metrics.jsonl")
+    training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    if cfg.sample_prompts:
+        print(training.samples_text(training.read_metrics(output_dir / "samples.jsonl")))
+    print(training.comparison_table(rows) or "no validation: give dataset_val for a table of before, after and teacher")
+    best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
+    for name, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
+        if path:
+            print(f"{name + ':':<11}{path}")
+
+
+def base_folder(cfg: Config) -> str | None:
+    """Folder the student came from, whose licence and generation config go with it."""
+    return cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """True at every `every`-th step; never for None."""
+    return every is not None and step % every == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Models and resume state, to and from files."""
 
-from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers
+from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
 from kdtune.checkpoint.checkpointer import Checkpointer, load_model
-from kdtune.checkpoint.manager import CheckpointManager
+from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
 from kdtune.checkpoint.save import save_model, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -12,9 +12,15 @@ __all__ = [
     "atomic_folder",
     "atomic_write_text",
     "clean_leftovers",
+    "discard_steps_after",
     "load_model",
     "load_state",
+    "newest_step",
+    "remove_folder",
     "save_model",
     "save_state",
+    "step_folders",
+    "step_number",
     "write_model",
+    "writing",
 ]

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from kdtune.errors import CheckpointError
 
-# `.step_10.partial-4711-1f3a9c02`: hidden, beside its target (so a rename never crosses file systems), owner's pid inside.
+# `.step_10.partial-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
+# owner's process id inside.
 _HIDDEN = re.compile(r"^\..+\.(?:partial|deleted)-(?P<pid>\d+)-[0-9a-f]{8}$")
 _in_use: set[Path] = set()
 
@@ -39,6 +40,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
             hidden.rename(target)
             _sync(target.parent)
+    except CheckpointError as error:
+        # What failed inside knows the hidden name, which is gone by the time the message is read.
+        raise CheckpointError(str(error).replace(str(hidden), str(target))) from error
     finally:
         _in_use.discard(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -67,7 +71,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def remove_folder(path: str | Path) -> None:
-    """Deletes a folder and its content. It is renamed first, so a killed deletion leaves no half of it under its name."""
+    """Deletes a folder and its content. It is renamed first: a killed deletion leaves no half of it under its name."""
     target = Path(path).absolute()
     hidden = _hidden_sibling(target, "deleted")
     with writing(target):
@@ -102,7 +106,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}{place}; {_advice(error)}") from error
+        reason = f"{error.strerror or error}{place}"
+        raise CheckpointError(f"{path}: cannot be written: {reason}; {_advice(error)}") from error
     except SafetensorError as error:
         # safetensors reports a full disk as its own error, with the system's text inside.
         advice = "free some space or choose another output_dir, then start again"

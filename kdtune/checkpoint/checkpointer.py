@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from kdtune.checkpoint.huggingface import read_json
 from kdtune.checkpoint.tensors import StoredTensor, check_tensors, fill_model
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig
-from kdtune.models.llama import convert
+from kdtune.models.llama import configs, convert
+from kdtune.tokenizers.gguf_metadata import read_metadata
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
 _PICKLES = (".bin", ".pt", ".ckpt", ".pkl", ".pickle")
 _NO_PICKLES = (
-    "pickled weights are not loaded, because a pickle can run code; download the model's .safetensors files, or write them "
-    "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+    "pickled weights are not loaded, because a pickle can run code; download the model's .safetensors files, or write "
+    "them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 )
 
 
@@ -61,7 +61,9 @@ class Checkpointer:
                     "give its folder as checkpoint_dir, or leave out checkpoint_files"
                 )
             path, checkpoint_files = path.parent, [path.name]
-        if isinstance(checkpoint_files, str) or not (checkpoint_files is None or isinstance(checkpoint_files, Sequence)):
+        if checkpoint_files is not None and (
+            isinstance(checkpoint_files, str) or not isinstance(checkpoint_files, Sequence) or not checkpoint_files
+        ):
             raise CheckpointError(
                 f"checkpoint_files={checkpoint_files!r}: a list of file names expected; leave it out to have them found"
             )
@@ -160,9 +162,9 @@ class Checkpointer:
         names = [field.name for field in fields(given) if field.name not in silent]
         different = [name for name in names if getattr(given, name) != getattr(stored, name)]
         if different:
-            listed = "; ".join(f"{name}={getattr(given, name)!r}, stored {getattr(stored, name)!r}" for name in different)
+            listed = [f"{name}={getattr(given, name)!r}, stored {getattr(stored, name)!r}" for name in different]
             raise CheckpointError(
-                f"{self.checkpoint_dir}: holds another model than the config's `model`: {listed}; "
+                f"{self.checkpoint_dir}: holds another model than the config's `model`: {'; '.join(listed)}; "
                 "use the builder of this model, or the folder of that one"
             )
 
@@ -197,8 +199,8 @@ def _refuse_other_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder / pickled[0]}: {_NO_PICKLES}")
     if loose := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(
-            f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the index "
-            "too, or name the files in checkpoint_files"
+            f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the "
+            "index too, or name the files in checkpoint_files"
         )
 
 
@@ -215,7 +217,7 @@ def _hf_config(folder: Path) -> TransformerConfig:
     path = folder / huggingface.CONFIG
     document = read_json(path)
     with _in_file(path):
-        return convert.config_from_hf(document)
+        return configs.config_from_hf(document)
 
 
 def _read_huggingface(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
@@ -236,8 +238,9 @@ def _read_meta(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTe
     # Llama 2's params.json leaves the vocabulary to the tokenizer; its parts are cut along the other dimension.
     rows = None if embedding is None else len(embedding)
     with _in_file(path):
-        config = convert.config_from_meta(params, vocab_size=rows, tie_embeddings=True if is_tied else None)
-    shapes = {convert.kdtune_to_meta(name): tuple(tensor.shape) for name, tensor in _on_meta(config).state_dict().items()}
+        config = configs.config_from_meta(params, vocab_size=rows, tie_embeddings=True if is_tied else None)
+    whole = _on_meta(config).state_dict()
+    shapes = {convert.kdtune_to_meta(name): tuple(tensor.shape) for name, tensor in whole.items()}
     tensors = _by_our_names(meta.stored_tensors(files, parts, shapes), convert.META)
     return config, _unpermuted(tensors, config)
 
@@ -246,15 +249,14 @@ def _read_gguf(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTe
     file = files[0]
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; download it again")
-    reader = gguf.open_gguf(file)
-    stored = gguf.stored_tensors(file, reader)
-    fields_by_key: dict[str, Any] = gguf.metadata(reader)
+    stored = gguf.stored_tensors(file)
+    fields_by_key = read_metadata(file)
     embedding = stored.get(convert.kdtune_to_gguf("tok_embeddings.weight"))
     if embedding is not None:
         fields_by_key.setdefault("llama.vocab_size", embedding.shape[0])
     factors = stored.get(convert.GGUF_ROPE_FACTORS)
     with _in_file(file):
-        config = convert.config_from_gguf(
+        config = configs.config_from_gguf(
             fields_by_key,
             tie_embeddings=convert.kdtune_to_gguf("output.weight") not in stored,
             rope_factors=factors.read() if factors else None,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from kdtune.errors import CheckpointError
 
@@ -32,7 +33,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: the disk is full or cannot be written.
     """
     with _as_checkpoint_error(folder, "written", "check that the disk has free space, then start again"):
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+        save(dict(tensors), checkpoint_id=folder, no_dist=True)
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
@@ -43,7 +44,7 @@ def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """
     advice = "it is damaged or was saved for another model or optimizer: resume from another step folder"
     with _as_checkpoint_error(folder, "read", advice):
-        dcp.load(dict(targets), storage_reader=_TensorReader(folder), no_dist=True)
+        load(dict(targets), storage_reader=_TensorReader(folder), no_dist=True)
 
 
 class _TensorReader(FileSystemReader):
@@ -79,7 +80,8 @@ def _as_checkpoint_error(folder: Path, verb: str, advice: str) -> Iterator[None]
             warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
             yield
     except CheckpointException as error:  # a BaseException, not an Exception
-        causes = [one for wrapped in error.failures.values() for one in (wrapped[0] if isinstance(wrapped, tuple) else wrapped,)]
+        # Each failure is an exception with its stack.
+        causes = [failure[0] for failure in error.failures.values()]
         own = next((one for one in causes if isinstance(one, CheckpointError)), None)
         if own is not None:
             raise own from error

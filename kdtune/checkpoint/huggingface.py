@@ -72,7 +72,8 @@ def read_index(folder: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(
-                f"{path}: tensor {name!r} lies in {file!r}; the name of a file in this folder expected: download it again"
+                f"{path}: tensor {name!r} lies in {file!r}; the name of a file in this folder expected: "
+                "download it again"
             )
     return weight_map
 
@@ -108,7 +109,9 @@ def _check_index(found: dict[str, StoredTensor], index: dict[str, str], folder: 
                 "index and files do not belong together: download them again"
             )
     if extra := next((stored for name, stored in found.items() if name not in index), None):
-        raise CheckpointError(f"{extra}: not listed in {INDEX}; index and files do not belong together: download them again")
+        raise CheckpointError(
+            f"{extra}: not listed in {INDEX}; index and files do not belong together: download them again"
+        )
 
 
 def _header(file: Path) -> list[StoredTensor]:
@@ -118,7 +121,9 @@ def _header(file: Path) -> list[StoredTensor]:
             view = handle.get_slice(name)
             code = view.get_dtype()
             if code not in _DTYPES:
-                raise CheckpointError(f"{file}: tensor {name!r}: dtype {code} found; one of {', '.join(_DTYPES)} expected")
+                raise CheckpointError(
+                    f"{file}: tensor {name!r}: dtype {code} found; one of {', '.join(_DTYPES)} expected"
+                )
             shape = tuple(view.get_shape())
             stored.append(StoredTensor(file, name, shape, _DTYPES[code], partial(_read, file, name)))
     return stored
@@ -140,5 +145,6 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}; it is cut off or corrupt: download it again"
+            f"{file}: not a whole safetensors file ({file.stat().st_size} bytes): {error}; it is cut off or corrupt: "
+            "download it again"
         ) from error

@@ -71,9 +71,13 @@ def _load(file: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file}: not a whole .pth file: {reason}; it is cut off or corrupt: download it again") from error
+        raise CheckpointError(
+            f"{file}: not a whole .pth file: {reason}; it is cut off or corrupt: download it again"
+        ) from error
     if not isinstance(value, dict) or not value or not all(isinstance(item, Tensor) for item in value.values()):
-        raise CheckpointError(f"{file}: holds no dictionary of tensors; one of Meta's consolidated.NN.pth files expected")
+        raise CheckpointError(
+            f"{file}: holds no dictionary of tensors; one of Meta's consolidated.NN.pth files expected"
+        )
     return value
 
 
@@ -87,8 +91,8 @@ def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...
         if joined == shape and all(tuple(part.shape) == found for part in parts):
             return dim
     raise CheckpointError(
-        f"{file}: tensor {name!r}: shape {list(found)} in {len(parts)} parts found, which do not join to {list(shape)}; "
-        "use the model's safetensors"
+        f"{file}: tensor {name!r}: shape {list(found)} in {len(parts)} parts found, which do not join to "
+        f"{list(shape)}; use the model's safetensors"
     )
 
 

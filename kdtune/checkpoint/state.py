@@ -80,7 +80,8 @@ def write_state(
         text = json.dumps(document, indent=1)
     except TypeError as error:
         raise CheckpointError(
-            f"{folder / STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: {error}"
+            f"{folder / STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: "
+            f"{error}"
         ) from error
     dcp.write_tensors(folder, {**tensors, **rng_tensors})
     atomic_write_text(folder / STATE_FILE, text)
@@ -197,16 +198,22 @@ def _check_same_kind(
             raise CheckpointError(f"{place}: holds {count} {what}, this run has {expected}; {advice}")
     for theirs, ours in zip(saved, here, strict=True):
         if theirs["class"] != ours["class"]:
-            raise CheckpointError(f"{place}: saved by optimizer {theirs['class']}, this run has {ours['class']}; {advice}")
+            raise CheckpointError(
+                f"{place}: saved by optimizer {theirs['class']}, this run has {ours['class']}; {advice}"
+            )
         their_names = [group["params"] for group in theirs["groups"]]
         our_names = [group["params"] for group in ours["groups"]]
         if their_names != our_names:
             different = set().union(*their_names) ^ set().union(*our_names)
             first = f" (first: {min(different)!r})" if different else " in how they are grouped"
-            raise CheckpointError(f"{place}: {theirs['class']} trained other parameters than this run's{first}; {advice}")
+            raise CheckpointError(
+                f"{place}: {theirs['class']} trained other parameters than this run's{first}; {advice}"
+            )
 
 
-def _targets(folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def _targets(
+    folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]
+) -> dict[str, Tensor]:
     """The optimizers' tensors that the saved ones go into, after filling in the scalars; both sides must agree."""
     saved_tensors, saved_scalars = document["optimizer_tensors"], document["optimizer_scalars"]
     has_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in (*saved_tensors, *saved_scalars)}
@@ -221,15 +228,17 @@ def _targets(folder: Path, document: dict[str, Any], model: nn.Module, optimizer
     # Makes the tensors where there are none yet, by a step with learning rate 0 and no gradient.
     _named_state(model, stateful)
     for one in stateful:
-        for parameter in [parameter for parameter in one.state if names[parameter] not in has_state]:
-            del one.state[parameter]
+        for unused in [
+            parameter for parameter in names if parameter in one.state and names[parameter] not in has_state
+        ]:
+            del one.state[unused]
     tensors, scalars = _split(_named_state(model, stateful))
     here = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     for name in sorted({*here, *saved_tensors}):
         if here.get(name) != saved_tensors.get(name):
             raise CheckpointError(
-                f"{folder}: tensor {name!r}: {saved_tensors.get(name, 'nothing')} saved, {here.get(name, 'nothing')} expected; "
-                "resume with the optimizer settings and dtype of the run that wrote it"
+                f"{folder}: tensor {name!r}: {saved_tensors.get(name, 'nothing')} saved, {here.get(name, 'nothing')} "
+                "expected; resume with the optimizer settings and dtype of the run that wrote it"
             )
     if different := sorted(scalars.keys() ^ saved_scalars.keys()):
         raise CheckpointError(f"{folder}: {different[0]!r}: only in the saved or only in this run's optimizer state")

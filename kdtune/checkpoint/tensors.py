@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.errors import CheckpointError
-from kdtune.log import get_logger
 from kdtune.models import Transformer
 
 _TIED = ("tok_embeddings.weight", "output.weight")
@@ -74,10 +73,6 @@ def fill_model(
             _copy(tensors[name], parameter)
     if tied and _TIED[1] in tensors:
         _check_tied(*(tensors[name] for name in _TIED))
-    mixed = {stored.dtype for stored in tensors.values()} - {dtype}
-    if mixed:
-        names = ", ".join(sorted(str(found).removeprefix("torch.") for found in mixed))
-        get_logger(__name__).debug("weights stored as %s were converted to %s", names, str(dtype).removeprefix("torch."))
     return model
 
 

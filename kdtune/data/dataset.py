@@ -189,14 +189,35 @@ class RowStream(StreamDataset):
             DataError: a row cannot be used, or the whole epoch had no example.
         """
         report = self.report = Report(self.report.source)
-        rows = self._rows
+        rows: Iterable[Row] = self._rows
         if shuffle:
-            buffer_seed = int(random_state(seed, epoch).integers(2**31))
-            rows = rows.shuffle(seed=buffer_seed, buffer_size=self._shuffle_buffer)
+            random = random_state(seed, epoch)
+            rows = shuffled(shuffled_shards(self._rows, random), self._shuffle_buffer, random)
         for ids, trained in self._encoder.encoded(read_stream(rows, report.source), report):
             yield make_example(ids, trained)
         check_not_empty(report)
         _log_left_out(report)
+
+
+def shuffled_shards(rows: "datasets.IterableDataset", random: np.random.Generator) -> Iterator[Row]:
+    """The rows of a stream, its shards (files) in random order."""
+    # IterableDataset.shuffle is not used: in a DataLoader worker it draws another order than in the main process.
+    for shard in random.permutation(rows.num_shards):
+        yield from rows.shard(rows.num_shards, int(shard))
+
+
+def shuffled(rows: Iterable[Row], buffer_size: int, random: np.random.Generator) -> Iterator[Row]:
+    """The rows, each drawn at random from a buffer that holds the next buffer_size of them."""
+    buffer: list[Row] = []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+        else:
+            drawn = int(random.integers(buffer_size))
+            yield buffer[drawn]
+            buffer[drawn] = row
+    for index in random.permutation(len(buffer)):
+        yield buffer[index]
 
 
 def build_dataset(

@@ -1,5 +1,7 @@
 """Batches in a fixed order, epoch after epoch, from any position."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +106,11 @@ class Loader:
             self._ahead = iter(self._fetcher())
         item = next(self._ahead)
         if isinstance(item, DataError):
-            raise item
+            self._ahead = None
+            try:
+                raise item
+            finally:
+                del item  # The traceback would hold this frame, and this frame the error.
         if isinstance(item, _StreamItem):
             self._position, self.report = item.next_position, item.report
             return item.batch
@@ -114,7 +120,11 @@ class Loader:
 
     def _fetcher(self) -> "DataLoader[Any]":
         # A generator of its own: DataLoader would otherwise draw from the global one, and a resumed run would differ.
-        common: dict[str, Any] = {"num_workers": self._num_workers, "generator": torch.Generator().manual_seed(0)}
+        common: dict[str, Any] = {
+            "num_workers": self._num_workers,
+            "generator": torch.Generator().manual_seed(0),
+            "worker_init_fn": _leave_signals_to_the_main_process,
+        }
         if isinstance(self.dataset, MapDataset):
             indices = _IndexBatches(self.dataset, self._settings, self._position)
             pad = partial(collate, pad_id=self._settings.pad_id)
@@ -201,6 +211,15 @@ class _StreamBatches(IterableDataset[Any]):
         if waiting is None:
             raise _outside(epoch, first, count, self._dataset)
         yield _StreamItem(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Keeps Ctrl-C, which reaches the whole process group, from breaking off a run that is about to save.
+
+    SIGTERM ends a worker with exit code 0, which DataLoader does not take for a crash.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def _grouped(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:

@@ -1,4 +1,4 @@
-"""What is applied to a model from outside: its weights and device, recomputation, compilation."""
+"""How a model is built for a run, and what is applied to it from outside."""
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.build import build_model

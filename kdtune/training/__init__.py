@@ -17,7 +17,17 @@ from kdtune.training.plot import VALIDATION_PREFIX, plot_losses
 from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import ProgressBar
-from kdtune.training.report import comparison_table
+from kdtune.training.report import comparison_table, samples_text
+from kdtune.training.run_folder import (
+    check_unchanged,
+    holds_run,
+    is_finished,
+    output_dir_problems,
+    start_run,
+    step_to_resume,
+    write_final,
+    write_run_files,
+)
 from kdtune.training.schedules import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -43,6 +53,7 @@ __all__ = [
     "WandBLogger",
     "adamw",
     "check_finite",
+    "check_unchanged",
     "clip_grad_norm_",
     "comparison_table",
     "count_steps",
@@ -57,14 +68,22 @@ __all__ = [
     "get_inverse_sqrt_schedule_with_warmup",
     "get_linear_schedule_with_warmup",
     "get_wsd_schedule",
+    "holds_run",
+    "is_finished",
     "is_muon_weight",
     "memory_stats",
+    "output_dir_problems",
     "plot_losses",
     "read_metrics",
     "reset_peak_memory",
     "resolve_device",
+    "samples_text",
     "set_seed",
+    "start_run",
+    "step_to_resume",
     "take_micro_batches",
     "trainable_parameters",
     "truncate_metrics",
+    "write_final",
+    "write_run_files",
 ]

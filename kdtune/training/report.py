@@ -1,6 +1,7 @@
 """What a finished run shows: the table of before, after and teacher, made from the run's own metrics."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,3 +36,22 @@ def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "KL to teacher (nats)": kd_loss,
         "teacher's top token": None if agreement is None else f"{agreement:.1%}".rjust(19),
     }
+
+
+def samples_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The answers to each prompt: the student's before and after training, and the teacher's.
+
+    Args:
+        rows: of samples.jsonl, each with step, model, prompt and answer.
+    """
+    lines = []
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        asked = [row for row in rows if row["prompt"] == prompt]
+        students = [row for row in asked if row["model"] == "student"]
+        shown = [students[0], *students[-1:]] if len(students) > 1 else students
+        lines.append(f"> {prompt}")
+        for row in [*shown, *(row for row in asked if row["model"] == "teacher")]:
+            who = "teacher" if row["model"] == "teacher" else f"student, step {row['step']}"
+            lines.append(textwrap.indent(f"[{who}] {' '.join(row['answer'].split())}", "  "))
+        lines.append("")
+    return "\n".join(lines)

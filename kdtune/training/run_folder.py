@@ -6,8 +6,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdtune.checkpoint import atomic_write_text
+import yaml
+
+from kdtune.checkpoint import (
+    atomic_write_text,
+    discard_steps_after,
+    newest_step,
+    remove_folder,
+    save_model,
+    writing,
+)
 from kdtune.errors import ConfigError
+from kdtune.log import get_logger
+from kdtune.models import Transformer
+from kdtune.training.loggers import read_metrics, truncate_metrics
+
+log = get_logger(__name__)
 
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 
@@ -33,6 +47,43 @@ def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         return [f"output_dir={output_dir}: {parent} is not a folder that can be written to; choose another output_dir"]
     return []
+
+
+def step_to_resume(output_dir: Path, config_values: Mapping[str, Any], *, may_change: Collection[str]) -> Path | None:
+    """The newest whole step folder of a run, once its config is known to be the same; None where there is nothing to resume.
+
+    Raises:
+        ConfigError: naming each key of the run's config.yaml that now has another value.
+    """
+    if not holds_run(output_dir):
+        log.info("%s: holds no run; starting from step 0", output_dir)
+        return None
+    check_unchanged(read_resolved_config(output_dir), config_values, may_change=may_change)
+    newest = newest_step(output_dir)
+    log.info("%s: resuming from %s", output_dir, newest.name if newest else "step 0 (no checkpoint yet)")
+    return newest
+
+
+def read_resolved_config(output_dir: Path) -> dict[str, Any]:
+    """The config a run was started with, key by key; empty where it was killed before it was written."""
+    path = output_dir / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
+    """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
+
+    Raises:
+        CheckpointError: where it cannot be written.
+    """
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    write_run_files(output_dir, resolved_config=resolved_config, record=record)
+    discard_steps_after(output_dir, step)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (output_dir / name).exists():
+            # At step 0 the validation before the first step is made again.
+            truncate_metrics(output_dir / name, step if step > 0 else -1)
 
 
 def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, Any]) -> None:
@@ -65,3 +116,24 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n"
             "take the changes back, or choose another output_dir for a new run"
         )
+
+
+def is_finished(output_dir: Path, num_steps: int) -> bool:
+    """Whether the run has made all its steps and written final/."""
+    metrics = output_dir / "metrics.jsonl"
+    if not ((output_dir / "final").is_dir() and metrics.exists()):
+        return False
+    rows = read_metrics(metrics)
+    return bool(rows) and rows[-1]["step"] >= num_steps
+
+
+def write_final(output_dir: Path, model: Transformer, *, base: str | Path | None, tokenizer: Any) -> None:
+    """Writes `final/`, in place of the one of a shorter run where that was resumed with more steps.
+
+    Raises:
+        CheckpointError: where it cannot be written.
+    """
+    final = output_dir / "final"
+    if final.exists():
+        remove_folder(final)
+    save_model(model, final, base=base, tokenizer=tokenizer)

@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+import time
 from itertools import chain, islice
 
 import numpy as np
@@ -128,6 +132,24 @@ def test_the_global_random_state_is_left_alone(workers):
     before = torch.get_rng_state()
     next(make(numbered(), num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_workers_do_not_break_the_step_that_runs(signum):
+    expected = take(make(numbered()), 10)
+    loader = make(numbered(), num_workers=2)
+    first = take(loader, 2)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signum)
+    if signum == signal.SIGTERM:
+        for worker in workers:
+            worker.join(timeout=10)
+            assert worker.exitcode == 0
+        time.sleep(0.1)  # DataLoader's handler of dying children would raise here.
+        loader.seek(loader.position)  # Starts new workers.
+    assert same(first + take(loader, 8), expected)
 
 
 @pytest.mark.parametrize("position", [(0, NUM_BATCHES), (0, 99), (-1, 0), (0, -1)])

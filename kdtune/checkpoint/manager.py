@@ -1,0 +1,136 @@
+"""The step folders of a run: written whole, found again, and deleted when there are too many.
+
+A step folder `step_N/` is a Hugging Face model folder with the resume state in `step_N/state/`.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from kdtune.checkpoint import huggingface, state
+from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
+from kdtune.checkpoint.save import SavesItself, write_model
+from kdtune.errors import CheckpointError, ConfigError
+from kdtune.models import Transformer
+
+STATE_DIR = "state"
+_STEP = re.compile(r"step_(\d+)")
+# Of a metric with one of these endings more is better; of a loss, less.
+_HIGHER_IS_BETTER = ("agreement", "accuracy")
+
+
+def step_folders(output_dir: str | Path) -> list[Path]:
+    """The whole step folders of a run, oldest first. One without weights, config or state is not whole."""
+    folder = Path(output_dir)
+    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if _is_whole(path)), key=step_number)
+
+
+def newest_step(output_dir: str | Path) -> Path | None:
+    """The newest whole step folder, or None."""
+    return next(reversed(step_folders(output_dir)), None)
+
+
+def step_number(folder: Path) -> int:
+    """N of a folder named `step_N`."""
+    match = _STEP.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        weights = huggingface.weight_files(folder)
+    except CheckpointError:  # its index is damaged
+        return False
+    needed = [*weights, folder / huggingface.CONFIG]
+    return bool(weights) and all(file.is_file() for file in needed) and state.is_whole_state(folder / STATE_DIR)
+
+
+class CheckpointManager:
+    """Writes the step folders of one run and keeps as many as it should.
+
+    Args:
+        output_dir: of the run. What a killed run left half written in it is removed.
+        keep_last_n: whole step folders to keep, apart from the best one; None: all.
+        best_metric: name of the metric that decides which is the best; None: none is.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, keep_last_n: int | None = None, best_metric: str | None = None
+    ) -> None:
+        if keep_last_n is not None and keep_last_n < 1:
+            raise ConfigError(f"keep_last_n_checkpoints={keep_last_n}: must be 1 or more; leave it out to keep all")
+        self.output_dir = Path(output_dir)
+        self.keep_last_n = keep_last_n
+        self.best_metric = best_metric
+        clean_leftovers(self.output_dir)
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Transformer,
+        optimizers: Optimizer | Sequence[Optimizer],
+        schedulers: Sequence[state.Stateful] = (),
+        extra: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        base: str | Path | None = None,
+        tokenizer: SavesItself | None = None,
+    ) -> Path:
+        """Writes `step_N`, model and state in one atomic folder, then deletes what is too many. Returns the folder.
+
+        `extra` and `metrics` are kept in the state; `metrics` of this step, from which the best one is told.
+
+        Raises:
+            CheckpointError: the folder exists already, or the disk is full or cannot be written.
+        """
+        folder = self.output_dir / f"step_{step}"
+        with atomic_folder(folder) as hidden:
+            write_model(model, hidden, base=base, tokenizer=tokenizer)
+            (hidden / STATE_DIR).mkdir()
+            state.write_state(
+                hidden / STATE_DIR,
+                model=model,
+                optimizers=optimizers,
+                schedulers=schedulers,
+                extra={**extra, "step": step, "metrics": dict(metrics)},
+            )
+        self._delete_old()
+        return folder
+
+    def best_step(self) -> Path | None:
+        """The whole step folder with the best metric; None without a metric or a folder that has it."""
+        if self.best_metric is None:
+            return None
+        scored = [(self._metric(folder), folder) for folder in step_folders(self.output_dir)]
+        known = [(value, folder) for value, folder in scored if value is not None]
+        if not known:
+            return None
+        choose = max if self.best_metric.endswith(_HIGHER_IS_BETTER) else min
+        return choose(known, key=lambda pair: pair[0])[1]
+
+    def _metric(self, folder: Path) -> float | None:
+        value = state.read_state_file(folder / STATE_DIR)["extra"]["metrics"].get(self.best_metric)
+        return None if value is None or math.isnan(value) else float(value)
+
+    def _delete_old(self) -> None:
+        if self.keep_last_n is None:
+            return
+        best = self.best_step()
+        for folder in step_folders(self.output_dir)[: -self.keep_last_n]:
+            if folder != best:
+                remove_folder(folder)
+
+
+def discard_steps_after(output_dir: str | Path, step: int) -> None:
+    """Removes step folders later than `step` that are not whole, which a resumed run will write again."""
+    for path in Path(output_dir).glob("step_*"):
+        if _STEP.fullmatch(path.name) and step_number(path) > step:
+            if _is_whole(path):
+                raise CheckpointError(f"{path}: is whole and newer than step {step}; resume from it, or move it away")
+            remove_folder(path)

@@ -1,0 +1,227 @@
+"""What every tokenizer offers, and the parts they share: chat rendering, chat tokens, training masks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdtune.errors import ConfigError, DataError
+from kdtune.tokenizers.chat_format import check_template, family_template, render_chat
+from kdtune.tokenizers.chat_regions import ControlFinder, answer_spans, message_span, protect, split_pieces
+
+# Control tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+# Headers and system prompts recur in every example: ids of short texts are kept, this many of up to this length.
+_CACHE_SIZE = 4096
+_CACHE_MAX_CHARS = 128
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The strings a tokenizer treats as control tokens, and the roles they play.
+
+    `named` holds bos_token, eos_token, pad_token, ... as chat templates know them. `lstrip` and `rstrip` name tokens
+    that swallow the whitespace beside them.
+    """
+
+    ids: Mapping[str, int]
+    named: Mapping[str, str]
+    lstrip: Collection[str] = ()
+    rstrip: Collection[str] = ()
+
+    def id_of(self, name: str) -> int | None:
+        """Id of a named token, None where the tokenizer has none."""
+        token = self.named.get(name)
+        return None if token is None else self.ids.get(token)
+
+
+def check_max_seq_len(max_seq_len: int | None) -> int | None:
+    """The value itself. Raises ConfigError unless it is None or a positive integer."""
+    if max_seq_len is None or (type(max_seq_len) is int and max_seq_len > 0):
+        return max_seq_len
+    raise ConfigError(
+        f"tokenizer.max_seq_len={max_seq_len!r}: must be a positive integer (tokens), or null for no limit"
+    )
+
+
+def message_fields(message: Any, index: int = 0) -> dict[str, Any]:
+    """The message as the dict a chat template sees: role, content and what else a mapping holds, but not `masked`.
+
+    Raises:
+        DataError: role or content is missing or no string.
+    """
+    if isinstance(message, Mapping):
+        fields = {key: value for key, value in message.items() if key != "masked"}
+    else:
+        fields = {key: getattr(message, key, None) for key in ("role", "content")}
+    for key in ("role", "content"):
+        if not isinstance(fields.get(key), str):
+            raise DataError(f"messages[{index}].{key}: found {fields.get(key)!r}; want a string")
+    return fields
+
+
+def is_masked(message: Any) -> bool:
+    """Whether a message is kept out of training (`masked`, False where the message does not say)."""
+    found = message.get("masked", False) if isinstance(message, Mapping) else getattr(message, "masked", False)
+    return bool(found)
+
+
+def well_formed(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer can encode, joined to characters or replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, and conversations to ids with their training targets.
+
+    Subclasses give `_encode_text`, `_decode_ids` and `save`. `max_seq_len` is only kept: datasets truncate.
+    """
+
+    def __init__(
+        self,
+        control: ControlTokens,
+        *,
+        vocab_size: int,
+        pad_id: int | None = None,
+        max_seq_len: int | None = None,
+        chat_template: str | None = None,
+        extra_stop_ids: Iterable[int] = (),
+        origin: Path | str = "tokenizer",
+    ) -> None:
+        self.max_seq_len = check_max_seq_len(max_seq_len)
+        self.vocab_size = vocab_size
+        """Number of ids that can occur: the largest one plus 1."""
+        self.control_tokens = dict(control.ids)
+        self.bos_id = control.id_of("bos_token")
+        self.eos_id = control.id_of("eos_token")
+        found_pad = control.id_of("pad_token") if pad_id is None else pad_id
+        # Padding is never attended to nor trained on, so any id will do where the tokenizer names none.
+        self.pad_id: int = next(i for i in (found_pad, self.eos_id, 0) if i is not None)
+        ends = {control.ids[token] for token in END_TOKENS if token in control.ids}
+        if self.eos_id is not None:
+            ends.add(self.eos_id)
+        self.stop_ids = frozenset(ends.union(extra_stop_ids))
+        self.chat_template = family_template(control.ids) if chat_template is None else chat_template
+        check_template(self.chat_template, origin=str(origin))
+        self._named = {"bos_token": "", "eos_token": "", **control.named}
+        self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
+        self._cache: dict[tuple[str, int | None], list[int]] = {}
+
+    @abstractmethod
+    def _encode_text(self, text: str, previous: int | None) -> list[int]:
+        """Ids of well-formed text without control tokens; `previous` is the id before it, None at the very start."""
+
+    @abstractmethod
+    def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
+        """Text of ids that all lie in the vocabulary."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them."""
+
+    def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Ids of the text. Control-token strings in it stay text; a bos or eos the tokenizer lacks adds nothing."""
+        ids = self._encode_text(well_formed(text), None) if text else []
+        if add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if add_eos and self.eos_id is not None:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of the ids. Ids outside the vocabulary (rows that only pad a model's head) give no text."""
+        return self._decode_ids([i for i in map(int, ids) if 0 <= i < self.vocab_size], skip_special)
+
+    def render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text, to the byte as transformers' `apply_chat_template(tokenize=False)` gives it.
+
+        Raises:
+            DataError: a message without role or content, or one that the template refuses.
+        """
+        return self._render([message_fields(m, i) for i, m in enumerate(messages)], add_generation_prompt)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self._named,
+        )
+
+    def tokenize_messages(
+        self, messages: Sequence[Any], *, add_generation_prompt: bool = False, train_on_input: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of the conversation, and for each whether it is a training target.
+
+        Control tokens the template writes become control ids; the same strings inside messages stay text. Targets are
+        the assistant's answers with their end-of-turn token, or everything with `train_on_input`; a masked message is
+        never a target. Text is cut where an answer starts, so the ids of a prompt (`add_generation_prompt=True`) are
+        how the ids of the whole conversation begin. bos stands where the template prints it, and nowhere else.
+
+        Raises:
+            DataError: a message or conversation that the template refuses, or a template under which the start of an
+                answer cannot be told (see `answer_spans`).
+        """
+        fields = [message_fields(message, i) for i, message in enumerate(messages)]
+        masked = {i for i, message in enumerate(messages) if is_masked(message)}
+        shown, mark = protect(fields, self._finder)
+        text = self._render(shown, add_generation_prompt)
+        if mark and text.replace(mark, "") != self._render(fields, add_generation_prompt):
+            raise DataError(
+                "a message holds a control-token string that the chat template looks at, so it cannot be kept as text "
+                f"(known: {', '.join(sorted(self.control_tokens)[:8])}, ...); take it out of the data"
+            )
+        controls = self._finder.find(text)
+        answers = answer_spans(
+            text,
+            controls,
+            shown,
+            stop_ids=self.stop_ids,
+            render=self._render,
+            add_generation_prompt=add_generation_prompt,
+        )
+        if train_on_input:
+            hidden = [message_span(text, shown, i, render=self._render) for i in sorted(masked)]
+            chosen = _complement(hidden, len(text))
+        else:
+            chosen = [span for i, span in answers.items() if i not in masked]
+        cuts = {edge for span in (*answers.values(), *chosen) for edge in span}
+        ids: list[int] = []
+        trained: list[bool] = []
+        for piece in split_pieces(text, controls, cuts):
+            if piece.token is None:
+                shown_text = text[piece.start : piece.end]
+                new = self._encode_cached(
+                    shown_text.replace(mark, "") if mark else shown_text, ids[-1] if ids else None
+                )
+            else:
+                new = [piece.token]
+            ids += new
+            trained += [any(start <= piece.start < end for start, end in chosen)] * len(new)
+        return ids, trained
+
+    def _encode_cached(self, text: str, previous: int | None) -> list[int]:
+        if not text:
+            return []
+        if len(text) > _CACHE_MAX_CHARS:
+            return self._encode_text(well_formed(text), previous)
+        key = (text, previous)
+        ids = self._cache.get(key)
+        if ids is None:
+            ids = self._encode_text(well_formed(text), previous)
+            if len(self._cache) < _CACHE_SIZE:
+                self._cache[key] = ids
+        return ids
+
+
+def _complement(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The parts of [0, length) outside the given spans, which are sorted and do not overlap."""
+    starts = [0, *(end for _, end in spans)]
+    ends = [*(start for start, _ in spans), length]
+    return list(zip(starts, ends, strict=True))

@@ -1,0 +1,173 @@
+"""Chat templates: the families', a folder's own, and rendering that equals transformers' to the byte."""
+
+import json
+from collections.abc import Container, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kdtune.errors import CheckpointError, DataError
+from kdtune.tokenizers.folder import read_json, read_text
+
+# Meta's llama 2 reference: the system text sits inside the first user turn, and every answer closes its own sequence.
+LLAMA2 = """\
+{%- set state = namespace(system='') -%}
+{%- for message in messages -%}
+    {%- set text = message['content'] | trim -%}
+    {%- if message['role'] == 'system' -%}
+        {%- if not loop.first -%}
+            {{- raise_exception('only the first message may have the role system') -}}
+        {%- endif -%}
+        {%- set state.system = '<<SYS>>\\n' + text + '\\n<</SYS>>\\n\\n' -%}
+    {%- elif message['role'] == 'user' -%}
+        {{- bos_token + '[INST] ' + state.system + text + ' [/INST]' -}}
+        {%- set state.system = '' -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + text + ' ' + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('role ' + message['role'] + ': this template knows system, user and assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+# Meta's llama 3 reference: every message is a header, the stripped text and an end-of-turn token.
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+    {{- message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+CHATML = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def family_template(control_tokens: Container[str]) -> str:
+    """Template of the family whose control tokens these are: llama 3, ChatML, else llama 2 with its marks in text."""
+    if "<|start_header_id|>" in control_tokens:
+        return LLAMA3
+    return CHATML if "<|im_start|>" in control_tokens else LLAMA2
+
+
+def folder_template(folder: Path) -> str | None:
+    """The chat template a Hugging Face folder carries, None without one.
+
+    `chat_template.jinja` comes before the entry in tokenizer_config.json, as in transformers; of several named
+    templates the one called "default" is taken.
+
+    Raises:
+        CheckpointError: the entry is neither a string nor a list of named templates with a default.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return read_text(file)
+    config = folder / "tokenizer_config.json"
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    if found is None or isinstance(found, str):
+        return found
+    if isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found):
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        if isinstance(named.get("default"), str):
+            return str(named["default"])
+        found = sorted(map(str, named))
+    raise CheckpointError(
+        f"{config}: chat_template: found {found!r}; want a string or a list of named templates of which one is called "
+        "'default'; put the template to use into chat_template.jinja"
+    )
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for transformers' own masks; here its body is just rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def check_template(source: str, *, origin: str) -> None:
+    """Raises CheckpointError naming `origin` where the template is not valid Jinja."""
+    try:
+        _compile(source)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"{origin}: the chat template is not valid Jinja: {error}") from error
+
+
+def render_chat(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    special_tokens: Mapping[str, str],
+) -> str:
+    """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
+
+    `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them.
+
+    Raises:
+        DataError: the template refuses the conversation; the message is the template's.
+    """
+    try:
+        return _compile(source).render(
+            messages=list(messages),
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(f"the chat template refuses a conversation with the roles [{roles}]: {error}") from error

@@ -1,0 +1,214 @@
+"""Where things are in a rendered conversation: the template's control tokens, the answers, the masked messages.
+
+Message content must never become a control token. Before rendering, a Unicode noncharacter (the mark) is put inside
+every control-token string that a message holds; whatever still reads as a control token afterwards was made by the
+template. The mark is taken out again before the text between control tokens is encoded.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from kdtune.errors import DataError
+
+# U+FDD0..U+FDEF are set aside by Unicode for internal use: they stand for no character in any text.
+_NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
+"""(messages, add_generation_prompt) -> text"""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token in a rendered text: characters [start, end) and its id."""
+
+    start: int
+    end: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered text: ordinary text (token None), or one control token."""
+
+    start: int
+    end: int
+    token: int | None
+
+
+class ControlFinder:
+    """Finds and breaks up control-token strings. Built once a tokenizer; patterns are compiled once.
+
+    `lstrip` and `rstrip` name the tokens that also swallow the whitespace before or after them (AddedToken's flags).
+    """
+
+    def __init__(self, ids: Mapping[str, int], *, lstrip: Collection[str] = (), rstrip: Collection[str] = ()) -> None:
+        self.ids = dict(ids)
+        # Longest first: of two tokens that start at the same place the longer one is meant, as in tokenizers.
+        ordered = sorted(self.ids, key=lambda token: (-len(token), token))
+        whole = [
+            (r"\s*" if token in lstrip else "") + re.escape(token) + (r"\s*" if token in rstrip else "")
+            for token in ordered
+        ]
+        self._strips = bool(lstrip or rstrip)
+        self._match = re.compile("|".join(whole)) if whole else None
+        self._start = re.compile("(?s)(?=" + "|".join(map(re.escape, ordered)) + ")(.)") if whole else None
+        self._prefixes = {token[:k] for token in ordered for k in range(1, len(token))}
+        self._suffixes = {token[k:] for token in ordered for k in range(1, len(token))}
+        self._longest = max(map(len, ordered), default=0)
+        self._single = [token for token in ordered if len(token) == 1]
+
+    def find(self, text: str) -> list[Control]:
+        """The control tokens in a rendered text, left to right."""
+        if self._match is None:
+            return []
+        found = []
+        for match in self._match.finditer(text):
+            string = match[0].strip() if self._strips and match[0] not in self.ids else match[0]
+            found.append(Control(match.start(), match.end(), self.ids[string]))
+        return found
+
+    def breaks(self, text: str, mark: str) -> str:
+        """`text` with the mark inside every control-token string, and at ends that could complete one outside it."""
+        if self._start is None:
+            return text
+        for token in self._single:
+            if token in text:
+                raise DataError(
+                    f"a message holds {token!r}, which is a control token of one character and cannot be kept apart "
+                    "from the template's own; take it out of the data"
+                )
+        reach = range(1, min(self._longest, len(text) + 1))
+        head = mark if any(text[:k] in self._suffixes for k in reach) else ""
+        tail = mark if any(text[-k:] in self._prefixes for k in reach) else ""
+        return head + self._start.sub(rf"\1{mark}", text) + tail
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+def protect(messages: Sequence[Mapping[str, Any]], finder: ControlFinder) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The messages with control-token strings broken up, and the mark that does it ("" where there was nothing to do).
+
+    Raises:
+        DataError: every noncharacter occurs in the messages.
+    """
+    strings = [text for message in messages for text in _strings(message)]
+    if all(finder.breaks(text, _NONCHARACTERS[0]) == text for text in strings):
+        return messages, ""
+    mark = next((m for m in _NONCHARACTERS if not any(m in text for text in strings)), None)
+    if mark is None:
+        raise DataError(
+            "a conversation holds control-token strings and all 32 noncharacters U+FDD0..U+FDEF, of which one is "
+            "needed to keep those strings from becoming control tokens; clean the text"
+        )
+    return [_map_strings(message, lambda text: finder.breaks(text, mark)) for message in messages], mark
+
+
+def answer_spans(
+    text: str,
+    controls: Sequence[Control],
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    stop_ids: Collection[int],
+    render: Render,
+    add_generation_prompt: bool,
+) -> dict[int, tuple[int, int]]:
+    """By index of the assistant's messages: the characters [start, end) of `text` that generation has to produce.
+
+    An answer starts where the generation prompt ends and stops with its end-of-turn token. A template without one for
+    the assistant: with the message's last character.
+
+    Raises:
+        DataError: the rendering up to a message's generation prompt is not how the whole rendering begins.
+    """
+    starts: dict[int, int] = {}
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = render(messages[:i], True)
+            _check_prefix(prompt, text, i)
+            starts[i] = len(prompt)
+    if not starts:
+        return {}
+    spans: dict[int, tuple[int, int]] = {}
+    limits = [*list(starts.values())[1:], len(text)]
+    for (i, start), limit in zip(starts.items(), limits, strict=True):
+        stop = next((c.end for c in controls if c.start >= start and c.token in stop_ids), None)
+        if i < len(messages) - 1 or add_generation_prompt:
+            upto = render(messages[: i + 1], False)
+            if text.startswith(upto):
+                limit = len(upto)
+            elif stop is None or stop > limit:
+                raise DataError(
+                    f"chat template: cannot tell where the answer in messages[{i}] ends: it has no end-of-turn "
+                    "token and later messages change how it is rendered; use another chat template, or single turns"
+                )
+        spans[i] = (start, stop if stop is not None and stop <= limit else limit)
+    return spans
+
+
+def _check_prefix(prompt: str, text: str, index: int) -> None:
+    if text.startswith(prompt):
+        return
+    at = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
+    raise DataError(
+        f"chat template: cannot tell where the answer in messages[{index}] starts: the prompt that generation sees "
+        f"is not how the conversation begins; at character {at} the prompt has {prompt[at : at + 30]!r} and the "
+        f"conversation {text[at : at + 30]!r}; use a template whose generation prompt is how an assistant turn starts"
+    )
+
+
+def message_span(text: str, messages: Sequence[Mapping[str, Any]], index: int, *, render: Render) -> tuple[int, int]:
+    """Characters [start, end) of `text` that the message at `index` adds to the conversation.
+
+    Raises:
+        DataError: the template renders the message otherwise once later ones follow.
+    """
+    ends = []
+    for count in (index, index + 1):
+        upto = render(messages[:count], False) if count else ""
+        if not text.startswith(upto):
+            raise DataError(
+                f"chat template: cannot tell where the masked messages[{index}] lies: later messages change how it is "
+                "rendered; use another chat template or take the message out"
+            )
+        ends.append(len(upto))
+    return ends[0], ends[1]
+
+
+def split_pieces(text: str, controls: Sequence[Control], cuts: Iterable[int]) -> list[Piece]:
+    """The text as control tokens and the ordinary text between them, cut at `cuts` too; empty pieces are left out."""
+    edges = sorted({0, len(text), *cuts})
+    pieces: list[Piece] = []
+
+    def add_text(start: int, end: int) -> None:
+        inner = [start, *(cut for cut in edges if start < cut < end), end]
+        pieces.extend(Piece(a, b, None) for a, b in pairwise(inner) if a < b)
+
+    position = 0
+    for control in controls:
+        add_text(position, control.start)
+        pieces.append(Piece(control.start, control.end, control.token))
+        position = control.end
+    add_text(position, len(text))
+    return pieces

@@ -1,0 +1,34 @@
+"""Whether two tokenizers are the same, so that a teacher's distribution means the same to a student."""
+
+from kdtune.tokenizers.base import Tokenizer
+
+_BATTERY = (
+    "The quick brown fox jumps over the lazy dog. It's 12,345.67 o'clock, isn't it?",
+    "  two spaces,\ttabs\t\tand\n\nnewlines \r\n   before words  ",
+    "def f(x: int) -> str:\n    return f'{x!r:>10}'  # 0x1F <= 3e-4 && y != NULL;\n",
+    "Élève naïve, Größe, łódź, çağ, Đặng, Ωμέγα, Привет, мир! שלום עולם السلام عليكم",
+    "नमस्ते दुनिया สวัสดีชาวโลก 你好，世界。こんにちは世界 안녕하세요 ২০২৪ 一二三",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 e\u0301 \u00a0 \u200b ﬁ ½ x² ∑∫ → €",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ________________________________ ................",
+    "<|im_start|> <|im_end|> <|eot_id|> <s> </s> <unk> [INST]",
+)
+
+
+def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
+    """None where the two give the same ids; else a sentence that says how they differ.
+
+    Compared are bos, eos, the control tokens with their ids, and the ids of a fixed battery of texts in many scripts.
+    """
+    for name in ("bos_id", "eos_id"):
+        if getattr(a, name) != getattr(b, name):
+            return f"they differ in {name}: {getattr(a, name)} against {getattr(b, name)}"
+    for token in sorted(a.control_tokens.keys() | b.control_tokens.keys()):
+        left, right = a.control_tokens.get(token), b.control_tokens.get(token)
+        if left != right:
+            return f"they differ in the control token {token!r}: id {left} against {right}"
+    for text in _BATTERY:
+        left_ids = a.encode(text, add_bos=False, add_eos=False)
+        right_ids = b.encode(text, add_bos=False, add_eos=False)
+        if left_ids != right_ids:
+            return f"they differ on {text[:40]!r}: {left_ids[:8]}... against {right_ids[:8]}..."
+    return None

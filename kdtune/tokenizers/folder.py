@@ -1,0 +1,87 @@
+"""What lies beside a tokenizer file: names of special tokens, ids that end a generation, files to copy."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kdtune.errors import CheckpointError
+
+# Names of the special tokens that transformers hands to a chat template.
+SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def read_text(file: Path) -> str:
+    """Content of a UTF-8 file. Raises CheckpointError naming the file where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError naming the file where it is missing, broken or no object."""
+    try:
+        found = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}; the file may be truncated, fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: found {type(found).__name__}; want a JSON object")
+    return found
+
+
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Special tokens by name (bos_token, eos_token, ...) as the folder's transformers files set them.
+
+    tokenizer_config.json comes before special_tokens_map.json; an entry may be a string or an AddedToken object.
+    """
+    named: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = read_json_if_there(folder / file)
+        for key in SPECIAL_TOKEN_KEYS:
+            found = config.get(key)
+            if isinstance(found, dict):
+                found = found.get("content")
+            if isinstance(found, str):
+                named[key] = found
+    return named
+
+
+def generation_eos_ids(folder: Path) -> frozenset[int]:
+    """The ids that generation_config.json lists as eos_token_id, none where the folder has no such file or entry."""
+    file = folder / "generation_config.json"
+    found = read_json_if_there(file).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id: found {found!r}; want an integer or a list of integers")
+    return frozenset(ids)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
+    """Copies those of the named files that `source` has into `target`, which is made if need be."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() == target.resolve():
+        return
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    extra = source / "additional_chat_templates"
+    if extra.is_dir():
+        shutil.copytree(extra, target / extra.name, dirs_exist_ok=True)

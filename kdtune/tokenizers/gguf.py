@@ -1,0 +1,178 @@
+"""Tokenizers in the metadata of a GGUF file, rebuilt for the `tokenizers` library."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf import Keys, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers.gguf_metadata import read_metadata
+from kdtune.tokenizers.huggingface import HuggingFaceTokenizer
+from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
+
+_QWEN2_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+_NAMED_IDS = {
+    "bos_token": Keys.Tokenizer.BOS_ID,
+    "eos_token": Keys.Tokenizer.EOS_ID,
+    "unk_token": Keys.Tokenizer.UNK_ID,
+    "pad_token": Keys.Tokenizer.PAD_ID,
+}
+
+
+def _byte_level(pattern: str | None = None, *, single_digits: bool = False) -> pre_tokenizers.PreTokenizer:
+    """GPT-2's words, or those of `pattern`; `single_digits` first sets every digit apart."""
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+
+
+# llama.cpp's names (tokenizer.ggml.pre) for how text is cut into words before merging. transformers 5 reads all GGUF
+# files as GPT-2's; "smollm" was trained otherwise: 59 Alpaca answers with digits after blanks or empty lines cost
+# SmolLM2-135M 12476 nats cut as here, 12982 cut as GPT-2 (more on 56 of the 59).
+_PRE_TOKENIZERS = {
+    "default": lambda: _byte_level(),
+    "gpt-2": lambda: _byte_level(),
+    "smollm": lambda: _byte_level(single_digits=True),
+    "llama-bpe": lambda: _byte_level(SPLIT_PATTERN),
+    "llama3": lambda: _byte_level(SPLIT_PATTERN),
+    "llama-v3": lambda: _byte_level(SPLIT_PATTERN),
+    "qwen2": lambda: _byte_level(_QWEN2_PATTERN),
+}
+
+
+class GGUFTokenizer(HuggingFaceTokenizer):
+    """A tokenizer rebuilt from GGUF metadata; `save` writes it as a tokenizer.json with its configs."""
+
+    def __init__(self, *args: Any, add_bos: bool, model_max_length: int | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_bos = add_bos
+        self._model_max_length = model_max_length
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: token for name, token in self._named.items() if token},
+            "clean_up_tokenization_spaces": False,
+        }
+        if self._model_max_length is not None:
+            config["model_max_length"] = self._model_max_length
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
+    """The tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2") or sentencepiece BPE ("llama").
+
+    Raises:
+        CheckpointError: the file is broken, or its tokenizer is of another kind (named).
+    """
+    data = read_metadata(file)
+    kind = _need(data, Keys.Tokenizer.MODEL, file)
+    tokens: list[str] = _need(data, Keys.Tokenizer.LIST, file)
+    types: list[int] = data.get(Keys.Tokenizer.TOKEN_TYPE) or [TokenType.NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{file}: found {len(tokens)} tokens but {len(types)} token types; want as many")
+    if kind == "gpt2":
+        backend = _byte_level_bpe(data, tokens, file)
+    elif kind == "llama":
+        backend = _sentencepiece_bpe(data, tokens, file)
+    else:
+        raise CheckpointError(
+            f"{file}: {Keys.Tokenizer.MODEL}={kind!r}: this kind of tokenizer is not supported; allowed: 'gpt2' "
+            "(byte-level BPE), 'llama' (sentencepiece BPE); take the model's Hugging Face folder instead"
+        )
+    _add_tokens(backend, tokens, types)
+    ids = {name: data[key] for name, key in _NAMED_IDS.items() if key in data}
+    wrong = {name: i for name, i in ids.items() if i >= len(tokens)}
+    if wrong:
+        raise CheckpointError(f"{file}: special tokens {wrong} lie outside the vocabulary of {len(tokens)}")
+    named = {name: tokens[i] for name, i in ids.items()}
+    add_bos = bool(data.get(Keys.Tokenizer.ADD_BOS, kind == "llama")) and "bos_token" in named
+    if add_bos:
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_token"])]
+        )
+    architecture = data.get(Keys.General.ARCHITECTURE)
+    return GGUFTokenizer(
+        backend,
+        named=named,
+        add_bos=add_bos,
+        model_max_length=data.get(f"{architecture}.context_length"),
+        chat_template=data.get(Keys.Tokenizer.CHAT_TEMPLATE),
+        max_seq_len=max_seq_len,
+        origin=file,
+    )
+
+
+def _need(data: Mapping[str, Any], key: str, file: Path) -> Any:
+    if key not in data:
+        raise CheckpointError(f"{file}: no {key} in the metadata: the file carries no tokenizer; give another one")
+    return data[key]
+
+
+def _byte_level_bpe(data: Mapping[str, Any], tokens: Sequence[str], file: Path) -> Tokenizer:
+    pre = data.get(Keys.Tokenizer.PRE, "default")
+    if pre not in _PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{file}: {Keys.Tokenizer.PRE}={pre!r}: this way to cut text into words is not supported; allowed: "
+            f"{', '.join(_PRE_TOKENIZERS)}; take the model's Hugging Face folder instead"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in _need(data, Keys.Tokenizer.MERGES, file)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # llama 3 takes a word that is in the vocabulary as it is, even where the merges would not lead there.
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3", "llama-v3")))
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_bpe(data: Mapping[str, Any], tokens: Sequence[str], file: Path) -> Tokenizer:
+    scores: list[float] = _need(data, Keys.Tokenizer.SCORES, file)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = tokens[data.get(Keys.Tokenizer.UNK_ID, 0)]
+    backend = Tokenizer(
+        BPE(vocab=vocab, merges=_merges(tokens, scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = bool(data.get(Keys.Tokenizer.ADD_PREFIX, True))
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    back: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
+    return backend
+
+
+def _merges(tokens: Sequence[str], scores: Sequence[float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that make another piece, best score of the result first: sentencepiece's order of merging."""
+    pairs = []
+    for i, token in enumerate(tokens):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                pairs.append((-scores[i], i, vocab[left], vocab[right]))
+    return [(tokens[left], tokens[right]) for _, _, left, right in sorted(pairs)]
+
+
+def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    special = (TokenType.CONTROL, TokenType.UNKNOWN)
+    listed = [
+        AddedToken(token, special=kind in special, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (*special, TokenType.USER_DEFINED)
+    ]
+    backend.add_special_tokens([token for token in listed if token.special])
+    backend.add_tokens([token for token in listed if not token.special])

@@ -1,0 +1,178 @@
+"""Tokenizers in a tokenizer.json, run by the `tokenizers` library."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.folder import copy_files, generation_eos_ids, read_json_if_there, special_tokens
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer run by the `tokenizers` library.
+
+    Ids equal transformers' with `split_special_tokens=True`: special added tokens inside text stay text, while added
+    tokens that are not special (words added to the vocabulary) are found in text as they are there.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        named: Mapping[str, str],
+        folder: Path | None = None,
+        chat_template: str | None = None,
+        max_seq_len: int | None = None,
+        extra_stop_ids: Iterable[int] = (),
+        origin: Path | str = "tokenizer.json",
+    ) -> None:
+        self.folder = folder
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        _add_named(backend, named)
+        added = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        super().__init__(
+            ControlTokens(
+                {token.content: i for i, token in added.items()},
+                named,
+                lstrip={token.content for token in added.values() if token.lstrip},
+                rstrip={token.content for token in added.values() if token.rstrip},
+            ),
+            vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+            max_seq_len=max_seq_len,
+            chat_template=chat_template,
+            extra_stop_ids=extra_stop_ids,
+            origin=origin,
+        )
+        self._control_ids = frozenset(self.control_tokens.values())
+        self._continuing, self._prefix_after_control = _without_prefix(backend)
+        self._keep_special_strings_as_text()
+
+    def _keep_special_strings_as_text(self) -> None:
+        self._backend.encode_special_tokens = True
+        self._continuing.encode_special_tokens = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled backend forgets the setting.
+        self.__dict__.update(state)
+        self._keep_special_strings_as_text()
+
+    def _encode_text(self, text: str, previous: int | None) -> list[int]:
+        prefixed = previous is None or (self._prefix_after_control and previous in self._control_ids)
+        backend = self._backend if prefixed else self._continuing
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def save(self, folder: Path) -> None:
+        """Copies the folder's tokenizer files."""
+        assert self.folder is not None
+        copy_files(self.folder, folder)
+
+
+def _add_named(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:
+    # As in transformers, a token named as bos, eos, ... is special even where tokenizer.json does not say so.
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [token for token in dict.fromkeys(named.values()) if token not in special]
+    if missing:
+        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
+
+
+def _without_prefix(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
+    """A tokenizer that puts no space before the text, and whether the given one does so after a control token too.
+
+    The same object where it never puts one.
+    """
+    parts = [
+        json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part is not None
+    ]
+    kinds = [kind for part in parts for kind in _steps(part) if _adds_prefix(kind)]
+    if not kinds:
+        return backend, False
+    whole = json.loads(backend.to_str())
+    for key in ("normalizer", "pre_tokenizer"):
+        whole[key] = _strip_prefix(whole[key])
+    after_control = any(kind.get("prepend_scheme", "always") != "first" for kind in kinds)
+    return tokenizers.Tokenizer.from_str(json.dumps(whole)), after_control
+
+
+def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = part.get("normalizers") or part.get("pretokenizers") or []
+    return [step for child in inner for step in _steps(child)] if part["type"] == "Sequence" else [part]
+
+
+def _adds_prefix(step: Mapping[str, Any]) -> bool:
+    if step["type"] == "Metaspace":
+        return step.get("prepend_scheme", "always") != "never"
+    return step["type"] == "Prepend" or (step["type"] == "ByteLevel" and bool(step.get("add_prefix_space")))
+
+
+def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, key: [kept for child in part[key] if (kept := _strip_prefix(child)) is not None]}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    return {**part, "add_prefix_space": False} if part["type"] == "ByteLevel" else part
+
+
+def read_backend(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises CheckpointError naming the file where it is missing or broken."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{file}: the tokenizers library cannot read it: {error}; the file may be truncated, fetch it again"
+        ) from error
+
+
+def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json, with what the config files beside it say on special tokens and chat."""
+    folder = file.parent
+    backend = read_backend(file)
+    _add_config_tokens(backend, read_json_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {})
+    return HuggingFaceTokenizer(
+        backend,
+        named=_named_tokens(folder, backend),
+        folder=folder,
+        chat_template=folder_template(folder),
+        max_seq_len=max_seq_len,
+        extra_stop_ids=generation_eos_ids(folder),
+        origin=folder,
+    )
+
+
+def _add_config_tokens(backend: tokenizers.Tokenizer, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+        if entry["content"] in known:
+            continue
+        flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
+        token = tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
+        if token.special:
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
+
+
+def _named_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
+    """Special tokens by name; bos, eos and pad that no tokenizer file names are looked up by config.json's ids."""
+    named = special_tokens(folder)
+    config = read_json_if_there(folder / "config.json")
+    for name in ("bos_token", "eos_token", "pad_token"):
+        found = config.get(f"{name}_id")
+        found = found[0] if isinstance(found, list) and found else found
+        if name not in named and isinstance(found, int) and (token := backend.id_to_token(found)) is not None:
+            named[name] = token
+    return named

@@ -1,0 +1,102 @@
+"""Finds out what tokenizer a path holds, and loads it."""
+
+import re
+from pathlib import Path
+
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers.base import Tokenizer
+from kdtune.tokenizers.folder import read_json
+from kdtune.tokenizers.gguf import load_gguf
+from kdtune.tokenizers.huggingface import load_huggingface
+from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
+from kdtune.tokenizers.tiktoken import TiktokenTokenizer
+
+_LOOKED_FOR = (
+    "a tokenizer is looked for as tokenizer.json, tokenizer.model (tiktoken or sentencepiece) or one *.gguf file"
+)
+
+
+def load(path: str | Path, *, max_seq_len: int | None = None) -> Tokenizer:
+    """The tokenizer of a model folder, or of one tokenizer.json, tokenizer.model or GGUF file.
+
+    In a folder that has both, a sentencepiece tokenizer.model comes before its conversion to tokenizer.json, unless the
+    latter has tokens of its own; a tiktoken one comes after it. `max_seq_len` is what datasets truncate to.
+
+    Raises:
+        CheckpointError: nothing there is a tokenizer, or its file is broken.
+        ConfigError: max_seq_len is not positive.
+    """
+    path = Path(path)
+    return _load_file(path if path.is_file() else _find(path), max_seq_len)
+
+
+def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None) -> TiktokenTokenizer:
+    """Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it."""
+    file = _model_file(Path(path))
+    if not _is_tiktoken(file):
+        raise CheckpointError(f"{file}: not a tiktoken file (lines of base64 and rank); want llama 3's tokenizer.model")
+    return TiktokenTokenizer(file, max_seq_len=max_seq_len)
+
+
+def llama2_tokenizer(path: str | Path, max_seq_len: int | None = None) -> SentencePieceTokenizer:
+    """Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it."""
+    file = _model_file(Path(path))
+    if _is_tiktoken(file):
+        raise CheckpointError(f"{file}: a tiktoken file; want llama 2's sentencepiece tokenizer.model")
+    return SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    tried = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
+    for file in tried:
+        if file.is_file():
+            return file
+    raise CheckpointError(f"{path}: no tokenizer.model found; want that file, or a folder that holds it")
+
+
+def _load_file(file: Path, max_seq_len: int | None) -> Tokenizer:
+    if file.suffix == ".json":
+        return load_huggingface(file, max_seq_len=max_seq_len)
+    if file.suffix == ".gguf":
+        return load_gguf(file, max_seq_len=max_seq_len)
+    if _is_tiktoken(file):
+        return TiktokenTokenizer(file, max_seq_len=max_seq_len)
+    return SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+
+
+def _find(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such file or folder; {_LOOKED_FOR}")
+    json_file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_file.is_file():
+        original = model.is_file() and not _is_tiktoken(model) and not _has_own_tokens(json_file, model)
+        return model if original else json_file
+    for file in (model, folder / "original" / "tokenizer.model"):
+        if file.is_file():
+            return file
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise CheckpointError(
+            f"{folder}: found {len(ggufs)} GGUF files ({names}); name the one to read the tokenizer from"
+        )
+    raise CheckpointError(f"{folder}: no tokenizer found; {_LOOKED_FOR}")
+
+
+def _is_tiktoken(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(4096)) is not None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+
+def _has_own_tokens(json_file: Path, model: Path) -> bool:
+    """Whether tokenizer.json has added tokens that are not control tokens of the sentencepiece model beside it."""
+    control = SentencePieceTokenizer(model).control_tokens
+    added = read_json(json_file).get("added_tokens") or []
+    return any(control.get(token.get("content")) != token.get("id") for token in added)

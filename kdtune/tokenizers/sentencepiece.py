@@ -1,0 +1,77 @@
+"""Llama 2's tokenizer: a sentencepiece model."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import sentencepiece
+
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.folder import copy_files, generation_eos_ids
+
+# Serialized protocol buffers merge when one follows the other: this is normalizer_spec { add_dummy_prefix: false }.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+def read_model(file: Path) -> bytes:
+    """The serialized sentencepiece model in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no sentencepiece model.
+    """
+    try:
+        proto = file.read_bytes()
+        sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: neither a tiktoken nor a sentencepiece model: {error}; the file may be truncated, fetch it again"
+        ) from error
+    return proto
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer from a sentencepiece model; ids are the sentencepiece library's."""
+
+    def __init__(self, file: Path, *, max_seq_len: int | None = None) -> None:
+        self.file = file
+        proto = read_model(file)
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        # Text that goes on within a sequence gets no dummy space in front.
+        self._continuing = sentencepiece.SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
+        model = self._model
+        size = model.get_piece_size()
+        ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
+        roles = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        super().__init__(
+            ControlTokens(ids, {name: model.id_to_piece(i) for name, i in roles.items() if i >= 0}),
+            vocab_size=size,
+            pad_id=model.pad_id() if model.pad_id() >= 0 else None,
+            max_seq_len=max_seq_len,
+            chat_template=folder_template(file.parent),
+            extra_stop_ids=generation_eos_ids(file.parent),
+            origin=file,
+        )
+        self._control_strings = dict(zip(self.control_tokens.values(), self.control_tokens, strict=True))
+
+    def _encode_text(self, text: str, previous: int | None) -> list[int]:
+        # Meta's reference starts a sentence, dummy space included, after each bos.
+        starts_sentence = previous is None or previous == self.bos_id
+        return list((self._model if starts_sentence else self._continuing).encode(text))
+
+    def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
+        if skip_special:
+            return str(self._model.decode([i for i in ids if i not in self._control_strings]))
+        parts: list[str] = []
+        for is_control, group in groupby(ids, self._control_strings.__contains__):
+            members = list(group)
+            parts.append(
+                "".join(self._control_strings[i] for i in members) if is_control else self._model.decode(members)
+            )
+        return "".join(parts)
+
+    def save(self, folder: Path) -> None:
+        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it."""
+        copy_files(self.file.parent, folder)
+        copy_files(self.file.parent, folder, [self.file.name])
