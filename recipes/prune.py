@@ -56,8 +56,9 @@ class Config:
         found = []
         if (self.layers is None) == (self.num_layers is None):
             found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
-        if self.num_calibration_tokens < 1:
-            found.append(f"num_calibration_tokens={self.num_calibration_tokens}: must be at least 1")
+        for key in ("num_calibration_tokens", "num_layers"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                found.append(f"{key}={getattr(self, key)}: must be at least 1")
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         return found
@@ -108,9 +109,9 @@ def run(cfg: Config) -> None:
 
 
 def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[data.Batch]:
-    """Batches of four examples from the start of the dataset, until they hold so many valid labels."""
+    """Single examples (so nothing is padding) from the start of the dataset, until they hold so many valid labels."""
     count = 0
-    for batch in data.batches(dataset, 4, pad_id):
+    for batch in data.batches(dataset, 1, pad_id):
         if count >= num_tokens:
             return
         count += batch.num_valid_tokens()
@@ -127,11 +128,13 @@ def choose_layers(cfg: Config, model: Transformer, batches: list[data.Batch]) ->
         return prune.evenly_spaced(total, cfg.num_layers), []
     if cfg.method == "block_influence":
         influence = prune.block_influence(model, batches)
-        print(training.format_table([{"layer": index, "block influence": value} for index, value in enumerate(influence)]))
+        rows: list[dict[str, Any]] = [{"layer": index, "block influence": value} for index, value in enumerate(influence)]
+        print(training.format_table(rows))
         return prune.most_influential(influence, cfg.num_layers), []
     with tqdm(total=max(0, total - cfg.num_layers), desc="dropping layers", unit="layer") as bar:
         removals = prune.greedy_removal(model, batches, cfg.num_layers, progress=lambda _: bar.update())
-    print(training.format_table([{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]))
+    rows = [{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]
+    print(training.format_table(rows))
     dropped = {step.layer for step in removals}
     return [index for index in range(total) if index not in dropped], [vars(step) for step in removals]
 

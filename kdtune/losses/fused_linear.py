@@ -130,7 +130,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         if grad_hidden_TD is not None:
             grad_hidden_TD[positions_C] = _hidden_grad(logits_CV, hidden_CD, student.weight_VD)
         if grad_weight_VD is not None:
-            _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, _operand_dtype(hidden_CD, student.weight_VD))
+            _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, student.weight_VD)
 
     ce, kd = ce_N.sum(), kd_N.sum()
     # A part of weight 0 is left out, not multiplied by 0: it may be infinite.
@@ -183,13 +183,13 @@ def _sum_dtype(hidden_TD: Tensor) -> torch.dtype:
     return torch.promote_types(hidden_TD.dtype, torch.float32)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which hidden states and weight are multiplied so that the result is exact to `_sum_dtype`.
+def _operand_dtype(hidden: Tensor, weight: Tensor, sum_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which hidden states and weight must be multiplied for a result that is exact to `sum_dtype`.
 
     CUDA multiplies bf16 into an fp32 result; other devices round the result to bf16, so there both are raised first.
     """
-    native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if native else _sum_dtype(hidden)
+    half = hidden.dtype == weight.dtype == torch.bfloat16 and sum_dtype == torch.float32
+    return torch.bfloat16 if half and hidden.is_cuda and torch.version.hip is None else sum_dtype
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -207,16 +207,21 @@ def _tiles(weight_VD: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[t
     if weight_VD.dtype == dtype:
         yield slice(0, vocab_size), weight_VD[:vocab_size]
         return
-    rows = min(vocab_size, max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize)))
-    buffer = weight_VD.new_empty(rows, weight_VD.shape[1], dtype=dtype)
+    rows = _tile_rows(weight_VD, dtype)
+    buffer = weight_VD.new_empty(min(rows, vocab_size), weight_VD.shape[1], dtype=dtype)
     for tile in _slices(vocab_size, rows):
         yield tile, buffer[: tile.stop - tile.start].copy_(weight_VD[tile])
+
+
+def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
+    """Rows of a head that take TILE_BYTES in `dtype`."""
+    return max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize))
 
 
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
     """Logits [C, V] of a chunk, in the first rows of the buffer."""
     logits_CV = buffer[: len(hidden_CD)]
-    dtype = _operand_dtype(hidden_CD, weight_VD)
+    dtype = _operand_dtype(hidden_CD, weight_VD, buffer.dtype)
     hidden_CD = hidden_CD.to(dtype)
     for tile, weight in _tiles(weight_VD, logits_CV.shape[1], dtype):
         _mm(hidden_CD, weight.T, out=logits_CV[:, tile])
@@ -225,19 +230,18 @@ def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
 
 def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """Gradient [C, D] of the hidden states, in their dtype."""
-    dtype = _operand_dtype(hidden_CD, weight_VD)
+    dtype = _operand_dtype(hidden_CD, weight_VD, grad_logits_CV.dtype)
     grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
     for tile, weight in _tiles(weight_VD, grad_logits_CV.shape[1], dtype):
         _addmm_(grad_CD, grad_logits_CV[:, tile].to(dtype), weight)
     return grad_CD.to(hidden_CD.dtype)
 
 
-def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, dtype: torch.dtype) -> None:
+def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
     """Adds a chunk's share to the gradient of the head's first V rows."""
+    dtype = _operand_dtype(hidden_CD, weight_VD, grad_weight_VD.dtype)
     hidden_CD = hidden_CD.to(dtype)
-    for tile in _slices(
-        grad_logits_CV.shape[1], max(1, TILE_BYTES // (grad_weight_VD.shape[1] * grad_weight_VD.element_size()))
-    ):
+    for tile in _slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
         _addmm_(grad_weight_VD[tile], grad_logits_CV[:, tile].T.to(dtype), hidden_CD)
 
 

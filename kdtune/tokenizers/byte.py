@@ -17,7 +17,6 @@ def byte_tokenizer(max_seq_len: int | None = None) -> GGUFTokenizer:
     return GGUFTokenizer(
         backend,
         named={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
-        add_bos=False,
         model_max_length=None,
         chat_template=CHATML,
         max_seq_len=max_seq_len,

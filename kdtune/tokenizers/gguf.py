@@ -52,9 +52,8 @@ _PRE_TOKENIZERS = {
 class GGUFTokenizer(HuggingFaceTokenizer):
     """A tokenizer rebuilt from GGUF metadata; `save` writes it as a tokenizer.json with its configs."""
 
-    def __init__(self, *args: Any, add_bos: bool, model_max_length: int | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, model_max_length: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._add_bos = add_bos
         self._model_max_length = model_max_length
 
     def save(self, folder: Path) -> None:
@@ -111,7 +110,6 @@ def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
     return GGUFTokenizer(
         backend,
         named=named,
-        add_bos=add_bos,
         model_max_length=data.get(f"{architecture}.context_length"),
         chat_template=data.get(Keys.Tokenizer.CHAT_TEMPLATE),
         max_seq_len=max_seq_len,

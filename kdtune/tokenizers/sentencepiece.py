@@ -19,7 +19,7 @@ def read_model(file: Path) -> bytes:
     """The serialized sentencepiece model in a file.
 
     Raises:
-        CheckpointError: the file cannot be read or is no sentencepiece model.
+        CheckpointError: the file cannot be read, is no sentencepiece model, or ends early.
     """
     try:
         proto = file.read_bytes()
@@ -28,7 +28,37 @@ def read_model(file: Path) -> bytes:
         raise CheckpointError(
             f"{file}: neither a tiktoken nor a sentencepiece model: {error}; the file may be truncated, fetch it again"
         ) from error
+    # The pieces come first: cut off between two of them, what is left is a model with other defaults and fewer pieces.
+    fields = _top_level_fields(proto)
+    missing = [name for name, number in (("trainer_spec", 2), ("normalizer_spec", 3)) if number not in fields]
+    if missing:
+        raise CheckpointError(
+            f"{file}: neither a tiktoken nor a sentencepiece model: found no {' and no '.join(missing)} in it; the "
+            "file may be truncated, fetch it again"
+        )
     return proto
+
+
+def _top_level_fields(proto: bytes) -> set[int]:
+    """Numbers of the fields in a well-formed message whose fields are all messages (length-delimited)."""
+    fields: set[int] = set()
+    at = 0
+    while at < len(proto):
+        tag, at = _varint(proto, at)
+        length, at = _varint(proto, at)
+        fields.add(tag >> 3)
+        at += length
+    return fields
+
+
+def _varint(proto: bytes, at: int) -> tuple[int, int]:
+    """A protocol buffer's integer at a position, 7 bits a byte and the lowest first, and the position after it."""
+    value = shift = 0
+    while proto[at] & 0x80:
+        value |= (proto[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+    return value | proto[at] << shift, at + 1
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -15,6 +15,8 @@ from kdtune.tokenizers.base import ControlTokens, Tokenizer
 from kdtune.tokenizers.chat_format import folder_template
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
 
+# Another number is a truncated file, or another family's, whose pattern and control tokens are not these.
+NUM_RANKS = 128_000
 NUM_CONTROL_TOKENS = 256
 
 # Meta's order (llama 3.1); the ids follow the ranks.
@@ -57,7 +59,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     """Byte sequences and their ranks from a tiktoken file: a line is base64, a space, the rank.
 
     Raises:
-        CheckpointError: the file cannot be read, a line is broken, or the ranks are not 0..n-1.
+        CheckpointError: the file cannot be read, a line is broken, or the ranks are not 0..127,999.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -75,8 +77,11 @@ def read_ranks(file: Path) -> dict[bytes, int]:
                 f"{file}: line {number}: found {line[:40]!r}; want base64, a space and a rank; the file may be "
                 "truncated, fetch it again"
             ) from error
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise CheckpointError(f"{file}: found {len(ranks)} ranks with gaps or repeats; want 0..n-1, each once")
+    if sorted(ranks.values()) != list(range(NUM_RANKS)):
+        raise CheckpointError(
+            f"{file}: found {len(ranks)} ranks; want llama 3's {NUM_RANKS}, 0..{NUM_RANKS - 1}, each once; the file "
+            "may be truncated or another family's"
+        )
     if any(bytes([value]) not in ranks for value in range(256)):
         raise CheckpointError(f"{file}: not every single byte has a rank; this is no byte-level vocabulary")
     return ranks

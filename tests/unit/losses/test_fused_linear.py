@@ -130,6 +130,24 @@ def test_tiles_of_the_head(tile_rows: int, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(grad_weight, wanted_weight)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "teacher_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float64)],
+)
+def test_student_and_teacher_of_different_dtypes(dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    case = make_case(2, 9)
+    hidden = case.hidden.detach().to(dtype).requires_grad_()
+    signal = HiddenSignal(case.signal.hidden_BSD.to(teacher_dtype), case.signal.output.to(teacher_dtype))
+    case = Case(hidden, case.output.to(dtype), signal, case.labels)
+    loss, _ = KDLoss(chunk_size=5)(case.hidden, case.output, case.signal, case.labels)
+    expected, _ = brute_force(case, 0.5)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for found, wanted in zip(gradients(loss, case), gradients(expected, case), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted)
+
+
 def test_all_ignored() -> None:
     case = make_case(2, 5)
     case.labels.fill_(IGNORE_INDEX)
