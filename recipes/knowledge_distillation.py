@@ -145,7 +145,9 @@ class Config:
             found.append(f"keep_last_n_checkpoints={self.keep_last_n_checkpoints}: needs save_every_n_steps")
         every, val = self.save_every_n_steps, self.run_val_every_n_steps
         if self.best_metric and not (every and val and every % val == 0):
-            found.append(f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}")
+            found.append(
+                f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
+            )
         return found
 
     def machine_problems(self) -> list[str]:
@@ -190,7 +192,9 @@ def run(cfg: Config) -> None:
     if cfg.dataset_val is not None:
         dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
         held_out = list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
-    steps_per_epoch = training.count_steps(loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
+    steps_per_epoch = training.count_steps(
+        loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch
+    )
     num_steps = cfg.epochs * steps_per_epoch
     if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
         print(f"{output_dir}: all {num_steps} steps are done")
@@ -201,7 +205,9 @@ def run(cfg: Config) -> None:
     dtype = training.dtype_from_name(cfg.dtype)
     student = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device, weights=newest)
     teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
-    teacher_model = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device)
+    teacher_model = distributed.build_model(
+        cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device
+    )
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher_model.config.vocab_size)
     teacher = teachers.OnlineTeacher(teacher_model)
     if cfg.enable_activation_checkpointing:
@@ -223,7 +229,9 @@ def run(cfg: Config) -> None:
 
     # Loop. Only from here on is anything written.
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
-    manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric)
+    manager = checkpoint.CheckpointManager(
+        output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
+    )
     second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     metrics = training.Metrics()
     with (
@@ -243,7 +251,9 @@ def run(cfg: Config) -> None:
             for batch in micro_batches:
                 loss, parts = kd_step(student, teacher, kd_loss, batch.to(device))
                 (loss / num_valid_tokens).backward()
-                metrics.add({"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens)
+                metrics.add(
+                    {"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens
+                )
             grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
             row = {**metrics.pop(), "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
             training.check_finite(row["loss"], row["grad_norm"], step + 1, position)
@@ -274,8 +284,11 @@ def run(cfg: Config) -> None:
         second_logger.close()
 
     if interrupt.requested and step < num_steps:
-        print(f"stopped by {interrupt.signal_name} after step {step} of {num_steps}; saved in {output_dir / f'step_{step}'}; "
-              "go on with resume_from_checkpoint=true")  # fmt: skip
+        folder = output_dir / f"step_{step}"
+        saved = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
+        print(
+            f"stopped by {interrupt.signal_name} after step {step} of {num_steps}: {saved} with resume_from_checkpoint=true"
+        )
         return
     training.write_final(output_dir, student, base=newest or base_folder(cfg), tokenizer=tokenizer)
     finish(cfg)

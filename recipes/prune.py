@@ -9,7 +9,6 @@ Writes a Hugging Face folder. Which layers go matters more than how many: the lo
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -101,7 +100,9 @@ def run(cfg: Config) -> None:
     student = prune.keep_layers(model, kept)
     report = {"kept": kept, "removals": removals, "num_calibration_tokens": num_tokens, "loss": costs}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
-        checkpoint.write_model(student, folder, base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer)
+        checkpoint.write_model(
+            student, folder, base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer
+        )
         training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
         (folder / "prune.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {cfg.output_dir}: {len(kept)} of {model.config.num_layers} layers, "
@@ -118,7 +119,9 @@ def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[
         yield batch
 
 
-def choose_layers(cfg: Config, model: Transformer, batches: list[data.Batch]) -> tuple[list[int], list[dict[str, float]]]:
+def choose_layers(
+    cfg: Config, model: Transformer, batches: list[data.Batch]
+) -> tuple[list[int], list[dict[str, float]]]:
     """The layers to keep, and for the greedy choice each removal with the loss after it."""
     total = model.config.num_layers
     if cfg.layers is not None:
@@ -128,7 +131,9 @@ def choose_layers(cfg: Config, model: Transformer, batches: list[data.Batch]) ->
         return prune.evenly_spaced(total, cfg.num_layers), []
     if cfg.method == "block_influence":
         influence = prune.block_influence(model, batches)
-        rows: list[dict[str, Any]] = [{"layer": index, "block influence": value} for index, value in enumerate(influence)]
+        rows: list[dict[str, Any]] = [
+            {"layer": index, "block influence": value} for index, value in enumerate(influence)
+        ]
         print(training.format_table(rows))
         return prune.most_influential(influence, cfg.num_layers), []
     with tqdm(total=max(0, total - cfg.num_layers), desc="dropping layers", unit="layer") as bar:

@@ -56,7 +56,10 @@ def test_an_empty_folder_is_taken_a_full_one_refused(tmp_path: Path) -> None:
 
 
 def test_target_filled_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="x: cannot be written: .*not empty"), atomic_folder(tmp_path / "x") as hidden:
+    with (
+        pytest.raises(CheckpointError, match="x: cannot be written: .*not empty"),
+        atomic_folder(tmp_path / "x") as hidden,
+    ):
         (hidden / "mine").write_text("1")
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "theirs").write_text("2")
@@ -96,7 +99,9 @@ try:
 except CheckpointError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "x")], capture_output=True, text=True, check=True
+    )
     assert f"{tmp_path / 'x'}: cannot be written: File too large" in out.stdout
     assert list(tmp_path.iterdir()) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
@@ -120,7 +125,12 @@ def test_leftovers_of_dead_processes_go_those_of_living_stay(tmp_path: Path) -> 
         # Our own process id, from an earlier life: containers start counting anew.
         tmp_path / f".step_3.partial-{os.getpid()}-0123abcd",
     ]
-    kept = [tmp_path / f".step_2.partial-{alive}-0123abcd", tmp_path / "step_2", tmp_path / ".cache", tmp_path / ".x.partial-a"]
+    kept = [
+        tmp_path / f".step_2.partial-{alive}-0123abcd",
+        tmp_path / "step_2",
+        tmp_path / ".cache",
+        tmp_path / ".x.partial-a",
+    ]
     for path in (*dead, *kept):
         (path / "inside").mkdir(parents=True)
     text = tmp_path / f".a.json.partial-{gone.pid}-0123abcd"

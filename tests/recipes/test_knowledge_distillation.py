@@ -1,0 +1,202 @@
+"""The recipe through its CLI on the tiny config: what it writes, how it resumes, what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdtune.checkpoint import load_model, step_folders
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 10
+
+
+def command(output_dir: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "kdtune", "run", "knowledge_distillation_single_device",
+        "--config", "tiny/knowledge_distillation", f"output_dir={output_dir}", "sample_prompts=[]", *overrides,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(output_dir: Path, *overrides: str, code: int = 0) -> str:
+    result = subprocess.run(
+        command(output_dir, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
+def losses(output_dir: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    text = run(output_dir, "save_every_n_steps=2")
+    assert "teacher" in text and str(output_dir / "final") in text
+    return output_dir
+
+
+def test_writes_what_it_says(finished: Path) -> None:
+    assert [step for step, _ in losses(finished)] == list(range(1, NUM_STEPS + 1))
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((finished / "run.json").read_text())["starts"][0]["versions"]["torch"]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_class_loss"] < rows[0]["val_class_loss"]
+
+
+def test_final_loads_in_transformers_bit_for_bit(finished: Path) -> None:
+    theirs, info = AutoModelForCausalLM.from_pretrained(finished / "final", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = load_model(finished / "final").eval()
+    tokens = torch.randint(0, 258, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, atol=1e-5, rtol=0)
+    assert torch.equal(ours.tok_embeddings.weight, theirs.model.embed_tokens.weight)
+
+
+def test_killed_and_resumed_is_bit_identical(finished: Path, tmp_path: Path) -> None:
+    expected = losses(finished)
+    draw = random.Random(0)
+    output_dir = tmp_path / "killed"
+    for _ in range(6):
+        process = subprocess.Popen(
+            command(output_dir, "save_every_n_steps=2", "resume_from_checkpoint=true"),
+            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (output_dir / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder in step_folders(output_dir):
+            load_model(folder)
+    run(output_dir, "save_every_n_steps=2", "resume_from_checkpoint=true")
+    assert losses(output_dir) == expected
+    assert torch.equal(load_model(output_dir / "final").norm.weight, load_model(finished / "final").norm.weight)
+
+
+def test_sigterm_saves_and_exits_cleanly(finished: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(output_dir, "save_every_n_steps=null"),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = output_dir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr[-2000:]
+    assert "resume_from_checkpoint=true" in stdout
+    assert len(step_folders(output_dir)) == 1
+    run(output_dir, "resume_from_checkpoint=true")
+    assert losses(output_dir) == losses(finished)
+
+
+def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    text = run(
+        tmp_path / "kept", "save_every_n_steps=1", "run_val_every_n_steps=1", "keep_last_n_checkpoints=2",
+        "best_metric=val_class_loss",
+    )  # fmt: skip
+    assert "best step" in text
+    assert {folder.name for folder in step_folders(tmp_path / "kept")} >= {"step_9", "step_10"}
+    assert len(step_folders(tmp_path / "kept")) <= 3
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path: Path) -> None:
+    settings = ("optimizer={_component_: torch.optim.SGD, lr: 0.5}", "max_steps_per_epoch=4", "shuffle=false")
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        run(tmp_path / f"{size}", f"batch_size={size}", f"gradient_accumulation_steps={accumulation}", *settings)
+    one, two, eight = (losses(tmp_path / name) for name in ("8", "4", "1"))
+    assert one[0][1] - one[-1][1] > 0.01
+    for (_, a), (_, b), (_, c) in zip(one, two, eight, strict=True):
+        assert b == pytest.approx(a, rel=1e-5) and c == pytest.approx(a, rel=1e-5)
+
+
+BAD = {
+    "optimzer.lr=1": "optimzer",
+    "kd_ratio=2": "kd_ratio",
+    "kd_ratio=high": "kd_ratio",
+    "batch_size=0": "batch_size",
+    "batch_size=1.5": "batch_size",
+    "epochs=-1": "epochs",
+    "device=tpu": "device",
+    "device=cuda:77": "device",
+    "dtype=fp16": "dtype",
+    "optimizer=torch.optim.AdamX": "AdamX",
+    "optimizer.learning_rate=1": "learning_rate",
+    "lr_scheduler.num_warmup_steps=many": "num_warmup_steps",
+    "~tokenizer": "tokenizer",
+    "~modle": "modle",
+    "tokenizer=kdtune.tokenizers.load": "path",
+    "dataset=kdtune.data.alpaca": "kdtune.data.alpaca",
+    "dataset={_component_: kdtune.data.alpaca_dataset, source: nowhere.jsonl}": "nowhere.jsonl",
+    "dataset.split=validation": "validation",
+    "checkpointer={_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: nowhere}": "nowhere",
+    "model=null": "checkpointer",
+    "model.num_heads=5": "num_heads",
+    "model.vocab_size=100": "vocabulary",
+    "tokenizer.max_seq_len=0": "max_seq_len",
+    "enable_activation_offloading=true": "enable_activation_offloading",
+    "fsdp_cpu_offload=true": "fsdp_cpu_offload",
+    "clip_grad_norm=0": "clip_grad_norm",
+    "keep_last_n_checkpoints=0": "keep_last_n_checkpoints",
+    "best_metric=val_loss": "best_metric",
+    "seed=-1": "seed",
+    "run_val_every_n_steps=0": "run_val_every_n_steps",
+    "max_steps_per_epoch=0": "max_steps_per_epoch",
+    "lr_scheduler.num_warmup_steps=1000": "num_warmup_steps",
+    "loss_chunk_size=0": "loss_chunk_size",
+    "shuffle=maybe": "shuffle",
+    "tokenizer={_component_: kdtune.tokenizers.load, path: nowhere}": "nowhere",
+}
+
+
+@pytest.mark.parametrize(("override", "named"), BAD.items())
+def test_refuses_bad_input_before_writing(
+    override: str, named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("kd_recipe", ROOT / "recipes" / "knowledge_distillation.py")
+    assert spec and spec.loader
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules["kd_recipe"] = recipe
+    spec.loader.exec_module(recipe)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--config", "tiny/knowledge_distillation", f"output_dir={tmp_path / 'out'}", override])
+    text = capfd.readouterr().err
+    assert stopped.value.code == 2, text
+    assert named in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_folder_that_holds_a_run(finished: Path) -> None:
+    assert "resume_from_checkpoint=true" in run(finished, code=2)
+
+
+def test_refuses_another_config_on_resume(finished: Path) -> None:
+    text = run(finished, "resume_from_checkpoint=true", "batch_size=2", code=2)
+    assert "batch_size: was 4, is 2" in text
+
+
+def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path) -> None:
+    text = run(tmp_path / "diverged", "optimizer.lr=1e30", "clip_grad_norm=null", "lr_scheduler=null", code=1)
+    assert "step 2" in text or "step 3" in text
+    assert "batch" in text and "Traceback" not in text
