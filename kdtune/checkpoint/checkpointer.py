@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdtune.checkpoint import gguf, huggingface, meta
 from kdtune.checkpoint.huggingface import read_json
-from kdtune.checkpoint.tensors import StoredTensor, check_tensors, fill_model
+from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_tensors, fill_model
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig
 from kdtune.models.llama import configs, convert
@@ -82,8 +82,8 @@ class Checkpointer:
         if missing:
             return missing
         try:
-            config, tensors = self._read()
-            check_tensors(_on_meta(config), tensors)
+            stored = self._read()
+            check_tensors(_on_meta(stored.config), stored)
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -123,7 +123,7 @@ class Checkpointer:
         files = self.files()
         if _format(files[0]) == "huggingface":
             return _hf_config(files[0].parent)
-        return self._read()[0]
+        return self._read().config
 
     def load(
         self,
@@ -140,15 +140,14 @@ class Checkpointer:
         Raises:
             CheckpointError: model and folder disagree, or a file is missing or damaged; field, file or tensor is named.
         """
-        config, tensors = self._read()
+        stored = self._read()
         if model is None:
-            model = _on_meta(config)
+            model = _on_meta(stored.config)
         else:
-            self._check_same(model.config, config)
-        return fill_model(model, tensors, dtype=dtype, device=device)
+            self._check_same(model.config, stored.config)
+        return fill_model(model, stored, dtype=dtype, device=device)
 
-    def _read(self) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
-        """The config, and the tensors by our names, unread and in our row order."""
+    def _read(self) -> StoredModel:
         files = self.files()
         return _READERS[_format(files[0])](files)
 
@@ -220,16 +219,17 @@ def _hf_config(folder: Path) -> TransformerConfig:
         return configs.config_from_hf(document)
 
 
-def _read_huggingface(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+def _read_huggingface(files: list[Path]) -> StoredModel:
     folder = files[0].parent
     config = _hf_config(folder)
     index = huggingface.read_index(folder) if (folder / huggingface.INDEX).is_file() else None
     if index is not None and set(index.values()) != {file.name for file in files}:
         index = None
-    return config, _by_our_names(huggingface.stored_tensors(files, index), convert.HF)
+    tensors = _by_our_names(huggingface.stored_tensors(files, index), convert.HF)
+    return StoredModel(config, tensors, convert.kdtune_to_hf)
 
 
-def _read_meta(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+def _read_meta(files: list[Path]) -> StoredModel:
     path = files[0].parent / meta.PARAMS
     params = read_json(path)
     parts = meta.load_parts(files)
@@ -242,10 +242,10 @@ def _read_meta(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTe
     whole = _on_meta(config).state_dict()
     shapes = {convert.kdtune_to_meta(name): tuple(tensor.shape) for name, tensor in whole.items()}
     tensors = _by_our_names(meta.stored_tensors(files, parts, shapes), convert.META)
-    return config, _unpermuted(tensors, config)
+    return StoredModel(config, _unpermuted(tensors, config), convert.kdtune_to_meta)
 
 
-def _read_gguf(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
+def _read_gguf(files: list[Path]) -> StoredModel:
     file = files[0]
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; download it again")
@@ -261,7 +261,8 @@ def _read_gguf(files: list[Path]) -> tuple[TransformerConfig, dict[str, StoredTe
             tie_embeddings=convert.kdtune_to_gguf("output.weight") not in stored,
             rope_factors=factors.read() if factors else None,
         )
-    return config, _unpermuted(_by_our_names(stored, convert.GGUF), config)
+    tensors = _unpermuted(_by_our_names(stored, convert.GGUF), config)
+    return StoredModel(config, tensors, convert.kdtune_to_gguf)
 
 
 _READERS = {"huggingface": _read_huggingface, "meta": _read_meta, "gguf": _read_gguf}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.errors import CheckpointError
-from kdtune.models import Transformer
+from kdtune.models import Transformer, TransformerConfig
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -36,6 +36,17 @@ class StoredTensor:
         return f"{self.file}: tensor {self.name!r}"
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that still lies in files."""
+
+    config: TransformerConfig
+    tensors: Mapping[str, StoredTensor]
+    """By kdtune's names, rows in kdtune's order."""
+    name_in_file: Callable[[str], str]
+    """The files' name for one of kdtune's."""
+
+
 def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype that most of the weights are stored in, counted in elements."""
     counts: Counter[torch.dtype] = Counter()
@@ -47,19 +58,20 @@ def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def fill_model(
-    model: Transformer, tensors: Mapping[str, StoredTensor], *, dtype: torch.dtype | None, device: torch.device | str
+    model: Transformer, stored: StoredModel, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> Transformer:
     """Fills `model` (allocated here if it is on the meta device) in place and returns it, on `device` in `dtype`.
 
-    `tensors` are by kdtune's names. They are checked against the model before any is read, then read, converted and
-    copied one by one, so that about one copy of the weights is in memory. None as dtype: as stored.
+    The tensors are checked against the model before any is read, then read, converted and copied one by one, so that
+    about one copy of the weights is in memory. None as dtype: as stored.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point, or a head that
             should be tied to the embedding differs from it.
     """
     tied = model.config.tie_embeddings
-    check_tensors(model, tensors)
+    tensors = stored.tensors
+    check_tensors(model, stored)
     dtype = dtype or stored_dtype(tensors)
     if any(parameter.is_meta for parameter in model.parameters()):
         if tied:  # to_empty would give the head an allocation of its own, which tie_weights then throws away
@@ -76,13 +88,14 @@ def fill_model(
     return model
 
 
-def check_tensors(model: Transformer, tensors: Mapping[str, StoredTensor]) -> None:
+def check_tensors(model: Transformer, stored: StoredModel) -> None:
     """Checks names, shapes and dtypes of all tensors against the model without reading one.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = stored.tensors
     where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
     if model.config.tie_embeddings and _TIED[1] not in tensors:
         expected.pop(_TIED[1], None)
@@ -91,25 +104,25 @@ def check_tensors(model: Transformer, tensors: Mapping[str, StoredTensor]) -> No
         if missing == [_TIED[1]]:
             hint = "; a model whose head is the embedding says so in its config (tie_word_embeddings: true)"
         raise CheckpointError(
-            f"{where}: {_some(missing)} missing, shape {list(expected[missing[0]])} expected; "
+            f"{where}: {_some([stored.name_in_file(name) for name in missing])} missing, shape {list(expected[missing[0]])} expected; "
             f"the files do not hold the whole model that the config describes: download it again{hint}"
         )
-    if unexpected := [stored for name, stored in tensors.items() if name not in expected]:
+    if unexpected := [found for name, found in tensors.items() if name not in expected]:
         first = unexpected[0]
         raise CheckpointError(
             f"{first}: unexpected ({len(unexpected)} such), shape {list(first.shape)} found; "
             f"the config describes a model of {model.config.num_layers} layers without it: use the files' own config"
         )
     for name, shape in expected.items():
-        stored = tensors[name]
-        if stored.shape != shape:
+        found = tensors[name]
+        if found.shape != shape:
             raise CheckpointError(
-                f"{stored}: shape {list(stored.shape)} found, {list(shape)} expected (as {name!r}); "
+                f"{found}: shape {list(found.shape)} found, {list(shape)} expected (as {name!r}); "
                 "the weights and the config do not belong together: download both again"
             )
-        if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
+        if not found.dtype.is_floating_point or found.dtype.itemsize == 1:
             raise CheckpointError(
-                f"{stored}: dtype {str(stored.dtype).removeprefix('torch.')} found; float32, float16, bfloat16 or "
+                f"{found}: dtype {str(found.dtype).removeprefix('torch.')} found; float32, float16, bfloat16 or "
                 "float64 expected: use the unquantized weights of this model"
             )
 
