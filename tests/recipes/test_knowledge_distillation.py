@@ -91,10 +91,16 @@ def test_killed_and_resumed_is_bit_identical(finished: Path, tmp_path: Path) -> 
     assert torch.equal(load_model(output_dir / "final").norm.weight, load_model(finished / "final").norm.weight)
 
 
-def test_sigterm_saves_and_exits_cleanly(finished: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
     output_dir = tmp_path / "stopped"
+    settings = (
+        "save_every_n_steps=null",
+        "gradient_accumulation_steps=1",
+        "max_steps_per_epoch=48",
+        "run_val_every_n_steps=2",
+    )
     process = subprocess.Popen(
-        command(output_dir, "save_every_n_steps=null"),
+        command(output_dir, *settings),
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = output_dir / "metrics.jsonl"
@@ -104,9 +110,11 @@ def test_sigterm_saves_and_exits_cleanly(finished: Path, tmp_path: Path) -> None
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr[-2000:]
     assert "resume_from_checkpoint=true" in stdout
-    assert len(step_folders(output_dir)) == 1
-    run(output_dir, "resume_from_checkpoint=true")
-    assert losses(output_dir) == losses(finished)
+    before = losses(output_dir)
+    assert [folder.name for folder in step_folders(output_dir)] == [f"step_{len(before)}"]
+    run(output_dir, *settings, "resume_from_checkpoint=true")
+    after = losses(output_dir)
+    assert after[: len(before)] == before and [step for step, _ in after] == list(range(1, 49))
 
 
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
