@@ -53,7 +53,8 @@ def stored_tensors(
         shape = list(first.shape)
         if dim is not None:
             shape[dim] *= len(parts)
-        found[name] = StoredTensor(files[0], name, tuple(shape), first.dtype, partial(_pieces, tensors, dim))
+        whole_in = files[:1] if dim is None else files
+        found[name] = StoredTensor(files[0], name, tuple(shape), first.dtype, partial(_pieces, whole_in, name, dim))
     return found
 
 
@@ -96,10 +97,10 @@ def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...
     )
 
 
-def _pieces(parts: list[Tensor], dim: int | None) -> Iterator[Tensor]:
-    if dim is None:
-        yield parts[0]
-    elif dim == 0:
+def _pieces(files: Sequence[Path], name: str, dim: int | None) -> Iterator[Tensor]:
+    # Mapped anew for each tensor: the pages of one mapping would stay in memory, a second copy of the weights by the end.
+    parts = (_load(file)[name] for file in files)
+    if dim in (None, 0):
         yield from parts
     else:
-        yield torch.cat(parts, dim)
+        yield torch.cat(list(parts), dim)

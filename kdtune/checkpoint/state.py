@@ -77,7 +77,7 @@ def write_state(
         "rng": {"python": python_rng, "tensors": {name: list(tensor.shape) for name, tensor in rng_tensors.items()}},
     }
     try:
-        text = json.dumps(document, indent=1)
+        text = json.dumps(document, indent=1, default=_scalar_tensor)
     except TypeError as error:
         raise CheckpointError(
             f"{folder / STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: "
@@ -112,10 +112,10 @@ def load_state(
     rng_tensors = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in document["rng"]["tensors"].items()}
     dcp.read_tensors(path, {**tensors, **rng_tensors})
     for one, described in zip(listed, document["optimizers"], strict=True):
-        for group, saved in zip(one.param_groups, described["groups"], strict=True):
+        for group, saved in zip(one.param_groups, _with_tensors(described["groups"]), strict=True):
             group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
     for scheduler, saved in zip(schedulers, document["schedulers"], strict=True):
-        scheduler.load_state_dict(saved)
+        scheduler.load_state_dict(_with_tensors(saved))
     _restore_rng(rng_tensors, document["rng"]["python"])
     return document["extra"]
 
@@ -177,9 +177,7 @@ def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     names = _parameter_names(model)
     groups = []
     for group in optimizer.param_groups:
-        described = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
-        described["params"] = [names[parameter] for parameter in group["params"]]
-        groups.append(described)
+        groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
     return {"class": type(optimizer).__name__, "groups": groups}
 
 
@@ -255,6 +253,22 @@ def _like(current: Any, value: Any) -> Any:
     if isinstance(current, Tensor):
         return current.fill_(value)
     return tuple(value) if isinstance(current, tuple) else value
+
+
+def _scalar_tensor(value: Any) -> dict[str, Any]:
+    """JSON for a tensor of one element, such as a learning rate that a compiled optimizer reads."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return {"scalar tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    raise TypeError(f"{type(value).__name__} found")
+
+
+def _with_tensors(value: Any) -> Any:
+    """The inverse, anywhere in a JSON value."""
+    if isinstance(value, dict):
+        if value.keys() == {"scalar tensor", "dtype"}:
+            return torch.tensor(value["scalar tensor"], dtype=getattr(torch, value["dtype"]))
+        return {key: _with_tensors(item) for key, item in value.items()}
+    return [_with_tensors(item) for item in value] if isinstance(value, list) else value
 
 
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:

@@ -47,9 +47,9 @@ def test_an_empty_folder_is_taken_a_full_one_refused(tmp_path: Path) -> None:
     target.mkdir()
     with atomic_folder(target) as hidden:
         (hidden / "a").write_text("1")
-    with pytest.raises(CheckpointError, match=r"x: exists and is not empty \(holds 'a'\); nothing is overwritten"):
-        with atomic_folder(target) as hidden:
-            raise AssertionError("the block must not run")
+    refusal = pytest.raises(CheckpointError, match=r"x: exists and is not empty \(holds 'a'\); nothing is overwritten")
+    with refusal, atomic_folder(target):
+        raise AssertionError("the block must not run")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: exists and is a file"), atomic_folder(tmp_path / "file"):
         pass
@@ -69,9 +69,11 @@ def test_target_filled_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_system_errors_name_the_path_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="below: cannot be written: .*has that name: choose another output_dir"):
-        with atomic_folder(tmp_path / "file" / "below"):
-            pass
+    refusal = pytest.raises(
+        CheckpointError, match="below: cannot be written: .*has that name: choose another output_dir"
+    )
+    with refusal, atomic_folder(tmp_path / "file" / "below"):
+        pass
     with pytest.raises(CheckpointError, match="No space left on device.*free space"), atomic_folder(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     with pytest.raises(CheckpointError, match="may write to"), atomic_folder(tmp_path / "x"):
@@ -166,9 +168,10 @@ for n in itertools.count():
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_leaves_only_whole_folders(tmp_path: Path) -> None:
     moments = random.Random(0)
-    found = 0
+    found = cut_short = 0
     for attempt in range(12):
         root = tmp_path / str(attempt)
         root.mkdir()
@@ -186,6 +189,7 @@ def test_sigkill_at_random_moments_leaves_only_whole_folders(tmp_path: Path) -> 
         if (root / "latest").exists():
             words = (root / "latest").read_text().split()
             assert len(words) == 2000 and len(set(words)) == 1
-        clean_leftovers(root)
+        cut_short += len(clean_leftovers(root))
         assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
-    assert found > 0
+    print(f"{found} whole folders, {cut_short} cut short")
+    assert found > 0 and cut_short > 0
