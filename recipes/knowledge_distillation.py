@@ -200,14 +200,15 @@ def run(cfg: Config) -> None:
         print(f"{output_dir}: all {num_steps} steps are done")
         return finish(cfg)
 
-    # Models. A teacher of another tokenizer is refused before its weights are read.
+    # Models. A teacher of another tokenizer is refused before its weights are read. The teacher is built first: if its weights
+    # are random they must be the same ones when the run is resumed, where the student draws none.
     teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
     dtype = training.dtype_from_name(cfg.dtype)
-    student = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device, weights=newest)
     teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
     teacher_model = distributed.build_model(
         cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device
     )
+    student = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device, weights=newest)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher_model.config.vocab_size)
     teacher = teachers.OnlineTeacher(teacher_model)
     if cfg.enable_activation_checkpointing:
@@ -285,9 +286,9 @@ def run(cfg: Config) -> None:
 
     if interrupt.requested and step < num_steps:
         folder = output_dir / f"step_{step}"
-        saved = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
+        outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
         print(
-            f"stopped by {interrupt.signal_name} after step {step} of {num_steps}: {saved} with resume_from_checkpoint=true"
+            f"stopped by {interrupt.signal_name} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"
         )
         return
     training.write_final(output_dir, student, base=newest or base_folder(cfg), tokenizer=tokenizer)
@@ -341,9 +342,9 @@ def finish(cfg: Config) -> None:
         print(training.samples_text(training.read_metrics(output_dir / "samples.jsonl")))
     print(training.comparison_table(rows) or "no validation: give dataset_val for a table of before, after and teacher")
     best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
-    for name, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
+    for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
         if path:
-            print(f"{name + ':':<11}{path}")
+            print(f"{label + ':':<11}{path}")
 
 
 def base_folder(cfg: Config) -> str | None:

@@ -10,4 +10,4 @@ def apply_compile(model: nn.Module) -> None:
     the whole model would take.
     """
     for layer in model.layers:  # type: ignore[union-attr]
-        layer.compile(dynamic=True)  # type: ignore[union-attr, operator]
+        layer.compile(dynamic=True)

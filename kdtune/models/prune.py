@@ -135,7 +135,7 @@ def greedy_removal(
     batches: Iterable[TokenBatch],
     keep: int,
     *,
-    progress: Callable[[RemovalStep], None] | None = None,
+    progress: Callable[[RemovalStep], object] | None = None,
 ) -> list[RemovalStep]:
     """Drops layers one at a time, each time the one whose loss hurts least, until ``keep`` are left.
 
