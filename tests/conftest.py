@@ -7,6 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time: a failure in CI is one that can be had at home.
+settings.register_profile("kdtune", derandomize=True, deadline=None)
+settings.load_profile("kdtune")
 
 
 def _real(name: str) -> Path:

@@ -49,7 +49,11 @@ def _split(override: str, parse_value: Callable[[str], Any]) -> tuple[str, Any]:
     try:
         return key, parse_value(text)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value: {error}; quote it, such as {key}='\"text\"'") from None
+        if "${" in text:
+            advice = "${ begins an interpolation, such as ${output_dir}/x; for the characters themselves write \\${"
+        else:
+            advice = f"quote it, such as {key}='\"text\"'"
+        raise ConfigError(f"{key}: {text!r} is not a YAML value: {error}; {advice}") from None
 
 
 def _assign(
