@@ -1,12 +1,16 @@
-"""Text from one prompt, token by token, with a key-value cache."""
+"""Text from one prompt or many, token by token, with a key-value cache.
 
-from collections.abc import Collection, Sequence
+Shape suffixes: B sequences still being written, S new tokens, T tokens held and new, D embedding, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.eval_mode import eval_mode
-from kdtune.generation.sampling import sample_token
+from kdtune.generation.sampling import sample_tokens
 from kdtune.models import KVCache, Transformer
 
 
@@ -18,57 +22,142 @@ def generate(
     stop_ids: Collection[int],
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
+    on_token: Callable[[int], object] | None = None,
 ) -> list[int]:
-    """The new ids, ending with a stop id if the model gave one; without the prompt.
-
-    Ends after `max_new_tokens`, at a stop id, or where the model's context is full. The draws come from a generator of
-    their own, so that torch's global one, which training uses, stays as it was. The model's mode is restored.
-
-    Args:
-        model: on any device.
-        prompt_ids: at least one id.
-        max_new_tokens: at least one.
-        stop_ids: ids that end the text.
-        temperature: 0 takes the most likely token each time.
-        top_k: draw among this many most likely tokens; None: among all.
-        seed: of the draws.
-
-    Raises:
-        ConfigError: if a number is out of range.
-        DataError: if the prompt is empty or leaves no room in the model's context.
-    """
-    _check_arguments(max_new_tokens, temperature, top_k)
-    context = model.config.max_seq_len
-    if not 0 < len(prompt_ids) < context:
-        raise DataError(
-            f"prompt: {len(prompt_ids)} tokens; a prompt must have at least 1 and leave room in the model's {context}; "
-            "change it"
-        )
-    num_tokens = min(len(prompt_ids) + max_new_tokens, context)
-    weight = model.tok_embeddings.weight
-    generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(model.config, 1, num_tokens, weight.dtype, weight.device)
-    new_ids: list[int] = []
-    next_ids = list(prompt_ids)
-    with eval_mode(model):
-        while len(prompt_ids) + len(new_ids) < num_tokens:
-            tokens_BS = torch.tensor([next_ids], device=weight.device)
-            hidden_BSD = model(tokens_BS, kv_cache=cache, return_hidden=True)
-            # Only the last position is projected: a long prompt's [S, V] logits would be thrown away.
-            logits_V = model.output(hidden_BSD[0, -1])
-            next_id = sample_token(logits_V, temperature=temperature, top_k=top_k, generator=generator)
-            new_ids.append(next_id)
-            if next_id in stop_ids:
-                break
-            next_ids = [next_id]
+    """The new ids, ending with a stop id if the model gave one; without the prompt. See :func:`generate_batch`."""
+    (new_ids,) = generate_batch(
+        model,
+        [prompt_ids],
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_token=None if on_token is None else lambda _, token: on_token(token),
+    )
     return new_ids
 
 
-def _check_arguments(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    on_token: Callable[[int, int], object] | None = None,
+    should_stop: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """The new ids of each prompt, ending with a stop id if the model gave one; without the prompts.
+
+    A text ends after `max_new_tokens`, at a stop id, where `should_stop` says so, or where the model's context is full;
+    it then leaves the batch. The prompts may differ in length: what a prompt gets does not depend on its neighbours
+    (up to rounding), though prompts of similar length waste less. The draws come from generators of their own, so that
+    torch's global one, which training uses, stays as it was. The model's mode is restored.
+
+    Args:
+        model: on any device.
+        prompts: ids, at least one each.
+        max_new_tokens: at least one.
+        stop_ids: ids that end a text.
+        temperature: 0 takes the most likely token each time.
+        top_k: draw among this many most likely tokens; None: among all.
+        top_p: draw among the fewest most likely tokens that hold this share of the probability; None: among all.
+        seed: of the draws: prompt number i, from 0, draws with the seed `seed + i`.
+        on_token: called with a prompt's number and its new id, for each new id.
+        should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
+
+    Raises:
+        ConfigError: if a number is out of range.
+        DataError: if a prompt is empty or leaves no room in the model's context.
+    """
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if not prompts:
+        return []
+    limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
+    weight = model.tok_embeddings.weight
+    tokens_BS, padding_B = _left_padded(prompts, weight.device)
+    cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits), weight.dtype, weight.device)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # which prompt each row belongs to
+    with eval_mode(model):
+        while True:
+            hidden_BSD = _forward(model, tokens_BS, padding_B, cache)
+            # Only the last position is projected: a long prompt's [S, V] logits would be thrown away.
+            logits_BV = model.output(hidden_BSD[:, -1])
+            tokens = sample_tokens(
+                logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generators=[generators[i] for i in active]
+            )
+            rows = []
+            for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
+                new_ids[index].append(token)
+                if on_token is not None:
+                    on_token(index, token)
+                ends = token in stop_ids or len(new_ids[index]) == limits[index]
+                if not ends and not (should_stop is not None and should_stop(index, new_ids[index])):
+                    rows.append(row)
+            if not rows:
+                return new_ids
+            if len(rows) < len(active):
+                cache.keep_sequences(rows)
+                active, tokens = [active[row] for row in rows], [tokens[row] for row in rows]
+                padding_B = None if padding_B is None else padding_B[rows]
+            tokens_BS = torch.tensor(tokens, device=weight.device)[:, None]
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ConfigError for a number out of range, which it names."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"temperature={temperature}: must be 0 (the most likely token) or more")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k}: must be 1 or more, or null for the whole vocabulary")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"top_p={top_p}: must be above 0 and at most 1, or null for the whole vocabulary")
+
+
+def _new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[int]:
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            name = "prompt" if len(prompts) == 1 else f"prompts[{index}]"
+            raise DataError(
+                f"{name}: {len(prompt)} tokens; a prompt must have at least 1 and leave room in the model's {context}; "
+                "change it"
+            )
+    return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The prompts side by side, ending together, and the number of padding tokens before each; None where all are 0."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding = [longest - len(prompt) for prompt in prompts]
+    # Any id will do for padding: nothing sees it.
+    tokens_BS = torch.tensor(
+        [[0] * padded + list(prompt) for padded, prompt in zip(padding, prompts, strict=True)], device=device
+    )
+    return tokens_BS, torch.tensor(padding, device=device) if any(padding) else None
+
+
+def _forward(model: Transformer, tokens_BS: Tensor, padding_B: Tensor | None, cache: KVCache) -> Tensor:
+    """Hidden states [B, S, D]; every sequence counts its positions from its first real token, and sees no padding."""
+    if padding_B is None:
+        hidden_BSD: Tensor = model(tokens_BS, kv_cache=cache, return_hidden=True)
+        return hidden_BSD
+    held, num_new = cache.length, tokens_BS.shape[1]
+    slots_T = torch.arange(held + num_new, device=tokens_BS.device)
+    slots_S = slots_T[held:]
+    positions_BS = (slots_S - padding_B[:, None]).clamp(min=0)
+    is_real_BT = slots_T >= padding_B[:, None]
+    # Padding sees itself: a query that sees nothing would have no defined output.
+    is_self_ST = slots_T == slots_S[:, None]
+    mask_BST = (slots_T <= slots_S[:, None]) & (is_real_BT[:, None] | is_self_ST)
+    hidden_BSD = model(tokens_BS, input_pos=positions_BS, mask=mask_BST, kv_cache=cache, return_hidden=True)
+    return hidden_BSD

@@ -18,6 +18,7 @@ def answer(
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> str:
     """The model's answer to one user message in the tokenizer's chat template, without control tokens.
@@ -33,6 +34,7 @@ def answer(
         stop_ids=tokenizer.stop_ids,
         temperature=temperature,
         top_k=top_k,
+        top_p=top_p,
         seed=seed,
     )
     return tokenizer.decode(new_ids, skip_special=True).strip()

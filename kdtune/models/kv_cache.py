@@ -26,6 +26,15 @@ class LayerCache:
         self._values_BKCE[:, :, start:end] = values_BKSE
         return self._keys_BKCE[:, :, :end], self._values_BKCE[:, :, :end]
 
+    def keep_sequences(self, rows: list[int], length: int) -> None:
+        """Moves the first ``length`` tokens of these sequences, given in order, to the front; forgets the others."""
+        for tensor_BKCE in (self._keys_BKCE, self._values_BKCE):
+            for new, old in enumerate(rows):
+                if new != old:  # always new < old: nothing is overwritten before it is moved
+                    tensor_BKCE[new, :, :length] = tensor_BKCE[old, :, :length]
+        self._keys_BKCE = self._keys_BKCE[: len(rows)]
+        self._values_BKCE = self._values_BKCE[: len(rows)]
+
 
 class KVCache:
     """Keys and values of every layer, allocated once for ``max_seq_len`` tokens a sequence.
@@ -67,3 +76,11 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"KVCache.truncate: length={length}; allowed: 0 to {self.length}, the tokens held")
         self.length = length
+
+    def keep_sequences(self, rows: list[int]) -> None:
+        """Forgets all sequences of the batch but these, given by ascending index; the rest move up, in place."""
+        if not rows or rows != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < self.batch_size:
+            raise ValueError(f"KVCache.keep_sequences: rows={rows}; ascending indices below {self.batch_size} expected")
+        for layer in self.layers:
+            layer.keep_sequences(rows, self.length)
+        self.batch_size = len(rows)

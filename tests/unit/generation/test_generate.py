@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from kdtune.errors import ConfigError, DataError
-from kdtune.generation import answer, eval_mode, generate, sample_token
+from kdtune.generation import answer, eval_mode, generate, generate_batch, sample_token
 from kdtune.models import llama
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -101,6 +103,9 @@ def test_a_prompt_that_does_not_fit(model, length):
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": float("nan")}, "top_p=nan"),
     ],
 )
 def test_numbers_out_of_range(model, arguments, message):
@@ -167,3 +172,63 @@ def test_answer_goes_through_the_chat_template(model):
     expected = "".join(chr(96 + i) for i in new_ids if i != 0)
     assert answer(model, LetterTokenizer(), "hi", 12) == expected
     assert expected
+
+
+PROMPTS = [PROMPT, [7], list(range(2, 20)), [9, 2], [30, 30, 30]]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 8, "top_p": 0.9}])
+def test_a_batch_gives_what_each_prompt_gives_alone(model, sampling):
+    alone = [
+        generate(model, prompt, max_new_tokens=30, stop_ids={11, 3}, seed=5 + i, **sampling)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    batch = generate_batch(model, PROMPTS, max_new_tokens=30, stop_ids={11, 3}, seed=5, **sampling)
+    assert batch == alone
+    assert len({len(ids) for ids in alone}) > 2  # they end at different times
+
+
+def test_a_batch_gives_what_recomputing_gives(model):
+    batch = generate_batch(model, PROMPTS, max_new_tokens=30, stop_ids=())
+    for prompt, new_ids in zip(PROMPTS, batch, strict=True):
+        assert len(new_ids) == min(30, 40 - len(prompt))
+        assert prompt + new_ids == greedy_by_recomputing(model, prompt, len(new_ids))
+
+
+def test_padding_cannot_spoil_a_sequence(model):
+    """Another embedding of the padding id would change the text if anything saw it."""
+    expected = generate_batch(model, [[5, 6, 7], [8]], max_new_tokens=4, stop_ids=())
+    spoiled = copy.deepcopy(model)
+    spoiled.tok_embeddings.weight.data[0] = torch.linspace(-9.0, 5.0, 16)
+    assert 0 not in expected[0] + expected[1]
+    assert generate_batch(spoiled, [[5, 6, 7], [8]], max_new_tokens=4, stop_ids=()) == expected
+
+
+def test_tokens_are_reported_as_they_come(model):
+    seen = [[] for _ in PROMPTS]
+    order = []
+
+    def on_token(index, token):
+        seen[index].append(token)
+        order.append(index)
+
+    batch = generate_batch(model, PROMPTS, max_new_tokens=6, stop_ids=(), on_token=on_token)
+    assert seen == batch
+    assert order == list(range(len(PROMPTS))) * 6
+
+
+def test_one_sequence_can_be_ended_early(model):
+    free = generate_batch(model, PROMPTS, max_new_tokens=10, stop_ids=())
+    batch = generate_batch(
+        model, PROMPTS, max_new_tokens=10, stop_ids=(), should_stop=lambda index, ids: index == 1 and len(ids) == 4
+    )
+    assert batch == [ids[:4] if i == 1 else ids for i, ids in enumerate(free)]
+
+
+def test_no_prompts(model):
+    assert generate_batch(model, [], max_new_tokens=3, stop_ids=()) == []
+
+
+def test_the_bad_prompt_of_a_batch_is_named(model):
+    with pytest.raises(DataError, match=r"prompts\[1\]: 0 tokens"):
+        generate_batch(model, [[1], []], max_new_tokens=3, stop_ids=())
