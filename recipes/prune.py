@@ -45,6 +45,8 @@ class Config:
 
     dataset: Any = config.component("tokenizer")
     """Calibration text; the loss of its labels decides."""
+    num_candidates: int | None = None
+    """greedy: layers tried for each removal after the first, those that cost least when last tried; null: all of them."""
     num_calibration_tokens: int = 1024
     """Labels to measure with, from the start of the dataset; time grows with it."""
     seed: int = 0
@@ -55,9 +57,11 @@ class Config:
         found = []
         if (self.layers is None) == (self.num_layers is None):
             found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
-        for key in ("num_calibration_tokens", "num_layers"):
+        for key in ("num_calibration_tokens", "num_layers", "num_candidates"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.num_candidates is not None and (self.layers is not None or self.method != "greedy"):
+            found.append(f"num_candidates={self.num_candidates}: only the greedy choice of num_layers has candidates")
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         return found
@@ -137,7 +141,9 @@ def choose_layers(
         print(training.format_table(rows))
         return prune.most_influential(influence, cfg.num_layers), []
     with tqdm(total=max(0, total - cfg.num_layers), desc="dropping layers", unit="layer") as bar:
-        removals = prune.greedy_removal(model, batches, cfg.num_layers, progress=lambda _: bar.update())
+        removals = prune.greedy_removal(
+            model, batches, cfg.num_layers, num_candidates=cfg.num_candidates, progress=lambda _: bar.update()
+        )
     rows = [{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]
     print(training.format_table(rows))
     dropped = {step.layer for step in removals}

@@ -19,8 +19,6 @@ from kdtune.models.transformer import Transformer
 # Tokens that go through a layer at once, and logits that exist at once: they bound the measurements' memory.
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**26
-# Hidden states that greedy removal keeps between two removals.
-_STATE_BYTES = 2**30
 
 
 class TokenBatch(Protocol):
@@ -125,8 +123,8 @@ def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequenc
 @torch.no_grad()
 def removal_losses(model: Transformer, batches: Iterable[TokenBatch]) -> list[float]:
     """For each layer, the loss in nats per valid token of the model without it."""
-    never = model.config.num_layers + 1
-    return _mean_over_texts(_Text(model, batch).losses_without_each(list(model.layers), 0, never) for batch in batches)
+    stack = list(model.layers)
+    return _mean_over_texts(_Text(model, batch).losses_without(range(len(stack)), stack, 0) for batch in batches)
 
 
 @torch.no_grad()
@@ -135,68 +133,78 @@ def greedy_removal(
     batches: Iterable[TokenBatch],
     keep: int,
     *,
+    num_candidates: int | None = None,
     progress: Callable[[RemovalStep], object] | None = None,
 ) -> list[RemovalStep]:
     """Drops layers one at a time, each time the one whose loss hurts least, until ``keep`` are left.
 
     Args:
         model: Stays as it is.
-        batches: Held-out calibration text. It stays in memory, with up to 1 GiB of hidden states.
+        batches: Held-out calibration text. It stays in memory, with its hidden states before every layer.
         keep: Layers to be left, at least 1.
+        num_candidates: After the first removal, measure only so many layers: those that added least to the loss when they
+            were last measured. None: all of them, which is exact and takes several times as long.
         progress: Called after each removal.
 
     Returns:
         The removals in order; the layers that none of them names are the ones to keep.
+
+    Raises:
+        ConfigError: ``keep`` or ``num_candidates`` is out of range, or the text has no valid label.
     """
     _check_keep(model.config.num_layers, keep)
+    if num_candidates is not None and num_candidates < 1:
+        raise ConfigError(f"num_candidates={num_candidates}: must be at least 1, or null for all layers")
     layers = list(range(model.config.num_layers))
+    batches = list(batches)
     texts = [_Text(model, batch) for batch in batches]
-    # All states of the first sweep: 1 + 2 + ... + num_layers times the texts' hidden states.
-    num_bytes = sum(text.num_bytes for text in texts) * len(layers) * (len(layers) + 1) // 2
-    stride = 1 + num_bytes // _STATE_BYTES
     steps: list[RemovalStep] = []
-    removed_at = 0
+    # What leaving out each layer added to the loss when it was last measured; at first all are.
+    added = dict.fromkeys(layers, 0.0)
+    loss, removed_at = mean_loss(model, batches), 0
     while len(layers) > keep:
+        tried = len(layers) if num_candidates is None or not steps else num_candidates
+        candidates = sorted(sorted(range(len(layers)), key=lambda position: added[layers[position]])[:tried])
         stack = [model.layers[index] for index in layers]
-        losses = _mean_over_texts(text.losses_without_each(stack, removed_at, stride) for text in texts)
-        removed_at = min(range(len(layers)), key=losses.__getitem__)
-        steps.append(RemovalStep(layers.pop(removed_at), losses[removed_at]))
+        losses = _mean_over_texts(text.losses_without(candidates, stack, removed_at) for text in texts)
+        for position, without in zip(candidates, losses, strict=True):
+            added[layers[position]] = without - loss
+        loss, removed_at = min(zip(losses, candidates, strict=True))
+        steps.append(RemovalStep(layers.pop(removed_at), loss))
         if progress is not None:
             progress(steps[-1])
     return steps
 
 
 class _Text:
-    """One batch of calibration text and, for the current stack of layers, the inputs that its layers got.
+    """One batch of calibration text, and what each layer of the current stack gets for it.
 
     All candidate stacks advance together: those that have already skipped their layer go through the next one as one
-    batch with the full stack, from which the next candidate branches off. So layer l runs for l + 1 stacks instead of
-    for all. And since the layers below a removed one got the same inputs before and after the removal, the next sweep
-    resumes there.
+    batch. What the layers below a removed one got stays right after the removal.
     """
 
     def __init__(self, model: Transformer, batch: TokenBatch) -> None:
         self._model, self._batch = model, batch
-        full_BSD, self._rope = _embed(model, batch)
-        self.num_bytes = full_BSD.nbytes
-        # Position in the stack -> what the layer there gets: the stacks without layer 0, 1, ... and last the full one.
-        self._inputs: dict[int, Tensor] = {0: full_BSD[None]}
+        hidden_BSD, self._rope = _embed(model, batch)
+        self._inputs = [hidden_BSD]
 
-    def losses_without_each(self, stack: Sequence[nn.Module], changed: int, stride: int) -> tuple[list[float], int]:
-        """Summed loss of the stack without each of its layers, and the number of valid tokens.
-
-        ``changed`` is the first position where the stack differs from the last call's; the inputs of every
-        ``stride``-th position are kept.
+    def losses_without(
+        self, candidates: Sequence[int], stack: Sequence[nn.Module], changed: int
+    ) -> tuple[list[float], int]:
+        """For each candidate, an increasing position in the stack, the stack's summed loss without it; and the number
+        of valid tokens. ``changed`` is the first position where the stack differs from the last call's.
         """
-        start = max(position for position in self._inputs if position <= changed)
-        state_CBSD = self._inputs[start]
-        self._inputs = {position: state for position, state in self._inputs.items() if position <= start}
-        for position in range(start, len(stack)):
-            if position % stride == 0:
-                self._inputs[position] = state_CBSD
-            output_CBSD = _through(stack[position], state_CBSD.flatten(0, 1), self._rope).view_as(state_CBSD)
-            state_CBSD = torch.cat((output_CBSD[:-1], state_CBSD[-1:], output_CBSD[-1:]))
-        losses = [_summed_loss(self._model, hidden_BSD, self._batch) for hidden_BSD in state_CBSD[:-1]]
+        del self._inputs[changed + 1 :]
+        for layer in stack[len(self._inputs) - 1 : candidates[-1]]:
+            self._inputs.append(_through(layer, self._inputs[-1], self._rope))
+        skipped_CBSD = self._inputs[0][None][:0]
+        for position in range(candidates[0], len(stack)):
+            if len(skipped_CBSD):
+                flat = _through(stack[position], skipped_CBSD.flatten(0, 1), self._rope)
+                skipped_CBSD = flat.view_as(skipped_CBSD)
+            if position in candidates:
+                skipped_CBSD = torch.cat((skipped_CBSD, self._inputs[position][None]))
+        losses = [_summed_loss(self._model, hidden_BSD, self._batch) for hidden_BSD in skipped_CBSD]
         return losses, int(_valid(self._batch).sum())
 
 

@@ -116,22 +116,43 @@ def brute_force_greedy(model, texts, keep):
     return steps
 
 
-@pytest.mark.parametrize("state_bytes", [2**30, 20_000, 0])
+@pytest.mark.parametrize("num_candidates", [None, 6, 100])
 @pytest.mark.parametrize("seed", range(2))
-def test_greedy_removal_is_the_brute_force_choice(model, texts, seed, state_bytes, monkeypatch):
-    monkeypatch.setattr(prune, "_STATE_BYTES", state_bytes or 1)
+def test_greedy_removal_is_the_brute_force_choice(model, texts, seed, num_candidates):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = []
-    steps = prune.greedy_removal(model, iter(texts), 1, progress=seen.append)
+    steps = prune.greedy_removal(model, iter(texts), 1, num_candidates=num_candidates, progress=seen.append)
     expected = brute_force_greedy(model, texts, 1)
     assert [step.layer for step in steps] == [layer for layer, _ in expected]
     assert [step.loss for step in steps] == pytest.approx([loss for _, loss in expected], rel=1e-5)
     assert seen == steps
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2, 3])
+def test_few_candidates_are_those_that_added_least_when_last_measured(model, texts, num_candidates):
+    layers, expected = list(range(6)), []
+    added, base = dict.fromkeys(layers, 0.0), brute_force_loss(model, texts, layers)
+    while len(layers) > 1:
+        tried = sorted(layers, key=added.get)[: num_candidates if expected else None]
+        losses = {i: brute_force_loss(model, texts, [j for j in layers if j != i]) for i in tried}
+        added |= {i: loss - base for i, loss in losses.items()}
+        cheapest = min(losses, key=losses.get)
+        base = losses[cheapest]
+        layers.remove(cheapest)
+        expected.append((cheapest, base))
+    steps = prune.greedy_removal(model, texts, 1, num_candidates=num_candidates)
+    assert [step.layer for step in steps] == [layer for layer, _ in expected]
+    assert [step.loss for step in steps] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+
+
+def test_no_candidates_are_refused(model, texts):
+    with pytest.raises(ConfigError, match="num_candidates=0: must be at least 1"):
+        prune.greedy_removal(model, texts, 1, num_candidates=0)
 
 
 def test_memory_bounds_change_nothing(model, texts, monkeypatch):
