@@ -1,17 +1,17 @@
 """Tokenizers in the metadata of a GGUF file, rebuilt for the `tokenizers` library."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gguf import Keys, TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 from kdtune.errors import CheckpointError
+from kdtune.tokenizers.byte_level import byte_level_words
 from kdtune.tokenizers.gguf_metadata import read_metadata
-from kdtune.tokenizers.huggingface import HuggingFaceTokenizer
+from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
 from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
 
 _QWEN2_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -24,28 +24,17 @@ _NAMED_IDS = {
 }
 
 
-def _byte_level(pattern: str | None = None, *, single_digits: bool = False) -> pre_tokenizers.PreTokenizer:
-    """GPT-2's words, or those of `pattern`; `single_digits` first sets every digit apart."""
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
-    return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
-
-
 # llama.cpp's names (tokenizer.ggml.pre) for how text is cut into words before merging. transformers 5 reads all GGUF
 # files as GPT-2's; "smollm" was trained otherwise: 59 Alpaca answers with digits after blanks or empty lines cost
 # SmolLM2-135M 12476 nats cut as here, 12982 cut as GPT-2 (more on 56 of the 59).
 _PRE_TOKENIZERS = {
-    "default": lambda: _byte_level(),
-    "gpt-2": lambda: _byte_level(),
-    "smollm": lambda: _byte_level(single_digits=True),
-    "llama-bpe": lambda: _byte_level(SPLIT_PATTERN),
-    "llama3": lambda: _byte_level(SPLIT_PATTERN),
-    "llama-v3": lambda: _byte_level(SPLIT_PATTERN),
-    "qwen2": lambda: _byte_level(_QWEN2_PATTERN),
+    "default": lambda: byte_level_words(),
+    "gpt-2": lambda: byte_level_words(),
+    "smollm": lambda: byte_level_words(single_digits=True),
+    "llama-bpe": lambda: byte_level_words(SPLIT_PATTERN),
+    "llama3": lambda: byte_level_words(SPLIT_PATTERN),
+    "llama-v3": lambda: byte_level_words(SPLIT_PATTERN),
+    "qwen2": lambda: byte_level_words(_QWEN2_PATTERN),
 }
 
 
@@ -58,19 +47,13 @@ class GGUFTokenizer(HuggingFaceTokenizer):
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{name: token for name, token in self._named.items() if token},
-            "clean_up_tokenization_spaces": False,
-        }
-        if self._model_max_length is not None:
-            config["model_max_length"] = self._model_max_length
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        write_tokenizer(
+            self._backend,
+            folder,
+            named=self._named,
+            chat_template=self.chat_template,
+            model_max_length=self._model_max_length,
         )
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
@@ -102,10 +85,7 @@ def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
     named = {name: tokens[i] for name, i in ids.items()}
     add_bos = bool(data.get(Keys.Tokenizer.ADD_BOS, kind == "llama")) and "bos_token" in named
     if add_bos:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_token"])]
-        )
+        put_bos_first(backend, named["bos_token"])
     architecture = data.get(Keys.General.ARCHITECTURE)
     return GGUFTokenizer(
         backend,

@@ -125,6 +125,37 @@ def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**part, "add_prefix_space": False} if part["type"] == "ByteLevel" else part
 
 
+def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Makes transformers, unlike `Tokenizer.encode` here, begin every text with the control token `bos`."""
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+
+
+def write_tokenizer(
+    backend: tokenizers.Tokenizer,
+    folder: Path,
+    *,
+    named: Mapping[str, str],
+    chat_template: str,
+    model_max_length: int | None = None,
+) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not backend.save: its errors are bare Exceptions, and a full disk must be told from a bug.
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: token for name, token in named.items() if token},
+        "clean_up_tokenization_spaces": False,
+    }
+    if model_max_length is not None:
+        config["model_max_length"] = model_max_length
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
 def read_backend(file: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json. Raises CheckpointError naming the file where it is missing or broken."""
     if not file.is_file():

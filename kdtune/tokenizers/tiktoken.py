@@ -9,11 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 import tiktoken
+import tokenizers
 
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.byte_level import tokenizer_from_ranks
 from kdtune.tokenizers.chat_format import folder_template
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
+from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
 
 # Another number is a truncated file, or another family's, whose pattern and control tokens are not these.
 NUM_RANKS = 128_000
@@ -125,6 +128,14 @@ class TiktokenTokenizer(Tokenizer):
             f"{self.file.name}-whole", pat_str=r"[\s\S]+", mergeable_ranks=self._ranks, special_tokens={}
         )
 
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer for the `tokenizers` library; takes seconds, so it is made once, for the first save."""
+        backend = tokenizer_from_ranks(self._ranks, SPLIT_PATTERN)
+        backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self.control_tokens])
+        put_bos_first(backend, self._named["bos_token"])
+        return backend
+
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
         if len(text) < _MAX_WHITESPACE_RUN or not _LONG_WHITESPACE.search(text):
             return self._encoding.encode_ordinary(text)
@@ -144,9 +155,11 @@ class TiktokenTokenizer(Tokenizer):
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it."""
+        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those."""
         copy_files(self._files_folder, folder)
         copy_files(self.file.parent, folder, [self.file.name])
+        if not (folder / "tokenizer.json").is_file():
+            write_tokenizer(self._backend, folder, named=self._named, chat_template=self.chat_template)
 
 
 def _split_long_whitespace(text: str) -> Iterator[tuple[str, bool]]:

@@ -305,6 +305,25 @@ def test_llama3_takes_texts_that_tiktoken_cannot(llama3_tokenizer_file: Path, un
     assert ours.decode(ours.encode(text)) == text
 
 
+@pytest.mark.real
+def test_llama3_saved_loads_in_transformers(llama3_tokenizer_file: Path, tmp_path: Path) -> None:
+    """Meta's folder has tokenizer.model alone, which transformers does not read: tokenizer.json is made from its ranks."""
+    ours = llama3_tokenizer(llama3_tokenizer_file)
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    reference = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert differing(ours, split_specials(reference), texts()) == []
+    assert len(reference) == 128_256
+    assert reference("Hi").input_ids == ours.encode("Hi", add_eos=False)
+    assert (reference.bos_token_id, reference.eos_token_id, reference.pad_token_id) == (128_000, 128_001, 128_004)
+    assert same_tokenizer(ours, load(tmp_path)) is None
+    for chat in CHATS:
+        for prompt in (False, True):
+            want = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render(chat, add_generation_prompt=prompt) == want
+        assert ours.tokenize_messages(chat)[0] == reference.apply_chat_template(chat, return_dict=False)
+
+
 # Llama 2: sentencepiece
 
 
