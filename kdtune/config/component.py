@@ -192,9 +192,26 @@ def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
         return None
     source = target.__init__ if inspect.isclass(target) and target.__init__ is not object.__init__ else target
     namespace = getattr(inspect.unwrap(source), "__globals__", {})
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in signature.parameters.items():
+        annotation = _evaluated(parameter.annotation, namespace)
+        if typing.get_origin(annotation) is typing.Unpack:
+            parameters |= _unpacked(typing.get_args(annotation)[0])
+        else:
+            parameters[name] = parameter.replace(annotation=annotation)
+    return parameters
+
+
+def _unpacked(options: Any) -> dict[str, inspect.Parameter]:
+    """The arguments that `**options: Unpack[SomeTypedDict]` takes, by name; those that may be left out have a default."""
     return {
-        name: parameter.replace(annotation=_evaluated(parameter.annotation, namespace))
-        for name, parameter in signature.parameters.items()
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=annotation,
+            default=inspect.Parameter.empty if name in options.__required_keys__ else None,
+        )
+        for name, annotation in typing.get_type_hints(options).items()
     }
 
 

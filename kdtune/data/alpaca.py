@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, end_ids, tokenize_rows
 from kdtune.data.messages import Message
-from kdtune.data.sources import DataFiles, Source, read_json, split_parts
+from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
 from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ def alpaca_messages(column_map: Mapping[str, str] | None = None) -> Callable[[Ro
     return to_messages
 
 
+class AlpacaOptions(SourceOptions, total=False):
+    """What alpaca_dataset takes beside `source`."""
+
+    column_map: Mapping[str, str] | None
+    train_on_input: bool
+    filter_fn: FilterFn | str | None
+
+
 def alpaca_dataset(
     tokenizer: "Tokenizer",
     *,
@@ -61,58 +69,28 @@ def alpaca_dataset(
     column_map: Mapping[str, str] | None = None,
     train_on_input: bool = True,
     filter_fn: FilterFn | str | None = None,
-    split: str = "train",
-    data_files: DataFiles | None = None,
-    data_dir: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    shuffle_buffer: int | None = None,
+    **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of Alpaca rows, in the Alpaca prompt.
 
     train_on_input: train on the prompt too (the default here, as in torchtune; False trains on the output alone).
     column_map: from instruction, input and output to the dataset's columns.
     filter_fn: a function, or its dotted path, from a row to whether it is kept.
-    source, split, data_files, data_dir, name, streaming, shuffle_buffer: see Source.
+    source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer): see Source.
 
     Raises:
         ConfigError: settings that do not go together.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
     encode = conversation_encoder(tokenizer, alpaca_messages(column_map), train_on_input=train_on_input)
-    return build_dataset(
-        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
-    )
+    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
 
 
 def alpaca_cleaned_dataset(
-    tokenizer: "Tokenizer",
-    *,
-    source: str = "yahma/alpaca-cleaned",
-    column_map: Mapping[str, str] | None = None,
-    train_on_input: bool = True,
-    filter_fn: FilterFn | str | None = None,
-    split: str = "train",
-    data_files: DataFiles | None = None,
-    data_dir: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    shuffle_buffer: int | None = None,
+    tokenizer: "Tokenizer", *, source: str = "yahma/alpaca-cleaned", **options: Unpack[AlpacaOptions]
 ) -> Dataset:
     """alpaca_dataset over a corrected version of the Alpaca rows."""
-    return alpaca_dataset(
-        tokenizer,
-        source=source,
-        column_map=column_map,
-        train_on_input=train_on_input,
-        filter_fn=filter_fn,
-        split=split,
-        data_files=data_files,
-        data_dir=data_dir,
-        name=name,
-        streaming=streaming,
-        shuffle_buffer=shuffle_buffer,
-    )
+    return alpaca_dataset(tokenizer, source=source, **options)
 
 
 def quickstart_dataset(

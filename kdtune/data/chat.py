@@ -1,11 +1,11 @@
 """Conversations: single question and answer (instruct), and lists of messages (chat)."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
 from kdtune.data.messages import CONVERSATION_STYLES, Message, parse_conversation
-from kdtune.data.sources import DataFiles, Source
+from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
 from kdtune.errors import ConfigError
 
@@ -64,12 +64,7 @@ def instruct_dataset(
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
     filter_fn: FilterFn | str | None = None,
-    split: str = "train",
-    data_files: DataFiles | None = None,
-    data_dir: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    shuffle_buffer: int | None = None,
+    **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of questions and answers (columns input and output, or what column_map calls them).
 
@@ -77,9 +72,7 @@ def instruct_dataset(
     """
     to_messages = instruct_messages(column_map, new_system_prompt)
     encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
-    return build_dataset(
-        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
-    )
+    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
 
 
 def chat_dataset(
@@ -91,12 +84,7 @@ def chat_dataset(
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
     filter_fn: FilterFn | str | None = None,
-    split: str = "train",
-    data_files: DataFiles | None = None,
-    data_dir: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    shuffle_buffer: int | None = None,
+    **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
 
@@ -105,9 +93,7 @@ def chat_dataset(
     """
     to_messages = chat_messages(conversation_column, conversation_style, new_system_prompt)
     encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
-    return build_dataset(
-        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
-    )
+    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
 
 
 def _system(prompt: str | None) -> list[Message]:

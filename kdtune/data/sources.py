@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, TypedDict
 
 from kdtune.data.messages import type_name
 from kdtune.data.transforms import Row
@@ -22,6 +22,17 @@ FilesOfSplits: TypeAlias = dict[str, list[str]]
 _KIND_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _LOCAL_KINDS = ("json", "csv", "parquet", "text")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+class SourceOptions(TypedDict, total=False):
+    """What a dataset builder takes beside `source`; see Source."""
+
+    split: str
+    data_files: DataFiles | None
+    data_dir: str | None
+    name: str | None
+    streaming: bool
+    shuffle_buffer: int | None
 
 
 @dataclass(frozen=True)

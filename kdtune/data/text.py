@@ -1,9 +1,9 @@
 """Plain text, every token of which is trained on."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
-from kdtune.data.sources import DataFiles, Source
+from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import Encoded, Row, text_column
 
 if TYPE_CHECKING:
@@ -17,12 +17,7 @@ def text_completion_dataset(
     column: str = "text",
     add_eos: bool = True,
     filter_fn: FilterFn | str | None = None,
-    split: str = "train",
-    data_files: DataFiles | None = None,
-    data_dir: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    shuffle_buffer: int | None = None,
+    **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of texts, one an example, without any template; an empty text counts as untrainable.
 
@@ -34,6 +29,4 @@ def text_completion_dataset(
         ids = tokenizer.encode(text, add_bos=True, add_eos=add_eos)
         return ids, [bool(text)] * len(ids)
 
-    return build_dataset(
-        tokenizer, encode, Source(source, split, data_files, data_dir, name, streaming, shuffle_buffer), filter_fn
-    )
+    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)

@@ -33,7 +33,7 @@ def test_resolve_finds_classes_functions_and_members() -> None:
         ("config_samples.Optimizer.nothing", "config_samples.Optimizer has no 'nothing'"),
         ("torchtune.models.llama3_2.llama3_2_1b", "use kdtune.models.llama3_2_1b"),
         ("torchtune.training.FullModelHFCheckpointer", "use kdtune.checkpoint.Checkpointer"),
-        ("torchtune.models.llama3_2.lora_llama3_2_1b", "kdtune.models.llama3_2_1b, which trains all parameters"),
+        ("torchtune.models.llama3_2.lora_llama3_2_1b", "use kdtune.models.lora_llama3_2_1b"),
         ("torchtune.nothing.such_thing", "kdtune has no component of that name"),
     ],
 )
@@ -140,3 +140,11 @@ def test_instantiate_refuses_what_does_not_bind() -> None:
 def test_an_error_inside_a_component_is_not_hidden() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         instantiate(node("int_of", text="z"))
+
+
+def test_the_arguments_of_an_unpacked_typed_dict_are_checked_by_name_and_type() -> None:
+    node = {"_component_": "kdtune.data.alpaca_cleaned_dataset", "split": 3, "train_on_inputs": False}
+    problems = bind(node, ("tokenizer",), key="dataset")
+    assert len(problems) == 2
+    assert problems[0].startswith("dataset.split: ")
+    assert "dataset.train_on_inputs" in problems[1] and "did you mean 'train_on_input'?" in problems[1]
