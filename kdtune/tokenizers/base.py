@@ -134,6 +134,21 @@ class Tokenizer(ABC):
             ids = [*ids, self.eos_id]
         return ids
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether transformers, under this tokenizer's files, begins every text with bos."""
+        return self.bos_id is not None
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of text whose control-token strings are control tokens, such as what `render` gives; adds no bos, no eos."""
+        ids: list[int] = []
+        for piece in split_pieces(text, self._finder.find(text), ()):
+            if piece.token is None:
+                ids += self._encode_cached(text[piece.start : piece.end], ids[-1] if ids else None)
+            else:
+                ids.append(piece.token)
+        return ids
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of the ids. Ids outside the vocabulary (rows that only pad a model's head) give no text."""
         return self._decode_ids([i for i in map(int, ids) if 0 <= i < self.vocab_size], skip_special)

@@ -63,6 +63,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.__dict__.update(state)
         self._keep_special_strings_as_text()
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether transformers, under this tokenizer's files, begins every text with bos."""
+        return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
+
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
         prefixed = previous is None or (self._prefix_after_control and previous in self._control_ids)
         backend = self._backend if prefixed else self._continuing
