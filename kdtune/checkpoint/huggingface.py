@@ -115,7 +115,7 @@ def _check_index(found: dict[str, StoredTensor], index: dict[str, str], folder: 
 
 
 def _header(file: Path) -> list[StoredTensor]:
-    with _open(file) as handle:
+    with open_safetensors(file) as handle:
         stored = []
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             view = handle.get_slice(name)
@@ -132,13 +132,18 @@ def _header(file: Path) -> list[StoredTensor]:
 def _read(file: Path, name: str) -> Iterator[Tensor]:
     # Opened anew for each tensor: the pages of one mapping would stay in memory until it is closed, a second copy of
     # the weights by the end. Reading the header again costs well under a millisecond.
-    with _open(file) as handle:
+    with open_safetensors(file) as handle:
         yield handle.get_tensor(name)
 
 
-def _open(file: Path) -> Any:
+def open_safetensors(file: Path, device: str = "cpu") -> Any:
+    """What `safetensors.safe_open` gives; its tensors come out on `device`.
+
+    Raises:
+        CheckpointError: the file is missing, cut off or corrupt.
+    """
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework="pt", device=device)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing; download it again") from error
     except OSError as error:

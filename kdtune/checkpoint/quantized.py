@@ -1,0 +1,227 @@
+"""Models with quantized weights as folders: torchao's tensors in a safetensors file, the scheme in config.json.
+
+File name and `quant_method` are our own: transformers finds no weights in such a folder, and so cannot take packed
+numbers for a model's. In the file a weight `a.b.weight` is several tensors, `a.b._weight_qdata` and so on, and the
+header's metadata say under the weight's name how they belong together; torchao's own layout, which for NF4 it lacks.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdtune.checkpoint.atomic import writing
+from kdtune.checkpoint.huggingface import CONFIG, open_safetensors, read_json
+from kdtune.checkpoint.save import SavesItself, write_description
+from kdtune.errors import CheckpointError
+from kdtune.models import Transformer, TransformerConfig
+from kdtune.models.llama import configs, convert
+from kdtune.models.nf4 import is_nf4
+from kdtune.models.quantization import SCHEMES, is_quantized, quiet_torchao, scheme_problems
+
+WEIGHTS = "model.quantized.safetensors"
+_QUANT_METHOD = "kdtune"
+_NF4 = "NF4Tensor"
+
+
+def write_quantized(
+    model: Transformer,
+    folder: Path,
+    *,
+    scheme: str,
+    group_size: int | None = None,
+    base: str | Path | None = None,
+    tokenizer: SavesItself | None = None,
+) -> None:
+    """Writes a quantized model into a folder that exists, with its config, tokenizer and licence, as `write_model` does.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    for name, parameter in model.named_parameters():
+        name = convert.kdtune_to_hf(name)
+        if is_quantized(parameter):
+            parts, metadata[name] = _flatten(name, parameter.detach())
+            tensors |= {key: part.cpu() for key, part in parts.items()}
+        else:
+            tensors[name] = parameter.detach().cpu().contiguous()
+    quantization = {"quant_method": _QUANT_METHOD, "scheme": scheme, "group_size": group_size}
+    with writing(folder):
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
+        write_description(model, folder, base=base, tokenizer=tokenizer, quantization=quantization)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's file of quantized weights; none where it holds another kind of model."""
+    return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+
+
+def read_config(folder: Path) -> TransformerConfig:
+    """The config of the quantized model that lies there.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or states no scheme that is known here.
+    """
+    document = read_json(folder / CONFIG)
+    _scheme(document, folder / CONFIG)
+    try:
+        return configs.config_from_hf({**document, "quantization_config": None})
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix(CONFIG + ': ')}") from error
+
+
+def check(file: Path) -> None:
+    """Checks that the file holds what its config describes, by name; reads no weights.
+
+    Raises:
+        CheckpointError: file or config is damaged, or a tensor is missing or unexpected.
+    """
+    config = read_config(file.parent)
+    with open_safetensors(file) as handle:
+        _keys_by_weight(file, handle, _names(config))
+
+
+def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> Transformer:
+    """Gives the model (on the meta device or not) the file's weights, frozen, on `device`; returns it.
+
+    Raises:
+        CheckpointError: `dtype` is another than the stored one, the device lacks the scheme, the model has adapters,
+            or file or config is damaged.
+    """
+    device = torch.device(device)
+    document = read_json(file.parent / CONFIG)
+    scheme = _scheme(document, file.parent / CONFIG)
+    parameters = dict(model.named_parameters())
+    if added := [name for name in parameters if name not in _names(model.config)]:
+        raise CheckpointError(
+            f"{file.parent}: holds {scheme} weights, which are for use and not for training; the model has {added[0]!r} "
+            "beside them: train on the folder that was quantized"
+        )
+    with open_safetensors(file, str(device)) as handle:
+        keys_by_weight = _keys_by_weight(file, handle, list(parameters))
+        stored = _stored_dtype(handle)
+        if dtype not in (None, stored):
+            raise CheckpointError(
+                f"{file}: holds {scheme} weights made from {_name(stored)}, which cannot be turned into {_name(dtype)}; "
+                f"load them as stored (dtype null or {_name(stored)}), or quantize the model in {_name(dtype)}"
+            )
+        if problems := scheme_problems(scheme, device, stored):
+            raise CheckpointError(f"{file}: {problems[0]}")
+        metadata = handle.metadata() or {}
+        for name, parameter in parameters.items():
+            hf_name = convert.kdtune_to_hf(name)
+            parts = {key: handle.get_tensor(key) for key in keys_by_weight[name]}
+            weight = _unflatten(file, hf_name, parts, metadata[hf_name]) if hf_name in metadata else parts[hf_name]
+            if weight.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{file}: tensor {hf_name!r}: shape {list(weight.shape)} found, {list(parameter.shape)} expected; "
+                    "weights and config do not belong together: quantize the model again"
+                )
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def _scheme(document: Mapping[str, Any], path: Path) -> str:
+    found = document.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != _QUANT_METHOD or found.get("scheme") not in SCHEMES:
+        raise CheckpointError(
+            f"{path}: quantization_config={found!r}; quant_method {_QUANT_METHOD!r} and a scheme of "
+            f"{', '.join(SCHEMES)} expected beside {WEIGHTS}: quantize the model again"
+        )
+    scheme: str = found["scheme"]
+    return scheme
+
+
+def _names(config: TransformerConfig) -> list[str]:
+    """Of the parameters of such a model, a tied one once."""
+    with torch.device("meta"):
+        return [name for name, _ in Transformer(config).named_parameters()]
+
+
+def _prefix(hf_name: str) -> str:
+    """How the names of a quantized weight's parts begin."""
+    module, _, weight = hf_name.rpartition(".")
+    return f"{module}._{weight}_"
+
+
+def _keys_by_weight(file: Path, handle: Any, names: list[str]) -> dict[str, list[str]]:
+    """The tensors in the file that make up each weight (our name); there must be no others."""
+    keys = list(handle.keys())
+    metadata = handle.metadata() or {}
+    by_weight = {}
+    for name in names:
+        hf_name = convert.kdtune_to_hf(name)
+        prefix = _prefix(hf_name)
+        found = [key for key in keys if key.startswith(prefix)] if hf_name in metadata else [hf_name]
+        if not found or not set(found) <= set(keys):
+            raise CheckpointError(f"{file}: tensor {hf_name!r} missing; quantize the model again")
+        by_weight[name] = found
+    used = {key for found in by_weight.values() for key in found}
+    if extra := [key for key in keys if key not in used]:
+        raise CheckpointError(f"{file}: tensor {extra[0]!r} unexpected; weights and config do not belong together")
+    return by_weight
+
+
+def _stored_dtype(handle: Any) -> torch.dtype:
+    """What the weights were quantized from; the final norm is never quantized."""
+    dtype: torch.dtype = handle.get_tensor(convert.kdtune_to_hf("norm.weight")).dtype
+    return dtype
+
+
+def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
+    """The parts of a quantized weight by name, and the metadata that put them together again."""
+    if is_nf4(weight):
+        fields, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+        blocks = {key: context[key] for key in ("block_size", "n_blocks", "scaler_block_size")}
+        about = {"_type": _NF4, "shape": list(weight.shape), "dtype": _name(weight.dtype), **blocks}
+        return {_prefix(hf_name) + field: getattr(weight, field) for field in fields}, json.dumps(about)
+    with quiet_torchao():
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    parts, metadata = flatten_tensor_state_dict({hf_name: weight})
+    return parts, metadata[hf_name]
+
+
+def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str) -> Tensor:
+    """The inverse of `_flatten`."""
+    try:
+        about = json.loads(metadata)
+        if about["_type"] == _NF4:
+            return _nf4({key.removeprefix(_prefix(hf_name)): part for key, part in parts.items()}, about)
+        with quiet_torchao():
+            from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+        state, _ = unflatten_tensor_state_dict(parts, {hf_name: metadata, "tensor_names": json.dumps([hf_name])})
+        weight: Tensor = state[hf_name]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file}: tensor {hf_name!r}: its parts do not make a quantized weight ({type(error).__name__}: {error}); "
+            "the file is damaged or of another torchao: quantize the model again"
+        ) from error
+    return weight
+
+
+def _nf4(fields: dict[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+    with quiet_torchao():
+        from torchao.quantization import NF4Tensor
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
+
+    shape = torch.Size(about["shape"])
+    stride = torch.empty(shape, device="meta").stride()
+    device = fields["quantized_data"].device
+    tensor_meta = SubclassTensorArgs(shape, stride, 0, getattr(torch, about["dtype"]), device, False)
+    context = {key: about[key] for key in ("block_size", "n_blocks", "scaler_block_size")}
+    weight: Tensor = NF4Tensor.__tensor_unflatten__(fields, context | {"tensor_meta": tensor_meta}, shape, stride)
+    return weight
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

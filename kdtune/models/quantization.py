@@ -1,0 +1,228 @@
+"""Linear weights in 8 or 4 bits, by torchao, for models that are used and not trained.
+
+The linears of the layers are quantized. The embedding, the norms and, unless asked for, an untied head stay as they
+are: they are small beside the layers or decide which token comes out.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtune.errors import ConfigError
+from kdtune.models import nf4
+from kdtune.models.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to hold a linear's weight."""
+
+    description: str
+    group_sizes: tuple[int, ...] = ()
+    """Input features that may share a scale; empty: not a choice."""
+    default_group_size: int | None = None
+    lowest_capability: tuple[int, int] | None = None
+    """CUDA compute capability it needs; None: it also works on a CPU."""
+    weight_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8_weight_only": Scheme("int8 weights, a scale per row; the arithmetic stays as it is"),
+    "int8_dynamic": Scheme("int8 weights and, token by token, int8 inputs: integer matrix products"),
+    "float8_weight_only": Scheme("float8 (e4m3) weights, a scale per row"),
+    "float8_dynamic": Scheme("float8 weights and inputs: float8 matrix products", lowest_capability=(8, 9)),
+    "int4_weight_only": Scheme(
+        "4-bit weights, two in a byte, a scale and a zero point per group",
+        (32, 64, 128, 256),
+        128,
+        (8, 0),
+        (torch.bfloat16,),
+    ),
+    "intx_4bit": Scheme(
+        "4-bit values held one in a byte, a scale per group: the error of 4 bits without their memory",
+        (16, 32, 64, 128, 256),
+        32,
+    ),
+    "nf4": Scheme("4-bit normal float, two in a byte, scales quantized too (QLoRA's format)"),
+}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a quantized weight is from the one it came from."""
+
+    name: str
+    relative_error: float
+    """Frobenius norm of the difference over that of the weight."""
+
+
+def scheme_problems(scheme: str, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> list[str]:
+    """Why weights of `dtype` cannot be quantized so on `device`, or used there; reads and loads nothing."""
+    if scheme not in SCHEMES:
+        return [f"scheme={scheme}: unknown; one of {', '.join(SCHEMES)}"]
+    found = SCHEMES[scheme]
+    problems = []
+    if lack := _lack(found, device):
+        works = [name for name, other in SCHEMES.items() if not _lack(other, device)]
+        problems.append(f"scheme={scheme}: {lack}; here {', '.join(works)} work")
+    if dtype not in found.weight_dtypes:
+        names = " or ".join(str(each).removeprefix("torch.") for each in found.weight_dtypes)
+        problems.append(f"scheme={scheme}: needs weights of {names}; dtype is {str(dtype).removeprefix('torch.')}")
+    if group_size is not None and group_size not in found.group_sizes:
+        allowed = f"one of {', '.join(map(str, found.group_sizes))}" if found.group_sizes else "null: it has no groups"
+        problems.append(f"group_size={group_size}: with {scheme} {allowed}")
+    return problems
+
+
+def shape_problems(
+    scheme: str, config: TransformerConfig, group_size: int | None = None, *, quantize_output: bool = False
+) -> list[str]:
+    """Which linears of the model have a shape that the (known) scheme cannot hold; reads no weight."""
+    if quantize_output and config.tie_embeddings:
+        return ["quantize_output=true: the head is the embedding (tied), which stays as it is; set it to false"]
+    with torch.device("meta"):
+        linears = target_linears(Transformer(config), quantize_output=quantize_output)
+    unit = nf4.BLOCK_SIZE if scheme == "nf4" else group_size or SCHEMES[scheme].default_group_size or 1
+    for name, linear in linears.items():
+        size = linear.weight.numel() if scheme == "nf4" else linear.in_features
+        if size % unit:
+            what = "weights" if scheme == "nf4" else "input features"
+            return [f"scheme={scheme}: {name} has {size} {what}, not a multiple of {unit}; choose another "
+                    f"{'scheme' if scheme == 'nf4' else 'group_size'}"]  # fmt: skip
+    return []
+
+
+def target_linears(model: Transformer, *, quantize_output: bool = False) -> dict[str, nn.Linear]:
+    """The linears of the layers by name, and with `quantize_output` the head."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not quantize_output:
+        del found["output"]
+    return found
+
+
+def quantize(
+    model: Transformer,
+    scheme: str,
+    *,
+    group_size: int | None = None,
+    quantize_output: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> list[LayerError]:
+    """Quantizes the linears in place, one at a time, and freezes the model; returns each one's error.
+
+    Args:
+        model: on the device it will be used on.
+        scheme: one of SCHEMES.
+        group_size: input features that share a scale; None: the scheme's own.
+        quantize_output: the untied head too.
+        progress: called with the name of each linear that is done.
+
+    Raises:
+        ConfigError: the scheme does not work for this model, dtype or device (see `scheme_problems`,
+            `shape_problems`), or left a weight as it was.
+    """
+    weight = model.tok_embeddings.weight
+    problems = scheme_problems(scheme, weight.device, weight.dtype, group_size)
+    if problems := problems or shape_problems(scheme, model.config, group_size, quantize_output=quantize_output):
+        raise ConfigError("\n".join(problems))
+    quantize_linear = _quantizer(scheme, group_size or SCHEMES[scheme].default_group_size)
+    errors = []
+    for name, linear in target_linears(model, quantize_output=quantize_output).items():
+        original = linear.weight.detach()
+        quantize_linear(linear)
+        if not is_quantized(linear.weight):
+            raise ConfigError(
+                f"scheme={scheme}: torchao left {name}, shape {list(original.shape)}, as it was; choose another scheme"
+            )
+        errors.append(LayerError(name, _relative_error(original, linear.weight)))
+        if progress is not None:
+            progress(name)
+    model.requires_grad_(False)
+    return errors
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether the weight is held by torchao and not as plain numbers."""
+    return type(weight) not in (Tensor, nn.Parameter)
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A quantized weight as plain numbers, in the dtype it shows."""
+    return nf4.dequantized(weight) if nf4.is_nf4(weight) else weight.dequantize()
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Holds back what torchao says at import about kernels that this torch build lacks; none of them is used here."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _lack(scheme: Scheme, device: torch.device) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"quantized weights are not supported on {device.type}"
+    if scheme.lowest_capability is None:
+        return None
+    needed = "needs a CUDA device of compute capability {}.{} or higher".format(*scheme.lowest_capability)
+    if device.type != "cuda":
+        return f"{needed}; the device is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < scheme.lowest_capability:
+        return f"{needed}; {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _quantizer(scheme: str, group_size: int | None) -> Callable[[nn.Linear], None]:
+    with quiet_torchao():
+        from torchao.quantization import quantize_
+    if scheme == "nf4":
+        return _to_nf4
+    config = _torchao_config(scheme, group_size)
+
+    def quantize_linear(linear: nn.Linear) -> None:
+        quantize_(linear, config, filter_fn=lambda module, _: module is linear)
+
+    return quantize_linear
+
+
+def _torchao_config(scheme: str, group_size: int | None) -> Any:
+    from torchao import quantization
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    match scheme:
+        case "int8_weight_only":
+            return quantization.Int8WeightOnlyConfig()
+        case "int8_dynamic":
+            return quantization.Int8DynamicActivationInt8WeightConfig()
+        case "float8_weight_only":
+            return quantization.Float8WeightOnlyConfig()
+        case "float8_dynamic":
+            return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+        case "int4_weight_only":
+            # The packing that needs no package beside torch.
+            packing = Int4PackingFormat.TILE_PACKED_TO_4D
+            return quantization.Int4WeightOnlyConfig(group_size=group_size, int4_packing_format=packing)
+        case _:
+            granularity = quantization.PerGroup(group_size)
+            return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)  # type: ignore[attr-defined]
+
+
+def _to_nf4(linear: nn.Linear) -> None:
+    linear.weight = nf4.quantize_nf4(linear.weight)
+
+
+def _relative_error(original: Tensor, quantized: Tensor) -> float:
+    difference = dequantized(quantized.detach()).float() - original.float()
+    return (difference.norm() / original.float().norm()).item()
