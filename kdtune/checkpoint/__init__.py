@@ -3,16 +3,20 @@
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
 from kdtune.checkpoint.checkpointer import Checkpointer, load_model
 from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
-from kdtune.checkpoint.save import save_model, write_model
+from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
+from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
 __all__ = [
     "CheckpointManager",
     "Checkpointer",
+    "SaveWeights",
     "atomic_folder",
     "atomic_write_text",
     "clean_leftovers",
     "discard_steps_after",
+    "is_adapter_folder",
+    "load_adapter",
     "load_model",
     "load_state",
     "newest_step",
@@ -21,6 +25,7 @@ __all__ = [
     "save_state",
     "step_folders",
     "step_number",
+    "write_adapter",
     "write_model",
     "writing",
 ]

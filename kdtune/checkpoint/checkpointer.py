@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint import gguf, huggingface, meta
+from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
 from kdtune.checkpoint.huggingface import read_json
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_tensors, fill_model
 from kdtune.errors import CheckpointError
@@ -48,11 +48,18 @@ class Checkpointer:
         checkpoint_dir: The folder, or a single file in it.
         checkpoint_files: Names of the weight files in it, of one format. None: found by looking, safetensors before
             GGUF before Meta's consolidated.NN.pth.
+        adapter_dir: A PEFT folder with an adapter for that model. `load` merges it into the weights, or, where the model
+            that is given has adapters, fills these.
 
     Nothing is read until a method asks for it.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, checkpoint_files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        checkpoint_files: Sequence[str] | None = None,
+        adapter_dir: str | Path | None = None,
+    ) -> None:
         path = Path(checkpoint_dir).expanduser()
         if path.is_file():
             if checkpoint_files is not None:
@@ -68,6 +75,7 @@ class Checkpointer:
                 f"checkpoint_files={checkpoint_files!r}: a list of file names expected; leave it out to have them found"
             )
         self.checkpoint_dir = path
+        self.adapter_dir = None if adapter_dir is None else Path(adapter_dir).expanduser()
         self._named_files = checkpoint_files
 
     def problems(self) -> list[str]:
@@ -76,14 +84,23 @@ class Checkpointer:
             files = self.files()
         except CheckpointError as error:
             return [str(error)]
-        described_by = {"huggingface": huggingface.CONFIG, "meta": meta.PARAMS}.get(_format(files[0]))
+        described_by = {"huggingface": huggingface.CONFIG, "quantized": huggingface.CONFIG, "meta": meta.PARAMS}.get(
+            _format(files[0])
+        )
         needed = [*files, *([files[0].parent / described_by] if described_by else [])]
         missing = [f"{file}: missing; download it again" for file in needed if not file.is_file()]
         if missing:
             return missing
         try:
+            if _format(files[0]) == "quantized":
+                self._refuse_adapter(files[0])
+                quantized.check(files[0])
+                return []
             stored = self._read()
-            check_tensors(_on_meta(stored.config), stored)
+            model = _on_meta(stored.config)
+            check_tensors(model, stored)
+            if self.adapter_dir is not None:
+                peft.check_adapter(peft.read_adapter(self.adapter_dir), model)
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -100,6 +117,8 @@ class Checkpointer:
         if self._named_files is not None:
             return _named(folder, self._named_files)
         if found := huggingface.weight_files(folder):
+            return found
+        if found := quantized.weight_files(folder):
             return found
         if found := gguf.gguf_files(folder):
             if len(found) > 1:
@@ -123,6 +142,8 @@ class Checkpointer:
         files = self.files()
         if _format(files[0]) == "huggingface":
             return _hf_config(files[0].parent)
+        if _format(files[0]) == "quantized":
+            return quantized.read_config(files[0].parent)
         return self._read().config
 
     def load(
@@ -135,17 +156,37 @@ class Checkpointer:
         """The model with the weights that lie there, in `dtype` (None: as stored) on `device`.
 
         A given `model` is filled in place; on the meta device it costs no memory before. It must be the model that the
-        folder describes (the context length apart).
+        folder describes (the context length apart). Adapters on it are filled from `adapter_dir`, else they begin anew;
+        into a model without, that adapter is merged (where it adapts a tied head, the head is untied).
 
         Raises:
-            CheckpointError: model and folder disagree, or a file is missing or damaged; field, file or tensor is named.
+            CheckpointError: model, folder and adapter disagree, or a file is missing or damaged; field, file or tensor
+                is named.
         """
+        files = self.files()
+        if _format(files[0]) == "quantized":
+            self._refuse_adapter(files[0])
+            stored_config = quantized.read_config(files[0].parent)
+            if model is not None:
+                self._check_same(model.config, stored_config)
+            return quantized.fill_model(model or _on_meta(stored_config), files[0], dtype=dtype, device=device)
         stored = self._read()
         if model is None:
             model = _on_meta(stored.config)
         else:
             self._check_same(model.config, stored.config)
-        return fill_model(model, stored, dtype=dtype, device=device)
+        if self.adapter_dir is None:
+            return fill_model(model, stored, dtype=dtype, device=device)
+        adapter = peft.read_adapter(self.adapter_dir)
+        peft.check_adapter(adapter, model)
+        return peft.fill_adapter(fill_model(model, stored, dtype=dtype, device=device), adapter)
+
+    def _refuse_adapter(self, file: Path) -> None:
+        if self.adapter_dir is not None:
+            raise CheckpointError(
+                f"{file}: holds quantized weights, into which adapter_dir={self.adapter_dir} cannot be merged; give the "
+                "unquantized model as checkpoint_dir, or merge first and quantize then"
+            )
 
     def _read(self) -> StoredModel:
         files = self.files()
@@ -174,7 +215,7 @@ def _on_meta(config: TransformerConfig) -> Transformer:
 
 
 def _format(file: Path) -> str:
-    return _FORMATS[file.suffix]
+    return "quantized" if file.name == quantized.WEIGHTS else _FORMATS[file.suffix]
 
 
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -193,6 +234,11 @@ def _named(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _refuse_other_weights(folder: Path) -> None:
+    if peft.is_adapter_folder(folder):
+        raise CheckpointError(
+            f"{folder}: holds an adapter, not a model; give the model that it was trained on (base_model_name_or_path in its "
+            f"{peft.CONFIG}) as checkpoint_dir, and this folder as adapter_dir"
+        )
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     if pickled := [name for name in names if name.endswith(_PICKLES) or name == "pytorch_model.bin.index.json"]:
         raise CheckpointError(f"{folder / pickled[0]}: {_NO_PICKLES}")

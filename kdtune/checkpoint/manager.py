@@ -1,6 +1,7 @@
 """The step folders of a run: written whole, found again, and deleted when there are too many.
 
-A step folder `step_N/` is a Hugging Face model folder with the resume state in `step_N/state/`.
+A step folder `step_N/` is a Hugging Face model folder, or of a model with adapters a PEFT folder, with the resume state in
+`step_N/state/`.
 """
 
 import math
@@ -11,11 +12,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from kdtune.checkpoint import huggingface, state
+from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
-from kdtune.checkpoint.save import SavesItself, write_model
+from kdtune.checkpoint.save import SavesItself, write_adapter, write_model
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models import Transformer
+from kdtune.models import Transformer, has_adapters
 
 STATE_DIR = "state"
 _STEP = re.compile(r"step_(\d+)")
@@ -43,6 +44,9 @@ def step_number(folder: Path) -> int:
 
 
 def _is_whole(folder: Path) -> bool:
+    if peft.is_adapter_folder(folder):
+        needed = [folder / peft.CONFIG, folder / peft.WEIGHTS]
+        return all(file.is_file() for file in needed) and state.is_whole_state(folder / STATE_DIR)
     try:
         weights = huggingface.weight_files(folder)
     except CheckpointError:  # its index is damaged
@@ -84,6 +88,7 @@ class CheckpointManager:
     ) -> Path:
         """Writes `step_N`, model and state in one atomic folder, then deletes what is too many. Returns the folder.
 
+        Of a model with adapters only these are written, as a PEFT folder: the base does not change.
         `extra` and `metrics` are kept in the state; `metrics` of this step, from which the best one is told.
 
         Raises:
@@ -91,7 +96,8 @@ class CheckpointManager:
         """
         folder = self.output_dir / f"step_{step}"
         with atomic_folder(folder) as hidden:
-            write_model(model, hidden, base=base, tokenizer=tokenizer)
+            write = write_adapter if has_adapters(model) else write_model
+            write(model, hidden, base=base, tokenizer=tokenizer)
             (hidden / STATE_DIR).mkdir()
             state.write_state(
                 hidden / STATE_DIR,

@@ -1,24 +1,31 @@
-"""A model as a Hugging Face folder that transformers loads as it is."""
+"""A model as a Hugging Face folder that transformers loads as it is, its adapters as a PEFT folder that peft loads."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX, read_json
-from kdtune.models import Transformer
+from kdtune.errors import ConfigError
+from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
 
 GENERATION_CONFIG = "generation_config.json"
 # The terms a model comes under travel with what is made from it.
 _LICENCES = ("license*", "licence*", "notice*", "use_policy*", "copying*")
 _WEIGHTS = (".safetensors", ".gguf", ".pth", ".bin")
+
+# What is saved of a model with adapters: one model with them merged, the adapters alone, or both, the adapters in ADAPTER.
+SaveWeights = Literal["both", "merged", "adapter"]
+ADAPTER = "adapter"
 
 
 class SavesItself(Protocol):
@@ -41,14 +48,37 @@ def save_model(
     base: str | Path | None = None,
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    save_weights: SaveWeights = "merged",
 ) -> None:
-    """Writes the model as a new folder, atomically; see `write_model`.
+    """Writes the model as a new folder, atomically; see `write_model` and `write_adapter`.
+
+    Args:
+        model: stays as it is.
+        folder: the new folder.
+        base: as in `write_model`.
+        tokenizer: writes its own files.
+        max_shard_bytes: as in `write_model`.
+        save_weights: of a model with adapters: "merged", one model; "adapter", a PEFT folder; "both", the merged model
+            with the PEFT folder `adapter` in it. A model without adapters is written as it is.
 
     Raises:
         CheckpointError: the folder exists and holds something, or cannot be written.
+        ConfigError: the adapter alone is wanted of a model without adapters.
     """
+    adapted = has_adapters(model)
+    if save_weights == "adapter" and not adapted:
+        raise ConfigError(
+            'save_weights="adapter": the model has no adapters; use "merged" or "both", or train with some'
+        )
     with atomic_folder(folder) as hidden:
+        if save_weights == "adapter":
+            write_adapter(model, hidden, base=base, tokenizer=tokenizer)
+            return
         write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+        if save_weights == "both" and adapted:
+            with writing(hidden):
+                (hidden / ADAPTER).mkdir()
+            write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer)
 
 
 def write_model(
@@ -62,48 +92,107 @@ def write_model(
     """Writes weights, config, generation config, tokenizer and the base's licence files into a folder that exists.
 
     Args:
-        model: its weights are written bit for bit, in their dtype; a tied head is not written twice.
+        model: its weights are written bit for bit, in their dtype; a tied head is not written twice. Adapters are merged
+            in what is written, a tensor at a time, and the model stays as it is.
         folder: such as the hidden folder of `atomic_folder`.
-        base: folder or file the model came from; its config's other values, generation config and licences are kept.
+        base: folder or file the model came from; its config's other values, generation config and licences are kept. Of
+            a PEFT folder, such as the step a run was resumed from, it is the base that this names.
         tokenizer: writes its own files.
         max_shard_bytes: a larger model is written in several files with an index.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    base = _folder_of(base)
     with writing(folder):
-        _write_weights(_hf_state_dict(model), folder, max_shard_bytes)
-        _write_json(folder / CONFIG, _hf_config(model, base, tokenizer))
-        _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer))
-        for file in _licence_files(base):
-            shutil.copyfile(file, folder / file.name)
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        _write_weights(model, folder, max_shard_bytes)
+        write_description(model, folder, base=base, tokenizer=tokenizer)
 
 
-def _folder_of(base: str | Path | None) -> Path | None:
+def write_description(
+    model: Transformer,
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    tokenizer: SavesItself | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes all of `write_model` but the weights. `quantization` becomes the config's `quantization_config`."""
+    base = _folder_of(_named_base(base))
+    config = _hf_config(model, base, tokenizer)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer))
+    _write_companions(folder, base, tokenizer)
+
+
+def write_adapter(
+    model: Transformer, folder: Path, *, base: str | Path | None = None, tokenizer: SavesItself | None = None
+) -> None:
+    """Writes the model's adapters as a PEFT folder, with tokenizer and the base's licence files, into a folder that exists.
+
+    Args:
+        model: has adapters; they are written bit for bit.
+        folder: such as the hidden folder of `atomic_folder`.
+        base: where the model came from: what `adapter_config.json` names as the adapter's base. Of a PEFT folder, it is
+            the base that this names.
+        tokenizer: writes its own files.
+
+    Raises:
+        ConfigError: the model has no adapters.
+        CheckpointError: the disk is full or cannot be written.
+    """
+    if not has_adapters(model):
+        raise ConfigError("the model has no adapters to write; write_model writes it whole")
+    base = _named_base(base)
+    tensors = {name: tensor.cpu() for name, tensor in peft.peft_tensors(model).items()}
+    with writing(folder):
+        save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
+        _write_json(folder / peft.CONFIG, peft.peft_config(model, None if base is None else str(base.absolute())))
+        _write_companions(folder, _folder_of(base), tokenizer)
+
+
+def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | None) -> None:
+    for file in _licence_files(base):
+        shutil.copyfile(file, folder / file.name)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def _named_base(base: str | Path | None) -> Path | None:
+    """The folder or file of a whole model: for a PEFT folder the one it names."""
     if base is None:
         return None
     path = Path(base).expanduser()
-    return path.parent if path.is_file() else path
+    if (path / peft.CONFIG).is_file() and not (path / CONFIG).is_file():
+        named = read_json(path / peft.CONFIG).get("base_model_name_or_path")
+        return None if named is None else Path(named)
+    return path
 
 
-def _hf_state_dict(model: Transformer) -> dict[str, Tensor]:
-    names = [name for name in model.state_dict() if not (model.config.tie_embeddings and name == "output.weight")]
-    state = model.state_dict()
-    return {convert.kdtune_to_hf(name): state[name].detach().contiguous() for name in names}
+def _folder_of(base: Path | None) -> Path | None:
+    return base.parent if base is not None and base.is_file() else base
 
 
-def _write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> None:
+    weights = {convert.kdtune_to_hf(name): compute for name, compute in merged_weights(model).items()}
     split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+        _planned(model, weights), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for file, names in split.filename_to_tensors.items():
         # One shard at a time on the CPU: a model on a GPU is never copied whole.
-        save_file({name: tensors[name].cpu() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: weights[name]().contiguous().cpu() for name in names}, folder / file, metadata={"format": "pt"}
+        )
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the weights' shapes and dtypes that take no memory: merging is put off until a shard is written."""
+    state = model.state_dict()
+    shapes = {name: state[convert.hf_to_kdtune(name)] for name in weights}
+    return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
 
 
 def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None) -> dict[str, Any]:
@@ -111,7 +200,7 @@ def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | N
     of_base = read_json(base / CONFIG) if base is not None and (base / CONFIG).is_file() else None
     if of_base is None and tokenizer is not None:
         of_base = _special_ids(tokenizer) | {"eos_token_id": tokenizer.eos_id}
-    return configs.config_to_hf(model.config, base=of_base, dtype=dtype)
+    return configs.config_to_hf(merged_config(model), base=of_base, dtype=dtype)
 
 
 def _generation_config(base: Path | None, tokenizer: SavesItself | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.errors import CheckpointError
-from kdtune.models import Transformer, TransformerConfig
+from kdtune.models import Transformer, TransformerConfig, adapted_linears, adapter_parameters
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -65,6 +65,9 @@ def fill_model(
     The tensors are checked against the model before any is read, then read, converted and copied one by one, so that
     about one copy of the weights is in memory. None as dtype: as stored.
 
+    Adapters on the model begin anew, beside the weights read: drawn from torch's seed as `LoRALinear.set_base` says. A
+    base that they want in NF4 is quantized tensor by tensor.
+
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point, or a head that
             should be tied to the embedding differs from it.
@@ -73,16 +76,22 @@ def fill_model(
     tensors = stored.tensors
     check_tensors(model, stored)
     dtype = dtype or stored_dtype(tensors)
+    adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     if any(parameter.is_meta for parameter in model.parameters()):
-        if tied:  # to_empty would give the head an allocation of its own, which tie_weights then throws away
-            model.output.weight = nn.Parameter(torch.empty(0, device="meta"))
+        # to_empty would give these an allocation of their own, which is then thrown away.
+        unused = [model.output] if tied else []
+        for linear in (*unused, *(linear for linear in adapted.values() if linear.quantize_base)):
+            linear.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=linear.weight.requires_grad)
         model.to(dtype).to_empty(device=device)
     else:
         model.to(device=device, dtype=dtype)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _copy(tensors[name], parameter)
+            if name in tensors and not (name in adapted and adapted[name].quantize_base):
+                _copy(tensors[name], parameter)
+    for name, linear in adapted.items():
+        linear.set_base(tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight)
     if tied and _TIED[1] in tensors:
         _check_tied(*(tensors[name] for name in _TIED))
     return model
@@ -94,7 +103,8 @@ def check_tensors(model: Transformer, stored: StoredModel) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapters = adapter_parameters(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in adapters}
     tensors = stored.tensors
     where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
     if model.config.tie_embeddings and _TIED[1] not in tensors:

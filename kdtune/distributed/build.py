@@ -5,14 +5,20 @@ from typing import Any
 
 import torch
 
-from kdtune.checkpoint import Checkpointer
+from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.config import instantiate
-from kdtune.errors import ConfigError
-from kdtune.models import Transformer
+from kdtune.errors import CheckpointError, ConfigError
+from kdtune.models import Transformer, has_adapters
 
 
 def build_model(
-    builder: Any, checkpointer: Any, *, dtype: torch.dtype, device: torch.device, weights: Path | None = None
+    builder: Any,
+    checkpointer: Any,
+    *,
+    adapter: Any = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Path | None = None,
 ) -> Transformer:
     """The model of a run, its weights in `dtype` on `device`.
 
@@ -20,22 +26,41 @@ def build_model(
         builder: component node of a builder, or None for the checkpoint's own config. A builder is built on the meta
             device and must agree with the checkpoint.
         checkpointer: component node, or None for random weights (the seed is the caller's business).
+        adapter: component node such as `kdtune.models.apply_lora`, given the model as `model`; None: no adapters, apart
+            from those a builder makes.
         dtype: of the weights.
         device: where the weights go, each tensor directly.
-        weights: a folder that takes the checkpointer's place, such as the step folder a run is resumed from.
+        weights: a folder that takes the checkpointer's place, such as the step folder a run is resumed from. Where it
+            holds an adapter, the base still comes from the checkpointer, and the adapter from here.
 
     Raises:
-        ConfigError: with neither a builder nor a checkpointer.
-        CheckpointError: where the files cannot be read or do not fit the builder.
+        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
+        CheckpointError: where the files cannot be read or do not fit the builder or the adapter.
     """
-    source = Checkpointer(str(weights)) if weights else instantiate(checkpointer)
+    resumed = weights if weights is not None and is_adapter_folder(weights) else None
+    source = Checkpointer(str(weights)) if weights and not resumed else instantiate(checkpointer)
     if source is None:
         if builder is None:
             raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
         with device:
             model: Transformer = instantiate(builder)
-        return model.to(dtype)
-    with torch.device("meta"):
-        model = instantiate(builder)
-    loaded: Transformer = source.load(model, dtype=dtype, device=device)
-    return loaded
+        model = _adapted(model.to(dtype), adapter)
+    else:
+        with torch.device("meta"):
+            model = (
+                Transformer(source.model_config()) if builder is None and adapter is not None else instantiate(builder)
+            )
+            model = _adapted(model, adapter)
+        if weights and not resumed and model is not None and has_adapters(model):
+            raise CheckpointError(
+                f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter"
+            )
+        model = source.load(model, dtype=dtype, device=device)
+    return load_adapter(model, resumed) if resumed else model
+
+
+def _adapted(model: Transformer, adapter: Any) -> Transformer:
+    if adapter is None:
+        return model
+    adapted: Transformer = instantiate(adapter, model=model)
+    return adapted

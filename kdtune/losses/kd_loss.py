@@ -4,7 +4,7 @@ Labels are already shifted (labels[b, t] is the target of position t) and IGNORE
 Shapes: B batch, S sequence, N valid tokens, V vocabulary, D embedding.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +90,14 @@ class KDLoss:
         most likely id. The softmax is over the ids
         that both heads have. Softmax and sums are in fp32 (float64 for float64 hidden states).
         """
-        student = Projection(hidden_BSD.flatten(0, 1), _head_weight("student", output))
+        student = _projection("student", hidden_BSD, output)
         teacher = None
         if self.kd_ratio > 0:
             if signal is None:
                 raise ConfigError(f"a teacher is missing: kd_ratio is {self.kd_ratio}; without a teacher it must be 0")
             _check_positions("teacher hidden states", signal.hidden_BSD.shape, labels_BS)
-            teacher = Projection(signal.hidden_BSD.detach().flatten(0, 1), _head_weight("teacher", signal.output))
+            with torch.no_grad():
+                teacher = _projection("teacher", signal.hidden_BSD, signal.output)
         vocab_size = min(len(head.weight_VD) for head in (student, teacher) if head)
         valid_BS = _valid_tokens(labels_BS, hidden_BSD.shape, vocab_size)
         task = Task(
@@ -139,6 +140,21 @@ def _check_positions(name: str, shape: torch.Size, labels: Tensor) -> None:
         )
 
 
+@runtime_checkable
+class FactoredHead(Protocol):
+    """An output head that is more than one weight, such as one with an adapter, but still one product of two matrices."""
+
+    def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, K] and [V, K], whose product ``first @ second.T`` is what the head gives for the hidden states."""
+
+
+def _projection(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
+    hidden_TD = hidden_BSD.flatten(0, 1)
+    if isinstance(output, FactoredHead):
+        return Projection(*output.projection(hidden_TD))
+    return Projection(hidden_TD, _head_weight(owner, output))
+
+
 def _head_weight(owner: str, output: nn.Module) -> Tensor:
     """The head's weight [V, D], if its product with the hidden states is all that the head does."""
     plain = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward
@@ -152,5 +168,5 @@ def _head_weight(owner: str, output: nn.Module) -> Tensor:
         return output.weight
     raise ConfigError(
         f"the {owner}'s output head cannot be fused with the loss: it is {found}; allowed is a torch.nn.Linear without "
-        "bias whose weight is a plain matrix; leave the head out of quantization, adapters and sharding"
+        "bias whose weight is a plain matrix; leave the head out of quantization and sharding"
     )

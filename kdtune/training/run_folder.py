@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from kdtune.checkpoint import (
+    SaveWeights,
     atomic_write_text,
     discard_steps_after,
     newest_step,
@@ -127,13 +128,24 @@ def is_finished(output_dir: Path, num_steps: int) -> bool:
     return bool(rows) and rows[-1]["step"] >= num_steps
 
 
-def write_final(output_dir: Path, model: Transformer, *, base: str | Path | None, tokenizer: Any) -> None:
+def write_final(
+    output_dir: Path,
+    model: Transformer,
+    *,
+    base: str | Path | None,
+    tokenizer: Any,
+    save_weights: SaveWeights = "both",
+) -> None:
     """Writes `final/`, in place of the one of a shorter run where that was resumed with more steps.
+
+    `save_weights` says what of a model with adapters, see `save_model`: "both" is the merged model in `final/` and a PEFT
+    folder in `final/adapter/`.
 
     Raises:
         CheckpointError: where it cannot be written.
+        ConfigError: the adapter alone is wanted of a model without adapters.
     """
     final = output_dir / "final"
     if final.exists():
         remove_folder(final)
-    save_model(model, final, base=base, tokenizer=tokenizer)
+    save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights)

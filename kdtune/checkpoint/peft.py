@@ -1,0 +1,343 @@
+"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``, read, checked and described."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.checkpoint.huggingface import read_json, stored_tensors
+from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.errors import CheckpointError
+from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters
+from kdtune.models.llama import convert
+from kdtune.models.lora import merged
+from kdtune.models.lora_merge import untie_head
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# PEFT's names of an adapter's tensors, by ours.
+_PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_OURS = {theirs: ours for ours, theirs in _PARTS.items()} | {"lora_magnitude_vector.weight": "magnitude"}
+# Where the embeddings or the head are adapted, PEFT stores a copy of their own weights too.
+_BASE_COPIES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.embed_tokens.base_layer.weight": "tok_embeddings.weight",
+    "lm_head.weight": "output.weight",
+    "lm_head.base_layer.weight": "output.weight",
+}
+
+# Fields that are read here, that say nothing about the arithmetic, and those that must have one of some plain values.
+_READ = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+_SILENT = {
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying", "runtime_config",
+}  # fmt: skip
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    # The others start from base weights that they have changed.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that still lies in files."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+    """By the names of the parameters in a model with adapters, such as "layers.0.attn.q_proj.lora_a.weight"."""
+    scaling: Mapping[str, float]
+    """What the update of each adapted module is multiplied by, by module name; the adapted modules, in order."""
+    use_dora: bool
+    base_copies: Mapping[str, StoredTensor]
+    """Weights of the base that are stored beside the adapter, by the model's names."""
+
+    def named(self, module: str) -> dict[str, StoredTensor]:
+        """The tensors of one adapted module, by "lora_a.weight", "lora_b.weight" and "magnitude"."""
+        return {part: self.tensors[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in self.tensors}
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter rather than a model of its own."""
+    path = Path(folder)
+    return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
+
+
+def read_adapter(folder: str | Path) -> StoredAdapter:
+    """The adapter of a PEFT folder; reads its config and the names and shapes of its tensors.
+
+    Raises:
+        CheckpointError: the folder or a file is missing or damaged, a setting is not supported, or config and tensors
+            disagree; file, setting or tensor are named, with what was found and what is allowed.
+    """
+    path = Path(folder).expanduser()
+    _check_folder(path)
+    config = read_json(path / CONFIG)
+    _check_config(path / CONFIG, config)
+    tensors: dict[str, StoredTensor] = {}
+    copies: dict[str, StoredTensor] = {}
+    for name, stored in stored_tensors([path / WEIGHTS]).items():
+        theirs = name.removeprefix(_PREFIX)
+        if theirs in _BASE_COPIES:
+            copies[_BASE_COPIES[theirs]] = stored
+        else:
+            tensors[_our_name(name, stored)] = stored
+    modules = dict.fromkeys(name.rpartition(".lora_")[0] or name.removesuffix(".magnitude") for name in tensors)
+    if not modules:
+        raise CheckpointError(f"{path / WEIGHTS}: holds no adapter tensors; write the adapter again")
+    scaling = {module: _check_module(module, config, tensors, path) for module in modules}
+    return StoredAdapter(path, tensors, scaling, bool(config.get("use_dora")), copies)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"adapter_dir={path}: no such folder; give one with {CONFIG} and {WEIGHTS}")
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]:
+        what = f"{path / missing[0]}: missing; a PEFT folder has {CONFIG} and {WEIGHTS}"
+        if (path / "adapter_model.bin").is_file():
+            what += "; adapter_model.bin is a pickle, which can run code: save the adapter as safetensors"
+        elif (path / "config.json").is_file():
+            what += "; this looks like a whole model: give it as checkpoint_dir"
+        raise CheckpointError(what)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key in _PLAIN_VALUES:
+            if value not in _PLAIN_VALUES[key]:
+                wanted = " or ".join(repr(one) for one in _PLAIN_VALUES[key])
+                raise CheckpointError(f"{path}: {key}={value!r} is not supported; want {wanted}")
+        elif key not in _READ | _SILENT and value:
+            raise CheckpointError(f"{path}: {key}={value!r} is not supported; want it unset (null, false or empty)")
+    if config.get("peft_type") is None:
+        raise CheckpointError(f"{path}: peft_type is missing; 'LORA' expected: this is no adapter config of PEFT")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r={rank!r}; a whole number of 1 or more expected")
+    if type(alpha) not in (int, float):
+        raise CheckpointError(f"{path}: lora_alpha={alpha!r}; a number expected")
+
+
+def _our_name(name: str, stored: StoredTensor) -> str:
+    theirs = name.removeprefix(_PREFIX)
+    for part, ours in _OURS.items():
+        if name.startswith(_PREFIX) and theirs.endswith(f".{part}"):
+            weight = theirs.removesuffix(part) + "weight"
+            if convert.HF.knows(weight):
+                return convert.hf_to_kdtune(weight).removesuffix("weight") + ours
+    raise CheckpointError(
+        f"{stored}: unexpected; {_PREFIX}MODULE.PART expected, with a linear layer of a Llama as MODULE and "
+        f"{', '.join(_PARTS.values())} as PART: this is an adapter for another kind of model or of another kind"
+    )
+
+
+def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> float:
+    """The module's scaling, once its tensors are known to agree with the config and with each other."""
+    theirs = _hf_module(module)
+    parts = ["lora_a.weight", "lora_b.weight"] + (["magnitude"] if config.get("use_dora") else [])
+    for part in parts:
+        if f"{module}.{part}" not in tensors:
+            raise CheckpointError(
+                f"{path / WEIGHTS}: tensor {_PREFIX + theirs + '.' + _PARTS[part]!r} missing; the adapter's other tensors "
+                f"of {theirs} and {CONFIG} (use_dora={bool(config.get('use_dora'))}) want it: write the adapter again"
+            )
+    if not config.get("use_dora") and f"{module}.magnitude" in tensors:
+        raise CheckpointError(f"{tensors[f'{module}.magnitude']}: unexpected; {CONFIG} says use_dora=false")
+    rank = _by_pattern(config.get("rank_pattern"), theirs, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), theirs, config["lora_alpha"])
+    for part, dimension in (("lora_a.weight", 0), ("lora_b.weight", 1)):
+        stored = tensors[f"{module}.{part}"]
+        if len(stored.shape) != 2 or stored.shape[dimension] != rank:
+            raise CheckpointError(
+                f"{stored}: shape {list(stored.shape)} found, rank {rank} (dimension {dimension}) expected by {CONFIG}; "
+                "config and weights do not belong together: take both from the same folder"
+            )
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's name, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _hf_module(module: str) -> str:
+    return convert.kdtune_to_hf(f"{module}.weight").removesuffix(".weight")
+
+
+def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
+    """Checks that the adapter belongs to this base, and to the model's own adapters where it has some; reads no weight.
+
+    Raises:
+        CheckpointError: a module, shape, rank or setting differs; what was found and what is expected are named.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    advice = "this is the adapter of another base: give the base that adapter_config.json names as checkpoint_dir"
+    for module in adapter.scaling:
+        parts = adapter.named(module)
+        base = shapes.get(f"{module}.weight")
+        if base is None:
+            raise CheckpointError(
+                f"{parts['lora_a.weight']}: the model has no such module; it has {model.config.num_layers} layers; {advice}"
+            )
+        rank = parts["lora_a.weight"].shape[0]
+        expected = {"lora_a.weight": (rank, base[1]), "lora_b.weight": (base[0], rank), "magnitude": (base[0],)}
+        for part, stored in parts.items():
+            if stored.shape != expected[part]:
+                raise CheckpointError(
+                    f"{stored}: shape {list(stored.shape)} found, {list(expected[part])} expected beside a base weight of "
+                    f"{list(base)}; {advice}"
+                )
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
+                raise CheckpointError(f"{stored}: dtype {stored.dtype} found; float32, float16 or bfloat16 expected")
+    _check_all_layers(adapter, model, advice)
+    if own := adapted_linears(model):
+        _check_same_adapters(adapter, own)
+
+
+def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -> None:
+    """A module that the config means to adapt but that has no tensors is the sign of another base, or of lost tensors."""
+    config = read_json(adapter.folder / CONFIG)
+    linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
+    for module in [*linears, "output"]:
+        if _is_target(_hf_module(module), config) and module not in adapter.scaling:
+            raise CheckpointError(
+                f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + _hf_module(module) + '.lora_A.weight'!r} missing; {CONFIG} "
+                f"adapts it (target_modules={config['target_modules']!r}) in each of the base's "
+                f"{model.config.num_layers} layers; {advice}"
+            )
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT would adapt the module (its name there) under this config."""
+    layers = config.get("layers_to_transform")
+    number = re.search(r"\.(\d+)\.", module)
+    if layers is not None and not (number and int(number[1]) in ([layers] if isinstance(layers, int) else layers)):
+        return False
+    if _matches(module, config.get("exclude_modules")):
+        return False
+    targets = config.get("target_modules")
+    return module != "lm_head" if targets == "all-linear" else _matches(module, targets)
+
+
+def _matches(module: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+
+
+def _check_same_adapters(adapter: StoredAdapter, own: Mapping[str, LoRALinear]) -> None:
+    where = adapter.folder / CONFIG
+    advice = "use the settings that the adapter was trained with, or another adapter_dir"
+    if different := sorted(own.keys() ^ adapter.scaling.keys()):
+        place = "the model's settings adapt it, the file does not" if different[0] in own else "only the file has it"
+        raise CheckpointError(
+            f"{where}: adapts other modules than the model (first: {different[0]!r}: {place}); {advice}"
+        )
+    for module, linear in own.items():
+        rank = adapter.named(module)["lora_a.weight"].shape[0]
+        if rank != linear.rank:
+            raise CheckpointError(f"{where}: rank {rank} found ({module}), lora_rank={linear.rank} expected; {advice}")
+        if not math.isclose(adapter.scaling[module], linear.scaling, rel_tol=1e-6):
+            raise CheckpointError(
+                f"{where}: scaling {adapter.scaling[module]:g} found ({module}), lora_alpha / lora_rank = "
+                f"{linear.scaling:g} expected; {advice}"
+            )
+        if adapter.use_dora != (linear.magnitude is not None):
+            raise CheckpointError(
+                f"{where}: use_dora={adapter.use_dora} found, use_dora={not adapter.use_dora} expected; {advice}"
+            )
+
+
+@torch.no_grad()
+def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
+    """Puts the adapter's weights into a model that holds its base: into the model's adapters, else merged.
+
+    Raises:
+        CheckpointError: the adapter does not fit the model, see `check_adapter`, or was trained beside embeddings or a
+            head that differ from the base's.
+    """
+    check_adapter(adapter, model)
+    for name, stored in adapter.base_copies.items():
+        weight = model.get_parameter(name)
+        if stored.shape != tuple(weight.shape) or not torch.equal(stored.read().to(weight), weight):
+            raise CheckpointError(
+                f"{stored}: a copy of the base's weights that differs from the base's own {name!r}; the adapter was trained "
+                "beside changed embeddings, which is not supported: merge it with peft and give the merged model"
+            )
+    parameters = adapter_parameters(model)
+    if parameters:
+        for name, stored in adapter.tensors.items():
+            parameters[name].copy_(stored.read())
+        return model
+    for module, scaling in adapter.scaling.items():
+        if module == "output":
+            untie_head(model)
+        weight = model.get_parameter(f"{module}.weight")
+        a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
+        weight.copy_(merged(weight, a, b, scaling, *magnitude))
+    return model
+
+
+def peft_tensors(model: Transformer) -> dict[str, Tensor]:
+    """The adapters' parameters by PEFT's names."""
+    tensors = {}
+    for name, parameter in adapter_parameters(model).items():
+        module, part = next((name.removesuffix(f".{part}"), part) for part in _PARTS if name.endswith(f".{part}"))
+        tensors[f"{_PREFIX}{_hf_module(module)}.{_PARTS[part]}"] = parameter.detach().contiguous()
+    return tensors
+
+
+def peft_config(model: Transformer, base: str | None) -> dict[str, Any]:
+    """An ``adapter_config.json`` for the model's adapters. `base`: where its base model lies."""
+    linears = adapted_linears(model)
+    first = next(iter(linears.values()))
+    alpha = first.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": _target_modules(linears),
+        "r": first.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": first.dropout,
+        "use_dora": first.magnitude is not None,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _target_modules(linears: Mapping[str, LoRALinear]) -> list[str]:
+    """The last parts of the adapted modules' names, which stand for all layers."""
+    return sorted({_hf_module(name).rpartition(".")[2] for name in linears})
+
+
+def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
+    """Puts the adapter of a PEFT folder into a model that holds its base, in place: into its adapters, else merged.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, or does not belong to the model; see `Checkpointer`.
+    """
+    adapter = read_adapter(folder)
+    check_adapter(adapter, model)
+    return fill_adapter(model, adapter)

@@ -1,0 +1,245 @@
+"""Adapters: low-rank updates beside frozen linear layers, as LoRA, DoRA and QLoRA train them.
+
+Shape suffixes: O outputs, I inputs, R rank; T tokens, D embedding, V vocabulary, K the width D + R.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdtune.errors import ConfigError
+from kdtune.models.nf4 import dequantized, is_nf4, map_nf4, quantize_nf4
+from kdtune.models.transformer import Transformer
+
+AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
+ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+OUTPUT = "output"
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trainable low-rank update (LoRA, arXiv 2106.09685).
+
+    It computes ``W x + alpha / rank * B A dropout(x)``. With a magnitude (DoRA, arXiv 2402.09353) each output is scaled
+    by ``magnitude / |row of W + alpha / rank * B A|``, where the norm is a constant to the gradient (section 4.3 there).
+    ``weight`` keeps its name and stays shared with whatever shared it; the parameters ``lora_a.weight`` [R, I],
+    ``lora_b.weight`` [O, R] and ``magnitude`` [O] have the weight's dtype and device.
+    """
+
+    def __init__(
+        self, base: nn.Linear, *, rank: int, alpha: float, dropout: float, use_dora: bool, quantize_base: bool
+    ) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.dropout, self.quantize_base = rank, alpha, dropout, quantize_base
+        device, dtype = base.weight.device, base.weight.dtype
+        # By way of the meta device: the values that nn.Linear would draw are not wanted.
+        self.lora_a = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+        self.lora_b = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+        self.magnitude = nn.Parameter(torch.empty(base.out_features, device=device, dtype=dtype)) if use_dora else None
+        self.train(base.training)
+        if not self.weight.is_meta:
+            self.set_base(self.weight)
+
+    @property
+    def scaling(self) -> float:
+        """What the low-rank update is multiplied by: alpha / rank."""
+        return self.alpha / self.rank
+
+    def set_base(self, weight: Tensor) -> None:
+        """Takes a base weight [O, I], in NF4 where ``quantize_base`` says so, and begins the adapter anew.
+
+        The layer then computes what its base does: A is drawn from a uniform distribution as in LoRA's own code
+        (kaiming, a = sqrt(5)), B is zero, the magnitude is the norm of the base's rows.
+        """
+        if self.quantize_base and not is_nf4(weight):
+            self.weight = quantize_nf4(weight)
+        elif weight is not self.weight:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_b.weight)
+            if self.magnitude is not None:
+                self.magnitude.copy_(torch.linalg.vector_norm(_widened(dequantized(self.weight)), dim=1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., I] to [..., O], in the inputs' dtype."""
+        outputs = functional.linear(inputs, self.weight) + self.lora_b(self._low_rank(inputs))
+        if self.magnitude is not None:
+            outputs = outputs * self._gain(self.magnitude).to(outputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices [T, K] and [V, K] with ``forward(hidden) = first @ second.T``, for a loss that goes by chunks.
+
+        The low-rank update becomes R more columns, so that in half precision it is not lost beside the base.
+
+        Raises:
+            ConfigError: The layer has a bias.
+        """
+        if self.bias is not None:
+            raise ConfigError(
+                "the output head has a bias: it is not one product of two matrices; allowed is a head without"
+            )
+        weight_VK = torch.cat((dequantized(self.weight), self.lora_b.weight), dim=1)
+        if self.magnitude is not None:
+            weight_VK = weight_VK * self._gain(self.magnitude).to(weight_VK.dtype)[:, None]
+        return torch.cat((hidden_TD, self._low_rank(hidden_TD)), dim=1), weight_VK
+
+    def merged_weight(self) -> Tensor:
+        """The weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
+        return merged(dequantized(self.weight), self.lora_a.weight, self.lora_b.weight, self.scaling, self.magnitude)
+
+    def _low_rank(self, inputs: Tensor) -> Tensor:
+        """Alpha / rank * A dropout(x), [..., R]."""
+        return self.lora_a(functional.dropout(inputs, self.dropout, self.training)) * self.scaling
+
+    def _gain(self, magnitude_O: Tensor) -> Tensor:
+        with torch.no_grad():
+            adapted_OI = _sum(dequantized(self.weight), self.lora_a.weight, self.lora_b.weight, self.scaling)
+            norm_O = torch.linalg.vector_norm(adapted_OI, dim=1)
+        return magnitude_O / norm_O
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not is_nf4(self.weight):
+            return super()._apply(fn, recurse)
+        weight, self.weight = self.weight, nn.Parameter(torch.empty(0), requires_grad=False)
+        super()._apply(fn, recurse)
+        self.weight = map_nf4(weight, fn)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if is_nf4(self.weight):
+            memo[id(self.weight)] = map_nf4(self.weight, torch.clone)
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        result.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return result
+
+
+def apply_lora(
+    model: Transformer,
+    *,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    lora_attn_modules: Sequence[AttnModule] = ("q_proj", "v_proj", "output_proj"),
+    apply_lora_to_mlp: bool = True,
+    apply_lora_to_output: bool = False,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> Transformer:
+    """Puts adapters on the model, in place, and freezes all else: only the adapters are trainable.
+
+    Args:
+        model: Any decoder, with weights or on the meta device (loading then draws the adapters, from torch's seed).
+        lora_rank: Columns of the low-rank update.
+        lora_alpha: The update is scaled by ``lora_alpha / lora_rank``.
+        lora_dropout: Probability with which an input of the update is left out in training; the base sees all.
+        lora_attn_modules: Of q_proj, k_proj, v_proj and output_proj those that get one, in every layer.
+        apply_lora_to_mlp: Whether the three projections of every feed-forward get one.
+        apply_lora_to_output: Whether the output head gets one. A tied head stays tied; merging unties it.
+        use_dora: Learn each output's magnitude apart from its direction (arXiv 2402.09353).
+        quantize_base: Hold the adapted linear layers' own weights in NF4 (QLoRA, arXiv 2305.14314). The embeddings and
+            the output head stay as they are: the losses read the head as a plain matrix.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: A value is outside its range, a module's name is unknown, none is chosen, or there are adapters.
+    """
+    _check_settings(lora_rank, lora_alpha, lora_dropout, lora_attn_modules)
+    if has_adapters(model):
+        raise ConfigError("the model has adapters already; apply_lora goes on a model without: merge them first")
+    inner = [f"attn.{name}" for name in lora_attn_modules]
+    inner += [f"mlp.{name}" for name in MLP_MODULES if apply_lora_to_mlp]
+    names = [f"layers.{index}.{name}" for index in range(len(model.layers)) for name in inner]
+    names += [OUTPUT] if apply_lora_to_output else []
+    if not names:
+        raise ConfigError(
+            "no module to adapt: lora_attn_modules is empty, apply_lora_to_mlp and apply_lora_to_output are false; "
+            "choose at least one"
+        )
+    model.requires_grad_(False)
+    for name in names:
+        base = model.get_submodule(name)
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+            found = f"a {type(base).__name__} with a {type(base.weight).__name__}"
+            raise ConfigError(f"{name}: is {found}; adapters go on a plain torch.nn.Linear: load unquantized weights")
+        adapted = LoRALinear(
+            base,
+            rank=lora_rank,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            use_dora=use_dora,
+            quantize_base=quantize_base and name != OUTPUT,
+        )
+        replace_module(model, name, adapted)
+    return model
+
+
+def _check_settings(rank: int, alpha: float, dropout: float, attn_modules: Sequence[str]) -> None:
+    if rank < 1:
+        raise ConfigError(f"lora_rank={rank}: must be 1 or more")
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"lora_alpha={alpha}: must be above 0")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"lora_dropout={dropout}: must be at least 0 and below 1")
+    if isinstance(attn_modules, str) or (unknown := [name for name in attn_modules if name not in ATTN_MODULES]):
+        found = attn_modules if isinstance(attn_modules, str) else unknown
+        raise ConfigError(
+            f"lora_attn_modules: {found!r} unknown; a list of {', '.join(ATTN_MODULES)} expected (the feed-forward has "
+            "apply_lora_to_mlp, the head apply_lora_to_output)"
+        )
+
+
+def replace_module(model: Transformer, name: str, module: nn.Module) -> None:
+    """Puts another module in the place of the one of this name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def adapted_linears(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by name, such as "layers.0.attn.q_proj"; empty for a model without adapters."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer of the model has an adapter."""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by their names in the model: what training changes, and what no base checkpoint holds."""
+    return {
+        f"{name}.{inner}": parameter
+        for name, linear in adapted_linears(model).items()
+        for inner, parameter in linear.named_parameters()
+        if inner not in ("weight", "bias")
+    }
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """In fp32, or as it is if it is wider."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A, in fp32 or wider."""
+    wide_OI = _widened(weight_OI)
+    return torch.addmm(wide_OI, b_OR.to(wide_OI.dtype), a_RI.to(wide_OI.dtype), alpha=scaling)
+
+
+@torch.no_grad()
+def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, magnitude_O: Tensor | None = None) -> Tensor:
+    """The weight that computes what base and adapter do; summed in fp32 or wider, then rounded to the weight's dtype."""
+    sum_OI = _sum(weight_OI, a_RI, b_OR, scaling)
+    if magnitude_O is not None:
+        sum_OI *= (magnitude_O.to(sum_OI.dtype) / torch.linalg.vector_norm(sum_OI, dim=1))[:, None]
+    return sum_OI.to(weight_OI.dtype)
