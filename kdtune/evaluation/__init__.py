@@ -1,5 +1,35 @@
-"""Held-out measurements."""
+"""Held-out measurements: loss and divergence, lm-eval's tasks, perplexity of texts, ROUGE-L of answers."""
 
 from kdtune.evaluation.divergence import evaluate_ce, evaluate_kd, perplexity
+from kdtune.evaluation.lm_eval import (
+    evaluate_tasks,
+    flat_metrics,
+    load_tasks,
+    missing_extra,
+    results_rows,
+    task_problems,
+)
+from kdtune.evaluation.rolling import TextPerplexity, read_text, text_perplexity
+from kdtune.evaluation.rouge import InstructionSet, RougeResult, evaluate_rouge, rouge_l
+from kdtune.evaluation.scoring import Score, score
 
-__all__ = ["evaluate_ce", "evaluate_kd", "perplexity"]
+__all__ = [
+    "InstructionSet",
+    "RougeResult",
+    "Score",
+    "TextPerplexity",
+    "evaluate_ce",
+    "evaluate_kd",
+    "evaluate_rouge",
+    "evaluate_tasks",
+    "flat_metrics",
+    "load_tasks",
+    "missing_extra",
+    "perplexity",
+    "read_text",
+    "results_rows",
+    "rouge_l",
+    "score",
+    "task_problems",
+    "text_perplexity",
+]

@@ -1,0 +1,65 @@
+"""How a task wants its answers generated: lm-eval's `generation_kwargs`, in our terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdtune._assets import did_you_mean
+from kdtune.errors import ConfigError
+
+_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KEYS = (*_LENGTH_KEYS, "until", "do_sample", "temperature", "top_k", "top_p")
+# What lm-eval's hf backend generates at most where a task does not say.
+_DEFAULT_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Stop strings, the longest answer in tokens, and how a token is drawn (temperature 0: the most likely one)."""
+
+    until: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def prompt_room(self, max_length: int) -> int:
+        """Tokens left for the prompt.
+
+        Raises:
+            ConfigError: none is.
+        """
+        if self.max_new_tokens >= max_length:
+            raise ConfigError(
+                f"max_seq_length={max_length}: the task generates up to {self.max_new_tokens} tokens and needs room for "
+                "a prompt before them; give more"
+            )
+        return max_length - self.max_new_tokens
+
+
+def read_generation_settings(given: Mapping[str, Any]) -> GenerationSettings:
+    """The settings of a request or task; without do_sample or a temperature above 0 the most likely token is taken.
+
+    Raises:
+        ConfigError: a setting that has no function here.
+    """
+    for key in given:
+        if key not in _KEYS:
+            raise ConfigError(
+                f"generation_kwargs.{key}: has no function here; allowed: {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
+            )
+    until = given.get("until") or []
+    lengths = [int(given[key]) for key in _LENGTH_KEYS if given.get(key) is not None]
+    temperature = float(given.get("temperature") or 0.0)
+    do_sample = given.get("do_sample")
+    if do_sample is False:
+        temperature = 0.0
+    elif do_sample and temperature == 0.0:
+        temperature = 1.0
+    return GenerationSettings(
+        until=tuple([until] if isinstance(until, str) else until),
+        max_new_tokens=lengths[0] if lengths else _DEFAULT_LENGTH,
+        temperature=temperature,
+        top_k=given.get("top_k"),
+        top_p=given.get("top_p"),
+    )

@@ -1,0 +1,133 @@
+"""A kdtune model as one of lm-eval's. Imports lm_eval: import this module inside functions only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+from tqdm import tqdm
+
+from kdtune import generation
+from kdtune.evaluation.encoding import encode_pair, encode_text
+from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
+from kdtune.evaluation.rolling import score_texts
+from kdtune.evaluation.scoring import ROW_TOKENS, score
+from kdtune.evaluation.stopping import StopStrings, cut_at_stops
+from kdtune.models import Transformer
+from kdtune.tokenizers import Tokenizer
+
+
+class KDTuneLM(LM):
+    """Answers lm-eval's requests with a kdtune model.
+
+    Args:
+        model: on any device, in fp32 or bf16.
+        tokenizer: the model's own.
+        batch_size: sequences generated side by side, and rows of 1,024 tokens a forward pass when scoring.
+        max_length: longest input in tokens; None: the model's context.
+        seed: of sampled tokens, in tasks that sample.
+        show_progress: a bar on stderr.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.max_length = max_length or model.config.max_seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self._show_progress = show_progress
+        self._text_tokenizer = tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells this tokenizer's cached requests from another's."""
+        return f"{type(self._text_tokenizer).__name__}-{self._text_tokenizer.vocab_size}"
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The end-of-text token."""
+        return self._text_tokenizer.eos_id
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's template."""
+        return self._text_tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as text; without a generation prompt it ends with the last message's words, to be continued."""
+        text = self._text_tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether it is the greedy one) of each request's (context, continuation)."""
+        pairs = [encode_pair(self._text_tokenizer, *request.args) for request in requests]
+        with self._bar(len(pairs), "scoring", disable_tqdm) as bar:
+            scores = score(
+                self.model,
+                pairs,
+                max_length=self.max_length,
+                batch_tokens=self.batch_size * ROW_TOKENS,
+                on_scored=bar.update,
+            )
+        return [(one.logprob, one.is_greedy) for one in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of each request's whole text."""
+        texts = [encode_text(self._text_tokenizer, request.args[0]) for request in requests]
+        with self._bar(len(texts), "scoring texts", disable_tqdm) as bar:
+            totals = score_texts(
+                self.model,
+                self._text_tokenizer,
+                texts,
+                max_length=self.max_length,
+                batch_tokens=self.batch_size * ROW_TOKENS,
+            )
+            bar.update(len(texts))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each request's context, up to its stop strings."""
+        prompts = [encode_text(self._text_tokenizer, request.args[0]) for request in requests]
+        settings = [read_generation_settings(request.args[1]) for request in requests]
+        texts = [""] * len(requests)
+        with self._bar(len(requests), "generating", disable_tqdm) as bar:
+            for setting in dict.fromkeys(settings):
+                members = [index for index, own in enumerate(settings) if own == setting]
+                members.sort(key=lambda index: -len(prompts[index]))
+                for start in range(0, len(members), self.batch_size):
+                    batch = members[start : start + self.batch_size]
+                    seeds = [self.seed + index for index in batch]
+                    answers = self._generate([prompts[index] for index in batch], setting, seeds)
+                    for index, answer in zip(batch, answers, strict=True):
+                        texts[index] = answer
+                    bar.update(len(batch))
+        return texts
+
+    def _generate(self, prompts: list[list[int]], settings: GenerationSettings, seeds: list[int]) -> list[str]:
+        room = settings.prompt_room(self.max_length)
+        stops = StopStrings(self._text_tokenizer, settings.until)
+        answers = generation.generate_batch(
+            self.model,
+            [prompt[-room:] for prompt in prompts],
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=self._text_tokenizer.stop_ids,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=seeds,
+            should_stop=stops,
+        )
+        return [cut_at_stops(self._text_tokenizer.decode(ids, skip_special=True), settings.until) for ids in answers]
+
+    def _bar(self, total: int, what: str, disable: bool) -> "tqdm[Any]":
+        return tqdm(total=total, desc=what, unit="request", disable=disable or not self._show_progress)

@@ -1,0 +1,102 @@
+"""Perplexity of whole texts, window by window."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtune.errors import ConfigError, DataError
+from kdtune.evaluation.divergence import perplexity
+from kdtune.evaluation.encoding import encode_text, prefix_id
+from kdtune.evaluation.scoring import ROW_TOKENS, Pair, score
+from kdtune.models import Transformer
+from kdtune.tokenizers import Tokenizer
+
+
+def rolling_windows(ids: Sequence[int], prefix: int, max_length: int, stride: int | None = None) -> Iterator[Pair]:
+    """The (context, continuation) windows that predict each id once.
+
+    The first window predicts up to `max_length` ids after the prefix token; every further one predicts the next `stride`
+    ids with as much context as the model can hold. None: as long as a window, so that windows share no more than the
+    last one needs (lm-eval's rolling log-likelihood); a smaller stride costs more and gives every id more context.
+
+    Raises:
+        ConfigError: stride is not in 1 ... max_length.
+    """
+    stride = max_length if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise ConfigError(f"perplexity_stride={stride}: must lie between 1 and max_seq_length={max_length}")
+    end = min(max_length, len(ids))
+    if end:
+        yield [prefix], ids[:end]
+    while end < len(ids):
+        start, end = end, min(end + stride, len(ids))
+        yield ids[max(0, end - max_length - 1) : start], ids[start:end]
+
+
+def score_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[int]],
+    *,
+    max_length: int,
+    batch_tokens: int,
+    stride: int | None = None,
+) -> list[float]:
+    """Log-probability in nats of each text's ids; 0 for a text without any."""
+    windows = [list(rolling_windows(ids, prefix_id(tokenizer), max_length, stride)) for ids in texts]
+    pairs = [pair for of_text in windows for pair in of_text]
+    scores = iter(score(model, pairs, max_length=max_length, batch_tokens=batch_tokens))
+    return [math.fsum(next(scores).logprob for _ in of_text) for of_text in windows]
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """How well a model predicts a text: its log-probability in nats, and what it consists of."""
+
+    logprob: float
+    tokens: int
+    words: int
+    bytes: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`token_perplexity`, `word_perplexity`, `byte_perplexity` and `bits_per_byte`."""
+        return {
+            "token_perplexity": perplexity(-self.logprob / self.tokens),
+            "word_perplexity": perplexity(-self.logprob / self.words),
+            "byte_perplexity": perplexity(-self.logprob / self.bytes),
+            "bits_per_byte": -self.logprob / self.bytes / math.log(2),
+        }
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"perplexity_files={path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"perplexity_files={path}: holds no text; give a file with some")
+    return text
+
+
+def text_perplexity(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> TextPerplexity:
+    """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them."""
+    ids = encode_text(tokenizer, text)
+    batch_tokens = batch_size * ROW_TOKENS
+    (logprob,) = score_texts(model, tokenizer, [ids], max_length=max_length, batch_tokens=batch_tokens, stride=stride)
+    return TextPerplexity(logprob, len(ids), len(re.split(r"\s+", text)), len(text.encode("utf-8")))

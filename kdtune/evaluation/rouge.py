@@ -1,0 +1,200 @@
+"""ROUGE-L of a model's answers to instructions (Lin 2004, https://aclanthology.org/W04-1013).
+
+The score is that of `rouge_score` (in the [eval] extra) as the distillation papers use it: F1 of the longest common
+subsequence of words, where words are runs of a-z and 0-9 of the lower-cased text and those longer than three characters
+are reduced by the Porter stemmer. It is given times 100, as published.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from kdtune import generation
+from kdtune.data import Message, Source, alpaca_prompt, open_rows
+from kdtune.data.sources import DataFiles
+from kdtune.data.transforms import any_column, check_column_map, text_column
+from kdtune.errors import ConfigError, DataError
+from kdtune.models import Transformer
+from kdtune.tokenizers import Tokenizer
+
+_COLUMNS = ("instruction", "input", "output")
+# Between the seeds of neighbouring instructions; larger than any seed that a config is likely to name.
+_SEED_STEP = 1_000_003
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A prompt's text and the answers it is compared with; the best match counts."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionSet:
+    """A set of instructions with reference answers, and how a model is asked for its own.
+
+    name: what the results call it.
+    source, split, data_files, data_dir: where the rows come from, see kdtune.data.Source; column_map: from instruction,
+    input and output to its columns; output is a text or a list of them.
+    num_examples: the first so many; None: all.
+    prompt: "alpaca" is the wording of Stanford Alpaca, MiniLLM and DSKD; "plain" the instruction, a blank line and the
+    input. apply_chat_template: the prompt is a user's message in the tokenizer's chat template, as kdtune's datasets
+    train it; False: the prompt as it is, as the papers have it.
+    max_new_tokens: longest answer. temperature, top_k, top_p: how tokens are drawn (0: the most likely). seeds: one
+    answer to each instruction for each; the papers draw at temperature 1 with seeds 10, 20, 30, 40, 50.
+    """
+
+    name: str
+    source: str
+    split: str = "train"
+    data_files: DataFiles | None = None
+    data_dir: str | None = None
+    column_map: dict[str, str] | None = None
+    num_examples: int | None = None
+    prompt: Literal["alpaca", "plain"] = "alpaca"
+    apply_chat_template: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        check_column_map(self.column_map, _COLUMNS)
+        for key in ("num_examples", "max_new_tokens"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError(f"rouge.{self.name}.{key}={value}: must be at least 1")
+        if not self.seeds or (len(self.seeds) > 1 and self.temperature == 0.0):
+            raise ConfigError(
+                f"rouge.{self.name}.seeds={self.seeds}: one seed, or several with a temperature above 0 "
+                "(at 0 every answer is the same)"
+            )
+
+    def read(self) -> list[Instruction]:
+        """The instructions.
+
+        Raises:
+            DataError: the source cannot be read, has no row, or a row lacks a column.
+        """
+        source = Source(self.source, self.split, self.data_files, self.data_dir)
+        instructions = []
+        for number, row in enumerate(islice(open_rows(source), self.num_examples), start=1):
+            try:
+                instructions.append(self._instruction(row))
+            except DataError as error:
+                raise DataError(f"rouge.{self.name}: {source.label}: row {number}: {error}") from error
+        if not instructions:
+            raise DataError(f"rouge.{self.name}: {source.label}: the set is empty (0 rows); check source and split")
+        return instructions
+
+    def _instruction(self, row: Mapping[str, Any]) -> Instruction:
+        columns = {name: (self.column_map or {}).get(name, name) for name in _COLUMNS}
+        instruction = text_column(row, columns["instruction"])
+        context = "" if row.get(columns["input"]) is None else text_column(row, columns["input"])
+        if self.prompt == "alpaca":
+            prompt = alpaca_prompt(instruction, context)
+        else:
+            prompt = f"{instruction}\n\n{context}" if context else instruction
+        found = any_column(row, columns["output"])
+        references = tuple(found) if isinstance(found, list) and found else (text_column(row, columns["output"]),)
+        return Instruction(prompt, references)
+
+    def prompt_ids(self, tokenizer: Tokenizer, instruction: Instruction) -> list[int]:
+        """Token ids of an instruction's prompt."""
+        if self.apply_chat_template:
+            messages = [Message("user", instruction.prompt)]
+            return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
+        return tokenizer.encode(instruction.prompt, add_bos=tokenizer.begins_with_bos, add_eos=False)
+
+
+@dataclass(frozen=True)
+class RougeResult:
+    """ROUGE-L of a set, 0 to 100: the mean, its standard error over the instructions, and what lies behind it."""
+
+    mean: float
+    stderr: float
+    truncated: int
+    """Prompts that were cut on the left to leave room for the answer."""
+    records: list[dict[str, Any]]
+    """For each seed and instruction: prompt, references, answer, and its score."""
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """ROUGE-L F1 of an answer, 0 to 100, against the reference that it matches best."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return 100.0 * max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
+
+
+def evaluate_rouge(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    instruction_set: InstructionSet,
+    instructions: Sequence[Instruction],
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    on_answered: Callable[[int], object] | None = None,
+) -> RougeResult:
+    """Asks the model for an answer to each instruction and each seed, and scores the answers.
+
+    Raises:
+        ConfigError: max_new_tokens leaves no room for a prompt.
+    """
+    room = max_length - instruction_set.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"rouge.{instruction_set.name}.max_new_tokens={instruction_set.max_new_tokens}: leaves no room for a prompt "
+            f"in max_seq_length={max_length}"
+        )
+    whole = [instruction_set.prompt_ids(tokenizer, instruction) for instruction in instructions]
+    prompts = [ids[-room:] for ids in whole]
+    records: list[dict[str, Any]] = []
+    for seed in instruction_set.seeds:
+        answers = _answers(model, tokenizer, instruction_set, prompts, seed, batch_size, on_answered)
+        for instruction, answer in zip(instructions, answers, strict=True):
+            score = rouge_l(answer, instruction.references)
+            records.append({"seed": seed, "prompt": instruction.prompt, "references": list(instruction.references),
+                            "answer": answer, "rouge_l": score})  # fmt: skip
+    count = len(instructions)
+    means = [statistics.fmean(record["rouge_l"] for record in records[i::count]) for i in range(count)]
+    stderr = statistics.stdev(means) / math.sqrt(count) if count > 1 else math.nan
+    truncated = sum(len(ids) > room for ids in whole)
+    return RougeResult(statistics.fmean(means), stderr, truncated, records)
+
+
+def _answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    settings: InstructionSet,
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    batch_size: int,
+    on_answered: Callable[[int], object] | None,
+) -> list[str]:
+    """The answers' texts; prompts of like length are answered side by side."""
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        generated = generation.generate_batch(
+            model,
+            [prompts[index] for index in batch],
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            # Each answer draws from a stream of its own, so that it does not depend on what is beside it.
+            seed=[seed + _SEED_STEP * index for index in batch],
+        )
+        for index, ids in zip(batch, generated, strict=True):
+            answers[index] = tokenizer.decode(ids, skip_special=True).strip()
+        if on_answered:
+            on_answered(len(batch))
+    return answers

@@ -1,0 +1,204 @@
+"""Log-probabilities of continuations: sequences that begin alike share the computation of what they have in common.
+
+Requests are laid into rows as trees: a token that several sequences have at the same place after the same tokens is
+computed once, and a mask lets every token see its own past only. Four endings of one story cost the story once; tasks
+with one long prompt before every question cost the prompt once a row.
+
+Shape suffixes: B rows, S nodes of a row, D embedding, V vocabulary, U positions whose logits are needed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdtune.errors import DataError
+from kdtune.generation import eval_mode
+from kdtune.models import Transformer
+
+# A row takes no further sequence beyond so many tokens (or twice its first): attention costs the square of a row.
+ROW_TOKENS = 1024
+# A sequence joins a row if it shares at least this part of its tokens: less is not worth the larger mask.
+_WORTH_SHARING = 0.25
+# Logits that exist at a time: 64 MiB in fp32.
+_LOGITS_AT_A_TIME = 2**24
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Ids of a context (at least one) and of its continuation (at least one)."""
+
+
+class Score(NamedTuple):
+    """Log-probability of a continuation in nats, and whether each of its tokens is the most likely one."""
+
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass
+class _Row:
+    """A tree of tokens. A request's path is the nodes of its input; its continuation is scored at the last of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    paths: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def add(self, request: int, inputs: Sequence[int], shared: int) -> None:
+        """Lays a request's inputs into the tree; the first `shared` of them are those of the request before."""
+        kept = self.paths[-1][1][:shared] if self.paths else []
+        new = range(len(self.tokens), len(self.tokens) + len(inputs) - shared)
+        self.tokens += inputs[shared:]
+        self.positions += range(shared, len(inputs))
+        self.paths.append((request, [*kept, *new]))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every node follows from the one before it, so that no mask is needed."""
+        return self.positions == list(range(len(self.positions)))
+
+
+def score(
+    model: Transformer,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int,
+    batch_tokens: int,
+    on_scored: Callable[[int], object] | None = None,
+) -> list[Score]:
+    """The score of each continuation after its context, in the order of the pairs.
+
+    Only positions that predict a continuation go through the output head, a chunk at a time; softmax and sums are in
+    fp32 and float64. Where context and continuation are longer than `max_length` + 1, the context is cut on the left
+    (the last token is only predicted). The result does not depend on batch_tokens, apart from rounding.
+
+    Args:
+        model: on any device; its mode is restored.
+        pairs: token ids of contexts and continuations.
+        max_length: longest input of the model, in tokens.
+        batch_tokens: tokens a forward pass, padding included; a single row may be longer.
+        on_scored: called with the number of requests that a batch has finished.
+
+    Raises:
+        DataError: a context or continuation is empty, or a continuation alone is longer than max_length.
+    """
+    inputs = [_inputs(pair, max_length) for pair in pairs]
+    results: list[Score | None] = [None] * len(pairs)
+    with eval_mode(model):
+        for rows in _batches(_rows(inputs), batch_tokens):
+            scored = _score_rows(model, rows, [pair[1] for pair in pairs])
+            for request, one in scored:
+                results[request] = one
+            if on_scored:
+                on_scored(len(scored))
+    assert all(one is not None for one in results)
+    return [one for one in results if one is not None]
+
+
+def _inputs(pair: Pair, max_length: int) -> list[int]:
+    context, continuation = pair
+    if not context or not continuation:
+        raise DataError(
+            f"a request has {len(context)} context and {len(continuation)} continuation tokens; at least 1 each is "
+            "needed: look for empty texts in the task's documents"
+        )
+    if len(continuation) > max_length:
+        raise DataError(
+            f"a continuation has {len(continuation)} tokens; max_seq_length={max_length} must hold at least that many"
+        )
+    return [*context, *continuation][-(max_length + 1) : -1]
+
+
+def _rows(inputs: Sequence[list[int]]) -> list[_Row]:
+    """The requests in rows: in lexical order, so that what begins alike lies side by side."""
+    rows: list[_Row] = []
+    room = 0
+    before: Sequence[int] = []
+    for request in sorted(range(len(inputs)), key=lambda index: inputs[index]):
+        sequence = inputs[request]
+        shared = _common_prefix(before, sequence)
+        num_new = len(sequence) - shared
+        fits = rows and len(rows[-1].tokens) + num_new <= room and shared >= _WORTH_SHARING * len(sequence)
+        if not fits and not (rows and num_new == 0):
+            rows.append(_Row())
+            room, shared = max(ROW_TOKENS, 2 * len(sequence)), 0
+        rows[-1].add(request, sequence, shared)
+        before = sequence
+    return rows
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """The rows by length, longest first, as many at a time as fit when padded to the longest of them."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.tokens)):
+        if batch and (len(batch) + 1) * len(batch[0].tokens) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _score_rows(
+    model: Transformer, rows: list[_Row], continuations: Sequence[Sequence[int]]
+) -> list[tuple[int, Score]]:
+    device = model.tok_embeddings.weight.device
+    length = max(len(row.tokens) for row in rows)
+    tokens_BS = _padded([row.tokens for row in rows], length).to(device)
+    positions_BS = _padded([row.positions for row in rows], length).to(device)
+    mask = None if all(row.is_causal for row in rows) else _tree_mask(rows, length).to(device)
+    hidden_BSD = model(tokens_BS, input_pos=positions_BS, mask=mask, return_hidden=True)
+    nodes: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for number, row in enumerate(rows):
+        for request, path in row.paths:
+            targets += continuations[request]
+            nodes += [number * length + node for node in path[-len(continuations[request]) :]]
+            owners.append(request)
+    logprobs, hits = _look_up(model, hidden_BSD.flatten(0, 1), nodes, targets)
+    scored, start = [], 0
+    for request in owners:
+        end = start + len(continuations[request])
+        scored.append((request, Score(float(logprobs[start:end].sum()), bool(hits[start:end].all()))))
+        start = end
+    return scored
+
+
+def _padded(rows: list[list[int]], length: int) -> Tensor:
+    padded = torch.zeros(len(rows), length, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = torch.tensor(row)
+    return padded
+
+
+def _tree_mask(rows: list[_Row], length: int) -> Tensor:
+    """[B, S, S] bool, True where a node may see another: itself and the nodes before it on its own path."""
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+    for number, row in enumerate(rows):
+        for _, path in row.paths:
+            nodes = torch.tensor(path)
+            mask[number, nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+    return mask
+
+
+def _look_up(model: Transformer, hidden_ND: Tensor, nodes: list[int], targets: list[int]) -> tuple[Tensor, Tensor]:
+    """For each (node, target): the target's log-probability (float64, CPU), and whether it is the most likely token."""
+    unique, index = torch.unique(torch.tensor(nodes), return_inverse=True)
+    wanted = torch.tensor(targets)
+    logprobs = torch.empty(len(targets), dtype=torch.float64)
+    hits = torch.empty(len(targets), dtype=torch.bool)
+    chunk = max(1, _LOGITS_AT_A_TIME // model.config.vocab_size)
+    hidden_UD = hidden_ND[unique.to(hidden_ND.device)]
+    for start in range(0, len(unique), chunk):
+        logits_UV = model.output(hidden_UD[start : start + chunk]).float()
+        inside = ((index >= start) & (index < start + chunk)).nonzero().squeeze(1)
+        rows, columns = (index[inside] - start).to(logits_UV.device), wanted[inside].to(logits_UV.device)
+        found = logits_UV[rows, columns] - logits_UV.logsumexp(dim=-1)[rows]
+        logprobs[inside] = found.cpu().double()
+        hits[inside] = (logits_UV.argmax(dim=-1)[rows] == columns).cpu()
+    return logprobs, hits

@@ -1,0 +1,280 @@
+"""Measure a model: lm-eval's tasks, held-out loss and distance to a teacher, perplexity of texts, ROUGE-L of answers.
+
+    kdtune run eleuther_eval --config eleuther_evaluation
+    kdtune run eleuther_eval --config smollm2/evaluation tasks=[hellaswag] limit=100
+
+Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
+`rouge`. The model may be a Hugging Face folder, Meta's files, a GGUF, an adapter on its base, or a quantized folder.
+`output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, training
+from kdtune.models import Transformer
+
+ALIASES = ("eleuther_eval",)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    output_dir: str
+    """Folder to write, which must not exist yet: results.json, config.yaml, run.json and samples/."""
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+
+    # Model
+    checkpointer: Any = config.component(default=None)
+    """The model's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """The model's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    tokenizer: Any = config.component()
+    """The model's tokenizer, such as kdtune.tokenizers.load; max_seq_len is the longest example of dataset_val."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the weights."""
+    batch_size: int = 8
+    """Sequences generated, or examples of dataset_val, at a time; scored are up to batch_size * 1,024 tokens at a time."""
+    max_seq_length: int | None = None
+    """Longest input in tokens, cut on the left; null: the model's context."""
+    seed: int = 1234
+    """Of few-shot examples and sampled tokens (1234 is lm-eval's own), and of random weights."""
+
+    # lm-eval
+    tasks: list[str] = field(default_factory=list)
+    """Names of lm-eval tasks, groups or tags, or paths of task files; needs pip install 'kdtune[eval]'."""
+    include_path: str | None = None
+    """A folder of task files of your own, looked into before lm-eval's tasks."""
+    limit: int | float | None = None
+    """The first so many documents of each task, or that part of them if below 1; null: all."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; null: as each task says."""
+    apply_chat_template: bool = False
+    """Ask the tasks' questions in the tokenizer's chat template."""
+    log_samples: bool = False
+    """Write what was asked and answered, a document a line, to samples/NAME.jsonl."""
+
+    # Held-out examples
+    dataset_val: Any = config.component("tokenizer", default=None)
+    """Held-out examples: cross entropy, and with a teacher KL and agreement."""
+    teacher_checkpointer: Any = config.component(default=None)
+    """The teacher's weights."""
+    teacher_model: Any = config.component(default=None)
+    """The teacher's builder; null: built from the checkpoint's own config."""
+    teacher_dtype: Literal["fp32", "bf16"] | None = None
+    """Of the teacher; null: as dtype."""
+
+    # Texts and answers
+    perplexity_files: list[str] = field(default_factory=list)
+    """Text files; each is one text, predicted window by window (max_seq_length)."""
+    perplexity_stride: int | None = None
+    """Tokens a window moves on; less gives more context and takes longer; null: a whole window, as in lm-eval."""
+    rouge: Any = config.component(default=[])
+    """Instruction sets whose answers are scored: a list of kdtune.evaluation.InstructionSet."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = [
+            f"{key}={getattr(self, key)}: must be at least 1"
+            for key in ("batch_size", "max_seq_length", "perplexity_stride")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]
+        if self.limit is not None and self.limit <= 0:
+            found.append(f"limit={self.limit}: must be above 0: a number of documents, or a part of them below 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            found.append(f"num_fewshot={self.num_fewshot}: must be at least 0")
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        if not (self.tasks or self.dataset_val or self.perplexity_files or self.rouge):
+            found.append(
+                "tasks, dataset_val, perplexity_files, rouge: all empty, so there is nothing to measure; give one"
+            )
+        found += self._unused()
+        names = [Path(path).stem for path in self.perplexity_files]
+        found += [f"perplexity_files: {name} occurs twice; files need different names" for name in repeated(names)]
+        names = [node.get("name", "") for node in self.rouge]
+        found += [f"rouge: the name {name!r} occurs twice; sets need different names" for name in repeated(names)]
+        return found
+
+    def _unused(self) -> list[str]:
+        """Settings without the thing that they are for."""
+        has_teacher = bool(self.teacher_checkpointer or self.teacher_model)
+        found = [
+            f"{key}: has no effect without tasks; remove it, or give tasks"
+            for key in ("include_path", "limit", "num_fewshot", "apply_chat_template")
+            if getattr(self, key) and not self.tasks
+        ]
+        if has_teacher and self.dataset_val is None:
+            found.append("teacher_checkpointer, teacher_model: need dataset_val, the examples to compare on")
+        if self.teacher_dtype and not has_teacher:
+            found.append(f"teacher_dtype={self.teacher_dtype}: has no effect without a teacher; remove it")
+        if self.perplexity_stride and not self.perplexity_files:
+            found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device, self.dtype)
+        if training.holds_run(Path(self.output_dir)):
+            found.append(f"output_dir={self.output_dir}: already holds a run; choose another output_dir")
+        found += training.output_dir_problems(self.output_dir, resume=True)
+        for key in ("checkpointer", "teacher_checkpointer"):
+            if node := config.instantiate(getattr(self, key)):
+                found += [f"{key}: {problem}" for problem in node.problems()]
+        found += evaluation.task_problems(self.tasks, self.include_path)
+        if self.rouge and (problem := evaluation.missing_extra("rouge")):
+            found.append(problem)
+        return found
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Data, model, measurements, folder."""
+    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+    training.set_seed(cfg.seed)
+
+    # Data. It comes first: no weight is read where a dataset or split is missing.
+    tokenizer = config.instantiate(cfg.tokenizer)
+    tasks = evaluation.load_tasks(cfg.tasks, cfg.include_path, num_fewshot=cfg.num_fewshot) if cfg.tasks else []
+    texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
+    rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
+    held_out = None
+    if cfg.dataset_val is not None:
+        dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+        held_out = list(data.batches(dataset_val, cfg.batch_size, pad_id=tokenizer.pad_id))
+    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
+
+    # Model.
+    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    max_length = cfg.max_seq_length or model.config.max_seq_len
+
+    # Measurements.
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    if held_out is not None:
+        values = measure_held_out(cfg, model, tokenizer, held_out, device)
+        metrics |= {f"held_out/{name}": value for name, value in values.items()}
+    for name, text in texts.items():
+        found = evaluation.text_perplexity(
+            model, tokenizer, text, max_length=max_length, stride=cfg.perplexity_stride, batch_size=cfg.batch_size
+        )
+        details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
+        metrics |= {f"perplexity/{name}": found.metrics["token_perplexity"]}
+        metrics |= {f"perplexity/{name}_{key.removesuffix('_perplexity')}": value
+                    for key, value in found.metrics.items() if key != "token_perplexity"}  # fmt: skip
+    for one, instructions in rouge_sets:
+        total = len(instructions) * len(one.seeds)
+        with tqdm(total=total, desc=f"answering {one.name}", unit="answer") as bar:
+            scored = evaluation.evaluate_rouge(
+                model,
+                tokenizer,
+                one,
+                instructions,
+                max_length=max_length,
+                batch_size=cfg.batch_size,
+                on_answered=bar.update,
+            )
+        metrics |= {f"rouge/{one.name}": scored.mean, f"rouge/{one.name}_stderr": scored.stderr}
+        details.setdefault("rouge", {})[one.name] = {"instructions": len(instructions), "truncated": scored.truncated}
+        samples[f"rouge_{one.name}"] = scored.records
+    rows = metric_rows(metrics)
+    if tasks:
+        results = evaluation.evaluate_tasks(
+            model, tokenizer, tasks, limit=cfg.limit, num_fewshot=cfg.num_fewshot, batch_size=cfg.batch_size,
+            max_length=max_length, apply_chat_template=cfg.apply_chat_template, seed=cfg.seed, log_samples=cfg.log_samples,
+        )  # fmt: skip
+        samples |= results.pop("samples", {})
+        metrics |= evaluation.flat_metrics(results)
+        rows = [*evaluation.results_rows(results), *rows]
+        details["lm_eval"] = results
+
+    record = config.run_record(cfg)
+    if cfg.tasks or cfg.rouge:
+        record["versions"] |= {name: version(name) for name in ("lm_eval", "rouge_score")}
+    with checkpoint.atomic_folder(cfg.output_dir) as folder:
+        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
+        document = {"metrics": metrics, "versions": record["versions"], **details}
+        (folder / "results.json").write_text(as_json(document, indent=1) + "\n", encoding="utf-8")
+        if cfg.log_samples:
+            write_samples(folder / "samples", samples)
+    print(training.format_table(rows))
+    print(f"results: {Path(cfg.output_dir) / 'results.json'}")
+
+
+def measure_held_out(
+    cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], device: torch.device
+) -> dict[str, float]:
+    """Cross entropy in nats a token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
+    progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch")  # noqa: E731
+    if not (cfg.teacher_checkpointer or cfg.teacher_model):
+        return evaluation.evaluate_ce(model, held_out, device=device, progress=progress)
+    dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
+    teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
+    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size)
+    loss = losses.KDLoss(kd_ratio=1.0)
+    found = evaluation.evaluate_kd(
+        model, teachers.OnlineTeacher(teacher), loss, held_out, device=device, progress=progress
+    )
+    teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=device)["class_loss"]
+    keys = ("class_loss", "kd_loss", "agreement", "tokens")
+    return {**{key: found[key] for key in keys}, "perplexity": evaluation.perplexity(found["class_loss"]),
+            "teacher_class_loss": teacher_loss}  # fmt: skip
+
+
+def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:
+    """One row a metric for the table, its standard error beside it."""
+    return [
+        {"task": name.rpartition("/")[0], "metric": name.rpartition("/")[2], "value": value,
+         "± stderr": metrics.get(f"{name}_stderr")}
+        for name, value in metrics.items()
+        if not name.endswith("_stderr")
+    ]  # fmt: skip
+
+
+def write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
+    """One JSONL file for each task and instruction set, a document a line."""
+    folder.mkdir()
+    for name, records in samples.items():
+        lines = (as_json(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def as_json(document: Any, indent: int | None = None) -> str:
+    """The document as JSON: a number that JSON does not have is null, an object that it does not know its text."""
+    return json.dumps(finite(document), ensure_ascii=False, allow_nan=False, indent=indent, default=str)
+
+
+def finite(value: Any) -> Any:
+    """The value with infinite and undefined numbers replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def repeated(names: list[str]) -> list[str]:
+    """Names that occur more than once."""
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+if __name__ == "__main__":
+    main()
