@@ -4,6 +4,7 @@ from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_lef
 from kdtune.checkpoint.checkpointer import Checkpointer, load_model
 from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
+from kdtune.checkpoint.quantized import write_quantized
 from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -27,5 +28,6 @@ __all__ = [
     "step_number",
     "write_adapter",
     "write_model",
+    "write_quantized",
     "writing",
 ]

@@ -20,8 +20,8 @@ from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig
 from kdtune.models.llama import configs, convert
-from kdtune.models.nf4 import is_nf4
-from kdtune.models.quantization import SCHEMES, is_quantized, quiet_torchao, scheme_problems
+from kdtune.models.nf4 import is_nf4, quiet_torchao
+from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
 
 WEIGHTS = "model.quantized.safetensors"
 _QUANT_METHOD = "kdtune"

@@ -8,7 +8,7 @@ import torch
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.config import instantiate
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models import Transformer, has_adapters
+from kdtune.models import Transformer, TransformerConfig, has_adapters
 
 
 def build_model(
@@ -16,7 +16,7 @@ def build_model(
     checkpointer: Any,
     *,
     adapter: Any = None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     weights: Path | None = None,
 ) -> Transformer:
@@ -28,7 +28,7 @@ def build_model(
         checkpointer: component node, or None for random weights (the seed is the caller's business).
         adapter: component node such as `kdtune.models.apply_lora`, given the model as `model`; None: no adapters, apart
             from those a builder makes.
-        dtype: of the weights.
+        dtype: of the weights; None: as they are stored.
         device: where the weights go, each tensor directly.
         weights: a folder that takes the checkpointer's place, such as the step folder a run is resumed from. Where it
             holds an adapter, the base still comes from the checkpointer, and the adapter from here.
@@ -57,6 +57,20 @@ def build_model(
             )
         model = source.load(model, dtype=dtype, device=device)
     return load_adapter(model, resumed) if resumed else model
+
+
+def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
+    """The config of the model that `build_model` would give; reads no weights.
+
+    Raises:
+        CheckpointError: where it is to come from a checkpoint that does not say it.
+    """
+    if builder is None:
+        config: TransformerConfig = instantiate(checkpointer).model_config()
+        return config
+    with torch.device("meta"):
+        model: Transformer = instantiate(builder)
+    return model.config
 
 
 def _adapted(model: Transformer, adapter: Any) -> Transformer:

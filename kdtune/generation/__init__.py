@@ -2,7 +2,20 @@
 
 from kdtune.generation.eval_mode import eval_mode
 from kdtune.generation.generate import check_sampling, generate, generate_batch
+from kdtune.generation.prompts import encode_prompt, read_prompts
 from kdtune.generation.samples import answer
 from kdtune.generation.sampling import sample_token, sample_tokens
+from kdtune.generation.stream import TextStream
 
-__all__ = ["answer", "check_sampling", "eval_mode", "generate", "generate_batch", "sample_token", "sample_tokens"]
+__all__ = [
+    "TextStream",
+    "answer",
+    "check_sampling",
+    "encode_prompt",
+    "eval_mode",
+    "generate",
+    "generate_batch",
+    "read_prompts",
+    "sample_token",
+    "sample_tokens",
+]

@@ -50,7 +50,7 @@ def generate_batch(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], object] | None = None,
     should_stop: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
@@ -69,7 +69,7 @@ def generate_batch(
         temperature: 0 takes the most likely token each time.
         top_k: draw among this many most likely tokens; None: among all.
         top_p: draw among the fewest most likely tokens that hold this share of the probability; None: among all.
-        seed: of the draws: prompt number i, from 0, draws with the seed `seed + i`.
+        seed: of the draws: prompt number i, from 0, draws with the seed `seed + i`; or the seed of each prompt.
         on_token: called with a prompt's number and its new id, for each new id.
         should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
 
@@ -84,7 +84,8 @@ def generate_batch(
     weight = model.tok_embeddings.weight
     tokens_BS, padding_B = _left_padded(prompts, weight.device)
     cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits), weight.dtype, weight.device)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    seeds = [seed + index for index in range(len(prompts))] if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
     new_ids: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # which prompt each row belongs to
     with eval_mode(model):

@@ -3,11 +3,14 @@
 torchao is imported only where a weight is quantized: its import takes seconds.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
@@ -17,21 +20,39 @@ BLOCK_SIZE = 64
 SCALES_AT_MOST = 256
 
 
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Holds back what torchao says at import about kernels that this torch build lacks; none of them is used here."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def quantize_nf4(weight: Tensor) -> nn.Parameter:
-    """The frozen weight in NF4 with double quantization (arXiv 2305.14314): about 0.52 bytes a value.
+    """The weight, frozen, in NF4 with double quantization (arXiv 2305.14314): about 0.52 bytes a value.
 
-    Raises:
-        ConfigError: The number of values is not a multiple of 64.
+    The number of values must be a multiple of 64, see `check_nf4_shape`.
     """
-    from torchao.quantization import to_nf4
+    with quiet_torchao():
+        from torchao.quantization import to_nf4
 
-    num_blocks, rest = divmod(weight.numel(), BLOCK_SIZE)
-    if rest:
+    num_blocks = weight.numel() // BLOCK_SIZE
+    return nn.Parameter(to_nf4(weight.detach(), BLOCK_SIZE, math.gcd(num_blocks, SCALES_AT_MOST)), requires_grad=False)
+
+
+def check_nf4_shape(name: str, shape: torch.Size) -> None:
+    """Raises ConfigError, with the module's name, for a weight whose number of values NF4 cannot take."""
+    if shape.numel() % BLOCK_SIZE:
         raise ConfigError(
-            f"quantize_base: a weight of shape {list(weight.shape)} has {weight.numel()} values; NF4 takes a multiple of "
+            f"quantize_base: {name} has a weight of {list(shape)}, {shape.numel()} values; NF4 takes a multiple of "
             f"{BLOCK_SIZE}: leave the module out of the adapted ones, or set quantize_base to false"
         )
-    return nn.Parameter(to_nf4(weight.detach(), BLOCK_SIZE, math.gcd(num_blocks, SCALES_AT_MOST)), requires_grad=False)
 
 
 def is_nf4(weight: Tensor) -> bool:

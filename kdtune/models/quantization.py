@@ -4,9 +4,7 @@ The linears of the layers are quantized. The embedding, the norms and, unless as
 are: they are small beside the layers or decide which token comes out.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
+from kdtune.models.nf4 import quiet_torchao
 from kdtune.models.transformer import Transformer, TransformerConfig
 
 
@@ -156,18 +155,13 @@ def dequantized(weight: Tensor) -> Tensor:
     return nf4.dequantized(weight) if nf4.is_nf4(weight) else weight.dequantize()
 
 
-@contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """Holds back what torchao says at import about kernels that this torch build lacks; none of them is used here."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def num_bytes(weight: Tensor) -> int:
+    """Bytes that the weight takes in memory, with its scales."""
+    if not is_quantized(weight):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts: list[Tensor] = [getattr(weight, name) for name in names]
+    return sum(part.nbytes for part in parts)
 
 
 def _lack(scheme: Scheme, device: torch.device) -> str | None:

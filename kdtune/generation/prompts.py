@@ -1,0 +1,81 @@
+"""Prompts as configs and files give them, and their token ids."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdtune.data.messages import Message, parse_conversation
+from kdtune.data.sources import read_json
+from kdtune.data.transforms import text_column
+from kdtune.errors import DataError
+
+if TYPE_CHECKING:
+    # Only the type is needed; the tokenizer libraries take a while to import.
+    from kdtune.tokenizers import Tokenizer
+
+_SUFFIXES = (".txt", ".json", ".jsonl")
+
+
+def read_prompts(path: str | Path) -> list[list[Message]]:
+    """The prompts of a file, each a conversation that waits for an answer.
+
+    A .txt file has one a line. A row of a .json or .jsonl file has `messages` (its last turn is left out if it is
+    the assistant's: the answer of a dataset), or `prompt`, or `instruction` and perhaps an `input` that follows it.
+
+    Raises:
+        DataError: the file is missing, of another kind, holds no prompt, or has a row without one; the row is named.
+    """
+    file = Path(path).expanduser()
+    if file.suffix not in _SUFFIXES:
+        raise DataError(f"prompt_file={path}: a {', '.join(_SUFFIXES)} file expected")
+    if not file.is_file():
+        raise DataError(f"prompt_file={path}: no such file")
+    if file.suffix == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text: {error}") from error
+        found = [[Message("user", line)] for line in lines if line.strip()]
+    else:
+        found = [_row_messages(row, f"{path}, row {number}") for number, row in enumerate(read_json([str(file)]), 1)]
+    if not found:
+        raise DataError(f"prompt_file={path}: holds no prompt")
+    return found
+
+
+def _row_messages(row: Mapping[str, Any], place: str) -> list[Message]:
+    try:
+        if "messages" in row:
+            messages = parse_conversation(row["messages"], "openai")
+            return messages[:-1] if messages[-1].role == "assistant" else messages
+        if "prompt" in row:
+            return [Message("user", text_column(row, "prompt"))]
+        if "instruction" in row:
+            parts = [text_column(row, "instruction"), text_column(row, "input") if row.get("input") else ""]
+            return [Message("user", "\n\n".join(filter(None, parts)))]
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    raise DataError(f"{place}: columns {', '.join(row) or 'none'}; messages, prompt or instruction expected")
+
+
+def encode_prompt(
+    tokenizer: "Tokenizer", messages: Sequence[Message], *, system_prompt: str | None = None, chat: bool = True
+) -> list[int]:
+    """The ids of a conversation in the tokenizer's chat template, up to where the answer starts.
+
+    Without `chat`, those of the only message's text, after bos where the tokenizer has one.
+    `system_prompt` is put first, in place of the conversation's own.
+
+    Raises:
+        DataError: there is no message, the last one is empty, or without `chat` there is more than one.
+    """
+    if not messages or not messages[-1].content.strip():
+        raise DataError("the prompt is empty; give it some text")
+    if chat:
+        if system_prompt is not None:
+            messages = [Message("system", system_prompt), *(each for each in messages if each.role != "system")]
+        ids, _ = tokenizer.tokenize_messages(messages, add_generation_prompt=True)
+        return ids
+    if len(messages) > 1 or system_prompt is not None:
+        raise DataError("plain text (chat=false) has no place for several messages or a system prompt; use chat=true")
+    return tokenizer.encode(messages[0].content, add_eos=False)

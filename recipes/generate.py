@@ -1,0 +1,214 @@
+"""Text from a model: one answer token by token on the terminal, or many into a file.
+
+    kdtune run generate --config generation checkpointer.checkpoint_dir=MODEL tokenizer.path=MODEL prompt="Why is the sky blue?"
+    kdtune run generate --config smollm2/generation prompt_file=questions.txt output_file=answers.jsonl batch_size=8
+
+Any checkpoint that kdtune reads will do: a Hugging Face folder, a GGUF file, Meta's files, a model with an adapter
+(checkpointer.adapter_dir), a quantized folder.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from kdtune import checkpoint, config, distributed, generation, training
+from kdtune.data import Message
+from kdtune.errors import ConfigError, DataError
+from kdtune.models import Transformer
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+
+    # Model
+    checkpointer: Any = config.component(default=None)
+    """The weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """The builder, checked against the checkpoint; null: built from the checkpoint's own config."""
+    tokenizer: Any = config.component()
+    """The tokenizer, such as kdtune.tokenizers.load."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Of the weights in memory; null: as they are stored."""
+
+    # Prompts: one of the three
+    prompt: str | dict[str, str | None] | None = None
+    """The prompt, or a mapping with `user` and `system`; its answer is printed token by token."""
+    prompts: list[str] | None = None
+    """Several prompts."""
+    prompt_file: str | None = None
+    """A .txt file of one prompt a line, or a .json or .jsonl file of rows with prompt, instruction or messages."""
+    system_prompt: str | None = None
+    """What stands before each prompt as the system's message; null: what the chat template puts there."""
+    chat: bool = True
+    """Prompts are questions, put into the tokenizer's chat template; false: plain text to be continued."""
+
+    # Sampling
+    max_new_tokens: int = 300
+    """Longest answer, in tokens."""
+    temperature: float = 0.6
+    """Below 1 likely tokens become likelier; 0 always takes the most likely one."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens; null: among all."""
+    top_p: float | None = None
+    """Draw among the fewest most likely tokens that hold this share of the probability; null: among all."""
+    seed: int = 0
+    """Of the draws; prompt number i, from 0, draws with seed + i, whatever the batch size is."""
+    batch_size: int = 8
+    """Prompts a batch."""
+
+    # Output
+    output_file: str | None = None
+    """A .jsonl file for the answers, a row each, instead of the terminal."""
+    overwrite: bool = False
+    """Whether an output_file that exists is replaced."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = []
+        given = [key for key in ("prompt", "prompts", "prompt_file") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found.append(f"prompt, prompts, prompt_file: {', '.join(given) or 'none'} given; give one of them")
+        if isinstance(self.prompt, dict):
+            if unknown := sorted(self.prompt.keys() - {"user", "system"}):
+                found.append(f"prompt.{unknown[0]}: unknown; a prompt has user and system")
+            if self.prompt.get("system") is not None and self.system_prompt is not None:
+                found.append("prompt.system, system_prompt: both given; they mean the same, give one of them")
+        if self.batch_size < 1:
+            found.append(f"batch_size={self.batch_size}: must be at least 1")
+        try:
+            generation.check_sampling(
+                max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+            )
+        except ConfigError as error:
+            found.append(str(error))
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        if self.output_file is None and self.overwrite:
+            found.append("overwrite=true: there is no output_file to replace; give one, or leave it out")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device, self.dtype or "fp32")
+        if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
+            found.append(f"prompt_file={self.prompt_file}: no such file")
+        if self.output_file is not None and Path(self.output_file).exists() and not self.overwrite:
+            found.append(f"output_file={self.output_file}: exists; overwrite=true replaces it, or choose another name")
+        if checkpointer := config.instantiate(self.checkpointer):
+            found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
+        return found
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Prompts, model, answers."""
+    device = training.resolve_device(cfg.device)
+    tokenizer = config.instantiate(cfg.tokenizer)
+    conversations = read_conversations(cfg)
+    context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
+    prompts = [encode(cfg, tokenizer, messages, number, context) for number, messages in enumerate(conversations, 1)]
+
+    training.set_seed(cfg.seed)
+    dtype = training.dtype_from_name(cfg.dtype) if cfg.dtype else None
+    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    start = time.perf_counter()
+    answer = stream if len(prompts) == 1 else answer_in_batches
+    answers = answer(cfg, model, tokenizer, prompts)
+    seconds = time.perf_counter() - start
+
+    rows = [as_row(*parts, tokenizer) for parts in zip(conversations, prompts, answers, strict=True)]
+    if cfg.output_file is not None:
+        checkpoint.atomic_write_text(
+            cfg.output_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
+        print(f"wrote {cfg.output_file}: {len(rows)} answers")
+    elif len(rows) > 1:
+        for row in rows:
+            print(f"> {row['prompt']}\n{row['answer']}\n")
+    num_tokens = sum(map(len, answers))
+    speed = f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s"
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    limits = f"max_new_tokens={cfg.max_new_tokens} or the model's context"
+    print(f"{speed}; {cut} of {len(rows)} answers cut off by {limits}" if cut else speed)
+
+
+def read_conversations(cfg: Config) -> list[list[Message]]:
+    """The prompts, each as the messages before its answer."""
+    if cfg.prompt_file is not None:
+        return generation.read_prompts(cfg.prompt_file)
+    prompt = cfg.prompt.get("user") if isinstance(cfg.prompt, dict) else cfg.prompt
+    return [[Message("user", text or "")] for text in (cfg.prompts if cfg.prompts is not None else [prompt])]
+
+
+def encode(cfg: Config, tokenizer: Any, messages: list[Message], number: int, context: int) -> list[int]:
+    """A prompt's ids; one that is empty or leaves no room in the context is refused by its number."""
+    system = cfg.prompt.get("system") if isinstance(cfg.prompt, dict) else None
+    try:
+        ids = generation.encode_prompt(tokenizer, messages, system_prompt=system or cfg.system_prompt, chat=cfg.chat)
+    except DataError as error:
+        raise DataError(f"prompt {number}: {error}") from error
+    if len(ids) >= context:
+        raise DataError(f"prompt {number}: {len(ids)} tokens; the model's context is {context}: shorten it")
+    return ids
+
+
+def stream(cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """The ids of one prompt's answer; its text appears on the terminal as it comes, unless it goes to a file."""
+    text = generation.TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
+    on_token = text.add if cfg.output_file is None else None
+    new_ids = generation.generate(model, prompts[0], **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)
+    if cfg.output_file is None:
+        text.finish()
+        print("\n")
+    return [new_ids]
+
+
+def answer_in_batches(cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """The ids of each answer. Prompts of similar length go together, so that little of a batch is padding."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, list[int]] = {}
+    with tqdm(total=len(prompts), unit="prompt", desc="generating") as bar:
+        for start in range(0, len(order), cfg.batch_size):
+            chosen = order[start : start + cfg.batch_size]
+            seeds = [cfg.seed + index for index in chosen]
+            batch = [prompts[index] for index in chosen]
+            found = generation.generate_batch(model, batch, **sampling(cfg, tokenizer), seed=seeds)
+            answers |= dict(zip(chosen, found, strict=True))
+            bar.update(len(chosen))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:
+    """The settings that every prompt shares."""
+    settings = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    return settings | {"stop_ids": tokenizer.stop_ids}
+
+
+def as_row(messages: list[Message], prompt: list[int], new_ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    """What output_file has of a prompt: last message and answer as text, and how many tokens each took."""
+    return {
+        "prompt": messages[-1].content,
+        "answer": tokenizer.decode(new_ids),
+        "num_prompt_tokens": len(prompt),
+        "num_new_tokens": len(new_ids),
+        "finish_reason": "stop" if new_ids[-1] in tokenizer.stop_ids else "length",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Hold a model's linear weights in 8 or 4 bits, for use by the generate and evaluate recipes.
+
+    kdtune run quantize --config quantization checkpointer.checkpoint_dir=MODEL tokenizer.path=MODEL output_dir=MODEL-int8
+    kdtune run quantize --config smollm2/quantization scheme=nf4 output_dir=models/SmolLM2-nf4
+
+Writes a folder that checkpointers read like any other, bit for bit; it is for use and not for training. The schemes:
+int8_weight_only (almost no loss), int8_dynamic (int8 arithmetic: faster on many tokens), float8_weight_only,
+float8_dynamic (CUDA from 8.9 on), int4_weight_only (CUDA from 8.0 on, bf16), nf4 (4 bits anywhere), intx_4bit (the error of
+4 bits, a byte each).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from kdtune import checkpoint, config, data, distributed, evaluation, training
+from kdtune.models import Transformer, quantization
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    output_dir: str
+    """The folder to write; it must not exist yet."""
+
+    checkpointer: Any = config.component(default=None)
+    """The weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """The builder, checked against the checkpoint; null: built from the checkpoint's own config."""
+    tokenizer: Any = config.component()
+    """The tokenizer, written into the folder too."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps, where the model is to be used; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the arithmetic, and of the weights that stay as they are: embedding, norms, head."""
+    seed: int = 0
+    """Of random weights."""
+
+    scheme: str
+    """int8_weight_only, int8_dynamic, float8_weight_only, float8_dynamic, int4_weight_only, nf4 or intx_4bit."""
+    group_size: int | None = None
+    """Input features that share a scale, of int4_weight_only (null: 128) and intx_4bit (null: 32)."""
+    quantize_output: bool = False
+    """Also the head, where it is not tied to the embedding."""
+
+    dataset_val: Any = config.component("tokenizer", default=None)
+    """Held-out examples; null: no loss is measured."""
+    batch_size_val: int = 4
+    """Examples a batch."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = []
+        if self.batch_size_val < 1:
+            found.append(f"batch_size_val={self.batch_size_val}: must be at least 1")
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device, self.dtype)
+        found += training.output_dir_problems(self.output_dir, resume=False)
+        if checkpointer := config.instantiate(self.checkpointer):
+            found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
+        if found:
+            return found
+        device, dtype = training.resolve_device(self.device), training.dtype_from_name(self.dtype)
+        if problems := quantization.scheme_problems(self.scheme, device, dtype, self.group_size):
+            return problems
+        model_config = distributed.model_config(self.model, self.checkpointer)
+        return quantization.shape_problems(
+            self.scheme, model_config, self.group_size, quantize_output=self.quantize_output
+        )
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Held-out data, model, quantization, folder."""
+    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+    tokenizer = config.instantiate(cfg.tokenizer)
+    held_out = None
+    if cfg.dataset_val is not None:
+        dataset = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+        held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
+    training.set_seed(cfg.seed)
+    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+
+    def held_out_loss() -> float | None:
+        if held_out is None:
+            return None
+        return evaluation.evaluate_ce(model, held_out, device=device)["class_loss"]
+
+    before = {"weights": cfg.dtype, "size (MB)": megabytes(model), "held-out loss (nats/token)": held_out_loss()}
+    linears = quantization.target_linears(model, quantize_output=cfg.quantize_output)
+    with tqdm(total=len(linears), desc="quantizing", unit="linear") as bar:
+        errors = quantization.quantize(
+            model, cfg.scheme, group_size=cfg.group_size, quantize_output=cfg.quantize_output,
+            progress=lambda _: bar.update(),
+        )  # fmt: skip
+    relative = [error.relative_error for error in errors]
+    after = {"weights": cfg.scheme, "size (MB)": megabytes(model), "mean weight error": sum(relative) / len(relative),
+             "largest weight error": max(relative), "held-out loss (nats/token)": held_out_loss()}  # fmt: skip
+
+    with checkpoint.atomic_folder(cfg.output_dir) as folder:
+        checkpoint.write_quantized(
+            model, folder, scheme=cfg.scheme, group_size=cfg.group_size,
+            base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer,
+        )  # fmt: skip
+        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+    columns = ["weights", "size (MB)", "mean weight error", "largest weight error"]
+    columns += ["held-out loss (nats/token)"] if held_out is not None else []
+    print(training.format_table([{column: row.get(column) for column in columns} for row in (before, after)]))
+    worst = max(errors, key=lambda error: error.relative_error)
+    print(f"{len(errors)} linears quantized, the largest relative error in {worst.name}\nwrote {cfg.output_dir}")
+
+
+def megabytes(model: Transformer) -> float:
+    """Millions of bytes that the weights take, a tied one once."""
+    return sum(quantization.num_bytes(parameter) for parameter in model.parameters()) / 1e6
+
+
+if __name__ == "__main__":
+    main()
