@@ -28,6 +28,8 @@ class Config:
 
     output_dir: str
     """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     resume_from_checkpoint: bool = False
     """Go on from the newest whole step_N in output_dir (from the start where there is none)."""
 
@@ -36,8 +38,11 @@ class Config:
     """The student's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
     model: Any = config.component(default=None)
     """The student's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    adapter: Any = config.component("model", default=None)
+    """Adapters for the student, such as kdtune.models.apply_lora; null: as the builder says, else all parameters are trained."""
     teacher_checkpointer: Any = config.component(default=None)
-    """The teacher's weights; null: random weights, with a builder in `teacher_model`."""
+    """The teacher's weights (adapter_dir: with a finetuned adapter merged into them); null: random weights, with a builder
+    in `teacher_model`."""
     teacher_model: Any = config.component(default=None)
     """The teacher's builder; null: built from the checkpoint's own config."""
     tokenizer: Any = config.component()
@@ -108,6 +113,8 @@ class Config:
     """Older step_N folders are deleted (never the best); null: all are kept."""
     best_metric: Literal["val_class_loss", "val_kd_loss", "val_agreement"] | None = None
     """The validation metric whose best step_N is kept and named at the end."""
+    save_weights: Literal["both", "merged", "adapter"] = "both"
+    """Of a student with adapters, what final/ holds: the merged model with the adapter in final/adapter/, or one of them."""
 
     # Logging
     metric_logger: Any = config.component(optional=("log_dir",), default=None)
@@ -137,6 +144,11 @@ class Config:
         for builder, weights in (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer")):
             if getattr(self, builder) is None and getattr(self, weights) is None:
                 found.append(f"{weights}: missing, and no {builder} to start from random weights; give one of them")
+        has_adapters = self.adapter is not None or (self.model is not None and "lora_" in self.model["_component_"])
+        if self.save_weights != "both" and not has_adapters:
+            found.append(
+                f"save_weights={self.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`"
+            )
         if self.dataset_val is None and (self.run_val_every_n_steps or self.best_metric):
             found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
         if self.sample_every_n_steps and not self.sample_prompts:
@@ -161,10 +173,11 @@ class Config:
 
 
 # What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "compile", "enable_activation_checkpointing", "num_workers",
-              "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
-              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints", "best_metric",
-              "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "models_dir", "device", "compile", "enable_activation_checkpointing",
+              "num_workers", "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps",
+              "sample_prompts", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "save_weights",
+              "keep_last_n_checkpoints", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
+              "log_level", "profiler")  # fmt: skip
 
 
 @config.entry_point(Config)
@@ -185,13 +198,7 @@ def run(cfg: Config) -> None:
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
-    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
-    loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
-                         num_workers=cfg.num_workers)  # fmt: skip
-    held_out = None
-    if cfg.dataset_val is not None:
-        dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
-        held_out = list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+    loader, held_out = load_data(cfg, tokenizer)
     steps_per_epoch = training.count_steps(
         loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch
     )
@@ -200,22 +207,7 @@ def run(cfg: Config) -> None:
         print(f"{output_dir}: all {num_steps} steps are done")
         return finish(cfg)
 
-    # Models. A teacher of another tokenizer is refused before its weights are read. The teacher is built first: if its weights
-    # are random they must be the same ones when the run is resumed, where the student draws none.
-    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
-    dtype = training.dtype_from_name(cfg.dtype)
-    teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
-    teacher_model = distributed.build_model(
-        cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device
-    )
-    student = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device, weights=newest)
-    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher_model.config.vocab_size)
-    teacher = teachers.OnlineTeacher(teacher_model)
-    if cfg.enable_activation_checkpointing:
-        distributed.apply_activation_checkpointing(student)
-    if cfg.compile:
-        distributed.apply_compile(student)
-        distributed.apply_compile(teacher_model)
+    student, teacher = build_models(cfg, tokenizer, device, newest)
 
     # Optimization.
     kd_loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
@@ -243,8 +235,9 @@ def run(cfg: Config) -> None:
     ):
         if step == 0:
             logger.log(validate(student, teacher, held_out, device, with_teacher_loss=True), step)
-            record_samples(cfg, {"student": student, "teacher": teacher_model}, tokenizer, step)
+            record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step)
         while step < num_steps and not interrupt.requested:
+            training.set_step_seed(cfg.seed, step)
             # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
@@ -276,7 +269,7 @@ def run(cfg: Config) -> None:
                 record_samples(cfg, {"student": student}, tokenizer, step)
             if is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=newest or base_folder(cfg), extra={"position": loader.position})  # fmt: skip
+                             base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
             if profiler:
                 profiler.step()
@@ -285,14 +278,42 @@ def run(cfg: Config) -> None:
         second_logger.close()
 
     if interrupt.requested and step < num_steps:
-        folder = output_dir / f"step_{step}"
-        outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
-        print(
-            f"stopped by {interrupt.signal_name} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"
-        )
-        return
-    training.write_final(output_dir, student, base=newest or base_folder(cfg), tokenizer=tokenizer)
+        return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
+    training.write_final(output_dir, student, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
     finish(cfg)
+
+
+def load_data(cfg: Config, tokenizer: Any) -> tuple[data.Loader, list[data.Batch] | None]:
+    """What is trained on, and the held-out batches."""
+    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+    loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
+                         num_workers=cfg.num_workers)  # fmt: skip
+    if cfg.dataset_val is None:
+        return loader, None
+    dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+    return loader, list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+
+
+def build_models(
+    cfg: Config, tokenizer: Any, device: torch.device, newest: Path | None
+) -> tuple[Transformer, teachers.OnlineTeacher]:
+    """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
+    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
+    dtype = training.dtype_from_name(cfg.dtype)
+    teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
+    # The teacher first: if its weights are random they must be the same ones when the run is resumed, where the student
+    # draws none.
+    teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device)
+    student = distributed.build_model(
+        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
+    )
+    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
+    if cfg.enable_activation_checkpointing:
+        distributed.apply_activation_checkpointing(student)
+    if cfg.compile:
+        distributed.apply_compile(student)
+        distributed.apply_compile(teacher)
+    return student, teachers.OnlineTeacher(teacher)
 
 
 def kd_step(

@@ -9,7 +9,7 @@ _ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpoi
 _ALL_FILES = "list the files in checkpoint_files, or leave it out: every weight file of the folder is read"
 _FROM_FOLDER = "the architecture is read from the folder's own configuration; remove it"
 _NEWEST_STEP = "resume_from_checkpoint=true finds the newest whole step_N in output_dir; remove it"
-_NO_ADAPTERS = "this release trains all parameters; use the model's builder without lora_ and remove it"
+_ADAPTERS = "it is an argument of a builder with adapters (kdtune.models.lora_...), or of adapter=kdtune.models.apply_lora"
 _NO_PACKING = "sequences are not packed in this release, a batch is padded to its own longest; remove it"
 _VALIDATION = "this recipe does not validate while it trains; remove it"
 
@@ -18,7 +18,7 @@ REFUSED: dict[str, str] = {
     "ac_mode": _ONE_SWITCH,
     "ac_option": _ONE_SWITCH,
     "batch_size_val": _VALIDATION,
-    "checkpointer.adapter_checkpoint": "this release trains all parameters, there is no adapter to read; remove it",
+    "checkpointer.adapter_checkpoint": "use checkpointer.adapter_dir, the folder with adapter_model.safetensors",
     "checkpointer.enable_dcp": "the resume state is always torch.distributed.checkpoint; remove it",
     "checkpointer.filename_format": _ALL_FILES,
     "checkpointer.keep_last_n_checkpoints": "it is a top-level key here: keep_last_n_checkpoints",
@@ -55,14 +55,14 @@ REFUSED: dict[str, str] = {
     "max_steps": "use max_steps_per_epoch and epochs",
     "memory_efficient_fsdp_wrap": _ONE_DEVICE,
     "metric_logger.log_dir": "every logger writes below output_dir; remove it",
-    "model.apply_lora_to_mlp": _NO_ADAPTERS,
-    "model.apply_lora_to_output": _NO_ADAPTERS,
-    "model.lora_alpha": _NO_ADAPTERS,
-    "model.lora_attn_modules": _NO_ADAPTERS,
-    "model.lora_dropout": _NO_ADAPTERS,
-    "model.lora_rank": _NO_ADAPTERS,
-    "model.quantize_base": _NO_ADAPTERS,
-    "model.use_dora": _NO_ADAPTERS,
+    "model.apply_lora_to_mlp": _ADAPTERS,
+    "model.apply_lora_to_output": _ADAPTERS,
+    "model.lora_alpha": _ADAPTERS,
+    "model.lora_attn_modules": _ADAPTERS,
+    "model.lora_dropout": _ADAPTERS,
+    "model.lora_rank": _ADAPTERS,
+    "model.quantize_base": _ADAPTERS,
+    "model.use_dora": _ADAPTERS,
     "model_type": _FROM_FOLDER,
     "optimizer_in_bwd": "gradients are clipped and checked before the step, so they are kept until then; remove it",
     "packed": _NO_PACKING,
@@ -70,7 +70,7 @@ REFUSED: dict[str, str] = {
     "resize_token_embeddings": "heads of unequal size are cut to the ids both have, none is resized; remove it",
     "resume": "use resume_from_checkpoint",
     "run_val_every_n_steps": _VALIDATION,
-    "save_adapter_weights_only": "this release trains all parameters and saves the whole model; remove it",
+    "save_adapter_weights_only": "use save_weights: both, merged or adapter",
     "tensor_parallel_dim": _ONE_DEVICE,
     "tensor_parallel_plan": _ONE_DEVICE,
     "tokenizer.merges_file": "set path to the folder that holds tokenizer.json, which has the merges",
@@ -108,13 +108,10 @@ def component_hint(name: str) -> str:
     """What to write for the torchtune component of that name: kdtune's own where there is one."""
     if name in RENAMED:
         return f"use {RENAMED[name]}"
-    plain = name.removeprefix("qlora_").removeprefix("lora_")
     for package in _PACKAGES:
         module = _package(f"kdtune.{package}")
         if module is not None and hasattr(module, name):
             return f"use kdtune.{package}.{name}"
-        if module is not None and plain != name and hasattr(module, plain):
-            return f"adapters are not in this release: use kdtune.{package}.{plain}, which trains all parameters"
     return "kdtune has no component of that name; `kdtune cat CONFIG` shows what its own configs use"
 
 

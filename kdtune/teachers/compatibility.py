@@ -41,12 +41,8 @@ def check_vocabularies(tokenizer: Tokenizer, student_vocab_size: int, teacher_vo
     Raises:
         ConfigError: if the tokenizer can produce an id that a model has no row for.
     """
-    for name, size in (("student", student_vocab_size), ("teacher", teacher_vocab_size)):
-        if tokenizer.vocab_size > size:
-            raise ConfigError(
-                f"tokenizer: has {tokenizer.vocab_size} ids, but the {name}'s vocabulary is {size}; "
-                f"a token would have no row in its embedding; use the {name}'s own tokenizer"
-            )
+    tokenizers.check_vocabulary(tokenizer, student_vocab_size, "student")
+    tokenizers.check_vocabulary(tokenizer, teacher_vocab_size, "teacher")
     if student_vocab_size != teacher_vocab_size:
         log.info(
             "vocabularies: student %d rows, teacher %d (padding); both heads are cut to the first %d ids in the loss",

@@ -1,5 +1,6 @@
 """Whether two tokenizers are the same, so that a teacher's distribution means the same to a student."""
 
+from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import Tokenizer
 
 _BATTERY = (
@@ -32,3 +33,16 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
         if left_ids != right_ids:
             return f"they differ on {text[:40]!r}: {left_ids[:8]}... against {right_ids[:8]}..."
     return None
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model") -> None:
+    """Nothing, where the model has a row in its embedding for every id of the tokenizer.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"tokenizer: has {tokenizer.vocab_size} ids, but the {model}'s vocabulary is {vocab_size}; "
+            f"a token would have no row in its embedding; use the {model}'s own tokenizer"
+        )

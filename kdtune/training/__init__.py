@@ -17,7 +17,7 @@ from kdtune.training.plot import VALIDATION_PREFIX, plot_losses
 from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import ProgressBar
-from kdtune.training.report import comparison_table, samples_text
+from kdtune.training.report import comparison_table, samples_text, stopped_text
 from kdtune.training.run_folder import (
     check_unchanged,
     holds_run,
@@ -36,7 +36,7 @@ from kdtune.training.schedules import (
     get_linear_schedule_with_warmup,
     get_wsd_schedule,
 )
-from kdtune.training.seed import set_seed
+from kdtune.training.seed import set_seed, set_step_seed
 from kdtune.training.steps import count_steps, enter_epoch, take_micro_batches
 from kdtune.training.table import format_table
 
@@ -79,8 +79,10 @@ __all__ = [
     "resolve_device",
     "samples_text",
     "set_seed",
+    "set_step_seed",
     "start_run",
     "step_to_resume",
+    "stopped_text",
     "take_micro_batches",
     "trainable_parameters",
     "truncate_metrics",

@@ -3,16 +3,18 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kdtune.training.table import format_table
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def comparison_table(rows: Sequence[Mapping[str, Any]], model: str = "student") -> str | None:
     """Text table of the held-out metrics before the first step and after the last, beside the teacher's.
 
     Args:
         rows: the run's metrics. The first row with a validation is "before", the last one is "after".
+        model: what the table calls what was trained.
 
     Returns:
         None where the run has no validation.
@@ -20,11 +22,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str | None:
     validated = [row for row in rows if "val_class_loss" in row]
     if not validated:
         return None
-    table = [_line(f"student, step {row['step']}", row) for row in (validated[0], validated[-1])]
+    table = [_line(f"{model}, step {row['step']}", row) for row in (validated[0], validated[-1])]
     teacher_loss = next((row["val_teacher_class_loss"] for row in validated if "val_teacher_class_loss" in row), None)
     if teacher_loss is not None:
         table.append(_line("teacher", {"val_class_loss": teacher_loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
-    return format_table(table)
+    measured = [column for column in table[0] if any(line[column] is not None for line in table)]
+    return format_table([{column: line[column] for column in measured} for line in table])
 
 
 def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The answers to each prompt: the student's before and after training, and the teacher's.
+    """The answers to each prompt: the trained model's before and after training, and the teacher's.
 
     Args:
         rows: of samples.jsonl, each with step, model, prompt and answer.
@@ -47,11 +50,17 @@ def samples_text(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for row in rows):
         asked = [row for row in rows if row["prompt"] == prompt]
-        students = [row for row in asked if row["model"] == "student"]
-        shown = [students[0], *students[-1:]] if len(students) > 1 else students
+        trained = [row for row in asked if row["model"] != "teacher"]
         lines.append(f"> {prompt}")
-        for row in [*shown, *(row for row in asked if row["model"] == "teacher")]:
-            who = "teacher" if row["model"] == "teacher" else f"student, step {row['step']}"
+        for row in [*trained[:1], *trained[1:][-1:], *(row for row in asked if row["model"] == "teacher")]:
+            who = "teacher" if row["model"] == "teacher" else f"{row['model']}, step {row['step']}"
             lines.append(textwrap.indent(f"[{who}] {' '.join(row['answer'].split())}", "  "))
         lines.append("")
     return "\n".join(lines)
+
+
+def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps: int) -> str:
+    """What a run that was told to stop says: after which step, and how to go on."""
+    folder = output_dir / f"step_{step}"
+    outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
+    return f"stopped by {signal_name} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"

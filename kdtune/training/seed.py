@@ -32,6 +32,14 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
     return seed
 
 
+def set_step_seed(seed: int, step: int) -> None:
+    """Seeds torch for one optimizer step, so that dropout's draws depend on the seed and the step alone.
+
+    A resumed run then draws what the uninterrupted one drew, without a generator's state in its checkpoint.
+    """
+    torch.manual_seed(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64).item())
+
+
 def _set_determinism(mode: str | int) -> None:
     names = dict(enumerate(_MODES))
     name = names.get(mode) if isinstance(mode, int) else mode

@@ -78,6 +78,6 @@ def test_roles_share_the_table() -> None:
     assert key_hint("kd_ratio") is None
 
 
-def test_adapter_builders_point_to_the_plain_ones() -> None:
-    assert "kdtune.models.llama3_2_1b" in component_hint("lora_llama3_2_1b")
-    assert "kdtune.models.llama3_1_8b" in component_hint("qlora_llama3_1_8b")
+def test_adapter_builders_are_found_by_their_names() -> None:
+    assert "use kdtune.models.lora_llama3_2_1b" in component_hint("lora_llama3_2_1b")
+    assert "use kdtune.models.qlora_llama3_1_8b" in component_hint("qlora_llama3_1_8b")

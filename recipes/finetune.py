@@ -1,0 +1,339 @@
+"""Finetune a model on a dataset: all its parameters, or adapters beside frozen ones. The case study's teacher, and its SFT baseline.
+
+    kdtune run lora_finetune_single_device --config llama3_1/8B_lora_single_device
+    kdtune run full_finetune_single_device --config llama3_2/1B_full_single_device optimizer.lr=1e-5
+
+The loss of a token is its cross entropy, in nats. A step's gradient is the sum over its valid tokens divided by their
+number, counted before the first backward: it does not depend on how the step is cut into micro-batches. The full
+[tokens, vocabulary] logits never exist (kdtune/losses).
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, tokenizers, training
+from kdtune.log import get_logger
+from kdtune.models import Transformer
+
+ALIASES = ("lora_finetune_single_device", "full_finetune_single_device")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    output_dir: str
+    """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    resume_from_checkpoint: bool = False
+    """Go on from the newest whole step_N in output_dir (from the start where there is none)."""
+
+    # Models
+    checkpointer: Any = config.component(default=None)
+    """The model's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = config.component(default=None)
+    """Its builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    adapter: Any = config.component("model", default=None)
+    """Adapters for it, such as kdtune.models.apply_lora; null: as the builder says, else all parameters are trained."""
+    tokenizer: Any = config.component()
+    """Its tokenizer, such as kdtune.tokenizers.load; max_seq_len is the longest example, in tokens."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of weights, gradients and optimizer state."""
+    compile: bool = False
+    """torch.compile each layer."""
+    enable_activation_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+
+    # Data
+    dataset: Any = config.component("tokenizer")
+    """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
+    dataset_val: Any = config.component("tokenizer", default=None)
+    """Held-out examples for the validation and the table at the end."""
+    batch_size: int = 4
+    """Examples a micro-batch."""
+    batch_size_val: int | None = None
+    """Examples a batch in validation; null: as batch_size."""
+    shuffle: bool = True
+    """A new order every epoch, from the seed alone."""
+    num_workers: int = 0
+    """Processes that prepare batches."""
+
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
+
+    # Optimization
+    optimizer: Any = config.component("params")
+    """Any torch optimizer, or kdtune.training.Muon."""
+    lr_scheduler: Any = config.component("optimizer", optional=("num_training_steps",), default=None)
+    """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps_per_epoch: int | None = None
+    """Steps after which an epoch is cut; needed when the dataset is streamed."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step."""
+    clip_grad_norm: float | None = None
+    """Largest norm of a step's gradient; null: no clipping."""
+    seed: int = 0
+    """Of the data order and of random weights."""
+    cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
+    """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
+
+    # Validation, samples, checkpoints
+    run_val_every_n_steps: int | None = None
+    """Steps between validations; null: before the first step and after the last one only."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Questions put to the model before and after."""
+    sample_every_n_steps: int | None = None
+    """Steps between samples in between."""
+    sample_max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    save_every_n_steps: int | None = None
+    """Steps between checkpoints; null: a checkpoint only when the run is interrupted, and final/ at the end."""
+    keep_last_n_checkpoints: int | None = None
+    """Older step_N folders are deleted (never the best); null: all are kept."""
+    best_metric: Literal["val_class_loss"] | None = None
+    """The validation metric whose best step_N is kept and named at the end."""
+    save_weights: Literal["both", "merged", "adapter"] = "both"
+    """Of a model with adapters, what final/ holds: the merged model with the adapter in final/adapter/, or one of them."""
+
+    # Logging
+    metric_logger: Any = config.component(optional=("log_dir",), default=None)
+    """A second logger beside metrics.jsonl: kdtune.training.TensorBoardLogger or WandBLogger."""
+    log_every_n_steps: int = 1
+    """Steps between lines of the second logger (metrics.jsonl has every step)."""
+    log_peak_memory_stats: bool = True
+    """Log the peak memory so far."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """What is printed beside the progress bar."""
+    profiler: Any = config.component(optional=("output_dir",), default=None)
+    """kdtune.training.Profiler for a torch profiler trace."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = [
+            f"{key}={getattr(self, key)}: must be at least 1"
+            for key in ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
+                        "loss_chunk_size", "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens",
+                        "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]  # fmt: skip
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            found.append(f"clip_grad_norm={self.clip_grad_norm}: must be above 0; null switches clipping off")
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        has_adapters = self.adapter is not None or (self.model is not None and "lora_" in self.model["_component_"])
+        if self.save_weights != "both" and not has_adapters:
+            found.append(
+                f"save_weights={self.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`"
+            )
+        if self.dataset_val is None and (self.run_val_every_n_steps or self.best_metric):
+            found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
+        if self.sample_every_n_steps and not self.sample_prompts:
+            found.append(f"sample_every_n_steps={self.sample_every_n_steps}: needs sample_prompts")
+        if self.keep_last_n_checkpoints and not self.save_every_n_steps:
+            found.append(f"keep_last_n_checkpoints={self.keep_last_n_checkpoints}: needs save_every_n_steps")
+        every, val = self.save_every_n_steps, self.run_val_every_n_steps
+        if self.best_metric and not (every and val and every % val == 0):
+            found.append(
+                f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
+            )
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the run, found without reading a weight."""
+        found = training.device_problems(self.device, self.dtype)
+        found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
+        if node := config.instantiate(self.checkpointer):
+            found += [f"checkpointer: {problem}" for problem in node.problems()]
+        return found
+
+
+# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "models_dir", "device", "compile", "enable_activation_checkpointing",
+              "num_workers", "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps",
+              "sample_prompts", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "save_weights",
+              "keep_last_n_checkpoints", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
+              "log_level", "profiler")  # fmt: skip
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Data, models, optimization, loop: from the config to final/."""
+    output_dir = Path(cfg.output_dir)
+    newest = None
+    if cfg.resume_from_checkpoint:
+        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=MAY_CHANGE)
+    device = training.resolve_device(cfg.device)
+    training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
+    get_logger().setLevel(cfg.log_level)
+
+    # Data. It comes first: no weight is read for examples that cannot be trained on.
+    tokenizer = config.instantiate(cfg.tokenizer)
+    loader, held_out = load_data(cfg, tokenizer)
+    steps_per_epoch = training.count_steps(
+        loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch
+    )
+    num_steps = cfg.epochs * steps_per_epoch
+    if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
+        print(f"{output_dir}: all {num_steps} steps are done")
+        return finish(cfg)
+
+    # Model.
+    dtype = training.dtype_from_name(cfg.dtype)
+    model = distributed.build_model(
+        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
+    )
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
+    if cfg.enable_activation_checkpointing:
+        distributed.apply_activation_checkpointing(model)
+    if cfg.compile:
+        distributed.apply_compile(model)
+
+    # Optimization.
+    ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=cfg.loss_chunk_size)
+    optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(model))
+    scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
+    schedulers = [] if scheduler is None else [scheduler]
+    step = 0
+    if newest is not None:
+        saved = checkpoint.load_state(newest / "state", model=model, optimizers=optimizer, schedulers=schedulers)
+        step = saved["step"]
+        loader.seek(saved["position"])
+
+    # Loop. Only from here on is anything written.
+    training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+    manager = checkpoint.CheckpointManager(
+        output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
+    )
+    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
+    metrics = training.Metrics()
+    with (
+        training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
+        training.InterruptFlag() as interrupt,
+        training.ProgressBar(num_steps, initial=step) as bar,
+        config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir}) or nullcontext() as profiler,
+    ):
+        if step == 0:
+            logger.log(validate(model, held_out, device), step)
+            record_samples(cfg, model, tokenizer, step)
+        while step < num_steps and not interrupt.requested:
+            training.set_step_seed(cfg.seed, step)
+            # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
+            position = loader.position
+            micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
+            num_valid_tokens = sum(batch.num_valid_tokens() for batch in micro_batches)
+            for batch in micro_batches:
+                loss, parts = ce_step(model, ce_loss, batch.to(device))
+                (loss / num_valid_tokens).backward()
+                metrics.add(
+                    {"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens
+                )
+            grad_norm = training.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm)
+            row = {**metrics.pop(), "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            training.check_finite(row["loss"], row["grad_norm"], step + 1, position)
+            optimizer.step()
+            for one in schedulers:
+                one.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            training.enter_epoch(loader, step // steps_per_epoch)
+
+            if cfg.log_peak_memory_stats:
+                row |= training.memory_stats(device)
+            if is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
+                row |= validate(model, held_out, device)
+            logger.log({"epoch": position[0], **row}, step)
+            if second_logger and is_due(step, cfg.log_every_n_steps):
+                second_logger.log(row, step)
+            if is_due(step, cfg.sample_every_n_steps) or step == num_steps:
+                record_samples(cfg, model, tokenizer, step)
+            if is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+                manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
+                             base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
+            bar.update(row)
+            if profiler:
+                profiler.step()
+            metrics.restart_clock()
+    if second_logger:
+        second_logger.close()
+
+    if interrupt.requested and step < num_steps:
+        return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
+    training.write_final(output_dir, model, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
+    finish(cfg)
+
+
+def load_data(cfg: Config, tokenizer: Any) -> tuple[data.Loader, list[data.Batch] | None]:
+    """What is trained on, and the held-out batches."""
+    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+    loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
+                         num_workers=cfg.num_workers)  # fmt: skip
+    if cfg.dataset_val is None:
+        return loader, None
+    dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+    return loader, list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+
+
+def ce_step(
+    model: Transformer, ce_loss: losses.KDLoss, batch: data.Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over the micro-batch's valid tokens of the cross entropy, and its named parts."""
+    return ce_loss(model(batch.tokens, return_hidden=True), model.output, None, batch.labels)
+
+
+def validate(model: Transformer, held_out: list[data.Batch] | None, device: torch.device) -> dict[str, float]:
+    """Held-out cross entropy in nats a token; {} without held-out data."""
+    if held_out is None:
+        return {}
+    return {"val_class_loss": evaluation.evaluate_ce(model, held_out, device=device)["class_loss"]}
+
+
+def record_samples(cfg: Config, model: Transformer, tokenizer: Any, step: int) -> None:
+    """Appends the model's answer to each of sample_prompts to samples.jsonl."""
+    if not cfg.sample_prompts:
+        return
+    with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl") as samples:
+        for prompt in cfg.sample_prompts:
+            text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens)
+            samples.log({"model": "model", "prompt": prompt, "answer": text}, step)
+
+
+def finish(cfg: Config) -> None:
+    """Draws loss.png and prints the answers, the table of before and after, and where everything is."""
+    output_dir = Path(cfg.output_dir)
+    rows = training.read_metrics(output_dir / "metrics.jsonl")
+    training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    if cfg.sample_prompts:
+        print(training.samples_text(training.read_metrics(output_dir / "samples.jsonl")))
+    print(training.comparison_table(rows, "model") or "no validation: give dataset_val for a table of before and after")
+    best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
+    for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
+        if path:
+            print(f"{label + ':':<11}{path}")
+
+
+def base_folder(cfg: Config) -> str | None:
+    """Folder the model came from, whose licence and generation config go with it."""
+    return cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """True at every `every`-th step; never for None."""
+    return every is not None and step % every == 0
+
+
+if __name__ == "__main__":
+    main()

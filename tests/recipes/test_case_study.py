@@ -1,0 +1,81 @@
+"""The case study's command lines, as written: the configs' models at their exact sizes, and the pipeline on a tiny pair."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtune import _assets
+from kdtune._cli.names import import_recipe
+from kdtune.checkpoint import load_model
+from kdtune.config import instantiate, load
+from kdtune.models.llama.sizes import SIZES
+
+SIZES_OF = {"8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
+LLAMA = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
+
+
+def adapter_parameters(builder: str, rank: int) -> int:
+    """Rank times the sum of inputs and outputs of q, v, output projection, gate, up and down, in each layer."""
+    size = SIZES[builder]
+    q, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+    shapes = [
+        (size.embed_dim, q),
+        (size.embed_dim, kv),
+        (q, size.embed_dim),
+        *[(size.embed_dim, size.intermediate_dim)] * 3,
+    ]
+    return size.num_layers * sum(rank * (a + b) for a, b in shapes)
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
+    config = _assets.find_config(name)
+    assert config.recipe
+    cfg = load(name, [], import_recipe(_assets.find_recipe(config.recipe)).frame)
+    for key in ("model", "teacher_model"):
+        node = getattr(cfg, key, None)
+        if node is None:
+            continue
+        builder = node["_component_"].rpartition(".")[2]
+        with torch.device("meta"):
+            model = instantiate(node)
+        expected = SIZES_OF[builder.rpartition("_")[2]]
+        if "lora_" in builder:
+            expected += adapter_parameters(builder.partition("lora_")[2], node["lora_rank"])
+        assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_the_distillation_reads_its_teacher_where_the_finetuning_leaves_it() -> None:
+    finetune = import_recipe(_assets.find_recipe("lora_finetune_single_device")).frame
+    distil = import_recipe(_assets.find_recipe("knowledge_distillation_single_device")).frame
+    teacher = load("llama3_1/8B_lora_single_device", ["models_dir=/elsewhere"], finetune)
+    for name in ("llama3_2/knowledge_distillation_single_device", "llama3_2/8B_to_3B_kd_single_device"):
+        student = load(name, ["models_dir=/elsewhere"], distil)
+        assert student.teacher_checkpointer["checkpoint_dir"] == f"{teacher.output_dir}/final"
+        assert teacher.output_dir.startswith("/elsewhere/")
+
+
+def test_the_case_study_on_a_tiny_pair(cli, good: Path, tmp_path: Path) -> None:
+    """The commands of the study with other weights, data and device: finetune the teacher, distil with the study's LoRA."""
+    small = (
+        f"models_dir={tmp_path}", f"tokenizer.path={good / 'model'}", "tokenizer.max_seq_len=256", "device=cpu", "dtype=fp32",
+        "dataset=kdtune.data.quickstart_dataset", "dataset_val={_component_: kdtune.data.quickstart_dataset, split: test}",
+        f"checkpointer.checkpoint_dir={good / 'model'}", "~checkpointer.checkpoint_files", "model=null",
+        "lr_scheduler.num_warmup_steps=1", "max_steps_per_epoch=4", "gradient_accumulation_steps=1",
+        "run_val_every_n_steps=2", "save_every_n_steps=2",
+    )  # fmt: skip
+    lora = "adapter={_component_: kdtune.models.apply_lora, lora_rank: 64, lora_alpha: 128}"
+    done = cli("run", "lora_finetune_single_device", "--config", "llama3_1/8B_lora_single_device", *small, lora)
+    assert done.code == 0, done.err
+    teacher = tmp_path / "kdtune" / "llama3_1_8B" / "lora_single_device" / "final"
+    load_model(teacher)
+    done = cli("run", "knowledge_distillation_single_device", "--config", "llama3_2/knowledge_distillation_single_device", *small,
+               lora, "teacher_model=null", "kd_ratio=0.75", "optimizer.lr=1e-4")  # fmt: skip
+    assert done.code == 0, done.err
+    output_dir = tmp_path / "kdtune" / "llama3_2_1B" / "knowledge_distillation_single_device"
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_kd_loss"] < rows[0]["val_kd_loss"]
+    assert rows[1]["loss"] == pytest.approx(0.25 * rows[1]["class_loss"] + 0.75 * rows[1]["kd_loss"], rel=1e-6)
+    load_model(output_dir / "final")
