@@ -1,9 +1,7 @@
 """Names on the command line: a shipped recipe, a shipped config, or a path of either."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kdtune import _assets
 from kdtune.errors import ConfigError
@@ -48,23 +46,6 @@ def import_recipe(recipe: _assets.Recipe) -> "EntryPoint":
     Raises:
         ConfigError: the file has no such main, or imports something that is not installed.
     """
-    from kdtune.config.recipe import prepare_imports
+    from kdtune.config.recipe import import_recipe as imported
 
-    prepare_imports(recipe.path)
-    module_name = f"kdtune_recipe_{recipe.name}"
-    spec = importlib.util.spec_from_file_location(module_name, recipe.path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{recipe.path}: is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickled loader workers look the module up by its name.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "kdtune":
-            raise
-        raise ConfigError(f"{recipe.path}: needs the module {error.name!r}, which is not installed") from error
-    main = getattr(module, "main", None)
-    if not hasattr(main, "frame"):
-        raise ConfigError(f"{recipe.path}: has no main decorated with kdtune.config.entry_point(Config)")
-    return cast("EntryPoint", main)
+    return imported(recipe)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import functools
+import importlib.util
 import inspect
 import os
 import platform
@@ -47,8 +48,10 @@ class EntryPoint(Protocol):
         """Runs the recipe on these command-line arguments (None: the process's own)."""
 
 
-def entry_point(frame: type[T]) -> Callable[[Callable[[T], Any]], EntryPoint]:
+def entry_point(frame: type[T], *, default_config: str | None = None) -> Callable[[Callable[[T], Any]], EntryPoint]:
     """Decorator of a recipe's `main(cfg)`: it becomes `main(argv=None)` with `--config NAME|PATH [key=value|~key]...`.
+
+    `default_config` is what --config is where the command line leaves it out; None: it may not.
 
     All five gates pass before the function sees the config. A KDTuneError is printed without a traceback and ends the
     process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
@@ -61,7 +64,7 @@ def entry_point(frame: type[T]) -> Callable[[Callable[[T], Any]], EntryPoint]:
         @functools.wraps(function)
         def main(argv: list[str] | None = None) -> None:
             path = Path(inspect.getfile(function))
-            arguments, overrides = parse_arguments(argv, _summary(function), prog=path.stem)
+            arguments, overrides = parse_arguments(argv, _summary(function), path.stem, default_config)
             prepare_imports(path)
             try:
                 cfg = _gates(frame, path, arguments.config, overrides)
@@ -84,7 +87,9 @@ def entry_point(frame: type[T]) -> Callable[[Callable[[T], Any]], EntryPoint]:
     return decorate
 
 
-def parse_arguments(argv: list[str] | None, summary: str, prog: str) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(
+    argv: list[str] | None, summary: str, prog: str, default_config: str | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """A recipe's command line: its options, and the overrides with the unknown options, which the gates explain."""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -92,7 +97,13 @@ def parse_arguments(argv: list[str] | None, summary: str, prog: str) -> tuple[ar
         epilog="overrides: key=value, a.b=value, ~a.b (remove), node=dotted.Component (replace)",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="shipped config or path of a YAML file")
+    parser.add_argument(
+        "--config",
+        required=default_config is None,
+        default=default_config,
+        metavar="NAME|PATH",
+        help="shipped config or path of a YAML file" + (f" (default: {default_config})" if default_config else ""),
+    )
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value|~key", help="changes to the config, the last one wins"
@@ -114,6 +125,32 @@ def prepare_imports(recipe: Path) -> None:
     folders = [os.getcwd()] if str(recipe.resolve().parent) == shipped else [os.getcwd(), str(recipe.resolve().parent)]
     present = {os.path.abspath(folder) for folder in sys.path}
     sys.path += [folder for folder in folders if folder not in present]
+
+
+def import_recipe(recipe: _assets.Recipe) -> EntryPoint:
+    """The `main` of a recipe file, imported from its path; it must be made by `entry_point`.
+
+    Raises:
+        ConfigError: the file has no such main, or imports something that is not installed.
+    """
+    prepare_imports(recipe.path)
+    module_name = f"kdtune_recipe_{recipe.name}"
+    spec = importlib.util.spec_from_file_location(module_name, recipe.path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{recipe.path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickled loader workers look the module up by its name.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "kdtune":
+            raise
+        raise ConfigError(f"{recipe.path}: needs the module {error.name!r}, which is not installed") from error
+    main = getattr(module, "main", None)
+    if not hasattr(main, "frame"):
+        raise ConfigError(f"{recipe.path}: has no main decorated with kdtune.config.entry_point(Config)")
+    return cast(EntryPoint, main)
 
 
 def _gates(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:

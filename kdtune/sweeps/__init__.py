@@ -1,0 +1,31 @@
+"""Sweeps: cells from axes, steps shared between them, results, statistics over seeds and the report."""
+
+from kdtune.sweeps.check import step_problems
+from kdtune.sweeps.plan import Cell, Plan, Step, make_plan, shown_value
+from kdtune.sweeps.report import read_results, write_report
+from kdtune.sweeps.results import DONE, FAILED, cell_result, write_rows
+from kdtune.sweeps.runner import STOPPED, discard, locked, run_step
+from kdtune.sweeps.statistics import Difference, Summary, difference, summarize
+
+__all__ = [
+    "DONE",
+    "FAILED",
+    "STOPPED",
+    "Cell",
+    "Difference",
+    "Plan",
+    "Step",
+    "Summary",
+    "cell_result",
+    "difference",
+    "discard",
+    "locked",
+    "make_plan",
+    "read_results",
+    "run_step",
+    "shown_value",
+    "step_problems",
+    "summarize",
+    "write_report",
+    "write_rows",
+]

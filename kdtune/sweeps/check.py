@@ -1,0 +1,55 @@
+"""Every step of a sweep through its recipe's config gates, in this process, before anything is run."""
+
+from functools import cache
+from typing import Any
+
+from kdtune import _assets
+from kdtune.config.frame import frame_fields
+from kdtune.config.load import check_machine, load
+from kdtune.config.recipe import check_partner, import_recipe
+from kdtune.errors import KDTuneError
+from kdtune.sweeps.plan import Plan, Step
+
+RESUME_KEY = "resume_from_checkpoint"
+
+
+@cache
+def recipe_frame(recipe: str) -> type[Any]:
+    """The dataclass with the keys of a recipe, by its name or path."""
+    return import_recipe(_assets.find_recipe(recipe)).frame
+
+
+def can_resume(step: Step) -> bool:
+    """Whether a step that was stopped half-way can go on; otherwise it starts again."""
+    return RESUME_KEY in frame_fields(recipe_frame(step.recipe))
+
+
+def step_overrides(step: Step) -> list[str]:
+    """All overrides a step is run with now: its own, its folder, and that it goes on where it has begun."""
+    resume = [f"{RESUME_KEY}=true"] if step.folder.exists() and can_resume(step) else []
+    return [*step.overrides, f"output_dir={step.folder}", *resume]
+
+
+def step_problems(plan: Plan, *, machine: bool) -> list[str]:
+    """Findings of all distinct steps that are not finished, each finding once, with the step's name in front.
+
+    `machine` adds the gate that looks at files and devices, for the steps that use no other step's folder: what the
+    others need may not be there yet.
+    """
+    found = []
+    for step in plan.steps:
+        if step.record.exists():
+            continue
+        try:
+            recipe = _assets.find_recipe(step.recipe)
+            check_partner(recipe.path, step.config)
+            cfg = load(step.config, step_overrides(step), recipe_frame(step.recipe))
+            # What a recipe that cannot resume has left is removed before it starts again.
+            if machine and not step.needs and (can_resume(step) or not step.folder.exists()):
+                check_machine(cfg, step.config)
+        except KDTuneError as error:
+            lines = [line.strip() for line in str(error).split("\n")]
+            found += [
+                f"{step.name}: {line}" for line in (lines[1:] if lines[0].endswith(("problem", "problems")) else lines)
+            ]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,121 @@
+"""The HTML page of a sweep: one file with its data, styles and script inside, which asks for nothing from anywhere."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from kdtune.sweeps.curves import SERIES, Curve
+from kdtune.sweeps.plan import shown_value
+from kdtune.sweeps.results import DONE
+from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names
+
+
+def page(
+    title: str,
+    notes: Sequence[str],
+    rows: Sequence[Row],
+    results: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    baseline: Row | None,
+    curves: Sequence[Curve],
+) -> str:
+    """The page as HTML text: tables of rows and of cells, curves, failed cells."""
+    names = short_names(metrics)
+    data = {
+        "rows": [row.name for row in rows],
+        "curves": [_curve_data(curve) for curve in curves],
+        "series": [{"metric": metric, "title": title} for metric, title in SERIES],
+        "summary": _summary_data(rows, metrics, names, baseline),
+        "cells": _cells_data(results, metrics, names),
+    }
+    parts = {
+        "TITLE": html.escape(title),
+        "NOTES": "\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        "FAILED": _failed_html(results),
+        "STYLE": _part("report.css"),
+        "DATA": embedded_json(data),
+        "SCRIPT": _part("report.js"),
+    }
+    text = _part("report.html")
+    head, *rest = text.split("@@")
+    # Every second piece is a name; what is put in is never searched again.
+    return head + "".join(parts[piece] if index % 2 == 0 else piece for index, piece in enumerate(rest))
+
+
+def _part(name: str) -> str:
+    return files("kdtune.sweeps").joinpath(name).read_text(encoding="utf-8")
+
+
+def embedded_json(data: Any) -> str:
+    """JSON that may stand inside a <script> element: no text in it can end the element or begin a comment."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _curve_data(curve: Curve) -> dict[str, Any]:
+    return {
+        "row": curve.row,
+        "seed": None if curve.seed is None else shown_value(curve.seed),
+        "metric": curve.metric,
+        "steps": curve.steps,
+        "values": [float(f"{value:.6g}") for value in curve.values],
+        "bin": curve.bin_size,
+    }
+
+
+def _summary_data(
+    rows: Sequence[Row], metrics: Sequence[str], names: Mapping[str, str], baseline: Row | None
+) -> dict[str, Any]:
+    """Header and lines of the table over seeds; a cell is [text, what it is sorted by, detail, class]."""
+    axes = axis_names(rows)
+    lines = []
+    for row in rows:
+        line: list[Any] = [_axis_cell(row.axes, axis) for axis in axes]
+        line.append([str(len(row.cells)), len(row.cells), "", ""])
+        for metric in metrics:
+            summary, found = row.summary(metric), row_difference(row, baseline, metric)
+            ratio = found.in_standard_errors if found else None
+            strong = "strong" if ratio is not None and abs(ratio) > 2 else ""
+            detail = difference_text(found) if found else ("baseline" if row is baseline else "")
+            line.append([mean_text(summary), summary and summary.mean, detail, strong])
+        lines.append(line)
+    return {"header": [*axes, "n", *(names[metric] for metric in metrics)], "num_text": len(axes), "lines": lines}
+
+
+def _cells_data(
+    results: Sequence[Mapping[str, Any]], metrics: Sequence[str], names: Mapping[str, str]
+) -> dict[str, Any]:
+    axes = list(dict.fromkeys(axis for cell in results for axis in cell["axes"]))
+    lines = []
+    for cell in results:
+        values = [cell["metrics"].get(metric) for metric in metrics]
+        seconds = sum(cell["seconds"].values())
+        lines.append(
+            [
+                *(_axis_cell(cell["axes"], axis) for axis in axes),
+                [cell["status"], cell["status"], "", "" if cell["status"] == DONE else "bad"],
+                *(["-" if value is None else f"{value:.4f}", value, "", ""] for value in values),
+                [f"{seconds:.0f}", seconds, "", ""],
+            ]
+        )
+    header = [*axes, "status", *(names[metric] for metric in metrics), "seconds"]
+    return {"header": header, "num_text": len(axes) + 1, "lines": lines}
+
+
+def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:
+    if axis not in values:
+        return ["-", None, "", ""]
+    value = values[axis]
+    return [shown_value(value), value, "", ""]
+
+
+def _failed_html(results: Sequence[Mapping[str, Any]]) -> str:
+    failed = [cell for cell in results if cell["status"] != DONE]
+    blocks = [
+        f"<details><summary>{html.escape(cell['cell'])}: step {html.escape(cell['failed_step'])} failed</summary>"
+        f"<pre>{html.escape(cell['error'])}</pre></details>"
+        for cell in failed
+    ]
+    return "\n".join(["<h2>Failed cells</h2>", *blocks]) if failed else ""

@@ -1,0 +1,126 @@
+"""The report of a sweep: report.md, report.csv, cells.csv, PNG plots and report.html from a results.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import atomic_write_text
+from kdtune.errors import ConfigError
+from kdtune.sweeps.curves import Curve, read_curves
+from kdtune.sweeps.page import page
+from kdtune.sweeps.plots import plot_sweep
+from kdtune.sweeps.results import DONE, read_rows
+from kdtune.sweeps.tables import (
+    Row,
+    baseline_row,
+    chosen_metrics,
+    csv_cells,
+    csv_table,
+    difference_table,
+    rows_over_seeds,
+    summary_table,
+)
+
+_CELL_KEYS = ("cell", "axes", "status", "metrics", "seconds", "folders")
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The cells of a results.jsonl.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or is not a sweep's.
+    """
+    results = read_rows(path)
+    if not results:
+        raise ConfigError(f"{path}: holds no cell; run the sweep until one is finished")
+    for number, row in enumerate(results, start=1):
+        missing = [key for key in _CELL_KEYS if key not in row]
+        if missing:
+            raise ConfigError(f"{path}: line {number} has no {', '.join(missing)}; it is not a sweep's results.jsonl")
+    return results
+
+
+def write_report(
+    results_file: str | Path,
+    output_dir: str | Path,
+    *,
+    title: str,
+    metrics: Sequence[str] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Writes the report and returns its files, the Markdown first.
+
+    Args:
+        results_file: a sweep's results.jsonl; the curves are read from the folders it names, relative to its own.
+        output_dir: folder to write into; files of an earlier report are replaced.
+        title: heading of the report.
+        metrics: names or patterns of the metrics to show, in order; None: all but standard errors.
+        baseline: axis values of the row that the others are compared with; None: no comparison.
+
+    Raises:
+        ConfigError: the results cannot be read, a metric fits nothing, or the baseline is not one row.
+        CheckpointError: a file cannot be written.
+    """
+    results = read_results(results_file)
+    rows = rows_over_seeds(results)
+    names = chosen_metrics(rows, metrics)
+    base = baseline_row(rows, baseline)
+    curves = read_curves(rows, Path(results_file).parent)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = plot_sweep(rows, curves, folder)
+    notes = report_notes(results, rows, base, curves)
+    texts = {
+        "report.md": markdown(title, notes, results, rows, names, base, [path.name for path in plots]),
+        "report.csv": csv_table(rows, names, base),
+        "cells.csv": csv_cells(results),
+        "report.html": page(title, notes, rows, results, names, base, curves),
+    }
+    for name, text in texts.items():
+        atomic_write_text(folder / name, text)
+    return [*(folder / name for name in texts), *plots]
+
+
+def report_notes(
+    results: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: Row | None, curves: Sequence[Curve]
+) -> list[str]:
+    """What the reader of the tables and plots has to know, a paragraph each."""
+    done = sum(cell["status"] == DONE for cell in results)
+    notes = [
+        f"{done} finished cells in {len(rows)} rows, {len(results) - done} failed. A number is the mean over n seeds ± its "
+        "standard error s / √n (s with n - 1 degrees of freedom; - where n = 1). An axis that does not matter to a row is -."
+    ]
+    if baseline is not None:
+        notes.append(
+            f"Baseline: {baseline.name}. Differences stand beside their size in standard errors of the difference: p paired "
+            "by seed, where both rows have the same seeds; t of two samples, √(s₁²/n₁ + s₂²/n₂); - where a row has one seed."
+        )
+    bin_size = max((curve.bin_size for curve in curves), default=1)
+    if bin_size > 1:
+        notes.append(f"Long curves are thinned: each point is the mean of up to {bin_size} logged steps.")
+    if not curves:
+        notes.append("There are no curves: no training folder named in the results was found.")
+    return notes
+
+
+def markdown(
+    title: str,
+    notes: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    metrics: Sequence[str],
+    baseline: Row | None,
+    plots: Sequence[str],
+) -> str:
+    """The report as Markdown, its plots by file name."""
+    parts = [f"# {title}", *notes]
+    if rows:
+        parts += ["## Results", summary_table(rows, metrics)]
+    if baseline is not None and len(rows) > 1:
+        parts += ["## Difference to the baseline", difference_table(rows, metrics, baseline)]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    failed = [cell for cell in results if cell["status"] != DONE]
+    if failed:
+        parts.append("## Failed cells")
+        parts += [f"{cell['cell']}: step {cell['failed_step']} failed.\n\n```\n{cell['error']}\n```" for cell in failed]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"

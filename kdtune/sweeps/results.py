@@ -1,0 +1,94 @@
+"""What a sweep measures: the metrics of a step from its folder, and results.jsonl, one object a cell."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import atomic_write_text
+from kdtune.errors import ConfigError
+from kdtune.sweeps.plan import Cell
+
+DONE, FAILED = "done", "failed"
+LOSSES = ("loss", "class_loss", "kd_loss")
+_VALIDATION = "val_"
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line, a torn last line left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: line {number} must be a JSON object, is {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def step_metrics(folder: Path) -> dict[str, float]:
+    """The numbers a finished step leaves in its folder, by name.
+
+    Of a training run the losses of the last step and the last values of its validation (metrics.jsonl), of an
+    evaluation its metrics (results.json); {} of a step that leaves neither.
+    """
+    found: dict[str, Any] = {}
+    if (folder / "metrics.jsonl").exists():
+        for row in read_rows(folder / "metrics.jsonl"):
+            found |= {name: value for name, value in row.items() if name in LOSSES or name.startswith(_VALIDATION)}
+    if (folder / "results.json").exists():
+        found |= json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What is known of a finished step: its metrics, seconds, command and folder."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str, Any] | None:
+    """A cell's row of results.jsonl; None where neither all its steps are finished nor one has failed.
+
+    `failures` are the steps that failed, by id, with the last lines they printed; `root` is the sweep's folder, which
+    the folders in the row are relative to.
+    """
+    failed = next((step for step in cell.steps if step.id in failures), None)
+    if failed is None and not all(step.record.exists() for step in cell.steps):
+        return None
+    records = {step.name: read_record(step.record) for step in cell.steps if step.record.exists()}
+    row: dict[str, Any] = {
+        "cell": cell.name,
+        "axes": dict(cell.axes),
+        "status": FAILED if failed else DONE,
+        "metrics": {
+            f"{name}.{metric}": value for name, record in records.items() for metric, value in record["metrics"].items()
+        },
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "folders": {step.name: step.folder.relative_to(root).as_posix() for step in cell.steps},
+    }
+    if failed:
+        row |= {
+            "failed_step": failed.name,
+            "error": failures[failed.id],
+            "log": failed.log.relative_to(root).as_posix(),
+        }
+    return row
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON, one a line, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,150 @@
+"""Runs the steps of a sweep as processes of their own, one after the other, under a lock on the sweep's folder."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdtune.checkpoint import atomic_write_text, remove_folder
+from kdtune.errors import ConfigError
+from kdtune.log import get_logger
+from kdtune.sweeps.check import can_resume, step_overrides
+from kdtune.sweeps.plan import Step
+from kdtune.sweeps.results import step_metrics
+
+log = get_logger(__name__)
+
+STOPPED = "stopped"
+_POLL_SECONDS = 0.1
+_NUM_TAIL_LINES = 12
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[int]:
+    """Holds the sweep's folder for this process; yields the lock's descriptor, which every step inherits.
+
+    A step outlives a killed sweep. It then still holds the lock, and the next sweep waits for it.
+
+    Raises:
+        ConfigError: another sweep is running in the folder.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "lock"
+    with path.open("a+") as file:
+        waiting = False
+        while not _try_lock(file.fileno()):
+            owner = int(path.read_text() or 0)
+            if owner and _is_running(owner):
+                raise ConfigError(
+                    f"output_dir={output_dir}: the sweep of process {owner} is running there; wait for it, stop it, "
+                    "or choose another output_dir"
+                )
+            if not waiting:
+                log.info("%s: waiting for the step that a killed sweep (process %s) left running", output_dir, owner)
+            waiting = True
+            time.sleep(_POLL_SECONDS)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
+    """Runs a step to its end and writes its record; None if it is finished, else the last lines it printed.
+
+    What a stopped sweep left of it goes on where its recipe can resume, else it is removed and begun again. When `stop`
+    answers true, the step is sent one Ctrl-C and waited for; whether it had time to finish cannot be told, so it is then
+    not recorded, and the next sweep finds out.
+    """
+    if step.folder.exists() and not can_resume(step):
+        remove_folder(step.folder)
+    step.log.parent.mkdir(parents=True, exist_ok=True)
+    command = ["run", step.recipe, "--config", step.config, *step_overrides(step)]
+    started = time.monotonic()
+    code, told = _execute(command, step.log, lock, stop)
+    if told:
+        return STOPPED
+    if code != 0:
+        return f"exit code {code}\n{tail(step.log)}"
+    if can_resume(step) and not (step.folder / "final").is_dir():
+        return f"ended without writing {step.folder / 'final'}\n{tail(step.log)}"
+    record = {
+        "step": step.name,
+        "recipe": step.recipe,
+        "config": step.config,
+        "overrides": list(step.overrides),
+        "command": ["kdtune", *command],
+        "seconds": time.monotonic() - started,
+        "metrics": step_metrics(step.folder),
+    }
+    atomic_write_text(step.record, json.dumps(record, indent=1) + "\n")
+    return None
+
+
+def _execute(command: list[str], log_file: Path, lock: int, stop: Callable[[], bool]) -> tuple[int, bool]:
+    """Exit code of `kdtune COMMAND`, its output appended to a file, and whether it was told to stop.
+
+    The process has a session of its own: a Ctrl-C in the terminal reaches it once, through here.
+    """
+    with log_file.open("ab", buffering=0) as output:
+        output.write(f"$ {shlex.join(['kdtune', *command])}\n".encode())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kdtune", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    told = False
+    try:
+        while True:
+            try:
+                return process.wait(_POLL_SECONDS), told
+            except subprocess.TimeoutExpired:
+                if stop() and not told:
+                    process.send_signal(signal.SIGINT)
+                    told = True
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def tail(log_file: Path) -> str:
+    """The last lines of a log, progress bars cut to their last state."""
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+    return "\n".join([line for line in lines if line][-_NUM_TAIL_LINES:])
+
+
+def discard(step: Step) -> None:
+    """Deletes the parts of a finished step's folder that its `discard` names (patterns such as `step_*`)."""
+    for pattern in step.discard:
+        for path in sorted(step.folder.glob(pattern)):
+            remove_folder(path) if path.is_dir() else path.unlink()

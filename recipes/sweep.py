@@ -1,0 +1,205 @@
+"""Run other recipes over axes of settings and seeds, share what cells have in common, and report.
+
+    kdtune run sweep --config sweeps/tiny
+    kdtune run sweep --config sweeps/smollm2_case_study dry_run=true
+    kdtune run sweep --config sweeps/smollm2_case_study set.train.dataset.source=alpaca.jsonl max_minutes=30
+
+Every step is a `kdtune run` of its own, with a log. What is finished is never run again: started anew, the same command goes
+on where it was. Equal steps of several cells (the same recipe, config and overrides) are one step.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kdtune import config, sweeps, training
+from kdtune.errors import TrainingError
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    output_dir: str
+    """Folder of the sweep: results.jsonl (one object a cell), report/, and steps/ with each step's folder, log and record."""
+    models_dir: str = "models"
+    """Where downloaded models lie, for use in overrides as ${models_dir}."""
+
+    # What is run
+    steps: dict[str, Any]
+    """Step -> `config` (name or path), `recipe` (left out: the config's), `overrides` (a list), `when` (axis -> values at
+    which it is run), `discard` (parts of its folder to delete when no cell needs them any more, such as [final]). They are
+    run in this order. In an override {lr} is the value of axis lr and {train.dir} the folder of the step train."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """Axis -> a list of values, or value -> step -> a list of further overrides. The axis `seed` is averaged over."""
+    grids: list[dict[str, Any]] | None = None
+    """Several products in one sweep: axis -> values for each; an axis left out has its first value. null: the product of all."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Step (or `all`) -> settings that come last; meant for the command line: set.train.dataset.source=alpaca.jsonl."""
+    only: dict[str, Any] = field(default_factory=dict)
+    """Axis -> values: run these cells alone."""
+
+    # How
+    dry_run: bool = False
+    """Print the cells, their steps and what is done already; run nothing and write nothing."""
+    max_minutes: float | None = None
+    """Start no step after so many minutes; null: run to the end."""
+
+    # Report
+    report: bool = True
+    """Write report/ at the end, from the cells that are finished."""
+    title: str | None = None
+    """Heading of the report; null: the sweep's config."""
+    metrics: list[str] | None = None
+    """Metrics to show, STEP.NAME or patterns such as evaluate.*; null: all but standard errors."""
+    baseline: dict[str, Any] | None = None
+    """Axis values of the row that the report compares the others with."""
+
+    def plan(self) -> sweeps.Plan:
+        """The cells and their steps."""
+        return sweeps.make_plan(output_dir=self.output_dir, steps=self.steps, axes=self.axes, grids=self.grids, only=self.only,
+                                settings=self.set)  # fmt: skip
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each; each step's config passes the gates of its own recipe."""
+        found = []
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            found.append(f"max_minutes={self.max_minutes}: must be above 0; null sets no limit")
+        plan = self.plan()
+        found += plan.problems or sweeps.step_problems(plan, machine=False)
+        unknown = [axis for axis in self.baseline or {} if axis not in self.axes]
+        return found + [f"baseline.{axis}: no such axis; axes: {', '.join(self.axes)}" for axis in unknown]
+
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the steps that need no other step."""
+        found = training.output_dir_problems(self.output_dir, resume=True)
+        if any((Path(self.output_dir) / name).exists() for name in ("metrics.jsonl", "final")):
+            found.append(f"output_dir={self.output_dir}: holds a training run; choose another output_dir")
+        return found if found or self.dry_run else sweeps.step_problems(self.plan(), machine=True)
+
+
+@config.entry_point(Config)
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Plan, steps, results, report."""
+    plan, output_dir = cfg.plan(), Path(cfg.output_dir)
+    if cfg.dry_run:
+        print(plan_table(plan))
+        return
+    with sweeps.locked(output_dir) as lock, training.InterruptFlag() as interrupt:
+        training.write_run_files(output_dir, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+        reason, failures = run_cells(cfg, plan, lock, interrupt)
+        rows = write_results(plan, output_dir, failures)
+    if cfg.report and any(row["status"] == sweeps.DONE for row in rows):
+        files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", metrics=cfg.metrics,
+                                    title=report_title(cfg), baseline=cfg.baseline if len(rows) == len(plan.cells) else None)  # fmt: skip
+        print("report:  " + "\n         ".join(map(str, files)))
+    print(f"results: {output_dir / 'results.jsonl'}: {len(rows)} of {len(plan.cells)} cells")
+    if reason:
+        print(f"stopped {reason}; the same command goes on from here")
+    failed = [row for row in rows if row["status"] == sweeps.FAILED]
+    if failed:
+        lines = [f"{row['cell']}: {row['failed_step']}: {row['error']}" for row in failed]
+        raise TrainingError("\n".join([f"{len(failed)} of {len(plan.cells)} cells failed; the same command tries them again",
+                                       *lines]))  # fmt: skip
+
+
+def run_cells(
+    cfg: Config, plan: sweeps.Plan, lock: int, interrupt: training.InterruptFlag
+) -> tuple[str | None, dict[str, str]]:
+    """Runs what is not finished, cell by cell; why it stopped before the end (None: it did not) and the failed steps."""
+    deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else None
+    failures: dict[str, str] = {}
+    with tqdm(total=len(plan.cells), unit="cell", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+        for number, cell in enumerate(plan.cells, start=1):
+            for step in cell.steps:
+                if step.record.exists():
+                    continue
+                if step.id in failures:
+                    break
+                if interrupt.requested:
+                    return f"by {interrupt.signal_name}", failures
+                if deadline and time.monotonic() > deadline:
+                    return f"after max_minutes={cfg.max_minutes:g}", failures
+                bar.set_postfix_str(step.id)
+                tqdm.write(f"cell {number}/{len(plan.cells)} {cell.name}: {step.id} ({step.log})", file=sys.stderr)
+                error = sweeps.run_step(step, lock=lock, stop=lambda: is_stopped(bar, interrupt))
+                if error == sweeps.STOPPED:
+                    return f"by {interrupt.signal_name} in {step.id}", failures
+                if error is not None:
+                    failures[step.id] = error
+                    tqdm.write(f"  failed: {error}", file=sys.stderr)
+                    break
+            write_results(plan, Path(cfg.output_dir), failures)
+            discard_unneeded(plan, plan.cells[number:], failures)
+            bar.update()
+    return None, failures
+
+
+def is_stopped(bar: Any, interrupt: training.InterruptFlag) -> bool:
+    """Whether the running step should stop; asked all the while it runs, so the bar's clock is kept going here."""
+    if not bar.disable:
+        bar.refresh()
+    return interrupt.requested
+
+
+def discard_unneeded(plan: sweeps.Plan, later: list[sweeps.Cell], failures: dict[str, str]) -> None:
+    """Deletes what the steps allow, where no cell that is still to be finished uses them."""
+    waiting = [cell for cell in plan.cells if cell in later or any(step.id in failures for step in cell.steps)]
+    unfinished = [cell for cell in waiting if not all(step.record.exists() for step in cell.steps)]
+    for step in plan.steps:
+        if step.discard and step.record.exists() and not any(step in cell.steps for cell in unfinished):
+            sweeps.discard(step)
+
+
+def write_results(plan: sweeps.Plan, output_dir: Path, failures: dict[str, str]) -> list[dict[str, Any]]:
+    """Writes results.jsonl, the cells in the plan's order whatever order they were finished in, and returns its rows."""
+    found = [sweeps.cell_result(cell, output_dir, failures) for cell in plan.cells]
+    rows = [row for row in found if row is not None]
+    sweeps.write_rows(output_dir / "results.jsonl", rows)
+    return rows
+
+
+def report_title(cfg: Config) -> str:
+    """The report's heading."""
+    source = config.origin(cfg)
+    return cfg.title or (f"Sweep {source.config}" if source else "Sweep")
+
+
+def plan_table(plan: sweeps.Plan) -> str:
+    """The plan as text: a line for each cell with its axes and the state of each step, and the numbers below."""
+    names = list(dict.fromkeys(step.name for step in plan.steps))
+    axes = list(dict.fromkeys(axis for cell in plan.cells for axis in cell.axes))
+    rows: list[dict[str, Any]] = []
+    for number, cell in enumerate(plan.cells, start=1):
+        steps = {step.name: f"{step.id.rpartition('-')[2]} {state(plan, step)}" for step in cell.steps}
+        values = {axis: sweeps.shown_value(cell.axes[axis]) if axis in cell.axes else "-" for axis in axes}
+        rows.append({"cell": number, **values, **{name: steps.get(name, "-") for name in names}})
+    done = sum(all(step.record.exists() for step in cell.steps) for cell in plan.cells)
+    counts = [
+        f"{name}: {sum(step.name == name for step in plan.steps)} for {sum(s.name == name for c in plan.cells for s in c.steps)} cells"
+        for name in names
+    ]
+    left = sum(not step.record.exists() for step in plan.steps)
+    return (
+        f"{training.format_table(rows)}\n\n{len(plan.cells)} cells, {done} done; {len(plan.steps)} steps, {left} to run "
+        f"({'; '.join(counts)})"
+    )
+
+
+def state(plan: sweeps.Plan, step: sweeps.Step) -> str:
+    """done, begun or to run, and whether other cells share the step."""
+    word = "done" if step.record.exists() else "begun" if step.folder.exists() else "to run"
+    return f"{word}, shared" if plan.num_users(step) > 1 else word
+
+
+if __name__ == "__main__":
+    main()
