@@ -1,0 +1,69 @@
+"""The filters before a draw against brute force, one token at a time."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdtune.generation import sample_token, sample_tokens
+
+
+def brute_force(logits, temperature, top_k, top_p) -> dict[int, float]:
+    """The ids that may be drawn, with their probabilities, by Python floats and sorting."""
+    weights = [torch.tensor(logit / temperature, dtype=torch.float64).exp().item() for logit in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k]
+    total = sum(weights[i] for i in order)
+    kept, held = [], 0.0
+    for i in order:
+        kept.append(i)
+        held += weights[i] / total
+        if top_p is not None and held >= top_p:
+            break
+    total = sum(weights[i] for i in kept)
+    return {i: weights[i] / total for i in kept}
+
+
+def draws(logits, number=4000, **settings) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return [sample_token(torch.tensor(logits), generator=generator, **settings) for _ in range(number)]
+
+
+LOGITS = [2.0, 0.1, -1.0, 1.0, 1.7, -3.0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.5), (None, 0.9), (3, None), (4, 0.7), (None, 1.0), (100, None)])
+def test_draws_have_the_filtered_softmax(temperature, top_k, top_p):
+    expected = brute_force(LOGITS, temperature, top_k, top_p)
+    found = torch.bincount(torch.tensor(draws(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p)), minlength=6)
+    for i in range(6):
+        # Four standard deviations of a binomial share with 4000 draws are at most 0.032.
+        assert found[i].item() / 4000 == pytest.approx(expected.get(i, 0.0), abs=0.032)
+        assert i in expected or found[i] == 0
+
+
+@given(
+    st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.floats(0.01, 0.99),
+)
+def test_nothing_outside_the_nucleus_is_drawn(tenths, top_k, top_p):
+    logits = [tenth / 10 for tenth in tenths]
+    allowed = brute_force(logits, 1.0, top_k, top_p)
+    # A share that a token's sum meets to the last digit may fall on either side in fp32.
+    wider = brute_force(logits, 1.0, top_k, min(top_p + 1e-5, 1.0))
+    assert set(draws(logits, 60, temperature=1.0, top_k=top_k, top_p=top_p)) <= set(allowed) | set(wider)
+
+
+def test_the_most_likely_token_always_stays():
+    assert set(draws(LOGITS, 200, temperature=1.0, top_p=1e-6)) == {0}
+
+
+def test_each_sequence_draws_with_its_own_generator():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    for settings in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "top_p": 0.8}, {"temperature": 0.0}):
+        together = sample_tokens(logits, generators=[torch.Generator().manual_seed(i) for i in range(3)], **settings)
+        alone = [
+            sample_token(row, generator=torch.Generator().manual_seed(i), **settings) for i, row in enumerate(logits)
+        ]
+        assert together == alone
