@@ -40,7 +40,7 @@ _READ = {
 }  # fmt: skip
 _SILENT = {
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size", "ensure_weight_tying", "runtime_config",
+    "qalora_group_size",
 }  # fmt: skip
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -274,7 +274,7 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
     check_adapter(adapter, model)
     for name, stored in adapter.base_copies.items():
         weight = model.get_parameter(name)
-        if stored.shape != tuple(weight.shape) or not torch.equal(stored.read().to(weight), weight):
+        if stored.shape != tuple(weight.shape) or not _same_values(stored.read().to(weight.device), weight):
             raise CheckpointError(
                 f"{stored}: a copy of the base's weights that differs from the base's own {name!r}; the adapter was trained "
                 "beside changed embeddings, which is not supported: merge it with peft and give the merged model"
@@ -293,6 +293,12 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
     return model
 
 
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers, each in the coarser of their dtypes."""
+    dtype = min(one.dtype, other.dtype, key=lambda found: found.itemsize)
+    return torch.equal(one.to(dtype), other.to(dtype))
+
+
 def peft_tensors(model: Transformer) -> dict[str, Tensor]:
     """The adapters' parameters by PEFT's names."""
     tensors = {}
@@ -302,7 +308,7 @@ def peft_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def peft_config(model: Transformer, base: str | None) -> dict[str, Any]:
+def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
     """An ``adapter_config.json`` for the model's adapters. `base`: where its base model lies."""
     linears = adapted_linears(model)
     first = next(iter(linears.values()))
@@ -310,7 +316,7 @@ def peft_config(model: Transformer, base: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else str(Path(base).expanduser().absolute()),
         "inference_mode": True,
         "target_modules": _target_modules(linears),
         "r": first.rank,

@@ -95,8 +95,7 @@ def write_model(
         model: its weights are written bit for bit, in their dtype; a tied head is not written twice. Adapters are merged
             in what is written, a tensor at a time, and the model stays as it is.
         folder: such as the hidden folder of `atomic_folder`.
-        base: folder or file the model came from; its config's other values, generation config and licences are kept. Of
-            a PEFT folder, such as the step a run was resumed from, it is the base that this names.
+        base: folder or file the model came from; its config's other values, generation config and licences are kept.
         tokenizer: writes its own files.
         max_shard_bytes: a larger model is written in several files with an index.
 
@@ -117,7 +116,7 @@ def write_description(
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes all of `write_model` but the weights. `quantization` becomes the config's `quantization_config`."""
-    base = _folder_of(_named_base(base))
+    base = _folder_of(base)
     config = _hf_config(model, base, tokenizer)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
@@ -134,8 +133,7 @@ def write_adapter(
     Args:
         model: has adapters; they are written bit for bit.
         folder: such as the hidden folder of `atomic_folder`.
-        base: where the model came from: what `adapter_config.json` names as the adapter's base. Of a PEFT folder, it is
-            the base that this names.
+        base: folder or file the model came from: what `adapter_config.json` names as the adapter's base.
         tokenizer: writes its own files.
 
     Raises:
@@ -144,11 +142,10 @@ def write_adapter(
     """
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to write; write_model writes it whole")
-    base = _named_base(base)
     tensors = {name: tensor.cpu() for name, tensor in peft.peft_tensors(model).items()}
     with writing(folder):
         save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
-        _write_json(folder / peft.CONFIG, peft.peft_config(model, None if base is None else str(base.absolute())))
+        _write_json(folder / peft.CONFIG, peft.peft_config(model, base))
         _write_companions(folder, _folder_of(base), tokenizer)
 
 
@@ -159,19 +156,11 @@ def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | 
         tokenizer.save(folder)
 
 
-def _named_base(base: str | Path | None) -> Path | None:
-    """The folder or file of a whole model: for a PEFT folder the one it names."""
+def _folder_of(base: str | Path | None) -> Path | None:
     if base is None:
         return None
     path = Path(base).expanduser()
-    if (path / peft.CONFIG).is_file() and not (path / CONFIG).is_file():
-        named = read_json(path / peft.CONFIG).get("base_model_name_or_path")
-        return None if named is None else Path(named)
-    return path
-
-
-def _folder_of(base: Path | None) -> Path | None:
-    return base.parent if base is not None and base.is_file() else base
+    return path.parent if path.is_file() else path
 
 
 def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> None:

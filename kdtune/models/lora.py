@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
-from kdtune.models.nf4 import dequantized, is_nf4, map_nf4, quantize_nf4
+from kdtune.models.nf4 import check_nf4_shape, dequantized, is_nf4, map_nf4, quantize_nf4
 from kdtune.models.transformer import Transformer
 
 AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -166,12 +166,9 @@ def apply_lora(
             "no module to adapt: lora_attn_modules is empty, apply_lora_to_mlp and apply_lora_to_output are false; "
             "choose at least one"
         )
+    bases = {name: _checked_base(model, name, quantize_base and name != OUTPUT) for name in names}
     model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
-            found = f"a {type(base).__name__} with a {type(base.weight).__name__}"
-            raise ConfigError(f"{name}: is {found}; adapters go on a plain torch.nn.Linear: load unquantized weights")
+    for name, base in bases.items():
         adapted = LoRALinear(
             base,
             rank=lora_rank,
@@ -182,6 +179,19 @@ def apply_lora(
         )
         replace_module(model, name, adapted)
     return model
+
+
+def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
+    base = model.get_submodule(name)
+    weight = getattr(base, "weight", None)
+    if type(base) is not nn.Linear or type(weight) is not nn.Parameter:
+        raise ConfigError(
+            f"{name}: is a {type(base).__name__} whose weight is a {type(weight).__name__}; adapters go on a plain "
+            "torch.nn.Linear: load unquantized weights"
+        )
+    if quantize:
+        check_nf4_shape(name, weight.shape)
+    return base
 
 
 def _check_settings(rank: int, alpha: float, dropout: float, attn_modules: Sequence[str]) -> None:
