@@ -58,7 +58,7 @@ def _manager_of(names: tuple[str, ...], include_path: str | None) -> "TaskManage
     return local if all(_is_known(name, local) for name in names) else _manager(path, True)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=None)
 def _manager(include_path: str | None, include_defaults: bool) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
