@@ -78,6 +78,8 @@ class Config:
         given = [key for key in ("prompt", "prompts", "prompt_file") if getattr(self, key) is not None]
         if len(given) != 1:
             found.append(f"prompt, prompts, prompt_file: {', '.join(given) or 'none'} given; give one of them")
+        if self.prompts == []:
+            found.append("prompts=[]: holds no prompt; give at least one")
         if isinstance(self.prompt, dict):
             if unknown := sorted(self.prompt.keys() - {"user", "system"}):
                 found.append(f"prompt.{unknown[0]}: unknown; a prompt has user and system")

@@ -57,6 +57,10 @@ class Config:
         found = []
         if self.batch_size_val < 1:
             found.append(f"batch_size_val={self.batch_size_val}: must be at least 1")
+        if self.quantize_output and self.dataset_val is not None:
+            found.append(
+                "quantize_output=true, dataset_val: the held-out loss needs a plain head; leave one of them out"
+            )
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         return found

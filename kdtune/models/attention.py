@@ -1,7 +1,7 @@
 """Grouped-query causal attention (arXiv 2305.13245).
 
 Shape suffixes: B batch, S new tokens, T tokens attended to (held by the cache and new), D embedding, H query heads,
-K key/value heads, E head dim.
+K key/value heads, G query heads a key head, E head dim.
 """
 
 import torch
@@ -49,6 +49,11 @@ class Attention(nn.Module):
 def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query."""
     groups = q_BHSE.shape[1] // k_BKTE.shape[1]
+    if groups > 1 and q_BHSE.shape[2] == 1:
+        # A single query sees the same keys whatever its head: the heads that share a key are its queries.
+        q_BKGE = q_BHSE.reshape(q_BHSE.shape[0], k_BKTE.shape[1], groups, -1)
+        out_BKGE = functional.scaled_dot_product_attention(q_BKGE, k_BKTE, v_BKTE, attn_mask=mask)
+        return out_BKGE.reshape(q_BHSE.shape)
     # Only CUDA's flash kernel reads shared heads without copying them; its other kernels would fall back to one that
     # holds all scores, and on the CPU both ways take equally long.
     shared = groups > 1 and mask is None and q_BHSE.is_cuda and q_BHSE.dtype in (torch.bfloat16, torch.float16)

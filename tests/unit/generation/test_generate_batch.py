@@ -5,7 +5,7 @@ import torch
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation import answer, eval_mode, generate, generate_batch, sample_token
-from kdtune.models import llama
+from kdtune.models import KVCache, llama
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -232,3 +232,25 @@ def test_no_prompts(model):
 def test_the_bad_prompt_of_a_batch_is_named(model):
     with pytest.raises(DataError, match=r"prompts\[1\]: 0 tokens"):
         generate_batch(model, [[1], []], max_new_tokens=3, stop_ids=())
+
+
+def test_seeds_can_be_given_one_by_one(model):
+    settings = {"max_new_tokens": 12, "stop_ids": (), "temperature": 1.0}
+    seeds = [9, 4, 4, 0, 7]
+    alone = [generate(model, prompt, seed=seed, **settings) for prompt, seed in zip(PROMPTS, seeds, strict=True)]
+    assert generate_batch(model, PROMPTS, seed=seeds, **settings) == alone
+
+
+def test_keep_sequences_moves_what_is_held(model):
+    cache = KVCache(model.config, 4, 10, torch.float32)
+    tokens = torch.arange(12).view(4, 3)
+    with torch.no_grad():
+        model(tokens, kv_cache=cache)
+        cache.keep_sequences([1, 3])
+        new = model(torch.tensor([[5], [6]]), kv_cache=cache)[:, -1]
+        for row, (kept, token) in enumerate([(1, 5), (3, 6)]):
+            expected = model(torch.cat([tokens[kept], torch.tensor([token])])[None])[0, -1]
+            torch.testing.assert_close(new[row], expected, atol=1e-5, rtol=1e-5)
+    for rows in ([], [1, 0], [0, 0], [2], [-1]):
+        with pytest.raises(ValueError, match="keep_sequences"):
+            cache.keep_sequences(rows)

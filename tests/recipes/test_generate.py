@@ -1,0 +1,110 @@
+"""The generate recipe through its CLI on a tiny model: what it prints and writes, and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtune.checkpoint import load_model
+from kdtune.data import Message
+from kdtune.generation import encode_prompt, generate
+from kdtune.tokenizers import byte_tokenizer
+
+CONFIG = "tiny/generate"
+PROMPTS = ["Hi", "What is a rainbow, and why?", "Sing!", "Count to ten."]
+
+
+def arguments(good: Path, *overrides: str) -> list[str]:
+    folder = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {good / 'model'}}}"
+    return ["run", "generate", "--config", CONFIG, folder, *overrides]
+
+
+def expected(good: Path, prompt: str, **settings) -> str:
+    tokenizer = byte_tokenizer()
+    ids = encode_prompt(tokenizer, [Message("user", prompt)])
+    model = load_model(good / "model", dtype=torch.float32)
+    return tokenizer.decode(generate(model, ids, max_new_tokens=32, stop_ids=tokenizer.stop_ids, **settings))
+
+
+def test_one_prompt_is_streamed(cli, good):
+    done = cli(*arguments(good, "prompt=Hi", "temperature=0"))
+    assert done.code == 0, done.err
+    text, _, last = done.out.rstrip("\n").rpartition("\n")
+    assert text.removesuffix("\n") == expected(good, "Hi")
+    assert re.match(r"\d+ tokens in \d+\.\d s: \d+\.\d tokens/s", last)
+
+
+def test_torchtunes_prompt_is_understood(cli, good):
+    here = cli(*arguments(good, "prompt={user: Hi, system: Be short.}", "temperature=0"))
+    there = cli(*arguments(good, "prompt=Hi", "system_prompt=Be short.", "temperature=0"))
+    assert here.code == there.code == 0
+    assert here.out.rsplit("\n", 2)[0] == there.out.rsplit("\n", 2)[0]
+    assert here.out.rsplit("\n", 2)[0] != expected(good, "Hi")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_many_prompts_go_to_a_file_whatever_the_batch_size(cli, good, tmp_path, batch_size):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    done = cli(*arguments(
+        good, "~prompt", f"prompt_file={tmp_path / 'p.jsonl'}", f"output_file={tmp_path / 'out.jsonl'}", "seed=5",
+        f"batch_size={batch_size}", "temperature=0.8", "top_p=0.9",
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for number, row in enumerate(rows):
+        assert row["answer"] == expected(good, row["prompt"], temperature=0.8, top_p=0.9, seed=5 + number)
+        assert row["finish_reason"] in ("stop", "length")
+
+
+def test_many_prompts_without_a_file_are_printed(cli, good):
+    done = cli(*arguments(good, "~prompt", "prompts=[Hi, Sing!]", "temperature=0"))
+    assert done.code == 0, done.err
+    for prompt in ("Hi", "Sing!"):
+        assert f"> {prompt}\n{expected(good, prompt)}\n" in done.out
+
+
+def test_plain_text_is_continued(cli, good):
+    done = cli(*arguments(good, "prompt=Once", "chat=false", "temperature=0"))
+    assert done.code == 0, done.err
+    assert not done.out.startswith(expected(good, "Once"))
+
+
+def test_an_existing_file_is_replaced_only_when_told(cli, good, tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious")
+    command = arguments(good, f"output_file={tmp_path / 'out.jsonl'}")
+    refused = cli(*command)
+    assert refused.code == 2 and "out.jsonl: exists; overwrite=true replaces it" in refused.err
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+    assert cli(*command, "overwrite=true").code == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (['prompt=""'], "prompt 1: the prompt is empty"),
+        (["prompt={user: null}"], "prompt 1: the prompt is empty"),
+        (["prompt=" + "x" * 300], r"prompt 1: 3\d\d tokens; the model's context is 256"),
+        (["~prompt"], "prompt, prompts, prompt_file: none given"),
+        (["prompts=[a]"], "prompt, prompts, prompt_file: prompt, prompts given"),
+        (["prompt={user: a, assistant: b}"], "prompt.assistant: unknown"),
+        (["~prompt", "prompt_file=nowhere.txt"], "prompt_file=nowhere.txt: no such file"),
+        (["~prompt", "prompts=[]"], "prompts=\\[\\]: holds no prompt"),
+        (["temperature=-1"], "temperature=-1.0: must be 0"),
+        (["top_p=0"], "top_p=0.0: must be above 0"),
+        (["top_p=1.5"], "top_p=1.5: must be above 0"),
+        (["top_k=0"], "top_k=0: must be 1"),
+        (["max_new_tokens=0"], "max_new_tokens=0"),
+        (["batch_size=0"], "batch_size=0"),
+        (["overwrite=true"], "overwrite=true: there is no output_file"),
+        (["chat=false", "system_prompt=Be short."], "use chat=true"),
+    ],
+)
+def test_bad_input(cli, good, overrides, message):
+    done = cli(*arguments(good, *overrides))
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+    assert "Traceback" not in done.err
