@@ -26,14 +26,17 @@ class Config:
 
     output_dir: str
     """Folder of the sweep: results.jsonl (one object a cell), report/, and steps/ with each step's folder, log and record."""
+    steps_dir: str | None = None
+    """Where the steps' folders are; null: steps in output_dir. Sweeps with the same one share their equal steps."""
     models_dir: str = "models"
     """Where downloaded models lie, for use in overrides as ${models_dir}."""
 
     # What is run
     steps: dict[str, Any]
     """Step -> `config` (name or path), `recipe` (left out: the config's), `overrides` (a list), `when` (axis -> values at
-    which it is run), `discard` (parts of its folder to delete when no cell needs them any more, such as [final]). They are
-    run in this order. In an override {lr} is the value of axis lr and {train.dir} the folder of the step train."""
+    which it is run, or a list of such mappings), `discard` (parts of its folder to delete when no cell needs them any
+    more, such as [final]). They are run in this order. In an override {lr} is the value of axis lr and {train.dir} the
+    folder of the step train."""
     axes: dict[str, Any] = field(default_factory=dict)
     """Axis -> a list of values, or value -> step -> a list of further overrides. The axis `seed` is averaged over."""
     grids: list[dict[str, Any]] | None = None
@@ -61,8 +64,12 @@ class Config:
 
     def plan(self) -> sweeps.Plan:
         """The cells and their steps."""
-        return sweeps.make_plan(output_dir=self.output_dir, steps=self.steps, axes=self.axes, grids=self.grids, only=self.only,
-                                settings=self.set)  # fmt: skip
+        return sweeps.make_plan(steps_dir=self.steps_folder(), steps=self.steps, axes=self.axes, grids=self.grids,
+                                only=self.only, settings=self.set)  # fmt: skip
+
+    def steps_folder(self) -> Path:
+        """Where the steps' folders are."""
+        return Path(self.steps_dir) if self.steps_dir else Path(self.output_dir) / "steps"
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each; each step's config passes the gates of its own recipe."""
@@ -92,9 +99,9 @@ def run(cfg: Config) -> None:
     """Plan, steps, results, report."""
     plan, output_dir = cfg.plan(), Path(cfg.output_dir)
     if cfg.dry_run:
-        print(plan_table(plan))
+        print(plan_table(plan, list(cfg.steps)))
         return
-    with sweeps.locked(output_dir) as lock, training.InterruptFlag() as interrupt:
+    with sweeps.locked(cfg.steps_folder()) as lock, training.InterruptFlag() as interrupt:
         training.write_run_files(output_dir, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
         reason, failures = run_cells(cfg, plan, lock, interrupt)
         rows = write_results(plan, output_dir, failures)
@@ -174,9 +181,8 @@ def report_title(cfg: Config) -> str:
     return cfg.title or (f"Sweep {source.config}" if source else "Sweep")
 
 
-def plan_table(plan: sweeps.Plan) -> str:
+def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
     """The plan as text: a line for each cell with its axes and the state of each step, and the numbers below."""
-    names = list(dict.fromkeys(step.name for step in plan.steps))
     axes = list(dict.fromkeys(axis for cell in plan.cells for axis in cell.axes))
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(plan.cells, start=1):

@@ -34,15 +34,20 @@ class Curve:
 
 
 def read_curves(rows: Sequence[Row], root: Path) -> list[Curve]:
-    """The curves of all rows; a cell whose folders are not below `root` any more has none.
+    """The curves of all rows; a cell whose folders are not where its results say has none.
 
-    Where a cell has several steps that train, the last one is drawn: the others prepare it.
+    Of a cell's training runs the last one is drawn that no other row has too: the others prepare it.
     """
+    users: dict[str, set[int]] = {}
+    for index, row in enumerate(rows):
+        for cell in row.cells:
+            for folder in cell["folders"].values():
+                users.setdefault(folder, set()).add(index)
     found = []
     for index, row in enumerate(rows):
         for cell in row.cells:
-            files = [root / folder / "metrics.jsonl" for folder in cell["folders"].values()]
-            existing = [path for path in files if path.exists()]
+            own = [root / folder / "metrics.jsonl" for folder in cell["folders"].values() if users[folder] == {index}]
+            existing = [path for path in own if path.exists()]
             if existing:
                 found += _cell_curves(index, cell["axes"].get(SEED), read_rows(existing[-1]))
     return found

@@ -88,7 +88,7 @@ def shown_value(value: Any) -> str:
 
 def make_plan(
     *,
-    output_dir: str | Path,
+    steps_dir: str | Path,
     steps: Mapping[str, Any],
     axes: Axes,
     grids: Sequence[Mapping[str, Any]] | None = None,
@@ -98,10 +98,10 @@ def make_plan(
     """The plan of a sweep's config; nothing is imported or written.
 
     An axis that no step of a cell uses (by `{axis}`, by overrides of its own or by a `when` that depends on it) is left
-    out of that cell, and cells that are then equal are one.
+    out of that cell; cells with the same steps are one.
 
     Args:
-        output_dir: the sweep's folder; a step's is `steps/NAME-HASH` in it.
+        steps_dir: where each step has a folder NAME-HASH.
         steps: name -> recipe, config, overrides, when, discard; in the order they are run.
         axes: name -> values, or name -> {value: {step: overrides}}.
         grids: axis -> values for each grid; None: the product of all axes.
@@ -113,14 +113,14 @@ def make_plan(
     problems += template_problems(steps, axes, settings)
     if problems:
         return Plan([], problems)
-    cells: dict[tuple[Any, ...], Cell] = {}
+    cells: dict[tuple[str, ...], Cell] = {}
     for assignment in assignments(axes, grids, only or {}):
         try:
-            cell = _plan_cell(Path(output_dir), steps, axes, assignment, settings)
+            cell = _plan_cell(Path(steps_dir), steps, axes, assignment, settings)
         except ConfigError as error:
             problems.append(str(error))
             continue
-        cells.setdefault((*(step.id for step in cell.steps), json.dumps(dict(cell.axes))), cell)
+        cells.setdefault(tuple(step.id for step in cell.steps), cell)
     if not cells and not problems:
         problems.append("only: leaves no cell; take a value out of it")
     return Plan(list(cells.values()), list(dict.fromkeys(problems)))
@@ -162,18 +162,24 @@ def _step_problems(name: str, step: Any, axes: Axes) -> list[str]:
     ]
     for key in ("overrides", "discard"):
         value = step.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in flat_list(value)):
             found.append(f"steps.{name}.{key}={value!r}: must be a list of words, such as [optimizer.lr=1e-4]")
-    when = step.get("when", {})
+    return [*found, *_when_problems(f"steps.{name}.when", step.get("when", {}), axes)]
+
+
+def _when_problems(key: str, when: Any, axes: Axes) -> list[str]:
+    if isinstance(when, list) and when:
+        return [problem for index, one in enumerate(when) for problem in _when_problems(f"{key}.{index}", one, axes)]
     if not isinstance(when, dict):
-        return [*found, f"steps.{name}.when={when!r}: must map axes to the values at which the step is run"]
+        return [f"{key}={when!r}: must map axes to the values at which the step is run, or list such mappings"]
+    found = []
     for axis, wanted in when.items():
         if axis not in axes:
-            found.append(f"steps.{name}.when.{axis}: no such axis{did_you_mean(axis, axes)}")
+            found.append(f"{key}.{axis}: no such axis{did_you_mean(axis, axes)}")
             continue
         allowed = axis_values(axes[axis]) if isinstance(axes[axis], list | dict) else []
         found += [
-            f"steps.{name}.when.{axis}: {value!r} is not a value of axes.{axis}; it lists {', '.join(map(str, allowed))}"
+            f"{key}.{axis}: {value!r} is not a value of axes.{axis}; it lists {', '.join(map(str, allowed))}"
             for value in _as_list(wanted)
             if value not in allowed
         ]
@@ -187,34 +193,34 @@ def _set_problems(key: str, sets: Any, steps: Mapping[str, Any]) -> list[str]:
     for step, overrides in (sets or {}).items():
         if step not in steps:
             found.append(f"{key}.{step}: no such step{did_you_mean(step, steps)}; steps: {', '.join(steps)}")
-        elif not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
+        elif not isinstance(overrides, list) or not all(isinstance(item, str) for item in flat_list(overrides)):
             found.append(f"{key}.{step}={overrides!r}: must be a list of overrides, such as [optimizer.lr=1e-4]")
     return found
 
 
 def _plan_cell(
-    output_dir: Path, steps: Mapping[str, Any], axes: Axes, assignment: Assignment, settings: Mapping[str, Any]
+    steps_dir: Path, steps: Mapping[str, Any], axes: Axes, assignment: Assignment, settings: Mapping[str, Any]
 ) -> Cell:
     planned: dict[str, Step] = {}
     used = set()
     for name, template in steps.items():
-        used |= _decided_by(template.get("when", {}), assignment)
+        used |= _decided_by(template.get("when", {}), assignment, axes)
         if not _is_wanted(template.get("when", {}), assignment):
             continue
-        raw = [*template.get("overrides", [])]
+        raw = flat_list(template.get("overrides", []))
         for axis, values in axes.items():
             if isinstance(values, dict):
-                raw += (values[assignment[axis]] or {}).get(name, [])
+                raw += flat_list((values[assignment[axis]] or {}).get(name, []))
                 if any(name in (sets or {}) for sets in values.values()):
                     used.add(axis)
         raw = last_ones([*raw, *flat_overrides(settings.get(ALL_STEPS, {})), *flat_overrides(settings.get(name, {}))])
         used |= {axis for text in (*raw, template["config"]) for axis in _placeholders(text) if axis in axes}
-        planned[name] = _plan_step(output_dir, name, template, raw, assignment, planned, list(steps))
+        planned[name] = _plan_step(steps_dir, name, template, raw, assignment, planned, list(steps))
     return Cell({axis: value for axis, value in assignment.items() if axis in used}, tuple(planned.values()))
 
 
 def _plan_step(
-    output_dir: Path,
+    steps_dir: Path,
     name: str,
     template: Mapping[str, Any],
     overrides: list[str],
@@ -242,7 +248,7 @@ def _plan_step(
     needs = frozenset(step.id for other, step in planned.items() if any(f"{{{step.id}}}" in text for text in portable))
     shipped = _assets.recipe_named(recipe) is not None
     return Step(
-        name, step_id, known.name if shipped else recipe, config, expanded, output_dir / "steps" / step_id, needs,
+        name, step_id, known.name if shipped else recipe, config, expanded, steps_dir / step_id, needs,
         tuple(template.get("discard", ())),
     )  # fmt: skip
 
@@ -276,14 +282,27 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_wanted(when: Mapping[str, Any], assignment: Assignment) -> bool:
+def flat_list(values: Sequence[Any]) -> list[Any]:
+    """A list with the lists inside it opened, which is how a YAML anchor puts a list into another."""
+    return [item for value in values for item in (flat_list(value) if isinstance(value, list) else [value])]
+
+
+def _is_wanted(when: Any, assignment: Assignment) -> bool:
+    """Whether all of a mapping's conditions hold, or those of one mapping of a list."""
+    if isinstance(when, list):
+        return any(_is_wanted(one, assignment) for one in when)
     return all(assignment[axis] in _as_list(wanted) for axis, wanted in when.items())
 
 
-def _decided_by(when: Mapping[str, Any], assignment: Assignment) -> set[str]:
-    """The axes of a `when` that decide here: with another value of that axis alone the outcome could be another."""
-    others = {axis: {name: wanted for name, wanted in when.items() if name != axis} for axis in when}
-    return {axis for axis in when if _is_wanted(others[axis], assignment)}
+def _decided_by(when: Any, assignment: Assignment, axes: Axes) -> set[str]:
+    """The axes of a `when` that decide here: with another value of that axis alone the outcome would be another."""
+    mentioned = {axis for one in _as_list(when) for axis in one}
+    wanted = _is_wanted(when, assignment)
+    return {
+        axis
+        for axis in mentioned
+        if any(_is_wanted(when, {**assignment, axis: value}) != wanted for value in axis_values(axes[axis]))
+    }
 
 
 def last_ones(overrides: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a sweep measures: the metrics of a step from its folder, and results.jsonl, one object a cell."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,19 @@ def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str
             f"{name}.{metric}": value for name, record in records.items() for metric, value in record["metrics"].items()
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},
-        "folders": {step.name: step.folder.relative_to(root).as_posix() for step in cell.steps},
+        "folders": {step.name: _from(root, step.folder) for step in cell.steps},
     }
     if failed:
         row |= {
             "failed_step": failed.name,
             "error": failures[failed.id],
-            "log": failed.log.relative_to(root).as_posix(),
+            "log": _from(root, failed.log),
         }
     return row
+
+
+def _from(root: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

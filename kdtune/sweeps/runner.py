@@ -27,27 +27,27 @@ _NUM_TAIL_LINES = 12
 
 
 @contextmanager
-def locked(output_dir: Path) -> Iterator[int]:
-    """Holds the sweep's folder for this process; yields the lock's descriptor, which every step inherits.
+def locked(folder: Path) -> Iterator[int]:
+    """Holds the folder of a sweep's steps for this process; yields the lock's descriptor, which every step inherits.
 
     A step outlives a killed sweep. It then still holds the lock, and the next sweep waits for it.
 
     Raises:
         ConfigError: another sweep is running in the folder.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / "lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
     with path.open("a+") as file:
         waiting = False
         while not _try_lock(file.fileno()):
             owner = int(path.read_text() or 0)
             if owner and _is_running(owner):
                 raise ConfigError(
-                    f"output_dir={output_dir}: the sweep of process {owner} is running there; wait for it, stop it, "
+                    f"{folder}: the sweep of process {owner} is running there; wait for it, stop it, "
                     "or choose another output_dir"
                 )
             if not waiting:
-                log.info("%s: waiting for the step that a killed sweep (process %s) left running", output_dir, owner)
+                log.info("%s: waiting for the step that a killed sweep (process %s) left running", folder, owner)
             waiting = True
             time.sleep(_POLL_SECONDS)
         file.truncate(0)

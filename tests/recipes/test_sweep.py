@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# A recipe that takes no time: it "trains" by writing numbers, half a second a step if it is told to be slow.
+# A recipe that takes no time: it "trains" by writing numbers, `slow` seconds apart.
 TOY = '''"""A toy."""
 import json, time
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Config:
     resume_from_checkpoint: bool = False
     value: float = 1.0
     seed: int = 0
-    slow: bool = False
+    slow: float = 0.0
     source: str | None = None
     fail: bool = False
 
@@ -43,7 +43,7 @@ def main(cfg):
     if cfg.fail:
         raise RuntimeError("the toy broke")
     for step in range(start, 6):
-        time.sleep(0.5 if cfg.slow else 0.0)
+        time.sleep(cfg.slow)
         row = {"step": step + 1, "loss": cfg.value / (step + 1), "val_kd_loss": cfg.value + 0.1 * cfg.seed}
         with file.open("a") as out:
             out.write(json.dumps(row) + "\\n")
@@ -167,7 +167,7 @@ def test_a_shared_step_that_fails_is_tried_once(sweep: Path) -> None:
 
 @pytest.mark.parametrize("group", [True, False], ids=["with its step", "alone"])
 def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
-    (sweep / "toy.yaml").write_text("slow: true\n")
+    (sweep / "toy.yaml").write_text("slow: 0.5\n")
     run(sweep / "sweep.yaml", "only.lr=[1.0]", f"output_dir={sweep}/whole")
     folder = sweep / "sweep"
     process = start(sweep / "sweep.yaml", "only.lr=[1.0]")
@@ -199,7 +199,7 @@ def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
 
 
 def test_an_interrupt_reaches_the_step_and_stops_cleanly(sweep: Path) -> None:
-    (sweep / "toy.yaml").write_text("slow: true\n")
+    (sweep / "toy.yaml").write_text("slow: 10.0\n")
     process = start(sweep / "sweep.yaml")
     folder = sweep / "sweep"
     wait_until(lambda: any(folder.glob("steps/train-*/metrics.jsonl")), process)
@@ -257,7 +257,7 @@ steps:
   train:
     config: tiny/knowledge_distillation
     overrides: [model=null, checkpointer=kdtune.checkpoint.Checkpointer, "checkpointer.checkpoint_dir={student.dir}",
-                "kd_ratio={kd_ratio}", sample_prompts=[], save_every_n_steps=1, max_steps_per_epoch=24]
+                "kd_ratio={kd_ratio}", "sample_prompts=[]", save_every_n_steps=1, max_steps_per_epoch=24]
 axes: {kd_ratio: [0.25, 0.75]}
 """
     (tmp_path / "sweep.yaml").write_text(text)

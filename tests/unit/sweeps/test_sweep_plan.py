@@ -17,7 +17,7 @@ AXES: dict[str, Any] = {"a": [1, 2, 3], "b": ["x", "y"], "seed": [0, 1]}
 
 def plan(**changes: Any) -> Any:
     settings: dict[str, Any] = {
-        "output_dir": "out",
+        "steps_dir": "out",
         "steps": {"train": {"config": KD, "overrides": ["kd_ratio={r}", "seed={seed}"]}},
         "axes": {"r": [0.5, 1.0], "seed": [0, 1]},
     }
@@ -76,7 +76,7 @@ def test_identity_is_recipe_config_and_overrides_not_the_place(tmp_path: Path) -
 
     def ids(output_dir: str = "out", extra: str = "") -> list[str]:
         steps["train"]["overrides"] = ["tokenizer.path={first.dir}", *([extra] if extra else [])]
-        return [step.id for step in plan(output_dir=output_dir, steps=steps, axes={}).steps]
+        return [step.id for step in plan(steps_dir=output_dir, steps=steps, axes={}).steps]
 
     before = ids()
     assert ids(output_dir="elsewhere") == before
@@ -189,3 +189,19 @@ def test_a_folder_of_a_step_that_is_not_run() -> None:
         "train": {"config": KD, "overrides": ["tokenizer.path={teacher.dir}", "seed={seed}"]},
     }
     assert "that step is not run in the cell r=0.5 seed=0" in plan(steps=steps).problems[0]
+
+
+def test_alternatives_of_when_and_lists_inside_lists() -> None:
+    axes = {"model": {"teacher": {"evaluate": ["batch_size=1"]}, "kd": {}}, "teacher": ["plain", "tuned"], "seed": [0]}
+    steps = {
+        "tune": {"config": "tiny/prune", "when": [{"model": "teacher"}, {"model": "kd", "teacher": "tuned"}]},
+        "evaluate": {"config": KD, "overrides": [["seed=1", ["kd_ratio=1"]], "seed=2"]},
+    }
+    found = plan(steps=steps, axes=axes)
+    assert [(cell.name, len(cell.steps)) for cell in found.cells] == [
+        ("model=teacher", 2),
+        ("model=kd teacher=plain", 1),
+        ("model=kd teacher=tuned", 2),
+    ]
+    assert found.cells[1].steps[0].overrides == ("kd_ratio=1", "seed=2")
+    assert found.cells[0].steps[0] == found.cells[2].steps[0] and len(found.steps) == 3
