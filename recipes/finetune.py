@@ -214,17 +214,18 @@ def run(cfg: Config) -> None:
         loader.seek(saved["position"])
 
     # Loop. Only from here on is anything written.
+    profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
+    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
     manager = checkpoint.CheckpointManager(
         output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
     )
-    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     metrics = training.Metrics()
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step) as bar,
-        config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir}) or nullcontext() as profiler,
+        profiler or nullcontext(),
     ):
         if step == 0:
             logger.log(validate(model, held_out, device), step)

@@ -220,18 +220,19 @@ def run(cfg: Config) -> None:
         step = saved["step"]
         loader.seek(saved["position"])
 
-    # Loop. Only from here on is anything written.
+    # Loop. Only from here on is anything written: what the profiler or the logger refuses is refused before.
+    profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
+    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
     manager = checkpoint.CheckpointManager(
         output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
     )
-    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     metrics = training.Metrics()
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step) as bar,
-        config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir}) or nullcontext() as profiler,
+        profiler or nullcontext(),
     ):
         if step == 0:
             logger.log(validate(student, teacher, held_out, device, with_teacher_loss=True), step)

@@ -129,6 +129,7 @@ def choose_layers(
     """The layers to keep, and for the greedy choice each removal with the loss after it."""
     total = model.config.num_layers
     if cfg.layers is not None:
+        prune.check_layers(model, cfg.layers)
         return cfg.layers, []
     assert cfg.num_layers is not None
     if cfg.method == "even":

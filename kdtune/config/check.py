@@ -59,7 +59,8 @@ def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: A
     if plain is float and type(value) is int:
         return float(value)
     if plain in _SCALARS:
-        fits = type(value) is plain
+        # Not NaN, which every comparison with a bound would let pass.
+        fits = type(value) is plain and value == value
     elif plain in (Path, PurePath) or plain.__name__ == "PathLike":
         fits = isinstance(value, str | PurePath)
         value = Path(value) if fits and plain is Path else value

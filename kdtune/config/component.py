@@ -232,7 +232,8 @@ def instantiate(node: Any, *, optional: Mapping[str, Any] | None = None, **runti
     `runtime` and `optional` are the arguments the recipe gives (see `component`).
 
     Raises:
-        ConfigError: the node does not bind, with every finding; for a config's nodes `load` has seen to this already.
+        ConfigError: the node does not bind, with every finding (for a config's nodes `load` has seen to this already),
+            or the component refuses a value.
     """
     optional = optional or {}
     problems = check_nodes(node, "", runtime, optional=optional)
@@ -262,4 +263,9 @@ def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], i
                 arguments[name] = optional[name]
             elif name in inherited and parameter.default is inspect.Parameter.empty:
                 arguments[name] = inherited[name]
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except (TypeError, ValueError) as error:
+        # What other libraries raise about a value, such as a negative learning rate.
+        given = ", ".join(f"{name}={shown(value)}" for name, value in node.items() if name != COMPONENT)
+        raise ConfigError(f"{node[COMPONENT]}: cannot be made with {given or 'its defaults'}: {error}") from error

@@ -25,7 +25,11 @@ from kdtune.errors import ConfigError, KDTuneError
 
 T = TypeVar("T")
 _ORIGIN = "_kdtune_origin"
-_FILE_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+# What the machine, not the program, is to blame for: the disk is full, read-only or failing, a folder is gone.
+_FILE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
             prepare_imports(path)
             try:
                 cfg = _gates(frame, path, arguments.config, overrides)
-            except KDTuneError as error:
+            except (KDTuneError, OSError) as error:
                 _exit(error, show=arguments.traceback, quiet=os.environ.get("RANK", "0") != "0")
             try:
                 function(cfg)

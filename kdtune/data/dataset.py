@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kdtune.config.component import resolve
 from kdtune.data.messages import type_name
-from kdtune.data.sources import Source, open_rows, read_stream
+from kdtune.data.sources import Source, empty_text, open_rows, read_stream
 from kdtune.data.transforms import Encoded, Example, Row, is_trainable, make_example, truncate
 from kdtune.errors import DataError
 from kdtune.log import get_logger
@@ -70,7 +70,7 @@ def total_report(reports: Iterable[Report], source: str) -> Report:
 def check_not_empty(report: Report) -> None:
     """Raises a DataError when no row of a source can be trained on, saying why."""
     if report.rows == 0:
-        raise DataError(f"{report.source}: the dataset is empty (0 rows); check source, split and data_files")
+        raise DataError(empty_text(report.source))
     if report.examples == 0:
         raise DataError(f"nothing to train on: {report}; check filter_fn, masks and tokenizer.max_seq_len")
 
@@ -265,7 +265,10 @@ def resolve_filter(filter_fn: FilterFn | str | None) -> FilterFn | None:
 
 
 def _kept(keep: FilterFn, row: Row) -> bool:
-    answer: Any = keep(row)
+    try:
+        answer: Any = keep(row)
+    except Exception as error:  # the user's own function
+        raise DataError(f"filter_fn raised {type(error).__name__}: {error}") from error
     if not isinstance(answer, bool | np.bool_):
         raise DataError(f"filter_fn must return true or false: found {type_name(answer)}")
     return bool(answer)

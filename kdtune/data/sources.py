@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,16 @@ def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | Non
                 **extra,
             )
     except StopIteration as error:  # what load_dataset lets out for a file without rows
-        raise DataError(f"{source.label}: the dataset is empty (0 rows); check source, split and data_files") from error
+        raise DataError(empty_text(source.label)) from error
+    except DataError as error:
+        if "corresponds to no data" in str(error):  # the same for a CSV file of its header alone
+            raise DataError(empty_text(source.label)) from error
+        raise
+
+
+def empty_text(label: str) -> str:
+    """What is said of a source without rows."""
+    return f"{label}: the dataset is empty (0 rows); check source, split and data_files"
 
 
 @contextmanager
@@ -197,15 +207,24 @@ def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
     from datasets import Features, Value
 
     first = next(iter(files.values()))[0]
-    with _open_text(first) as file:
+    with _text(first) as file:
         header = next(csv.reader(file), None)
     if not header:
         raise DataError(f"{first}: the file is empty; the first line of a CSV file names its columns")
     return {"keep_default_na": False, "features": Features({name: Value("string") for name in header})}
 
 
-def _open_text(path: str) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.endswith(".gz") else open(path, encoding="utf-8-sig")
+@contextmanager
+def _text(path: str) -> Iterator[IO[str]]:
+    """A file of text, possibly gzipped, opened; what goes wrong while it is read comes out as a DataError naming it."""
+    try:
+        opener: Any = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:  # the first three: gzip of a broken file
+        raise DataError(f"{path}: cannot be read: {error}; the file may be cut off or corrupt") from error
 
 
 def _json_source(files: FilesOfSplits, source: Source) -> Any:
@@ -262,11 +281,8 @@ def read_json(paths: Iterable[str]) -> Iterator[Row]:
         DataError: a file is not valid JSON or a row is not an object; the message names file and line.
     """
     for path in paths:
-        try:
-            with _open_text(path) as file:
-                yield from _json_array(path, file) if _starts_array(file) else _json_lines(path, file)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text: {error}") from error
+        with _text(path) as file:
+            yield from _json_array(path, file) if _starts_array(file) else _json_lines(path, file)
 
 
 def _starts_array(file: IO[str]) -> bool:

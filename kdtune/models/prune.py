@@ -52,16 +52,25 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
     Raises:
         ConfigError: The indices are not strictly increasing within the model.
     """
-    num_layers = model.config.num_layers
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
-        raise ConfigError(
-            f"layers={list(layers)}: must be strictly increasing indices from 0 to {num_layers - 1}, at least one"
-        )
+    check_layers(model, layers)
     with torch.device("meta"):
         pruned = Transformer(replace(model.config, num_layers=len(layers)))
     pruned.tok_embeddings, pruned.norm, pruned.output = model.tok_embeddings, model.norm, model.output
     pruned.layers = nn.ModuleList(model.layers[index] for index in layers)
     return pruned.train(model.training)
+
+
+def check_layers(model: Transformer, layers: Sequence[int]) -> None:
+    """Nothing where the indices are strictly increasing within the model.
+
+    Raises:
+        ConfigError: They are not, or there is none.
+    """
+    num_layers = model.config.num_layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
+        raise ConfigError(
+            f"layers={list(layers)}: must be strictly increasing indices from 0 to {num_layers - 1}, at least one"
+        )
 
 
 def evenly_spaced(num_layers: int, keep: int) -> list[int]:
@@ -216,7 +225,7 @@ def _mean_over_texts(summed: Iterable[tuple[list[float], int]]) -> list[float]:
 
 def _check_keep(num_layers: int, keep: int) -> None:
     if not 1 <= keep <= num_layers:
-        raise ConfigError(f"keep={keep}: must be from 1 to {num_layers}, the number of layers")
+        raise ConfigError(f"num_layers to keep={keep}: must be from 1 to {num_layers}, the number of layers")
 
 
 def _checked_count(num_valid: int) -> int:

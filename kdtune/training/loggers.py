@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -131,7 +132,18 @@ class WandBLogger:
             import wandb
         except ImportError as error:
             raise _missing_extra("WandBLogger", "wandb") from error
-        self._run = wandb.init(project=project, entity=entity, group=group, name=name, dir=log_dir)
+        folder = None if log_dir is None else Path(log_dir)
+        is_new = folder is not None and not folder.exists()
+        if folder is not None and is_new:
+            folder.mkdir(parents=True)  # wandb goes elsewhere where it is missing
+        try:
+            self._run = wandb.init(project=project, entity=entity, group=group, name=name, dir=log_dir)
+        except Exception as error:  # no account, no network: wandb's errors have no narrower class in common
+            if folder is not None and is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise ConfigError(
+                f"metric_logger: wandb could not start ({error}); run wandb login, or leave it out"
+            ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send the step's numbers."""

@@ -17,13 +17,14 @@ from kdtune.checkpoint import (
     save_model,
     writing,
 )
-from kdtune.errors import ConfigError
+from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.training.loggers import read_metrics, truncate_metrics
 
 log = get_logger(__name__)
 
+_NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 
 
@@ -34,7 +35,15 @@ def holds_run(output_dir: Path) -> bool:
 
 def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
     """Why a run could not write there, without writing anything."""
-    folder = Path(output_dir)
+    try:
+        return _folder_problems(Path(output_dir), resume=resume)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return [f"output_dir={output_dir!r}: {reason}; choose another output_dir"]
+
+
+def _folder_problems(folder: Path, *, resume: bool) -> list[str]:
+    output_dir = str(folder)
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={output_dir}: is a file; name a folder"]
     if not resume and holds_run(folder):
@@ -45,7 +54,9 @@ def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
     parent = folder
     while not parent.exists():
         parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+    # What root may write to can still be mounted read-only.
+    is_mounted_read_only = hasattr(os, "statvfs") and bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
+    if is_mounted_read_only or not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         return [f"output_dir={output_dir}: {parent} is not a folder that can be written to; choose another output_dir"]
     return []
 
@@ -66,37 +77,58 @@ def step_to_resume(output_dir: Path, config_values: Mapping[str, Any], *, may_ch
 
 
 def read_resolved_config(output_dir: Path) -> dict[str, Any]:
-    """The config a run was started with, key by key; empty where it was killed before it was written."""
+    """The config a run was started with, key by key; empty where it was killed before it was written.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     path = output_dir / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: is not YAML: {' '.join(str(error).split())}; {_NOT_OURS}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, a mapping of keys expected; {_NOT_OURS}")
+    return found
 
 
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
     Raises:
-        CheckpointError: where it cannot be written.
+        CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
     """
+    logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
+    for file in logs:
+        read_metrics(file)
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     write_run_files(output_dir, resolved_config=resolved_config, record=record)
     discard_steps_after(output_dir, step)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if (output_dir / name).exists():
-            # At step 0 the validation before the first step is made again.
-            truncate_metrics(output_dir / name, step if step > 0 else -1)
+    for file in logs:
+        # At step 0 the validation before the first step is made again.
+        truncate_metrics(file, step if step > 0 else -1)
 
 
 def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Writes `config.yaml` (every value) and `run.json` (versions and command line, one entry per start) into a folder.
 
     Raises:
-        CheckpointError: where it cannot be written.
+        CheckpointError: a run.json that is there is damaged, or the files cannot be written.
     """
-    atomic_write_text(folder / "config.yaml", resolved_config)
     runs_file = folder / "run.json"
-    starts = json.loads(runs_file.read_text())["starts"] if runs_file.exists() else []
+    starts = _starts(runs_file) if runs_file.exists() else []
+    atomic_write_text(folder / "config.yaml", resolved_config)
     atomic_write_text(runs_file, json.dumps({"starts": [*starts, dict(record)]}, indent=1) + "\n")
+
+
+def _starts(runs_file: Path) -> list[Any]:
+    try:
+        return list(json.loads(runs_file.read_text(encoding="utf-8"))["starts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]) -> None:

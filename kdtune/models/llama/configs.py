@@ -44,7 +44,7 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
         if key in config and config[key] not in plain:
             raise CheckpointError(f"config.json: {key}={config[key]!r} is not supported; want {plain[0]!r}")
     embed_dim, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    max_seq_len = config.get("max_position_embeddings", 2048)
+    max_seq_len = _or(_number(config, "max_position_embeddings"), 2048)
     rope_base, rope_scaling = _rope_from_hf(config, max_seq_len)
     return _checked_config(
         "config.json",
@@ -52,11 +52,11 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
         embed_dim=embed_dim,
         num_layers=_size(config, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_or(config.get("num_key_value_heads"), num_heads),
-        head_dim=_or(config.get("head_dim"), embed_dim // num_heads),
+        num_kv_heads=_or(_number(config, "num_key_value_heads"), num_heads),
+        head_dim=_or(_number(config, "head_dim"), embed_dim // num_heads),
         intermediate_dim=_size(config, "intermediate_size"),
         max_seq_len=max_seq_len,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=_or(_number(config, "rms_norm_eps", kind=float), 1e-6),
         rope_base=rope_base,
         rope_scaling=rope_scaling,
         tie_embeddings=config.get("tie_word_embeddings", False),
@@ -108,15 +108,14 @@ def config_to_hf(
 
 
 def _rope_from_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, RopeScaling | None]:
-    old: Mapping[str, Any] = config.get("rope_scaling") or {}
-    new: Mapping[str, Any] = config.get("rope_parameters") or {}
+    old, new = _settings(config, "rope_scaling"), _settings(config, "rope_parameters")
     for key in old.keys() & new.keys():
         if old[key] != new[key]:
             raise CheckpointError(
                 f"config.json: rope_scaling.{key}={old[key]!r} and rope_parameters.{key}={new[key]!r} disagree"
             )
     rope = {**new, **old}
-    base = _or(rope.get("rope_theta"), _or(config.get("rope_theta"), 10_000.0))
+    base = _or(_number(rope, "rope_theta", kind=float), _or(_number(config, "rope_theta", kind=float), 10_000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise CheckpointError(f"config.json: rope_type={rope_type!r} is not supported; want 'default' or 'llama3'")
@@ -132,7 +131,7 @@ def _rope_from_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, R
     rope.setdefault("original_max_position_embeddings", max_seq_len)
     if missing := [key for key in _ROPE_SCALING_KEYS if rope.get(key) is None]:
         raise CheckpointError(f"config.json: rope_type 'llama3' without {missing}")
-    factor, low, high, original = (rope[key] for key in _ROPE_SCALING_KEYS)
+    factor, low, high, original = (_number(rope, key, kind=float) for key in _ROPE_SCALING_KEYS)
     return float(base), RopeScaling(float(factor), float(low), float(high), int(original))
 
 
@@ -167,6 +166,8 @@ def config_from_meta(
         raise CheckpointError(f"params.json: unsupported settings {unknown}; want a text model without quantization")
     dim, num_heads = _size(params, "dim", "params.json"), _size(params, "n_heads", "params.json")
     stated_vocab_size = params.get("vocab_size", -1)
+    if type(stated_vocab_size) is not int:
+        raise CheckpointError(f"params.json: vocab_size={stated_vocab_size!r}; want an integer")
     stated_vocab_size = _or(vocab_size, -1) if stated_vocab_size <= 0 else stated_vocab_size
     if stated_vocab_size <= 0:
         raise CheckpointError("params.json: no vocab_size; pass the number of rows of tok_embeddings.weight")
@@ -177,12 +178,12 @@ def config_from_meta(
         embed_dim=dim,
         num_layers=_size(params, "n_layers", "params.json"),
         num_heads=num_heads,
-        num_kv_heads=_or(params.get("n_kv_heads"), num_heads),
-        head_dim=_or(params.get("head_dim"), dim // num_heads),
+        num_kv_heads=_or(_number(params, "n_kv_heads", "params.json"), num_heads),
+        head_dim=_or(_number(params, "head_dim", "params.json"), dim // num_heads),
         intermediate_dim=_meta_intermediate_dim(params),
         max_seq_len=4096,
-        norm_eps=_size(params, "norm_eps", "params.json"),
-        rope_base=float(params.get("rope_theta", 10_000.0)),
+        norm_eps=_size(params, "norm_eps", "params.json", kind=float),
+        rope_base=_or(_number(params, "rope_theta", "params.json", kind=float), 10_000.0),
         rope_scaling=scaled if params.get("use_scaled_rope") else None,
         tie_embeddings=False,
     )
@@ -205,8 +206,8 @@ def _stated_by_meta(config: TransformerConfig) -> TransformerConfig:
 def _meta_intermediate_dim(params: Mapping[str, Any]) -> int:
     """Two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
     inner = int(2 * 4 * params["dim"] / 3)
-    inner = int(_or(params.get("ffn_dim_multiplier"), 1) * inner)
-    multiple = params.get("multiple_of", 256)
+    inner = int(_or(_number(params, "ffn_dim_multiplier", "params.json", kind=float), 1) * inner)
+    multiple = _or(_number(params, "multiple_of", "params.json"), 256)
     return -(-inner // multiple) * multiple
 
 
@@ -251,7 +252,7 @@ def config_from_gguf(
         intermediate_dim=_size(llama, "feed_forward_length", "GGUF"),
         max_seq_len=_size(llama, "context_length", "GGUF"),
         # Stored as a 32-bit float: 1e-5 reads as 9.9999997e-06.
-        norm_eps=float(f"{_size(llama, 'attention.layer_norm_rms_epsilon', 'GGUF'):.7g}"),
+        norm_eps=float(f"{_size(llama, 'attention.layer_norm_rms_epsilon', 'GGUF', kind=float):.7g}"),
         rope_base=rope_base,
         rope_scaling=None if rope_factors is None else _scaling_from_factors(rope_factors, head_dim, rope_base),
         tie_embeddings=tie_embeddings,
@@ -275,10 +276,28 @@ def _checked_config(source: str, **settings: Any) -> TransformerConfig:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _size(config: Mapping[str, Any], key: str, source: str = "config.json") -> Any:
-    if config.get(key) is None:
+def _size(config: Mapping[str, Any], key: str, source: str = "config.json", *, kind: type = int) -> Any:
+    value = _number(config, key, source, kind=kind)
+    if value is None:
         raise CheckpointError(f"{source}: {key} is missing")
-    return config[key]
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, source: str = "config.json", *, kind: type = int) -> Any:
+    """A positive number of the kind (an int passes for a float); None where the key is absent or null."""
+    value: Any = config.get(key)
+    if value is None:
+        return None
+    if type(value) not in (int, kind) or not value > 0:
+        raise CheckpointError(f"{source}: {key}={value!r}; want a positive {'integer' if kind is int else 'number'}")
+    return kind(value)
+
+
+def _settings(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: {key}={found!r}; want an object of settings, or null")
+    return found
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -137,9 +137,10 @@ def test_instantiate_refuses_what_does_not_bind() -> None:
         instantiate(node("Tokenizer", path="x"), params=1)
 
 
-def test_an_error_inside_a_component_is_not_hidden() -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
+def test_a_value_that_the_component_refuses_is_named_and_the_error_kept() -> None:
+    with pytest.raises(ConfigError, match="int_of: cannot be made with text='z'.*invalid literal") as raised:
         instantiate(node("int_of", text="z"))
+    assert isinstance(raised.value.__cause__, ValueError)
 
 
 def test_the_arguments_of_an_unpacked_typed_dict_are_checked_by_name_and_type() -> None:

@@ -1,6 +1,7 @@
 import builtins
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,20 @@ def test_wandb_gets_the_values(tmp_path, monkeypatch):
     logger.close()
     assert calls[0] == {"project": "distil", "entity": None, "group": "ablation", "name": None, "dir": str(tmp_path)}
     assert calls[1:] == [({"loss": 1.5}, 2), "finish"]
+
+
+def test_wandb_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    def init(dir, **arguments):
+        assert Path(dir).is_dir()
+        raise RuntimeError("no api key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match="no api key"):
+        WandBLogger("distil", log_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_texts_survive_too(tmp_path):
