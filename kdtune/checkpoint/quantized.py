@@ -98,7 +98,8 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
     document = read_json(file.parent / CONFIG)
     scheme = _scheme(document, file.parent / CONFIG)
     parameters = dict(model.named_parameters())
-    if added := [name for name in parameters if name not in _names(model.config)]:
+    expected = set(_names(model.config))
+    if added := [name for name in parameters if name not in expected]:
         raise CheckpointError(
             f"{file.parent}: holds {scheme} weights, which are for use and not for training; the model has {added[0]!r} "
             "beside them: train on the folder that was quantized"
