@@ -25,7 +25,9 @@ doc_to_text: "Long ago, the {{thing}}"
 doc_to_target: label
 doc_to_choice: endings
 target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: acc_norm, aggregation: mean, higher_is_better: true}]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """,
     "letters": f"""
 output_type: multiple_choice
@@ -39,8 +41,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{story}}"
-metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity}, {metric: byte_perplexity, aggregation: weighted_perplexity},
-              {metric: bits_per_byte, aggregation: bits_per_byte}]
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
 """,
     "answers": """
 output_type: generate_until

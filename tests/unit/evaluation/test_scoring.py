@@ -92,7 +92,10 @@ def test_progress_counts_requests_and_the_mode_is_restored(model):
     assert score(model, [], max_length=64, batch_tokens=100) == []
 
 
-@pytest.mark.parametrize(("pair", "word"), [(([], [1]), "0 context"), (([1], []), "0 continuation"), (([1], [2] * 9), "max_seq_length=8")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pair", "word"),
+    [(([], [1]), "0 context"), (([1], []), "0 continuation"), (([1], [2] * 9), "max_seq_length=8")],
+)
 def test_requests_that_cannot_be_scored(model, pair, word):
     with pytest.raises(DataError, match=word):
         score(model, [pair], max_length=8, batch_tokens=100)

@@ -1,0 +1,133 @@
+"""The recipe through the command line: what it measures, from which forms of a model, what it writes and refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from evaluation_tasks import FILES, write_task, write_tasks
+
+from kdtune.checkpoint import load_model, write_adapter
+from kdtune.models import apply_lora
+
+RECIPE = "eleuther_eval"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("evaluate") / "tasks", 8)
+
+
+def command(output_dir, checkpoint, *overrides):
+    return ["run", RECIPE, "--config", "tiny/evaluate", f"output_dir={output_dir}", "~model", "~teacher_model", "~dataset_val",
+            "checkpointer._component_=kdtune.checkpoint.Checkpointer", f"checkpointer.checkpoint_dir={checkpoint}", *overrides]  # fmt: skip
+
+
+def results(output_dir):
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def measure(cli, output_dir, checkpoint, *overrides):
+    done = cli(*command(output_dir, checkpoint, *overrides))
+    assert done.code == 0, done.err
+    return results(output_dir)["metrics"]
+
+
+def test_all_measurements_at_once(cli, good, tasks, tmp_path):
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} it is"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "story.txt").write_text("Once there was a lamp. " * 20)
+    out = tmp_path / "out"
+    settings = f"name: own, source: {tmp_path}/rows.jsonl, max_new_tokens: 5, prompt: plain"
+    rouge = f"[{{_component_: kdtune.evaluation.InstructionSet, {settings}}}]"
+    done = cli(
+        "run", RECIPE, "--config", "tiny/evaluate", f"output_dir={out}", f"include_path={tasks}",
+        "tasks=[own_endings,own_texts,own_answers]", "limit=4", "log_samples=true", f"perplexity_files=[{tmp_path}/story.txt]",
+        f"rouge={rouge}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    document = results(out)
+    metrics = document["metrics"]
+    assert {"own_endings/acc", "own_endings/acc_stderr", "own_endings/acc_norm", "own_texts/word_perplexity", "own_answers/exact_match",
+            "held_out/class_loss", "held_out/kd_loss", "held_out/agreement", "held_out/teacher_class_loss", "perplexity/story",
+            "perplexity/story_word", "perplexity/story_byte", "rouge/own", "rouge/own_stderr"} <= set(metrics)  # fmt: skip
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    assert metrics["held_out/perplexity"] == pytest.approx(math.exp(metrics["held_out/class_loss"]))
+    assert document["lm_eval"]["n-samples"]["own_endings"]["effective"] == 4
+    assert document["versions"]["lm_eval"] and document["versions"]["torch"]
+    assert "own_endings" in done.out and "± stderr" in done.out and str(out / "results.json") in done.out
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "results.json", "run.json", "samples"]
+    samples = [json.loads(line) for line in (out / "samples" / "own_endings.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and all(len(sample["resps"]) == 4 for sample in samples)
+    assert sum(sample["acc"] for sample in samples) / 4 == metrics["own_endings/acc"]
+    answers = [json.loads(line) for line in (out / "samples" / "rouge_own.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["Say 0.", "Say 1.", "Say 2."]
+
+
+def test_numbers_do_not_depend_on_the_batch_size(cli, good, tasks, tmp_path):
+    settings = (f"include_path={tasks}", "tasks=[own_endings,own_letters,own_texts,own_answers]")
+    one, many = (measure(cli, tmp_path / f"{size}", good / "model", *settings, f"batch_size={size}") for size in (1, 7))
+    assert one == pytest.approx(many, rel=1e-5) and one
+
+
+def test_sharded_folder_and_adapter_on_its_base(cli, good, tasks, tmp_path):
+    settings = (f"include_path={tasks}", "tasks=[own_texts]", "limit=3")
+    plain = measure(cli, tmp_path / "plain", good / "model", *settings)
+    assert measure(cli, tmp_path / "sharded", good / "sharded", *settings) == plain
+    model = apply_lora(load_model(good / "model"), lora_rank=4)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(model, tmp_path / "adapter", base=good / "model")
+    adapted = measure(
+        cli, tmp_path / "adapted", good / "model", *settings, f"checkpointer.adapter_dir={tmp_path / 'adapter'}"
+    )
+    assert adapted["own_texts/byte_perplexity"] != pytest.approx(plain["own_texts/byte_perplexity"], rel=1e-3)
+
+
+@pytest.mark.real
+def test_a_gguf(cli, smollm2_gguf, tasks, tmp_path):
+    settings = (f"include_path={tasks}", "tasks=[own_endings]", "limit=2", "tokenizer._component_=kdtune.tokenizers.load",
+                f"tokenizer.path={smollm2_gguf}", "max_seq_length=256")  # fmt: skip
+    assert 0 <= measure(cli, tmp_path / "out", smollm2_gguf, *settings)["own_endings/acc"] <= 1
+
+
+def test_a_finished_folder_is_refused_and_left_alone(cli, good, tasks, tmp_path):
+    settings = (f"include_path={tasks}", "tasks=[own_texts]", "limit=2")
+    measure(cli, tmp_path / "out", good / "model", *settings)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    again = cli(*command(tmp_path / "out", good / "model", *settings))
+    assert again.code == 2 and "already holds a run; choose another output_dir" in again.err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+TEACHER = "{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: x}"
+WRONG_SET = "{_component_: kdtune.evaluation.InstructionSet, name: a, source: b, max_tokens: 3}"
+BAD = {
+    "nothing to measure": (["dataset_val=null"], "nothing to measure"),
+    "limit": (["tasks=[own_texts]", "limit=0"], "limit=0"),
+    "settings without tasks": (["perplexity_files=[a.txt]", "limit=3"], "limit: has no effect without tasks"),
+    "stride without files": (["tasks=[own_texts]", "perplexity_stride=3"], "perplexity_stride=3"),
+    "two files of one name": (["perplexity_files=[a/x.txt,b/x.txt]"], "x occurs twice"),
+    "teacher without examples": (["tasks=[own_texts]", f"teacher_checkpointer={TEACHER}"], "need dataset_val"),
+    "unknown task": (["tasks=[own_text]"], "'own_text' is not a task"),
+    "missing split": (["tasks=[own_split]"], "needs the split 'validation'"),
+    "missing file": (["perplexity_files=[/nowhere/x.txt]"], "/nowhere/x.txt"),
+    "unknown argument of a set": ([f"rouge=[{WRONG_SET}]"], "rouge.0.max_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_before_a_weight_is_read(cli, good, tmp_path, monkeypatch, name):
+    overrides, words = BAD[name]
+    folder = write_tasks(tmp_path / "tasks", 2)
+    write_task(folder, "own_split", FILES["endings"], split="validation")
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    needs_path = any(override.startswith("tasks=") for override in overrides)
+    done = cli(
+        *command(tmp_path / "out", good / "model", *([f"include_path={folder}"] if needs_path else []), *overrides)
+    )
+    assert done.code == 2 and words in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
