@@ -9,7 +9,9 @@ _ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpoi
 _ALL_FILES = "list the files in checkpoint_files, or leave it out: every weight file of the folder is read"
 _FROM_FOLDER = "the architecture is read from the folder's own configuration; remove it"
 _NEWEST_STEP = "resume_from_checkpoint=true finds the newest whole step_N in output_dir; remove it"
-_ADAPTERS = "it is an argument of a builder with adapters (kdtune.models.lora_...), or of adapter=kdtune.models.apply_lora"
+_ADAPTERS = (
+    "it is an argument of a builder with adapters (kdtune.models.lora_...), or of adapter=kdtune.models.apply_lora"
+)
 _NO_PACKING = "sequences are not packed in this release, a batch is padded to its own longest; remove it"
 _VALIDATION = "this recipe does not validate while it trains; remove it"
 
@@ -41,6 +43,7 @@ REFUSED: dict[str, str] = {
     "enable_activation_offloading": "nothing is offloaded; enable_activation_checkpointing saves memory here",
     "enable_async_checkpointing": "checkpoints are written whole before the next step; remove it",
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
+    "enable_kv_cache": "the cache is always used; remove it",
     "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",
     "fsdp_cpu_offload": _ONE_DEVICE,
     "fsdp_reshard_after_forward": _ONE_DEVICE,
@@ -66,6 +69,7 @@ REFUSED: dict[str, str] = {
     "model_type": _FROM_FOLDER,
     "optimizer_in_bwd": "gradients are clipped and checked before the step, so they are kept until then; remove it",
     "packed": _NO_PACKING,
+    "quantizer": "write the quantized folder with `kdtune run quantize`, and set checkpointer.checkpoint_dir to it",
     "recipe_checkpoint": _NEWEST_STEP,
     "resize_token_embeddings": "heads of unequal size are cut to the ids both have, none is resized; remove it",
     "resume": "use resume_from_checkpoint",

@@ -26,7 +26,10 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
-        raise ConfigError("model: 0 trainable parameters; at least one must have requires_grad=True; unfreeze some")
+        raise ConfigError(
+            "model: 0 trainable parameters, at least one must have requires_grad=True; a quantized folder is for use: "
+            "train on the one it was made from, or unfreeze some parameters"
+        )
     return named
 
 
