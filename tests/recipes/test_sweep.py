@@ -111,6 +111,11 @@ def num_starts(folder: Path) -> dict[str, int]:
     }
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file below a folder was written; the lock is written at every start."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock" and path.is_file()}
+
+
 def wait_until(condition: Any, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 120
     while not condition():
@@ -134,11 +139,11 @@ def test_every_distinct_step_is_run_once_and_never_again(sweep: Path) -> None:
     assert [row["metrics"]["train.val_kd_loss"] for row in rows] == pytest.approx([1.0, 1.1, 2.0, 2.1])
     assert all(row["metrics"]["teacher.loss"] == pytest.approx(7 / 6) for row in rows)
     assert len({row["folders"]["teacher"] for row in rows}) == 1
-    before = {path: path.stat().st_mtime_ns for path in (sweep / "sweep/steps").rglob("*")}
+    before = times(sweep / "sweep/steps")
     assert list(num_starts(sweep / "sweep").values()) == [1] * 5
     run(sweep / "sweep.yaml")
     assert results(sweep / "sweep") == rows
-    assert {path: path.stat().st_mtime_ns for path in (sweep / "sweep/steps").rglob("*")} == before
+    assert times(sweep / "sweep/steps") == before
     assert "4 cells, 4 done; 5 steps, 0 to run" in run(sweep / "sweep.yaml", "dry_run=true")
 
 
