@@ -22,6 +22,8 @@ from kdtune.models import Transformer
 ROW_TOKENS = 1024
 # A sequence joins a row if it shares at least this part of its tokens: less is not worth the larger mask.
 _WORTH_SHARING = 0.25
+# A row of a large batch fills at least this part of its place.
+_LEAST_FILLED = 0.8
 # Logits that exist at a time: 64 MiB in fp32.
 _LOGITS_AT_A_TIME = 2**24
 
@@ -132,12 +134,18 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """The rows by length, longest first, as many at a time as fit when padded to the longest of them."""
+    """The rows by length, longest first, as many at a time as fit when padded to the longest of them.
+
+    A batch that is large enough to keep a device busy ends where shorter rows would be mostly padding.
+    """
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > batch_tokens:
-            yield batch
-            batch = []
+        if batch:
+            longest = len(batch[0].tokens)
+            is_full = (len(batch) + 1) * longest > batch_tokens
+            if is_full or (len(batch) * longest >= ROW_TOKENS and len(row.tokens) < _LEAST_FILLED * longest):
+                yield batch
+                batch = []
         batch.append(row)
     if batch:
         yield batch
