@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
+from kdtune.errors import ConfigError
 from kdtune.models import Transformer
 
 ALIASES = ("eleuther_eval",)
@@ -116,6 +117,8 @@ class Config:
             for key in ("include_path", "limit", "num_fewshot", "apply_chat_template")
             if getattr(self, key) and not self.tasks
         ]
+        if self.log_samples and not (self.tasks or self.rouge):
+            found.append("log_samples=true: has no effect without tasks or rouge; remove it, or give one of them")
         if has_teacher and self.dataset_val is None:
             found.append("teacher_checkpointer, teacher_model: need dataset_val, the examples to compare on")
         if self.teacher_dtype and not has_teacher:
@@ -127,15 +130,17 @@ class Config:
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype)
-        if training.holds_run(Path(self.output_dir)):
-            found.append(f"output_dir={self.output_dir}: already holds a run; choose another output_dir")
-        found += training.output_dir_problems(self.output_dir, resume=True)
+        found += training.new_folder_problems(self.output_dir)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
                 found += [f"{key}: {problem}" for problem in node.problems()]
         found += evaluation.task_problems(self.tasks, self.include_path)
         if self.rouge and (problem := evaluation.missing_extra("rouge")):
             found.append(problem)
+        try:
+            config.instantiate(self.rouge)
+        except ConfigError as error:
+            found.append(str(error))
         return found
 
 
@@ -159,10 +164,14 @@ def run(cfg: Config) -> None:
     if cfg.dataset_val is not None:
         dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
         held_out = list(data.batches(dataset_val, cfg.batch_size, pad_id=tokenizer.pad_id))
-    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
+    for key in ("checkpointer", "teacher_checkpointer"):
+        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
 
     # Model.
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
+    if held_out is not None:
+        losses.check_head("model", model.output)
     max_length = cfg.max_seq_length or model.config.max_seq_len
 
     # Measurements.
@@ -177,9 +186,9 @@ def run(cfg: Config) -> None:
             model, tokenizer, text, max_length=max_length, stride=cfg.perplexity_stride, batch_size=cfg.batch_size
         )
         details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
-        metrics |= {f"perplexity/{name}": found.metrics["token_perplexity"]}
-        metrics |= {f"perplexity/{name}_{key.removesuffix('_perplexity')}": value
-                    for key, value in found.metrics.items() if key != "token_perplexity"}  # fmt: skip
+        # As a file's name has no "/", nothing of one text has the name of something of another.
+        metrics |= {f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token"): value
+                    for key, value in found.metrics.items()}  # fmt: skip
     for one, instructions in rouge_sets:
         total = len(instructions) * len(one.seeds)
         with tqdm(total=total, desc=f"answering {one.name}", unit="answer") as bar:
@@ -209,13 +218,13 @@ def run(cfg: Config) -> None:
     record = config.run_record(cfg)
     if cfg.tasks or cfg.rouge:
         record["versions"] |= {name: version(name) for name in ("lm_eval", "rouge_score")}
+    print(training.format_table(rows))
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
         training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
         document = {"metrics": metrics, "versions": record["versions"], **details}
         (folder / "results.json").write_text(as_json(document, indent=1) + "\n", encoding="utf-8")
         if cfg.log_samples:
             write_samples(folder / "samples", samples)
-    print(training.format_table(rows))
     print(f"results: {Path(cfg.output_dir) / 'results.json'}")
 
 
@@ -228,6 +237,7 @@ def measure_held_out(
         return evaluation.evaluate_ce(model, held_out, device=device, progress=progress)
     dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
     teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
+    losses.check_head("teacher", teacher.output)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size)
     loss = losses.KDLoss(kd_ratio=1.0)
     found = evaluation.evaluate_kd(
@@ -245,7 +255,7 @@ def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:
         {"task": name.rpartition("/")[0], "metric": name.rpartition("/")[2], "value": value,
          "± stderr": metrics.get(f"{name}_stderr")}
         for name, value in metrics.items()
-        if not name.endswith("_stderr")
+        if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, distributed, generation, training
+from kdtune import checkpoint, config, distributed, generation, teachers, tokenizers, training
 from kdtune.data import Message
 from kdtune.errors import ConfigError, DataError
 from kdtune.models import Transformer
@@ -104,8 +104,8 @@ class Config:
         found = training.device_problems(self.device, self.dtype or "fp32")
         if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
             found.append(f"prompt_file={self.prompt_file}: no such file")
-        if self.output_file is not None and Path(self.output_file).exists() and not self.overwrite:
-            found.append(f"output_file={self.output_file}: exists; overwrite=true replaces it, or choose another name")
+        if self.output_file is not None:
+            found += file_problems(self.output_file, overwrite=self.overwrite)
         if checkpointer := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         return found
@@ -125,9 +125,12 @@ def run(cfg: Config) -> None:
     context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
     prompts = [encode(cfg, tokenizer, messages, number, context) for number, messages in enumerate(conversations, 1)]
 
+    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
+
     training.set_seed(cfg.seed)
     dtype = training.dtype_from_name(cfg.dtype) if cfg.dtype else None
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     answer = stream if len(prompts) == 1 else answer_in_batches
     answers = answer(cfg, model, tokenizer, prompts)
@@ -147,6 +150,21 @@ def run(cfg: Config) -> None:
     cut = sum(row["finish_reason"] == "length" for row in rows)
     limits = f"max_new_tokens={cfg.max_new_tokens} or the model's context"
     print(f"{speed}; {cut} of {len(rows)} answers cut off by {limits}" if cut else speed)
+
+
+def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
+    """Why the file could not be written, without writing anything."""
+    file = Path(output_file)
+    try:
+        if file.is_dir():
+            return [f"output_file={output_file}: is a folder; name a file"]
+        if file.exists() and not overwrite:
+            return [f"output_file={output_file}: exists; overwrite=true replaces it, or choose another name"]
+    except OSError as error:  # a name that is too long, or in a folder that may not be looked into
+        return [f"output_file={output_file}: {error.strerror}; choose another name"]
+    found = training.output_dir_problems(str(file.parent), resume=True)
+    reasons = [problem.removeprefix("output_dir=").replace("output_dir", "output_file") for problem in found]
+    return [f"output_file={output_file}: its folder cannot be written to: {reason}" for reason in reasons]
 
 
 def read_conversations(cfg: Config) -> list[list[Message]]:

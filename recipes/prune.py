@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, training
+from kdtune import checkpoint, config, data, distributed, teachers, tokenizers, training
 from kdtune.models import Transformer, prune
 
 
@@ -21,6 +21,8 @@ from kdtune.models import Transformer, prune
 class Config:
     """Every key this recipe reads."""
 
+    models_dir: str = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     output_dir: str
     """The Hugging Face folder to write; it must not exist yet."""
 
@@ -69,7 +71,7 @@ class Config:
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype)
-        found += training.output_dir_problems(self.output_dir, resume=False)
+        found += training.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         return found
@@ -88,9 +90,11 @@ def run(cfg: Config) -> None:
     tokenizer = config.instantiate(cfg.tokenizer)
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
+    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     num_tokens = sum(batch.num_valid_tokens() for batch in batches)
 
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     print(f"calibrating on {num_tokens} labels of {dataset.report.source}")
     kept, removals = choose_layers(cfg, model, batches)
 

@@ -12,10 +12,11 @@ float8_dynamic (CUDA from 8.9 on), int4_weight_only (CUDA from 8.0 on, bf16), nf
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, evaluation, training
-from kdtune.models import Transformer, quantization
+from kdtune import checkpoint, config, data, distributed, evaluation, teachers, tokenizers, training
+from kdtune.models import Transformer, has_adapters, quantization
 
 
 @dataclass(kw_only=True)
@@ -67,8 +68,13 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
+        if self.model is not None and is_adapted(self.model):
+            return [
+                "model: this builder makes adapters, and adapters are not quantized; merge the adapters: use "
+                "checkpointer.adapter_dir, with the plain builder or model=null"
+            ]
         found = training.device_problems(self.device, self.dtype)
-        found += training.output_dir_problems(self.output_dir, resume=False)
+        found += training.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         if found:
@@ -96,8 +102,10 @@ def run(cfg: Config) -> None:
     if cfg.dataset_val is not None:
         dataset = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
+    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
 
     def held_out_loss() -> float | None:
         if held_out is None:
@@ -126,6 +134,12 @@ def run(cfg: Config) -> None:
     print(training.format_table([{column: row.get(column) for column in columns} for row in (before, after)]))
     worst = max(errors, key=lambda error: error.relative_error)
     print(f"{len(errors)} linears quantized, the largest relative error in {worst.name}\nwrote {cfg.output_dir}")
+
+
+def is_adapted(builder: Any) -> bool:
+    """Whether the builder's model has adapters; it is built without weights."""
+    with torch.device("meta"):
+        return has_adapters(config.instantiate(builder))
 
 
 def megabytes(model: Transformer) -> float:

@@ -21,12 +21,14 @@ def text_completion_dataset(
 ) -> Dataset:
     """A dataset of texts, one an example, without any template; an empty text counts as untrainable.
 
+    A text begins with bos where transformers, under the tokenizer's files, begins it so.
+
     The rows of a text file are its lines. The other arguments and the errors are alpaca_dataset's.
     """
 
     def encode(row: Row) -> Encoded:
         text = text_column(row, column)
-        ids = tokenizer.encode(text, add_bos=True, add_eos=add_eos)
+        ids = tokenizer.encode(text, add_bos=tokenizer.begins_with_bos, add_eos=add_eos)
         return ids, [bool(text)] * len(ids)
 
     return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)

@@ -95,8 +95,13 @@ def text_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> TextPerplexity:
-    """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them."""
+    """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them.
+
+    A bos that begins the text is what the text follows, and is not predicted (lm-eval's rolling tasks do predict it).
+    """
     ids = encode_text(tokenizer, text)
+    if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):
+        ids = ids[1:]
     batch_tokens = batch_size * ROW_TOKENS
     (logprob,) = score_texts(model, tokenizer, [ids], max_length=max_length, batch_tokens=batch_tokens, stride=stride)
     return TextPerplexity(logprob, len(ids), len(re.split(r"\s+", text)), len(text.encode("utf-8")))

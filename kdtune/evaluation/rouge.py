@@ -6,6 +6,7 @@ are reduced by the Porter stemmer. It is given times 100, as published.
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
 
 _COLUMNS = ("instruction", "input", "output")
+_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]*")
 # Between the seeds of neighbouring instructions; larger than any seed that a config is likely to name.
 _SEED_STEP = 1_000_003
 
@@ -37,7 +39,7 @@ class Instruction:
 class InstructionSet:
     """A set of instructions with reference answers, and how a model is asked for its own.
 
-    name: what the results call it.
+    name: what the results call it: letters, digits, '.', '_' and '-'.
     source, split, data_files, data_dir: where the rows come from, see kdtune.data.Source; column_map: from instruction,
     input and output to its columns; output is a text or a list of them.
     num_examples: the first so many; None: all.
@@ -64,10 +66,20 @@ class InstructionSet:
     seeds: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name.endswith("_stderr"):
+            raise ConfigError(
+                f"rouge.name={self.name!r}: letters, digits, '.', '_' and '-' only, with a letter or digit first, and not "
+                "ending in _stderr, since results and files are named by it; choose another name"
+            )
         check_column_map(self.column_map, _COLUMNS)
-        for key in ("num_examples", "max_new_tokens"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ConfigError(f"rouge.{self.name}.{key}={value}: must be at least 1")
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ConfigError(f"rouge.{self.name}.num_examples={self.num_examples}: must be at least 1")
+        try:
+            generation.check_sampling(
+                max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+            )
+        except ConfigError as error:
+            raise ConfigError(f"rouge.{self.name}.{error}") from error
         if not self.seeds or (len(self.seeds) > 1 and self.temperature == 0.0):
             raise ConfigError(
                 f"rouge.{self.name}.seeds={self.seeds}: one seed, or several with a temperature above 0 "

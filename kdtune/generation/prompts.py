@@ -63,7 +63,7 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a conversation in the tokenizer's chat template, up to where the answer starts.
 
-    Without `chat`, those of the only message's text, after bos where the tokenizer has one.
+    Without `chat`, those of the only message's text, after bos where transformers puts one.
     `system_prompt` is put first, in place of the conversation's own.
 
     Raises:
@@ -78,4 +78,4 @@ def encode_prompt(
         return ids
     if len(messages) > 1 or system_prompt is not None:
         raise DataError("plain text (chat=false) has no place for several messages or a system prompt; use chat=true")
-    return tokenizer.encode(messages[0].content, add_eos=False)
+    return tokenizer.encode(messages[0].content, add_bos=tokenizer.begins_with_bos, add_eos=False)

@@ -2,7 +2,7 @@
 
 from kdtune.losses.divergences import forward_kl
 from kdtune.losses.fused_linear import Divergence
-from kdtune.losses.kd_loss import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, KDLoss
+from kdtune.losses.kd_loss import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, KDLoss, check_head
 from kdtune.losses.signal import HiddenSignal, Signal
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "HiddenSignal",
     "KDLoss",
     "Signal",
+    "check_head",
     "forward_kl",
 ]

@@ -155,6 +155,20 @@ def _projection(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection
     return Projection(hidden_TD, _head_weight(owner, output))
 
 
+def check_head(owner: str, output: nn.Module) -> None:
+    """Nothing, where the head can be fused with the loss: so it is known before the first batch.
+
+    Args:
+        owner: whose head it is, for the message, such as "student".
+        output: the head.
+
+    Raises:
+        ConfigError: it is not a plain weight [V, D], nor a product of two, such as a quantized head or one with a bias.
+    """
+    if not isinstance(output, FactoredHead):
+        _head_weight(owner, output)
+
+
 def _head_weight(owner: str, output: nn.Module) -> Tensor:
     """The head's weight [V, D], if its product with the hidden states is all that the head does."""
     plain = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward

@@ -108,8 +108,8 @@ def block_influence(model: Transformer, batches: Iterable[TokenBatch]) -> list[f
         hidden_BSD, rope = _embed(model, batch)
         for index, layer in enumerate(model.layers):
             output_BSD = _through(layer, hidden_BSD, rope)
-            cosines_N = functional.cosine_similarity(hidden_BSD[valid].double(), output_BSD[valid].double(), dim=-1)
-            totals[index] += cosines_N.sum().cpu()
+            cosines_N = functional.cosine_similarity(hidden_BSD[valid].float(), output_BSD[valid].float(), dim=-1)
+            totals[index] += cosines_N.cpu().double().sum()  # mps has no float64
             hidden_BSD = output_BSD
         count += int(valid.sum())
     return (1 - totals / _checked_count(count)).tolist()

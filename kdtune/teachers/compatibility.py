@@ -1,4 +1,4 @@
-"""Whether a teacher and a student speak of the same tokens."""
+"""Whether a tokenizer and a model, a teacher and a student, speak of the same tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,50 @@ from kdtune.tokenizers import Tokenizer
 log = get_logger(__name__)
 
 
-def check_tokenizer(tokenizer: Tokenizer, teacher_checkpointer: Any) -> None:
-    """Compares the run's tokenizer with the one in the teacher's folder; a warning where that folder has none.
+def check_tokenizer(
+    tokenizer: Tokenizer, checkpointer: Any, key: str = "teacher_checkpointer", *, path: str | Path | None = None
+) -> None:
+    """Compares the run's tokenizer with the one in a model's folder; a warning where that folder has none.
+
+    Args:
+        tokenizer: the run's.
+        checkpointer: the component node that `key` has, or None: nothing to compare with.
+        key: of the config, for the messages. A teacher must share bos and eos too; for another model they are the run's
+            to choose (a base model is finetuned with the chat tokenizer), and a difference is a warning.
+        path: where the run's tokenizer was read; a model in the same folder is not compared with.
 
     Raises:
-        ConfigError: if the same text becomes other ids, since the two distributions are then over different tokens.
+        ConfigError: if the same text becomes other ids, which then mean other tokens to the model.
     """
-    checkpointer = instantiate(teacher_checkpointer)
-    if checkpointer is None:
+    found = instantiate(checkpointer)
+    if found is None:
         return
-    folder = Path(checkpointer.checkpoint_dir)
+    folder = Path(found.checkpoint_dir)
+    if path is not None and _folder_of(Path(path)) == folder.resolve():
+        return
     try:
-        teacher_tokenizer = tokenizers.load(folder)
+        own = tokenizers.load(folder)
     except CheckpointError as error:
-        log.warning("teacher_checkpointer: its tokenizer could not be compared with the student's: %s", error)
+        log.warning("%s: its tokenizer could not be compared with the run's: %s", key, error)
         return
-    difference = tokenizers.same_tokenizer(tokenizer, teacher_tokenizer)
-    if difference:
+    if key == "teacher_checkpointer":
+        if difference := tokenizers.same_tokenizer(tokenizer, own):
+            raise ConfigError(
+                f"tokenizer and {key}={folder}: teacher and student have different tokenizers: {difference}; "
+                "token by token distillation needs the same one; choose a teacher of the student's family"
+            )
+        return
+    if difference := tokenizers.same_ids(tokenizer, own):
         raise ConfigError(
-            f"tokenizer and teacher_checkpointer={folder}: teacher and student have different tokenizers: {difference}; "
-            "token by token distillation needs the same one; choose a teacher of the student's family"
+            f"tokenizer and {key}={folder}: the tokenizer is not this model's: {difference}; its ids would be other "
+            f"tokens to the model; set tokenizer.path={folder}"
         )
+    if difference := tokenizers.same_tokenizer(tokenizer, own):
+        log.warning("tokenizer and %s=%s: %s; the run goes by its own tokenizer", key, folder, difference)
+
+
+def _folder_of(path: Path) -> Path:
+    return (path.parent if path.is_file() else path).resolve()
 
 
 def check_vocabularies(tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int) -> None:

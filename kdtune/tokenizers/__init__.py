@@ -2,7 +2,7 @@
 
 from kdtune.tokenizers.base import Tokenizer
 from kdtune.tokenizers.byte import byte_tokenizer
-from kdtune.tokenizers.compare import check_vocabulary, same_tokenizer
+from kdtune.tokenizers.compare import check_vocabulary, same_ids, same_tokenizer
 from kdtune.tokenizers.gguf import GGUFTokenizer
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer
 from kdtune.tokenizers.loading import llama2_tokenizer, llama3_tokenizer, load
@@ -20,5 +20,6 @@ __all__ = [
     "llama2_tokenizer",
     "llama3_tokenizer",
     "load",
+    "same_ids",
     "same_tokenizer",
 ]

@@ -42,6 +42,22 @@ def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
         return [f"output_dir={output_dir!r}: {reason}; choose another output_dir"]
 
 
+def new_folder_problems(output_dir: str) -> list[str]:
+    """Why a recipe that writes its whole folder at its end could not do so, without writing anything."""
+    found = output_dir_problems(output_dir, resume=True)
+    folder = Path(output_dir)
+    if found or not folder.exists():
+        return found
+    try:
+        first = min((entry.name for entry in folder.iterdir()), default=None)
+    except OSError as error:
+        return [f"output_dir={output_dir}: {error.strerror}; choose another output_dir"]
+    if first is None:
+        return []
+    what = "already holds a run" if holds_run(folder) else f"is not empty (holds {first!r})"
+    return [f"output_dir={output_dir}: {what}; choose another output_dir"]
+
+
 def _folder_problems(folder: Path, *, resume: bool) -> list[str]:
     output_dir = str(folder)
     if folder.exists() and not folder.is_dir():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_tasks import write_tasks
 
 from kdtune import _assets
 from kdtune._cli.names import import_recipe
@@ -14,6 +15,8 @@ from kdtune.models.llama.sizes import SIZES
 
 SIZES_OF = {"8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
 LLAMA = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
+WITH_MODELS_DIR = [config for config in _assets.configs()
+                   if config.recipe != "sweep" and "models_dir" in config.path.read_text()]  # fmt: skip
 
 
 def adapter_parameters(builder: str, rank: int) -> int:
@@ -57,6 +60,29 @@ def test_the_distillation_reads_its_teacher_where_the_finetuning_leaves_it() -> 
         assert teacher.output_dir.startswith("/elsewhere/")
 
 
+def test_the_evaluation_reads_what_the_runs_leave() -> None:
+    frames = {
+        name: import_recipe(_assets.find_recipe(name)).frame
+        for name in ("finetune", "knowledge_distillation", "evaluate")
+    }
+    elsewhere = ["models_dir=/elsewhere"]
+    teacher = load("llama3_1/8B_lora_single_device", elsewhere, frames["finetune"])
+    student = load("llama3_2/knowledge_distillation_single_device", elsewhere, frames["knowledge_distillation"])
+    evaluation = load("llama3_2/evaluation", elsewhere, frames["evaluate"])
+    assert evaluation.checkpointer["checkpoint_dir"] == f"{student.output_dir}/final"
+    assert evaluation.teacher_checkpointer["checkpoint_dir"] == f"{teacher.output_dir}/final"
+
+
+@pytest.mark.parametrize("config", WITH_MODELS_DIR, ids=lambda config: config.name)
+def test_a_config_with_models_dir_has_no_path_outside_it(config: _assets.ConfigFile) -> None:
+    assert config.recipe
+    cfg = load(config.name, ["models_dir=/elsewhere"], import_recipe(_assets.find_recipe(config.recipe)).frame)
+    paths = [cfg.tokenizer["path"], cfg.checkpointer["checkpoint_dir"]]
+    if getattr(cfg, "teacher_checkpointer", None):
+        paths.append(cfg.teacher_checkpointer["checkpoint_dir"])
+    assert all(path.startswith("/elsewhere/") for path in paths), paths
+
+
 def test_the_case_study_on_a_tiny_pair(cli, good: Path, tmp_path: Path) -> None:
     """The commands of the study with other weights, data and device: finetune the teacher, distil with the study's LoRA."""
     small = (
@@ -79,3 +105,11 @@ def test_the_case_study_on_a_tiny_pair(cli, good: Path, tmp_path: Path) -> None:
     assert rows[-1]["val_kd_loss"] < rows[0]["val_kd_loss"]
     assert rows[1]["loss"] == pytest.approx(0.25 * rows[1]["class_loss"] + 0.75 * rows[1]["kd_loss"], rel=1e-6)
     load_model(output_dir / "final")
+    tasks = write_tasks(tmp_path / "tasks", 4)
+    done = cli("run", "eleuther_eval", "--config", "llama3_2/evaluation", *(setting for setting in small if setting.startswith(
+               ("models_dir", "tokenizer", "device", "dtype", "dataset_val"))), f"include_path={tasks}", "tasks=[own_endings]",
+               "max_seq_length=256", "~rouge")  # fmt: skip
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "kdtune" / "llama3_2_1B" / "evaluation" / "results.json").read_text())["metrics"]
+    assert metrics["held_out/kd_loss"] == pytest.approx(rows[-1]["val_kd_loss"], rel=1e-4)
+    assert 0 <= metrics["own_endings/acc_norm"] <= 1

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from evaluation_tasks import FILES, write_task, write_tasks
 
 from kdtune.checkpoint import load_model, write_adapter
+from kdtune.errors import CheckpointError
 from kdtune.models import apply_lora
 
 RECIPE = "eleuther_eval"
@@ -50,7 +52,8 @@ def test_all_measurements_at_once(cli, good, tasks, tmp_path):
     metrics = document["metrics"]
     assert {"own_endings/acc", "own_endings/acc_stderr", "own_endings/acc_norm", "own_texts/word_perplexity", "own_answers/exact_match",
             "held_out/class_loss", "held_out/kd_loss", "held_out/agreement", "held_out/teacher_class_loss", "perplexity/story",
-            "perplexity/story_word", "perplexity/story_byte", "rouge/own", "rouge/own_stderr"} <= set(metrics)  # fmt: skip
+            "perplexity/story/word", "perplexity/story/byte",
+            "perplexity/story/bits_per_byte", "rouge/own", "rouge/own_stderr"} <= set(metrics)  # fmt: skip
     assert all(isinstance(value, int | float) for value in metrics.values())
     assert metrics["held_out/perplexity"] == pytest.approx(math.exp(metrics["held_out/class_loss"]))
     assert document["lm_eval"]["n-samples"]["own_endings"]["effective"] == 4
@@ -105,6 +108,7 @@ def test_a_finished_folder_is_refused_and_left_alone(cli, good, tasks, tmp_path)
 
 TEACHER = "{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: x}"
 WRONG_SET = "{_component_: kdtune.evaluation.InstructionSet, name: a, source: b, max_tokens: 3}"
+BAD_SET = "{_component_: kdtune.evaluation.InstructionSet, name: a, source: b, top_k: 0}"
 BAD = {
     "nothing to measure": (["dataset_val=null"], "nothing to measure"),
     "limit": (["tasks=[own_texts]", "limit=0"], "limit=0"),
@@ -115,6 +119,8 @@ BAD = {
     "unknown task": (["tasks=[own_text]"], "'own_text' is not a task"),
     "missing split": (["tasks=[own_split]"], "needs the split 'validation'"),
     "missing file": (["perplexity_files=[/nowhere/x.txt]"], "/nowhere/x.txt"),
+    "samples without tasks": (["perplexity_files=[a.txt]", "log_samples=true"], "log_samples=true: has no effect"),
+    "sampling of a set": ([f"rouge=[{BAD_SET}]"], "rouge.a.top_k=0"),
     "unknown argument of a set": ([f"rouge=[{WRONG_SET}]"], "rouge.0.max_tokens"),
 }
 
@@ -131,3 +137,64 @@ def test_bad_input_is_told_before_a_weight_is_read(cli, good, tmp_path, monkeypa
     )
     assert done.code == 2 and words in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_like_names_keep_their_numbers_apart(cli, good, tmp_path):
+    (tmp_path / "a.txt").write_text("Once there was a lamp.")
+    (tmp_path / "a_word.txt").write_text("And twice there was none of them.")
+    files = f"perplexity_files=[{tmp_path}/a.txt,{tmp_path}/a_word.txt]"
+    both = measure(cli, tmp_path / "both", good / "model", files)
+    one, two = (
+        measure(cli, tmp_path / name, good / "model", f"perplexity_files=[{tmp_path}/{name}.txt]")
+        for name in ("a", "a_word")
+    )
+    assert len(both) == 8 and both == pytest.approx({**one, **two}, rel=1e-5)
+
+
+def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, good, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}")
+    assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err
+
+
+def test_the_table_is_printed_before_the_folder_is_written(cli, tmp_path, monkeypatch):
+    def full(path):
+        raise CheckpointError("disk full")
+
+    monkeypatch.setattr("kdtune.checkpoint.atomic_folder", full)
+    done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}")
+    assert done.code == 2 and "disk full" in done.err and "class_loss" in done.out
+
+
+def test_another_models_tokenizer_is_refused(cli, good, tmp_path, monkeypatch):
+    shutil.copytree(good / "model", tmp_path / "model")
+    vocabulary = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    vocab = vocabulary["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "a.txt").write_text("Once there was a lamp.")
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    done = cli(*command(tmp_path / "out", tmp_path / "model", f"perplexity_files=[{tmp_path}/a.txt]"))
+    assert done.code == 2 and f"checkpointer={tmp_path / 'model'}: the tokenizer is not this model's" in done.err
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(cli, tmp_path):
+    (tmp_path / "a.txt").write_text("Once there was a lamp.")
+    done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", "~dataset_val", "~teacher_model",
+               "model.vocab_size=257", f"perplexity_files=[{tmp_path}/a.txt]")  # fmt: skip
+    assert done.code == 2 and "the model's vocabulary is 257" in done.err
+
+
+@pytest.mark.parametrize("key", ["", "teacher_"])
+def test_a_quantized_head_is_refused_before_the_examples(cli, tmp_path, monkeypatch, key):
+    done = cli("run", "quantize", "--config", "tiny/quantize", f"output_dir={tmp_path / 'q'}", "model.tie_embeddings=false",
+               "quantize_output=true", "~dataset_val")  # fmt: skip
+    assert done.code == 0, done.err
+    monkeypatch.setattr("kdtune.evaluation.evaluate_ce", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr("kdtune.evaluation.evaluate_kd", lambda *args, **kwargs: pytest.fail("measured"))
+    checkpointer = f"{{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {tmp_path / 'q'}}}"
+    done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", f"~{key}model",
+               f"{key}checkpointer={checkpointer}")  # fmt: skip
+    assert done.code == 2 and f"the {'teacher' if key else 'model'}'s output head cannot be fused" in done.err

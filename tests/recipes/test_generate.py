@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ def test_an_existing_file_is_replaced_only_when_told(cli, good, tmp_path):
         (["batch_size=0"], "batch_size=0"),
         (["overwrite=true"], "overwrite=true: there is no output_file"),
         (["chat=false", "system_prompt=Be short."], "use chat=true"),
+        ([f"output_file={__file__}/a.jsonl"], "a.jsonl: its folder cannot be written to: .*is a file"),
+        (["output_file=/tmp"], "output_file=/tmp: is a folder"),
     ],
 )
 def test_bad_input(cli, good, overrides, message):
@@ -108,3 +111,16 @@ def test_bad_input(cli, good, overrides, message):
     assert done.code == 2
     assert re.search(message, done.err), done.err
     assert "Traceback" not in done.err
+
+
+def test_another_models_tokenizer_is_refused(cli, good, tmp_path):
+    """A model of 257 rows, whose folder says nothing of a tokenizer, and a folder with another tokenizer."""
+    done = cli("run", "generate", "--config", CONFIG, "model.vocab_size=257")
+    assert done.code == 2 and "the model's vocabulary is 257" in done.err
+    shutil.copytree(good / "model", tmp_path / "model")
+    document = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(document))
+    done = cli(*arguments(good, f"checkpointer.checkpoint_dir={tmp_path / 'model'}"))
+    assert done.code == 2 and f"checkpointer={tmp_path / 'model'}: the tokenizer is not this model's" in done.err

@@ -75,6 +75,9 @@ def test_the_untied_head(cli, tmp_path):
         (["quantize_output=true", "~dataset_val"], "quantize_output=true: the head is the embedding"),
         (["batch_size_val=0"], "batch_size_val=0"),
         (["~model"], "checkpointer: missing"),
+        (["model.vocab_size=257"], "the model's vocabulary is 257"),
+        (["model={_component_: kdtune.models.lora_llama3_2_1b}"], "merge the adapters: use checkpointer.adapter_dir"),
+        (["model={_component_: kdtune.models.qlora_llama3_2_1b}"], "merge the adapters: use checkpointer.adapter_dir"),
     ],
 )
 def test_bad_input(cli, tmp_path, overrides, message):
@@ -88,3 +91,11 @@ def test_nothing_is_overwritten(cli, tmp_path):
     assert quantize(cli, tmp_path / "q").code == 0
     done = quantize(cli, tmp_path / "q")
     assert done.code == 2 and "choose another output_dir" in done.err
+
+
+def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, tmp_path, monkeypatch):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    done = quantize(cli, tmp_path / "q")
+    assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err

@@ -157,6 +157,12 @@ def test_text_completion(tokenizer, tmp_path, add_eos):
     assert dataset[0].labels.tolist() == [a, b] + [EOS] * add_eos + [I]
 
 
+def test_text_completion_without_bos_where_transformers_puts_none(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "begins_with_bos", False)
+    (tmp_path / "lines.txt").write_text("a b\n")
+    assert text_completion_dataset(tokenizer, source=str(tmp_path / "lines.txt"))[0].tokens[0] == tokenizer.words["a"]
+
+
 def test_untrainable_rows_are_left_out_and_reported(jsonl, caplog, monkeypatch):
     tokenizer = WordTokenizer(max_seq_len=6)
     rows = [{"input": "a", "output": "x"}, {"input": "a b c d e", "output": "x"}, {"input": "a", "output": "x y z"}]

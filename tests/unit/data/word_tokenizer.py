@@ -13,6 +13,7 @@ class WordTokenizer:
     bos_id, eos_id, pad_id = BOS, EOS, PAD
     stop_ids = frozenset({EOS, END})
     vocab_size = 1000
+    begins_with_bos = True
 
     def __init__(self, max_seq_len: int | None = None) -> None:
         self.max_seq_len = max_seq_len

@@ -64,6 +64,13 @@ def test_as_float64_brute_force_from_transformers(model, stride, tmp_path):
     assert found.metrics["bits_per_byte"] == pytest.approx(-total / len(TEXT.encode()) / math.log(2), rel=1e-4)
 
 
+def test_a_bos_that_begins_the_text_is_not_predicted(model, monkeypatch):
+    tokenizer = byte_tokenizer()
+    expected = text_perplexity(model, tokenizer, TEXT, max_length=20)
+    monkeypatch.setattr(type(tokenizer), "begins_with_bos", True)
+    assert text_perplexity(model, tokenizer, TEXT, max_length=20) == expected
+
+
 def test_bad_input(model, tmp_path):
     with pytest.raises(ConfigError, match="perplexity_stride=21.*max_seq_length=20"):
         text_perplexity(model, byte_tokenizer(), TEXT, max_length=20, stride=21)

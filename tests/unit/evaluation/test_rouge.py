@@ -125,3 +125,20 @@ def test_bad_input(source, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
         InstructionSet(name="own", source=str(tmp_path / "none.jsonl")).read()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -1.0}, r"rouge\.own\.temperature=-1\.0: must be 0"),
+        ({"top_k": 0}, r"rouge\.own\.top_k=0: must be 1"),
+        ({"top_p": 1.5}, r"rouge\.own\.top_p=1\.5: must be above 0"),
+        ({"max_new_tokens": 0}, r"rouge\.own\.max_new_tokens=0: must be 1"),
+        ({"name": "a/b"}, r"rouge\.name='a/b': letters, digits"),
+        ({"name": ""}, r"rouge\.name='': letters, digits"),
+        ({"name": "own_stderr"}, r"rouge\.name='own_stderr'.*not ending in _stderr"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_read(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        InstructionSet(**{"name": "own", "source": "/nowhere", **setting})

@@ -70,9 +70,11 @@ def test_chat_ends_where_the_answer_begins():
     assert "New." in text and "Old." not in text
 
 
-def test_plain_text_starts_with_bos_and_has_no_end():
+@pytest.mark.parametrize("begins", [True, False])
+def test_plain_text_starts_with_bos_where_transformers_puts_it_and_has_no_end(monkeypatch, begins):
+    monkeypatch.setattr(type(TOKENIZER), "begins_with_bos", begins)
     ids = encode_prompt(TOKENIZER, user("Once"), chat=False)
-    assert ids == TOKENIZER.encode("Once", add_eos=False)
+    assert ids == [TOKENIZER.bos_id] * begins + TOKENIZER.encode("Once", add_bos=False, add_eos=False)
     for messages, system in (([*user("a"), *user("b")], None), (user("a"), "Be short.")):
         with pytest.raises(DataError, match="chat=true"):
             encode_prompt(TOKENIZER, messages, chat=False, system_prompt=system)

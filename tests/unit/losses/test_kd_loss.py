@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError, DataError, TrainingError
-from kdtune.losses import CrossEntropyLoss, ForwardKLLoss, HiddenSignal, KDLoss, forward_kl
+from kdtune.losses import CrossEntropyLoss, ForwardKLLoss, HiddenSignal, KDLoss, check_head, forward_kl
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,3 +177,9 @@ def test_heads_that_are_more_than_a_matrix_are_refused_by_name(head: nn.Module, 
         KDLoss(kd_ratio=0)(hidden, head, None, labels)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"teacher's output head .* it is {name};"):
         KDLoss()(hidden, linear(4, 7), HiddenSignal(hidden, head), labels)  # type: ignore[arg-type]
+
+
+def test_a_head_is_checked_before_the_first_batch() -> None:
+    check_head("teacher", linear(4, 7))
+    with pytest.raises(ConfigError, match="teacher's output head .* it is a Linear with a bias;"):
+        check_head("teacher", nn.Linear(4, 7))

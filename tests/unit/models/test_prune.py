@@ -79,6 +79,15 @@ def test_keep_layers_refuses_other_indices(model, layers):
         prune.keep_layers(model, layers)
 
 
+def test_block_influence_needs_no_float64_on_the_device(model, texts, monkeypatch):
+    seen = set()
+    cosine_similarity = functional.cosine_similarity
+    monkeypatch.setattr(functional, "cosine_similarity",
+                        lambda a, b, dim: seen.update((a.dtype, b.dtype)) or cosine_similarity(a, b, dim=dim))  # fmt: skip
+    prune.block_influence(model, texts)
+    assert seen == {torch.float32}  # mps has no float64
+
+
 @pytest.mark.parametrize("num_layers", range(1, 34))
 def test_evenly_spaced(num_layers):
     for keep in range(1, num_layers + 1):

@@ -1,0 +1,71 @@
+"""The run's tokenizer against the one in a model's folder."""
+
+import logging
+
+import pytest
+
+from kdtune import tokenizers
+from kdtune.errors import ConfigError
+from kdtune.teachers import check_tokenizer
+from kdtune.tokenizers import byte_tokenizer
+
+
+def other_ids():
+    """Byte level, as the folder's tokenizer, with one control token at another id."""
+    tokenizer = byte_tokenizer()
+    tokenizer.control_tokens["<|im_end|>"] = 300
+    return tokenizer
+
+
+def other_eos():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_id = None
+    return tokenizer
+
+
+@pytest.fixture
+def node(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    return {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(tmp_path)}
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    return caplog
+
+
+def test_the_same_tokenizer_or_no_model_passes(node, warnings):
+    for key in ("checkpointer", "teacher_checkpointer"):
+        check_tokenizer(byte_tokenizer(), node, key)
+        check_tokenizer(byte_tokenizer(), None, key)
+    assert not warnings.text
+
+
+def test_other_ids_are_refused_by_the_key(node, tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"tokenizer and checkpointer={tmp_path}: .*'<\|im_end\|>'.*set tokenizer.path={tmp_path}"
+    ):
+        check_tokenizer(other_ids(), node, "checkpointer")
+    with pytest.raises(ConfigError, match=rf"tokenizer and teacher_checkpointer={tmp_path}: teacher and student"):
+        check_tokenizer(other_ids(), node)
+
+
+def test_another_eos_is_refused_of_a_teacher_and_told_of_another_model(node, warnings):
+    with pytest.raises(ConfigError, match="eos_id"):
+        check_tokenizer(other_eos(), node)
+    check_tokenizer(other_eos(), node, "checkpointer")
+    assert "they differ in eos_id" in warnings.text
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path, warnings):
+    (tmp_path / "empty").mkdir()
+    node = {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(tmp_path / "empty")}
+    check_tokenizer(byte_tokenizer(), node, "checkpointer")
+    assert "checkpointer: its tokenizer could not be compared" in warnings.text
+
+
+def test_nothing_is_loaded_from_the_tokenizers_own_folder(node, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "load", lambda path: pytest.fail("loaded again"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        check_tokenizer(byte_tokenizer(), node, "checkpointer", path=path)
