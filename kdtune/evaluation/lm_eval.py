@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def _manager_of(names: tuple[str, ...], include_path: str | None) -> "TaskManage
     return local if all(_is_known(name, local) for name in names) else _manager(path, True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _manager(include_path: str | None, include_defaults: bool) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 

@@ -39,7 +39,9 @@ def assert_equal(ours, theirs, tolerance):
                 assert x == y if isinstance(x, str | bool) else abs(x - y) < tolerance, (task, a["doc_id"], x, y)
     expected = flat_metrics(theirs)
     found = {name: value for name, value in flat_metrics(ours).items() if "_stderr" not in name}
-    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
+    # A perplexity carries the rounding of its log-likelihoods; what is counted is equal.
+    rel = {name: 1e-4 if "perplexity" in name or "bits" in name else 0.0 for name in found}
+    assert all(found[name] == pytest.approx(expected[name], rel=rel[name], abs=0.0) for name in found)
 
 
 def flat(value):
