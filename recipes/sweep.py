@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdtune import config, sweeps, training
-from kdtune.errors import TrainingError
+from kdtune.errors import KDTuneError, TrainingError
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class Config:
     set: dict[str, Any] = field(default_factory=dict)
     """Step (or `all`) -> settings that come last; meant for the command line: set.train.dataset.source=alpaca.jsonl."""
     only: dict[str, Any] = field(default_factory=dict)
-    """Axis -> values: run these cells alone."""
+    """Axis -> values: run these cells alone; results and report have what is finished of the others too."""
 
     # How
     dry_run: bool = False
@@ -79,7 +79,9 @@ class Config:
         plan = self.plan()
         found += plan.problems or sweeps.step_problems(plan, machine=False)
         unknown = [axis for axis in self.baseline or {} if axis not in self.axes]
-        return found + [f"baseline.{axis}: no such axis; axes: {', '.join(self.axes)}" for axis in unknown]
+        if unknown:
+            return found + [f"baseline.{axis}: no such axis; axes: {', '.join(self.axes)}" for axis in unknown]
+        return found if plan.problems else found + sweeps.baseline_problems(plan, self.baseline)
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the steps that need no other step."""
@@ -105,18 +107,14 @@ def run(cfg: Config) -> None:
         training.write_run_files(output_dir, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
         reason, failures = run_cells(cfg, plan, lock, interrupt)
         rows = write_results(plan, output_dir, failures)
+    problems = failure_lines(plan, rows)
     if cfg.report and any(row["status"] == sweeps.DONE for row in rows):
-        files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", metrics=cfg.metrics,
-                                    title=report_title(cfg), baseline=cfg.baseline if len(rows) == len(plan.cells) else None)  # fmt: skip
-        print("report:  " + "\n         ".join(map(str, files)))
-    print(f"results: {output_dir / 'results.jsonl'}: {len(rows)} of {len(plan.cells)} cells")
+        problems += report_problems(cfg)
+    print(f"results: {output_dir / 'results.jsonl'}: {len(rows)} of {len(plan.whole)} cells")
     if reason:
         print(f"stopped {reason}; the same command goes on from here")
-    failed = [row for row in rows if row["status"] == sweeps.FAILED]
-    if failed:
-        lines = [f"{row['cell']}: {row['failed_step']}: {row['error']}" for row in failed]
-        raise TrainingError("\n".join([f"{len(failed)} of {len(plan.cells)} cells failed; the same command tries them again",
-                                       *lines]))  # fmt: skip
+    if problems:
+        raise TrainingError("\n".join(problems))
 
 
 def run_cells(
@@ -127,9 +125,7 @@ def run_cells(
     failures: dict[str, str] = {}
     with tqdm(total=len(plan.cells), unit="cell", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for number, cell in enumerate(plan.cells, start=1):
-            for step in cell.steps:
-                if step.record.exists():
-                    continue
+            for step in sweeps.steps_to_run(cell):
                 if step.id in failures:
                     break
                 if interrupt.requested:
@@ -146,7 +142,7 @@ def run_cells(
                     tqdm.write(f"  failed: {error}", file=sys.stderr)
                     break
             write_results(plan, Path(cfg.output_dir), failures)
-            discard_unneeded(plan, plan.cells[number:], failures)
+            discard_unneeded(plan)
             bar.update()
     return None, failures
 
@@ -158,21 +154,42 @@ def is_stopped(bar: Any, interrupt: training.InterruptFlag) -> bool:
     return interrupt.requested
 
 
-def discard_unneeded(plan: sweeps.Plan, later: list[sweeps.Cell], failures: dict[str, str]) -> None:
-    """Deletes what the steps allow, where no cell that is still to be finished uses them."""
-    waiting = [cell for cell in plan.cells if cell in later or any(step.id in failures for step in cell.steps)]
-    unfinished = [cell for cell in waiting if not all(step.record.exists() for step in cell.steps)]
+def discard_unneeded(plan: sweeps.Plan) -> None:
+    """Deletes what the steps allow, where no cell that is still to be finished uses them, be it for a later start."""
+    unfinished = [cell for cell in plan.whole if not all(step.record.exists() for step in cell.steps)]
     for step in plan.steps:
         if step.discard and step.record.exists() and not any(step in cell.steps for cell in unfinished):
             sweeps.discard(step)
 
 
 def write_results(plan: sweeps.Plan, output_dir: Path, failures: dict[str, str]) -> list[dict[str, Any]]:
-    """Writes results.jsonl, the cells in the plan's order whatever order they were finished in, and returns its rows."""
-    found = [sweeps.cell_result(cell, output_dir, failures) for cell in plan.cells]
+    """Writes results.jsonl, the cells in the plan's order whatever order they were finished in, and returns its rows.
+
+    Of the cells that `only` leaves out it has those that are finished.
+    """
+    found = [sweeps.cell_result(cell, output_dir, failures if cell in plan.cells else {}) for cell in plan.whole]
     rows = [row for row in found if row is not None]
     sweeps.write_rows(output_dir / "results.jsonl", rows)
     return rows
+
+
+def failure_lines(plan: sweeps.Plan, rows: list[dict[str, Any]]) -> list[str]:
+    """How many cells failed, and a line or more for each."""
+    lines = [f"{row['cell']}: {row['failed_step']}: {row['error']}" for row in rows if row["status"] == sweeps.FAILED]
+    head = f"{len(lines)} of {len(plan.cells)} cells failed; the same command tries them again"
+    return [head, *lines] if lines else []
+
+
+def report_problems(cfg: Config) -> list[str]:
+    """Writes the report and says where; what kept it from being written, which must not hide what else is to be said."""
+    output_dir = Path(cfg.output_dir)
+    try:
+        files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
+                                    metrics=cfg.metrics, baseline=cfg.baseline, strict=False)  # fmt: skip
+    except KDTuneError as error:
+        return [f"no report: {error}"]
+    print("report:  " + "\n         ".join(map(str, files)))
+    return []
 
 
 def report_title(cfg: Config) -> str:
@@ -184,9 +201,10 @@ def report_title(cfg: Config) -> str:
 def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
     """The plan as text: a line for each cell with its axes and the state of each step, and the numbers below."""
     axes = list(dict.fromkeys(axis for cell in plan.cells for axis in cell.axes))
+    waiting = {step.id for cell in plan.cells for step in sweeps.steps_to_run(cell)}
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(plan.cells, start=1):
-        steps = {step.name: f"{step.id.rpartition('-')[2]} {state(plan, step)}" for step in cell.steps}
+        steps = {step.name: f"{step.id.rpartition('-')[2]} {state(plan, step, waiting)}" for step in cell.steps}
         values = {axis: sweeps.shown_value(cell.axes[axis]) if axis in cell.axes else "-" for axis in axes}
         rows.append({"cell": number, **values, **{name: steps.get(name, "-") for name in names}})
     done = sum(all(step.record.exists() for step in cell.steps) for cell in plan.cells)
@@ -194,16 +212,16 @@ def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
         f"{name}: {sum(step.name == name for step in plan.steps)} for {sum(s.name == name for c in plan.cells for s in c.steps)} cells"
         for name in names
     ]
-    left = sum(not step.record.exists() for step in plan.steps)
     return (
-        f"{training.format_table(rows)}\n\n{len(plan.cells)} cells, {done} done; {len(plan.steps)} steps, {left} to run "
+        f"{training.format_table(rows)}\n\n{len(plan.cells)} cells, {done} done; {len(plan.steps)} steps, {len(waiting)} to run "
         f"({'; '.join(counts)})"
     )
 
 
-def state(plan: sweeps.Plan, step: sweeps.Step) -> str:
-    """done, begun or to run, and whether other cells share the step."""
-    word = "done" if step.record.exists() else "begun" if step.folder.exists() else "to run"
+def state(plan: sweeps.Plan, step: sweeps.Step, waiting: set[str]) -> str:
+    """done, begun or to run (of the steps `waiting`; again, if finished before), and whether other cells share the step."""
+    begun = "to run again" if step.record.exists() else "begun" if step.folder.exists() else "to run"
+    word = begun if step.id in waiting else "done"
     return f"{word}, shared" if plan.num_users(step) > 1 else word
 
 

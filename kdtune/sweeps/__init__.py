@@ -3,9 +3,10 @@
 from kdtune.sweeps.check import step_problems
 from kdtune.sweeps.plan import Cell, Plan, Step, make_plan, shown_value
 from kdtune.sweeps.report import read_results, write_report
-from kdtune.sweeps.results import DONE, FAILED, cell_result, write_rows
+from kdtune.sweeps.results import DONE, FAILED, cell_result, steps_to_run, write_rows
 from kdtune.sweeps.runner import STOPPED, discard, locked, run_step
 from kdtune.sweeps.statistics import Difference, Summary, difference, summarize
+from kdtune.sweeps.tables import baseline_problems
 
 __all__ = [
     "DONE",
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Step",
     "Summary",
+    "baseline_problems",
     "cell_result",
     "difference",
     "discard",
@@ -25,6 +27,7 @@ __all__ = [
     "run_step",
     "shown_value",
     "step_problems",
+    "steps_to_run",
     "summarize",
     "write_report",
     "write_rows",

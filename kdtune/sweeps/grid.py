@@ -50,7 +50,7 @@ def _choice_problems(axes: Axes, choice: Mapping[str, Any], key: str) -> list[st
             found += [
                 f"{key}.{name}: {value!r} is not a value of axes.{name}; it lists {', '.join(map(str, allowed))}"
                 for value in values
-                if not _is_in(value, allowed)
+                if not is_listed(value, allowed)
             ]
     return found
 
@@ -67,16 +67,20 @@ def assignments(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Map
         choices = [list(grid.get(name, values[:1])) for name, values in whole.items()]
         for combination in itertools.product(*choices):
             assignment = dict(zip(whole, combination, strict=True))
-            wanted = all(_is_in(assignment[name], values) for name, values in only.items())
-            if wanted and not any(_same(assignment, other) for other in found):
+            if is_chosen(assignment, only) and not any(_same(assignment, other) for other in found):
                 found.append(assignment)
     return found
 
 
-def _is_in(value: Any, values: Sequence[Any]) -> bool:
+def is_chosen(assignment: Assignment, only: Mapping[str, Any]) -> bool:
+    """Whether an assignment has one of the values that `only` lists for each of its axes."""
+    return all(is_listed(assignment[name], values) for name, values in only.items())
+
+
+def is_listed(value: Any, values: Sequence[Any]) -> bool:
     """Whether a value is listed; true is not 1, but 1 is 1.0."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
 def _same(first: Assignment, second: Assignment) -> bool:
-    return all(_is_in(value, [second[name]]) for name, value in first.items())
+    return all(is_listed(value, [second[name]]) for name, value in first.items())

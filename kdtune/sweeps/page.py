@@ -76,10 +76,9 @@ def _summary_data(
         line.append([str(len(row.cells)), len(row.cells), "", ""])
         for metric in metrics:
             summary, found = row.summary(metric), row_difference(row, baseline, metric)
-            ratio = found.in_standard_errors if found else None
-            strong = "strong" if ratio is not None and abs(ratio) > 2 else ""
+            strong = "strong" if found and found.is_beyond_bound else ""
             detail = difference_text(found) if found else ("baseline" if row is baseline else "")
-            line.append([mean_text(summary), summary and summary.mean, detail, strong])
+            line.append([mean_text(row, metric), summary and summary.mean, detail, strong])
         lines.append(line)
     return {"header": [*axes, "n", *(names[metric] for metric in metrics)], "num_text": len(axes), "lines": lines}
 
@@ -90,18 +89,24 @@ def _cells_data(
     axes = list(dict.fromkeys(axis for cell in results for axis in cell["axes"]))
     lines = []
     for cell in results:
-        values = [cell["metrics"].get(metric) for metric in metrics]
         seconds = sum(cell["seconds"].values())
         lines.append(
             [
                 *(_axis_cell(cell["axes"], axis) for axis in axes),
                 [cell["status"], cell["status"], "", "" if cell["status"] == DONE else "bad"],
-                *(["-" if value is None else f"{value:.4f}", value, "", ""] for value in values),
+                *(_metric_cell(cell["metrics"], metric) for metric in metrics),
                 [f"{seconds:.0f}", seconds, "", ""],
             ]
         )
     header = [*axes, "status", *(names[metric] for metric in metrics), "seconds"]
     return {"header": header, "num_text": len(axes) + 1, "lines": lines}
+
+
+def _metric_cell(values: Mapping[str, float | None], metric: str) -> list[Any]:
+    value = values.get(metric)
+    if value is None:
+        return ["not finite" if metric in values else "-", None, "", ""]
+    return [f"{value:.4f}", value, "", ""]
 
 
 def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:

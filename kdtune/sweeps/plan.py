@@ -13,7 +13,7 @@ from kdtune._assets import did_you_mean
 from kdtune.config.check import is_component
 from kdtune.config.load import parse_value, read_yaml
 from kdtune.errors import ConfigError
-from kdtune.sweeps.grid import Assignment, Axes, assignments, axis_values, grid_problems
+from kdtune.sweeps.grid import Assignment, Axes, assignments, axis_values, grid_problems, is_chosen
 
 ALL_STEPS = "all"
 _STEP_KEYS = ("recipe", "config", "overrides", "when", "discard")
@@ -45,6 +45,16 @@ class Step:
         """The file with all that the step printed."""
         return self.folder.with_name(f"{self.id}.log")
 
+    @property
+    def clock(self) -> Path:
+        """The file with the seconds that the step has run so far; gone once it is finished."""
+        return self.folder.with_name(f"{self.id}.seconds")
+
+    def parts_of(self, other: "Step") -> list[str]:
+        """What this step uses of another's folder, relative to it: `final`, or "" for the folder itself."""
+        found = re.compile(re.escape(str(other.folder)) + r"""(?![\w-])/?([^\s,;'"\]})]*)""")
+        return [part.rstrip("/") for text in self.overrides for part in found.findall(text)]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -61,18 +71,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a sweep, in order, and what is wrong with it (then some cells may be missing)."""
+    """The cells of a sweep, in order, and what is wrong with it (then some cells may be missing).
+
+    `cells` are those to run, `whole` all there are, whatever `only` leaves out.
+    """
 
     cells: list[Cell]
     problems: list[str] = field(default_factory=list)
+    whole: list[Cell] = field(default_factory=list)
 
     @property
     def steps(self) -> list[Step]:
-        """The distinct steps, in the order they are run."""
+        """The distinct steps of the cells to run, in the order they are run."""
         return list({step.id: step for cell in self.cells for step in cell.steps}.values())
 
     def num_users(self, step: Step) -> int:
-        """How many cells use a step."""
+        """How many of the cells to run use a step."""
         return sum(step in cell.steps for cell in self.cells)
 
 
@@ -105,7 +119,7 @@ def make_plan(
         steps: name -> recipe, config, overrides, when, discard; in the order they are run.
         axes: name -> values, or name -> {value: {step: overrides}}.
         grids: axis -> values for each grid; None: the product of all axes.
-        only: axis -> values to keep.
+        only: axis -> values of the cells to run.
         settings: step, or `all`, -> overrides as a tree; they come last.
     """
     settings = settings or {}
@@ -114,16 +128,21 @@ def make_plan(
     if problems:
         return Plan([], problems)
     cells: dict[tuple[str, ...], Cell] = {}
-    for assignment in assignments(axes, grids, only or {}):
+    chosen: dict[tuple[str, ...], Cell] = {}
+    for assignment in assignments(axes, grids, {}):
         try:
             cell = _plan_cell(Path(steps_dir), steps, axes, assignment, settings)
         except ConfigError as error:
             problems.append(str(error))
             continue
-        cells.setdefault(tuple(step.id for step in cell.steps), cell)
-    if not cells and not problems:
+        key = tuple(step.id for step in cell.steps)
+        cell = cells.setdefault(key, cell)
+        if is_chosen(assignment, only or {}):
+            chosen[key] = cell
+    if not chosen and not problems:
         problems.append("only: leaves no cell; take a value out of it")
-    return Plan(list(cells.values()), list(dict.fromkeys(problems)))
+    runs = [cell for key, cell in cells.items() if key in chosen]
+    return Plan(runs, list(dict.fromkeys(problems)), list(cells.values()))
 
 
 def template_problems(steps: Mapping[str, Any], axes: Axes, settings: Mapping[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ def _plot(
     FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
     longest = max(len(curve.values) for curve in curves)
     window = max(1, longest // 20)
-    handles: dict[str, Any] = {}
+    handles: dict[int, Any] = {}
     for axes, (metric, title) in zip(figure.subplots(1, len(TRAINING)), TRAINING, strict=True):
         for place, index in enumerate(family):
             own = [curve for curve in curves if curve.row == index and curve.metric == metric]
@@ -71,14 +71,15 @@ def _plot(
                 steps, means, errors = mean_and_band(own, window)
                 lower = [mean - error for mean, error in zip(means, errors, strict=True)]
                 upper = [mean + error for mean, error in zip(means, errors, strict=True)]
-                handles.setdefault(names[index], axes.plot(steps, means, linewidth=1.6, **style)[0])
+                handles.setdefault(index, axes.plot(steps, means, linewidth=1.6, **style)[0])
                 axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="optimizer step", ylabel="nats per token")
         axes.grid(alpha=0.3)
-    shown = [names[index] for index in family if names[index] in handles]
+    shown = [index for index in family if index in handles]
     figure.legend(
-        [handles[name] for name in shown], shown, loc="outside lower center", ncols=3, frameon=False, fontsize=9
-    )
+        [handles[index] for index in shown], [names[index] for index in shown], loc="outside lower center", ncols=3,
+        frameon=False, fontsize=9,
+    )  # fmt: skip
     figure.suptitle(_caption(rows, curves, family, window), fontsize=10)
     figure.savefig(png, dpi=120)
     return png

@@ -6,10 +6,11 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
+from kdtune.log import get_logger
 from kdtune.sweeps.curves import Curve, read_curves
 from kdtune.sweeps.page import page
 from kdtune.sweeps.plots import plot_sweep
-from kdtune.sweeps.results import DONE, read_rows
+from kdtune.sweeps.results import DONE, finite_metrics, read_rows
 from kdtune.sweeps.tables import (
     Row,
     baseline_row,
@@ -17,9 +18,13 @@ from kdtune.sweeps.tables import (
     csv_cells,
     csv_table,
     difference_table,
+    metric_problems,
+    row_problems,
     rows_over_seeds,
     summary_table,
 )
+
+log = get_logger(__name__)
 
 _CELL_KEYS = ("cell", "axes", "status", "metrics", "seconds", "folders")
 
@@ -37,7 +42,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         missing = [key for key in _CELL_KEYS if key not in row]
         if missing:
             raise ConfigError(f"{path}: line {number} has no {', '.join(missing)}; it is not a sweep's results.jsonl")
-    return results
+    return [row | {"metrics": finite_metrics(row["metrics"])} for row in results]
 
 
 def write_report(
@@ -47,6 +52,7 @@ def write_report(
     title: str,
     metrics: Sequence[str] | None = None,
     baseline: Mapping[str, Any] | None = None,
+    strict: bool = True,
 ) -> list[Path]:
     """Writes the report and returns its files, the Markdown first.
 
@@ -56,20 +62,27 @@ def write_report(
         title: heading of the report.
         metrics: names or patterns of the metrics to show, in order; None: all but standard errors.
         baseline: axis values of the row that the others are compared with; None: no comparison.
+        strict: whether a metric that fits nothing and a baseline that is not one row are errors; else the report is
+            written without them and says so, as does the log. If no metric fits, all are shown.
 
     Raises:
-        ConfigError: the results cannot be read, a metric fits nothing, or the baseline is not one row.
+        ConfigError: the results cannot be read; with `strict`, a metric fits nothing or the baseline is not one row.
         CheckpointError: a file cannot be written.
     """
     results = read_results(results_file)
     rows = rows_over_seeds(results)
+    misfits = [*metric_problems(rows, metrics), *row_problems(rows, baseline)]
+    if misfits and strict:
+        raise ConfigError("\n".join(misfits))
+    for misfit in misfits:
+        log.warning("report: %s", misfit)
     names = chosen_metrics(rows, metrics)
     base = baseline_row(rows, baseline)
     curves = read_curves(rows, Path(results_file).parent)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_sweep(rows, curves, folder)
-    notes = report_notes(results, rows, base, curves)
+    notes = [*report_notes(results, rows, base, curves), *(f"Left out: {misfit}." for misfit in misfits)]
     texts = {
         "report.md": markdown(title, notes, results, rows, names, base, [path.name for path in plots]),
         "report.csv": csv_table(rows, names, base),
@@ -88,12 +101,17 @@ def report_notes(
     done = sum(cell["status"] == DONE for cell in results)
     notes = [
         f"{done} finished cells in {len(rows)} rows, {len(results) - done} failed. A number is the mean over n seeds ± its "
-        "standard error s / √n (s with n - 1 degrees of freedom; - where n = 1). An axis that does not matter to a row is -."
+        "standard error s / √n (s with n - 1 degrees of freedom; - where n = 1). An axis that does not matter to a row is -.",
+        "This standard error covers the seeds alone, not which documents or examples were measured on: another set of them "
+        "would move all rows. Where there is one seed, d marks the task's own standard error over its documents. (2 of 3): so "
+        "many values were finite, and the others are not in the mean.",
     ]
     if baseline is not None:
         notes.append(
             f"Baseline: {baseline.name}. Differences stand beside their size in standard errors of the difference: p paired "
-            "by seed, where both rows have the same seeds; t of two samples, √(s₁²/n₁ + s₂²/n₂); - where a row has one seed."
+            "by seed, where both rows have the same seeds; t of two samples, √(s₁²/n₁ + s₂²/n₂); - where a row has one seed; n is "
+            "the number of seeds. Bold: beyond the two-sided 5 % bound of Student's t for so few (n = 3 paired: 4.3; n = 2: "
+            "12.7), each comparison by itself: of twenty without any difference one is bold."
         )
     bin_size = max((curve.bin_size for curve in curves), default=1)
     if bin_size > 1:

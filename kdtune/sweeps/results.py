@@ -1,6 +1,7 @@
 """What a sweep measures: the metrics of a step from its folder, and results.jsonl, one object a cell."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
-from kdtune.sweeps.plan import Cell
+from kdtune.sweeps.plan import Cell, Step
 
 DONE, FAILED = "done", "failed"
 LOSSES = ("loss", "class_loss", "kd_loss")
@@ -37,11 +38,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def step_metrics(folder: Path) -> dict[str, float]:
+def step_metrics(folder: Path) -> dict[str, float | None]:
     """The numbers a finished step leaves in its folder, by name.
 
     Of a training run the losses of the last step and the last values of its validation (metrics.jsonl), of an
-    evaluation its metrics (results.json); {} of a step that leaves neither.
+    evaluation its metrics (results.json); {} of a step that leaves neither. None is a number that was not finite.
     """
     found: dict[str, Any] = {}
     if (folder / "metrics.jsonl").exists():
@@ -49,12 +50,42 @@ def step_metrics(folder: Path) -> dict[str, float]:
             found |= {name: value for name, value in row.items() if name in LOSSES or name.startswith(_VALIDATION)}
     if (folder / "results.json").exists():
         found |= json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+    return finite_metrics({name: value for name, value in found.items() if isinstance(value, int | float | None)})
+
+
+def finite_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics as floats, None for each that is not finite (JSON has null for it)."""
+    return {
+        name: None if value is None or not math.isfinite(value) else float(value) for name, value in metrics.items()
+    }
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What is known of a finished step: its metrics, seconds, command and folder."""
+    """What is known of a finished step: its metrics, seconds and command, and the parts of its folder deleted since."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def steps_to_run(cell: Cell) -> list[Step]:
+    """The steps that a cell still needs, in order.
+
+    These are the unfinished ones, and finished ones whose folder lacks what one of these uses: deleted by `discard`,
+    maybe in another sweep that shares the folder, it has to be made again.
+    """
+    found: list[Step] = []
+    for step in reversed(cell.steps):
+        if not step.record.exists() or any(_lacks(step, user) for user in found):
+            found.insert(0, step)
+    return found
+
+
+def _lacks(step: Step, user: Step) -> bool:
+    """Whether a part that `user` reads of a finished step's folder, or something inside it, is deleted."""
+    gone = read_record(step.record).get("discarded", [])
+    return any(
+        not part or f"{path}/".startswith(f"{part}/") or f"{part}/".startswith(f"{path}/")
+        for part in user.parts_of(step)
+        for path in gone
+    )
 
 
 def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str, Any] | None:
@@ -63,8 +94,9 @@ def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str
     `failures` are the steps that failed, by id, with the last lines they printed; `root` is the sweep's folder, which
     the folders in the row are relative to.
     """
-    failed = next((step for step in cell.steps if step.id in failures), None)
-    if failed is None and not all(step.record.exists() for step in cell.steps):
+    is_done = all(step.record.exists() for step in cell.steps)
+    failed = None if is_done else next((step for step in cell.steps if step.id in failures), None)
+    if failed is None and not is_done:
         return None
     records = {step.name: read_record(step.record) for step in cell.steps if step.record.exists()}
     row: dict[str, Any] = {

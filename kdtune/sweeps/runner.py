@@ -17,12 +17,13 @@ from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.sweeps.check import can_resume, step_overrides
 from kdtune.sweeps.plan import Step
-from kdtune.sweeps.results import step_metrics
+from kdtune.sweeps.results import read_record, step_metrics
 
 log = get_logger(__name__)
 
 STOPPED = "stopped"
 _POLL_SECONDS = 0.1
+_CLOCK_SECONDS = 5.0
 _NUM_TAIL_LINES = 12
 
 
@@ -81,12 +82,22 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
     answers true, the step is sent one Ctrl-C and waited for; whether it had time to finish cannot be told, so it is then
     not recorded, and the next sweep finds out.
     """
+    if step.record.exists():
+        _begin_again(step)
     if step.folder.exists() and not can_resume(step):
         remove_folder(step.folder)
+    if not step.folder.exists():
+        step.clock.unlink(missing_ok=True)
     step.log.parent.mkdir(parents=True, exist_ok=True)
     command = ["run", step.recipe, "--config", step.config, *step_overrides(step)]
-    started = time.monotonic()
-    code, told = _execute(command, step.log, lock, stop)
+    clock = _Clock(step.clock)
+
+    def poll() -> bool:
+        clock.tick()
+        return stop()
+
+    code, told = _execute(command, step.log, lock, poll)
+    clock.write()
     if told:
         return STOPPED
     if code != 0:
@@ -99,11 +110,48 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
         "config": step.config,
         "overrides": list(step.overrides),
         "command": ["kdtune", *command],
-        "seconds": time.monotonic() - started,
+        "seconds": clock.seconds(),
         "metrics": step_metrics(step.folder),
     }
     atomic_write_text(step.record, json.dumps(record, indent=1) + "\n")
+    step.clock.unlink()
     return None
+
+
+class _Clock:
+    """The time a step has run, over all its starts: kept in a file, which a killed sweep leaves for the next."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = float(path.read_text()) if path.exists() else 0.0
+        self._started = self._written = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of this start and those before it."""
+        return self._before + time.monotonic() - self._started
+
+    def tick(self) -> None:
+        """Writes the file every few seconds."""
+        if time.monotonic() - self._written > _CLOCK_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file."""
+        self._written = time.monotonic()
+        atomic_write_text(self._path, f"{self.seconds()!r}\n")
+
+
+def _begin_again(step: Step) -> None:
+    """Clears the folder of a finished step that lacks what `discard` deleted.
+
+    Its record stays until it is finished again, so no cell loses its numbers meanwhile; `again` in it says that the
+    folder is the new run's.
+    """
+    record = read_record(step.record)
+    if not record.get("again"):
+        if step.folder.exists():
+            remove_folder(step.folder)
+        atomic_write_text(step.record, json.dumps(record | {"again": True}, indent=1) + "\n")
 
 
 def _execute(command: list[str], log_file: Path, lock: int, stop: Callable[[], bool]) -> tuple[int, bool]:
@@ -144,7 +192,19 @@ def tail(log_file: Path) -> str:
 
 
 def discard(step: Step) -> None:
-    """Deletes the parts of a finished step's folder that its `discard` names (patterns such as `step_*`)."""
-    for pattern in step.discard:
-        for path in sorted(step.folder.glob(pattern)):
-            remove_folder(path) if path.is_dir() else path.unlink()
+    """Deletes the parts of a finished step's folder that its `discard` names (patterns such as `step_*`).
+
+    The step's record has them first, as `discarded`: what uses them later finds out that they must be made again.
+    """
+    paths = sorted({path for pattern in step.discard for path in step.folder.glob(pattern)})
+    if not paths:
+        return
+    record = read_record(step.record)
+    names = {path.relative_to(step.folder).as_posix() for path in paths}
+    record["discarded"] = sorted(names | set(record.get("discarded", [])))
+    atomic_write_text(step.record, json.dumps(record, indent=1) + "\n")
+    for path in paths:
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -2,19 +2,21 @@
 
 import csv
 import io
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.errors import ConfigError
-from kdtune.sweeps.plan import label, shown_value
+from kdtune.sweeps.grid import is_listed
+from kdtune.sweeps.plan import Plan, label, shown_value
 from kdtune.sweeps.results import DONE
 from kdtune.sweeps.statistics import Difference, Summary, difference, summarize
 
 SEED = "seed"
-_STANDARD_ERRORS = "*_stderr"
+_STANDARD_ERROR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,21 @@ class Row:
         return label(self.axes) or "all cells"
 
     def values(self, metric: str) -> dict[Any, float]:
-        """The metric of each cell that has it, by seed."""
-        return {
-            cell["axes"].get(SEED): cell["metrics"][metric]
-            for cell in self.cells
-            if cell["metrics"].get(metric) is not None
-        }
+        """The metric of each cell that has it as a finite number, by seed."""
+        found = {cell["axes"].get(SEED): cell["metrics"].get(metric) for cell in self.cells}
+        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+    def counts(self, metric: str) -> tuple[int, int]:
+        """How many cells have the metric as a finite number, of how many; (0, 0) where none has measured it."""
+        measured = any(metric in cell["metrics"] for cell in self.cells)
+        return len(self.values(metric)), len(self.cells) if measured else 0
+
+    def document_error(self, metric: str) -> float | None:
+        """Of one seed: the task's own standard error of the metric, over its documents; None where it gives none."""
+        name, comma, answer_filter = metric.partition(",")
+        errors = self.values(f"{name}{_STANDARD_ERROR}{comma}{answer_filter}")
+        values = self.values(metric)
+        return errors.get(next(iter(values))) if len(values) == 1 else None
 
     def summary(self, metric: str) -> Summary | None:
         """Mean and standard error of a metric; None where no cell has it."""
@@ -48,7 +59,7 @@ def rows_over_seeds(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in results:
         if cell["status"] == DONE:
-            groups.setdefault(label(_without_seed(cell["axes"])), []).append(cell)
+            groups.setdefault(json.dumps(_without_seed(cell["axes"]), sort_keys=True), []).append(cell)
     return [Row(_without_seed(cells[0]["axes"]), tuple(cells)) for cells in groups.values()]
 
 
@@ -61,43 +72,60 @@ def axis_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.axes))
 
 
-def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
-    """The metrics to show: those that fit a pattern, in the patterns' order; None: all but standard errors.
+def known_metrics(rows: Sequence[Row]) -> list[str]:
+    """Every metric that a cell of the rows has, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for cell in row.cells for name in cell["metrics"]))
 
-    Raises:
-        ConfigError: a pattern fits none, naming the nearest.
+
+def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
+    """The metrics to show: those that fit a pattern, in the patterns' order.
+
+    Where there are no patterns (None), or none that fits, they are all but standard errors.
     """
-    known = list(dict.fromkeys(name for row in rows for cell in row.cells for name in cell["metrics"]))
-    if patterns is None:
-        return [name for name in known if not fnmatchcase(name, _STANDARD_ERRORS)]
-    found: list[str] = []
-    for pattern in patterns:
-        fitting = [name for name in known if fnmatchcase(name, pattern)]
-        if known and not fitting:
-            raise ConfigError(
-                f"metrics: {pattern!r} fits none of the results{did_you_mean(pattern, known)}; there are {', '.join(known)}"
-            )
-        found += [name for name in fitting if name not in found]
-    return found
+    known = known_metrics(rows)
+    found = [name for pattern in patterns or () for name in known if fnmatchcase(name, pattern)]
+    shown = [name for name in known if not name.partition(",")[0].endswith(_STANDARD_ERROR)]
+    return list(dict.fromkeys(found)) or ([] if patterns == [] else shown)
+
+
+def metric_problems(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
+    """The patterns that fit no metric, a sentence each that names the nearest; [] while no cell has any."""
+    known = known_metrics(rows)
+    return [
+        f"metrics: {pattern!r} fits none of the results{did_you_mean(pattern, known)}; there are {', '.join(known)}"
+        for pattern in patterns or ()
+        if known and not any(fnmatchcase(name, pattern) for name in known)
+    ]
 
 
 def baseline_row(rows: Sequence[Row], baseline: Mapping[str, Any] | None) -> Row | None:
-    """The one row whose axes have the baseline's values; None without a baseline or without finished cells.
-
-    Raises:
-        ConfigError: no row, or more than one, has them.
-    """
-    if not baseline or not rows:
-        return None
-    found = [row for row in rows if all(row.axes.get(axis, _ABSENT) == value for axis, value in baseline.items())]
-    if len(found) != 1:
-        names = "; ".join(row.name for row in (found or rows))
-        count = "no row has" if not found else f"{len(found)} rows have"
-        raise ConfigError(f"baseline: {count} {label(baseline)}; name one row by its axes: {names}")
-    return found[0]
+    """The one row whose axes have the baseline's values; None without a baseline, or where not exactly one has them."""
+    found = _fitting_rows(rows, baseline) if baseline else []
+    return found[0] if len(found) == 1 else None
 
 
-_ABSENT = object()
+def row_problems(rows: Sequence[Row], baseline: Mapping[str, Any] | None) -> list[str]:
+    """Why the baseline is none of the rows, in a sentence; [] without a baseline, without rows, and where it is one."""
+    found = _fitting_rows(rows, baseline) if baseline else []
+    if not baseline or not rows or len(found) == 1:
+        return []
+    names = "; ".join(row.name for row in (found or rows))
+    count = "no row has" if not found else f"{len(found)} rows have"
+    return [f"baseline: {count} {label(baseline)}; name one row by its axes: {names}"]
+
+
+def baseline_problems(plan: Plan, baseline: Mapping[str, Any] | None) -> list[str]:
+    """Why the baseline will be no row of the report, once every cell of a sweep is finished; [] where it will be one."""
+    cells = [{"axes": cell.axes, "status": DONE, "metrics": {}} for cell in plan.whole]
+    return row_problems(rows_over_seeds(cells), baseline)
+
+
+def _fitting_rows(rows: Sequence[Row], values: Mapping[str, Any]) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if all(axis in row.axes and is_listed(value, [row.axes[axis]]) for axis, value in values.items())
+    ]
 
 
 def row_difference(row: Row, baseline: Row | None, metric: str) -> Difference | None:
@@ -122,20 +150,19 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, num
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """Mean ± standard error of every metric in every row, as Markdown; `-` where there is none."""
+    """Mean ± standard error of every metric in every row, as Markdown (see `mean_text`)."""
     axes, names = axis_names(rows), short_names(metrics)
     lines = [
-        [*_axis_cells(row, axes), str(len(row.cells)), *(mean_text(row.summary(metric)) for metric in metrics)]
-        for row in rows
+        [*_axis_cells(row, axes), str(len(row.cells)), *(mean_text(row, metric) for metric in metrics)] for row in rows
     ]
     return markdown_table([*axes, "n", *(names[metric] for metric in metrics)], lines, num_text=len(axes))
 
 
 def difference_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row) -> str:
-    """Every row's difference to the baseline, in the metric's unit and in standard errors, as Markdown."""
+    """Every row's difference to the baseline as Markdown (see `difference_text`), bold beyond the bound of Student's t."""
     axes, names = axis_names(rows), short_names(metrics)
     lines = [
-        [*_axis_cells(row, axes), *(difference_text(row_difference(row, baseline, metric)) for metric in metrics)]
+        [*_axis_cells(row, axes), *(_emphasized(row_difference(row, baseline, metric)) for metric in metrics)]
         for row in rows
         if row is not baseline
     ]
@@ -146,29 +173,48 @@ def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:
     return [shown_value(row.axes[axis]) if axis in row.axes else "-" for axis in axes]
 
 
-def mean_text(summary: Summary | None) -> str:
-    """`0.4512 ± 0.0021`; `0.4512 ± -` for one value, `-` for none."""
-    if summary is None:
-        return "-"
-    error = "-" if summary.standard_error is None else f"{summary.standard_error:.4f}"
-    return f"{summary.mean:.4f} ± {error}"
+def mean_text(row: Row, metric: str) -> str:
+    """`0.4512 ± 0.0021`: a row's mean and its standard error over seeds; `-` for none.
+
+    Of one seed `0.4512 ± 0.0140 d` with the task's own standard error over documents, `0.4512 ± -` where it gives none.
+    ` (2 of 3)` follows where not every cell has a finite number.
+    """
+    summary, (num_finite, num_cells) = row.summary(metric), row.counts(metric)
+    text = "-"
+    if summary is not None:
+        over_documents = row.document_error(metric)
+        error = over_documents if summary.standard_error is None else summary.standard_error
+        text = f"{summary.mean:.4f} ± " + ("-" if error is None else f"{error:.4f}")
+        text += " d" if over_documents is not None else ""
+    return text if num_finite == num_cells else f"{text} ({num_finite} of {num_cells})"
 
 
 def difference_text(found: Difference | None) -> str:
-    """`+0.0120 (+2.4 p)`: the difference, in standard errors, p for paired by seed and t for two samples."""
+    """`+0.0120 (+2.4 p, n 3)`: the difference, in standard errors, paired by seed and of how many seeds.
+
+    Of two samples `+0.0120 (+2.4 t, n 3, 2)`; `-` for the standard errors where there are none.
+    """
     if found is None:
         return "-"
     ratio = "-" if found.in_standard_errors is None else f"{found.in_standard_errors:+.1f}"
-    return f"{found.value:+.4f} ({ratio} {'p' if found.kind == 'paired' else 't'})"
+    how = f"p, n {found.counts[0]}" if found.kind == "paired" else f"t, n {found.counts[0]}, {found.counts[1]}"
+    return f"{found.value:+.4f} ({ratio} {how})"
+
+
+def _emphasized(found: Difference | None) -> str:
+    text = difference_text(found)
+    return f"**{text}**" if found is not None and found.is_beyond_bound else text
 
 
 def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row | None) -> str:
     """The rows as CSV, numbers unrounded, an empty field where there is none.
 
-    Columns: the axes, n, and for each metric M: M, M:standard_error, M:n and, with a baseline, M:difference,
-    M:difference_in_standard_errors and M:comparison (paired or two-sample).
+    Columns: the axes, n (cells), and for each metric M: M, M:standard_error (over seeds), M:n (finite values; 0 where all
+    were not finite), M:document_error where a row of one seed has the task's own and, with a baseline, M:difference,
+    M:difference_in_standard_errors, M:bound (of that, Student's t, 5 %) and M:comparison (paired or two-sample).
     """
     axes = axis_names(rows)
+    with_documents = [metric for metric in metrics if any(row.document_error(metric) is not None for row in rows)]
     lines = []
     for row in rows:
         line: dict[str, Any] = {axis: shown_value(row.axes[axis]) if axis in row.axes else None for axis in axes}
@@ -177,10 +223,14 @@ def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row | None)
             summary, found = row.summary(metric), row_difference(row, baseline, metric)
             line[metric] = summary and summary.mean
             line[f"{metric}:standard_error"] = summary and summary.standard_error
-            line[f"{metric}:n"] = summary and summary.n
+            num_finite, num_cells = row.counts(metric)
+            line[f"{metric}:n"] = num_finite if num_cells else None
+            if metric in with_documents:
+                line[f"{metric}:document_error"] = row.document_error(metric)
             if baseline is not None:
                 line[f"{metric}:difference"] = found and found.value
                 line[f"{metric}:difference_in_standard_errors"] = found and found.in_standard_errors
+                line[f"{metric}:bound"] = found and found.bound
                 line[f"{metric}:comparison"] = found and found.kind
         lines.append(line)
     return _csv_text(lines)

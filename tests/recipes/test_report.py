@@ -14,6 +14,7 @@ import pytest
 
 from kdtune.errors import ConfigError
 from kdtune.sweeps import write_report
+from kdtune.sweeps.results import step_metrics
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
@@ -87,8 +88,9 @@ def test_markdown_shows_means_errors_differences_and_failures(results: Path, rep
     text = (report / "report.md").read_text()
     found = values(results, "kd", "evaluate.task/acc")
     assert f"{found.mean():.4f} ± {found.std(ddof=1) / np.sqrt(3):.4f}" in text
-    assert "| none | 1 | 0.4000 ± - | - |" in text
-    assert "Baseline: method=sft" in text and " p) |" in text and "(- t)" in text
+    assert "| none | 1 | 0.4000 ± 0.0100 d | - |" in text, "of one seed the task's own standard error"
+    assert "Baseline: method=sft" in text and " p, n 3)" in text and "(- t, n 1, 3)" in text
+    assert "covers the seeds alone" in text
     assert "step train failed" in text and "![losses](losses.png)" in text
     assert (report / "losses.png").read_bytes().startswith(b"\x89PNG")
 
@@ -151,6 +153,66 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     assert "mean of up to 3 logged steps" in (tmp_path / "report/report.md").read_text()
 
 
+def write(folder: Path, cells: list[dict[str, Any]], **settings: Any) -> str:
+    """A report of cells; its Markdown."""
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cells))
+    write_report(folder / "results.jsonl", folder / "report", title="t", **settings)
+    return (folder / "report/report.md").read_text()
+
+
+def page_data(folder: Path) -> dict[str, Any]:
+    page = Page()
+    page.feed((folder / "report/report.html").read_text())
+    return json.loads(page.scripts["data"])
+
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    losses = {"a": [1.0, 3.0, None], "b": [None, None, None], "c": [1.0, 2.0, float("nan")]}
+    cells = [cell({"m": m, "seed": seed}, {"train.loss": loss}) for m in losses for seed, loss in enumerate(losses[m])]
+    text = write(tmp_path, cells)
+    assert "| a | 3 | 2.0000 ± 1.0000 (2 of 3) |" in text and "| b | 3 | - (0 of 3) |" in text
+    assert "| c | 3 | 1.5000 ± 0.5000 (2 of 3) |" in text
+    rows = list(csv.DictReader((tmp_path / "report/report.csv").open()))
+    assert [row["train.loss:n"] for row in rows] == ["2", "0", "2"]
+    assert [line[3][0] for line in page_data(tmp_path)["cells"]["lines"]][:3] == ["1.0000", "3.0000", "not finite"]
+
+
+def test_null_metrics_of_a_step_are_kept(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 2.0, "val_kd_loss": 1.0, "note": "x"}, {"step": 2, "loss": None, "val_kd_loss": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "results.json").write_text('{"metrics": {"a/acc": NaN, "b/acc": 0.5}}')
+    assert step_metrics(tmp_path) == {"loss": None, "val_kd_loss": None, "a/acc": None, "b/acc": 0.5}
+
+
+def test_only_what_passes_the_bound_of_t_is_strong(tmp_path: Path) -> None:
+    """Three paired seeds: 3.5 standard errors are not beyond the bound 4.3, 8.7 are."""
+    noise = {"base": (0.0, 0.0, 0.0), "three": (1.0, 2.0, 3.0), "nine": (4.0, 5.0, 6.0)}
+    cells = [cell({"m": m, "seed": seed}, {"train.loss": value}) for m in noise for seed, value in enumerate(noise[m])]
+    text = write(tmp_path, cells, baseline={"m": "base"})
+    assert "| three | +2.0000 (+3.5 p, n 3) |" in text and "| nine | **+5.0000 (+8.7 p, n 3)** |" in text
+    assert [line[2][3] for line in page_data(tmp_path)["summary"]["lines"]] == ["", "", "strong"]
+    rows = list(csv.DictReader((tmp_path / "report/report.csv").open()))
+    assert [row["train.loss:bound"] for row in rows] == ["", "4.303", "4.303"]
+
+
+def test_axis_values_of_different_types_are_different_rows(tmp_path: Path) -> None:
+    cells = [cell({"a": value, "seed": 0}, {"train.loss": float(i)}) for i, value in enumerate([1, "1", True, "true"])]
+    table = write(tmp_path, cells).split("## Results")[1].strip().splitlines()
+    assert len(table) == 2 + 4
+
+
+def test_standard_errors_of_filtered_metrics_are_no_metrics_of_their_own(tmp_path: Path) -> None:
+    cells = [cell({"a": 1}, {"e.t/exact,strict": 0.5, "e.t/exact_stderr,strict": 0.1})]
+    assert "| a | n | t/exact,strict |\n| :-- | --: | --: |\n| 1 | 1 | 0.5000 ± 0.1000 d |" in write(tmp_path, cells)
+    assert "e.t/exact,strict:document_error" in (tmp_path / "report/report.csv").read_text()
+
+
+def test_without_strict_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
+    text = write(tmp_path, [cell({"a": 1}, {"train.loss": 1.0})], metrics=["x.*"], baseline={"a": 2}, strict=False)
+    assert "Left out: metrics: 'x.*' fits none" in text and "Left out: baseline: no row has a=2" in text
+    assert "| a | n | loss |" in text, "all metrics, where none of the chosen ones is there"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -187,6 +249,9 @@ def test_the_command_needs_no_config(results: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     header = (results.parent / "by_command/report.csv").read_text().splitlines()[0]
-    assert header == "method,n,evaluate.task/acc,evaluate.task/acc:standard_error,evaluate.task/acc:n"
+    assert (
+        header
+        == "method,n,evaluate.task/acc,evaluate.task/acc:standard_error,evaluate.task/acc:n,evaluate.task/acc:document_error"
+    )
     result = kdtune("run", "report", "results=/nowhere.jsonl")
     assert result.returncode == 2 and "results=/nowhere.jsonl: no such file" in result.stderr

@@ -225,10 +225,84 @@ def test_max_minutes_starts_no_step_after_it(sweep: Path) -> None:
 
 
 def test_discard_keeps_what_a_cell_still_needs(sweep: Path) -> None:
-    run(sweep / "sweep.yaml", "steps.teacher.discard=[final]", "steps.train.discard=[final]", "only.lr=[1.0]")
-    assert not list((sweep / "sweep").glob("steps/*/final"))
-    assert len(list((sweep / "sweep").glob("steps/*/metrics.jsonl"))) == 3
+    """The cells that `only` leaves out for now are still to use the teacher."""
+    discard = ("steps.teacher.discard=[final]", "steps.train.discard=[final]")
+    folder = sweep / "sweep"
+    run(sweep / "sweep.yaml", *discard, "only.lr=[1.0]")
+    assert [path.parent.name.partition("-")[0] for path in folder.glob("steps/*/final")] == ["teacher"]
+    assert len(list(folder.glob("steps/*/metrics.jsonl"))) == 3
     assert "0 to run" in run(sweep / "sweep.yaml", "only.lr=[1.0]", "dry_run=true")
+    run(sweep / "sweep.yaml", *discard)
+    assert not list(folder.glob("steps/*/final")) and len(results(folder)) == 4
+    assert list(num_starts(folder).values()) == [1] * 5
+
+
+def test_what_was_discarded_is_made_again_for_a_new_cell(sweep: Path) -> None:
+    discard = ("steps.teacher.discard=[final]", "steps.train.overrides.2='source={teacher.dir}/final'", "axes.seed=[0]")
+    folder = sweep / "sweep"
+    run(sweep / "sweep.yaml", *discard, "axes.lr=[1.0]")
+    assert not list(folder.glob("steps/teacher-*/final"))
+    more = (*discard, "axes.lr=[1.0, 3.0]")
+    assert "3 steps, 2 to run" in run(sweep / "sweep.yaml", *more, "dry_run=true")
+    # A failure of the second making leaves the first cell's numbers alone.
+    (sweep / "toy.py").write_text(TOY.replace("if cfg.fail:", "if cfg.value == 7.0:"))
+    assert "1 of 2 cells failed" in run(sweep / "sweep.yaml", *more, code=1)
+    assert [row["status"] for row in results(folder)] == ["done", "failed"]
+    (sweep / "toy.py").write_text(TOY)
+    run(sweep / "sweep.yaml", *more)
+    assert [row["metrics"]["train.val_kd_loss"] for row in results(folder)] == pytest.approx([1.0, 3.0])
+    assert sorted(num_starts(folder).values()) == [1, 1, 3]
+    assert not list(folder.glob("steps/teacher-*/final")), "and discarded again"
+    assert "3 steps, 0 to run" in run(sweep / "sweep.yaml", *more, "dry_run=true")
+
+
+def test_only_keeps_the_rows_of_the_other_cells(sweep: Path) -> None:
+    run(sweep / "sweep.yaml")
+    rows = results(sweep / "sweep")
+    assert "results.jsonl: 4 of 4 cells" in run(sweep / "sweep.yaml", "only.lr=[2.0]")
+    assert results(sweep / "sweep") == rows
+
+
+def test_a_failed_baseline_hides_neither_failures_nor_report(sweep: Path) -> None:
+    text = (sweep / "sweep.yaml").read_text()
+    (sweep / "sweep.yaml").write_text(text.replace("axes:", "axes:\n  kind: {good: {}, bad: {train: [fail=true]}}"))
+    output = run(sweep / "sweep.yaml", "axes.seed=[0]", "axes.lr=[1.0]", "report=true", "baseline.kind=bad", code=1)
+    assert "1 of 2 cells failed" in output and "RuntimeError: the toy broke" in output
+    assert "report: baseline: no row has kind=bad" in output
+    report = (sweep / "sweep/report/report.md").read_text()
+    assert "Left out: baseline: no row has kind=bad" in report and "Difference to the baseline" not in report
+
+
+def test_a_baseline_and_metrics_that_are_not_there_yet_are_said(sweep: Path) -> None:
+    settings = (
+        "report=true",
+        "baseline.lr=1.0",
+        "metrics=[evaluate.hellaswag/acc, train.val_kd_loss]",
+        "axes.seed=[0]",
+    )
+    output = run(sweep / "sweep.yaml", *settings, "only.lr=[2.0]")
+    report = (sweep / "sweep/report/report.md").read_text()
+    for word in ("no row has lr=1.0", "metrics: 'evaluate.hellaswag/acc' fits none of the results"):
+        assert word in output and word in report
+    assert "| lr | n | val_kd_loss |" in report
+    run(sweep / "sweep.yaml", *settings)
+    assert "## Difference to the baseline" in (sweep / "sweep/report/report.md").read_text()
+
+
+def test_seconds_count_every_start_of_a_resumed_step(sweep: Path) -> None:
+    (sweep / "toy.yaml").write_text("slow: 1.5\n")
+    settings = ("axes.seed=[0]", "axes.lr=[1.0]", "steps.teacher.overrides=[value=7, slow=0]")
+    process = start(sweep / "sweep.yaml", *settings)
+    folder = sweep / "sweep"
+    wait_until(
+        lambda: any(len(p.read_text().splitlines()) >= 5 for p in folder.glob("steps/train-*/metrics.jsonl")), process
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert len(list(folder.glob("steps/train-*.seconds"))) == 1
+    run(sweep / "sweep.yaml", *settings)
+    assert results(folder)[0]["seconds"]["train"] > 6 * 1.5
+    assert not list(folder.glob("steps/*.seconds"))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +317,7 @@ def test_discard_keeps_what_a_cell_still_needs(sweep: Path) -> None:
         (["only.lr=[3]"], "only.lr: 3 is not a value of axes.lr"),
         (["steps.teacher.recipe=nothing"], "unknown recipe 'nothing'"),
         (["baseline.method=x"], "baseline.method: no such axis"),
+        (["baseline.seed=0"], "baseline: no row has seed=0; name one row by its axes: lr=1.0; lr=2.0"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(sweep: Path, overrides: list[str], words: str) -> None:

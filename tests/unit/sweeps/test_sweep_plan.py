@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdtune.sweeps import make_plan
+from kdtune.sweeps import baseline_problems, make_plan
 from kdtune.sweeps.grid import assignments
 from kdtune.sweeps.plan import flat_overrides, last_ones
 
@@ -205,3 +205,46 @@ def test_alternatives_of_when_and_lists_inside_lists() -> None:
     ]
     assert found.cells[1].steps[0].overrides == ("kd_ratio=1", "seed=2")
     assert found.cells[0].steps[0] == found.cells[2].steps[0] and len(found.steps) == 3
+
+
+def test_only_restricts_what_is_run_and_not_what_there_is() -> None:
+    whole = plan()
+    found = plan(only={"seed": [1]})
+    assert [cell.axes["seed"] for cell in found.cells] == [1, 1]
+    assert found.whole == whole.cells == whole.whole and len(found.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [
+        ({"r": 0.5}, None),
+        (None, None),
+        ({"r": 0.7}, "baseline: no row has r=0.7; name one row by its axes: r=0.5; r=1.0"),
+        ({"seed": 0}, "baseline: no row has seed=0"),
+        ({"r": True}, "baseline: no row has r=true"),
+    ],
+)
+def test_a_baseline_is_one_row_of_the_whole_plan(baseline: dict[str, Any] | None, words: str | None) -> None:
+    found = baseline_problems(plan(only={"r": [1.0]}), baseline)
+    assert found == [] if words is None else found[0].startswith(words)
+
+
+def test_a_baseline_that_fits_several_rows() -> None:
+    steps = {"train": {"config": KD, "overrides": ["kd_ratio={r}", "batch_size={b}"]}}
+    found = baseline_problems(plan(steps=steps, axes={"r": [0.5, 1.0], "b": [1, 2]}), {"r": 0.5})
+    assert found == ["baseline: 2 rows have r=0.5; name one row by its axes: r=0.5 b=1; r=0.5 b=2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("a={t.dir}/final", ["final"]),
+        ("a={t.dir}", [""]),
+        ("a=[{t.dir}/final/x.json, '{t.dir}/step_2/']", ["final/x.json", "step_2"]),
+        ("a=1", []),
+    ],
+)
+def test_what_a_step_uses_of_another(override: str, parts: list[str]) -> None:
+    steps = {"t": {"config": "tiny/prune"}, "train": {"config": KD, "overrides": [override]}}
+    first, second = plan(steps=steps, axes={}).steps
+    assert second.parts_of(first) == parts

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from kdtune.sweeps import difference, summarize
+from kdtune.sweeps.statistics import t_bound
 
 
 def test_mean_and_standard_error() -> None:
@@ -33,7 +34,27 @@ def test_two_samples() -> None:
     a, b = np.random.default_rng(1).normal(size=5), np.random.default_rng(2).normal(size=3)
     found = difference(dict(enumerate(a)), dict(enumerate(b)))
     assert found.kind == "two-sample"
-    assert found.in_standard_errors == pytest.approx(stats.ttest_ind(a, b, equal_var=False).statistic, rel=1e-12)
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    assert found.in_standard_errors == pytest.approx(expected.statistic, rel=1e-12)
+    assert found.degrees == pytest.approx(expected.df, rel=1e-12) and found.counts == (5, 3)
+
+
+def test_bounds_of_t_are_scipys_and_never_too_narrow() -> None:
+    for degrees in (*range(1, 31), 40, 60, 100):
+        assert t_bound(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
+    for degrees in np.linspace(1, 300, 997):
+        assert t_bound(degrees) >= stats.t.ppf(0.975, degrees) - 6e-4
+
+
+def test_the_bound_is_that_of_the_p_value() -> None:
+    """Three paired seeds: 2 standard errors are no sign of anything, 5 are."""
+    draw, seen = np.random.default_rng(3), set()
+    for shift in np.linspace(0, 8, 60):
+        a, b = draw.normal(size=(2, 3))
+        found, test = difference(dict(enumerate(a + shift)), dict(enumerate(b))), stats.ttest_rel(a + shift, b)
+        assert found.is_beyond_bound == (test.pvalue < 0.05)
+        seen.add((found.is_beyond_bound, abs(test.statistic) > 2))
+    assert seen == {(False, False), (False, True), (True, True)}
 
 
 def test_unknown_and_zero_errors_give_no_ratio() -> None:
