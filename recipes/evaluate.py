@@ -183,7 +183,13 @@ def run(cfg: Config) -> None:
         metrics |= {f"held_out/{name}": value for name, value in values.items()}
     for name, text in texts.items():
         found = evaluation.text_perplexity(
-            model, tokenizer, text, max_length=max_length, stride=cfg.perplexity_stride, batch_size=cfg.batch_size
+            model,
+            tokenizer,
+            text,
+            max_length=max_length,
+            stride=cfg.perplexity_stride,
+            batch_size=cfg.batch_size,
+            show_progress=True,
         )
         details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
         # As a file's name has no "/", nothing of one text has the name of something of another.

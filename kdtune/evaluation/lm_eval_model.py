@@ -84,16 +84,14 @@ class KDTuneLM(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each request's whole text."""
         texts = [encode_text(self._text_tokenizer, request.args[0]) for request in requests]
-        with self._bar(len(texts), "scoring texts", disable_tqdm) as bar:
-            totals = score_texts(
-                self.model,
-                self._text_tokenizer,
-                texts,
-                max_length=self.max_length,
-                batch_tokens=self.batch_size * ROW_TOKENS,
-            )
-            bar.update(len(texts))
-        return totals
+        return score_texts(
+            self.model,
+            self._text_tokenizer,
+            texts,
+            max_length=self.max_length,
+            batch_tokens=self.batch_size * ROW_TOKENS,
+            show_progress=self._show_progress and not disable_tqdm,
+        )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each request's context, up to its stop strings."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.divergence import perplexity
 from kdtune.evaluation.encoding import encode_text, prefix_id
@@ -43,11 +45,13 @@ def score_texts(
     max_length: int,
     batch_tokens: int,
     stride: int | None = None,
+    show_progress: bool = False,
 ) -> list[float]:
-    """Log-probability in nats of each text's ids; 0 for a text without any."""
+    """Log-probability in nats of each text's ids; 0 for a text without any. Progress is shown window by window."""
     windows = [list(rolling_windows(ids, prefix_id(tokenizer), max_length, stride)) for ids in texts]
     pairs = [pair for of_text in windows for pair in of_text]
-    scores = iter(score(model, pairs, max_length=max_length, batch_tokens=batch_tokens))
+    with tqdm(total=len(pairs), desc="scoring texts", unit="window", disable=not show_progress) as bar:
+        scores = iter(score(model, pairs, max_length=max_length, batch_tokens=batch_tokens, on_scored=bar.update))
     return [math.fsum(next(scores).logprob for _ in of_text) for of_text in windows]
 
 
@@ -94,6 +98,7 @@ def text_perplexity(
     max_length: int,
     stride: int | None = None,
     batch_size: int = 8,
+    show_progress: bool = False,
 ) -> TextPerplexity:
     """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them.
 
@@ -103,5 +108,8 @@ def text_perplexity(
     if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):
         ids = ids[1:]
     batch_tokens = batch_size * ROW_TOKENS
-    (logprob,) = score_texts(model, tokenizer, [ids], max_length=max_length, batch_tokens=batch_tokens, stride=stride)
+    (logprob,) = score_texts(
+        model, tokenizer, [ids], max_length=max_length, batch_tokens=batch_tokens, stride=stride,
+        show_progress=show_progress,
+    )  # fmt: skip
     return TextPerplexity(logprob, len(ids), len(re.split(r"\s+", text)), len(text.encode("utf-8")))
