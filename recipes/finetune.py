@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, tokenizers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, teachers, tokenizers, training
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 
@@ -118,33 +118,9 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = [
-            f"{key}={getattr(self, key)}: must be at least 1"
-            for key in ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
-                        "loss_chunk_size", "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens",
-                        "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps")
-            if getattr(self, key) is not None and getattr(self, key) < 1
-        ]  # fmt: skip
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            found.append(f"clip_grad_norm={self.clip_grad_norm}: must be above 0; null switches clipping off")
+        found = training.loop_problems(self)
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
-        has_adapters = self.adapter is not None or (self.model is not None and "lora_" in self.model["_component_"])
-        if self.save_weights != "both" and not has_adapters:
-            found.append(
-                f"save_weights={self.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`"
-            )
-        if self.dataset_val is None and (self.run_val_every_n_steps or self.best_metric):
-            found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
-        if self.sample_every_n_steps and not self.sample_prompts:
-            found.append(f"sample_every_n_steps={self.sample_every_n_steps}: needs sample_prompts")
-        if self.keep_last_n_checkpoints and not self.save_every_n_steps:
-            found.append(f"keep_last_n_checkpoints={self.keep_last_n_checkpoints}: needs save_every_n_steps")
-        every, val = self.save_every_n_steps, self.run_val_every_n_steps
-        if self.best_metric and not (every and val and every % val == 0):
-            found.append(
-                f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
-            )
         return found
 
     def machine_problems(self) -> list[str]:
@@ -154,14 +130,6 @@ class Config:
         if node := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in node.problems()]
         return found
-
-
-# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "models_dir", "device", "compile", "enable_activation_checkpointing",
-              "num_workers", "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps",
-              "sample_prompts", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "save_weights",
-              "keep_last_n_checkpoints", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
-              "log_level", "profiler")  # fmt: skip
 
 
 @config.entry_point(Config)
@@ -175,7 +143,7 @@ def run(cfg: Config) -> None:
     output_dir = Path(cfg.output_dir)
     newest = None
     if cfg.resume_from_checkpoint:
-        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=MAY_CHANGE)
+        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE)
     device = training.resolve_device(cfg.device)
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
     get_logger().setLevel(cfg.log_level)
@@ -192,10 +160,12 @@ def run(cfg: Config) -> None:
         return finish(cfg)
 
     # Model.
+    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     dtype = training.dtype_from_name(cfg.dtype)
     model = distributed.build_model(
         cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
     )
+    training.check_save_weights(model, cfg.save_weights)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     if cfg.enable_activation_checkpointing:
         distributed.apply_activation_checkpointing(model)
@@ -223,12 +193,16 @@ def run(cfg: Config) -> None:
     metrics = training.Metrics()
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
+        training.closing(second_logger),
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step) as bar,
         profiler or nullcontext(),
     ):
         if step == 0:
-            logger.log(validate(model, held_out, device), step)
+            row = validate(model, ce_loss, held_out, device)
+            logger.log(row, step)
+            if second_logger:
+                second_logger.log(row, step)
             record_samples(cfg, model, tokenizer, step)
         while step < num_steps and not interrupt.requested:
             training.set_step_seed(cfg.seed, step)
@@ -254,22 +228,20 @@ def run(cfg: Config) -> None:
 
             if cfg.log_peak_memory_stats:
                 row |= training.memory_stats(device)
-            if is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
-                row |= validate(model, held_out, device)
+            if training.is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
+                row |= validate(model, ce_loss, held_out, device)
             logger.log({"epoch": position[0], **row}, step)
-            if second_logger and is_due(step, cfg.log_every_n_steps):
+            if second_logger and (training.is_due(step, cfg.log_every_n_steps) or "val_class_loss" in row):
                 second_logger.log(row, step)
-            if is_due(step, cfg.sample_every_n_steps) or step == num_steps:
+            if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
                 record_samples(cfg, model, tokenizer, step)
-            if is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+            if training.is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
                 manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
                              base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
             if profiler:
                 profiler.step()
             metrics.restart_clock()
-    if second_logger:
-        second_logger.close()
 
     if interrupt.requested and step < num_steps:
         return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
@@ -295,11 +267,13 @@ def ce_step(
     return ce_loss(model(batch.tokens, return_hidden=True), model.output, None, batch.labels)
 
 
-def validate(model: Transformer, held_out: list[data.Batch] | None, device: torch.device) -> dict[str, float]:
+def validate(
+    model: Transformer, ce_loss: losses.KDLoss, held_out: list[data.Batch] | None, device: torch.device
+) -> dict[str, float]:
     """Held-out cross entropy in nats a token; {} without held-out data."""
     if held_out is None:
         return {}
-    return {"val_class_loss": evaluation.evaluate_ce(model, held_out, device=device)["class_loss"]}
+    return {"val_class_loss": evaluation.evaluate_ce(model, held_out, device=device, loss=ce_loss)["class_loss"]}
 
 
 def record_samples(cfg: Config, model: Transformer, tokenizer: Any, step: int) -> None:
@@ -329,11 +303,6 @@ def finish(cfg: Config) -> None:
 def base_folder(cfg: Config) -> str | None:
     """Folder the model came from, whose licence and generation config go with it."""
     return cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """True at every `every`-th step; never for None."""
-    return every is not None and step % every == 0
 
 
 if __name__ == "__main__":

@@ -130,36 +130,12 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = [
-            f"{key}={getattr(self, key)}: must be at least 1"
-            for key in ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
-                        "loss_chunk_size", "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens",
-                        "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps")
-            if getattr(self, key) is not None and getattr(self, key) < 1
-        ]  # fmt: skip
+        found = training.loop_problems(self)
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            found.append(f"clip_grad_norm={self.clip_grad_norm}: must be above 0; null switches clipping off")
         for builder, weights in (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer")):
             if getattr(self, builder) is None and getattr(self, weights) is None:
                 found.append(f"{weights}: missing, and no {builder} to start from random weights; give one of them")
-        has_adapters = self.adapter is not None or (self.model is not None and "lora_" in self.model["_component_"])
-        if self.save_weights != "both" and not has_adapters:
-            found.append(
-                f"save_weights={self.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`"
-            )
-        if self.dataset_val is None and (self.run_val_every_n_steps or self.best_metric):
-            found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
-        if self.sample_every_n_steps and not self.sample_prompts:
-            found.append(f"sample_every_n_steps={self.sample_every_n_steps}: needs sample_prompts")
-        if self.keep_last_n_checkpoints and not self.save_every_n_steps:
-            found.append(f"keep_last_n_checkpoints={self.keep_last_n_checkpoints}: needs save_every_n_steps")
-        every, val = self.save_every_n_steps, self.run_val_every_n_steps
-        if self.best_metric and not (every and val and every % val == 0):
-            found.append(
-                f"best_metric={self.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
-            )
         return found
 
     def machine_problems(self) -> list[str]:
@@ -170,14 +146,6 @@ class Config:
             if node := config.instantiate(getattr(self, key)):
                 found += [f"{key}: {problem}" for problem in node.problems()]
         return found
-
-
-# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "models_dir", "device", "compile", "enable_activation_checkpointing",
-              "num_workers", "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps",
-              "sample_prompts", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "save_weights",
-              "keep_last_n_checkpoints", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
-              "log_level", "profiler")  # fmt: skip
 
 
 @config.entry_point(Config)
@@ -191,7 +159,7 @@ def run(cfg: Config) -> None:
     output_dir = Path(cfg.output_dir)
     newest = None
     if cfg.resume_from_checkpoint:
-        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=MAY_CHANGE)
+        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE)
     device = training.resolve_device(cfg.device)
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
     get_logger().setLevel(cfg.log_level)
@@ -210,7 +178,10 @@ def run(cfg: Config) -> None:
     student, teacher = build_models(cfg, tokenizer, device, newest)
 
     # Optimization.
-    kd_loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    divergence = config.instantiate(cfg.kd_loss)
+    kd_loss = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    # Validation measures the divergence whatever kd_ratio is.
+    val_loss = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
     optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(student))
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     schedulers = [] if scheduler is None else [scheduler]
@@ -230,12 +201,16 @@ def run(cfg: Config) -> None:
     metrics = training.Metrics()
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
+        training.closing(second_logger),
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step) as bar,
         profiler or nullcontext(),
     ):
         if step == 0:
-            logger.log(validate(student, teacher, held_out, device, with_teacher_loss=True), step)
+            row = validate(student, teacher, val_loss, held_out, device, with_teacher_loss=True)
+            logger.log(row, step)
+            if second_logger:
+                second_logger.log(row, step)
             record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step)
         while step < num_steps and not interrupt.requested:
             training.set_step_seed(cfg.seed, step)
@@ -261,22 +236,20 @@ def run(cfg: Config) -> None:
 
             if cfg.log_peak_memory_stats:
                 row |= training.memory_stats(device)
-            if is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
-                row |= validate(student, teacher, held_out, device)
+            if training.is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
+                row |= validate(student, teacher, val_loss, held_out, device)
             logger.log({"epoch": position[0], **row}, step)
-            if second_logger and is_due(step, cfg.log_every_n_steps):
+            if second_logger and (training.is_due(step, cfg.log_every_n_steps) or "val_class_loss" in row):
                 second_logger.log(row, step)
-            if is_due(step, cfg.sample_every_n_steps) or step == num_steps:
+            if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
                 record_samples(cfg, {"student": student}, tokenizer, step)
-            if is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+            if training.is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
                              base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
             if profiler:
                 profiler.step()
             metrics.restart_clock()
-    if second_logger:
-        second_logger.close()
 
     if interrupt.requested and step < num_steps:
         return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
@@ -299,7 +272,8 @@ def build_models(
     cfg: Config, tokenizer: Any, device: torch.device, newest: Path | None
 ) -> tuple[Transformer, teachers.OnlineTeacher]:
     """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
-    teachers.check_tokenizer(tokenizer, cfg.teacher_checkpointer)
+    for key in ("checkpointer", "teacher_checkpointer"):
+        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
     dtype = training.dtype_from_name(cfg.dtype)
     teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
     # The teacher first: if its weights are random they must be the same ones when the run is resumed, where the student
@@ -308,6 +282,7 @@ def build_models(
     student = distributed.build_model(
         cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
     )
+    training.check_save_weights(student, cfg.save_weights)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
     if cfg.enable_activation_checkpointing:
         distributed.apply_activation_checkpointing(student)
@@ -329,18 +304,21 @@ def kd_step(
 def validate(
     student: Transformer,
     teacher: teachers.OnlineTeacher,
+    loss: losses.KDLoss,
     held_out: list[data.Batch] | None,
     device: torch.device,
     *,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
-    """Held-out cross entropy and KL in nats a token, and top-1 agreement, whatever kd_ratio is; {} without held-out data."""
+    """Held-out cross entropy and divergence in nats a token, and top-1 agreement; {} without held-out data."""
     if held_out is None:
         return {}
-    found = evaluation.evaluate_kd(student, teacher, losses.KDLoss(kd_ratio=1.0), held_out, device=device)
+    found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=device)
     values = {f"val_{name}": found[name] for name in ("class_loss", "kd_loss", "agreement")}
     if with_teacher_loss:
-        values["val_teacher_class_loss"] = evaluation.evaluate_ce(teacher.model, held_out, device=device)["class_loss"]
+        ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=loss.chunk_size)
+        found = evaluation.evaluate_ce(teacher.model, held_out, device=device, loss=ce_loss)
+        values["val_teacher_class_loss"] = found["class_loss"]
     return values
 
 
@@ -372,11 +350,6 @@ def finish(cfg: Config) -> None:
 def base_folder(cfg: Config) -> str | None:
     """Folder the student came from, whose licence and generation config go with it."""
     return cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """True at every `every`-th step; never for None."""
-    return every is not None and step % every == 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from itertools import zip_longest
 
 from kdtune import _assets
 
@@ -23,18 +24,19 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def table() -> str:
-    """Every recipe beside its configs, then the configs that name no recipe."""
+    """Every recipe, with its other names below it, beside its configs; then the configs that name no recipe."""
     recipes, configs = _assets.recipes(), _assets.configs()
     rows = [("RECIPE", "CONFIG")]
     listed = set()
     for recipe in recipes:
         partners = [config.name for config in configs if config.recipe in (recipe.name, *recipe.aliases)]
         listed.update(partners)
-        rows += [(recipe.name if index == 0 else "", name) for index, name in enumerate(partners or ["-"])]
+        names = [recipe.name, *(f"  {alias}" for alias in recipe.aliases)]
+        rows += zip_longest(names, partners or ["-"], fillvalue="")
     orphans = [config.name for config in configs if config.name not in listed]
     rows += [("-" if index == 0 else "", name) for index, name in enumerate(orphans)]
     width = max(len(left) for left, _ in rows)
-    return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
+    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
 
 
 def describe(recipe: _assets.Recipe) -> str:

@@ -123,6 +123,9 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The tables every layer of one forward shares, for positions [S] or [B, S]."""
+        if not positions.is_meta and positions.device != self._inverse_frequencies.device:
+            # Kept there: a copy in every forward would make a GPU wait for each new token.
+            self._inverse_frequencies = self._inverse_frequencies.to(positions.device)
         return rope_tables(positions, self._inverse_frequencies, dtype)
 
     def forward(

@@ -7,9 +7,11 @@ from kdtune.training.loggers import (
     MetricLogger,
     TensorBoardLogger,
     WandBLogger,
+    closing,
     read_metrics,
     truncate_metrics,
 )
+from kdtune.training.loop import MAY_CHANGE, check_save_weights, is_due, loop_problems
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
@@ -42,6 +44,7 @@ from kdtune.training.steps import count_steps, enter_epoch, take_micro_batches
 from kdtune.training.table import format_table
 
 __all__ = [
+    "MAY_CHANGE",
     "VALIDATION_PREFIX",
     "InterruptFlag",
     "JSONLLogger",
@@ -54,8 +57,10 @@ __all__ = [
     "WandBLogger",
     "adamw",
     "check_finite",
+    "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",
+    "closing",
     "comparison_table",
     "count_steps",
     "decay_groups",
@@ -70,8 +75,10 @@ __all__ = [
     "get_linear_schedule_with_warmup",
     "get_wsd_schedule",
     "holds_run",
+    "is_due",
     "is_finished",
     "is_muon_weight",
+    "loop_problems",
     "memory_stats",
     "new_folder_problems",
     "output_dir_problems",

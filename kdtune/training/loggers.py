@@ -4,7 +4,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -22,6 +23,16 @@ class MetricLogger(Protocol):
         """Write what is still held."""
 
 
+@contextmanager
+def closing(logger: MetricLogger | None) -> Iterator[MetricLogger | None]:
+    """The logger, closed however the block ends; None stays None."""
+    try:
+        yield logger
+    finally:
+        if logger is not None:
+            logger.close()
+
+
 class JSONLLogger:
     """Appends a JSON object a line, `step` first, floats unrounded (a non-finite one as null), flushed at once."""
 
@@ -34,12 +45,6 @@ class JSONLLogger:
         """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
-
-    def truncate_to(self, step: int) -> None:
-        """Cut every line after `step`, for a run that goes on from there; see `truncate_metrics`."""
-        self._file.close()
-        truncate_metrics(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file; everything logged is already in it."""

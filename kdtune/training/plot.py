@@ -7,7 +7,11 @@ from kdtune.errors import DataError
 from kdtune.training.loggers import read_metrics
 
 # (metric, title); a validation point has the same name with this prefix.
-_PANELS = (("kd_loss", "KD loss (forward KL)"), ("class_loss", "Class loss (cross entropy)"), ("loss", "Total loss"))
+_PANELS = (
+    ("kd_loss", "KD loss (divergence from the teacher)"),
+    ("class_loss", "Class loss (cross entropy)"),
+    ("loss", "Total loss"),
+)
 VALIDATION_PREFIX = "val_"
 
 

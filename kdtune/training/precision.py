@@ -1,5 +1,7 @@
 """Devices and number formats a run can use, checked before anything is loaded."""
 
+import os
+
 import torch
 
 from kdtune.errors import ConfigError
@@ -50,8 +52,10 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def device_problems(device: str | None, dtype: str = "fp32") -> list[str]:
-    """What keeps this machine from running a config's `device` and `dtype`; empty if nothing does. Loads nothing."""
+    """What keeps this machine and process from a config's `device` and `dtype`; empty if nothing does. Loads nothing."""
     problems = []
+    if (num_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        problems.append(f"nproc_per_node: {num_processes} processes found, this recipe runs on one; leave it out")
     resolved = None
     try:
         resolved = resolve_device(device)

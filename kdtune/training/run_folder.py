@@ -168,12 +168,22 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
 
 
 def is_finished(output_dir: Path, num_steps: int) -> bool:
-    """Whether the run has made all its steps and written final/."""
+    """Whether the run has made all its steps and written final/.
+
+    Raises:
+        ConfigError: it has made fewer steps than are wanted now, and left no step folder to go on from.
+    """
     metrics = output_dir / "metrics.jsonl"
     if not ((output_dir / "final").is_dir() and metrics.exists()):
         return False
     rows = read_metrics(metrics)
-    return bool(rows) and rows[-1]["step"] >= num_steps
+    made = rows[-1]["step"] if rows else 0
+    if made < num_steps and newest_step(output_dir) is None:
+        raise ConfigError(
+            f"output_dir={output_dir}: holds a finished run of {made} steps without a step folder, so {num_steps} steps "
+            "cannot be made from it; start from its final/ in another output_dir (save_every_n_steps leaves step folders)"
+        )
+    return bool(rows) and made >= num_steps
 
 
 def write_final(

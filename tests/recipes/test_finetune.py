@@ -162,3 +162,46 @@ def test_refuses_save_weights_without_adapters(cli, base: str, tmp_path: Path) -
     done = cli(*arguments(tmp_path / "out", base, "adapter=null", "save_weights=adapter"))
     assert done.code == 2 and "save_weights=adapter" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_refuses_save_weights_of_a_builder_without_adapters(cli, tmp_path: Path) -> None:
+    done = cli(*arguments(tmp_path / "out", "adapter=null", "save_weights=merged"))
+    assert done.code == 2 and "save_weights=merged: the model has no adapters" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_more_steps_where_no_step_folder_is_left(cli, base: str, tmp_path: Path) -> None:
+    settings = (
+        base,
+        "max_steps_per_epoch=2",
+        "dataset_val=null",
+        "run_val_every_n_steps=null",
+        "save_every_n_steps=null",
+    )
+    assert cli(*arguments(tmp_path / "out", *settings)).code == 0
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    again = cli(*arguments(tmp_path / "out", *settings, "resume_from_checkpoint=true"))
+    assert again.code == 0 and "all 2 steps are done" in again.out
+    more = cli(*arguments(tmp_path / "out", *settings, "resume_from_checkpoint=true", "epochs=2"))
+    assert more.code == 2 and "finished run of 2 steps without a step folder" in more.err
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_refuses_more_than_one_process(process, tmp_path: Path) -> None:
+    command, *rest = arguments(tmp_path / "out")
+    done = process(command, "--nproc_per_node", "2", *rest)
+    assert done.code == 2 and "nproc_per_node: 2 processes found" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_logger_gets_every_validation(cli, base: str, tmp_path: Path) -> None:
+    done = cli(*arguments(tmp_path / "out", base, "log_every_n_steps=4", "run_val_every_n_steps=5",
+                          "metric_logger=kdtune.training.TensorBoardLogger", f"metric_logger.log_dir={tmp_path / 'tb'}"))  # fmt: skip
+    assert done.code == 0, done.err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    expected = {row["step"]: row["val_class_loss"] for row in rows(tmp_path / "out") if "val_class_loss" in row}
+    assert {event.step: pytest.approx(event.value, rel=1e-6) for event in events.Scalars("val_class_loss")} == expected
+    assert sorted(expected) == [0, 5, 10]

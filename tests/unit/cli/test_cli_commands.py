@@ -23,11 +23,14 @@ def test_ls_is_an_aligned_table(assets: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "ls")
     assert code == 0
     assert out.splitlines() == [
-        "RECIPE    CONFIG",
-        "add       quickstart",
-        "          tiny/add",
-        "subtract  -",
-        "-         orphan",
+        "RECIPE                    CONFIG",
+        "add                       quickstart",
+        "  add_single_device       tiny/add",
+        "  add_distributed",
+        "subtract                  -",
+        "  subtract_single_device",
+        "  subtract_distributed",
+        "-                         orphan",
     ]
 
 

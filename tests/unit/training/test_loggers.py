@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.training import JSONLLogger, TensorBoardLogger, WandBLogger, read_metrics, truncate_metrics
+from kdtune.training import JSONLLogger, TensorBoardLogger, WandBLogger, closing, read_metrics, truncate_metrics
 
 
 def test_jsonl_keeps_every_bit_and_flushes_each_line(tmp_path):
@@ -27,21 +27,23 @@ def test_truncate_cuts_later_steps_and_a_torn_line_and_logging_goes_on(tmp_path)
     whole = path.read_text().splitlines(keepends=True)
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
-    logger.truncate_to(2)
+    logger.close()
+    truncate_metrics(path, 2)
     assert path.read_text() == "".join(whole[:3])
-    logger.log({"loss": 1.0}, 3)
+    with JSONLLogger(path) as logger:
+        logger.log({"loss": 1.0}, 3)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 2, 3]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_truncate_to_zero_and_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    logger = JSONLLogger(path)
-    logger.truncate_to(0)
-    assert path.read_text() == ""
-    logger.log({"loss": 1.0}, 1)
-    logger.truncate_to(0)
-    assert path.read_text() == ""
+    for values in ({}, {1: {"loss": 1.0}}):
+        with JSONLLogger(path) as logger:
+            for step, row in values.items():
+                logger.log(row, step)
+        truncate_metrics(path, 0)
+        assert path.read_text() == ""
 
 
 def test_torn_in_the_middle_of_a_character(tmp_path):
@@ -127,5 +129,24 @@ def test_texts_survive_too(tmp_path):
     with JSONLLogger(path) as logger:
         logger.log({"answer": "à bientôt\nline\u2028two 🙂", "who": "student"}, step=1)
         logger.log({"answer": "later"}, step=2)
-        logger.truncate_to(1)
+    truncate_metrics(path, 1)
     assert read_metrics(path) == [{"step": 1, "answer": "à bientôt\nline\u2028two 🙂", "who": "student"}]
+
+
+def test_closing_closes_whatever_happens():
+    class Held:
+        closed = False
+
+        def log(self, values, step):
+            raise AssertionError
+
+        def close(self):
+            self.closed = True
+
+    held = Held()
+    with pytest.raises(ZeroDivisionError), closing(held) as logger:
+        assert logger is held
+        raise ZeroDivisionError
+    assert held.closed
+    with closing(None) as logger:
+        assert logger is None

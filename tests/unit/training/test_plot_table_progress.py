@@ -40,7 +40,7 @@ def test_plot_draws_the_values_it_is_given(tmp_path, monkeypatch):
     rows = [{"step": 0, "val_kd_loss": 7.0}] + [{"step": k, "loss": 1.0 * k, "kd_loss": 2.0 * k} for k in (1, 2, 3)]
     plot_losses(write_metrics(tmp_path / "m.jsonl", rows), tmp_path / "p.png")
     kd, total = figures[0].axes
-    assert [axes.get_title() for axes in (kd, total)] == ["KD loss (forward KL)", "Total loss"]
+    assert [axes.get_title() for axes in (kd, total)] == ["KD loss (divergence from the teacher)", "Total loss"]
     assert [list(line.get_ydata()) for line in kd.get_lines()] == [[2.0, 4.0, 6.0], [7.0]]
     assert [list(line.get_xdata()) for line in kd.get_lines()] == [[1, 2, 3], [0]]
     assert [text.get_text() for text in kd.get_legend().get_texts()] == ["training", "validation"]

@@ -1,0 +1,56 @@
+"""What the training recipes have in common around their loops: which settings fit, what a resumed run may change, when."""
+
+from typing import Any
+
+from kdtune.errors import ConfigError
+from kdtune.models import Transformer, has_adapters
+
+_COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
+           "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
+           "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
+
+# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "compile", "enable_activation_checkpointing", "num_workers",
+              "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
+              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints", "best_metric",
+              "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
+
+
+def loop_problems(cfg: Any) -> list[str]:
+    """What does not fit together in a training recipe's config, one sentence each; only keys that all of them have."""
+    found = [
+        f"{key}={getattr(cfg, key)}: must be at least 1"
+        for key in _COUNTS
+        if getattr(cfg, key) is not None and getattr(cfg, key) < 1
+    ]
+    if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
+        found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
+    if cfg.save_weights != "both" and cfg.adapter is None and cfg.model is None:
+        found.append(f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`")
+    if cfg.dataset_val is None and (cfg.run_val_every_n_steps or cfg.best_metric):
+        found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
+    if cfg.sample_every_n_steps and not cfg.sample_prompts:
+        found.append(f"sample_every_n_steps={cfg.sample_every_n_steps}: needs sample_prompts")
+    if cfg.keep_last_n_checkpoints and not cfg.save_every_n_steps:
+        found.append(f"keep_last_n_checkpoints={cfg.keep_last_n_checkpoints}: needs save_every_n_steps")
+    every, val = cfg.save_every_n_steps, cfg.run_val_every_n_steps
+    if cfg.best_metric and not (every and val and every % val == 0):
+        found.append(
+            f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
+        )
+    return found
+
+
+def check_save_weights(model: Transformer, save_weights: str) -> None:
+    """Nothing, where the model can be written in this form.
+
+    Raises:
+        ConfigError: a model without adapters is to be written as one with them.
+    """
+    if save_weights != "both" and not has_adapters(model):
+        raise ConfigError(f"save_weights={save_weights}: the model has no adapters; leave it out, or give `adapter`")
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """True at every `every`-th step; never for None."""
+    return every is not None and step % every == 0
