@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "results.jsonl"
 
 
-def cell(axes: dict[str, Any], metrics: dict[str, float], **more: Any) -> dict[str, Any]:
+def cell(axes: dict[str, Any], metrics: Mapping[str, float | None], **more: Any) -> dict[str, Any]:
     name = " ".join(f"{key}={value}" for key, value in axes.items())
     row = {"cell": name, "axes": axes, "status": "done", "metrics": metrics, "seconds": {"train": 2.0}, "folders": {}}
     return row | more
@@ -167,7 +168,11 @@ def page_data(folder: Path) -> dict[str, Any]:
 
 
 def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
-    losses = {"a": [1.0, 3.0, None], "b": [None, None, None], "c": [1.0, 2.0, float("nan")]}
+    losses: dict[str, list[float | None]] = {
+        "a": [1.0, 3.0, None],
+        "b": [None, None, None],
+        "c": [1.0, 2.0, float("nan")],
+    }
     cells = [cell({"m": m, "seed": seed}, {"train.loss": loss}) for m in losses for seed, loss in enumerate(losses[m])]
     text = write(tmp_path, cells)
     assert "| a | 3 | 2.0000 ± 1.0000 (2 of 3) |" in text and "| b | 3 | - (0 of 3) |" in text
