@@ -159,18 +159,7 @@ def run(cfg: Config) -> None:
         print(f"{output_dir}: all {num_steps} steps are done")
         return finish(cfg)
 
-    # Model.
-    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
-    dtype = training.dtype_from_name(cfg.dtype)
-    model = distributed.build_model(
-        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
-    )
-    training.check_save_weights(model, cfg.save_weights)
-    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
-    if cfg.enable_activation_checkpointing:
-        distributed.apply_activation_checkpointing(model)
-    if cfg.compile:
-        distributed.apply_compile(model)
+    model = build_model(cfg, tokenizer, device, newest)
 
     # Optimization.
     ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=cfg.loss_chunk_size)
@@ -204,7 +193,8 @@ def run(cfg: Config) -> None:
             if second_logger:
                 second_logger.log(row, step)
             record_samples(cfg, model, tokenizer, step)
-        while step < num_steps and not interrupt.requested:
+        stopping = interrupt.requested
+        while step < num_steps and not stopping:
             training.set_step_seed(cfg.seed, step)
             # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
             position = loader.position
@@ -235,7 +225,9 @@ def run(cfg: Config) -> None:
                 second_logger.log(row, step)
             if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
                 record_samples(cfg, model, tokenizer, step)
-            if training.is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+            # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
+            stopping = interrupt.requested and step < num_steps
+            if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
                              base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
@@ -243,7 +235,7 @@ def run(cfg: Config) -> None:
                 profiler.step()
             metrics.restart_clock()
 
-    if interrupt.requested and step < num_steps:
+    if stopping:
         return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
     training.write_final(output_dir, model, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
     finish(cfg)
@@ -258,6 +250,22 @@ def load_data(cfg: Config, tokenizer: Any) -> tuple[data.Loader, list[data.Batch
         return loader, None
     dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
     return loader, list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+
+
+def build_model(cfg: Config, tokenizer: Any, device: torch.device, newest: Path | None) -> Transformer:
+    """The model, from the step folder where a run is resumed; with another model's tokenizer it is refused."""
+    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
+    dtype = training.dtype_from_name(cfg.dtype)
+    model = distributed.build_model(
+        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
+    )
+    training.check_save_weights(model, cfg.save_weights)
+    tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
+    if cfg.enable_activation_checkpointing:
+        distributed.apply_activation_checkpointing(model)
+    if cfg.compile:
+        distributed.apply_compile(model)
+    return model
 
 
 def ce_step(

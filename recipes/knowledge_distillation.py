@@ -212,7 +212,8 @@ def run(cfg: Config) -> None:
             if second_logger:
                 second_logger.log(row, step)
             record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step)
-        while step < num_steps and not interrupt.requested:
+        stopping = interrupt.requested
+        while step < num_steps and not stopping:
             training.set_step_seed(cfg.seed, step)
             # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
             position = loader.position
@@ -243,7 +244,9 @@ def run(cfg: Config) -> None:
                 second_logger.log(row, step)
             if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
                 record_samples(cfg, {"student": student}, tokenizer, step)
-            if training.is_due(step, cfg.save_every_n_steps) or (interrupt.requested and step < num_steps):
+            # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
+            stopping = interrupt.requested and step < num_steps
+            if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
                              base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
@@ -251,7 +254,7 @@ def run(cfg: Config) -> None:
                 profiler.step()
             metrics.restart_clock()
 
-    if interrupt.requested and step < num_steps:
+    if stopping:
         return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
     training.write_final(output_dir, student, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
     finish(cfg)

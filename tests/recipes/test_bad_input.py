@@ -530,6 +530,7 @@ def test_refused_before_anything_is_written(
     make, words = ROWS[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed, wherever the tests run
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a recipe of the user's own is imported
     given = Given(tmp_path, good)
     argv = make(given)
     before, listed = content(given.out), sorted(tmp_path.iterdir())
