@@ -3,7 +3,8 @@
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import Tokenizer
 
-_BATTERY = (
+# Texts in many scripts, on which two tokenizers are compared.
+BATTERY = (
     "The quick brown fox jumps over the lazy dog. It's 12,345.67 o'clock, isn't it?",
     "  two spaces,\ttabs\t\tand\n\nnewlines \r\n   before words  ",
     "def f(x: int) -> str:\n    return f'{x!r:>10}'  # 0x1F <= 3e-4 && y != NULL;\n",
@@ -32,7 +33,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
         left, right = a.control_tokens.get(token), b.control_tokens.get(token)
         if left != right:
             return f"they differ in the control token {token!r}: id {left} against {right}"
-    for text in _BATTERY:
+    for text in BATTERY:
         left_ids = a.encode(text, add_bos=False, add_eos=False)
         right_ids = b.encode(text, add_bos=False, add_eos=False)
         if left_ids != right_ids:

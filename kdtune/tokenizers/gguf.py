@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from gguf import Keys, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.byte_level import byte_level_words
 from kdtune.tokenizers.gguf_metadata import read_metadata
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
+from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
 
 _QWEN2_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -71,7 +72,12 @@ def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
     if kind == "gpt2":
         backend = _byte_level_bpe(data, tokens, file)
     elif kind == "llama":
-        backend = _sentencepiece_bpe(data, tokens, file)
+        backend = sentencepiece_bpe(
+            tokens,
+            _need(data, Keys.Tokenizer.SCORES, file),
+            unknown=tokens[data.get(Keys.Tokenizer.UNK_ID, 0)],
+            prefix=bool(data.get(Keys.Tokenizer.ADD_PREFIX, True)),
+        )
     else:
         raise CheckpointError(
             f"{file}: {Keys.Tokenizer.MODEL}={kind!r}: this kind of tokenizer is not supported; allowed: 'gpt2' "
@@ -117,32 +123,6 @@ def _byte_level_bpe(data: Mapping[str, Any], tokens: Sequence[str], file: Path) 
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _sentencepiece_bpe(data: Mapping[str, Any], tokens: Sequence[str], file: Path) -> Tokenizer:
-    scores: list[float] = _need(data, Keys.Tokenizer.SCORES, file)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = tokens[data.get(Keys.Tokenizer.UNK_ID, 0)]
-    backend = Tokenizer(
-        BPE(vocab=vocab, merges=_merges(tokens, scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = bool(data.get(Keys.Tokenizer.ADD_PREFIX, True))
-    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    back: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
-    return backend
-
-
-def _merges(tokens: Sequence[str], scores: Sequence[float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make another piece, best score of the result first: sentencepiece's order of merging."""
-    pairs = []
-    for i, token in enumerate(tokens):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocab and right in vocab:
-                pairs.append((-scores[i], i, vocab[left], vocab[right]))
-    return [(tokens[left], tokens[right]) for _, _, left, right in sorted(pairs)]
 
 
 def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:

@@ -5,11 +5,19 @@ from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Tokenizers
 
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
 from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.compare import BATTERY
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
+from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
+from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
+
+log = get_logger(__name__)
 
 # Serialized protocol buffers merge when one follows the other: this is normalizer_spec { add_dummy_prefix: false }.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -102,6 +110,33 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(parts)
 
     def save(self, folder: Path) -> None:
-        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it."""
+        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those.
+
+        Without a tokenizer.json transformers 5 would read tokenizer.model itself, and give other ids. For a model that
+        the `tokenizers` library cannot follow (a unigram model, another normalizer) none is made, and a warning says so.
+        """
         copy_files(self.file.parent, folder)
         copy_files(self.file.parent, folder, [self.file.name])
+        if (folder / "tokenizer.json").is_file():
+            return
+        backend = self._backend()
+        if backend is None:
+            log.warning("%s: no tokenizer.json can be made for it; load it with the sentencepiece library", self.file)
+        else:
+            write_tokenizer(backend, folder, named=self._named, chat_template=self.chat_template)
+
+    def _backend(self) -> Tokenizers | None:
+        """The same tokenizer for the `tokenizers` library; None where it would give other ids."""
+        model, ids = self._model, range(self.vocab_size)
+        pieces = [model.id_to_piece(i) for i in ids]
+        backend = sentencepiece_bpe(
+            pieces, [model.get_score(i) for i in ids], unknown=pieces[max(model.unk_id(), 0)], prefix=True
+        )
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in self.control_tokens])
+        backend.encode_special_tokens = True  # control tokens in a text are text, as in the sentencepiece library
+        if any(backend.encode(text).ids != model.encode(text) for text in BATTERY):
+            return None
+        backend.encode_special_tokens = False
+        if "bos_token" in self._named:
+            put_bos_first(backend, self._named["bos_token"])
+        return backend

@@ -358,6 +358,17 @@ def test_llama2_ids(sentencepiece_file: Path) -> None:
     assert all(ours.decode(ours.encode(text)) == text.replace("▁", " ") for text in texts())
 
 
+def test_llama2_saved_for_transformers(sentencepiece_file: Path, tmp_path: Path) -> None:
+    llama2_tokenizer(sentencepiece_file).save(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    ours = llama2_tokenizer(sentencepiece_file)
+    assert differing(ours, split_specials(saved), texts()) == []
+    assert saved("Hi").input_ids == ours.encode("Hi", add_eos=False)
+    assert (saved.bos_token_id, saved.eos_token_id) == (1, 2)
+    assert same_tokenizer(ours, load(tmp_path)) is None
+    assert (tmp_path / "tokenizer.model").read_bytes() == sentencepiece_file.read_bytes()
+
+
 def test_llama2_chat_ids_are_those_of_whole_sentences(sentencepiece_file: Path) -> None:
     # Meta encodes "[INST] question [/INST] answer " as one sentence between bos and eos.
     ours = llama2_tokenizer(sentencepiece_file)

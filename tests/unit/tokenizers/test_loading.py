@@ -134,7 +134,7 @@ def test_same_tokenizer(
 # Saving
 
 # transformers reads no tiktoken file, so these are written beside it.
-MADE_FROM_RANKS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+MADE_FOR_TRANSFORMERS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 def test_save_copies_what_is_there(
@@ -146,7 +146,7 @@ def test_save_copies_what_is_there(
         (folder / "model.safetensors").write_bytes(b"weights")
         target = tmp_path / "saved" / folder.name
         load(path).save(target)
-        made = MADE_FROM_RANKS if path == tiktoken_file else set()
+        made = set() if path == chatml_folder else MADE_FOR_TRANSFORMERS
         assert {f.name for f in target.iterdir()} == {f.name for f in folder.iterdir()} - {"model.safetensors"} | made
         assert same_tokenizer(load(target), load(path)) is None
         load(target).save(target)  # into itself: nothing to do
@@ -161,7 +161,7 @@ def test_save_of_a_meta_folder_takes_the_files_above(tiktoken_file: Path, tmp_pa
     tokenizer = llama3_tokenizer(original / "tokenizer.model")
     assert tokenizer.chat_template == "x"
     tokenizer.save(tmp_path / "saved")
-    assert {f.name for f in (tmp_path / "saved").iterdir()} == {"tokenizer.model"} | MADE_FROM_RANKS
+    assert {f.name for f in (tmp_path / "saved").iterdir()} == {"tokenizer.model"} | MADE_FOR_TRANSFORMERS
     again = load(tmp_path / "saved")
     assert again.chat_template == "x" and same_tokenizer(tokenizer, again) is None
 
@@ -270,3 +270,21 @@ def test_truncated_gguf(gguf_file: Path) -> None:
     gguf_file.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(CheckpointError, match="want a little-endian GGUF"):
         load(gguf_file)
+
+
+def test_a_unigram_model_is_saved_without_a_conversion(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "unigram" / "tokenizer.model"
+    file.parent.mkdir()
+    sentences = [TEXT, "the cat sat on the mat", "hello there, how are you?"] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(file.with_suffix("")),
+        model_type="unigram",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (file.parent / "tokenizer.vocab").unlink()
+    load(file).save(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["tokenizer.model"]
+    assert "no tokenizer.json can be made for it" in caplog.text
