@@ -88,6 +88,9 @@ class Turns:
         return found
 
 
+LIKELIHOODS_ONLY = "--tasks: only tasks that compare log-likelihoods of answers, such as hellaswag, are timed here"
+
+
 class Answers(LM):
     """An lm-eval model whose log-likelihoods a function gives."""
 
@@ -101,11 +104,11 @@ class Answers(LM):
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[Any]:
         """Not compared here."""
-        raise NotImplementedError("tasks of log-likelihoods only")
+        raise SystemExit(LIKELIHOODS_ONLY)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """Not compared here."""
-        raise NotImplementedError("tasks of log-likelihoods only")
+        raise SystemExit(LIKELIHOODS_ONLY)
 
 
 def evaluate(give: Callable[[list[Any]], list[Any]], task: str, include_path: str | None, limit: int) -> dict[str, Any]:

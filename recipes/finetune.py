@@ -261,6 +261,7 @@ def build_model(cfg: Config, tokenizer: Any, device: torch.device, newest: Path 
     )
     training.check_save_weights(model, cfg.save_weights)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
+    losses.check_head("model", model.output)
     if cfg.enable_activation_checkpointing:
         distributed.apply_activation_checkpointing(model)
     if cfg.compile:

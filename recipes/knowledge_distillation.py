@@ -287,6 +287,8 @@ def build_models(
     )
     training.check_save_weights(student, cfg.save_weights)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
+    losses.check_head("student", student.output)
+    losses.check_head("teacher", teacher.output)
     if cfg.enable_activation_checkpointing:
         distributed.apply_activation_checkpointing(student)
     if cfg.compile:

@@ -54,6 +54,8 @@ def test_the_step_of_a_killed_sweep_is_waited_for(tmp_path: Path, capsys: pytest
 
 
 def test_the_lock_is_free_afterwards(tmp_path: Path) -> None:
-    for _ in range(2):
+    entered = 0
+    for _ in range(2):  # a lock that was kept would refuse the second
         with locked(tmp_path / "new"):
-            pass
+            entered += 1
+    assert entered == 2
