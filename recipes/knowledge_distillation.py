@@ -19,7 +19,7 @@ from kdtune import checkpoint, config, data, distributed, evaluation, generation
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 
-ALIASES = ("knowledge_distillation_single_device",)
+ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distributed")
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,10 @@ class Config:
     """Of the student: weights, gradients and optimizer state."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Of the teacher; null: as dtype."""
+    parallelism: Any = config.component(default={"_component_": "kdtune.distributed.Parallelism"})
+    """How the student is spread over the processes that torchrun starts; with one process it does nothing."""
+    teacher_parallelism: Any = config.component(default=None)
+    """The same for the teacher, such as dp_shard 1 and dp_replicate -1 for a whole copy on each; null: as parallelism."""
     compile: bool = False
     """torch.compile each layer of both models."""
     enable_activation_checkpointing: bool = False
@@ -140,7 +144,8 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
-        found = training.device_problems(self.device, self.dtype)
+        found = training.device_problems(self.device, self.dtype, distributed=True)
+        found += distributed.parallelism_problems(self.parallelism)
         found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
@@ -151,31 +156,31 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    run(cfg)
+    timeout_minutes = config.instantiate(cfg.parallelism).timeout_minutes
+    with distributed.start_world(training.resolve_device(cfg.device), timeout_minutes=timeout_minutes) as world:
+        run(cfg, world)
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, world: distributed.World) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
     newest = None
     if cfg.resume_from_checkpoint:
         newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE)
-    device = training.resolve_device(cfg.device)
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
-    get_logger().setLevel(cfg.log_level)
+    get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
-    loader, held_out = load_data(cfg, tokenizer)
+    loader, held_out = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(
-        loader.batches_per_epoch, cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch
+        loader.batches_per_epoch, cfg.gradient_accumulation_steps * world.size, cfg.max_steps_per_epoch
     )
     num_steps = cfg.epochs * steps_per_epoch
     if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
-        print(f"{output_dir}: all {num_steps} steps are done")
-        return finish(cfg)
+        return finish(cfg) if world.is_main else None
 
-    student, teacher = build_models(cfg, tokenizer, device, newest)
+    student, teacher = build_models(cfg, tokenizer, world, newest)
 
     # Optimization.
     divergence = config.instantiate(cfg.kd_loss)
@@ -193,34 +198,37 @@ def run(cfg: Config) -> None:
 
     # Loop. Only from here on is anything written: what the profiler or the logger refuses is refused before.
     profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
-    second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
-    training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+    second_logger = config.instantiate(cfg.metric_logger if world.is_main else None, optional={"log_dir": cfg.output_dir})
+    checkpoint.wait_for_all()
+    if world.is_main:
+        training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
     manager = checkpoint.CheckpointManager(
         output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
     )
-    metrics = training.Metrics()
+    metrics = training.Metrics(world.sum)
     with (
-        training.JSONLLogger(output_dir / "metrics.jsonl") as logger,
+        training.JSONLLogger(output_dir / "metrics.jsonl" if world.is_main else None) as logger,
         training.closing(second_logger),
         training.InterruptFlag() as interrupt,
-        training.ProgressBar(num_steps, initial=step) as bar,
+        training.ProgressBar(num_steps, initial=step, silent=not world.is_main) as bar,
         profiler or nullcontext(),
     ):
         if step == 0:
-            row = validate(student, teacher, val_loss, held_out, device, with_teacher_loss=True)
+            row = validate(student, teacher, val_loss, held_out, world, with_teacher_loss=True)
             logger.log(row, step)
             if second_logger:
                 second_logger.log(row, step)
-            record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step)
-        stopping = interrupt.requested
+            record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step, world)
+        stopping = world.any(interrupt.requested)
         while step < num_steps and not stopping:
-            training.set_step_seed(cfg.seed, step)
-            # Counted over all micro-batches before the first backward, so that every gradient is normalized as it is computed.
+            # Counted over all micro-batches of all processes before the first backward: every gradient is normalized as it
+            # is computed, and FSDP only sums.
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
-            num_valid_tokens = sum(batch.num_valid_tokens() for batch in micro_batches)
-            for batch in micro_batches:
-                loss, parts = kd_step(student, teacher, kd_loss, batch.to(device))
+            (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
+            for index, batch in enumerate(micro_batches):
+                training.set_step_seed(cfg.seed, step, index * world.size + world.rank)
+                loss, parts = kd_step(student, teacher, kd_loss, batch.to(world.device))
                 (loss / num_valid_tokens).backward()
                 metrics.add(
                     {"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens
@@ -236,16 +244,16 @@ def run(cfg: Config) -> None:
             training.enter_epoch(loader, step // steps_per_epoch)
 
             if cfg.log_peak_memory_stats:
-                row |= training.memory_stats(device)
+                row |= training.memory_stats(world.device)
             if training.is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
-                row |= validate(student, teacher, val_loss, held_out, device)
+                row |= validate(student, teacher, val_loss, held_out, world)
             logger.log({"epoch": position[0], **row}, step)
             if second_logger and (training.is_due(step, cfg.log_every_n_steps) or "val_class_loss" in row):
                 second_logger.log(row, step)
             if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
-                record_samples(cfg, {"student": student}, tokenizer, step)
+                record_samples(cfg, {"student": student}, tokenizer, step, world)
             # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
-            stopping = interrupt.requested and step < num_steps
+            stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
                              base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
@@ -255,45 +263,60 @@ def run(cfg: Config) -> None:
             metrics.restart_clock()
 
     if stopping:
-        return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
+        return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps)) if world.is_main else None
     training.write_final(output_dir, student, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
-    finish(cfg)
+    if world.is_main:
+        finish(cfg)
 
 
-def load_data(cfg: Config, tokenizer: Any) -> tuple[data.Loader, list[data.Batch] | None]:
-    """What is trained on, and the held-out batches."""
+def load_data(
+    cfg: Config, tokenizer: Any, world: distributed.World
+) -> tuple[data.Loader, list[data.Batch] | None]:
+    """What is trained on, and the held-out batches: this process's share of both."""
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
-                         num_workers=cfg.num_workers)  # fmt: skip
+                         num_workers=cfg.num_workers, rank=world.rank, num_ranks=world.size)  # fmt: skip
     if cfg.dataset_val is None:
         return loader, None
     dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
-    return loader, list(data.batches(dataset_val, cfg.batch_size_val or cfg.batch_size, pad_id=tokenizer.pad_id))
+    batch_size = cfg.batch_size_val or cfg.batch_size
+    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.rank, num_ranks=world.size)
+    return loader, list(held_out)
 
 
 def build_models(
-    cfg: Config, tokenizer: Any, device: torch.device, newest: Path | None
+    cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None
 ) -> tuple[Transformer, teachers.OnlineTeacher]:
     """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
     dtype = training.dtype_from_name(cfg.dtype)
     teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
+
+    def prepare_teacher(model: Transformer) -> Transformer:
+        losses.check_head("teacher", model.output)
+        if cfg.compile:
+            distributed.apply_compile(model)
+        parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
+        return distributed.shard_model(model.requires_grad_(False), parallelism, world)
+
+    def prepare_student(model: Transformer) -> Transformer:
+        losses.check_head("student", model.output)
+        if cfg.enable_activation_checkpointing:
+            distributed.apply_activation_checkpointing(model)
+        if cfg.compile:
+            distributed.apply_compile(model)
+        return distributed.shard_model(model, config.instantiate(cfg.parallelism), world)
+
     # The teacher first: if its weights are random they must be the same ones when the run is resumed, where the student
     # draws none.
-    teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=device)
-    student = distributed.build_model(
-        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=device, weights=newest
+    teacher = distributed.build_model(
+        cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=world.device, prepare=prepare_teacher
     )
+    student = distributed.build_model(cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=world.device,
+                                      weights=newest, prepare=prepare_student)  # fmt: skip
     training.check_save_weights(student, cfg.save_weights)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
-    losses.check_head("student", student.output)
-    losses.check_head("teacher", teacher.output)
-    if cfg.enable_activation_checkpointing:
-        distributed.apply_activation_checkpointing(student)
-    if cfg.compile:
-        distributed.apply_compile(student)
-        distributed.apply_compile(teacher)
     return student, teachers.OnlineTeacher(teacher)
 
 
@@ -311,27 +334,29 @@ def validate(
     teacher: teachers.OnlineTeacher,
     loss: losses.KDLoss,
     held_out: list[data.Batch] | None,
-    device: torch.device,
+    world: distributed.World,
     *,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
     """Held-out cross entropy and divergence in nats a token, and top-1 agreement; {} without held-out data."""
     if held_out is None:
         return {}
-    found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=device)
+    found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=world.device, total=world.sum)
     values = {f"val_{name}": found[name] for name in ("class_loss", "kd_loss", "agreement")}
     if with_teacher_loss:
         ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=loss.chunk_size)
-        found = evaluation.evaluate_ce(teacher.model, held_out, device=device, loss=ce_loss)
+        found = evaluation.evaluate_ce(teacher.model, held_out, device=world.device, loss=ce_loss, total=world.sum)
         values["val_teacher_class_loss"] = found["class_loss"]
     return values
 
 
-def record_samples(cfg: Config, models: dict[str, Transformer], tokenizer: Any, step: int) -> None:
+def record_samples(
+    cfg: Config, models: dict[str, Transformer], tokenizer: Any, step: int, world: distributed.World
+) -> None:
     """Appends each model's answer to each of sample_prompts to samples.jsonl."""
     if not cfg.sample_prompts:
         return
-    with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl") as samples:
+    with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl" if world.is_main else None) as samples:
         for prompt in cfg.sample_prompts:
             for who, model in models.items():
                 text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens)

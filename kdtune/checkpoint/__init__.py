@@ -5,6 +5,7 @@ from kdtune.checkpoint.checkpointer import Checkpointer, load_model
 from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
 from kdtune.checkpoint.quantized import write_quantized
+from kdtune.checkpoint.ranks import is_main, local, wait_for_all
 from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -17,15 +18,18 @@ __all__ = [
     "clean_leftovers",
     "discard_steps_after",
     "is_adapter_folder",
+    "is_main",
     "load_adapter",
     "load_model",
     "load_state",
+    "local",
     "newest_step",
     "remove_folder",
     "save_model",
     "save_state",
     "step_folders",
     "step_number",
+    "wait_for_all",
     "write_adapter",
     "write_model",
     "write_quantized",

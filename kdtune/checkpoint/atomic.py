@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kdtune.checkpoint.ranks import from_main, is_main, wait_for_all
 from kdtune.errors import CheckpointError
 
 # `.step_10.partial-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
@@ -23,29 +24,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
 
     Everything in it is flushed to disk before the rename, so `path` never exists half written. An error removes the
-    hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made.
+    hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made. Several processes enter it
+    together, on a file system they share: the folder is one, and it gets its name when all of them have left the block.
 
     Raises:
         CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
     """
     target = Path(path).absolute()
-    _refuse_existing(target)
-    hidden = _hidden_sibling(target, "partial")
+    if is_main():
+        _refuse_existing(target)
+    hidden = from_main(_hidden_sibling(target, "partial"))
     _in_use.add(hidden)
     try:
         with writing(target):
-            hidden.mkdir(parents=True)
+            if is_main():
+                hidden.mkdir(parents=True)
+            wait_for_all()
             yield hidden
-            _sync_tree(hidden)
-            # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
-            hidden.rename(target)
-            _sync(target.parent)
+            wait_for_all()
+            if is_main():
+                _sync_tree(hidden)
+                # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
+                hidden.rename(target)
+                _sync(target.parent)
+            wait_for_all()
     except CheckpointError as error:
         # What failed inside knows the hidden name, which is gone by the time the message is read.
         raise CheckpointError(str(error).replace(str(hidden), str(target))) from error
     finally:
         _in_use.discard(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

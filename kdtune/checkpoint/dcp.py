@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint for tensors only and without a process group: nothing that is read can run code."""
+"""torch.distributed.checkpoint for tensors only, with or without a process group: nothing that is read can run code."""
 
 import pickle
 import warnings
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from kdtune.checkpoint.ranks import is_distributed
 from kdtune.errors import CheckpointError
 
 MARK = ".metadata"
@@ -32,8 +33,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    with _as_checkpoint_error(folder, "written", "check that the disk has free space, then start again"):
-        save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    with _as_checkpoint_error(folder, "written", "free some space or choose another output_dir, then start again"):
+        save(dict(tensors), checkpoint_id=folder, no_dist=not is_distributed())
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
@@ -44,7 +45,7 @@ def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """
     advice = "it is damaged or was saved for another model or optimizer: resume from another step folder"
     with _as_checkpoint_error(folder, "read", advice):
-        load(dict(targets), storage_reader=_TensorReader(folder), no_dist=True)
+        load(dict(targets), storage_reader=_TensorReader(folder), no_dist=not is_distributed())
 
 
 class _TensorReader(FileSystemReader):

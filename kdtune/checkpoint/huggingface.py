@@ -125,7 +125,8 @@ def _header(file: Path) -> list[StoredTensor]:
                     f"{file}: tensor {name!r}: dtype {code} found; one of {', '.join(_DTYPES)} expected"
                 )
             shape = tuple(view.get_shape())
-            stored.append(StoredTensor(file, name, shape, _DTYPES[code], partial(_read, file, name)))
+            read, part = partial(_read, file, name), partial(_read_part, file, name)
+            stored.append(StoredTensor(file, name, shape, _DTYPES[code], read, part))
     return stored
 
 
@@ -134,6 +135,12 @@ def _read(file: Path, name: str) -> Iterator[Tensor]:
     # the weights by the end. Reading the header again costs well under a millisecond.
     with open_safetensors(file) as handle:
         yield handle.get_tensor(name)
+
+
+def _read_part(file: Path, name: str, region: tuple[slice, ...]) -> Tensor:
+    with open_safetensors(file) as handle:
+        part: Tensor = handle.get_slice(name)[region]
+        return part
 
 
 def open_safetensors(file: Path, device: str = "cpu") -> Any:

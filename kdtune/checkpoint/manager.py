@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
+from kdtune.checkpoint.ranks import is_main, reshard
 from kdtune.checkpoint.save import SavesItself, write_adapter, write_model
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, has_adapters
@@ -72,7 +73,8 @@ class CheckpointManager:
         self.output_dir = Path(output_dir)
         self.keep_last_n = keep_last_n
         self.best_metric = best_metric
-        clean_leftovers(self.output_dir)
+        if is_main():
+            clean_leftovers(self.output_dir)
 
     def save(
         self,
@@ -95,10 +97,11 @@ class CheckpointManager:
             CheckpointError: the folder exists already, or the disk is full or cannot be written.
         """
         folder = self.output_dir / f"step_{step}"
+        reshard(model)
         with atomic_folder(folder) as hidden:
             write = write_adapter if has_adapters(model) else write_model
             write(model, hidden, base=base, tokenizer=tokenizer)
-            (hidden / STATE_DIR).mkdir()
+            (hidden / STATE_DIR).mkdir(exist_ok=True)
             state.write_state(
                 hidden / STATE_DIR,
                 model=model,
@@ -106,7 +109,8 @@ class CheckpointManager:
                 schedulers=schedulers,
                 extra={**extra, "step": step, "metrics": dict(metrics)},
             )
-        self._delete_old()
+        if is_main():
+            self._delete_old()
         return folder
 
     def best_step(self) -> Path | None:

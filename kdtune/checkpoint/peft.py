@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint.huggingface import read_json, stored_tensors
+from kdtune.checkpoint.ranks import local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters
@@ -274,7 +275,7 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
     check_adapter(adapter, model)
     for name, stored in adapter.base_copies.items():
         weight = model.get_parameter(name)
-        if stored.shape != tuple(weight.shape) or not _same_values(stored.read().to(weight.device), weight):
+        if stored.shape != tuple(weight.shape) or not _same_values(stored.read().to(weight.device), whole(weight)):
             raise CheckpointError(
                 f"{stored}: a copy of the base's weights that differs from the base's own {name!r}; the adapter was trained "
                 "beside changed embeddings, which is not supported: merge it with peft and give the merged model"
@@ -282,14 +283,15 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
     parameters = adapter_parameters(model)
     if parameters:
         for name, stored in adapter.tensors.items():
-            parameters[name].copy_(stored.read())
+            stored.fill(parameters[name])
         return model
     for module, scaling in adapter.scaling.items():
         if module == "output":
             untie_head(model)
         weight = model.get_parameter(f"{module}.weight")
+        rows = local_region(weight)[0]
         a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
-        weight.copy_(merged(weight, a, b, scaling, *magnitude))
+        local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
     return model
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX, read_json
+from kdtune.checkpoint.ranks import is_main, reshard, whole
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
@@ -70,6 +71,7 @@ def save_model(
         raise ConfigError(
             'save_weights="adapter": the model has no adapters; use "merged" or "both", or train with some'
         )
+    reshard(model)
     with atomic_folder(folder) as hidden:
         if save_weights == "adapter":
             write_adapter(model, hidden, base=base, tokenizer=tokenizer)
@@ -77,7 +79,7 @@ def save_model(
         write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
         if save_weights == "both" and adapted:
             with writing(hidden):
-                (hidden / ADAPTER).mkdir()
+                (hidden / ADAPTER).mkdir(exist_ok=True)
             write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer)
 
 
@@ -104,7 +106,8 @@ def write_model(
     """
     with writing(folder):
         _write_weights(model, folder, max_shard_bytes)
-        write_description(model, folder, base=base, tokenizer=tokenizer)
+        if is_main():
+            write_description(model, folder, base=base, tokenizer=tokenizer)
 
 
 def write_description(
@@ -142,7 +145,9 @@ def write_adapter(
     """
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to write; write_model writes it whole")
-    tensors = {name: tensor.cpu() for name, tensor in peft.peft_tensors(model).items()}
+    tensors = {name: _on_main(tensor) for name, tensor in peft.peft_tensors(model).items()}
+    if not is_main():
+        return
     with writing(folder):
         save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / peft.CONFIG, peft.peft_config(model, base))
@@ -169,12 +174,18 @@ def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> No
         _planned(model, weights), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for file, names in split.filename_to_tensors.items():
-        # One shard at a time on the CPU: a model on a GPU is never copied whole.
-        save_file(
-            {name: weights[name]().contiguous().cpu() for name in names}, folder / file, metadata={"format": "pt"}
-        )
-    if split.is_sharded:
+        # One tensor at a time on the device, one file at a time on the CPU: the model is never whole in either.
+        tensors = {name: _on_main(weights[name]()) for name in names}
+        if is_main():
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded and is_main():
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _on_main(tensor: Tensor) -> Tensor:
+    """The whole tensor on the main process's CPU; nothing of it on the others."""
+    tensor = whole(tensor)
+    return tensor.contiguous().cpu() if is_main() else tensor.new_empty(0)
 
 
 def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:

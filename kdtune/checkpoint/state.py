@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
 from kdtune.checkpoint.huggingface import read_json
+from kdtune.checkpoint.ranks import is_main
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 
@@ -84,7 +85,8 @@ def write_state(
             f"{error}"
         ) from error
     dcp.write_tensors(folder, {**tensors, **rng_tensors})
-    atomic_write_text(folder / STATE_FILE, text)
+    if is_main():
+        atomic_write_text(folder / STATE_FILE, text)
 
 
 def load_state(

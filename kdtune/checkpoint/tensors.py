@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kdtune.checkpoint.ranks import is_sharded, local, local_region
 from kdtune.errors import CheckpointError
-from kdtune.models import Transformer, TransformerConfig, adapted_linears, adapter_parameters
+from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, adapter_parameters
+from kdtune.models.lora import draw_a_
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -26,11 +28,27 @@ class StoredTensor:
     """The dtype that reading gives (float32 for quantized formats)."""
     pieces: Callable[[], Iterator[Tensor]]
     """Reads it as consecutive pieces along dimension 0, so that a large one need not be in memory twice."""
+    part: Callable[[tuple[slice, ...]], Tensor] | None = None
+    """Reads a region of it alone, where the format can."""
 
     def read(self) -> Tensor:
         """The whole tensor."""
         found = list(self.pieces())
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def fill(self, target: Tensor) -> None:
+        """Copies it into `target`, converted; of a sharded one only this process's part is read, where the format can."""
+        shard = local(target)
+        if shard is not target:
+            region = local_region(target)
+            if shard.numel():
+                shard.copy_(self.part(region) if self.part else self.read()[region])
+            return
+        row = 0
+        for piece in self.pieces():
+            target[row : row + len(piece)].copy_(piece)
+            row += len(piece)
+        assert row == len(target), f"{self} gave {row} rows of {len(target)}"
 
     def __str__(self) -> str:
         return f"{self.file}: tensor {self.name!r}"
@@ -62,6 +80,8 @@ def fill_model(
 ) -> Transformer:
     """Fills `model` (allocated here if it is on the meta device) in place and returns it, on `device` in `dtype`.
 
+    Of a sharded model, which has its dtype already, every process reads and holds its own shards alone.
+
     The tensors are checked against the model before any is read, then read, converted and copied one by one, so that
     about one copy of the weights is in memory. None as dtype: as stored.
 
@@ -77,7 +97,10 @@ def fill_model(
     check_tensors(model, stored)
     dtype = dtype or stored_dtype(tensors)
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
-    if any(parameter.is_meta for parameter in model.parameters()):
+    sharded = is_sharded(model.parameters())
+    if sharded:
+        model.to_empty(device=device)
+    elif any(parameter.is_meta for parameter in model.parameters()):
         # to_empty would give these an allocation of their own, which is then thrown away.
         unused = [model.output] if tied else []
         for linear in (*unused, *(linear for linear in adapted.values() if linear.quantize_base)):
@@ -85,13 +108,17 @@ def fill_model(
         model.to(dtype).to_empty(device=device)
     else:
         model.to(device=device, dtype=dtype)
-    model.tie_weights()
+    if not sharded:
+        model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in tensors and not (name in adapted and adapted[name].quantize_base):
-                _copy(tensors[name], parameter)
-    for name, linear in adapted.items():
-        linear.set_base(tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight)
+                tensors[name].fill(parameter)
+        for name, linear in adapted.items():
+            if sharded:
+                _begin_adapter(linear)
+            else:
+                linear.set_base(tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight)
     if tied and _TIED[1] in tensors:
         _check_tied(*(tensors[name] for name in _TIED))
     return model
@@ -137,12 +164,13 @@ def check_tensors(model: Transformer, stored: StoredModel) -> None:
             )
 
 
-def _copy(stored: StoredTensor, target: Tensor) -> None:
-    row = 0
-    for piece in stored.pieces():
-        target[row : row + len(piece)].copy_(piece)
-        row += len(piece)
-    assert row == len(target), f"{stored} gave {row} rows of {len(target)}"
+def _begin_adapter(linear: LoRALinear) -> None:
+    """`LoRALinear.set_base` for a sharded layer: every process draws the whole of A, as a single one would, and keeps its part."""
+    whole_a = draw_a_(torch.empty(linear.lora_a.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device))
+    local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
+    local(linear.lora_b.weight).zero_()
+    if linear.magnitude is not None:
+        local(linear.magnitude).copy_(torch.linalg.vector_norm(local(linear.weight), dim=1, dtype=torch.promote_types(linear.weight.dtype, torch.float32)))
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

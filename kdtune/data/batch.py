@@ -34,7 +34,13 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """The batch of some examples, padded on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX)."""
+    """The batch of some examples, padded on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX).
+
+    Without examples it is one token of padding: something to compute on for a process that has no batch left while others
+    have one, which counts nowhere.
+    """
+    if not examples:
+        return Batch(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
     lengths = tuple(len(example.tokens) for example in examples)
     tokens = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE_INDEX)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,6 +16,7 @@ from kdtune.data.dataset import Dataset, MapDataset, Report, StreamDataset, repo
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError, DataError
 
+T = TypeVar("T")
 Position: TypeAlias = tuple[int, int]
 """(epoch, batch of that epoch), both from 0: the next batch to be handed out."""
 
@@ -27,6 +28,10 @@ class Loader:
     neither the order nor the position: batches fetched ahead do not count. In a stream, seek reads and drops what lies
     before. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the dataset; for a
     stream, those of the current epoch up to the last batch handed out.
+
+    rank, num_ranks: this process, of so many that share the batches. They go through them in rounds of num_ranks, each
+    process with one of a round, and the position, the same on all of them, goes on by a round. In an epoch's last round some
+    have none left and get a batch without a label.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -43,6 +48,8 @@ class Loader:
         seed: int = 0,
         num_workers: int = 0,
         drop_last: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         for key, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
             if value < least:
@@ -54,7 +61,7 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.report = dataset.report
-        self._settings = _Settings(batch_size, pad_id, shuffle, seed, drop_last)
+        self._settings = _Settings(batch_size, pad_id, shuffle, seed, drop_last, rank, num_ranks)
         self._num_workers = num_workers
         self._position: Position = (0, 0)
         self._ahead: Iterator[Any] | None = None
@@ -115,7 +122,8 @@ class Loader:
             self._position, self.report = item.next_position, item.report
             return item.batch
         epoch, batch = self._position
-        self._position = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+        after = batch + self._settings.num_ranks
+        self._position = (epoch, after) if after < len(self) else (epoch + 1, 0)
         return item
 
     def _fetcher(self) -> "DataLoader[Any]":
@@ -133,10 +141,14 @@ class Loader:
         return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **common)
 
 
-def batches(dataset: Dataset, batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """The batches of one pass over a dataset in its own order, the last one kept: what validation reads."""
-    for group in _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size):
-        yield collate(group, pad_id)
+def batches(dataset: Dataset, batch_size: int, pad_id: int, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
+    """The batches of one pass over a dataset in its own order, the last one kept: what validation reads.
+
+    Of several processes each gets its share, all as many; where one has none left, its last is a batch without a label.
+    """
+    groups = _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size)
+    for round_of_groups in _grouped(groups, num_ranks):
+        yield collate(_share(round_of_groups, rank), pad_id)
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,8 @@ class _Settings:
     shuffle: bool
     seed: int
     drop_last: bool
+    rank: int
+    num_ranks: int
 
     def batches(self, num_examples: int) -> int:
         return num_examples // self.batch_size if self.drop_last else -(-num_examples // self.batch_size)
@@ -163,8 +177,11 @@ class _IndexBatches:
         settings, (epoch, first) = self._settings, self._start
         while True:
             order = self._dataset.order(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
-            for batch in range(first, settings.batches(len(order))):
-                yield order[batch * settings.batch_size : (batch + 1) * settings.batch_size].tolist()
+            num_batches = settings.batches(len(order))
+            for start in range(first, num_batches, settings.num_ranks):
+                batch = start + settings.rank
+                own = order[batch * settings.batch_size : (batch + 1) * settings.batch_size].tolist()
+                yield own if batch < num_batches else []
             epoch, first = epoch + 1, 0
 
 
@@ -196,18 +213,17 @@ class _StreamBatches(IterableDataset[Any]):
             yield error
 
     def _epoch(self, epoch: int, first: int) -> Iterator[_StreamItem]:
-        settings, waiting, count = self._settings, None, 0
+        settings, waiting = self._settings, None
         examples = self._dataset.examples(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
-        for group in _grouped(examples, settings.batch_size):
-            if settings.drop_last and len(group) < settings.batch_size:
-                break
-            count += 1
+        least = settings.batch_size if settings.drop_last else 1
+        groups = (group for group in _grouped(examples, settings.batch_size) if len(group) >= least)
+        count = sum(1 for _ in islice(groups, first))
+        for round_of_groups in _grouped(groups, settings.num_ranks):
             if waiting is not None:  # held back until it is known not to be the epoch's last
                 yield waiting
-            if count > first:
-                waiting = _StreamItem(
-                    collate(group, settings.pad_id), (epoch, count), report_copy(self._dataset.report)
-                )
+            count += len(round_of_groups)
+            own = _share(round_of_groups, settings.rank)
+            waiting = _StreamItem(collate(own, settings.pad_id), (epoch, count), report_copy(self._dataset.report))
         if waiting is None:
             raise _outside(epoch, first, count, self._dataset)
         yield _StreamItem(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))
@@ -222,9 +238,14 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
-def _grouped(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    while group := list(islice(examples, size)):
+def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while group := list(islice(items, size)):
         yield group
+
+
+def _share(round_of_groups: list[list[Example]], rank: int) -> list[Example]:
+    """The examples of this process in a round; none in a last round that is shorter."""
+    return round_of_groups[rank] if rank < len(round_of_groups) else []
 
 
 def _as_it_is(item: Any) -> Any:

@@ -3,5 +3,17 @@
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.build import build_model, model_config
 from kdtune.distributed.compile import apply_compile
+from kdtune.distributed.parallelism import Parallelism, parallelism_problems, shard_model
+from kdtune.distributed.world import World, start_world
 
-__all__ = ["apply_activation_checkpointing", "apply_compile", "build_model", "model_config"]
+__all__ = [
+    "Parallelism",
+    "World",
+    "apply_activation_checkpointing",
+    "apply_compile",
+    "build_model",
+    "model_config",
+    "parallelism_problems",
+    "shard_model",
+    "start_world",
+]

@@ -1,5 +1,6 @@
 """Builds a model for a run: builder and checkpoint in, weights on the device out."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def build_model(
     dtype: torch.dtype | None,
     device: torch.device,
     weights: Path | None = None,
+    prepare: Callable[[Transformer], Transformer] | None = None,
 ) -> Transformer:
     """The model of a run, its weights in `dtype` on `device`.
 
@@ -32,6 +34,8 @@ def build_model(
         device: where the weights go, each tensor directly.
         weights: a folder that takes the checkpointer's place, such as the step folder a run is resumed from. Where it
             holds an adapter, the base still comes from the checkpointer, and the adapter from here.
+        prepare: what is done to the model, in its dtype on the meta device, before it gets its weights, such as
+            `shard_model`; it needs a dtype. Random weights are drawn before, by every process alike.
 
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
@@ -45,16 +49,19 @@ def build_model(
         with device:
             model: Transformer = instantiate(builder)
         model = _adapted(model.to(dtype), adapter)
+        if prepare is not None:
+            model = prepare(model)
     else:
         with torch.device("meta"):
-            model = (
-                Transformer(source.model_config()) if builder is None and adapter is not None else instantiate(builder)
-            )
+            is_plain = builder is None and adapter is None and prepare is None
+            model = instantiate(builder) if is_plain or builder else Transformer(source.model_config())
             model = _adapted(model, adapter)
         if weights and not resumed and model is not None and has_adapters(model):
             raise CheckpointError(
                 f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter"
             )
+        if prepare is not None:
+            model = prepare(model.to(dtype))
         model = source.load(model, dtype=dtype, device=device)
     return load_adapter(model, resumed) if resumed else model
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from kdtune.models import Transformer
 
 # Wraps the batches to show progress, such as tqdm.
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
+Total = Callable[[Sequence[float]], list[float]]
 
 
 def evaluate_kd(
@@ -24,6 +25,7 @@ def evaluate_kd(
     *,
     device: torch.device | str,
     progress: Progress | None = None,
+    total: Total = list,
 ) -> dict[str, float]:
     """`class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
 
@@ -37,11 +39,12 @@ def evaluate_kd(
         batches: a finite pass over held-out data.
         device: where the batches are moved.
         progress: wraps `batches`.
+        total: of numbers, their sums over the processes that share the work, each with its own batches.
 
     Raises:
         DataError: if no token of the batches is valid.
     """
-    return _evaluate(student, teacher, loss, batches, device=device, progress=progress)
+    return _evaluate(student, teacher, loss, batches, device=device, progress=progress, total=total)
 
 
 def evaluate_ce(
@@ -51,12 +54,14 @@ def evaluate_ce(
     device: torch.device | str,
     progress: Progress | None = None,
     loss: KDLoss | None = None,
+    total: Total = list,
 ) -> dict[str, float]:
     """`class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
 
     `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
     """
-    result = _evaluate(model, None, loss or KDLoss(kd_ratio=0.0), batches, device=device, progress=progress)
+    loss = loss or KDLoss(kd_ratio=0.0)
+    result = _evaluate(model, None, loss, batches, device=device, progress=progress, total=total)
     return {
         "class_loss": result["class_loss"],
         "perplexity": perplexity(result["class_loss"]),
@@ -77,9 +82,10 @@ def _evaluate(
     *,
     device: torch.device | str,
     progress: Progress | None,
+    total: Total,
 ) -> dict[str, float]:
     sums: defaultdict[str, float] = defaultdict(float)
-    num_tokens = 0
+    num_tokens: float = 0
     with eval_mode(model):
         for held_out in progress(batches) if progress else batches:
             num_tokens += held_out.num_valid_tokens()
@@ -88,8 +94,9 @@ def _evaluate(
             _, parts = loss(model(batch.tokens, return_hidden=True), model.output, signal, batch.labels)
             for name, value in parts.items():
                 sums[name] += float(value)
+    *totals, num_tokens = total([*sums.values(), num_tokens])
     if num_tokens == 0:
         raise DataError(
             "validation: 0 valid tokens; at least one label is needed; give dataset_val examples with answers"
         )
-    return {**{name: total / num_tokens for name, total in sums.items()}, "tokens": num_tokens}
+    return {**{name: value / num_tokens for name, value in zip(sums, totals, strict=True)}, "tokens": int(num_tokens)}

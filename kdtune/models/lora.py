@@ -54,15 +54,15 @@ class LoRALinear(nn.Linear):
     def set_base(self, weight: Tensor) -> None:
         """Takes a base weight [O, I], in NF4 where ``quantize_base`` says so, and begins the adapter anew.
 
-        The layer then computes what its base does: A is drawn from a uniform distribution as in LoRA's own code
-        (kaiming, a = sqrt(5)), B is zero, the magnitude is the norm of the base's rows.
+        The layer then computes what its base does: A is drawn by :func:`draw_a_`, B is zero, the magnitude is the norm of
+        the base's rows.
         """
         if self.quantize_base and not is_nf4(weight):
             self.weight = quantize_nf4(weight)
         elif weight is not self.weight:
             self.weight = nn.Parameter(weight, requires_grad=False)
         with torch.no_grad():
-            nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+            draw_a_(self.lora_a.weight)
             nn.init.zeros_(self.lora_b.weight)
             if self.magnitude is not None:
                 self.magnitude.copy_(torch.linalg.vector_norm(_widened(dequantized(self.weight)), dim=1))
@@ -233,6 +233,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for inner, parameter in linear.named_parameters()
         if inner not in ("weight", "bias")
     }
+
+
+def draw_a_(a_RI: Tensor) -> Tensor:
+    """Fills A in place from a uniform distribution, as LoRA's own code does (kaiming, a = sqrt(5)); torch's seed decides."""
+    return nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
 
 
 def _widened(weight: Tensor) -> Tensor:

@@ -1,9 +1,15 @@
 """Gradient norm and clipping, and the check that stops a run before a bad step."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
+from kdtune.checkpoint import local
 from kdtune.errors import TrainingError
 
 
@@ -12,20 +18,41 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
     """Scale the gradients in place to a total norm of at most `max_norm` (None: leave them) and return the norm before.
 
     The norm is the Euclidean norm over all gradients, summed in float32 at least (torch's own rounds the norm of bf16
-    gradients to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none.
+    gradients to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none. Of sharded gradients it is the
+    norm of the whole, on every process.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(gradient, dtype=dtype).to(gradients[0].device) for gradient in gradients]
+    # torch's own norm refuses a mixture of meshes, and of sharded and plain gradients.
+    groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        sharding = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        groups[sharding].append(local(gradient))
+    norms = [_norm(shards, sharding).to(gradients[0].device) for sharding, shards in groups.items()]
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         # Never above 1, and without a branch on the norm's value, which would wait for the device.
         scale = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.to(gradient.device))
+        for shards in groups.values():
+            for shard in shards:
+                shard.mul_(scale.to(shard.device))
     return total_norm
+
+
+def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
+    """The norm of whole tensors of one sharding, from this process's shards of them."""
+    dtype = torch.promote_types(shards[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(shard, dtype=dtype).to(shards[0].device) for shard in shards]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if sharding is None:
+        return norm
+    mesh, placements = sharding
+    square = norm.square().to(mesh.device_type)
+    for dimension, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(square, group=mesh.get_group(dimension))
+    return square.sqrt()
 
 
 def check_finite(

@@ -34,21 +34,27 @@ def closing(logger: MetricLogger | None) -> Iterator[MetricLogger | None]:
 
 
 class JSONLLogger:
-    """Appends a JSON object a line, `step` first, floats unrounded (a non-finite one as null), flushed at once."""
+    """Appends a JSON object a line, `step` first, floats unrounded (a non-finite one as null), flushed at once.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+    Without a path, as on the processes that are not the main one, it writes nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._file: IO[str] | None = None
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = Path(path).open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
-        self._file.write(_line({"step": step, **values}))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line({"step": step, **values}))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file; everything logged is already in it."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> "JSONLLogger":
         return self

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -11,15 +11,22 @@ from kdtune.errors import TrainingError
 
 
 class Metrics:
-    """Accumulates sums over micro-batches and gives means per valid token.
+    """Accumulates sums over micro-batches and gives means per valid token, over all processes.
 
     The sums stay on their device as they come; `pop` fetches them all in one transfer and adds them in float64.
 
     Args:
+        total: of numbers, their sums over the processes of the run, such as `World.sum`; by default there is one process.
         clock: seconds, for the speed.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        total: Callable[[Sequence[float]], list[float]] = list,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total = total
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._num_valid_tokens = 0
@@ -43,19 +50,17 @@ class Metrics:
         Raises:
             TrainingError: if there was no valid token to average over.
         """
-        if self._num_valid_tokens == 0:
-            raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         names = [name for name, values in self._sums.items() for _ in values]
         values = _fetch([value for values in self._sums.values() for value in values])
-        totals = {
-            name: math.fsum(value for key, value in zip(names, values, strict=True) if key == name)
-            for name in self._sums
-        }
-        result = {name: total / self._num_valid_tokens for name, total in totals.items()}
-        result["num_valid_tokens"] = self._num_valid_tokens
+        own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in self._sums]
+        *sums, num_valid_tokens, num_tokens = self._total([*own, self._num_valid_tokens, self._num_tokens])
+        if num_valid_tokens == 0:
+            raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
+        result = {name: total / num_valid_tokens for name, total in zip(self._sums, sums, strict=True)}
+        result["num_valid_tokens"] = int(num_valid_tokens)
         # Fetching the parts has waited for the device, so the clock covers the whole computation.
         now = self._clock()
-        result["tokens_per_second"] = self._num_tokens / max(now - self._started, 1e-9)
+        result["tokens_per_second"] = num_tokens / max(now - self._started, 1e-9)
         self._sums.clear()
         self._num_valid_tokens = self._num_tokens = 0
         self._started = now

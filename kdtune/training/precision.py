@@ -51,10 +51,13 @@ def resolve_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def device_problems(device: str | None, dtype: str = "fp32") -> list[str]:
-    """What keeps this machine and process from a config's `device` and `dtype`; empty if nothing does. Loads nothing."""
+def device_problems(device: str | None, dtype: str = "fp32", *, distributed: bool = False) -> list[str]:
+    """What keeps this machine and process from a config's `device` and `dtype`; empty if nothing does. Loads nothing.
+
+    `distributed`: whether the recipe runs on several processes.
+    """
     problems = []
-    if (num_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if not distributed and (num_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         problems.append(f"nproc_per_node: {num_processes} processes found, this recipe runs on one; leave it out")
     resolved = None
     try:

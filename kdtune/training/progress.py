@@ -19,22 +19,28 @@ class ProgressBar:
         total: number of steps.
         initial: steps already done (a resumed run).
         every: without a terminal, a line is printed every so many steps and at the last.
+        silent: show nothing, as on the processes that are not the main one.
         stream: where to; None: stderr.
     """
 
-    def __init__(self, total: int, initial: int = 0, *, every: int = 10, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, initial: int = 0, *, every: int = 10, silent: bool = False, stream: TextIO | None = None
+    ) -> None:
         self._stream = stream or sys.stderr
+        self._silent = silent
         self._total, self._step, self._initial, self._every = total, initial, initial, max(1, every)
         self._started = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
-            if self._stream.isatty()
+            if self._stream.isatty() and not silent
             else None
         )
 
     def update(self, values: Mapping[str, float]) -> None:
         """One more step is done, with these numbers."""
         self._step += 1
+        if self._silent:
+            return
         shown = {short: _format(name, values[name]) for name, short in _SHOWN.items() if name in values}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)

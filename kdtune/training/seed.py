@@ -32,12 +32,13 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
     return seed
 
 
-def set_step_seed(seed: int, step: int) -> None:
-    """Seeds torch for one optimizer step, so that dropout's draws depend on the seed and the step alone.
+def set_step_seed(seed: int, step: int, micro_batch: int = 0) -> None:
+    """Seeds torch for one micro-batch of an optimizer step, so that dropout's draws depend on these numbers alone.
 
-    A resumed run then draws what the uninterrupted one drew, without a generator's state in its checkpoint.
+    A resumed run then draws what the uninterrupted one drew, without a generator's state in its checkpoint, and several
+    processes what one would, whichever of them has the micro-batch.
     """
-    torch.manual_seed(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64).item())
+    torch.manual_seed(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64).item())
 
 
 def _set_determinism(mode: str | int) -> None:

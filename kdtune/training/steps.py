@@ -5,9 +5,9 @@ from kdtune.errors import ConfigError
 
 
 def count_steps(
-    batches_per_epoch: int | None, gradient_accumulation_steps: int, max_steps_per_epoch: int | None
+    batches_per_epoch: int | None, batches_per_step: int, max_steps_per_epoch: int | None
 ) -> int:
-    """Optimizer steps an epoch; a last, shorter accumulation counts as one.
+    """Optimizer steps an epoch; a last, shorter one counts. `batches_per_step`: micro-batches of a step, of all processes.
 
     Raises:
         ConfigError: for a stream (batches_per_epoch None) without max_steps_per_epoch.
@@ -16,12 +16,12 @@ def count_steps(
         if max_steps_per_epoch is None:
             raise ConfigError("max_steps_per_epoch=null: a streamed dataset has no length; give the steps of an epoch")
         return max_steps_per_epoch
-    whole = -(-batches_per_epoch // gradient_accumulation_steps)
+    whole = -(-batches_per_epoch // batches_per_step)
     return whole if max_steps_per_epoch is None else min(whole, max_steps_per_epoch)
 
 
 def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
-    """The next step's micro-batches: fewer at the end of an epoch, which a step never crosses."""
+    """This process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses."""
     epoch = loader.position[0]
     batches = [next(loader)]
     while len(batches) < gradient_accumulation_steps and loader.position[0] == epoch:

@@ -1,0 +1,122 @@
+"""How a model is spread over the processes of a run: FSDP2, replicas of it (HSDP), or a whole copy on each."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from kdtune.config import instantiate
+from kdtune.distributed.world import World, world_size
+from kdtune.errors import ConfigError
+from kdtune.models import Transformer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Sizes of the device mesh, whose product is the number of processes, and how FSDP2 treats a shard.
+
+    Args:
+        dp_replicate: groups that each hold the whole model; the gradients are summed over them too. -1: the rest.
+        dp_shard: processes that share one copy of weights, gradients and optimizer state. -1: the rest.
+        reshard_after_forward: free a layer's weights after its forward and fetch them again in backward; false is faster
+            and takes the memory of the whole weights between forward and backward.
+        cpu_offload: shards, gradients and optimizer state lie in the CPU's memory between their uses.
+        param_dtype: weights are computed with in this dtype; null: in their own.
+        reduce_dtype: gradients are summed over processes in this dtype; null: fp32, or their own where that is wider.
+        timeout_minutes: a process that waits longer for the others ends the run with an error.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    timeout_minutes: float = 10.0
+
+    def sizes(self, world_size: int) -> tuple[int, int]:
+        """(dp_replicate, dp_shard) for so many processes, with -1 filled in.
+
+        Raises:
+            ConfigError: they do not multiply to the number of processes.
+        """
+        given = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        text = " ".join(f"{name}={size}" for name, size in given.items())
+        for name, size in given.items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"{name}={size}: must be at least 1, or -1 for the rest")
+        open_names = [name for name, size in given.items() if size == -1]
+        if len(open_names) > 1:
+            raise ConfigError(f"{text}: only one of them may be -1, the rest")
+        fixed = 1
+        for size in given.values():
+            fixed *= 1 if size == -1 else size
+        if world_size % fixed or (not open_names and fixed != world_size):
+            wanted = f"a multiple of {fixed}" if open_names else f"{fixed}"
+            raise ConfigError(
+                f"{text}: needs {wanted} processes, found {world_size}; start as many (kdtune run --nproc_per_node N "
+                "RECIPE ...) or change the sizes"
+            )
+        replicate, shard = (world_size // fixed if size == -1 else size for size in given.values())
+        return replicate, shard
+
+    def problems(self, world_size: int) -> list[str]:
+        """Why these sizes do not fit so many processes, one sentence each."""
+        try:
+            self.sizes(world_size)
+        except ConfigError as error:
+            return [str(error)]
+        return [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
+
+
+def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
+    """The model, every layer a unit of FSDP2 and what is left (embeddings, norm, head) another; in place.
+
+    Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
+    factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
+    In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
+    """
+    replicate, shard = parallelism.sizes(world.size)
+    if not torch.distributed.is_initialized():
+        return model
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    if shard == 1 and not trained and not parallelism.cpu_offload:
+        return model
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("dp_shard",))
+    else:
+        mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    settings = {"mesh": mesh, "mp_policy": _mixed_precision(model, parallelism)}
+    if parallelism.cpu_offload and world.device.type != "cpu":
+        settings["offload_policy"] = CPUOffloadPolicy()
+    for layer in model.layers:
+        fully_shard(layer, reshard_after_forward=parallelism.reshard_after_forward, **settings)
+    fully_shard(model, reshard_after_forward=False, **settings)
+    _sum_gradients(model)
+    return model
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP2 divides by the number of processes unless told not to; a factor alone is refused by gloo.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisionPolicy:
+    stored = next(parameter for parameter in model.parameters() if parameter.is_floating_point()).dtype
+    reduce_dtype = _DTYPES[parallelism.reduce_dtype] if parallelism.reduce_dtype else torch.promote_types(stored, torch.float32)
+    param_dtype = _DTYPES[parallelism.param_dtype] if parallelism.param_dtype else None
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+
+
+def parallelism_problems(node: Any, key: str = "parallelism") -> list[str]:
+    """Why this config node does not fit the processes that were started, one sentence each."""
+    parallelism = instantiate(node)
+    return [] if parallelism is None else [f"{key}: {problem}" for problem in parallelism.problems(world_size())]

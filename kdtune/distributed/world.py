@@ -1,0 +1,77 @@
+"""The processes of a run: which one this is, how many there are, and sums over all of them."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from kdtune.errors import KDTuneError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. A single process is a world of one, in which every sum is the identity."""
+
+    device: torch.device
+    """Where this process computes."""
+    rank: int = 0
+    """This process, from 0."""
+    size: int = 1
+    """All processes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes, prints and shows progress."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all processes, in float64; every process calls it with as many values."""
+        if self.size == 1 or not values:
+            return list(values)
+        # Metal has no float64, and numbers of a few bytes gain nothing from a GPU: they go by way of the CPU's group.
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return list(tensor.tolist())
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+
+@contextmanager
+def start_world(device: torch.device, *, timeout_minutes: float = 10.0) -> Iterator[World]:
+    """The world of this run: what torchrun has started, or this process alone.
+
+    Args:
+        device: where a process computes; of several processes each takes the CUDA device of its own number.
+        timeout_minutes: a process that waits longer for the others ends with an error.
+
+    What ends the block with an error is printed with rank and host, so that the first cause is found among the output of all.
+    """
+    if "RANK" not in os.environ:
+        yield World(device)
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield World(device, rank, size)
+    except Exception as error:
+        if not isinstance(error, KDTuneError):
+            print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
+        raise
+    dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
