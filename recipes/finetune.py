@@ -160,12 +160,14 @@ def run(cfg: Config, world: distributed.World) -> None:
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
     loader, held_out = load_data(cfg, tokenizer, world)
-    steps_per_epoch = training.count_steps(
-        loader.batches_per_epoch, cfg.gradient_accumulation_steps * world.size, cfg.max_steps_per_epoch
-    )
+    batches_per_step = cfg.gradient_accumulation_steps * world.size
+    steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
     if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
-        return finish(cfg) if world.is_main else None
+        if world.is_main:
+            print(f"{output_dir}: all {num_steps} steps are done")
+            finish(cfg)
+        return
 
     model = build_model(cfg, tokenizer, world, newest)
 
@@ -177,15 +179,20 @@ def run(cfg: Config, world: distributed.World) -> None:
     step = 0
     if newest is not None:
         saved = checkpoint.load_state(newest / "state", model=model, optimizers=optimizer, schedulers=schedulers)
+        training.check_batches_per_step(saved, batches_per_step)
         step = saved["step"]
         loader.seek(saved["position"])
 
     # Loop. Only from here on is anything written.
-    profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
-    second_logger = config.instantiate(cfg.metric_logger if world.is_main else None, optional={"log_dir": cfg.output_dir})
+    profiler = second_logger = None
+    if world.is_main:
+        profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
+        second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     checkpoint.wait_for_all()
     if world.is_main:
-        training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+        training.start_run(
+            output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg)
+        )
     manager = checkpoint.CheckpointManager(
         output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
     )
@@ -240,22 +247,22 @@ def run(cfg: Config, world: distributed.World) -> None:
             stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
+                             base=base_folder(cfg), extra={"position": loader.position, "batches_per_step": batches_per_step})  # fmt: skip
             bar.update(row)
             if profiler:
                 profiler.step()
             metrics.restart_clock()
 
     if stopping:
-        return print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps)) if world.is_main else None
+        if world.is_main:
+            print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
+        return
     training.write_final(output_dir, model, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
     if world.is_main:
         finish(cfg)
 
 
-def load_data(
-    cfg: Config, tokenizer: Any, world: distributed.World
-) -> tuple[data.Loader, list[data.Batch] | None]:
+def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[data.Loader, list[data.Batch] | None]:
     """What is trained on, and the held-out batches: this process's share of both."""
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,

@@ -5,6 +5,7 @@ recipe.
 """
 
 import argparse
+import os
 
 from kdtune import _assets
 from kdtune._cli.names import import_recipe
@@ -36,9 +37,11 @@ def execute(arguments: argparse.Namespace) -> int:
     """Runs the recipe; the exit code is the run's.
 
     Raises:
-        ConfigError: no recipe is named, or under torchrun the config is not valid.
+        ConfigError: no recipe is named, its name does not fit the way it is started, or under torchrun the config is not
+            valid.
     """
     torchrun_options, recipe, rest = split_arguments(arguments.arguments)
+    check_launch(arguments.arguments[len(torchrun_options)], torchrun_options)
     if not torchrun_options:
         import_recipe(recipe)(rest)
         return 0
@@ -65,6 +68,26 @@ def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[st
     candidate = words[-1]
     _assets.find_recipe(candidate)
     raise AssertionError(f"{candidate} was not recognized as a recipe, but found as one")
+
+
+def check_launch(name: str, torchrun_options: list[str]) -> None:
+    """Nothing, where a recipe of this name may be started like this: the endings of its names say on how many processes.
+
+    Raises:
+        ConfigError: `..._single_device` under torchrun, or `..._distributed` without.
+    """
+    under_torchrun = bool(torchrun_options) or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    base, _, ending = name.rpartition("_")
+    if name.endswith("_single_device") and under_torchrun:
+        raise ConfigError(
+            f"run: {name} runs on one process, found torchrun ({' '.join(torchrun_options) or 'WORLD_SIZE'}); use "
+            f"{base.removesuffix('_single')}_distributed, or leave the torchrun options out"
+        )
+    if ending == "distributed" and not under_torchrun:
+        raise ConfigError(
+            f"run: {name} runs under torchrun, found no torchrun option; say on how many processes: kdtune run "
+            f"--nproc_per_node 2 {name} ..., or use {base}_single_device"
+        )
 
 
 def torchrun_arguments(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> list[str]:

@@ -329,7 +329,9 @@ def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> 
     result = {}
     for name, stored in tensors.items():
         heads = convert.rotary_heads(name, config)
-        result[name] = stored if heads is None else replace(stored, pieces=partial(_unpermuted_pieces, stored, heads), part=None)
+        result[name] = (
+            stored if heads is None else replace(stored, pieces=partial(_unpermuted_pieces, stored, heads), part=None)
+        )
     return result
 
 

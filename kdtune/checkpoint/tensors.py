@@ -170,7 +170,11 @@ def _begin_adapter(linear: LoRALinear) -> None:
     local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
     local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
-        local(linear.magnitude).copy_(torch.linalg.vector_norm(local(linear.weight), dim=1, dtype=torch.promote_types(linear.weight.dtype, torch.float32)))
+        local(linear.magnitude).copy_(
+            torch.linalg.vector_norm(
+                local(linear.weight), dim=1, dtype=torch.promote_types(linear.weight.dtype, torch.float32)
+            )
+        )
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

@@ -1,17 +1,18 @@
 """How a model is spread over the processes of a run: FSDP2, replicas of it (HSDP), or a whole copy on each."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kdtune.config import instantiate
 from kdtune.distributed.world import World, world_size
 from kdtune.errors import ConfigError
-from kdtune.models import Transformer
+from kdtune.models import Transformer, adapted_linears
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,6 +81,9 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
     factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
     In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes, or the model holds quantized weights.
     """
     replicate, shard = parallelism.sizes(world.size)
     if not torch.distributed.is_initialized():
@@ -87,16 +91,25 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     trained = any(parameter.requires_grad for parameter in model.parameters())
     if shard == 1 and not trained and not parallelism.cpu_offload:
         return model
+    if any(linear.quantize_base for linear in adapted_linears(model).values()):
+        raise ConfigError(
+            "parallelism: adapters with quantize_base=true (QLoRA) run on one process; set quantize_base=false, or leave the "
+            "torchrun options out"
+        )
     if replicate == 1:
         mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("dp_shard",))
     else:
         mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    settings = {"mesh": mesh, "mp_policy": _mixed_precision(model, parallelism)}
-    if parallelism.cpu_offload and world.device.type != "cpu":
-        settings["offload_policy"] = CPUOffloadPolicy()
+    offload = parallelism.cpu_offload and world.device.type != "cpu"
+    shard_unit = partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=_mixed_precision(model, parallelism),
+        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+    )
     for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=parallelism.reshard_after_forward, **settings)
-    fully_shard(model, reshard_after_forward=False, **settings)
+        shard_unit(layer, reshard_after_forward=parallelism.reshard_after_forward)
+    shard_unit(model, reshard_after_forward=False)
     _sum_gradients(model)
     return model
 
@@ -111,7 +124,9 @@ def _sum_gradients(model: nn.Module) -> None:
 
 def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisionPolicy:
     stored = next(parameter for parameter in model.parameters() if parameter.is_floating_point()).dtype
-    reduce_dtype = _DTYPES[parallelism.reduce_dtype] if parallelism.reduce_dtype else torch.promote_types(stored, torch.float32)
+    reduce_dtype = (
+        _DTYPES[parallelism.reduce_dtype] if parallelism.reduce_dtype else torch.promote_types(stored, torch.float32)
+    )
     param_dtype = _DTYPES[parallelism.param_dtype] if parallelism.param_dtype else None
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
 

@@ -40,7 +40,7 @@ from kdtune.training.schedules import (
     get_wsd_schedule,
 )
 from kdtune.training.seed import set_seed, set_step_seed
-from kdtune.training.steps import count_steps, enter_epoch, take_micro_batches
+from kdtune.training.steps import check_batches_per_step, count_steps, enter_epoch, take_micro_batches
 from kdtune.training.table import format_table
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "TensorBoardLogger",
     "WandBLogger",
     "adamw",
+    "check_batches_per_step",
     "check_finite",
     "check_save_weights",
     "check_unchanged",

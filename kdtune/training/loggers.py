@@ -43,7 +43,7 @@ class JSONLLogger:
         self._file: IO[str] | None = None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = Path(path).open("a", encoding="utf-8")
+            self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""

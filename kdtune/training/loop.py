@@ -9,11 +9,13 @@ _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gra
            "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
            "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
 
-# What a resumed run may have otherwise than before: where it runs, what it shows, and how long it goes on.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "compile", "enable_activation_checkpointing", "num_workers",
-              "loss_chunk_size", "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
-              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints", "best_metric",
-              "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
+# What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
+# on. gradient_accumulation_steps may change with the number of processes only: check_batches_per_step.
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "teacher_parallelism", "compile",
+              "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
+              "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
+              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
+              "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
 
 
 def loop_problems(cfg: Any) -> list[str]:

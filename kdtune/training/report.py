@@ -62,5 +62,6 @@ def samples_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps: int) -> str:
     """What a run that was told to stop says: after which step, and how to go on."""
     folder = output_dir / f"step_{step}"
+    cause = signal_name or "a signal to another process"
     outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
-    return f"stopped by {signal_name} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"
+    return f"stopped by {cause} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"

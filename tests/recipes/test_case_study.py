@@ -13,7 +13,7 @@ from kdtune.checkpoint import load_model
 from kdtune.config import instantiate, load
 from kdtune.models.llama.sizes import SIZES
 
-SIZES_OF = {"8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
+SIZES_OF = {"70b": 70_553_706_496, "8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
 LLAMA = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
 WITH_MODELS_DIR = [config for config in _assets.configs()
                    if config.recipe != "sweep" and "models_dir" in config.path.read_text()]  # fmt: skip
@@ -53,11 +53,15 @@ def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
 def test_the_distillation_reads_its_teacher_where_the_finetuning_leaves_it() -> None:
     finetune = import_recipe(_assets.find_recipe("lora_finetune_single_device")).frame
     distil = import_recipe(_assets.find_recipe("knowledge_distillation_single_device")).frame
-    teacher = load("llama3_1/8B_lora_single_device", ["models_dir=/elsewhere"], finetune)
-    for name in ("llama3_2/knowledge_distillation_single_device", "llama3_2/8B_to_3B_kd_single_device"):
-        student = load(name, ["models_dir=/elsewhere"], distil)
-        assert student.teacher_checkpointer["checkpoint_dir"] == f"{teacher.output_dir}/final"
+    for teacher_name, names in (
+        ("8B_lora_single_device", ("knowledge_distillation_single_device", "8B_to_3B_kd_single_device")),
+        ("8B_lora_distributed", ("knowledge_distillation_distributed",)),
+    ):
+        teacher = load(f"llama3_1/{teacher_name}", ["models_dir=/elsewhere"], finetune)
         assert teacher.output_dir.startswith("/elsewhere/")
+        for name in names:
+            student = load(f"llama3_2/{name}", ["models_dir=/elsewhere"], distil)
+            assert student.teacher_checkpointer["checkpoint_dir"] == f"{teacher.output_dir}/final"
 
 
 def test_the_evaluation_reads_what_the_runs_leave() -> None:

@@ -149,3 +149,23 @@ def test_a_recipe_is_a_script_too(assets: Path) -> None:
     assert (good.returncode, good.stdout) == (0, "41 alone 1\n")
     bad = subprocess.run([*command, "right=x"], capture_output=True, text=True, env=environment, check=False)
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "right: 'x' (str)" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--nproc_per_node", "2", "add_single_device"],
+            "add_single_device runs on one process, found torchrun (--nproc_per_node 2); use add_distributed",
+        ),
+        (
+            ["add_distributed"],
+            "add_distributed runs under torchrun, found no torchrun option; say on how many processes",
+        ),
+    ],
+)
+def test_a_name_that_does_not_fit_the_start(
+    assets: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert code_of(*words, "--config", "tiny/add") == 2
+    assert message in capsys.readouterr().err

@@ -59,3 +59,18 @@ def test_no_valid_token_is_an_error():
     metrics.add({"loss": torch.tensor(0.0)}, num_valid_tokens=0)
     with pytest.raises(TrainingError, match="0 valid tokens"):
         metrics.pop()
+
+
+def test_means_are_over_all_processes():
+    """Another process has as many sums again, over 6 of 10 tokens."""
+    seen = []
+
+    def total(values):
+        seen.append(list(values))
+        return [2 * value for value in values]
+
+    metrics = Metrics(total, clock=iter([0.0, 2.0]).__next__)
+    metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, num_valid_tokens=6, num_tokens=10)
+    found = metrics.pop()
+    assert seen == [[12.0, 3.0, 6, 10]]
+    assert found == {"loss": 2.0, "kd_loss": 0.5, "num_valid_tokens": 12, "tokens_per_second": 10.0}

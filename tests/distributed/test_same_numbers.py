@@ -1,0 +1,141 @@
+"""One process and several give the same numbers: gradients in float64, and whole runs of the recipes in fp32."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import FINETUNE, KD, check_same_rows, rows
+from safetensors.torch import load_file
+from torch import distributed as dist
+
+from kdtune import distributed, losses, training
+from kdtune.checkpoint import local
+from kdtune.models import Transformer, apply_lora, llama
+
+# Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
+PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
+         "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
+ADAPTERS = {
+    "full": ["adapter=null"],
+    "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],
+    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true", "optimizer.lr=3.0"],
+}  # fmt: skip
+COPY = ["teacher_parallelism=kdtune.distributed.Parallelism", "teacher_parallelism.dp_shard=1",
+        "teacher_parallelism.dp_replicate=-1"]  # fmt: skip
+LAYOUTS = {
+    "1x4": (1, 4, []),
+    "2x2": (2, 2, []),
+    "4x1": (4, 1, []),
+    "4x1, HSDP 2x2, the teacher a copy on each": (4, 1, ["parallelism.dp_replicate=2", *COPY]),
+}
+
+
+def check_same_change(found: Path, expected: Path, start: Path, tolerance: float = 1e-3) -> None:
+    """What training changed is the same, as a share of the whole change."""
+    begin, ours, theirs = (load_file(folder / "model.safetensors") for folder in (start, found, expected))
+    changes = [(ours[name] - begin[name], theirs[name] - begin[name]) for name in begin]
+    whole = sum(change.square().sum() for _, change in changes).sqrt()
+    assert whole > 0.01
+    difference = sum((one - other).square().sum() for one, other in changes).sqrt()
+    assert difference < tolerance * whole
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("recipe", [KD, FINETUNE], ids=["kd", "finetune"])
+def test_however_a_step_is_cut(recipe: list[str], kind: str, launch, small_model: Path, tmp_path: Path) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    for name, (ranks, accumulation, layout) in LAYOUTS.items():
+        own = [one for one in layout if recipe is KD or not one.startswith("teacher")]
+        ended = launch.kdtune(
+            *recipe, *PLAIN, *ADAPTERS[kind], *own, base, f"gradient_accumulation_steps={accumulation}",
+            f"output_dir={tmp_path / name}", ranks=ranks,
+        )  # fmt: skip
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+        assert not any(rank.text for rank in ended[1:]), ended[1].text
+        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1x4"))
+        check_same_change(tmp_path / name / "final", tmp_path / "1x4" / "final", small_model)
+    trained = [row for row in rows(tmp_path / "1x4") if "loss" in row]
+    assert len(trained) == 10 and trained[-1]["loss"] < trained[0]["loss"] - 0.01
+    assert max(row["grad_norm"] for row in trained) > 0.05
+
+
+def test_a_last_step_that_is_shorter_and_ranks_without_a_batch(launch, tmp_path: Path) -> None:
+    """21 examples are 11 batches: the last of 3 steps has 3 for 4 processes, and validation 14 for 4."""
+    short = ["dataset.split=train[:21]", "max_steps_per_epoch=null", "epochs=2"]
+    for name, (ranks, accumulation, layout) in LAYOUTS.items():
+        ended = launch.kdtune(
+            *KD, *PLAIN, *short, *layout, f"gradient_accumulation_steps={accumulation}", f"output_dir={tmp_path / name}",
+            ranks=ranks,
+        )  # fmt: skip
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1x4"))
+    assert [row["epoch"] for row in rows(tmp_path / "1x4") if "epoch" in row] == [0, 0, 0, 1, 1, 1]
+
+
+def float64_model(kind: str, *, tied: bool) -> Transformer:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = llama(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=64,
+                  tie_embeddings=tied)  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+    if kind != "full":
+        model = apply_lora(model, lora_rank=4, use_dora=kind == "dora", apply_lora_to_output=True)
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                torch.nn.init.normal_(parameter)
+    return model
+
+
+def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
+    """Gradients and norm of two micro-batches a process, against all of them at once in one unsharded model."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    student, teacher, whole = (
+        float64_model(kind, tied=tied),
+        float64_model("full", tied=True),
+        float64_model(kind, tied=tied),
+    )
+    teacher.requires_grad_(False)
+    kd_loss = losses.KDLoss(losses.ForwardKLLoss(), kd_ratio=0.5)
+    torch.manual_seed(1)
+    tokens, labels = torch.randint(64, (16, 12)), torch.randint(64, (16, 12))
+    labels[0], labels[5:8] = -100, -100
+    num_valid_tokens = (labels != -100).sum()
+
+    def backward(model: Transformer, part: slice) -> None:
+        signal = losses.HiddenSignal(teacher(tokens[part], return_hidden=True), teacher.output)
+        total, _ = kd_loss(model(tokens[part], return_hidden=True), model.output, signal, labels[part])
+        (total / num_valid_tokens).backward()
+
+    backward(whole, slice(0, 16))
+    norm = training.clip_grad_norm_(whole.parameters(), 1e-3)
+    with distributed.start_world(torch.device("cpu")) as world:
+        parallelism = distributed.Parallelism(dp_replicate=replicate)
+        distributed.shard_model(student, parallelism, world)
+        distributed.shard_model(teacher, distributed.Parallelism(), world)
+        share = 16 // size
+        for half in range(2):
+            start = rank * share + half * share // 2
+            backward(student, slice(start, start + share // 2))
+        assert training.clip_grad_norm_(student.parameters(), 1e-3).item() == pytest.approx(norm.item(), rel=1e-12)
+        expected = dict(whole.named_parameters())
+        for name, parameter in student.named_parameters():
+            if parameter.grad is None:
+                assert expected[name].grad is None
+            else:
+                # By NumPy's rule: 1e-9 of the largest entry, as a rounding error goes with the sums.
+                torch.testing.assert_close(parameter.grad.full_tensor(), expected[name].grad, rtol=1e-9,
+                                           atol=1e-9 * expected[name].grad.abs().max().item())  # fmt: skip
+        assert all(
+            local(parameter).numel() < parameter.numel() for parameter in student.parameters() if parameter.ndim == 2
+        )
+        dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "replicate"), [("full", True, 2), ("full", False, 1), ("lora", True, 1), ("dora", False, 2)]
+)
+def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> None:
+    launch.call(compare_gradients, kind, tied, replicate, ranks=4)
