@@ -6,6 +6,8 @@ recipe.
 
 import argparse
 import os
+import signal
+import sys
 
 from kdtune import _assets
 from kdtune._cli.names import import_recipe
@@ -13,6 +15,7 @@ from kdtune._cli.validate import validate
 from kdtune.errors import ConfigError
 
 _USAGE = "kdtune run [torchrun options] RECIPE --config NAME|PATH [key=value | ~key]..."
+_ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true goes on from it"
 # Any of these says how the processes meet; without one, torchrun is told that this is a single machine.
 _RENDEZVOUS = ("--standalone", "--rdzv", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 
@@ -70,6 +73,14 @@ def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[st
     raise AssertionError(f"{candidate} was not recognized as a recipe, but found as one")
 
 
+def _ending(exit_code: int) -> str:
+    """How a process ended, in words: its exit code, or the signal that a negative one stands for."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}, its error is above"
+    hint = " (the system was out of memory, perhaps)" if exit_code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-exit_code).name}{hint}"
+
+
 def check_launch(name: str, torchrun_options: list[str]) -> None:
     """Nothing, where a recipe of this name may be started like this: the endings of its names say on how many processes.
 
@@ -112,7 +123,9 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
     try:
         run(parse_args(torchrun_arguments(options, recipe, rest)))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # which the rank has explained in a line
+            print(f"error: rank {rank} failed first: {_ending(failure.exitcode)}; {_ADVICE}", file=sys.stderr)
         return failure.exitcode if failure.exitcode in (1, 2) else 1
     except SignalException:
         # The processes were passed the signal and have ended; what they saved is complete.

@@ -1,10 +1,11 @@
 """The output folder of a run: may it be used, what is written into it at the start, what a resumed run may change."""
 
+import fcntl
 import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -26,6 +27,9 @@ log = get_logger(__name__)
 
 _NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
+_LOCK = ".lock"
+_IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
+_held: dict[Path, IO[str]] = {}
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -62,6 +66,8 @@ def _folder_problems(folder: Path, *, resume: bool) -> list[str]:
     output_dir = str(folder)
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={output_dir}: is a file; name a folder"]
+    if _is_locked(folder):
+        return [f"output_dir={output_dir}: {_IN_USE}"]
     if not resume and holds_run(folder):
         return [
             f"output_dir={output_dir}: already holds a run; go on with it by resume_from_checkpoint=true, "
@@ -115,12 +121,14 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
 
     Raises:
         CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
+        ConfigError: another run is writing into it.
     """
     logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
     for file in logs:
         read_metrics(file)
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
+    _lock(output_dir)
     write_run_files(output_dir, resolved_config=resolved_config, record=record)
     discard_steps_after(output_dir, step)
     for file in logs:
@@ -145,6 +153,45 @@ def _starts(runs_file: Path) -> list[Any]:
         return list(json.loads(runs_file.read_text(encoding="utf-8"))["starts"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
+
+
+def _lock(folder: Path) -> None:
+    """Holds the folder for this process until it ends, however it ends."""
+    path = (folder / _LOCK).absolute()
+    if path in _held:
+        return
+    with writing(path):
+        file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"output_dir={folder}: {_IN_USE}") from error
+    _held[path] = file
+
+
+def _let_go() -> None:
+    """In a forked child, such as a data worker: it must not keep the folder when its killed parent no longer does."""
+    for file in _held.values():
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether another process holds the folder."""
+    path = (folder / _LOCK).absolute()
+    if path in _held or not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            # Shared: the processes of one run look at the same time.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]) -> None:

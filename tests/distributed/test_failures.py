@@ -1,0 +1,94 @@
+"""A process that fails takes the others down, in bounded time and with its rank in the output."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed_runs import KD
+
+from kdtune._cli.main import main
+
+ROOT = Path(__file__).parents[2]
+# An optimizer that fails on rank 1 in the third step, each in its own way.
+FAILING = """
+import os
+import signal
+import time
+
+import torch
+
+
+class Failing(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, how="raise"):
+        super().__init__(params, lr=lr)
+        self.how, self.made = how, 0
+
+    def step(self, closure=None):
+        self.made += 1
+        if self.made == 3 and os.environ["RANK"] == "1":
+            if self.how == "raise":
+                raise ValueError("the third step went wrong")
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            if self.how == "hang":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+"""
+
+
+def arguments(folder: Path, how: str, *overrides: str) -> list[str]:
+    (folder / "failing.py").write_text(FAILING)
+    return [*KD, "optimizer=failing.Failing", f"optimizer.how={how}", "~lr_scheduler", "sample_prompts=[]",
+            f"output_dir={folder / 'out'}", *overrides]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("raise", "ValueError: the third step went wrong"), ("memory", "OutOfMemoryError: CUDA out of memory.")],
+)
+def test_a_rank_that_raises(how: str, message: str, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = launch.wait(launch.start(main, arguments(tmp_path, how), ranks=3), timeout=60)
+    assert [rank.code for rank in ended] == [1, 1, 1]
+    assert f"[rank 1 on {socket.gethostname()}]" in ended[1].text
+    assert message in ended[1].text and "Traceback" in ended[1].text
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_a_rank_that_hangs(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others end when the timeout is over; torchrun then ends the one that hangs."""
+    monkeypatch.chdir(tmp_path)
+    started = launch.start(main, arguments(tmp_path, "hang", "parallelism.timeout_minutes=0.1"), ranks=3)
+    for rank in (started[0], started[2]):
+        rank.process.join(60)
+        assert rank.code == 1, rank.text
+    assert "Timed out waiting 6000ms" in started[0].text + started[2].text
+    assert started[1].process.is_alive()
+    started[1].process.kill()
+    started[1].process.join()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kdtune", "run", "--nproc_per_node", "2", *arguments(tmp_path, "kill")[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert time.monotonic() - begun < 150
+    assert "error: rank 1 failed first: killed by SIGKILL (the system was out of memory, perhaps)" in done.stderr
+    assert "[rank 0 on" in done.stderr
+
+
+def test_processes_that_do_not_fit(launch, tmp_path: Path) -> None:
+    ended = launch.kdtune(*KD, f"output_dir={tmp_path / 'out'}", "parallelism.dp_replicate=2", ranks=3)
+    assert [rank.code for rank in ended] == [2, 2, 2]
+    assert "parallelism: dp_replicate=2 dp_shard=-1: needs a multiple of 2 processes, found 3" in ended[0].text
+    assert not ended[1].text and not (tmp_path / "out").exists()
