@@ -64,6 +64,12 @@ def device_problems(device: str | None, dtype: str = "fp32", *, distributed: boo
         resolved = resolve_device(device)
     except ConfigError as error:
         problems.append(str(error))
+    if resolved is not None and resolved.type == "cuda":
+        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > count:
+            problems.append(
+                f"nproc_per_node: {here} processes found, this machine has {count} CUDA devices; start {count}"
+            )
     try:
         number_format = dtype_from_name(dtype)
     except ConfigError as error:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"]
 FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
@@ -19,3 +20,13 @@ def check_same_rows(found: list[dict], expected: list[dict], tolerance: float = 
     for ours, theirs in zip(found, expected, strict=True):
         for name in theirs.keys() - {"tokens_per_second", "peak_memory_rss"}:
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-7), (theirs["step"], name)
+
+
+def check_same_change(found: Path, expected: Path, start: Path, tolerance: float = 1e-3) -> None:
+    """What training changed is the same, as a share of the whole change."""
+    begin, ours, theirs = (load_file(folder / "model.safetensors") for folder in (start, found, expected))
+    changes = [(ours[name] - begin[name], theirs[name] - begin[name]) for name in begin]
+    whole = sum(change.square().sum() for _, change in changes).sqrt()
+    assert whole > 0.01
+    difference = sum((one - other).square().sum() for one, other in changes).sqrt()
+    assert difference < tolerance * whole
