@@ -7,7 +7,7 @@
 form of the same weights. Both run in fp32 in this process on the same requests, turn by turn: some documents' requests
 by kdtune, the same by `hf`, then the next. Time is that of answering the requests, without loading models and
 documents: the processor's, which other processes do not lengthen, and the wall clock's, the one that counts on a GPU.
-Needs pip install 'kdtune[eval]' and transformers with accelerate.
+Needs pip install 'lm-eval>=0.4.13' and transformers with accelerate.
 
 Expected before measuring: kdtune takes a third of the time on tasks whose endings share a context (hellaswag, multiple
 choice by letters) and less where all questions share a prompt (truthfulqa_mc2), since it computes what is shared once.

@@ -55,7 +55,7 @@ class Config:
 
     # lm-eval
     tasks: list[str] = field(default_factory=list)
-    """Names of lm-eval tasks, groups or tags, or paths of task files; needs pip install 'kdtune[eval]'."""
+    """Names of lm-eval tasks, groups or tags, or paths of task files; needs pip install 'lm-eval>=0.4.13'."""
     include_path: str | None = None
     """A folder of task files of your own, looked into before lm-eval's tasks."""
     limit: int | float | None = None

@@ -176,6 +176,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     batches_per_step = cfg.gradient_accumulation_steps * world.size
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
+    get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.size))
     if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
         if world.is_main:
             print(f"{output_dir}: all {num_steps} steps are done")

@@ -53,18 +53,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds `completion` to the command's parsers."""
     parser = subparsers.add_parser("completion", help="print a completion script for bash or zsh", description=__doc__)
     parser.add_argument(
-        "what", choices=("bash", "zsh", "recipes", "configs", "all"), help="the shell, or the names its script asks for"
+        "shell",
+        choices=("bash", "zsh", "recipes", "configs", "all"),
+        metavar="SHELL",
+        help='bash or zsh: eval "$(kdtune completion bash)"',
     )
     parser.set_defaults(func=execute)
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Prints the script, or names one a line."""
-    if arguments.what in ("bash", "zsh"):
-        script = _BASH if arguments.what == "bash" else _ZSH
+    if arguments.shell in ("bash", "zsh"):
+        script = _BASH if arguments.shell == "bash" else _ZSH
         print(script.replace("@COMMANDS@", " ".join(_COMMANDS)), end="")
         return
-    print("\n".join(names(arguments.what)))
+    print("\n".join(names(arguments.shell)))
 
 
 def names(what: str) -> list[str]:

@@ -33,6 +33,9 @@ def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
         ConfigError: there is no such line, or no such recipe.
     """
     if config.recipe is None:
+        from kdtune.config.load import read_yaml
+
+        read_yaml(config.path)  # what is not YAML is told as such
         known = ", ".join(recipe.name for recipe in _assets.recipes())
         raise ConfigError(
             f"{config.path}: has no line `recipe: NAME`, which says what the config is for; recipes: {known}"

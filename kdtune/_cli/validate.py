@@ -23,7 +23,7 @@ def execute(arguments: argparse.Namespace) -> None:
     config = _assets.find_config(arguments.config)
     recipe = partner_recipe(config)
     validate(recipe, arguments.config, arguments.overrides)
-    print(f"OK: {arguments.config} is a valid config for {recipe.name}")
+    print(f"OK: {arguments.config} is a valid config for {recipe.name} (files and device are looked at when it runs)")
 
 
 def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> None:

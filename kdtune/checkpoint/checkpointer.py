@@ -113,7 +113,10 @@ class Checkpointer:
         """
         folder = self.checkpoint_dir
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; give one that holds a model (kdtune download gets one)")
+            raise CheckpointError(
+                f"{folder}: no such folder; give one that holds a model: kdtune download gets one, and the top of a shipped "
+                "config (kdtune cat NAME) says which commands make its folders"
+            )
         if self._named_files is not None:
             return _named(folder, self._named_files)
         if found := huggingface.weight_files(folder):

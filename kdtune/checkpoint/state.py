@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
@@ -118,6 +119,7 @@ def load_state(
             group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
     for scheduler, saved in zip(schedulers, document["schedulers"], strict=True):
         scheduler.load_state_dict(_with_tensors(saved))
+        _set_learning_rates(scheduler)
     _restore_rng(rng_tensors, document["rng"]["python"])
     return document["extra"]
 
@@ -248,6 +250,16 @@ def _targets(
         state = next(one.state for one in stateful if parameters[owner] in one.state)[parameters[owner]]
         state[key] = _like(state[key], value)
     return tensors
+
+
+def _set_learning_rates(scheduler: Stateful) -> None:
+    """What this run's schedule has at the saved step: the saved rate is the old schedule's, which may have been shorter."""
+    if isinstance(scheduler, LambdaLR):
+        rates = [
+            base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = _like(group["lr"], rate)
 
 
 def _like(current: Any, value: Any) -> Any:

@@ -27,7 +27,7 @@ def missing_extra(key: str) -> str | None:
     """Why a config's key cannot be used where lm-eval is not installed; None where it is."""
     if all(importlib.util.find_spec(package) for package in ("lm_eval", "rouge_score")):
         return None
-    return f"{key}: needs lm-eval, which is not installed; run pip install 'kdtune[eval]', or leave {key} out"
+    return f"{key}: needs lm-eval, which is not installed; run pip install 'lm-eval>=0.4.13', or leave {key} out"
 
 
 def task_problems(names: Sequence[str], include_path: str | None) -> list[str]:

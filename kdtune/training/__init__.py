@@ -40,7 +40,7 @@ from kdtune.training.schedules import (
     get_wsd_schedule,
 )
 from kdtune.training.seed import set_seed, set_step_seed
-from kdtune.training.steps import check_batches_per_step, count_steps, enter_epoch, take_micro_batches
+from kdtune.training.steps import check_batches_per_step, count_steps, enter_epoch, step_text, take_micro_batches
 from kdtune.training.table import format_table
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "set_seed",
     "set_step_seed",
     "start_run",
+    "step_text",
     "step_to_resume",
     "stopped_text",
     "take_micro_batches",

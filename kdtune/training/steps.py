@@ -21,6 +21,13 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
     return whole if max_steps_per_epoch is None else min(whole, max_steps_per_epoch)
 
 
+def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:
+    """What a step is made of, for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64"."""
+    parts = [(num_processes, "processes"), (gradient_accumulation_steps, "micro-batches"), (batch_size, "examples")]
+    shown = " x ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "examples")
+    return f"a step is {shown} = {batch_size * gradient_accumulation_steps * num_processes}"
+
+
 def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
     """This process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses."""
     epoch = loader.position[0]

@@ -299,3 +299,26 @@ def test_metadata_of_anything_but_tensors_is_refused(tmp_path: Path) -> None:
         dcp.save({"rng.cpu": "not a tensor"}, checkpoint_id=tmp_path / "s", no_dist=True)
     with pytest.raises(CheckpointError, match="BytesStorageMetadata; only tensors are loaded"):
         load_state(tmp_path / "s", model=model, optimizers=optimizer)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_schedule_of_another_length_goes_on_at_its_own_rate(tensor_lr: bool, tmp_path: Path) -> None:
+    """A run of 4 steps has come to rate 0; extended to 8 it goes on with what 8 steps have there, in both groups."""
+
+    def prepare(num_steps: int) -> tuple[Transformer, Optimizer, Any]:
+        model = tiny_model()
+        groups = two_groups(model)
+        if tensor_lr:
+            groups[1]["lr"] = torch.tensor(0.03)
+        optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.02) if tensor_lr else 0.02)
+        return model, optimizer, get_cosine_schedule_with_warmup(optimizer, 1, num_steps)
+
+    model, optimizer, schedule = prepare(4)
+    train(model, [optimizer], [schedule], range(4))
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.0, 0.0], abs=1e-9)
+    save_state(tmp_path / "state", model=model, optimizers=optimizer, schedulers=[schedule], extra={})
+
+    longer_model, longer, its_schedule = prepare(8)
+    load_state(tmp_path / "state", model=longer_model, optimizers=longer, schedulers=[its_schedule])
+    share = 0.5 * (1 + math.cos(math.pi * 3 / 7))
+    assert [float(group["lr"]) for group in longer.param_groups] == pytest.approx([0.02 * share, 0.03 * share], rel=1e-6)

@@ -47,7 +47,7 @@ def test_without_the_extra_the_install_command_is_named(folder, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
     )
     (problem,) = task_problems(["own_endings"], str(folder))
-    assert "pip install 'kdtune[eval]'" in problem and problem.startswith("tasks:")
+    assert "pip install 'lm-eval>=0.4.13'" in problem and problem.startswith("tasks:")
     assert task_problems([], None) == []
 
 
