@@ -10,6 +10,7 @@ step is cut into micro-batches. The full [tokens, vocabulary] logits of either m
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +147,8 @@ class Config:
         """What this machine lacks for the run, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += distributed.parallelism_problems(self.parallelism)
+        if self.teacher_parallelism is not None:
+            found += distributed.parallelism_problems(self.teacher_parallelism, "teacher_parallelism")
         found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
@@ -164,20 +167,22 @@ def main(cfg: Config) -> None:
 def run(cfg: Config, world: distributed.World) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
+    get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
+    batches_per_step = cfg.gradient_accumulation_steps * world.size
     newest = None
     if cfg.resume_from_checkpoint:
-        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE)
+        values = config.as_values(cfg)
+        training.check_same_steps(output_dir, values, batches_per_step)
+        newest = checkpoint.from_main(training.step_to_resume(output_dir, values, may_change=training.MAY_CHANGE))
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
-    get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
     loader, held_out = load_data(cfg, tokenizer, world)
-    batches_per_step = cfg.gradient_accumulation_steps * world.size
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
     get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.size))
-    if cfg.resume_from_checkpoint and training.is_finished(output_dir, num_steps):
+    if cfg.resume_from_checkpoint and checkpoint.from_main(training.is_finished(output_dir, num_steps)):
         if world.is_main:
             print(f"{output_dir}: all {num_steps} steps are done")
             finish(cfg)
@@ -196,7 +201,6 @@ def run(cfg: Config, world: distributed.World) -> None:
     step = 0
     if newest is not None:
         saved = checkpoint.load_state(newest / "state", model=student, optimizers=optimizer, schedulers=schedulers)
-        training.check_batches_per_step(saved, batches_per_step)
         step = saved["step"]
         loader.seek(saved["position"])
 
@@ -207,9 +211,8 @@ def run(cfg: Config, world: distributed.World) -> None:
         second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
     checkpoint.wait_for_all()
     if world.is_main:
-        training.start_run(
-            output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg)
-        )
+        record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
+        training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(
         output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
     )
@@ -264,7 +267,7 @@ def run(cfg: Config, world: distributed.World) -> None:
             stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=base_folder(cfg), extra={"position": loader.position, "batches_per_step": batches_per_step})  # fmt: skip
+                             base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
             bar.update(row)
             if profiler:
                 profiler.step()
@@ -300,31 +303,31 @@ def build_models(
         teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
     dtype = training.dtype_from_name(cfg.dtype)
     teacher_dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
-
-    def prepare_teacher(model: Transformer) -> Transformer:
-        losses.check_head("teacher", model.output)
-        if cfg.compile:
-            distributed.apply_compile(model)
-        parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
-        return distributed.shard_model(model.requires_grad_(False), parallelism, world)
-
-    def prepare_student(model: Transformer) -> Transformer:
-        losses.check_head("student", model.output)
-        if cfg.enable_activation_checkpointing:
-            distributed.apply_activation_checkpointing(model)
-        if cfg.compile:
-            distributed.apply_compile(model)
-        return distributed.shard_model(model, config.instantiate(cfg.parallelism), world)
-
+    parallelism = config.instantiate(cfg.parallelism)
+    teacher_parallelism = config.instantiate(cfg.teacher_parallelism) or parallelism
+    spread = partial(distributed.parallelize, world=world, compile=cfg.compile)
     # The teacher first: if its weights are random they must be the same ones when the run is resumed, where the student
     # draws none.
     teacher = distributed.build_model(
-        cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype, device=world.device, prepare=prepare_teacher
+        cfg.teacher_model,
+        cfg.teacher_checkpointer,
+        dtype=teacher_dtype,
+        device=teacher_parallelism.home(world),
+        prepare=lambda model: spread(model.requires_grad_(False), teacher_parallelism),
     )
-    student = distributed.build_model(cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, device=world.device,
-                                      weights=newest, prepare=prepare_student)  # fmt: skip
+    student = distributed.build_model(
+        cfg.model,
+        cfg.checkpointer,
+        adapter=cfg.adapter,
+        dtype=dtype,
+        device=parallelism.home(world),
+        weights=newest,
+        prepare=partial(spread, parallelism=parallelism, activation_checkpointing=cfg.enable_activation_checkpointing),
+    )
     training.check_save_weights(student, cfg.save_weights)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
+    losses.check_head("student", student.output)
+    losses.check_head("teacher", teacher.output)
     return student, teachers.OnlineTeacher(teacher)
 
 

@@ -87,11 +87,11 @@ def check_launch(name: str, torchrun_options: list[str]) -> None:
     Raises:
         ConfigError: `..._single_device` under torchrun, or `..._distributed` without.
     """
-    under_torchrun = bool(torchrun_options) or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    under_torchrun = bool(torchrun_options) or "RANK" in os.environ
     base, _, ending = name.rpartition("_")
     if name.endswith("_single_device") and under_torchrun:
         raise ConfigError(
-            f"run: {name} runs on one process, found torchrun ({' '.join(torchrun_options) or 'WORLD_SIZE'}); use "
+            f"run: {name} runs on one process, found torchrun ({' '.join(torchrun_options) or 'RANK is set'}); use "
             f"{base.removesuffix('_single')}_distributed, or leave the torchrun options out"
         )
     if ending == "distributed" and not under_torchrun:

@@ -5,7 +5,7 @@ from kdtune.checkpoint.checkpointer import Checkpointer, load_model
 from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
 from kdtune.checkpoint.quantized import write_quantized
-from kdtune.checkpoint.ranks import is_main, local, wait_for_all
+from kdtune.checkpoint.ranks import from_main, is_main, local, wait_for_all
 from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -17,6 +17,7 @@ __all__ = [
     "atomic_write_text",
     "clean_leftovers",
     "discard_steps_after",
+    "from_main",
     "is_adapter_folder",
     "is_main",
     "load_adapter",

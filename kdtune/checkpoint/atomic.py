@@ -46,7 +46,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 _sync_tree(hidden)
                 # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
                 hidden.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
             wait_for_all()
     except CheckpointError as error:
         # What failed inside knows the hidden name, which is gone by the time the message is read.
@@ -70,9 +70,9 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         with writing(target):
             hidden.parent.mkdir(parents=True, exist_ok=True)
             hidden.write_text(text, encoding="utf-8")
-            _sync(hidden)
+            sync(hidden)
             hidden.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         _in_use.discard(hidden)
         with suppress(OSError):  # gone on success; where nothing can be written there is nothing to remove
@@ -165,11 +165,12 @@ def _sync_tree(folder: Path) -> None:
     """Flushes every file and folder below `folder` to disk, contents before the folders that name them."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns once the file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
 from kdtune.checkpoint.huggingface import read_json
+from kdtune.checkpoint.ranks import is_sharded
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_tensors, fill_model
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig
@@ -172,6 +173,7 @@ class Checkpointer:
             stored_config = quantized.read_config(files[0].parent)
             if model is not None:
                 self._check_same(model.config, stored_config)
+                self._refuse_shards(model)
             return quantized.fill_model(model or _on_meta(stored_config), files[0], dtype=dtype, device=device)
         stored = self._read()
         if model is None:
@@ -189,6 +191,14 @@ class Checkpointer:
             raise CheckpointError(
                 f"{file}: holds quantized weights, into which adapter_dir={self.adapter_dir} cannot be merged; give the "
                 "unquantized model as checkpoint_dir, or merge first and quantize then"
+            )
+
+    def _refuse_shards(self, model: Transformer) -> None:
+        if is_sharded(model.parameters()):
+            raise CheckpointError(
+                f"{self.checkpoint_dir}: holds quantized weights, which cannot be sharded; a teacher can be a copy on each process "
+                "(teacher_parallelism=kdtune.distributed.Parallelism teacher_parallelism.dp_shard=1 "
+                "teacher_parallelism.dp_replicate=-1), a student is trained from unquantized weights"
             )
 
     def _read(self) -> StoredModel:

@@ -89,5 +89,7 @@ def _as_checkpoint_error(folder: Path, verb: str, advice: str) -> Iterator[None]
         reason = str(causes[0]).strip().splitlines()[0] if causes and str(causes[0]).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and is_distributed():
+            raise  # another process has ended, and this one's folder is not to blame
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint.huggingface import read_json, stored_tensors
-from kdtune.checkpoint.ranks import local, local_region, whole
+from kdtune.checkpoint.ranks import is_sharded, local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters
@@ -287,12 +287,22 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
         return model
     for module, scaling in adapter.scaling.items():
         if module == "output":
+            _check_can_be_untied(model, adapter)
             untie_head(model)
         weight = model.get_parameter(f"{module}.weight")
         rows = local_region(weight)[0]
         a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
         local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
     return model
+
+
+def _check_can_be_untied(model: Transformer, adapter: StoredAdapter) -> None:
+    if model.config.tie_embeddings and is_sharded(model.parameters()):
+        # FSDP would go on to share what is no longer shared, and the head's update would be lost without a word.
+        raise CheckpointError(
+            f"{adapter.folder}: adapts the head, which this model shares with its embeddings; on several processes such an "
+            "adapter cannot be merged while loading: merge it first (save_weights=merged) and give the merged folder"
+        )
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

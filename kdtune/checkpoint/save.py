@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdtune.checkpoint import peft
-from kdtune.checkpoint.atomic import atomic_folder, writing
+from kdtune.checkpoint.atomic import atomic_folder, sync, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX, read_json
 from kdtune.checkpoint.ranks import is_main, reshard, whole
 from kdtune.errors import ConfigError
@@ -178,6 +178,8 @@ def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> No
         tensors = {name: _on_main(weights[name]()) for name in names}
         if is_main():
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            # File by file: the other processes wait here, and must not wait for all of them at once at the end.
+            sync(folder / file)
     if split.is_sharded and is_main():
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 

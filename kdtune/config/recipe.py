@@ -73,7 +73,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
             try:
                 cfg = _gates(frame, path, arguments.config, overrides)
             except (KDTuneError, OSError) as error:
-                _exit(error, show=arguments.traceback, quiet=os.environ.get("RANK", "0") != "0")
+                _exit(error, show=arguments.traceback, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
             try:
                 function(cfg)
             except KeyboardInterrupt:
@@ -191,7 +191,7 @@ def check_partner(recipe: Path, source: str | Path) -> None:
 
 
 def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
-    """Ends the process as the error says; `quiet` prints nothing (another rank prints the same message)."""
+    """Ends the process as the error says; `quiet` prints nothing (another process of this host prints the same message)."""
     if isinstance(error, OSError) and error.errno not in _FILE_ERRORS:
         raise error
     if show:

@@ -3,7 +3,7 @@
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.build import build_model, model_config
 from kdtune.distributed.compile import apply_compile
-from kdtune.distributed.parallelism import Parallelism, parallelism_problems, shard_model
+from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
 from kdtune.distributed.world import World, start_world
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build_model",
     "model_config",
     "parallelism_problems",
+    "parallelize",
     "shard_model",
     "start_world",
 ]

@@ -53,8 +53,9 @@ def build_model(
             model = prepare(model)
     else:
         with torch.device("meta"):
-            is_plain = builder is None and adapter is None and prepare is None
-            model = instantiate(builder) if is_plain or builder else Transformer(source.model_config())
+            model = instantiate(builder)
+            if model is None and (adapter is not None or prepare is not None):
+                model = Transformer(source.model_config())
             model = _adapted(model, adapter)
         if weights and not resumed and model is not None and has_adapters(model):
             raise CheckpointError(

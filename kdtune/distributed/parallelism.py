@@ -10,7 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kdtune.config import instantiate
-from kdtune.distributed.world import World, world_size
+from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
+from kdtune.distributed.compile import apply_compile
+from kdtune.distributed.world import World, is_under_torchrun, world_size
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapted_linears
 
@@ -66,13 +68,40 @@ class Parallelism:
         replicate, shard = (world_size // fixed if size == -1 else size for size in given.values())
         return replicate, shard
 
+    def home(self, world: World) -> torch.device:
+        """Where the weights lie between their uses."""
+        return torch.device("cpu") if self.cpu_offload else world.device
+
     def problems(self, world_size: int) -> list[str]:
         """Why these sizes do not fit so many processes, one sentence each."""
         try:
             self.sizes(world_size)
         except ConfigError as error:
             return [str(error)]
-        return [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
+        found = [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
+        if not is_under_torchrun():
+            unused = [name for name in ("param_dtype", "reduce_dtype", "cpu_offload") if getattr(self, name)]
+            found += [
+                f"{name}={getattr(self, name)}: used under torchrun only (kdtune run --nproc_per_node N)"
+                for name in unused
+            ]
+        return found
+
+
+def parallelize(
+    model: Transformer,
+    parallelism: Parallelism,
+    world: World,
+    *,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+) -> Transformer:
+    """The model as a run uses it, in place: recomputation innermost, then torch.compile, then shards (`shard_model`)."""
+    if activation_checkpointing:
+        apply_activation_checkpointing(model)
+    if compile:
+        apply_compile(model)
+    return shard_model(model, parallelism, world)
 
 
 def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
@@ -89,7 +118,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     if not torch.distributed.is_initialized():
         return model
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    if shard == 1 and not trained and not parallelism.cpu_offload:
+    if shard == 1 and not trained and not parallelism.cpu_offload and not parallelism.param_dtype:
         return model
     if any(linear.quantize_base for linear in adapted_linears(model).values()):
         raise ConfigError(
@@ -134,4 +163,6 @@ def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisi
 def parallelism_problems(node: Any, key: str = "parallelism") -> list[str]:
     """Why this config node does not fit the processes that were started, one sentence each."""
     parallelism = instantiate(node)
-    return [] if parallelism is None else [f"{key}: {problem}" for problem in parallelism.problems(world_size())]
+    if parallelism is None:
+        return [f"{key}=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
+    return [f"{key}: {problem}" for problem in parallelism.problems(world_size())]

@@ -54,7 +54,7 @@ def start_world(device: torch.device, *, timeout_minutes: float = 10.0) -> Itera
 
     What ends the block with an error is printed with rank and host, so that the first cause is found among the output of all.
     """
-    if "RANK" not in os.environ:
+    if not is_under_torchrun():
         yield World(device)
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -70,6 +70,11 @@ def start_world(device: torch.device, *, timeout_minutes: float = 10.0) -> Itera
             print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
         raise
     dist.destroy_process_group()
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun, or what sets the same environment, has started this process."""
+    return "RANK" in os.environ
 
 
 def world_size() -> int:

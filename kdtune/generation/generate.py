@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.eval_mode import eval_mode
@@ -81,6 +82,8 @@ def generate_batch(
     if not prompts:
         return []
     limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
+    if isinstance(model, FSDPModule):
+        model.unshard()  # only then has the embedding the dtype and device that the layers compute in
     weight = model.tok_embeddings.weight
     tokens_BS, padding_B = _left_padded(prompts, weight.device)
     cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits), weight.dtype, weight.device)

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError, DataError, TrainingError
@@ -165,7 +166,8 @@ def check_head(owner: str, output: nn.Module) -> None:
     Raises:
         ConfigError: it is not a plain weight [V, D], nor a product of two, such as a quantized head or one with a bias.
     """
-    if not isinstance(output, FactoredHead):
+    is_shard = isinstance(getattr(output, "weight", None), DTensor)  # which is a plain weight whenever it is used
+    if not isinstance(output, FactoredHead) and not is_shard:
         _head_weight(owner, output)
 
 

@@ -21,6 +21,7 @@ from kdtune.training.profiling import Profiler
 from kdtune.training.progress import ProgressBar
 from kdtune.training.report import comparison_table, samples_text, stopped_text
 from kdtune.training.run_folder import (
+    check_same_steps,
     check_unchanged,
     holds_run,
     is_finished,
@@ -40,7 +41,7 @@ from kdtune.training.schedules import (
     get_wsd_schedule,
 )
 from kdtune.training.seed import set_seed, set_step_seed
-from kdtune.training.steps import check_batches_per_step, count_steps, enter_epoch, step_text, take_micro_batches
+from kdtune.training.steps import count_steps, enter_epoch, step_text, take_micro_batches
 from kdtune.training.table import format_table
 
 __all__ = [
@@ -56,8 +57,8 @@ __all__ = [
     "TensorBoardLogger",
     "WandBLogger",
     "adamw",
-    "check_batches_per_step",
     "check_finite",
+    "check_same_steps",
     "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",

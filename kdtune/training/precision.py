@@ -64,6 +64,10 @@ def device_problems(device: str | None, dtype: str = "fp32", *, distributed: boo
         resolved = resolve_device(device)
     except ConfigError as error:
         problems.append(str(error))
+    if distributed and resolved is not None and resolved.index is not None and "RANK" in os.environ:
+        problems.append(
+            f"device={device}: under torchrun each process takes the device of its own number; use device=cuda"
+        )
     if resolved is not None and resolved.type == "cuda":
         here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > count:

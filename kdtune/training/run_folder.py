@@ -13,6 +13,7 @@ from kdtune.checkpoint import (
     SaveWeights,
     atomic_write_text,
     discard_steps_after,
+    is_main,
     newest_step,
     remove_folder,
     save_model,
@@ -167,6 +168,10 @@ def _lock(folder: Path) -> None:
     except BlockingIOError as error:
         file.close()
         raise ConfigError(f"output_dir={folder}: {_IN_USE}") from error
+    except OSError as error:
+        log.warning(
+            "%s: its file system has no locks (%s); a second run there would not be noticed", folder, error.strerror
+        )
     _held[path] = file
 
 
@@ -191,6 +196,8 @@ def _is_locked(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            return False
     return False
 
 
@@ -212,6 +219,33 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n"
             "take the changes back, or choose another output_dir for a new run"
         )
+
+
+def check_same_steps(output_dir: Path, config_values: Mapping[str, Any], batches_per_step: int) -> None:
+    """Nothing, where a resumed run computes its steps as before: of as many micro-batches, over all processes, and as exactly.
+
+    Raises:
+        ConfigError: it does not; the processes may be others, their micro-batches together may not.
+        CheckpointError: the folder's record is damaged.
+    """
+    before = read_resolved_config(output_dir)
+    if not before:
+        return
+    runs_file = output_dir / "run.json"
+    starts = _starts(runs_file) if runs_file.exists() else []
+    # Runs of versions before this one were of one process.
+    recorded = starts[-1].get("batches_per_step") if starts else None
+    made = recorded or before.get("gradient_accumulation_steps", batches_per_step)
+    if made != batches_per_step:
+        raise ConfigError(
+            f"gradient_accumulation_steps * processes = {batches_per_step}: the run makes its steps of {made} micro-batches; a "
+            f"resumed run keeps that, on any number of processes that divides {made}"
+        )
+    for key in ("parallelism", "teacher_parallelism"):
+        for setting in ("param_dtype", "reduce_dtype"):
+            was, now = ((values.get(key) or {}).get(setting) for values in (before, config_values))
+            if was != now:
+                raise ConfigError(f"{key}.{setting}: was {was!r}, is {now!r}; a resumed run keeps it")
 
 
 def is_finished(output_dir: Path, num_steps: int) -> bool:
@@ -251,6 +285,6 @@ def write_final(
         ConfigError: the adapter alone is wanted of a model without adapters.
     """
     final = output_dir / "final"
-    if final.exists():
+    if is_main() and final.exists():
         remove_folder(final)
     save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights)

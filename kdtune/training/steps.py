@@ -1,8 +1,5 @@
 """How many optimizer steps a run has, and which micro-batches belong to one."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from kdtune.data import Batch, Loader
 from kdtune.errors import ConfigError
 
@@ -35,20 +32,6 @@ def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list
     while len(batches) < gradient_accumulation_steps and loader.position[0] == epoch:
         batches.append(next(loader))
     return batches
-
-
-def check_batches_per_step(saved: Mapping[str, Any], batches_per_step: int) -> None:
-    """Nothing, where a resumed run makes its steps of as many micro-batches, over all processes, as before.
-
-    Raises:
-        ConfigError: it does not; the processes may be others, their micro-batches together may not.
-    """
-    before = saved.get("batches_per_step", batches_per_step)
-    if before != batches_per_step:
-        raise ConfigError(
-            f"gradient_accumulation_steps * processes = {batches_per_step}: the run made its steps of {before} micro-batches; "
-            f"a resumed run keeps that, on whatever number of processes divides {before}"
-        )
 
 
 def enter_epoch(loader: Loader, epoch: int) -> None:

@@ -34,7 +34,7 @@ def test_killed_on_4_processes_resumed_on_2_and_then_on_1(launch, tmp_path: Path
     resume = ["resume_from_checkpoint=true", f"output_dir={cut}"]
     ended = launch.kdtune(*RUN, *resume, "gradient_accumulation_steps=1", ranks=2)
     assert [rank.code for rank in ended] == [2, 2]
-    assert "the run made its steps of 4 micro-batches" in ended[0].text
+    assert "the run makes its steps of 4 micro-batches" in ended[0].text
 
     started = launch.start(main, [*RUN, *resume, "gradient_accumulation_steps=2"], ranks=2)
     wait_for(cut / "step_4", started)
@@ -47,4 +47,8 @@ def test_killed_on_4_processes_resumed_on_2_and_then_on_1(launch, tmp_path: Path
     assert ended[0].code == 0, ended[0].text
     trained = [row for row in rows(cut) if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, 11))
+    # What is finished can be made longer, on another number of processes again: final/ is replaced.
+    ended = launch.kdtune(*RUN, *resume, "gradient_accumulation_steps=2", "epochs=2", "max_steps_per_epoch=6", ranks=2)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].text
+    assert [row["step"] for row in rows(cut) if "loss" in row] == list(range(1, 13))
     check_same_rows(trained[:-1], [row for row in rows(whole) if "loss" in row][:-1])

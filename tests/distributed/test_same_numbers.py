@@ -1,11 +1,13 @@
 """One process and several give the same numbers: gradients in float64, and whole runs of the recipes in fp32."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_runs import FINETUNE, KD, check_same_change, check_same_rows, rows
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 from kdtune import distributed, losses, training
@@ -132,3 +134,40 @@ def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
 )
 def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> None:
     launch.call(compare_gradients, kind, tied, replicate, ranks=4)
+
+
+def test_samples_and_bf16_arithmetic_beside_fp32_weights(launch, tmp_path: Path) -> None:
+    """Answers come from all processes together, also where no validation has made the root whole before."""
+    out = tmp_path / "out"
+    ended = launch.kdtune(
+        *KD, "parallelism.param_dtype=bf16", "dataset_val=null", "run_val_every_n_steps=null", "sample_every_n_steps=2",
+        "max_steps_per_epoch=4", f"output_dir={out}", ranks=2,
+    )  # fmt: skip
+    assert [rank.code for rank in ended] == [0, 0], ended[0].text
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["model"]) for row in samples] == [
+        (0, "student"),
+        (0, "teacher"),
+        (2, "student"),
+        (4, "student"),
+    ]
+    assert {tensor.dtype for tensor in load_file(out / "final" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_tied_head_with_an_adapter_is_not_merged_into_shards(launch, small_model: Path, tmp_path: Path) -> None:
+    """It would be lost: FSDP goes on to share the weight."""
+    adapter = ["adapter=kdtune.models.apply_lora", "adapter.apply_lora_to_output=true", "save_weights=adapter"]
+    base = f"checkpoint_dir: {small_model}"
+    node = "{_component_: kdtune.checkpoint.Checkpointer, "
+    ended = launch.kdtune(
+        *FINETUNE, *PLAIN, *adapter, "max_steps_per_epoch=1", f"checkpointer={node}{base}}}", f"output_dir={tmp_path / 'made'}",
+        ranks=1,
+    )  # fmt: skip
+    assert ended[0].code == 0, ended[0].text
+    ended = launch.kdtune(
+        *KD, f"teacher_checkpointer={node}{base}, adapter_dir: {tmp_path / 'made' / 'final'}}}", "teacher_model=null",
+        f"output_dir={tmp_path / 'out'}", ranks=2,
+    )  # fmt: skip
+    assert [rank.code for rank in ended] == [2, 2]
+    assert "on several processes such an adapter cannot be merged while loading" in ended[0].text
+    assert not (tmp_path / "out").exists()

@@ -321,4 +321,6 @@ def test_a_schedule_of_another_length_goes_on_at_its_own_rate(tensor_lr: bool, t
     longer_model, longer, its_schedule = prepare(8)
     load_state(tmp_path / "state", model=longer_model, optimizers=longer, schedulers=[its_schedule])
     share = 0.5 * (1 + math.cos(math.pi * 3 / 7))
-    assert [float(group["lr"]) for group in longer.param_groups] == pytest.approx([0.02 * share, 0.03 * share], rel=1e-6)
+    assert [float(group["lr"]) for group in longer.param_groups] == pytest.approx(
+        [0.02 * share, 0.03 * share], rel=1e-6
+    )

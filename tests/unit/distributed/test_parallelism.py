@@ -40,7 +40,12 @@ def test_sizes_that_do_not_fit(replicate: int, shard: int, processes: int, messa
 def test_problems_are_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert parallelism_problems(NODE) == []
-    assert parallelism_problems(None) == []
+    (problem,) = parallelism_problems(None)
+    assert problem.startswith("parallelism=null: kdtune.distributed.Parallelism expected")
     (problem,) = parallelism_problems(NODE | {"dp_shard": 4}, "teacher_parallelism")
     assert problem.startswith("teacher_parallelism: dp_replicate=1 dp_shard=4: needs 4 processes, found 6")
+    (problem,) = parallelism_problems(NODE | {"param_dtype": "bf16"})
+    assert problem == "parallelism: param_dtype=bf16: used under torchrun only (kdtune run --nproc_per_node N)"
+    monkeypatch.setenv("RANK", "0")
+    assert parallelism_problems(NODE | {"param_dtype": "bf16"}) == []
     assert parallelism_problems(NODE | {"timeout_minutes": 0}) == ["parallelism: timeout_minutes=0.0: must be above 0"]
