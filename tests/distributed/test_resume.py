@@ -51,4 +51,5 @@ def test_killed_on_4_processes_resumed_on_2_and_then_on_1(launch, tmp_path: Path
     ended = launch.kdtune(*RUN, *resume, "gradient_accumulation_steps=2", "epochs=2", "max_steps_per_epoch=6", ranks=2)
     assert [rank.code for rank in ended] == [0, 0], ended[0].text
     assert [row["step"] for row in rows(cut) if "loss" in row] == list(range(1, 13))
-    check_same_rows(trained[:-1], [row for row in rows(whole) if "loss" in row][:-1])
+    # AdamW enlarges the rounding differences of other numbers of processes; a lost or mixed-up state would show in percents.
+    check_same_rows(trained[:-1], [row for row in rows(whole) if "loss" in row][:-1], tolerance=1e-3)
