@@ -10,7 +10,6 @@ number, counted before the first backward: it does not depend on how the step is
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,9 +155,9 @@ def run(cfg: Config, world: distributed.World) -> None:
     batches_per_step = cfg.gradient_accumulation_steps * world.size
     newest = None
     if cfg.resume_from_checkpoint:
-        values = config.as_values(cfg)
-        training.check_same_steps(output_dir, values, batches_per_step)
-        newest = checkpoint.from_main(training.step_to_resume(output_dir, values, may_change=training.MAY_CHANGE))
+        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,
+                                         batches_per_step=batches_per_step)  # fmt: skip
+        newest = checkpoint.from_main(newest)
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
@@ -168,10 +167,8 @@ def run(cfg: Config, world: distributed.World) -> None:
     num_steps = cfg.epochs * steps_per_epoch
     get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.size))
     if cfg.resume_from_checkpoint and checkpoint.from_main(training.is_finished(output_dir, num_steps)):
-        if world.is_main:
-            print(f"{output_dir}: all {num_steps} steps are done")
-            finish(cfg)
-        return
+        world.print(f"{output_dir}: all {num_steps} steps are done")
+        return finish(cfg, world)
 
     model = build_model(cfg, tokenizer, world, newest)
 
@@ -191,13 +188,10 @@ def run(cfg: Config, world: distributed.World) -> None:
     if world.is_main:
         profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
         second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
-    checkpoint.wait_for_all()
-    if world.is_main:
-        record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
-        training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
-    manager = checkpoint.CheckpointManager(
-        output_dir, keep_last_n=cfg.keep_last_n_checkpoints, best_metric=cfg.best_metric
-    )
+    record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
+    training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
+    manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
+                                           best_metric=cfg.best_metric)  # fmt: skip
     metrics = training.Metrics(world.sum)
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl" if world.is_main else None) as logger,
@@ -214,8 +208,7 @@ def run(cfg: Config, world: distributed.World) -> None:
             record_samples(cfg, model, tokenizer, step, world)
         stopping = world.any(interrupt.requested)
         while step < num_steps and not stopping:
-            # Counted over all micro-batches of all processes before the first backward: every gradient is normalized as it
-            # is computed, and FSDP only sums.
+            # Counted over all processes before the first backward: every gradient is normalized as it is computed.
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
             (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
@@ -256,12 +249,9 @@ def run(cfg: Config, world: distributed.World) -> None:
             metrics.restart_clock()
 
     if stopping:
-        if world.is_main:
-            print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
-        return
+        return world.print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
     training.write_final(output_dir, model, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
-    if world.is_main:
-        finish(cfg)
+    finish(cfg, world)
 
 
 def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[data.Loader, list[data.Batch] | None]:
@@ -282,21 +272,13 @@ def build_model(cfg: Config, tokenizer: Any, world: distributed.World, newest: P
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     dtype = training.dtype_from_name(cfg.dtype)
     parallelism = config.instantiate(cfg.parallelism)
-    model = distributed.build_model(
-        cfg.model,
-        cfg.checkpointer,
-        adapter=cfg.adapter,
-        dtype=dtype,
-        device=parallelism.home(world),
-        weights=newest,
-        prepare=partial(
-            distributed.parallelize,
-            parallelism=parallelism,
-            world=world,
-            compile=cfg.compile,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
-        ),
-    )
+
+    def prepare(model: Transformer) -> Transformer:
+        return distributed.parallelize(model, parallelism, world, compile=cfg.compile,
+                                       activation_checkpointing=cfg.enable_activation_checkpointing)  # fmt: skip
+
+    model = distributed.build_model(cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, weights=newest,
+                                    device=parallelism.home(world), prepare=prepare)  # fmt: skip
     training.check_save_weights(model, cfg.save_weights)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     losses.check_head("model", model.output)
@@ -330,8 +312,10 @@ def record_samples(cfg: Config, model: Transformer, tokenizer: Any, step: int, w
             samples.log({"model": "model", "prompt": prompt, "answer": text}, step)
 
 
-def finish(cfg: Config) -> None:
+def finish(cfg: Config, world: distributed.World) -> None:
     """Draws loss.png and prints the answers, the table of before and after, and where everything is."""
+    if not world.is_main:
+        return
     output_dir = Path(cfg.output_dir)
     rows = training.read_metrics(output_dir / "metrics.jsonl")
     training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")

@@ -30,6 +30,11 @@ class World:
         """Whether this process writes, prints and shows progress."""
         return self.rank == 0
 
+    def print(self, text: str) -> None:
+        """Prints once, not by every process."""
+        if self.is_main:
+            print(text)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all processes, in float64; every process calls it with as many values."""
         if self.size == 1 or not values:

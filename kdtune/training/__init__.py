@@ -21,7 +21,6 @@ from kdtune.training.profiling import Profiler
 from kdtune.training.progress import ProgressBar
 from kdtune.training.report import comparison_table, samples_text, stopped_text
 from kdtune.training.run_folder import (
-    check_same_steps,
     check_unchanged,
     holds_run,
     is_finished,
@@ -58,7 +57,6 @@ __all__ = [
     "WandBLogger",
     "adamw",
     "check_finite",
-    "check_same_steps",
     "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",

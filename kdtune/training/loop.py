@@ -10,7 +10,7 @@ _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gra
            "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
 
 # What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
-# on. What must stay in gradient_accumulation_steps and the parallelism is looked at by check_same_steps.
+# on. What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
 MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "teacher_parallelism", "compile",
               "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
               "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",

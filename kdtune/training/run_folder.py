@@ -17,6 +17,7 @@ from kdtune.checkpoint import (
     newest_step,
     remove_folder,
     save_model,
+    wait_for_all,
     writing,
 )
 from kdtune.errors import CheckpointError, ConfigError
@@ -84,8 +85,12 @@ def _folder_problems(folder: Path, *, resume: bool) -> list[str]:
     return []
 
 
-def step_to_resume(output_dir: Path, config_values: Mapping[str, Any], *, may_change: Collection[str]) -> Path | None:
+def step_to_resume(
+    output_dir: Path, config_values: Mapping[str, Any], *, may_change: Collection[str], batches_per_step: int
+) -> Path | None:
     """The newest whole step folder of a run, once its config is known to be the same; None where there is nothing to resume.
+
+    `batches_per_step`: micro-batches of a step, over all processes.
 
     Raises:
         ConfigError: naming each key of the run's config.yaml that now has another value.
@@ -93,7 +98,9 @@ def step_to_resume(output_dir: Path, config_values: Mapping[str, Any], *, may_ch
     if not holds_run(output_dir):
         log.info("%s: holds no run; starting from step 0", output_dir)
         return None
-    check_unchanged(read_resolved_config(output_dir), config_values, may_change=may_change)
+    before = read_resolved_config(output_dir)
+    check_unchanged(before, config_values, may_change=may_change)
+    _check_same_steps(output_dir, before, config_values, batches_per_step)
     newest = newest_step(output_dir)
     log.info("%s: resuming from %s", output_dir, newest.name if newest else "step 0 (no checkpoint yet)")
     return newest
@@ -120,10 +127,15 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
+    Of several processes the main one does so, once all of them have read what they go on from.
+
     Raises:
         CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
         ConfigError: another run is writing into it.
     """
+    wait_for_all()
+    if not is_main():
+        return
     logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
     for file in logs:
         read_metrics(file)
@@ -221,16 +233,10 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
         )
 
 
-def check_same_steps(output_dir: Path, config_values: Mapping[str, Any], batches_per_step: int) -> None:
-    """Nothing, where a resumed run computes its steps as before: of as many micro-batches, over all processes, and as exactly.
-
-    Raises:
-        ConfigError: it does not; the processes may be others, their micro-batches together may not.
-        CheckpointError: the folder's record is damaged.
-    """
-    before = read_resolved_config(output_dir)
-    if not before:
-        return
+def _check_same_steps(
+    output_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], batches_per_step: int
+) -> None:
+    """Refuses to cut a step into more or fewer micro-batches, over all processes, than before, or to round it otherwise."""
     runs_file = output_dir / "run.json"
     starts = _starts(runs_file) if runs_file.exists() else []
     # Runs of versions before this one were of one process.
@@ -243,9 +249,9 @@ def check_same_steps(output_dir: Path, config_values: Mapping[str, Any], batches
         )
     for key in ("parallelism", "teacher_parallelism"):
         for setting in ("param_dtype", "reduce_dtype"):
-            was, now = ((values.get(key) or {}).get(setting) for values in (before, config_values))
-            if was != now:
-                raise ConfigError(f"{key}.{setting}: was {was!r}, is {now!r}; a resumed run keeps it")
+            was, is_now = ((values.get(key) or {}).get(setting) for values in (before, now))
+            if was != is_now:
+                raise ConfigError(f"{key}.{setting}: was {was!r}, is {is_now!r}; a resumed run keeps it")
 
 
 def is_finished(output_dir: Path, num_steps: int) -> bool:

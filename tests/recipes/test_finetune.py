@@ -187,10 +187,10 @@ def test_refuses_more_steps_where_no_step_folder_is_left(cli, base: str, tmp_pat
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
 
 
-def test_refuses_more_than_one_process(process, tmp_path: Path) -> None:
+def test_its_single_device_name_is_refused_under_torchrun(process, tmp_path: Path) -> None:
     command, *rest = arguments(tmp_path / "out")
     done = process(command, "--nproc_per_node", "2", *rest)
-    assert done.code == 2 and "nproc_per_node: 2 processes found" in done.err
+    assert done.code == 2 and "runs on one process, found torchrun" in done.err
     assert not (tmp_path / "out").exists()
 
 
