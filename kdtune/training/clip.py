@@ -17,8 +17,8 @@ from kdtune.errors import TrainingError
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
     """Scale the gradients in place to a total norm of at most `max_norm` (None: leave them) and return the norm before.
 
-    The norm is the Euclidean norm over all gradients, summed in float32 at least (torch's own rounds the norm of bf16
-    gradients to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none. Of sharded gradients it is the
+    The norm is the Euclidean norm over all gradients, in float32 at least (torch's own rounds the norm of bf16 gradients
+    to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none. Of sharded gradients it is the
     norm of the whole, on every process.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -40,11 +40,21 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
     return total_norm
 
 
+def _local_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm, first of each row and then of the rows' norms.
+
+    On a CPU torch adds the squares one after the other in float32: the norm of 28 million numbers, the gradient of a small
+    model's embedding, comes out 0.1 % too small.
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype) if tensor.ndim > 1 else tensor
+    wide = dtype if tensor.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(rows, dtype=wide).to(dtype)
+
+
 def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
     """The norm of whole tensors of one sharding, from this process's shards of them."""
-    dtype = torch.promote_types(shards[0].dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(shard, dtype=dtype).to(shards[0].device) for shard in shards]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack([_local_norm(shard).to(shards[0].device) for shard in shards]))
     if sharding is None:
         return norm
     mesh, placements = sharding

@@ -13,7 +13,7 @@ from kdtune.models.prune import keep_layers
 FULL = bool(os.environ.get("KDTUNE_TEST_FULL"))
 STEPS = 10 if FULL else 3
 KINDS = {
-    "full": ["optimizer.lr=0.02"],
+    "full": ["optimizer.lr=0.1"],
     "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.05", "optimizer.lr=1.0"],
     "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "optimizer.lr=1.0"],
 }
@@ -29,10 +29,10 @@ def test_the_numbers_of_one_process(kind: str, launch, smollm2_gguf: Path, tmp_p
     student = tmp_path / "student"
     save_model(keep_layers(load_model(smollm2_gguf), [0, 1, 28, 29]), student)
     run = [
-        *KD, *KINDS[kind], f"tokenizer={{_component_: kdtune.tokenizers.load, path: {smollm2_gguf}, max_seq_len: 48}}",
+        *KD, f"tokenizer={{_component_: kdtune.tokenizers.load, path: {smollm2_gguf}, max_seq_len: 48}}",
         f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {student}}}", "model=null",
         f"teacher_checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {smollm2_gguf}}}",
-        "teacher_model=null", "optimizer=torch.optim.SGD", "~lr_scheduler", "clip_grad_norm=1.0", "batch_size=1",
+        "teacher_model=null", "optimizer=torch.optim.SGD", *KINDS[kind], "~lr_scheduler", "clip_grad_norm=1.0", "batch_size=1",
         f"max_steps_per_epoch={STEPS}", "sample_prompts=[]", "save_every_n_steps=null", "dataset_val.split=test[:2]",
     ]  # fmt: skip
     for name, (ranks, accumulation, layout) in ({"1x4": (1, 4, [])} | LAYOUTS).items():

@@ -65,3 +65,12 @@ def test_non_finite_names_step_and_batch(loss, norm, named):
         check_finite(torch.tensor(loss), torch.tensor(norm), step=17, position=(2, 40))
     assert "step 17 (epoch 2, from batch 40)" in str(caught.value)
     assert "resume_from_checkpoint=true" in str(caught.value)
+
+
+def test_the_norm_of_a_large_gradient_is_right():
+    """Of an embedding's gradient: 8 million numbers of very different sizes, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(16384, 512))
+    parameter.grad = torch.randn(16384, 512, generator=generator) * torch.rand(16384, 512, generator=generator) ** 8
+    expected = parameter.grad.double().square().sum().sqrt().item()
+    assert clip_grad_norm_([parameter], None).item() == pytest.approx(expected, rel=1e-6)
