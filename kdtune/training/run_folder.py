@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -29,9 +29,8 @@ log = get_logger(__name__)
 
 _NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
-_LOCK = ".lock"
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, int] = {}
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -169,28 +168,27 @@ def _starts(runs_file: Path) -> list[Any]:
 
 
 def _lock(folder: Path) -> None:
-    """Holds the folder for this process until it ends, however it ends."""
-    path = (folder / _LOCK).absolute()
+    """Holds the folder for this process until it ends, however it ends. The folder itself is locked: no file is left in it."""
+    path = folder.absolute()
     if path in _held:
         return
-    with writing(path):
-        file = path.open("a")
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.close()
+        os.close(descriptor)
         raise ConfigError(f"output_dir={folder}: {_IN_USE}") from error
     except OSError as error:
         log.warning(
             "%s: its file system has no locks (%s); a second run there would not be noticed", folder, error.strerror
         )
-    _held[path] = file
+    _held[path] = descriptor
 
 
 def _let_go() -> None:
     """In a forked child, such as a data worker: it must not keep the folder when its killed parent no longer does."""
-    for file in _held.values():
-        file.close()
+    for descriptor in _held.values():
+        os.close(descriptor)
     _held.clear()
 
 
@@ -199,17 +197,21 @@ os.register_at_fork(after_in_child=_let_go)
 
 def _is_locked(folder: Path) -> bool:
     """Whether another process holds the folder."""
-    path = (folder / _LOCK).absolute()
-    if path in _held or not path.is_file():
+    if folder.absolute() in _held or not folder.is_dir():
         return False
-    with path.open() as file:
-        try:
-            # Shared: the processes of one run look at the same time.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks
-            return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # what may not be read is told by the other checks
+        return False
+    try:
+        # Shared: the processes of one run look at the same time.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
     return False
 
 
