@@ -93,10 +93,15 @@ def test_gates_come_before_the_function(base: Path, capsys: pytest.CaptureFixtur
     assert "base.yaml: 1 problem" in capsys.readouterr().err
 
 
-def test_other_ranks_leave_the_gates_message_to_rank_0(
+def test_the_first_process_of_every_host_tells_what_the_gates_found(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code("--config", str(base), "kd_ratio=7") == 2
+    assert capsys.readouterr().err.startswith("[rank 9] error:")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code("--config", str(base), "kd_ratio=7") == 2
     assert capsys.readouterr().err == ""
     assert exit_code("--config", str(base), "output_dir=user") == 2
