@@ -4,7 +4,7 @@ from kdtune.distributed.activation_checkpoint import apply_activation_checkpoint
 from kdtune.distributed.build import build_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
-from kdtune.distributed.world import World, start_world
+from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "Parallelism",
@@ -12,9 +12,11 @@ __all__ = [
     "apply_activation_checkpointing",
     "apply_compile",
     "build_model",
+    "is_under_torchrun",
     "model_config",
     "parallelism_problems",
     "parallelize",
     "shard_model",
     "start_world",
+    "world_size",
 ]

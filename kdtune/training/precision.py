@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from kdtune.distributed import is_under_torchrun, world_size
 from kdtune.errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -57,14 +58,14 @@ def device_problems(device: str | None, dtype: str = "fp32", *, distributed: boo
     `distributed`: whether the recipe runs on several processes.
     """
     problems = []
-    if not distributed and (num_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if not distributed and (num_processes := world_size()) > 1:
         problems.append(f"nproc_per_node: {num_processes} processes found, this recipe runs on one; leave it out")
     resolved = None
     try:
         resolved = resolve_device(device)
     except ConfigError as error:
         problems.append(str(error))
-    if distributed and resolved is not None and resolved.index is not None and "RANK" in os.environ:
+    if distributed and resolved is not None and resolved.index is not None and is_under_torchrun():
         problems.append(
             f"device={device}: under torchrun each process takes the device of its own number; use device=cuda"
         )
