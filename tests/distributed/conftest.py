@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +76,12 @@ class Launcher:
 def _run(
     function: Callable[..., None], arguments: tuple[object, ...], rank: int, ranks: int, port: int, output: Path
 ) -> None:
-    with output.open("w") as stream:
-        sys.stdout = sys.stderr = stream
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        torch.set_num_threads(1)
-        try:
-            function(*arguments)
-        except Exception:
-            traceback.print_exc(file=stream)
-            raise SystemExit(1) from None
+    # Open until the process ends: what it raises is printed there too, after this function.
+    sys.stdout = sys.stderr = output.open("w")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def _free_port() -> int:

@@ -1,0 +1,33 @@
+"""What a resumed run must keep beside its config: how a step is cut and how it is rounded."""
+
+from pathlib import Path
+
+import pytest
+
+from kdtune.errors import ConfigError
+from kdtune.training import MAY_CHANGE, start_run, step_to_resume
+
+CONFIG = "gradient_accumulation_steps: 4\nparallelism: {_component_: kdtune.distributed.Parallelism}\n"
+NODE = {"_component_": "kdtune.distributed.Parallelism"}
+
+
+def resume(folder: Path, accumulation: int, processes: int, **parallelism: object) -> Path | None:
+    values = {"gradient_accumulation_steps": accumulation, "parallelism": NODE | parallelism}
+    return step_to_resume(folder, values, may_change=MAY_CHANGE, batches_per_step=accumulation * processes)
+
+
+@pytest.mark.parametrize("record", [{"batches_per_step": 4}, {}], ids=["recorded", "of an older version"])
+def test_as_many_micro_batches_on_any_number_of_processes(record: dict, tmp_path: Path) -> None:
+    start_run(tmp_path, step=0, resolved_config=CONFIG, record=record)
+    for accumulation, processes in ((4, 1), (2, 2), (1, 4)):
+        assert resume(tmp_path, accumulation, processes, dp_replicate=processes) is None
+    for accumulation, processes in ((8, 1), (4, 2)):
+        with pytest.raises(ConfigError, match="= 8: the run makes its steps of 4 micro-batches"):
+            resume(tmp_path, accumulation, processes)
+
+
+@pytest.mark.parametrize("setting", ["param_dtype", "reduce_dtype"])
+def test_the_same_rounding(setting: str, tmp_path: Path) -> None:
+    start_run(tmp_path, step=0, resolved_config=CONFIG, record={})
+    with pytest.raises(ConfigError, match=f"parallelism.{setting}: was None, is 'bf16'; a resumed run keeps it"):
+        resume(tmp_path, 4, 1, **{setting: "bf16"})
