@@ -143,8 +143,7 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    timeout_minutes = config.instantiate(cfg.parallelism).timeout_minutes
-    with distributed.start_world(training.resolve_device(cfg.device), timeout_minutes=timeout_minutes) as world:
+    with config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world:
         run(cfg, world)
 
 
@@ -152,7 +151,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
     get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
-    batches_per_step = cfg.gradient_accumulation_steps * world.size
+    batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
     newest = None
     if cfg.resume_from_checkpoint:
         newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,
@@ -165,7 +164,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     loader, held_out = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
-    get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.size))
+    get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.dp_size))
     if cfg.resume_from_checkpoint and checkpoint.from_main(training.is_finished(output_dir, num_steps)):
         world.print(f"{output_dir}: all {num_steps} steps are done")
         return finish(cfg, world)
@@ -213,7 +212,7 @@ def run(cfg: Config, world: distributed.World) -> None:
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
             (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
             for index, batch in enumerate(micro_batches):
-                training.set_step_seed(cfg.seed, step, index * world.size + world.rank)
+                training.set_step_seed(cfg.seed, step, index * world.dp_size + world.dp_rank)
                 loss, parts = ce_step(model, ce_loss, batch.to(world.device))
                 (loss / num_valid_tokens).backward()
                 metrics.add(
@@ -258,12 +257,12 @@ def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[da
     """What is trained on, and the held-out batches: this process's share of both."""
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
-                         num_workers=cfg.num_workers, rank=world.rank, num_ranks=world.size)  # fmt: skip
+                         num_workers=cfg.num_workers, rank=world.dp_rank, num_ranks=world.dp_size)  # fmt: skip
     if cfg.dataset_val is None:
         return loader, None
     dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
     batch_size = cfg.batch_size_val or cfg.batch_size
-    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.rank, num_ranks=world.size)
+    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
     return loader, list(held_out)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 T = TypeVar("T")
@@ -44,7 +44,14 @@ def from_main(value: T) -> T:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all of its shards, on every process; called by all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # One mesh dimension after the other: tensor parallelism cuts first and FSDP cuts its parts, and torch, asked for all
+    # at once, prints a warning that it does the same.
+    for dimension in range(len(tensor.placements)):
+        placements = [Replicate() if i <= dimension else one for i, one in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -58,6 +65,19 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, length) for length in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """The Euclidean norms of the rows of which this process has a part, in fp32 or wider; called by all that share them."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(local(matrix), dim=1, dtype=wide)
+    if isinstance(matrix, DTensor):
+        for dimension, placement in enumerate(matrix.placements):
+            if placement.is_shard(1):
+                squares = norms.square()
+                dist.all_reduce(squares, group=matrix.device_mesh.get_group(dimension))
+                norms = squares.sqrt()
+    return norms
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdtune.checkpoint.ranks import is_sharded, local, local_region
+from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, adapter_parameters
 from kdtune.models.lora import draw_a_
@@ -170,11 +170,7 @@ def _begin_adapter(linear: LoRALinear) -> None:
     local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
     local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
-        local(linear.magnitude).copy_(
-            torch.linalg.vector_norm(
-                local(linear.weight), dim=1, dtype=torch.promote_types(linear.weight.dtype, torch.float32)
-            )
-        )
+        local(linear.magnitude).copy_(row_norms(linear.weight))
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

@@ -1,5 +1,6 @@
 """How a model is spread over the processes of a run: FSDP2, replicas of it (HSDP), or a whole copy on each."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,9 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kdtune.config import instantiate
+from kdtune.constants import TP_DIM
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.compile import apply_compile
-from kdtune.distributed.world import World, is_under_torchrun, world_size
+from kdtune.distributed.tensor_parallel import apply_tensor_parallel
+from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapted_linears
 
@@ -26,6 +29,8 @@ class Parallelism:
     Args:
         dp_replicate: groups that each hold the whole model; the gradients are summed over them too. -1: the rest.
         dp_shard: processes that share one copy of weights, gradients and optimizer state. -1: the rest.
+        tp: processes that compute one batch together, each with some of the heads, of the feed-forward and of the
+            vocabulary (tensor parallelism). They talk twice a layer: keep them within one host. -1: the rest.
         reshard_after_forward: free a layer's weights after its forward and fetch them again in backward; false is faster
             and takes the memory of the whole weights between forward and backward.
         cpu_offload: shards, gradients and optimizer state lie in the CPU's memory between their uses.
@@ -36,19 +41,20 @@ class Parallelism:
 
     dp_replicate: int = 1
     dp_shard: int = -1
+    tp: int = 1
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     param_dtype: Literal["fp32", "bf16"] | None = None
     reduce_dtype: Literal["fp32", "bf16"] | None = None
     timeout_minutes: float = 10.0
 
-    def sizes(self, world_size: int) -> tuple[int, int]:
-        """(dp_replicate, dp_shard) for so many processes, with -1 filled in.
+    def sizes(self, world_size: int) -> dict[str, int]:
+        """The mesh for so many processes, with -1 filled in: sizes by name, consecutive processes in the last dimension.
 
         Raises:
             ConfigError: they do not multiply to the number of processes.
         """
-        given = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        given = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, TP_DIM: self.tp}
         text = " ".join(f"{name}={size}" for name, size in given.items())
         for name, size in given.items():
             if size < 1 and size != -1:
@@ -65,8 +71,11 @@ class Parallelism:
                 f"{text}: needs {wanted} processes, found {world_size}; start as many (kdtune run --nproc_per_node N "
                 "RECIPE ...) or change the sizes"
             )
-        replicate, shard = (world_size // fixed if size == -1 else size for size in given.values())
-        return replicate, shard
+        return {name: world_size // fixed if size == -1 else size for name, size in given.items()}
+
+    def start_world(self, device: torch.device) -> AbstractContextManager[World]:
+        """The processes of this run, started; see `kdtune.distributed.start_world`."""
+        return start_world(device, tp=self.sizes(world_size())[TP_DIM], timeout_minutes=self.timeout_minutes)
 
     def home(self, world: World) -> torch.device:
         """Where the weights lie between their uses."""
@@ -105,7 +114,7 @@ def parallelize(
 
 
 def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
-    """The model, every layer a unit of FSDP2 and what is left (embeddings, norm, head) another; in place.
+    """The model, cut over `tp` processes, then every layer a unit of FSDP2 and what is left (embeddings, norm, head) another.
 
     Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
     factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
@@ -114,25 +123,29 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     Raises:
         ConfigError: the sizes do not fit the number of processes, or the model holds quantized weights.
     """
-    replicate, shard = parallelism.sizes(world.size)
+    sizes = parallelism.sizes(world.size)
     if not torch.distributed.is_initialized():
         return model
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    if shard == 1 and not trained and not parallelism.cpu_offload and not parallelism.param_dtype:
+    plain = not parallelism.cpu_offload and not parallelism.param_dtype
+    is_copy = sizes["dp_shard"] == 1 and not trained and plain
+    if is_copy and sizes[TP_DIM] == 1:
         return model
     if any(linear.quantize_base for linear in adapted_linears(model).values()):
         raise ConfigError(
             "parallelism: adapters with quantize_base=true (QLoRA) run on one process; set quantize_base=false, or leave the "
             "torchrun options out"
         )
-    if replicate == 1:
-        mesh = init_device_mesh(world.device.type, (shard,), mesh_dim_names=("dp_shard",))
-    else:
-        mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if TP_DIM in sizes:
+        apply_tensor_parallel(model, mesh[TP_DIM])
+    if is_copy:
+        return model
     offload = parallelism.cpu_offload and world.device.type != "cpu"
     shard_unit = partial(
         fully_shard,
-        mesh=mesh,
+        mesh=mesh[tuple(name for name in sizes if name != TP_DIM)],
         mp_policy=_mixed_precision(model, parallelism),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
     )
@@ -160,9 +173,20 @@ def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisi
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
 
 
-def parallelism_problems(node: Any, key: str = "parallelism") -> list[str]:
-    """Why this config node does not fit the processes that were started, one sentence each."""
-    parallelism = instantiate(node)
+def parallelism_problems(node: Any, teacher_node: Any = None) -> list[str]:
+    """Why these config nodes do not fit the processes that were started, or each other, one sentence each."""
+    parallelism, teacher = instantiate(node), instantiate(teacher_node)
     if parallelism is None:
-        return [f"{key}=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
-    return [f"{key}: {problem}" for problem in parallelism.problems(world_size())]
+        return ["parallelism=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
+    found = [f"parallelism: {problem}" for problem in parallelism.problems(world_size())]
+    if teacher is None:
+        return found
+    found += [f"teacher_parallelism: {problem}" for problem in teacher.problems(world_size())]
+    if not found and (tp := teacher.sizes(world_size())[TP_DIM]) > 1:
+        student_tp = parallelism.sizes(world_size())[TP_DIM]
+        if tp != student_tp:
+            found.append(
+                f"teacher_parallelism.tp={tp}: the processes of one teacher must have the same batches; allowed is 1 or the "
+                f"student's, parallelism.tp={student_tp}"
+            )
+    return found

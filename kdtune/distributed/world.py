@@ -24,6 +24,18 @@ class World:
     """This process, from 0."""
     size: int = 1
     """All processes."""
+    tp: int = 1
+    """Consecutive processes that compute the same batches together (tensor parallelism)."""
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's share of the data, from 0."""
+        return self.rank // self.tp
+
+    @property
+    def dp_size(self) -> int:
+        """Shares of the data."""
+        return self.size // self.tp
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +48,15 @@ class World:
             print(text)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, in float64; every process calls it with as many values."""
+        """The sums over all shares of the data, in float64; every process calls it with as many values."""
+        # Those who share their data have the same values: one of them counts.
+        return self._sum_all(values if self.rank % self.tp == 0 else [0.0] * len(values))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any process."""
+        return self._sum_all([float(flag)])[0] > 0
+
+    def _sum_all(self, values: Sequence[float]) -> list[float]:
         if self.size == 1 or not values:
             return list(values)
         # Metal has no float64, and numbers of a few bytes gain nothing from a GPU: they go by way of the CPU's group.
@@ -44,17 +64,14 @@ class World:
         dist.all_reduce(tensor)
         return list(tensor.tolist())
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true on any process."""
-        return self.sum([float(flag)])[0] > 0
-
 
 @contextmanager
-def start_world(device: torch.device, *, timeout_minutes: float = 10.0) -> Iterator[World]:
+def start_world(device: torch.device, *, tp: int = 1, timeout_minutes: float = 10.0) -> Iterator[World]:
     """The world of this run: what torchrun has started, or this process alone.
 
     Args:
         device: where a process computes; of several processes each takes the CUDA device of its own number.
+        tp: so many consecutive processes get the same data.
         timeout_minutes: a process that waits longer for the others ends with an error.
 
     What ends the block with an error is printed with rank and host, so that the first cause is found among the output of all.
@@ -69,7 +86,7 @@ def start_world(device: torch.device, *, timeout_minutes: float = 10.0) -> Itera
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield World(device, rank, size)
+        yield World(device, rank, size, tp)
     except Exception as error:
         if not isinstance(error, KDTuneError):
             print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)

@@ -86,7 +86,7 @@ def generate_batch(
         model.unshard()  # only then has the embedding the dtype and device that the layers compute in
     weight = model.tok_embeddings.weight
     tokens_BS, padding_B = _left_padded(prompts, weight.device)
-    cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits), weight.dtype, weight.device)
+    cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits))
     seeds = [seed + index for index in range(len(prompts))] if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     new_ids: list[list[int]] = [[] for _ in prompts]

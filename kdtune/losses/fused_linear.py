@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kdtune.errors import TrainingError
+from kdtune.losses.vocab_shards import VocabShards
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +38,17 @@ class Projection:
     """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T. It may have rows beyond V."""
 
     hidden_TD: Tensor
-    weight_VD: Tensor
+    weight_VD: Tensor  # of a head in shards, this process's rows
+    shards: VocabShards | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the whole head."""
+        return self.shards.vocab_size if self.shards else len(self.weight_VD)
+
+    def num_ids(self, limit: int) -> int:
+        """Rows here among the first `limit` of the whole head."""
+        return self.shards.own_num_ids(limit) if self.shards else limit
 
 
 @dataclass(frozen=True)
@@ -68,20 +79,21 @@ def fused_linear_kd(student: Projection, task: Task) -> Sums:
 
     Gradients go to the student's hidden states and, where it requires one, to its weight; not to the teacher.
     """
-    return Sums(*_FusedLinear.apply(student.hidden_TD, student.weight_VD, task, torch.is_grad_enabled()))
+    sums = _FusedLinear.apply(student.hidden_TD, student.weight_VD, student.shards, task, torch.is_grad_enabled())
+    return Sums(*sums)
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, task: Task, with_grad: bool
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, shards: VocabShards | None, task: Task, with_grad: bool
     ) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
         # Summed over all chunks, hence not in half precision.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=_sum_dtype(hidden_TD)) if needs_weight else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            sums = _run_chunks(Projection(hidden_TD, weight_VD), task, grad_hidden_TD, grad_weight_VD)
+            sums = _run_chunks(Projection(hidden_TD, weight_VD, shards), task, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(*(part for part in (sums.ce, sums.kd, sums.agreement) if part is not None))
@@ -101,41 +113,54 @@ class _FusedLinear(torch.autograd.Function):
             # In place, for a second matrix would cost as much as the head. Autograd's version check then refuses a
             # second backward through the same graph.
             grad_weight_VD = grad_weight_VD.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None
+        return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
 def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
     """The sums over all chunks. The gradients of the total are written into the given tensors, where there are any."""
-    num_tokens, dtype = len(task.labels_N), _sum_dtype(student.hidden_TD)
-    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (task.vocab_size * dtype.itemsize))
+    num_tokens, dtype, shards = len(task.labels_N), _sum_dtype(student.hidden_TD), student.shards
+    # Of a head in shards, the largest number of ids that any process has: all must make the same chunks.
+    num_ids = max(shards.num_ids(task.vocab_size)) if shards else task.vocab_size
+    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
-    student_buffer = student.hidden_TD.new_empty(min(chunk_size, num_tokens), task.vocab_size, dtype=dtype)
-    teacher_buffer = torch.empty_like(student_buffer) if task.teacher else None
+    rows = min(chunk_size, num_tokens)
+    student_buffer = student.hidden_TD.new_empty(rows, student.num_ids(task.vocab_size), dtype=dtype)
+    teacher_buffer = None
+    if task.teacher is not None:
+        # A whole head beside a student's in shards is used for this process's share of the tokens alone.
+        rows = -(-rows // shards.group.size()) if shards and not task.teacher.shards else rows
+        teacher_buffer = student_buffer.new_empty(rows, task.teacher.num_ids(task.vocab_size))
     ce_N = student_buffer.new_zeros(num_tokens)
     kd_N, agreement_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N)
 
     for chunk in _slices(num_tokens, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
-        logits_CV = _project(hidden_CD, student.weight_VD, student_buffer)
+        # The tokens whose whole rows of logits are here: of the chunk all, or with shards a share.
+        own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
+        logits_CV = _project_rows(student, positions_C, own, student_buffer, task.vocab_size)
         teacher_CV = None
         if task.teacher is not None and teacher_buffer is not None:
-            teacher_CV = _project(task.teacher.hidden_TD[positions_C], task.teacher.weight_VD, teacher_buffer)
+            teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, task.vocab_size)
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
-        for block in _slices(len(labels_C), _block_size(logits_CV)):
+        for block in _slices(len(logits_CV), _block_size(logits_CV)):
             teacher_RV = None if teacher_CV is None else teacher_CV[block]
-            parts = _compare_(logits_CV[block], teacher_RV, labels_C[block], task, needs_grad)
-            ce_N[chunk][block], kd_N[chunk][block], agreement_N[chunk][block] = parts
+            parts = _compare_(logits_CV[block], teacher_RV, labels_C[own][block], task, needs_grad)
+            for values_N, part in zip((ce_N, kd_N, agreement_N), parts, strict=True):
+                values_N[chunk][own][block] = part
         # From here on, logits_CV holds the gradient with respect to the logits.
+        if needs_grad and shards:
+            logits_CV = shards.to_ids(logits_CV, len(labels_C))
         if grad_hidden_TD is not None:
-            grad_hidden_TD[positions_C] = _hidden_grad(logits_CV, hidden_CD, student.weight_VD)
+            grad_hidden_TD[positions_C] = _hidden_grad(logits_CV, hidden_CD, student)
         if grad_weight_VD is not None:
             _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, student.weight_VD)
 
-    ce, kd = ce_N.sum(), kd_N.sum()
+    sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum()))
+    ce, kd, agreement = shards.sum_(sums) if shards else sums
     # A part of weight 0 is left out, not multiplied by 0: it may be infinite.
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
-    return Sums(total, ce, *((kd, agreement_N.sum()) if task.teacher else (None, None)))
+    return Sums(total, ce, *((kd, agreement) if task.teacher else (None, None)))
 
 
 def _compare_(
@@ -218,6 +243,13 @@ def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
     return max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize))
 
 
+def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Tensor, vocab_size: int) -> Tensor:
+    """Logits [R, V] of the chunk's own tokens."""
+    if head.shards is None:
+        return _project(head.hidden_TD[positions_C[own]], head.weight_VD, buffer)
+    return head.shards.to_rows(_project(head.hidden_TD[positions_C], head.weight_VD, buffer), vocab_size)
+
+
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
     """Logits [C, V] of a chunk, in the first rows of the buffer."""
     logits_CV = buffer[: len(hidden_CD)]
@@ -228,12 +260,14 @@ def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
     return logits_CV
 
 
-def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:
     """Gradient [C, D] of the hidden states, in their dtype."""
-    dtype = _operand_dtype(hidden_CD, weight_VD, grad_logits_CV.dtype)
+    dtype = _operand_dtype(hidden_CD, head.weight_VD, grad_logits_CV.dtype)
     grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
-    for tile, weight in _tiles(weight_VD, grad_logits_CV.shape[1], dtype):
+    for tile, weight in _tiles(head.weight_VD, grad_logits_CV.shape[1], dtype):
         _addmm_(grad_CD, grad_logits_CV[:, tile].to(dtype), weight)
+    if head.shards:
+        head.shards.sum_(grad_CD)
     return grad_CD.to(hidden_CD.dtype)
 
 

@@ -9,13 +9,14 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from kdtune.constants import IGNORE_INDEX
+from kdtune.constants import IGNORE_INDEX, TP_DIM
 from kdtune.errors import ConfigError, DataError, TrainingError
 from kdtune.losses.divergences import forward_kl
 from kdtune.losses.fused_linear import Divergence, Projection, Task, fused_linear_kd
 from kdtune.losses.signal import Signal
+from kdtune.losses.vocab_shards import VocabShards
 
 
 class CrossEntropyLoss:
@@ -99,7 +100,12 @@ class KDLoss:
             _check_positions("teacher hidden states", signal.hidden_BSD.shape, labels_BS)
             with torch.no_grad():
                 teacher = _projection("teacher", signal.hidden_BSD, signal.output)
-        vocab_size = min(len(head.weight_VD) for head in (student, teacher) if head)
+            if teacher.shards and not student.shards:
+                raise ConfigError(
+                    "the teacher's head is cut by the vocabulary, the student's is not; allowed are both, or the student's "
+                    "alone: give both models the same tp"
+                )
+        vocab_size = min(head.vocab_size for head in (student, teacher) if head)
         valid_BS = _valid_tokens(labels_BS, hidden_BSD.shape, vocab_size)
         task = Task(
             positions_N=valid_BS.flatten().nonzero().squeeze(1),
@@ -151,9 +157,24 @@ class FactoredHead(Protocol):
 
 def _projection(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
     hidden_TD = hidden_BSD.flatten(0, 1)
+    weight = getattr(output, "weight", None)
+    mesh = weight.device_mesh if isinstance(weight, DTensor) else None
     if isinstance(output, FactoredHead):
-        return Projection(*output.projection(hidden_TD))
-    return Projection(hidden_TD, _head_weight(owner, output))
+        if mesh is not None:
+            hidden_TD = DTensor.from_local(hidden_TD, mesh, [Replicate()], run_check=False)
+        hidden_TD, weight_VD = output.projection(hidden_TD)
+    else:
+        weight_VD = _head_weight(owner, output)
+    if mesh is None:
+        return Projection(hidden_TD, weight_VD)
+    if mesh.mesh_dim_names != (TP_DIM,):
+        raise ConfigError(
+            f"the {owner}'s output head cannot be fused with the loss: it is in shards over {mesh.mesh_dim_names}; allowed is "
+            f"({TP_DIM!r},), and a head that FSDP has made whole: call the model's forward first"
+        )
+    shards = VocabShards(mesh.get_group(), len(weight_VD))
+    hidden_TD, weight_VD = (one.to_local() if isinstance(one, DTensor) else one for one in (hidden_TD, weight_VD))
+    return Projection(hidden_TD, weight_VD, shards)
 
 
 def check_head(owner: str, output: nn.Module) -> None:
@@ -166,8 +187,7 @@ def check_head(owner: str, output: nn.Module) -> None:
     Raises:
         ConfigError: it is not a plain weight [V, D], nor a product of two, such as a quantized head or one with a bias.
     """
-    is_shard = isinstance(getattr(output, "weight", None), DTensor)  # which is a plain weight whenever it is used
-    if not isinstance(output, FactoredHead) and not is_shard:
+    if not isinstance(output, FactoredHead):
         _head_weight(owner, output)
 
 
@@ -178,7 +198,7 @@ def _head_weight(owner: str, output: nn.Module) -> Tensor:
         found = f"a {type(output).__name__}"
     elif output.bias is not None:
         found = f"a {type(output).__name__} with a bias"
-    elif type(output.weight) not in (Tensor, nn.Parameter):
+    elif not isinstance(output.weight, DTensor) and type(output.weight) not in (Tensor, nn.Parameter):
         found = f"a {type(output).__name__} whose weight is a {type(output.weight).__name__}"
     else:
         return output.weight

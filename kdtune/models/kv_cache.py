@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 class LayerCache:
-    """One layer's keys and values."""
+    """One layer's keys and values, allocated with the first ones: a process may have only some of the heads."""
 
-    def __init__(self, keys_BKCE: Tensor, values_BKCE: Tensor) -> None:
-        self._keys_BKCE = keys_BKCE
-        self._values_BKCE = values_BKCE
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._keys_BKCE = self._values_BKCE = torch.empty(0)
 
     def store(self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values at ``start``; returns all up to their end, views [B, K, start + S, E]."""
+        if not self._keys_BKCE.numel():
+            batch_size, heads, _, head_dim = keys_BKSE.shape
+            self._keys_BKCE = keys_BKSE.new_zeros(batch_size, heads, self._capacity, head_dim)
+            self._values_BKCE = torch.zeros_like(self._keys_BKCE)
         end = start + keys_BKSE.shape[2]
         self._keys_BKCE[:, :, start:end] = keys_BKSE
         self._values_BKCE[:, :, start:end] = values_BKSE
@@ -37,28 +41,17 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for ``max_seq_len`` tokens a sequence.
+    """Keys and values of every layer, allocated once for ``max_seq_len`` tokens a sequence, in the first keys' dtype.
 
     Pass it to ``Transformer.forward`` with the new tokens only; forward appends them and moves ``length`` on.
     For inference: the writes are in place, so nothing can be differentiated through them.
     """
 
-    def __init__(
-        self,
-        config: "TransformerConfig",
-        batch_size: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (batch_size, config.num_kv_heads, max_seq_len, config.head_dim)
+    def __init__(self, config: "TransformerConfig", batch_size: int, max_seq_len: int) -> None:
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
         self.length = 0
-        self.layers = [
-            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+        self.layers = [LayerCache(max_seq_len) for _ in range(config.num_layers)]
 
     def check_room(self, tokens_BS: Tensor) -> None:
         """Raises ValueError where the new tokens do not fit."""

@@ -37,6 +37,7 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout, self.quantize_base = rank, alpha, dropout, quantize_base
+        self.drop: Callable[[Tensor, float, bool], Tensor] = functional.dropout
         device, dtype = base.weight.device, base.weight.dtype
         # By way of the meta device: the values that nn.Linear would draw are not wanted.
         self.lora_a = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=dtype).to_empty(device=device)
@@ -97,7 +98,7 @@ class LoRALinear(nn.Linear):
 
     def _low_rank(self, inputs: Tensor) -> Tensor:
         """Alpha / rank * A dropout(x), [..., R]."""
-        return self.lora_a(functional.dropout(inputs, self.dropout, self.training)) * self.scaling
+        return self.lora_a(self.drop(inputs, self.dropout, self.training)) * self.scaling
 
     def _gain(self, magnitude_O: Tensor) -> Tensor:
         with torch.no_grad():

@@ -90,5 +90,12 @@ def test_a_rank_that_is_killed_under_torchrun(tmp_path: Path) -> None:
 def test_processes_that_do_not_fit(launch, tmp_path: Path) -> None:
     ended = launch.kdtune(*KD, f"output_dir={tmp_path / 'out'}", "parallelism.dp_replicate=2", ranks=3)
     assert [rank.code for rank in ended] == [2, 2, 2]
-    assert "parallelism: dp_replicate=2 dp_shard=-1: needs a multiple of 2 processes, found 3" in ended[0].text
+    assert "parallelism: dp_replicate=2 dp_shard=-1 tp=1: needs a multiple of 2 processes, found 3" in ended[0].text
     assert not ended[1].text and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_tensor_parallelism_does_not_divide(launch, tmp_path: Path) -> None:
+    ended = launch.kdtune(*KD, f"output_dir={tmp_path / 'out'}", "parallelism.tp=-1", "parallelism.dp_shard=1", ranks=3)
+    assert [rank.code for rank in ended] == [2, 2, 2]
+    assert "parallelism: tp=3 does not divide num_kv_heads=2" in ended[0].text
+    assert not (tmp_path / "out").exists()

@@ -17,9 +17,12 @@ KINDS = {
     "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.05", "optimizer.lr=1.0"],
     "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "optimizer.lr=1.0"],
 }
-LAYOUTS = {"2x2": (2, 2, []), "4x1, HSDP 2x2": (4, 1, ["parallelism.dp_replicate=2"])} | (
-    {"4x1": (4, 1, [])} if FULL else {}
-)
+# SmolLM2 has 9 heads and 3 key/value heads.
+LAYOUTS = {
+    "2x2": (2, 2, []),
+    "4x1, HSDP 2x2": (4, 1, ["parallelism.dp_replicate=2"]),
+    "TP 3": (3, 4, ["parallelism.tp=3"]),
+} | ({"4x1": (4, 1, [])} if FULL else {})
 
 
 @pytest.mark.real

@@ -1,7 +1,6 @@
 """One process and several give the same numbers: gradients in float64, and whole runs of the recipes in fp32."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import distributed as dist
 
 from kdtune import distributed, losses, training
 from kdtune.checkpoint import local
+from kdtune.checkpoint.ranks import whole as whole_tensor
 from kdtune.models import Transformer, apply_lora, llama
 
 # Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
@@ -32,6 +32,16 @@ LAYOUTS = {
         4,
         1,
         ["parallelism.dp_replicate=2", "enable_activation_checkpointing=true", *COPY],
+    ),
+    "TP 2, the teacher too": (2, 4, ["parallelism.tp=2"]),
+    "FSDP 2 x TP 2, the teacher in FSDP 4": (
+        4,
+        2,
+        [
+            "parallelism.tp=2",
+            "enable_activation_checkpointing=true",
+            "teacher_parallelism=kdtune.distributed.Parallelism",
+        ],
     ),
 }
 
@@ -71,7 +81,7 @@ def test_a_last_step_that_is_shorter_and_ranks_without_a_batch(launch, tmp_path:
 def float64_model(kind: str, *, tied: bool) -> Transformer:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    model = llama(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=64,
+    model = llama(vocab_size=64, embed_dim=32, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_dim=64, max_seq_len=64,
                   tie_embeddings=tied)  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,9 +94,8 @@ def float64_model(kind: str, *, tied: bool) -> Transformer:
     return model
 
 
-def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
+def compare_gradients(kind: str, tied: bool, replicate: int, tp: int = 1, teacher_tp: int = 1) -> None:
     """Gradients and norm of two micro-batches a process, against all of them at once in one unsharded model."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     student, teacher, whole = (
         float64_model(kind, tied=tied),
         float64_model("full", tied=True),
@@ -106,13 +115,13 @@ def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
 
     backward(whole, slice(0, 16))
     norm = training.clip_grad_norm_(whole.parameters(), 1e-3)
-    with distributed.start_world(torch.device("cpu")) as world:
-        parallelism = distributed.Parallelism(dp_replicate=replicate)
+    parallelism = distributed.Parallelism(dp_replicate=replicate, tp=tp)
+    with parallelism.start_world(torch.device("cpu")) as world:
         distributed.shard_model(student, parallelism, world)
-        distributed.shard_model(teacher, distributed.Parallelism(), world)
-        share = 16 // size
+        distributed.shard_model(teacher, distributed.Parallelism(tp=teacher_tp), world)
+        share = 16 // world.dp_size
         for half in range(2):
-            start = rank * share + half * share // 2
+            start = world.dp_rank * share + half * share // 2
             backward(student, slice(start, start + share // 2))
         assert training.clip_grad_norm_(student.parameters(), 1e-3).item() == pytest.approx(norm.item(), rel=1e-12)
         expected = dict(whole.named_parameters())
@@ -121,10 +130,12 @@ def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
                 assert expected[name].grad is None
             else:
                 # By NumPy's rule: 1e-9 of the largest entry, as a rounding error goes with the sums.
-                torch.testing.assert_close(parameter.grad.full_tensor(), expected[name].grad, rtol=1e-9,
+                torch.testing.assert_close(whole_tensor(parameter.grad), expected[name].grad, rtol=1e-9,
                                            atol=1e-9 * expected[name].grad.abs().max().item())  # fmt: skip
         assert all(
-            local(parameter).numel() < parameter.numel() for parameter in student.parameters() if parameter.ndim == 2
+            local(parameter).numel() < parameter.numel()
+            for name, parameter in student.named_parameters()
+            if name.endswith("proj.weight")
         )
         dist.barrier()
 
@@ -134,6 +145,16 @@ def compare_gradients(kind: str, tied: bool, replicate: int) -> None:
 )
 def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> None:
     launch.call(compare_gradients, kind, tied, replicate, ranks=4)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    ("ranks", "replicate", "tp", "teacher_tp"), [(2, 1, 2, 2), (4, 1, 2, 1), (4, 2, 2, 2), (4, 1, 4, 4)]
+)
+def test_gradients_under_tensor_parallelism(
+    kind: str, ranks: int, replicate: int, tp: int, teacher_tp: int, launch
+) -> None:
+    launch.call(compare_gradients, kind, kind != "dora", replicate, tp, teacher_tp, ranks=ranks)
 
 
 def test_samples_and_bf16_arithmetic_beside_fp32_weights(launch, tmp_path: Path) -> None:

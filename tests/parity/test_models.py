@@ -106,7 +106,7 @@ def test_cached_generation():
     attended = torch.ones_like(prompt)
     expected = theirs.generate(prompt, attention_mask=attended, max_new_tokens=20, do_sample=False, eos_token_id=None)
     model = ours(theirs)
-    cache = KVCache(model.config, 1, 60, torch.float32)
+    cache = KVCache(model.config, 1, 60)
     new, step = [], prompt
     for _ in range(20):
         step = model(step, kv_cache=cache)[:, -1:].argmax(-1)

@@ -65,6 +65,6 @@ def test_copies_are_independent_and_caches_still_work():
         for parameter in model.layers.parameters():
             parameter.zero_()
         assert torch.equal(copied(tokens), expected)
-        cache = models.KVCache(copied.config, 1, 6, torch.float32)
+        cache = models.KVCache(copied.config, 1, 6)
         parts = [copied(part, kv_cache=cache) for part in tokens.split([4, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)

@@ -242,7 +242,7 @@ def test_seeds_can_be_given_one_by_one(model):
 
 
 def test_keep_sequences_moves_what_is_held(model):
-    cache = KVCache(model.config, 4, 10, torch.float32)
+    cache = KVCache(model.config, 4, 10)
     tokens = torch.arange(12).view(4, 3)
     with torch.no_grad():
         model(tokens, kv_cache=cache)

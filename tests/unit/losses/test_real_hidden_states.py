@@ -61,6 +61,7 @@ def test_gradient_in_bf16(real: Real, kd_ratio: float) -> None:
     (exact,) = torch.autograd.grad(expected, exact_hidden)
 
     assert hidden.dtype == grad.dtype == torch.bfloat16
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # Each log-probability is rounded in fp32, to about 1e-6 of 20; which way depends on the processor's matrix product.
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-5)
     assert parts["class_loss"].item() == pytest.approx(ce.item(), rel=1e-5)
     assert (grad.double() - exact).norm() < 0.005 * exact.norm()

@@ -82,7 +82,7 @@ def test_fresh_weights_are_usable():
 def test_cache_gives_the_same_logits(chunks):
     model, tokens = tiny(), token_ids(3, 12)
     expected = model(tokens)
-    cache = KVCache(model.config, 3, 12, torch.float32)
+    cache = KVCache(model.config, 3, 12)
     got = [model(part, kv_cache=cache) for part in tokens.split(chunks, dim=1)]
     assert cache.length == 12
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_cache_gives_the_same_logits(chunks):
 @torch.no_grad()
 def test_truncated_cache_goes_on_from_there():
     model, tokens = tiny(), token_ids(1, 10)
-    cache = KVCache(model.config, 1, 10, torch.float32)
+    cache = KVCache(model.config, 1, 10)
     model(tokens.flip(1), kv_cache=cache)
     cache.truncate(0)
     model(tokens[:, :6], kv_cache=cache)
@@ -105,7 +105,7 @@ def test_truncated_cache_goes_on_from_there():
 @torch.no_grad()
 def test_overflowing_cache_is_an_error_and_changes_nothing():
     model = tiny()
-    cache = KVCache(model.config, 1, 8, torch.float32)
+    cache = KVCache(model.config, 1, 8)
     model(token_ids(1, 6), kv_cache=cache)
     with pytest.raises(ValueError, match="6 tokens held and 3 new ones; it has room for 8"):
         model(token_ids(1, 3), kv_cache=cache)

@@ -1,0 +1,98 @@
+"""Tensor parallelism: each process holds some heads, some of the feed-forward and some ids of the vocabulary (arXiv 1909.08053).
+
+A layer's first projections are cut by their outputs and its last ones by their inputs, so that attention and feed-forward
+each need one sum over the processes in forward and one in backward. Between the linear layers every tensor is a plain local one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.nn import functional
+
+from kdtune.errors import ConfigError
+from kdtune.models import LoRALinear, Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How a module's parameters, input and output lie over the processes."""
+
+    parameters: Mapping[str, Placement]
+    inputs: Placement
+    outputs: Placement
+
+
+_BY_OUTPUTS = {"weight": Shard(0), "lora_a.weight": Replicate(), "lora_b.weight": Shard(0), "magnitude": Shard(0)}
+_BY_INPUTS = {"weight": Shard(1), "lora_a.weight": Shard(1), "lora_b.weight": Replicate(), "magnitude": Replicate()}
+_COLUMN = _Style(_BY_OUTPUTS, Replicate(), Shard(-1))
+_ROW = _Style(_BY_INPUTS, Shard(-1), Replicate())
+_VOCABULARY = _Style(_BY_OUTPUTS, Replicate(), Replicate())
+
+_LAYER = {
+    **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), _COLUMN),
+    **dict.fromkeys(("attn.output_proj", "mlp.down_proj"), _ROW),
+}
+
+
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """The model with its matrices cut over a one-dimensional mesh, in place; embeddings and head by ids of the vocabulary.
+
+    Norms stay whole on every process. Logits are whole; the losses read the head's weight as the shard that it is.
+
+    Raises:
+        ConfigError: a size of the mesh does not divide the model (`tensor_parallel_problems`).
+    """
+    if problems := tensor_parallel_problems(model.config, mesh.size()):
+        raise ConfigError(f"parallelism: {'; '.join(problems)}")
+    for layer in model.layers:
+        for name, style in _LAYER.items():
+            _distribute(layer.get_submodule(name), mesh, style)
+    _distribute(model.tok_embeddings, mesh, _VOCABULARY)
+    _distribute(model.output, mesh, _VOCABULARY)
+    model.tie_weights()
+    return model
+
+
+def tensor_parallel_problems(config: TransformerConfig, tp: int) -> list[str]:
+    """Which sizes of a model `tp` processes do not divide, one sentence each."""
+    sizes = ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")
+    return [
+        f"tp={tp} does not divide {name}={getattr(config, name)}; choose a tp that does"
+        for name in sizes
+        if getattr(config, name) % tp
+    ]
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, style: _Style) -> None:
+    distribute_module(
+        module,
+        mesh,
+        partial(_cut_parameters, style.parameters),
+        # Torch's annotation says None; the hook's result takes the place of the inputs.
+        lambda _, inputs, mesh: DTensor.from_local(inputs[0], mesh, [style.inputs], run_check=False),  # type: ignore[arg-type]
+        lambda _, outputs, __: outputs.redistribute(placements=[style.outputs]).to_local(),
+    )
+    if isinstance(module, LoRALinear) and module.dropout:
+        module.drop = _drop
+
+
+def _cut_parameters(placements: Mapping[str, Placement], prefix: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placement = placements[f"{prefix}.{name}".lstrip(".")]
+        # Every process has the same weights, or none yet: nothing needs to be sent.
+        cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+
+
+def _drop(inputs: Tensor, probability: float, training: bool) -> Tensor:
+    """Dropout of what one process would drop: every process draws the whole mask, from the same seed, and takes its part."""
+    if not training:
+        return inputs
+    assert isinstance(inputs, DTensor)
+    kept = functional.dropout(torch.ones(inputs.shape, dtype=inputs.dtype, device=inputs.device), probability)
+    return inputs * distribute_tensor(kept, inputs.device_mesh, inputs.placements, src_data_rank=None)
