@@ -290,9 +290,13 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
             _check_can_be_untied(model, adapter)
             untie_head(model)
         weight = model.get_parameter(f"{module}.weight")
-        rows = local_region(weight)[0]
+        rows, columns = local_region(weight)
         a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
-        local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
+        if columns.stop - columns.start < weight.shape[1]:
+            # DoRA needs the norms of whole rows.
+            local(weight).copy_(merged(whole(weight), a, b, scaling, *magnitude)[rows, columns])
+        else:
+            local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
     return model
 
 

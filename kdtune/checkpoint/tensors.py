@@ -12,6 +12,7 @@ from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, adapter_parameters
 from kdtune.models.lora import draw_a_
+from kdtune.models.nf4 import dequantized, quantize_nf4
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -98,14 +99,12 @@ def fill_model(
     dtype = dtype or stored_dtype(tensors)
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     sharded = is_sharded(model.parameters())
-    if sharded:
-        model.to_empty(device=device)
-    elif any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
         # to_empty would give these an allocation of their own, which is then thrown away.
-        unused = [model.output] if tied else []
+        unused = [model.output] if tied and not sharded else []
         for linear in (*unused, *(linear for linear in adapted.values() if linear.quantize_base)):
             linear.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=linear.weight.requires_grad)
-        model.to(dtype).to_empty(device=device)
+        (model if sharded else model.to(dtype)).to_empty(device=device)
     else:
         model.to(device=device, dtype=dtype)
     if not sharded:
@@ -115,10 +114,11 @@ def fill_model(
             if name in tensors and not (name in adapted and adapted[name].quantize_base):
                 tensors[name].fill(parameter)
         for name, linear in adapted.items():
+            base = tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight
             if sharded:
-                _begin_adapter(linear)
+                _begin_adapter(linear, base)
             else:
-                linear.set_base(tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight)
+                linear.set_base(base)
     if tied and _TIED[1] in tensors:
         _check_tied(*(tensors[name] for name in _TIED))
     return model
@@ -164,13 +164,16 @@ def check_tensors(model: Transformer, stored: StoredModel) -> None:
             )
 
 
-def _begin_adapter(linear: LoRALinear) -> None:
+def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
     """`LoRALinear.set_base` for a sharded layer: every process draws the whole of A, as a single one would, and keeps its part."""
+    if linear.quantize_base:
+        linear.weight = quantize_nf4(base)
     whole_a = draw_a_(torch.empty(linear.lora_a.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device))
     local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
     local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
-        local(linear.magnitude).copy_(row_norms(linear.weight))
+        norms = row_norms(dequantized(linear.weight))  # of the rows here, or of all rows of a base that is a copy
+        local(linear.magnitude).copy_(norms[local_region(linear.magnitude)] if linear.quantize_base else norms)
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

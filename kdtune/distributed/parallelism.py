@@ -120,8 +120,10 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
     In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
 
+    An NF4 base (QLoRA) is a copy on every process; the adapters are in shards.
+
     Raises:
-        ConfigError: the sizes do not fit the number of processes, or the model holds quantized weights.
+        ConfigError: the sizes do not fit the number of processes or the model.
     """
     sizes = parallelism.sizes(world.size)
     if not torch.distributed.is_initialized():
@@ -131,10 +133,12 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     is_copy = sizes["dp_shard"] == 1 and not trained and plain
     if is_copy and sizes[TP_DIM] == 1:
         return model
-    if any(linear.quantize_base for linear in adapted_linears(model).values()):
+    # They cannot be cut between their blocks of 64 values: each process has a copy, of half a byte a weight.
+    quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
+    if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
         raise ConfigError(
-            "parallelism: adapters with quantize_base=true (QLoRA) run on one process; set quantize_base=false, or leave the "
-            "torchrun options out"
+            f"parallelism: tp={sizes[TP_DIM]}, cpu_offload={parallelism.cpu_offload}, with adapters of quantize_base=true (QLoRA); "
+            "an NF4 base is a copy on every device: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
         )
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -148,6 +152,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
         mesh=mesh[tuple(name for name in sizes if name != TP_DIM)],
         mp_policy=_mixed_precision(model, parallelism),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        ignored_params=quantized,
     )
     for layer in model.layers:
         shard_unit(layer, reshard_after_forward=parallelism.reshard_after_forward)

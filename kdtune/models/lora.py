@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
@@ -94,7 +95,13 @@ class LoRALinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """The weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
-        return merged(dequantized(self.weight), self.lora_a.weight, self.lora_b.weight, self.scaling, self.magnitude)
+        a_RI, b_OR, magnitude_O = self.lora_a.weight, self.lora_b.weight, self.magnitude
+        if self.quantize_base:
+            # The base is a copy on every process, beside adapters that may lie in shards.
+            a_RI, b_OR, magnitude_O = (
+                one.full_tensor() if isinstance(one, DTensor) else one for one in (a_RI, b_OR, magnitude_O)
+            )
+        return merged(dequantized(self.weight), a_RI, b_OR, self.scaling, magnitude_O)
 
     def _low_rank(self, inputs: Tensor) -> Tensor:
         """Alpha / rank * A dropout(x), [..., R]."""

@@ -99,3 +99,12 @@ def test_a_model_that_tensor_parallelism_does_not_divide(launch, tmp_path: Path)
     assert [rank.code for rank in ended] == [2, 2, 2]
     assert "parallelism: tp=3 does not divide num_kv_heads=2" in ended[0].text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["parallelism.tp=2", "parallelism.cpu_offload=true"])
+def test_an_nf4_base_that_cannot_be_cut_or_offloaded(setting: str, launch, tmp_path: Path) -> None:
+    adapter = ["adapter=kdtune.models.apply_lora", "adapter.quantize_base=true"]
+    ended = launch.kdtune(*KD, *adapter, setting, f"output_dir={tmp_path / 'out'}", ranks=2)
+    assert [rank.code for rank in ended] == [2, 2]
+    assert "an NF4 base is a copy on every device" in ended[0].text
+    assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ ADAPTERS = {
     "full": ["adapter=null"],
     "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],
     "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true", "optimizer.lr=3.0"],
+    "qdora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.quantize_base=true", "optimizer.lr=3.0"],
 }  # fmt: skip
 COPY = ["teacher_parallelism=kdtune.distributed.Parallelism", "teacher_parallelism.dp_shard=1",
         "teacher_parallelism.dp_replicate=-1"]  # fmt: skip
@@ -52,6 +53,8 @@ def test_however_a_step_is_cut(recipe: list[str], kind: str, launch, small_model
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
     for name, (ranks, accumulation, layout) in LAYOUTS.items():
         own = [one for one in layout if recipe is KD or not one.startswith("teacher")]
+        if kind == "qdora" and "TP" in name:
+            continue
         ended = launch.kdtune(
             *recipe, *PLAIN, *ADAPTERS[kind], *own, base, f"gradient_accumulation_steps={accumulation}",
             f"output_dir={tmp_path / name}", ranks=ranks,
@@ -147,7 +150,7 @@ def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> 
     launch.call(compare_gradients, kind, tied, replicate, ranks=4)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
 @pytest.mark.parametrize(
     ("ranks", "replicate", "tp", "teacher_tp"), [(2, 1, 2, 2), (4, 1, 2, 1), (4, 2, 2, 2), (4, 1, 4, 4)]
 )
