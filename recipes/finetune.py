@@ -106,6 +106,8 @@ class Config:
     """Steps between checkpoints; null: a checkpoint only when the run is interrupted, and final/ at the end."""
     keep_last_n_checkpoints: int | None = None
     """Older step_N folders are deleted (never the best); null: all are kept."""
+    enable_async_checkpointing: bool = False
+    """Go on training while a step_N is written, from a copy in the CPU's memory; false: wait for it."""
     best_metric: Literal["val_class_loss"] | None = None
     """The validation metric whose best step_N is kept and named at the end."""
     save_weights: Literal["both", "merged", "adapter"] = "both"
@@ -190,15 +192,15 @@ def run(cfg: Config, world: distributed.World) -> None:
     record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
-                                           best_metric=cfg.best_metric)  # fmt: skip
+                                           best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
     metrics = training.Metrics(world.sum)
     with (
         training.JSONLLogger(output_dir / "metrics.jsonl" if world.is_main else None) as logger,
         training.closing(second_logger),
         training.InterruptFlag() as interrupt,
         training.ProgressBar(num_steps, initial=step, silent=not world.is_main) as bar,
-        profiler or nullcontext(),
-    ):
+        profiler or nullcontext(), manager,
+    ):  # fmt: skip
         if step == 0:
             row = validate(model, ce_loss, held_out, world)
             logger.log(row, step)

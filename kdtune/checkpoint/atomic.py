@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed import ProcessGroup
 
-from kdtune.checkpoint.ranks import from_main, is_main, wait_for_all
+from kdtune.checkpoint.ranks import from_main, is_main, together
 from kdtune.errors import CheckpointError
 
 # `.step_10.partial-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
@@ -20,34 +21,35 @@ _in_use: set[Path] = set()
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Iterator[Path]:
     """Yields an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
 
     Everything in it is flushed to disk before the rename, so `path` never exists half written. An error removes the
     hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made. Several processes enter it
-    together, on a file system they share: the folder is one, and it gets its name when all of them have left the block.
+    together, on a file system they share: the folder is one, and it gets its name when all of them have left the block. What
+    fails on one of them fails on all. They talk in `group` (None: the run's).
 
     Raises:
         CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
     """
     target = Path(path).absolute()
-    if is_main():
-        _refuse_existing(target)
-    hidden = from_main(_hidden_sibling(target, "partial"))
+    with together(group):
+        if is_main():
+            _refuse_existing(target)
+    hidden = from_main(_hidden_sibling(target, "partial"), group)
     _in_use.add(hidden)
     try:
-        with writing(target):
+        with together(group), writing(target):
             if is_main():
                 hidden.mkdir(parents=True)
-            wait_for_all()
+        with together(group), writing(target):
             yield hidden
-            wait_for_all()
+        with together(group), writing(target):
             if is_main():
                 _sync_tree(hidden)
                 # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
                 hidden.rename(target)
                 sync(target.parent)
-            wait_for_all()
     except CheckpointError as error:
         # What failed inside knows the hidden name, which is gone by the time the message is read.
         raise CheckpointError(str(error).replace(str(hidden), str(target))) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -27,14 +28,14 @@ _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors into a folder.
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> None:
+    """Writes the tensors into a folder; several processes do so together, talking in `group` (None: the run's).
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
     with _as_checkpoint_error(folder, "written", "free some space or choose another output_dir, then start again"):
-        save(dict(tensors), checkpoint_id=folder, no_dist=not is_distributed())
+        save(dict(tensors), checkpoint_id=folder, process_group=group, no_dist=not is_distributed())
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:

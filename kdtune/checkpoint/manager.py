@@ -6,17 +6,22 @@ A step folder `step_N/` is a Hugging Face model folder, or of a model with adapt
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self
 
+import torch
 from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
-from kdtune.checkpoint.ranks import is_main, reshard
-from kdtune.checkpoint.save import SavesItself, write_adapter, write_model
+from kdtune.checkpoint.ranks import background_group, is_main, reshard, together
+from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
 from kdtune.errors import CheckpointError, ConfigError
+from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
 
 STATE_DIR = "state"
@@ -59,20 +64,32 @@ def _is_whole(folder: Path) -> bool:
 class CheckpointManager:
     """Writes the step folders of one run and keeps as many as it should.
 
+    A context, at whose end what is still being written is waited for; only Ctrl-C leaves it at once.
+
     Args:
         output_dir: of the run. What a killed run left half written in it is removed.
         keep_last_n: whole step folders to keep, apart from the best one; None: all.
         best_metric: name of the metric that decides which is the best; None: none is.
+        async_save: `save` returns once everything is copied to the CPU's memory, and a thread writes the copy; one at a
+            time. Every process has such a thread, and they talk in a process group of their own.
     """
 
     def __init__(
-        self, output_dir: str | Path, *, keep_last_n: int | None = None, best_metric: str | None = None
+        self,
+        output_dir: str | Path,
+        *,
+        keep_last_n: int | None = None,
+        best_metric: str | None = None,
+        async_save: bool = False,
     ) -> None:
         if keep_last_n is not None and keep_last_n < 1:
             raise ConfigError(f"keep_last_n_checkpoints={keep_last_n}: must be 1 or more; leave it out to keep all")
         self.output_dir = Path(output_dir)
         self.keep_last_n = keep_last_n
         self.best_metric = best_metric
+        self.async_save = async_save
+        self._group = background_group() if async_save else None
+        self._writing: Future[None] | None = None
         if is_main():
             clean_leftovers(self.output_dir)
 
@@ -92,26 +109,63 @@ class CheckpointManager:
 
         Of a model with adapters only these are written, as a PEFT folder: the base does not change.
         `extra` and `metrics` are kept in the state; `metrics` of this step, from which the best one is told.
+        With `async_save` the folder gets its name later; what the one before is still writing is waited for first.
 
         Raises:
-            CheckpointError: the folder exists already, or the disk is full or cannot be written.
+            CheckpointError: the folder exists already, or the disk is full or cannot be written; with `async_save` of
+                the save before, and of this one in the next `save` or `wait`.
         """
+        self.wait()
         folder = self.output_dir / f"step_{step}"
         reshard(model)
-        with atomic_folder(folder) as hidden:
-            write = write_adapter if has_adapters(model) else write_model
-            write(model, hidden, base=base, tokenizer=tokenizer)
-            (hidden / STATE_DIR).mkdir(exist_ok=True)
-            state.write_state(
-                hidden / STATE_DIR,
-                model=model,
-                optimizers=optimizers,
-                schedulers=schedulers,
-                extra={**extra, "step": step, "metrics": dict(metrics)},
-            )
-        if is_main():
-            self._delete_old()
+        writer = adapter_writer if has_adapters(model) else model_writer
+        write_model = writer(model, base=base, tokenizer=tokenizer, staged=self.async_save)
+        write_state = state.state_writer(
+            model=model,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            extra={**extra, "step": step, "metrics": dict(metrics)},
+            staged=self.async_save,
+        )
+
+        def write() -> None:
+            with atomic_folder(folder, group=self._group) as hidden:
+                write_model(hidden, self._group)
+                write_state(hidden / STATE_DIR, self._group)
+            with together(self._group):
+                if is_main():
+                    self._delete_old()
+
+        if self.async_save:
+            self._writing = _in_background(write)
+        else:
+            write()
         return folder
+
+    def wait(self) -> None:
+        """Returns once nothing is being written any more.
+
+        Raises:
+            CheckpointError: what a background save failed with.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif isinstance(error, Exception):
+            # The run ends with its own error; what it had saved by then is worth keeping.
+            try:
+                self.wait()
+            except Exception as second:
+                get_logger(__name__).error("the last checkpoint was not written: %s", second)
 
     def best_step(self) -> Path | None:
         """The whole step folder with the best metric; None without a metric or a folder that has it."""
@@ -135,6 +189,28 @@ class CheckpointManager:
         for folder in step_folders(self.output_dir)[: -self.keep_last_n]:
             if folder != best:
                 remove_folder(folder)
+
+
+def _in_background(function: Callable[[], None]) -> Future[None]:
+    """Whether and how a thread has done it; the thread does not keep the process from ending.
+
+    Not dcp.async_save: weights, resume state and the rename are one unit here.
+    """
+    future: Future[None] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread has the first one
+            function()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def discard_steps_after(output_dir: str | Path, step: int) -> None:

@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint import peft
-from kdtune.checkpoint.atomic import atomic_folder, sync, writing
+from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX, read_json
-from kdtune.checkpoint.ranks import is_main, reshard, whole
+from kdtune.checkpoint.ranks import is_main, reshard, together
+from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
@@ -78,7 +79,7 @@ def save_model(
             return
         write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
         if save_weights == "both" and adapted:
-            with writing(hidden):
+            with together(), writing(hidden):
                 (hidden / ADAPTER).mkdir(exist_ok=True)
             write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer)
 
@@ -104,10 +105,41 @@ def write_model(
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    with writing(folder):
-        _write_weights(model, folder, max_shard_bytes)
-        if is_main():
-            write_description(model, folder, base=base, tokenizer=tokenizer)
+    model_writer(model, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)(folder, None)
+
+
+def model_writer(
+    model: Transformer,
+    *,
+    base: str | Path | None = None,
+    tokenizer: SavesItself | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    staged: bool = False,
+) -> Write:
+    """What writes the model as `write_model` does, on all processes together, each its own shards.
+
+    The arguments are those of `write_model`. With `staged`, what the model is now is copied to the CPU's memory, and the model
+    may change before that is written.
+    """
+    weights = {convert.kdtune_to_hf(name): compute for name, compute in merged_weights(model).items()}
+    planned = _planned(model, weights)
+    split = split_torch_state_dict_into_shards(
+        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
+    files = {file: {name: weights[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    write_weights = tensor_writer(files, planned, staged=staged)
+    describe = _description(model, base=base, tokenizer=tokenizer)
+
+    def write(folder: Path, group: ProcessGroup | None = None) -> None:
+        write_weights(folder, group)
+        with together(group), writing(folder):
+            if is_main():
+                if split.is_sharded:
+                    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                    _write_json(folder / INDEX, index)
+                describe(folder)
+
+    return write
 
 
 def write_description(
@@ -119,13 +151,28 @@ def write_description(
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes all of `write_model` but the weights. `quantization` becomes the config's `quantization_config`."""
+    _description(model, base=base, tokenizer=tokenizer, quantization=quantization)(folder)
+
+
+def _description(
+    model: Transformer,
+    *,
+    base: str | Path | None,
+    tokenizer: SavesItself | None,
+    quantization: Mapping[str, Any] | None = None,
+) -> Callable[[Path], None]:
+    """What writes it. The model is read now: in a forward, its weights may be in another dtype for a while."""
     base = _folder_of(base)
     config = _hf_config(model, base, tokenizer)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
-    _write_json(folder / CONFIG, config)
-    _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer))
-    _write_companions(folder, base, tokenizer)
+
+    def write(folder: Path) -> None:
+        _write_json(folder / CONFIG, config)
+        _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer))
+        _write_companions(folder, base, tokenizer)
+
+    return write
 
 
 def write_adapter(
@@ -143,15 +190,36 @@ def write_adapter(
         ConfigError: the model has no adapters.
         CheckpointError: the disk is full or cannot be written.
     """
+    adapter_writer(model, base=base, tokenizer=tokenizer)(folder, None)
+
+
+def adapter_writer(
+    model: Transformer,
+    *,
+    base: str | Path | None = None,
+    tokenizer: SavesItself | None = None,
+    staged: bool = False,
+) -> Write:
+    """What writes the adapters as `write_adapter` does, on all processes together; `staged` as in `model_writer`.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to write; write_model writes it whole")
-    tensors = {name: _on_main(tensor) for name, tensor in peft.peft_tensors(model).items()}
-    if not is_main():
-        return
-    with writing(folder):
-        save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
-        _write_json(folder / peft.CONFIG, peft.peft_config(model, base))
-        _write_companions(folder, _folder_of(base), tokenizer)
+    tensors = peft.peft_tensors(model)
+    weights = {peft.WEIGHTS: {name: tensor.detach for name, tensor in tensors.items()}}
+    write_weights = tensor_writer(weights, tensors, staged=staged)
+    config = peft.peft_config(model, base)
+
+    def write(folder: Path, group: ProcessGroup | None = None) -> None:
+        write_weights(folder, group)
+        with together(group), writing(folder):
+            if is_main():
+                _write_json(folder / peft.CONFIG, config)
+                _write_companions(folder, _folder_of(base), tokenizer)
+
+    return write
 
 
 def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | None) -> None:
@@ -166,28 +234,6 @@ def _folder_of(base: str | Path | None) -> Path | None:
         return None
     path = Path(base).expanduser()
     return path.parent if path.is_file() else path
-
-
-def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> None:
-    weights = {convert.kdtune_to_hf(name): compute for name, compute in merged_weights(model).items()}
-    split = split_torch_state_dict_into_shards(
-        _planned(model, weights), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
-    )
-    for file, names in split.filename_to_tensors.items():
-        # One tensor at a time on the device, one file at a time on the CPU: the model is never whole in either.
-        tensors = {name: _on_main(weights[name]()) for name in names}
-        if is_main():
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            # File by file: the other processes wait here, and must not wait for all of them at once at the end.
-            sync(folder / file)
-    if split.is_sharded and is_main():
-        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _on_main(tensor: Tensor) -> Tensor:
-    """The whole tensor on the main process's CPU; nothing of it on the others."""
-    tensor = whole(tensor)
-    return tensor.contiguous().cpu() if is_main() else tensor.new_empty(0)
 
 
 def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
 from kdtune.checkpoint.huggingface import read_json
-from kdtune.checkpoint.ranks import is_main
+from kdtune.checkpoint.ranks import is_main, to_cpu_copy, together
+from kdtune.checkpoint.sharded import Write
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 
@@ -53,18 +55,24 @@ def save_state(
         CheckpointError: the folder exists, cannot be written, or a value is neither a tensor nor JSON.
     """
     with atomic_folder(folder) as hidden:
-        write_state(hidden, model=model, optimizers=optimizers, extra=extra, schedulers=schedulers)
+        state_writer(model=model, optimizers=optimizers, extra=extra, schedulers=schedulers)(hidden, None)
 
 
-def write_state(
-    folder: Path,
+def state_writer(
     *,
     model: nn.Module,
     optimizers: Optimizer | Sequence[Optimizer],
     extra: Mapping[str, Any],
     schedulers: Sequence[Stateful] = (),
-) -> None:
-    """`save_state` into a folder that exists, such as a part of an atomic folder."""
+    staged: bool = False,
+) -> Write:
+    """What writes the resume state as it is now into a folder that exists, such as a part of an atomic folder.
+
+    Tensors are those of the moment when it writes, or copies made now in the CPU's memory where `staged`.
+
+    Raises:
+        CheckpointError: a value is neither a tensor nor JSON.
+    """
     listed = _as_list(optimizers)
     # An optimizer before its first step has no state: get_optimizer_state_dict would make one up by taking a step.
     tensors, scalars = _split(_named_state(model, [one for one in listed if one.state]))
@@ -82,12 +90,17 @@ def write_state(
         text = json.dumps(document, indent=1, default=_scalar_tensor)
     except TypeError as error:
         raise CheckpointError(
-            f"{folder / STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: "
-            f"{error}"
+            f"{STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: {error}"
         ) from error
-    dcp.write_tensors(folder, {**tensors, **rng_tensors})
-    if is_main():
-        atomic_write_text(folder / STATE_FILE, text)
+    kept = {name: to_cpu_copy(tensor) if staged else tensor for name, tensor in {**tensors, **rng_tensors}.items()}
+
+    def write(folder: Path, group: ProcessGroup | None = None) -> None:
+        dcp.write_tensors(folder, kept, group)
+        with together(group):
+            if is_main():
+                atomic_write_text(folder / STATE_FILE, text)
+
+    return write
 
 
 def load_state(

@@ -41,7 +41,6 @@ REFUSED: dict[str, str] = {
     "dataset.split_across_pack": _NO_PACKING,
     "dataset_val": _VALIDATION,
     "enable_activation_offloading": "nothing is offloaded; enable_activation_checkpointing saves memory here",
-    "enable_async_checkpointing": "checkpoints are written whole before the next step; remove it",
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
     "enable_kv_cache": "the cache is always used; remove it",
     "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",

@@ -15,7 +15,8 @@ MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "
               "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
               "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
               "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
-              "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler")  # fmt: skip
+              "enable_async_checkpointing", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
+              "log_level", "profiler")  # fmt: skip
 
 
 def loop_problems(cfg: Any) -> list[str]:
@@ -35,6 +36,10 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(f"sample_every_n_steps={cfg.sample_every_n_steps}: needs sample_prompts")
     if cfg.keep_last_n_checkpoints and not cfg.save_every_n_steps:
         found.append(f"keep_last_n_checkpoints={cfg.keep_last_n_checkpoints}: needs save_every_n_steps")
+    if cfg.enable_async_checkpointing and not cfg.save_every_n_steps:
+        found.append(
+            "enable_async_checkpointing=true: needs save_every_n_steps; a run that ends has nothing else to do"
+        )
     every, val = cfg.save_every_n_steps, cfg.run_val_every_n_steps
     if cfg.best_metric and not (every and val and every % val == 0):
         found.append(

@@ -1,0 +1,166 @@
+"""Safetensors files that all processes write together, each its own shards at their place: no tensor is made whole.
+
+The layout is that of https://huggingface.co/docs/safetensors: 8 bytes with the header's length, the header (JSON), the
+data. torch's own HuggingFaceStorageWriter is not used: as of 2.13 it writes every byte twice, first a file a process, which
+the first process alone then copies into the final ones and leaves behind, and the header lacks the `format` that
+transformers asks for.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdtune.checkpoint.atomic import sync, writing
+from kdtune.checkpoint.ranks import holds_first, is_main, local, local_region, to_cpu_copy, together, whole
+
+Write = Callable[[Path, ProcessGroup | None], None]
+"""Writes something into a folder that exists; all processes call it, and talk to each other in the group (None: the run's)."""
+
+# safetensors' names, in the order in which it puts the tensors of a file.
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def tensor_writer(
+    files: Mapping[str, Mapping[str, Callable[[], Tensor]]], like: Mapping[str, Tensor], *, staged: bool = False
+) -> Write:
+    """What writes the tensors as safetensors files, the same as `save_file(..., metadata={"format": "pt"})` would, to the bit.
+
+    Args:
+        files: by file, the tensors in it by name, each computed when called; all processes call them, in this order.
+        like: by name, a tensor of the same shape and dtype, such as one on the meta device.
+        staged: compute them now, and keep copies of this process's shards in the CPU's memory until they are written;
+            otherwise each is computed when it is written.
+
+    Writing raises CheckpointError on all processes when it fails on one.
+    """
+    layouts = {file: _layout({name: like[name] for name in tensors}) for file, tensors in files.items()}
+    shards: Iterable[_Shard] = _shards(files, layouts)
+    if staged:
+        shards = [replace(shard, values=to_cpu_copy(shard.values)) for shard in shards]
+
+    def write(folder: Path, group: ProcessGroup | None = None) -> None:
+        with together(group), writing(folder):
+            if is_main():
+                for file, layout in layouts.items():
+                    _create(folder / file, layout)
+        with together(group), writing(folder):
+            _write_shards(folder, shards)
+
+    return write
+
+
+@dataclass(frozen=True)
+class _Layout:
+    header: bytes
+    begins: dict[str, int]
+    """The byte of the file where each tensor begins."""
+    num_bytes: int
+    """Of the whole file."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What one process writes of a tensor."""
+
+    file: str
+    begin: int
+    """The byte of the file where the whole tensor begins."""
+    shape: torch.Size
+    """Of the whole tensor."""
+    region: tuple[slice, ...]
+    """Where the values lie in it."""
+    values: Tensor
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
+    order = list(_DTYPES)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        begins[name], end = end, end + tensor.numel() * tensor.dtype.itemsize
+        offsets = [begins[name], end]
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    begins = {name: len(header) + begin for name, begin in begins.items()}
+    return _Layout(header, begins, len(header) + end)
+
+
+def _shards(
+    files: Mapping[str, Mapping[str, Callable[[], Tensor]]], layouts: Mapping[str, _Layout]
+) -> Iterator[_Shard]:
+    """Those that this process writes, one at a time."""
+    for file, tensors in files.items():
+        for name, compute in tensors.items():
+            tensor = compute()
+            if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+                tensor = whole(tensor)
+            values, region = local(tensor), local_region(tensor)
+            if holds_first(tensor) and values.numel():
+                yield _Shard(file, layouts[file].begins[name], tensor.shape, region, values)
+
+
+def _create(path: Path, layout: _Layout) -> None:
+    """A file with the header and room for the data."""
+    with path.open("wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.num_bytes)
+
+
+def _write_shards(folder: Path, shards: Iterable[_Shard]) -> None:
+    failure: OSError | None = None
+    written = set()
+    for shard in shards:
+        # The others need this process to compute theirs: it goes on to the end whatever happens.
+        if failure is None:
+            try:
+                _write_shard(folder / shard.file, shard)
+                written.add(folder / shard.file)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    for path in written:
+        # Each host has its own part to flush; the main process could only do so with that of its host.
+        sync(path)
+
+
+def _write_shard(path: Path, shard: _Shard) -> None:
+    values = shard.values.detach().cpu().contiguous()
+    stretches = values.flatten().view(torch.uint8).numpy()
+    length = _stretch(shard.shape, shard.region) * values.dtype.itemsize
+    # Write-only: a network file system then sends the bytes that were written, never whole pages with a neighbour's in them.
+    with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
+        for index, first in enumerate(_firsts(shard.shape, shard.region)):
+            file.seek(shard.begin + first * values.dtype.itemsize)
+            file.write(stretches[index * length : (index + 1) * length].data)
+
+
+def _num_outer(shape: torch.Size, region: tuple[slice, ...]) -> int:
+    """How many dimensions come before the last one that the region has not all of."""
+    cut = [dim for dim, part in enumerate(region) if part.stop - part.start < shape[dim]]
+    return cut[-1] if cut else 0
+
+
+def _stretch(shape: torch.Size, region: tuple[slice, ...]) -> int:
+    """How many elements of the region follow each other in the whole tensor too."""
+    return math.prod(part.stop - part.start for part in region[_num_outer(shape, region) :])
+
+
+def _firsts(shape: torch.Size, region: tuple[slice, ...]) -> Iterator[int]:
+    """The index of the first element of each such stretch in the whole tensor, in the region's order."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    outer = _num_outer(shape, region)
+    inner = sum(part.start * stride for part, stride in zip(region[outer:], strides[outer:], strict=True))
+    for indices in product(*(range(part.start, part.stop) for part in region[:outer])):
+        yield inner + sum(index * stride for index, stride in zip(indices, strides, strict=False))
