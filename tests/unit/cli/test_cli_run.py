@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdtune import _assets
+from kdtune._cli import launch as launch_module
 from kdtune._cli import run as run_module
 from kdtune._cli.main import run_command
 from kdtune.errors import ConfigError
@@ -104,7 +105,7 @@ def test_traceback_works_before_and_after(assets: Path, capsys: pytest.CaptureFi
 def test_torchrun_gets_its_options_verbatim(assets: Path, options: list[str], standalone: bool) -> None:
     left, recipe, rest = run_module.split_arguments([*options, "add_distributed", "--config", "tiny/add", "a=b=c"])
     assert (left, recipe.name, rest) == (options, "add", ["--config", "tiny/add", "a=b=c"])
-    arguments = run_module.torchrun_arguments(left, recipe, rest)
+    arguments = launch_module.torchrun_arguments(left, recipe, rest)
     assert arguments == [
         *(["--standalone"] if standalone else []), *options,
         "-m", "kdtune", "run", str(assets / "recipes/add.py"), "--config", "tiny/add", "a=b=c",

@@ -1,0 +1,166 @@
+"""A recipe under torchrun: its command line, restarts that resume, and one clear message for each way it can end."""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from kdtune import _assets
+from kdtune._cli.names import import_recipe
+from kdtune._cli.validate import validate
+from kdtune.errors import ConfigError
+
+_ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true goes on from it"
+# Any of these says how the processes meet; without one, torchrun is told that this is a single machine.
+_RENDEZVOUS = ("--standalone", "--rdzv", "--nnodes", "--node-rank", "--master-addr", "--master-port")
+_BACKEND = "kdtune_c10d"
+_RESUME = "resume_from_checkpoint"
+
+
+def torchrun_arguments(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> list[str]:
+    """Torchrun's command line: the user's options, then this same command without them, which each process runs."""
+    spelled = [option.replace("_", "-") for option in options]
+    standalone = [] if any(option.startswith(_RENDEZVOUS) for option in spelled) else ["--standalone"]
+    return [*standalone, *options, "-m", "kdtune", "run", str(recipe.path.resolve()), *rest]
+
+
+def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
+    """The exit code of the recipe under torchrun: that of the process that failed first, 0 if none did.
+
+    Raises:
+        ConfigError: the config is not valid, restarts are asked for where they cannot work, or torchrun refuses its options.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    from kdtune.config.recipe import check_partner, parse_arguments
+
+    arguments, overrides = parse_arguments(rest, recipe.summary, recipe.name)
+    parsed = parse_args(torchrun_arguments(options, recipe, rest))
+    # Once here, rather than by every process at once.
+    check_partner(recipe.path, arguments.config)
+    added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).frame, _RESUME))
+    validate(recipe, arguments.config, [*overrides, *added])
+    parsed.training_script_args += added
+    if parsed.max_restarts > 0:
+        # Shared, the store keeps the addresses of the processes before the restart, and new ones would call those.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if parsed.rdzv_backend == "c10d" and not parsed.standalone:
+        parsed.rdzv_backend = _bounded_backend()
+    try:
+        run(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # which the rank has explained in a line
+            where = f"on {socket.gethostname()} " if parsed.nnodes not in ("1", "1:1") else ""
+            print(f"error: {where}rank {rank} failed first: {_ending(failure.exitcode)}; {_ADVICE}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode in (1, 2) else 1
+    except SignalException:
+        # The processes were passed the signal and have ended; what they saved is complete.
+        return 1
+    except (RendezvousError, DistError) as error:
+        if arguments.traceback:
+            raise
+        print(f"error: {lost_text(error, parsed)}; {_ADVICE}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {error}") from error
+    return 0
+
+
+def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:
+    """What the processes are told beside the user's overrides, so that torchrun's restarts go on with the run.
+
+    It is the same for every start, the first one too: which start it is, the hosts count each for themselves.
+
+    Args:
+        parsed: torchrun's options.
+        overrides: the user's.
+        can_resume: whether the recipe has the key resume_from_checkpoint.
+
+    Raises:
+        ConfigError: restarts with a rendezvous that cannot repeat itself, or with a run that may not be resumed.
+    """
+    restarts = parsed.max_restarts
+    if restarts < 1:
+        return []
+    is_static = parsed.rdzv_backend == "static" and not parsed.standalone
+    if is_static and (parsed.nnodes not in ("1", "1:1") or parsed.rdzv_endpoint or parsed.master_port is not None):
+        raise ConfigError(
+            f"run: --max-restarts {restarts}: the processes of a static rendezvous (--node_rank, --master_addr, --master_port) do "
+            "not find each other again; use, the same on every host, --rdzv_backend c10d --rdzv_endpoint HOST:PORT --rdzv_id "
+            "NAME instead, or leave them out on a single host"
+        )
+    given = [override.partition("=")[2] for override in overrides if override.startswith(f"{_RESUME}=")]
+    if given and given[-1].lower() != "true":
+        raise ConfigError(
+            f"run: --max-restarts {restarts} with {_RESUME}={given[-1]}: a restart would find its own run in output_dir; leave "
+            "one of the two out"
+        )
+    if given or not can_resume:
+        return []
+    text = f"{_RESUME}=true is set: every start goes on from the newest whole step_N of output_dir"
+    print(f"--max-restarts {restarts}: {text}", file=sys.stderr)
+    return [f"{_RESUME}=true"]
+
+
+def lost_text(error: Exception, parsed: argparse.Namespace) -> str:
+    """What became of the processes that meet at the rendezvous, in words: which host says so, and what one can do."""
+    from torch.distributed.elastic import rendezvous
+
+    endpoint = parsed.rdzv_endpoint or f"{parsed.master_addr}:{parsed.master_port}"
+    here = f"on {socket.gethostname()}: "
+    if isinstance(error, rendezvous.RendezvousClosedError):
+        return f"{here}the rendezvous {parsed.rdzv_id!r} at {endpoint} is closed: another host has ended; start all hosts again"
+    if isinstance(error, rendezvous.RendezvousTimeoutError):
+        return f"{here}not all of {parsed.nnodes} hosts came to the rendezvous {parsed.rdzv_id!r} at {endpoint} in time; start it on all"
+    cause = error.__cause__ or error
+    return (
+        f"{here}no answer from the rendezvous at {endpoint}: its host has ended, or the network is cut "
+        f"({' '.join(str(cause).split())[:200]})"
+    )
+
+
+def _ending(exit_code: int) -> str:
+    """How a process ended, in words: its exit code, or the signal that a negative one stands for."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}, its error is above"
+    hint = " (the system was out of memory, perhaps)" if exit_code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-exit_code).name}{hint}"
+
+
+def _bounded_backend() -> str:
+    """The name of torchrun's c10d rendezvous with one change: its connections end when nothing is heard for read_timeout.
+
+    Without it, some of its calls wait for a host that is cut off until the system gives the connection up, after 15 minutes.
+    """
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    rendezvous_handler_registry.register(_BACKEND, _bounded_handler)
+    return _BACKEND
+
+
+def _bounded_handler(parameters: Any) -> Any:
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    parameters.backend = "c10d"
+    handler = rendezvous_handler_registry.create_handler(parameters)
+    _end_silent_connections(1000 * int(parameters.get("read_timeout", 60)))
+    return handler
+
+
+def _end_silent_connections(milliseconds: int) -> None:
+    """Every TCP connection of this process ends with an error when what it sent stays unacknowledged for so long."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
+        return
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        except OSError:  # no socket, no TCP, or closed by now
+            continue
