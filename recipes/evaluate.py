@@ -2,10 +2,12 @@
 
     kdtune run eleuther_eval --config eleuther_evaluation
     kdtune run eleuther_eval --config smollm2/evaluation tasks=[hellaswag] limit=100
+    kdtune run --nproc_per_node 4 eleuther_eval_distributed --config eleuther_evaluation
 
 Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
 `rouge`. The model may be a Hugging Face folder, Meta's files, a GGUF, an adapter on its base, or a quantized folder.
 `output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name.
+Several processes share the work batch by batch, and give the numbers of one.
 """
 
 import json
@@ -16,14 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer
 
-ALIASES = ("eleuther_eval",)
+ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,11 @@ class Config:
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of the weights."""
+    parallelism: Any = config.component(
+        default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
+    )
+    """How the model is spread over the processes that torchrun starts: a whole copy on each, or with dp_shard=-1
+    dp_replicate=1 a shard; with one process it does nothing."""
     batch_size: int = 8
     """Sequences generated, or examples of dataset_val, at a time; scored are up to batch_size * 1,024 tokens at a time."""
     max_seq_length: int | None = None
@@ -74,6 +80,8 @@ class Config:
     """The teacher's weights."""
     teacher_model: Any = config.component(default=None)
     """The teacher's builder; null: built from the checkpoint's own config."""
+    teacher_parallelism: Any = config.component(default=None)
+    """The same for the teacher; null: as parallelism."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Of the teacher; null: as dtype."""
 
@@ -123,13 +131,16 @@ class Config:
             found.append("teacher_checkpointer, teacher_model: need dataset_val, the examples to compare on")
         if self.teacher_dtype and not has_teacher:
             found.append(f"teacher_dtype={self.teacher_dtype}: has no effect without a teacher; remove it")
+        if self.teacher_parallelism and not has_teacher:
+            found.append("teacher_parallelism: has no effect without a teacher; remove it")
         if self.perplexity_stride and not self.perplexity_files:
             found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files")
         return found
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
-        found = training.device_problems(self.device, self.dtype)
+        found = training.device_problems(self.device, self.dtype, distributed=True)
+        found += distributed.parallelism_problems(self.parallelism, self.teacher_parallelism)
         found += training.new_folder_problems(self.output_dir)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
@@ -147,12 +158,20 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    run(cfg)
+    with (
+        config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
+        world.one_voice(),
+    ):
+        measured = run(cfg, world)
+    # Nobody waits for the main process while it writes.
+    if world.is_main:
+        write_results(cfg, *measured)
 
 
-def run(cfg: Config) -> None:
-    """Data, model, measurements, folder."""
-    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+def run(
+    cfg: Config, world: distributed.World
+) -> tuple[dict[str, float], dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Data, model, measurements: the numbers, what is told beside them, and the documents' answers."""
     training.set_seed(cfg.seed)
 
     # Data. It comes first: no weight is read where a dataset or split is missing.
@@ -163,12 +182,15 @@ def run(cfg: Config) -> None:
     held_out = None
     if cfg.dataset_val is not None:
         dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
-        held_out = list(data.batches(dataset_val, cfg.batch_size, pad_id=tokenizer.pad_id))
+        held_out = list(
+            data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
+        )
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
 
     # Model.
-    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    parallelism = config.instantiate(cfg.parallelism)
+    model = build_model(cfg.model, cfg.checkpointer, cfg.dtype, parallelism, world)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     if held_out is not None:
         losses.check_head("model", model.output)
@@ -179,7 +201,7 @@ def run(cfg: Config) -> None:
     details: dict[str, Any] = {}
     samples: dict[str, list[dict[str, Any]]] = {}
     if held_out is not None:
-        values = measure_held_out(cfg, model, tokenizer, held_out, device)
+        values = measure_held_out(cfg, model, tokenizer, held_out, world)
         metrics |= {f"held_out/{name}": value for name, value in values.items()}
     for name, text in texts.items():
         found = evaluation.text_perplexity(
@@ -190,6 +212,7 @@ def run(cfg: Config) -> None:
             stride=cfg.perplexity_stride,
             batch_size=cfg.batch_size,
             show_progress=True,
+            world=world,
         )
         details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
         # As a file's name has no "/", nothing of one text has the name of something of another.
@@ -206,21 +229,42 @@ def run(cfg: Config) -> None:
                 max_length=max_length,
                 batch_size=cfg.batch_size,
                 on_answered=bar.update,
+                world=world,
             )
         metrics |= {f"rouge/{one.name}": scored.mean, f"rouge/{one.name}_stderr": scored.stderr}
         details.setdefault("rouge", {})[one.name] = {"instructions": len(instructions), "truncated": scored.truncated}
         samples[f"rouge_{one.name}"] = scored.records
-    rows = metric_rows(metrics)
     if tasks:
         results = evaluation.evaluate_tasks(
             model, tokenizer, tasks, limit=cfg.limit, num_fewshot=cfg.num_fewshot, batch_size=cfg.batch_size,
             max_length=max_length, apply_chat_template=cfg.apply_chat_template, seed=cfg.seed, log_samples=cfg.log_samples,
+            world=world,
         )  # fmt: skip
         samples |= results.pop("samples", {})
-        metrics |= evaluation.flat_metrics(results)
-        rows = [*evaluation.results_rows(results), *rows]
         details["lm_eval"] = results
+    return metrics, details, samples
 
+
+def build_model(
+    builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
+) -> Transformer:
+    """A model to be measured, spread over the processes."""
+
+    def prepare(model: Transformer) -> Transformer:
+        return distributed.parallelize(model.requires_grad_(False), parallelism, world)
+
+    return distributed.build_model(builder, checkpointer, dtype=training.dtype_from_name(dtype),
+                                   device=parallelism.home(world), prepare=prepare).eval()  # fmt: skip
+
+
+def write_results(
+    cfg: Config, metrics: dict[str, float], details: dict[str, Any], samples: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Prints the table, and makes the folder."""
+    rows = metric_rows(metrics)
+    if "lm_eval" in details:
+        metrics = metrics | evaluation.flat_metrics(details["lm_eval"])
+        rows = [*evaluation.results_rows(details["lm_eval"]), *rows]
     record = config.run_record(cfg)
     if cfg.tasks or cfg.rouge:
         record["versions"] |= {name: version(name) for name in ("lm_eval", "rouge_score")}
@@ -235,21 +279,21 @@ def run(cfg: Config) -> None:
 
 
 def measure_held_out(
-    cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], device: torch.device
+    cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: distributed.World
 ) -> dict[str, float]:
     """Cross entropy in nats a token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch")  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
-        return evaluation.evaluate_ce(model, held_out, device=device, progress=progress)
-    dtype = training.dtype_from_name(cfg.teacher_dtype or cfg.dtype)
-    teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
+        return evaluation.evaluate_ce(model, held_out, device=world.device, progress=progress, total=world.sum)
+    parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
+    dtype = cfg.teacher_dtype or cfg.dtype
+    teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
     losses.check_head("teacher", teacher.output)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size)
     loss = losses.KDLoss(kd_ratio=1.0)
-    found = evaluation.evaluate_kd(
-        model, teachers.OnlineTeacher(teacher), loss, held_out, device=device, progress=progress
-    )
-    teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=device)["class_loss"]
+    found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
+                                   progress=progress, total=world.sum)  # fmt: skip
+    teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]
     keys = ("class_loss", "kd_loss", "agreement", "tokens")
     return {**{key: found[key] for key in keys}, "perplexity": evaluation.perplexity(found["class_loss"]),
             "teacher_class_loss": teacher_loss}  # fmt: skip

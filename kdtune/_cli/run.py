@@ -82,7 +82,8 @@ def check_launch(name: str, torchrun_options: list[str]) -> None:
             f"{base.removesuffix('_single')}_distributed, or leave the torchrun options out"
         )
     if ending == "distributed" and not under_torchrun:
+        single = f"{base}_single_device"
         raise ConfigError(
             f"run: {name} runs under torchrun, found no torchrun option; say on how many processes: kdtune run "
-            f"--nproc_per_node 2 {name} ..., or use {base}_single_device"
+            f"--nproc_per_node 2 {name} ..., or use {single if _assets.recipe_named(single) else base}"
         )

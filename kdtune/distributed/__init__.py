@@ -4,6 +4,7 @@ from kdtune.distributed.activation_checkpoint import apply_activation_checkpoint
 from kdtune.distributed.build import build_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
+from kdtune.distributed.spread import in_step, spread
 from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 
 __all__ = [
@@ -12,11 +13,13 @@ __all__ = [
     "apply_activation_checkpointing",
     "apply_compile",
     "build_model",
+    "in_step",
     "is_under_torchrun",
     "model_config",
     "parallelism_problems",
     "parallelize",
     "shard_model",
+    "spread",
     "start_world",
     "world_size",
 ]

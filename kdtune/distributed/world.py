@@ -4,14 +4,17 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 
 from kdtune.errors import KDTuneError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return list(tensor.tolist())
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their ranks. It is pickled, by processes that trust each other."""
+        if self.size == 1:
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Inside, what a library writes to stderr, such as progress bars, is seen once: that of the main process."""
+        if self.is_main:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """A kdtune model as one of lm-eval's. Imports lm_eval: import this module inside functions only."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from kdtune import generation
+from kdtune.checkpoint import from_main
+from kdtune.distributed import World, spread
 from kdtune.evaluation.encoding import encode_pair, encode_text
 from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
 from kdtune.evaluation.rolling import score_texts
@@ -14,6 +16,8 @@ from kdtune.evaluation.scoring import ROW_TOKENS, score
 from kdtune.evaluation.stopping import StopStrings, cut_at_stops
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
+
+T = TypeVar("T")
 
 
 class KDTuneLM(LM):
@@ -26,6 +30,8 @@ class KDTuneLM(LM):
         max_length: longest input in tokens; None: the model's context.
         seed: of sampled tokens, in tasks that sample.
         show_progress: a bar on stderr.
+        world: the processes that share the work; lm-eval itself runs on each of them and takes itself for the only one. The
+            requests are those of the main process, and so are the results that count.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class KDTuneLM(LM):
         max_length: int | None = None,
         seed: int = 0,
         show_progress: bool = True,
+        world: World | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,6 +51,7 @@ class KDTuneLM(LM):
         self.batch_size = batch_size
         self.seed = seed
         self._show_progress = show_progress
+        self._world = world
         self._text_tokenizer = tokenizer
 
     @property
@@ -70,7 +78,7 @@ class KDTuneLM(LM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy one) of each request's (context, continuation)."""
-        pairs = [encode_pair(self._text_tokenizer, *request.args) for request in requests]
+        pairs = self._agreed([encode_pair(self._text_tokenizer, *request.args) for request in requests])
         with self._bar(len(pairs), "scoring", disable_tqdm) as bar:
             scores = score(
                 self.model,
@@ -78,12 +86,13 @@ class KDTuneLM(LM):
                 max_length=self.max_length,
                 batch_tokens=self.batch_size * ROW_TOKENS,
                 on_scored=bar.update,
+                world=self._world,
             )
         return [(one.logprob, one.is_greedy) for one in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each request's whole text."""
-        texts = [encode_text(self._text_tokenizer, request.args[0]) for request in requests]
+        texts = self._agreed([encode_text(self._text_tokenizer, request.args[0]) for request in requests])
         return score_texts(
             self.model,
             self._text_tokenizer,
@@ -91,25 +100,41 @@ class KDTuneLM(LM):
             max_length=self.max_length,
             batch_tokens=self.batch_size * ROW_TOKENS,
             show_progress=self._show_progress and not disable_tqdm,
+            world=self._world,
         )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each request's context, up to its stop strings."""
-        prompts = [encode_text(self._text_tokenizer, request.args[0]) for request in requests]
-        settings = [read_generation_settings(request.args[1]) for request in requests]
-        texts = [""] * len(requests)
+        prompts, settings = self._agreed(
+            (
+                [encode_text(self._text_tokenizer, request.args[0]) for request in requests],
+                [read_generation_settings(request.args[1]) for request in requests],
+            )
+        )
+        batches: list[list[int]] = []
+        for setting in dict.fromkeys(settings):
+            members = [index for index, own in enumerate(settings) if own == setting]
+            members.sort(key=lambda index: -len(prompts[index]))
+            batches += [members[start : start + self.batch_size] for start in range(0, len(members), self.batch_size)]
+
+        def answer(batch: list[int]) -> list[str]:
+            seeds = [self.seed + index for index in batch]
+            return self._generate([prompts[index] for index in batch], settings[batch[0]], seeds)
+
         with self._bar(len(requests), "generating", disable_tqdm) as bar:
-            for setting in dict.fromkeys(settings):
-                members = [index for index, own in enumerate(settings) if own == setting]
-                members.sort(key=lambda index: -len(prompts[index]))
-                for start in range(0, len(members), self.batch_size):
-                    batch = members[start : start + self.batch_size]
-                    seeds = [self.seed + index for index in batch]
-                    answers = self._generate([prompts[index] for index in batch], setting, seeds)
-                    for index, answer in zip(batch, answers, strict=True):
-                        texts[index] = answer
-                    bar.update(len(batch))
-        return texts
+            answered = spread(
+                answer, batches, self.model, self._world, on_done=lambda done: bar.update(sum(map(len, done)))
+            )
+        texts = {
+            index: text
+            for batch, answers in zip(batches, answered, strict=True)
+            for index, text in zip(batch, answers, strict=True)
+        }
+        return [texts[index] for index in range(len(requests))]
+
+    def _agreed(self, value: T) -> T:
+        """The main process's value: a task file's code may order its documents by chance, differently on each process."""
+        return from_main(value) if self._world else value
 
     def _generate(self, prompts: list[list[int]], settings: GenerationSettings, seeds: list[int]) -> list[str]:
         room = settings.prompt_room(self.max_length)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kdtune.distributed import World
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.divergence import perplexity
 from kdtune.evaluation.encoding import encode_text, prefix_id
@@ -46,12 +47,18 @@ def score_texts(
     batch_tokens: int,
     stride: int | None = None,
     show_progress: bool = False,
+    world: World | None = None,
 ) -> list[float]:
-    """Log-probability in nats of each text's ids; 0 for a text without any. Progress is shown window by window."""
+    """Log-probability in nats of each text's ids; 0 for a text without any. Progress is shown window by window.
+
+    `world`: the processes that share the work, see `score`.
+    """
     windows = [list(rolling_windows(ids, prefix_id(tokenizer), max_length, stride)) for ids in texts]
     pairs = [pair for of_text in windows for pair in of_text]
     with tqdm(total=len(pairs), desc="scoring texts", unit="window", disable=not show_progress) as bar:
-        scores = iter(score(model, pairs, max_length=max_length, batch_tokens=batch_tokens, on_scored=bar.update))
+        scores = iter(
+            score(model, pairs, max_length=max_length, batch_tokens=batch_tokens, on_scored=bar.update, world=world)
+        )
     return [math.fsum(next(scores).logprob for _ in of_text) for of_text in windows]
 
 
@@ -99,10 +106,12 @@ def text_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     show_progress: bool = False,
+    world: World | None = None,
 ) -> TextPerplexity:
     """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them.
 
     A bos that begins the text is what the text follows, and is not predicted (lm-eval's rolling tasks do predict it).
+    `world`: the processes that share the work, see `score`.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):
@@ -110,6 +119,6 @@ def text_perplexity(
     batch_tokens = batch_size * ROW_TOKENS
     (logprob,) = score_texts(
         model, tokenizer, [ids], max_length=max_length, batch_tokens=batch_tokens, stride=stride,
-        show_progress=show_progress,
+        show_progress=show_progress, world=world,
     )  # fmt: skip
     return TextPerplexity(logprob, len(ids), len(re.split(r"\s+", text)), len(text.encode("utf-8")))

@@ -17,6 +17,7 @@ from kdtune import generation
 from kdtune.data import Message, Source, alpaca_prompt, open_rows
 from kdtune.data.sources import DataFiles
 from kdtune.data.transforms import any_column, check_column_map, text_column
+from kdtune.distributed import World, spread
 from kdtune.errors import ConfigError, DataError
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
@@ -152,8 +153,11 @@ def evaluate_rouge(
     max_length: int,
     batch_size: int = 8,
     on_answered: Callable[[int], object] | None = None,
+    world: World | None = None,
 ) -> RougeResult:
     """Asks the model for an answer to each instruction and each seed, and scores the answers.
+
+    `world`: the processes that share the work, all of which call this with the same instructions and get all answers.
 
     Raises:
         ConfigError: max_new_tokens leaves no room for a prompt.
@@ -168,7 +172,7 @@ def evaluate_rouge(
     prompts = [ids[-room:] for ids in whole]
     records: list[dict[str, Any]] = []
     for seed in instruction_set.seeds:
-        answers = _answers(model, tokenizer, instruction_set, prompts, seed, batch_size, on_answered)
+        answers = _answers(model, tokenizer, instruction_set, prompts, seed, batch_size, on_answered, world)
         for instruction, answer in zip(instructions, answers, strict=True):
             score = rouge_l(answer, instruction.references)
             records.append({"seed": seed, "prompt": instruction.prompt, "references": list(instruction.references),
@@ -188,13 +192,14 @@ def _answers(
     seed: int,
     batch_size: int,
     on_answered: Callable[[int], object] | None,
+    world: World | None,
 ) -> list[str]:
     """The answers' texts; prompts of like length are answered side by side."""
-    answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        generated = generation.generate_batch(
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def generate(batch: list[int]) -> list[list[int]]:
+        return generation.generate_batch(
             model,
             [prompts[index] for index in batch],
             max_new_tokens=settings.max_new_tokens,
@@ -205,8 +210,11 @@ def _answers(
             # Each answer draws from a stream of its own, so that it does not depend on what is beside it.
             seed=[seed + _SEED_STEP * index for index in batch],
         )
-        for index, ids in zip(batch, generated, strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special=True).strip()
+
+    def count(done: Sequence[list[int]]) -> None:
         if on_answered:
-            on_answered(len(batch))
-    return answers
+            on_answered(sum(map(len, done)))
+
+    generated = spread(generate, batches, model, world, on_done=count)
+    answers = dict(zip(order, (ids for of_batch in generated for ids in of_batch), strict=True))
+    return [tokenizer.decode(answers[index], skip_special=True).strip() for index in range(len(prompts))]

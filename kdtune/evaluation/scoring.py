@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdtune.distributed import World, spread
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
 from kdtune.models import Transformer
@@ -67,6 +68,7 @@ def score(
     max_length: int,
     batch_tokens: int,
     on_scored: Callable[[int], object] | None = None,
+    world: World | None = None,
 ) -> list[Score]:
     """The score of each continuation after its context, in the order of the pairs.
 
@@ -79,22 +81,27 @@ def score(
         pairs: token ids of contexts and continuations.
         max_length: longest input of the model, in tokens.
         batch_tokens: tokens a forward pass, padding included; a single row may be longer.
-        on_scored: called with the number of requests that a batch has finished.
+        on_scored: called with the number of requests that are finished.
+        world: the processes that share the work, all of which call this with the same pairs: the batches are those of a
+            single process, and every process gets all scores.
 
     Raises:
         DataError: a context or continuation is empty, or a continuation alone is longer than max_length.
     """
     inputs = [_inputs(pair, max_length) for pair in pairs]
-    results: list[Score | None] = [None] * len(pairs)
+    continuations = [pair[1] for pair in pairs]
+
+    def count(batches: Sequence[list[_Row]]) -> None:
+        if on_scored:
+            on_scored(sum(len(row.paths) for rows in batches for row in rows))
+
     with eval_mode(model):
-        for rows in _batches(_rows(inputs), batch_tokens):
-            scored = _score_rows(model, rows, [pair[1] for pair in pairs])
-            for request, one in scored:
-                results[request] = one
-            if on_scored:
-                on_scored(len(scored))
-    assert all(one is not None for one in results)
-    return [one for one in results if one is not None]
+        scored = spread(
+            lambda rows: _score_rows(model, rows, continuations),
+            list(_batches(_rows(inputs), batch_tokens)), model, world, on_done=count,
+        )  # fmt: skip
+    results = dict(pair for of_batch in scored for pair in of_batch)
+    return [results[request] for request in range(len(pairs))]
 
 
 def _inputs(pair: Pair, max_length: int) -> list[int]:

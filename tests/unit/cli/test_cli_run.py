@@ -161,7 +161,8 @@ def test_a_recipe_is_a_script_too(assets: Path) -> None:
         ),
         (
             ["add_distributed"],
-            "add_distributed runs under torchrun, found no torchrun option; say on how many processes",
+            "add_distributed runs under torchrun, found no torchrun option; say on how many processes: kdtune run "
+            "--nproc_per_node 2 add_distributed ..., or use add_single_device",
         ),
     ],
 )

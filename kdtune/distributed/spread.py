@@ -1,0 +1,79 @@
+"""Work without gradients that the processes share: each does its part of a list, and all of them get every result."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from kdtune.distributed.world import World
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Items that a process works on before the others' results are fetched: one that is slower falls back no further than this,
+# and is not taken for one that hangs.
+_ITEMS_AT_A_TIME = 16
+
+
+def spread(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    model: nn.Module,
+    world: World | None,
+    *,
+    on_done: Callable[[Sequence[Item]], object] | None = None,
+) -> list[Result]:
+    """`work(item)` of each item, in the order of the items, on every process; all of them call it with the same items.
+
+    Item i is worked on by process i modulo their number (under tensor parallelism by a group of them). Items that begin with the largest keep the processes busy alike.
+
+    Args:
+        work: calls the model as often as it likes, under `torch.no_grad()`; what it returns is pickled.
+        items: what there is to do.
+        model: what `work` uses; where it is sharded, the processes' forwards go in step (`in_step`).
+        world: the processes; None: this one alone.
+        on_done: called with the items of a round, one a process, when this process has done its own. For progress bars.
+    """
+    rank, size = (world.dp_rank, world.dp_size) if world else (0, 1)
+    found: list[Result] = []
+    for start in range(0, len(items), size * _ITEMS_AT_A_TIME):
+        part = items[start : start + size * _ITEMS_AT_A_TIME]
+        own = []
+        with in_step(model, world):
+            for first in range(0, len(part), size):
+                own += [work(item) for item in part[first + rank : first + rank + 1]]
+                if on_done:
+                    on_done(part[first : first + size])
+        shares = world.gather(own)[:: world.tp] if world else [own]
+        found += [shares[index % size][index // size] for index in range(len(part))]
+    return found
+
+
+@contextmanager
+def in_step(model: nn.Module, world: World | None) -> Iterator[None]:
+    """Inside, the processes may call a sharded model differently often; any other model is left alone.
+
+    FSDP fetches a layer's weights from all processes together, so that a forward of one is a forward of all: before each, they
+    tell each other that they make one, and a process that leaves makes empty ones until all have left. On entry, the embeddings,
+    norm and head are made whole, on the device that computes.
+    """
+    if world is None or not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+
+    def announce(*_: object) -> None:
+        world.any(True)
+
+    # Before FSDP's own hook, which fetches.
+    hook = model.register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        while world.any(False):
+            model(torch.zeros(1, 1, dtype=torch.int64, device=world.device), return_hidden=True)
