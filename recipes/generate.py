@@ -2,9 +2,10 @@
 
     kdtune run generate --config generation checkpointer.checkpoint_dir=MODEL tokenizer.path=MODEL prompt="Why is the sky blue?"
     kdtune run generate --config smollm2/generation prompt_file=questions.txt output_file=answers.jsonl batch_size=8
+    kdtune run --nproc_per_node 4 generate --config generation prompt_file=questions.txt output_file=answers.jsonl
 
 Any checkpoint that kdtune reads will do: a Hugging Face folder, a GGUF file, Meta's files, a model with an adapter
-(checkpointer.adapter_dir), a quantized folder.
+(checkpointer.adapter_dir), a quantized folder. Several processes share the batches, and give the answers of one.
 """
 
 import json
@@ -39,6 +40,11 @@ class Config:
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Of the weights in memory; null: as they are stored."""
+    parallelism: Any = config.component(
+        default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
+    )
+    """How the model is spread over the processes that torchrun starts: a whole copy on each, or with dp_shard=-1
+    dp_replicate=1 a shard, which needs a dtype; with one process it does nothing."""
 
     # Prompts: one of the three
     prompt: str | dict[str, str | None] | None = None
@@ -101,7 +107,16 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
-        found = training.device_problems(self.device, self.dtype or "fp32")
+        found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
+        found += distributed.parallelism_problems(self.parallelism)
+        parallelism = config.instantiate(self.parallelism)
+        if (
+            distributed.is_under_torchrun()
+            and self.dtype is None
+            and parallelism
+            and {parallelism.dp_shard, parallelism.tp} != {1}
+        ):
+            found.append("dtype=null: parallelism.dp_shard or tp above 1 needs one; give fp32 or bf16")
         if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
             found.append(f"prompt_file={self.prompt_file}: no such file")
         if self.output_file is not None:
@@ -114,12 +129,15 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    run(cfg)
+    with (
+        config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
+        world.one_voice(),
+    ):
+        run(cfg, world)
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, world: distributed.World) -> None:
     """Prompts, model, answers."""
-    device = training.resolve_device(cfg.device)
     tokenizer = config.instantiate(cfg.tokenizer)
     conversations = read_conversations(cfg)
     context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
@@ -129,12 +147,20 @@ def run(cfg: Config) -> None:
 
     training.set_seed(cfg.seed)
     dtype = training.dtype_from_name(cfg.dtype) if cfg.dtype else None
-    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    parallelism = config.instantiate(cfg.parallelism)
+
+    def prepare(model: Transformer) -> Transformer:
+        return distributed.parallelize(model.requires_grad_(False), parallelism, world)
+
+    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=parallelism.home(world),
+                                    prepare=None if dtype is None else prepare)  # fmt: skip
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     answer = stream if len(prompts) == 1 else answer_in_batches
-    answers = answer(cfg, model, tokenizer, prompts)
+    answers = answer(cfg, model, tokenizer, prompts, world)
     seconds = time.perf_counter() - start
+    if not world.is_main:
+        return
 
     rows = [as_row(*parts, tokenizer) for parts in zip(conversations, prompts, answers, strict=True)]
     if cfg.output_file is not None:
@@ -187,29 +213,39 @@ def encode(cfg: Config, tokenizer: Any, messages: list[Message], number: int, co
     return ids
 
 
-def stream(cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+def stream(
+    cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]], world: distributed.World
+) -> list[list[int]]:
     """The ids of one prompt's answer; its text appears on the terminal as it comes, unless it goes to a file."""
     text = generation.TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
     on_token = text.add if cfg.output_file is None else None
-    new_ids = generation.generate(model, prompts[0], **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)
-    if cfg.output_file is None:
+
+    def answer(prompt: list[int]) -> list[int]:
+        return generation.generate(model, prompt, **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)
+
+    answers = distributed.spread(answer, prompts, model, world)  # the main process's, as it is the first
+    if cfg.output_file is None and world.is_main:
         text.finish()
         print("\n")
-    return [new_ids]
+    return answers
 
 
-def answer_in_batches(cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+def answer_in_batches(
+    cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]], world: distributed.World
+) -> list[list[int]]:
     """The ids of each answer. Prompts of similar length go together, so that little of a batch is padding."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[start : start + cfg.batch_size] for start in range(0, len(order), cfg.batch_size)]
+
+    def answer(batch: list[int]) -> list[list[int]]:
+        seeds = [cfg.seed + index for index in batch]
+        return generation.generate_batch(
+            model, [prompts[index] for index in batch], **sampling(cfg, tokenizer), seed=seeds
+        )
+
     with tqdm(total=len(prompts), unit="prompt", desc="generating") as bar:
-        for start in range(0, len(order), cfg.batch_size):
-            chosen = order[start : start + cfg.batch_size]
-            seeds = [cfg.seed + index for index in chosen]
-            batch = [prompts[index] for index in chosen]
-            found = generation.generate_batch(model, batch, **sampling(cfg, tokenizer), seed=seeds)
-            answers |= dict(zip(chosen, found, strict=True))
-            bar.update(len(chosen))
+        found = distributed.spread(answer, batches, model, world, on_done=lambda done: bar.update(sum(map(len, done))))
+    answers = dict(zip(order, (ids for of_batch in found for ids in of_batch), strict=True))
     return [answers[index] for index in range(len(prompts))]
 
 

@@ -28,7 +28,8 @@ def spread(
 ) -> list[Result]:
     """`work(item)` of each item, in the order of the items, on every process; all of them call it with the same items.
 
-    Item i is worked on by process i modulo their number (under tensor parallelism by a group of them). Items that begin with the largest keep the processes busy alike.
+    Item i is worked on by process i modulo their number (with tp, by a group).
+    Items that begin with the largest keep the processes busy alike.
 
     Args:
         work: calls the model as often as it likes, under `torch.no_grad()`; what it returns is pickled.

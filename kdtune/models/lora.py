@@ -95,12 +95,11 @@ class LoRALinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """The weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
-        a_RI, b_OR, magnitude_O = self.lora_a.weight, self.lora_b.weight, self.magnitude
+        parts: list[Any] = [self.lora_a.weight, self.lora_b.weight, self.magnitude]
         if self.quantize_base:
             # The base is a copy on every process, beside adapters that may lie in shards.
-            a_RI, b_OR, magnitude_O = (
-                one.full_tensor() if isinstance(one, DTensor) else one for one in (a_RI, b_OR, magnitude_O)
-            )
+            parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+        a_RI, b_OR, magnitude_O = parts
         return merged(dequantized(self.weight), a_RI, b_OR, self.scaling, magnitude_O)
 
     def _low_rank(self, inputs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"]
 FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]
+GENERATE = ["run", "generate", "--config", "tiny/generate"]
 
 
 def rows(output_dir: Path) -> list[dict]:

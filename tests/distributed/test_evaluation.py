@@ -7,7 +7,7 @@ from pathlib import Path
 import lm_eval.evaluator  # noqa: F401  here, so that not every forked process imports it
 import pytest
 import torch
-from distributed_runs import EVALUATE
+from distributed_runs import EVALUATE, GENERATE
 from evaluation_tasks import write_task, write_tasks
 
 from kdtune import distributed
@@ -179,6 +179,26 @@ def test_the_name_for_several_processes(launch, tmp_path: Path, capsys: pytest.C
     )
     ended = launch.kdtune(*command, ranks=2)
     assert [rank.code for rank in ended] == [0, 0] and (tmp_path / "out" / "results.json").exists()
+
+
+def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: Path) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {loud_model}}}"
+    many = ["prompt=null", f"prompts=[{', '.join('Go on' + ' and on' * n for n in range(5))}]", "batch_size=2"]
+    command = [*GENERATE, base, "~model", "max_new_tokens=8"]
+    texts = {}
+    for ranks, layout in ((1, []), (2, ["dtype=null"]), (3, SHARDED)):
+        file = tmp_path / f"{ranks}.jsonl"
+        ended = launch.kdtune(*command, *many, *layout, f"output_file={file}", ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+        assert ended[0].text.count("wrote") == 1 and not any(rank.text for rank in ended[1:])
+        assert file.read_text() == (tmp_path / "1.jsonl").read_text()
+        ended = launch.kdtune(*command, *layout, ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks and not any(rank.text for rank in ended[1:])
+        texts[ranks] = ended[0].text.rpartition(" tokens in ")[0]
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
+    assert texts[1] and texts[1] == texts[2] == texts[3]
+    ended = launch.kdtune(*command, *SHARDED, "dtype=null", ranks=2)
+    assert [rank.code for rank in ended] == [2, 2] and "dtype=null: parallelism.dp_shard=-1 needs one" in ended[0].text
 
 
 @pytest.fixture(scope="module")
