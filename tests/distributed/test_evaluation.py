@@ -24,6 +24,7 @@ LAYOUTS = {
     "1": (1, []),
     "2": (2, []),
     "3 sharded": (3, SHARDED),
+    "2 by 2, cut": (4, ["parallelism.tp=2", "teacher_parallelism=kdtune.distributed.Parallelism"]),
     "4, 2 shards of 2 copies, the teacher a copy on each": (
         4,
         ["parallelism.dp_shard=2", "teacher_parallelism=kdtune.distributed.Parallelism", "teacher_parallelism.dp_shard=1",
