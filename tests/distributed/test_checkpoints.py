@@ -59,8 +59,7 @@ def odd_model(kind: str) -> Transformer:
 def write_gathered(model: Transformer, folder: Path) -> None:
     """The same files by safetensors itself, every tensor made whole first."""
     whole = {
-        convert.kdtune_to_hf(name): ranks.whole(compute()).clone()
-        for name, compute in merged_weights(model).items()
+        convert.kdtune_to_hf(name): ranks.whole(compute()).clone() for name, compute in merged_weights(model).items()
     }
     split = split_torch_state_dict_into_shards(
         whole, filename_pattern="model{suffix}.safetensors", max_shard_size=SMALL_FILES

@@ -238,6 +238,8 @@ for override, words in {
 }.items():
     row(override, kd(override), *words)
 
+row("saving in the background without saving", kd("enable_async_checkpointing=true", "save_every_n_steps=null"),
+    "enable_async_checkpointing=true: needs save_every_n_steps")  # fmt: skip
 row("several mistakes in one message", kd("batch_size=0.5", "kd_ratoi=1", "optimizer.lrr=1"),
     "3 problems", "batch_size", "kd_ratoi", "optimizer.lrr")  # fmt: skip
 

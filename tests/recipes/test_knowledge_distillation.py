@@ -69,11 +69,13 @@ def test_final_loads_in_transformers_bit_for_bit(finished: Path) -> None:
     assert torch.equal(ours.tok_embeddings.weight, theirs.model.embed_tokens.weight)
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [(), ("enable_async_checkpointing=true",)], ids=["sync", "async"])
+def test_killed_and_resumed_is_bit_identical(how: tuple[str, ...], tmp_path: Path) -> None:
     """SIGKILL at random moments; a step is short beside its save, so many of them fall inside one."""
-    num_kills = int(os.environ.get("KDTUNE_TEST_KILLS", "6"))
+    num_kills = int(os.environ.get("KDTUNE_TEST_KILLS", "3" if how else "6"))
     settings = ("save_every_n_steps=1", "epochs=4", "run_val_every_n_steps=null", "resume_from_checkpoint=true")
     run(tmp_path / "whole", *settings)
+    settings += how
     expected = losses(tmp_path / "whole")
     assert len(expected) == 40
     draw, output_dir, resumed_from = random.Random(0), tmp_path / "killed", []

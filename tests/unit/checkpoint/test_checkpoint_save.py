@@ -161,7 +161,7 @@ model = llama(vocab_size=96, embed_dim=32, num_layers=2, num_heads=4, intermedia
 optimizer = torch.optim.AdamW(model.parameters())
 model(torch.arange(8).reshape(1, 8)).sum().backward()
 optimizer.step()
-manager = CheckpointManager(Path(sys.argv[1]), keep_last_n=2)
+manager = CheckpointManager(Path(sys.argv[1]), keep_last_n=2, async_save=sys.argv[2] == "async")
 print("ready", flush=True)
 for step in itertools.count(1):
     with torch.no_grad():
@@ -171,7 +171,8 @@ for step in itertools.count(1):
 
 
 @pytest.mark.slow
-def test_sigkill_while_saving_steps_leaves_only_folders_that_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_sigkill_while_saving_steps_leaves_only_folders_that_load(how: str, tmp_path: Path) -> None:
     """Killed in the middle of model files, resume state, renames and deletions."""
     from kdtune.checkpoint import load_state, newest_step, step_folders, step_number
 
@@ -179,7 +180,7 @@ def test_sigkill_while_saving_steps_leaves_only_folders_that_load(tmp_path: Path
     found = cut_short = 0
     for attempt in range(6):
         root = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(root)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(root), how], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
