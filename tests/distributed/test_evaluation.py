@@ -163,8 +163,8 @@ def test_shares_that_are_not_alike(sharded: bool, launch, loud_model: Path) -> N
 
 def test_what_is_refused(launch, tmp_path: Path) -> None:
     for override, message in (
-        ("parallelism.dp_replicate=2", "parallelism: dp_replicate=2 dp_shard=1: needs 2 processes, found 3"),
-        ("parallelism.dp_shard=-1", "parallelism: dp_replicate=-1 dp_shard=-1: only one of them may be -1"),
+        ("parallelism.dp_replicate=2", "parallelism: dp_replicate=2 dp_shard=1 tp=1: needs 2 processes, found 3"),
+        ("parallelism.dp_shard=-1", "parallelism: dp_replicate=-1 dp_shard=-1 tp=1: only one of them may be -1"),
     ):
         ended = launch.kdtune(*EVALUATE, override, f"output_dir={tmp_path / 'out'}", ranks=3)
         assert [rank.code for rank in ended] == [2, 2, 2]
@@ -199,7 +199,7 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
     assert texts[1] and texts[1] == texts[2] == texts[3]
     ended = launch.kdtune(*command, *SHARDED, "dtype=null", ranks=2)
-    assert [rank.code for rank in ended] == [2, 2] and "dtype=null: parallelism.dp_shard=-1 needs one" in ended[0].text
+    assert [rank.code for rank in ended] == [2, 2] and "dtype=null: parallelism.dp_shard or tp above 1 needs one" in ended[0].text
 
 
 @pytest.fixture(scope="module")
