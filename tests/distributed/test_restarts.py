@@ -85,12 +85,23 @@ def test_restarts_that_could_not_work(options: list[str], message: str, capsys: 
     [
         (["--nproc_per_node", "many"], 2, "torchrun refuses its options (--nproc_per_node many): Unsupported"),
         (
-            ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_conf=join_timeout=1", "--rdzv_id=x"],
+            [
+                "--nnodes=2",
+                "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0",
+                "--rdzv_conf=join_timeout=1",
+                "--rdzv_id=x",
+            ],
             1,
             "not all of 2 hosts came to the rendezvous 'x' at localhost:0 in time",
         ),
         (
-            ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:1", "--rdzv_conf=read_timeout=1,is_host=0"],
+            [
+                "--nnodes=2",
+                "--rdzv_backend=c10d",
+                "--rdzv_endpoint=127.0.0.1:1",
+                "--rdzv_conf=read_timeout=1,is_host=0",
+            ],
             1,
             "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
         ),
@@ -129,7 +140,9 @@ def test_the_slurm_script(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [bash, str(ROOT / "docs" / "slurm.sbatch"), *SHORT, "epochs=10", f"output_dir={out}"]
     with (tmp_path / "log").open("w") as log:
-        script = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        script = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             give_up = time.monotonic() + 120
             while not (out / "step_2").exists():
@@ -146,6 +159,8 @@ def test_the_slurm_script(tmp_path: Path) -> None:
     asked = (tmp_path / "scontrol.txt").read_text().splitlines()
     assert asked == ["show hostnames localhost", f"requeue {os.getpid()}"]
 
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    again = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
     assert again.returncode == 0 and "resuming from step_" in again.stderr, again.stderr
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 101))

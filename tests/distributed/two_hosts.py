@@ -33,8 +33,8 @@ class Job:
         return self._process.poll() is None
 
     def wait(self) -> int:
-        """Its exit code, once it has ended; an error after two minutes."""
-        return self._process.wait(120)
+        """Its exit code, once it has ended; an error after four minutes."""
+        return self._process.wait(240)
 
 
 class TwoHosts:
@@ -67,8 +67,8 @@ class TwoHosts:
 
 
 def wait_until(condition: Callable[[], bool], jobs: list[Job]) -> None:
-    """Returns when it holds; fails where a job ends before, or after two minutes."""
-    give_up = time.monotonic() + 120
+    """Returns when it holds; fails where a job ends before, or after four minutes."""
+    give_up = time.monotonic() + 240
     while not condition():
         assert all(job.is_alive() for job in jobs) and time.monotonic() < give_up, "\n\n".join(job.text for job in jobs)
         time.sleep(0.05)
@@ -94,7 +94,20 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     try:
         for namespace in namespaces:
             _ip("netns", "add", namespace)
-        _ip("link", "add", "link0", "netns", namespaces[0], "type", "veth", "peer", "name", "link0", "netns", namespaces[1])
+        _ip(
+            "link",
+            "add",
+            "link0",
+            "netns",
+            namespaces[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "link0",
+            "netns",
+            namespaces[1],
+        )
         for namespace, address in zip(namespaces, _ADDRESSES, strict=True):
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "link0")
             _ip("-n", namespace, "link", "set", "link0", "up")
