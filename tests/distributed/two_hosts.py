@@ -94,20 +94,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     try:
         for namespace in namespaces:
             _ip("netns", "add", namespace)
-        _ip(
-            "link",
-            "add",
-            "link0",
-            "netns",
-            namespaces[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "link0",
-            "netns",
-            namespaces[1],
-        )
+        _ip(*"link add link0 netns {} type veth peer name link0 netns {}".format(*namespaces).split())
         for namespace, address in zip(namespaces, _ADDRESSES, strict=True):
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "link0")
             _ip("-n", namespace, "link", "set", "link0", "up")
