@@ -57,6 +57,9 @@ class Config:
     """How the student is spread over the processes that torchrun starts; with one process it does nothing."""
     teacher_parallelism: Any = config.component(default=None)
     """The same for the teacher, such as dp_shard 1 and dp_replicate -1 for a whole copy on each; null: as parallelism."""
+    teacher_processes: int = 0
+    """Of the processes that torchrun starts, so many, the last ones, hold the teacher alone, and the others the student;
+    `parallelism` is about these, `teacher_parallelism` about those. 0: every process holds its part of both."""
     compile: bool = False
     """torch.compile each layer of both models."""
     enable_activation_checkpointing: bool = False
@@ -139,6 +142,10 @@ class Config:
         found = training.loop_problems(self)
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
+        if self.teacher_processes < 0:
+            found.append(f"teacher_processes={self.teacher_processes}: must be at least 0")
+        if self.teacher_processes > 0 and self.kd_ratio == 0:
+            found.append(f"teacher_processes={self.teacher_processes}: with kd_ratio=0 no step asks the teacher; set 0")
         for builder, weights in (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer")):
             if getattr(self, builder) is None and getattr(self, weights) is None:
                 found.append(f"{weights}: missing, and no {builder} to start from random weights; give one of them")
@@ -147,7 +154,9 @@ class Config:
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype, distributed=True)
-        found += distributed.parallelism_problems(self.parallelism, self.teacher_parallelism)
+        found += distributed.parallelism_problems(
+            self.parallelism, self.teacher_parallelism, teacher_processes=self.teacher_processes
+        )
         found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
@@ -158,21 +167,24 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    with config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world:
+    device = training.resolve_device(cfg.device)
+    with config.instantiate(cfg.parallelism).start_world(device, teacher_processes=cfg.teacher_processes) as world:
+        get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
+        training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
+        if world.is_teacher:
+            return teachers.serve(lambda: build_teacher(cfg, world), world, training.InterruptFlag())
         run(cfg, world)
 
 
 def run(cfg: Config, world: distributed.World) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
-    get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
     newest = None
     if cfg.resume_from_checkpoint:
         newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,
                                          batches_per_step=batches_per_step)  # fmt: skip
         newest = checkpoint.from_main(newest)
-    training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
@@ -228,6 +240,7 @@ def run(cfg: Config, world: distributed.World) -> None:
             # Counted over all processes before the first backward: every gradient is normalized as it is computed.
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
+            teacher.expect(micro_batches)
             (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
             for index, batch in enumerate(micro_batches):
                 training.set_step_seed(cfg.seed, step, index * world.dp_size + world.dp_rank)
@@ -290,27 +303,24 @@ def build_models(
     """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
-    dtype, teacher_dtype = (training.dtype_from_name(name) for name in (cfg.dtype, cfg.teacher_dtype or cfg.dtype))
     parallelism = config.instantiate(cfg.parallelism)
-    teacher_parallelism = config.instantiate(cfg.teacher_parallelism) or parallelism
-
-    def prepare_teacher(model: Transformer) -> Transformer:
-        return distributed.parallelize(model.requires_grad_(False), teacher_parallelism, world, compile=cfg.compile)
-
-    def prepare_student(model: Transformer) -> Transformer:
-        return distributed.parallelize(model, parallelism, world, compile=cfg.compile,
-                                       activation_checkpointing=cfg.enable_activation_checkpointing)  # fmt: skip
-
     # The teacher first: random weights of it must be the same ones in a resumed run, where the student draws none.
-    teacher = distributed.build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=teacher_dtype,
-                                      device=teacher_parallelism.home(world), prepare=prepare_teacher)  # fmt: skip
-    student = distributed.build_model(cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype, weights=newest,
-                                      device=parallelism.home(world), prepare=prepare_student)  # fmt: skip
+    teacher = build_teacher(cfg, world)
+    student = distributed.build_model(
+        cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=training.dtype_from_name(cfg.dtype), weights=newest,
+        device=parallelism.home(world), prepare=lambda model: distributed.parallelize(
+            model, parallelism, world, compile=cfg.compile, activation_checkpointing=cfg.enable_activation_checkpointing))  # fmt: skip
     training.check_save_weights(student, cfg.save_weights)
     teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
     losses.check_head("student", student.output)
-    losses.check_head("teacher", teacher.output)
     return student, teachers.OnlineTeacher(teacher)
+
+
+def build_teacher(cfg: Config, world: distributed.World) -> Transformer | teachers.RemoteModel:
+    """The teacher: this process's part of it, or what a process of the student sees of one that is apart."""
+    return teachers.build_teacher(
+        cfg.teacher_model, cfg.teacher_checkpointer, world, dtype=training.dtype_from_name(cfg.teacher_dtype or cfg.dtype),
+        parallelism=config.instantiate(cfg.teacher_parallelism or cfg.parallelism), compile=cfg.compile)  # fmt: skip
 
 
 def kd_step(
@@ -334,6 +344,7 @@ def validate(
     """Held-out cross entropy and divergence in nats a token, and top-1 agreement; {} without held-out data."""
     if held_out is None:
         return {}
+    teacher.expect(held_out)
     found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=world.device, total=world.sum)
     values = {f"val_{name}": found[name] for name in ("class_loss", "kd_loss", "agreement")}
     if with_teacher_loss:

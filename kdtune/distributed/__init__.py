@@ -1,6 +1,7 @@
 """How a model is built for a run, and what is applied to it from outside."""
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
+from kdtune.distributed.bridge import END, Bridge
 from kdtune.distributed.build import build_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
@@ -8,6 +9,8 @@ from kdtune.distributed.spread import in_step, spread
 from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 
 __all__ = [
+    "END",
+    "Bridge",
     "Parallelism",
     "World",
     "apply_activation_checkpointing",

@@ -15,7 +15,7 @@ from kdtune.constants import TP_DIM
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.tensor_parallel import apply_tensor_parallel
-from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
+from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapted_linears
 
@@ -73,9 +73,10 @@ class Parallelism:
             )
         return {name: world_size // fixed if size == -1 else size for name, size in given.items()}
 
-    def start_world(self, device: torch.device) -> AbstractContextManager[World]:
+    def start_world(self, device: torch.device, *, teacher_processes: int = 0) -> AbstractContextManager[World]:
         """The processes of this run, started; see `kdtune.distributed.start_world`."""
-        return start_world(device, tp=self.sizes(world_size())[TP_DIM], timeout_minutes=self.timeout_minutes)
+        tp = self.sizes(world_size() - teacher_processes)[TP_DIM]
+        return start_world(device, tp=tp, timeout_minutes=self.timeout_minutes, teacher_processes=teacher_processes)
 
     def home(self, world: World) -> torch.device:
         """Where the weights lie between their uses."""
@@ -178,20 +179,37 @@ def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisi
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
 
 
-def parallelism_problems(node: Any, teacher_node: Any = None) -> list[str]:
-    """Why these config nodes do not fit the processes that were started, or each other, one sentence each."""
+def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_processes: int = 0) -> list[str]:
+    """Why these config nodes do not fit the processes that were started, or each other, one sentence each.
+
+    Args:
+        node: the model's, or the student's.
+        teacher_node: the teacher's; None: the same as the student's.
+        teacher_processes: of the processes that were started, so many hold the teacher alone.
+    """
     parallelism, teacher = instantiate(node), instantiate(teacher_node)
     if parallelism is None:
         return ["parallelism=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
-    found = [f"parallelism: {problem}" for problem in parallelism.problems(world_size())]
-    if teacher is None:
+    if problems := teacher_processes_problems(teacher_processes):
+        return problems
+    for_student = world_size() - teacher_processes
+    found = [f"parallelism: {problem}" for problem in parallelism.problems(for_student)]
+    if teacher is None and not teacher_processes:
         return found
-    found += [f"teacher_parallelism: {problem}" for problem in teacher.problems(world_size())]
-    if not found and (tp := teacher.sizes(world_size())[TP_DIM]) > 1:
-        student_tp = parallelism.sizes(world_size())[TP_DIM]
-        if tp != student_tp:
-            found.append(
-                f"teacher_parallelism.tp={tp}: the processes of one teacher must have the same batches; allowed is 1 or the "
-                f"student's, parallelism.tp={student_tp}"
-            )
+    teacher = teacher or parallelism
+    for_teacher = teacher_processes or world_size()
+    found += [f"teacher_parallelism: {problem}" for problem in teacher.problems(for_teacher)]
+    if found:
+        return found
+    tp, teacher_tp = parallelism.sizes(for_student)[TP_DIM], teacher.sizes(for_teacher)[TP_DIM]
+    if teacher_processes and max(tp, teacher_tp) > 1:
+        found.append(
+            f"teacher_processes={teacher_processes}: with tp={max(tp, teacher_tp)}, whose processes need the same batches; allowed "
+            "is tp=1 on both sides: set it, or teacher_processes=0"
+        )
+    elif teacher_tp not in (1, tp):
+        found.append(
+            f"teacher_parallelism.tp={teacher_tp}: the processes of one teacher must have the same batches; allowed is 1 or the "
+            f"student's, parallelism.tp={tp}"
+        )
     return found

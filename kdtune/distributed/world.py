@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
+from kdtune.distributed.bridge import Bridge, start_two_worlds
 from kdtune.errors import KDTuneError
 
 T = TypeVar("T")
@@ -26,9 +27,11 @@ class World:
     rank: int = 0
     """This process, from 0."""
     size: int = 1
-    """All processes."""
+    """All processes of this world."""
     tp: int = 1
     """Consecutive processes that compute the same batches together (tensor parallelism)."""
+    bridge: Bridge | None = None
+    """To the world of the teacher alone, or from it to the student's; None: there is one world, with both."""
 
     @property
     def dp_rank(self) -> int:
@@ -43,7 +46,12 @@ class World:
     @property
     def is_main(self) -> bool:
         """Whether this process writes, prints and shows progress."""
-        return self.rank == 0
+        return self.rank == 0 and not self.is_teacher
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether this process holds the teacher alone."""
+        return self.bridge is not None and self.bridge.is_teacher
 
     def print(self, text: str) -> None:
         """Prints once, not by every process."""
@@ -86,30 +94,43 @@ class World:
 
 
 @contextmanager
-def start_world(device: torch.device, *, tp: int = 1, timeout_minutes: float = 10.0) -> Iterator[World]:
+def start_world(
+    device: torch.device, *, tp: int = 1, timeout_minutes: float = 10.0, teacher_processes: int = 0
+) -> Iterator[World]:
     """The world of this run: what torchrun has started, or this process alone.
 
     Args:
         device: where a process computes; of several processes each takes the CUDA device of its own number.
         tp: so many consecutive processes get the same data.
         timeout_minutes: a process that waits longer for the others ends with an error.
+        teacher_processes: of the processes that torchrun has started, so many, the last ones, are a world of their own, with
+            a bridge to the world of the others.
 
     What ends the block with an error is printed with rank and host, so that the first cause is found among the output of all.
     """
     if not is_under_torchrun():
         yield World(device)
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout, bridge = timedelta(minutes=timeout_minutes), None
+    if teacher_processes:
+        bridge = start_two_worlds(backend, device, timeout, teacher_processes)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     try:
-        yield World(device, rank, size, tp)
+        yield World(device, dist.get_rank(), dist.get_world_size(), tp, bridge)
+        if bridge is not None:
+            bridge.close()
     except Exception as error:
         if not isinstance(error, KDTuneError):
-            print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
+            print(
+                f"[rank {os.environ['RANK']} on {socket.gethostname()}] {type(error).__name__}:",
+                file=sys.stderr,
+                flush=True,
+            )
         raise
     dist.destroy_process_group()
 
@@ -122,3 +143,14 @@ def is_under_torchrun() -> bool:
 def world_size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def teacher_processes_problems(teacher_processes: int) -> list[str]:
+    """Why so many processes cannot be set apart for the teacher from those that were started, one sentence each."""
+    if 0 <= teacher_processes < world_size():
+        return []
+    found = f"found {world_size()}" if is_under_torchrun() else "found no torchrun option"
+    return [
+        f"teacher_processes={teacher_processes}: needs more processes than that, for the student, {found}; start them "
+        "(kdtune run --nproc_per_node N RECIPE ...), or set 0: every process holds its part of both models"
+    ]

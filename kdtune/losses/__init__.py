@@ -2,13 +2,21 @@
 
 from kdtune.losses.divergences import forward_kl
 from kdtune.losses.fused_linear import Divergence
-from kdtune.losses.kd_loss import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, KDLoss, check_head
+from kdtune.losses.kd_loss import (
+    CrossEntropyLoss,
+    DivergenceLoss,
+    FactoredHead,
+    ForwardKLLoss,
+    KDLoss,
+    check_head,
+)
 from kdtune.losses.signal import HiddenSignal, Signal
 
 __all__ = [
     "CrossEntropyLoss",
     "Divergence",
     "DivergenceLoss",
+    "FactoredHead",
     "ForwardKLLoss",
     "HiddenSignal",
     "KDLoss",

@@ -11,8 +11,8 @@ _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gra
 
 # What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
 # on. What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "teacher_parallelism", "compile",
-              "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
+MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "teacher_parallelism", "teacher_processes",
+              "compile", "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
               "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
               "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
               "enable_async_checkpointing", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",

@@ -26,7 +26,11 @@ def test_an_adapter_merged_into_shards(use_dora: bool, launch, small_model: Path
         check_same_rows(rows(tmp_path / name), rows(tmp_path / "1"))
     # The adapter changes the teacher: without it, the first row has the base's cross entropy.
     ended = launch.kdtune(
-        *run, f"teacher_checkpointer={node}}}", "gradient_accumulation_steps=4", f"output_dir={tmp_path / 'base'}", ranks=1
+        *run,
+        f"teacher_checkpointer={node}}}",
+        "gradient_accumulation_steps=4",
+        f"output_dir={tmp_path / 'base'}",
+        ranks=1,
     )
     assert ended[0].code == 0, ended[0].text
     first, base = rows(tmp_path / "1")[0], rows(tmp_path / "base")[0]

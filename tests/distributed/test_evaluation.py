@@ -199,7 +199,10 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
     assert texts[1] and texts[1] == texts[2] == texts[3]
     ended = launch.kdtune(*command, *SHARDED, "dtype=null", ranks=2)
-    assert [rank.code for rank in ended] == [2, 2] and "dtype=null: parallelism.dp_shard or tp above 1 needs one" in ended[0].text
+    assert [rank.code for rank in ended] == [
+        2,
+        2,
+    ] and "dtype=null: parallelism.dp_shard or tp above 1 needs one" in ended[0].text
 
 
 @pytest.fixture(scope="module")
