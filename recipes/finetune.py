@@ -146,6 +146,7 @@ class Config:
 def main(cfg: Config) -> None:
     """Runs the recipe."""
     with config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world:
+        training.print_plan(cfg, world)
         run(cfg, world)
 
 

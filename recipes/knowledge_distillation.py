@@ -173,6 +173,7 @@ def main(cfg: Config) -> None:
         training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
         if world.is_teacher:
             return teachers.serve(lambda: build_teacher(cfg, world), world, training.InterruptFlag())
+        training.print_plan(cfg, world)
         run(cfg, world)
 
 

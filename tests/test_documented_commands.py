@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdtune._cli.main import parse
-from kdtune._cli.names import find_asset, import_recipe
+from kdtune._cli.names import find_asset, import_recipe, partner_recipe
 from kdtune._cli.run import split_arguments
 from kdtune._cli.validate import validate
 from kdtune.config.recipe import check_partner, parse_arguments
@@ -27,7 +27,7 @@ def documented_commands() -> list[str]:
 
 def test_there_are_commands_of_every_kind() -> None:
     verbs = {command.split()[1] for command in documented_commands()}
-    assert verbs >= {"ls", "cat", "cp", "validate", "run", "download"}
+    assert verbs >= {"ls", "cat", "cp", "validate", "plan", "run", "download"}
 
 
 @pytest.mark.parametrize("command", documented_commands())
@@ -43,6 +43,8 @@ def test_a_documented_command_is_accepted(command: str, monkeypatch: pytest.Monk
         validate(recipe, options.config, overrides)
     elif words[0] == "validate":
         arguments.func(arguments)
+    elif words[0] == "plan":
+        validate(partner_recipe(find_asset(arguments.config)), arguments.config, arguments.overrides)
     elif words[0] in ("ls", "cat", "cp"):
         name = words[1] if len(words) > 1 else "prune"
         assert find_asset(name).path.is_file()

@@ -5,7 +5,7 @@ import os
 import sys
 
 import kdtune
-from kdtune._cli import cat, completion, cp, download, ls, run, validate
+from kdtune._cli import cat, completion, cp, download, ls, plan, run, validate
 from kdtune.errors import KDTuneError
 
 _DESCRIPTION = "Distil large language models into small ones: recipes, configs and a command line in pure PyTorch."
@@ -15,6 +15,7 @@ examples:
   kdtune ls knowledge_distillation              the keys of a recipe's config
   kdtune cp tiny/knowledge_distillation my.yaml
   kdtune validate my.yaml kd_ratio=0.75
+  kdtune plan my.yaml --world-size 8            memory and time of a run, before it runs
   kdtune run knowledge_distillation --config my.yaml kd_ratio=0.75 optimizer.lr=1e-4
 """
 
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdtune {kdtune.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (ls, cp, cat, validate, run, download, completion):
+    for command in (ls, cp, cat, validate, plan, run, download, completion):
         command.add_parser(subparsers)
     return parser
 

@@ -2,8 +2,9 @@
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.bridge import END, Bridge
-from kdtune.distributed.build import build_model, model_config
+from kdtune.distributed.build import build_model, meta_model, model_config
 from kdtune.distributed.compile import apply_compile
+from kdtune.distributed.fake import fake_world
 from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
 from kdtune.distributed.spread import in_step, spread
 from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
@@ -16,8 +17,10 @@ __all__ = [
     "apply_activation_checkpointing",
     "apply_compile",
     "build_model",
+    "fake_world",
     "in_step",
     "is_under_torchrun",
+    "meta_model",
     "model_config",
     "parallelism_problems",
     "parallelize",

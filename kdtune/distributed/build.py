@@ -67,6 +67,22 @@ def build_model(
     return load_adapter(model, resumed) if resumed else model
 
 
+def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: torch.dtype) -> Transformer:
+    """The model that `build_model` would give, without weights, on the meta device; adapters are those of a run's start.
+
+    Raises:
+        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
+        CheckpointError: where the builder is None and the checkpoint does not say what it holds.
+    """
+    if builder is None and checkpointer is None:
+        raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
+    with torch.device("meta"):
+        model = instantiate(builder)
+        if model is None:
+            model = Transformer(instantiate(checkpointer).model_config())
+        return _adapted(model, adapter).to(dtype)
+
+
 def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
     """The config of the model that `build_model` would give; reads no weights.
 

@@ -46,6 +46,14 @@ def quantize_nf4(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(to_nf4(weight.detach(), BLOCK_SIZE, math.gcd(num_blocks, SCALES_AT_MOST)), requires_grad=False)
 
 
+def nf4_bytes(num_values: int, itemsize: int) -> int:
+    """Bytes of a weight that `quantize_nf4` has made of so many values, which took `itemsize` bytes each."""
+    num_blocks = num_values // BLOCK_SIZE
+    # A mean, a table of 16 values and a scale for every group of scales are in the weight's own dtype.
+    num_wide = 1 + 16 + num_blocks // math.gcd(num_blocks, SCALES_AT_MOST)
+    return num_values // 2 + num_blocks + num_wide * itemsize
+
+
 def check_nf4_shape(name: str, shape: torch.Size) -> None:
     """Raises ConfigError, with the module's name, for a weight whose number of values NF4 cannot take."""
     if shape.numel() % BLOCK_SIZE:

@@ -116,6 +116,8 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all weights from N(0, 0.02²) and sets the norms' gains to 1."""
         for parameter in self.parameters():
+            if parameter.is_meta:  # where a value is none, drawing it only takes time
+                continue
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
             else:

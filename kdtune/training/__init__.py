@@ -15,6 +15,7 @@ from kdtune.training.loop import MAY_CHANGE, check_save_weights, is_due, loop_pr
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
+from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, plot_losses
 from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
@@ -82,7 +83,9 @@ __all__ = [
     "memory_stats",
     "new_folder_problems",
     "output_dir_problems",
+    "plan_on_paper",
     "plot_losses",
+    "print_plan",
     "read_metrics",
     "reset_peak_memory",
     "resolve_device",

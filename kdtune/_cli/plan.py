@@ -1,0 +1,48 @@
+"""`kdtune plan`: what a run will take on each process, before it runs: memory, communication, time; from its config alone."""
+
+import argparse
+
+from kdtune import _assets
+from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune.errors import ConfigError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `plan` to the command's parsers."""
+    parser = subparsers.add_parser("plan", help="what a run will take in memory and time", description=__doc__)
+    parser.add_argument("config", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
+    parser.add_argument("--world-size", default="1", metavar="N[,N]", help="numbers of processes (default: 1)")
+    parser.add_argument("--gpu", metavar="NAME", help="card whose stated figures are used (default: a100-80gb)")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens an example (default: tokenizer.max_seq_len)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|~key", help="changes to the config")
+    parser.set_defaults(func=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Prints the plan, a column for each number of processes.
+
+    Raises:
+        ConfigError: the config is not valid, its recipe does not train, or it does not fit a number of processes.
+    """
+    sizes = world_sizes(arguments.world_size)
+    if arguments.seq_len is not None and arguments.seq_len < 1:
+        raise ConfigError(f"--seq-len {arguments.seq_len}: must be at least 1")
+    recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
+
+    from kdtune.config import load
+    from kdtune.training import plan_on_paper
+
+    cfg = load(arguments.config, arguments.overrides, recipe.frame)
+    print(plan_on_paper(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
+
+
+def world_sizes(text: str) -> list[int]:
+    """The numbers in "8,64,512".
+
+    Raises:
+        ConfigError: one of them is not a number of processes.
+    """
+    words = text.split(",")
+    if bad := [word for word in words if not word.strip().isdecimal() or int(word) < 1]:
+        raise ConfigError(f"--world-size {text}: {bad[0]!r} is not a number of processes; such as 8, or 8,64,512")
+    return [int(word) for word in words]

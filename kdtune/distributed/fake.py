@@ -1,0 +1,28 @@
+"""A process group without processes: what sharding does to a model on many ranks, seen from one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from kdtune.distributed.world import World
+
+
+@contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[World]:
+    """The world that rank `rank` of `size` would see. Nothing is sent: collectives return at once, values are meaningless.
+
+    For models on the meta device. No process group may exist, and none exists after it.
+    """
+    # torch's own, with which it tests its sharding; it has no other home.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield World(torch.device("cpu"), rank, size)
+    finally:
+        dist.destroy_process_group()
+        # DTensor remembers meshes: a later one of the same shape would get this one's groups.
+        _clear_sharding_prop_cache()

@@ -1,0 +1,160 @@
+"""What a piece of the model takes, found by running it on the meta device: bytes and floating-point operations.
+
+The real code runs, without data: its tensors have shapes and dtypes only. What an operation does on the device of the run
+is asked for where that device would do otherwise.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward and a backward pass take. Bytes are those of tensors that the pass itself makes."""
+
+    kept: int
+    """Bytes after forward: what backward needs, and the output."""
+    forward_peak: int
+    """Most bytes in forward."""
+    backward_peak: int
+    """Most bytes in backward, with what forward kept and the parameters' gradients; without the output's gradient."""
+    forward_flops: int
+    backward_flops: int
+
+
+class AsOn(TorchFunctionMode):
+    """Meta tensors are taken for tensors of this device type, and operations take the form they have there."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device = torch.device(device_type)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation's result."""
+        kwargs = dict(kwargs or {})
+        if func == Tensor.device.__get__:
+            return self.device
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return self.device.type == "cuda"
+        if kwargs.get("device") == self.device:
+            kwargs["device"] = "meta"
+        if func is functional.scaled_dot_product_attention:
+            # On the meta device torch would take the kernel that holds all scores; no device does.
+            query, key, value = args
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, kwargs.get("is_causal", False)
+            )[0]
+        if func is functional.rms_norm and self.device.type == "cuda":
+            return _FusedRMSNorm.apply(args[0])
+        if func is torch.mm and "out_dtype" in kwargs:
+            return _mm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """What CUDA's kernel for `rms_norm` makes and keeps: its input as it is, and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, inputs.new_empty(inputs.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.empty_like(gradient)
+
+
+def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """A product in a wider dtype: the meta device has none, so the operands are taken for ones of that dtype."""
+    one = torch.empty(1, dtype=out_dtype, device="meta")
+    return torch.mm(one.expand(a.shape), one.expand(b.shape), out=out)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they live, and floating-point operations as torch counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation's result."""
+        result = func(*args, **(kwargs or {}))
+        if operation := flop_registry.get(func.overloadpacket):
+            self.flops += operation(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def ignore(self, *tensors: Tensor | None) -> None:
+        """These are not counted: others hold them."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str, *, backward: bool) -> Cost:
+    """The cost of a function of meta tensors, as on that type of device.
+
+    Args:
+        function: makes the output, from inputs and parameters of its own.
+        held: its inputs and parameters, which are not counted; their gradients are cleared.
+        device_type: such as "cuda".
+        backward: whether a backward pass follows.
+    """
+    live = LiveBytes()
+    live.ignore(*held)
+    with torch.set_grad_enabled(backward), AsOn(device_type), live:
+        output = function()
+        kept, forward_peak, forward_flops = live.live, live.peak, live.flops
+        backward_peak = 0
+        if backward:
+            gradient = torch.empty_like(output)
+            live.peak = live.live
+            torch.autograd.backward(output, gradient)
+            # The output's gradient belongs to what comes after, which has counted it.
+            backward_peak = live.peak - gradient.untyped_storage().nbytes()
+        del output
+    for tensor in held:
+        tensor.grad = None
+    return Cost(kept, forward_peak, backward_peak, forward_flops, live.flops - forward_flops)
+
+
+def kept_bytes(function: Callable[[], Tensor], held: list[Tensor], device_type: str) -> int:
+    """What a function of meta tensors leaves for its backward pass, and its output: bytes."""
+    live = LiveBytes()
+    live.ignore(*held)
+    with AsOn(device_type), live:
+        output = function()
+        kept = live.live
+        del output
+    return kept

@@ -1,0 +1,113 @@
+"""What a micro-batch takes on one rank: activations, the loss, floating-point operations; found on the meta device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdtune.losses import Divergence
+from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Projection, Task, fused_linear_kd
+from kdtune.losses.kd_loss import FactoredHead
+from kdtune.models import Transformer, adapted_linears
+from kdtune.training.meta_run import Cost, kept_bytes, measure
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of equal length, all of whose tokens count: what there is at most."""
+
+    batch_size: int
+    seq_len: int
+    device_type: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens."""
+        return self.batch_size * self.seq_len
+
+
+def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Bytes of one hidden state [B, S, D]."""
+    return batch.num_tokens * pieces.config.embed_dim * pieces.norm.weight.dtype.itemsize
+
+
+def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Bytes of the tables that all layers share."""
+    return batch.seq_len * pieces.config.head_dim * pieces.norm.weight.dtype.itemsize
+
+
+def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:
+    """The cost of a layer; see `Cost`."""
+    layer, config, dtype = pieces.layers[0], pieces.config, pieces.norm.weight.dtype
+    hidden_BSD = _hidden(pieces, batch, backward=backward)
+    rope = tuple(torch.empty(batch.seq_len, 1, config.head_dim // 2, dtype=dtype, device="meta") for _ in range(2))
+    held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
+    cost = measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
+    # A layer in 4 bits is computed with as what it stands for, one weight at a time.
+    quantized = [linear.weight for linear in adapted_linears(layer).values() if linear.quantize_base]
+    widest = max((weight.numel() * weight.element_size() for weight in quantized), default=0)
+    return replace(cost, forward_peak=cost.forward_peak + widest, backward_peak=cost.backward_peak + widest)
+
+
+def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
+    """Bytes that the final norm leaves for backward, and the hidden states it makes."""
+    hidden_BSD = _hidden(pieces, batch, backward=True)
+    held: list[Tensor] = [hidden_BSD, *pieces.norm.parameters()]
+    return kept_bytes(lambda: pieces.norm(hidden_BSD), held, batch.device_type)
+
+
+def loss_cost(
+    student: Transformer,
+    teacher: Transformer | None,
+    batch: MicroBatch,
+    *,
+    divergence: Divergence,
+    kd_ratio: float,
+    chunk_size: int | None,
+) -> Cost:
+    """The cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
+    hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
+    with torch.no_grad():
+        ours = _projection(student, hidden_TD)
+        theirs = (
+            None if teacher is None else _projection(teacher, _hidden(teacher, batch, backward=False).flatten(0, 1))
+        )
+    vocab_size = min(len(head.weight_VD) for head in (ours, theirs) if head)
+    width = vocab_size * torch.promote_types(hidden_TD.dtype, torch.float32).itemsize
+    chunk = min(chunk_size or max(1, CHUNK_BYTES // width), batch.num_tokens)
+    # A chunk is alike the next; on a CPU, so is a block of its rows, and only the buffers are of the chunk's size.
+    rows = min(chunk, max(1, CPU_BLOCK_BYTES // width)) if batch.device_type == "cpu" else chunk
+    positions = torch.empty(rows, dtype=torch.int64, device="meta")
+    task = Task(positions, positions, vocab_size, theirs, divergence, kd_ratio, rows)
+    theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
+    held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
+    cost = measure(
+        lambda: fused_linear_kd(_projection(student, hidden_TD), task).total,
+        held,
+        batch.device_type,
+        backward=True,
+    )
+    buffers = (chunk - rows) * width * (1 if theirs is None else 2)
+    flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
+        0 if theirs is None else 2 * vocab_size * theirs.weight_VD.shape[1]
+    )
+    return replace(
+        cost, forward_peak=cost.forward_peak + buffers, forward_flops=flops * batch.num_tokens, backward_flops=0
+    )
+
+
+def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_ratio: float) -> int:
+    """Operations a token of the student's head: logits, the hidden state's gradient, and the weight's where it has one."""
+    is_trained = any(parameter.requires_grad for parameter in student.output.parameters())
+    return (6 if is_trained else 4) * vocab_size * head.weight_VD.shape[1]
+
+
+def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
+    if isinstance(model.output, FactoredHead):
+        return Projection(*model.output.projection(hidden_TD))
+    return Projection(hidden_TD, model.output.weight)
+
+
+def _hidden(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Tensor:
+    shape = (batch.batch_size, batch.seq_len, pieces.config.embed_dim)
+    return torch.empty(shape, dtype=pieces.norm.weight.dtype, device="meta", requires_grad=backward)

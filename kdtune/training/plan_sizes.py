@@ -1,0 +1,269 @@
+"""What a rank holds of a model, its gradients and its optimizer state, in bytes: from the real sharding, without weights."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from kdtune.checkpoint import local
+from kdtune.config import instantiate
+from kdtune.distributed import Parallelism, World, shard_model
+from kdtune.models import Transformer, adapted_linears
+from kdtune.models.nf4 import nf4_bytes
+from kdtune.training.meta_run import LiveBytes
+from kdtune.training.precision import dtype_from_name
+
+# Sizes that no optimizer has of its own, so that what has them in its state has them from the parameter.
+_PROBE = (29, 31, 37, 41)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The parameters that FSDP gathers together; bytes, on one rank unless it says otherwise."""
+
+    stored: int = 0
+    """This rank's share of the parameters."""
+    gradients: int = 0
+    """Its share of their gradients."""
+    state: int = 0
+    """Its share of the optimizer's state."""
+    whole: int = 0
+    """The parameters gathered, as they are computed with; 0 where nothing is gathered."""
+    whole_gradients: int = 0
+    """The gradients before they are reduced."""
+    reduced: int = 0
+    """What is handed to reduce-scatter; 0 where nothing is."""
+    all_stored: int = 0
+    """The parameters on all ranks, each once."""
+    all_trained: int = 0
+    """Of those the trained ones."""
+    all_state: int = 0
+    """The optimizer's state on all ranks, each entry once."""
+
+    def plus(self, other: Self, times: int = 1) -> "Unit":
+        """The sum of this and so many of the other."""
+        return Unit(*(getattr(self, field.name) + times * getattr(other, field.name) for field in fields(Unit)))
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model on one rank: its layers are alike, the rest (embeddings, norm, head) is another unit."""
+
+    pieces: Transformer
+    """One layer and the rest, on the meta device, with the shapes and dtypes that a rank computes with."""
+    num_layers: int
+    layer: Unit
+    rest: Unit
+    is_sharded: bool
+    """Whether FSDP gathers it."""
+    parallelism: Parallelism
+    layout: tuple[int, ...]
+    """dp_replicate, dp_shard, and what the mesh has more."""
+
+    @property
+    def total(self) -> Unit:
+        """The whole model."""
+        return self.rest.plus(self.layer, self.num_layers)
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that a gathered parameter comes from."""
+        return self.layout[1] if self.is_sharded else 1
+
+    @property
+    def reshards(self) -> bool:
+        """Whether a layer's parameters are let go after its forward."""
+        return self.parallelism.reshard_after_forward
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the shares lie in the CPU's memory."""
+        return self.is_sharded and self.parallelism.cpu_offload
+
+
+# Of each parameter, the tensors of its state: for each dimension its size, or -1 - d for the size of dimension d.
+State = dict[str, list[tuple[tuple[int, ...], int]]]
+
+
+def model_sizes(model: Transformer, parallelism: Parallelism, world: World, optimizer: Any = None) -> ModelSizes:
+    """What a rank of the world holds of a model on the meta device, which is used up.
+
+    Args:
+        model: as a run builds it, before it is sharded.
+        parallelism: how it is spread.
+        world: the rank; of several, `fake_world`'s.
+        optimizer: component node of what trains it; None: nothing does.
+    """
+    num_layers, model.layers = len(model.layers), model.layers[:1]
+    quantized = {f"{name}.weight" for name, linear in adapted_linears(model).items() if linear.quantize_base}
+    state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
+    pieces = copy.deepcopy(model)
+    shard_model(model, parallelism, world)
+    is_sharded = isinstance(model, FSDPModule)
+    shards = parallelism.sizes(world.size)["dp_shard"] if is_sharded else 0
+    widths = _Widths(parallelism, is_sharded)
+    _take_shapes(pieces, model, widths)
+    units = {True: Unit(), False: Unit()}
+    for name, parameter in model.named_parameters():
+        unit = _unit(name, parameter, shards, widths, state.get(name, []), is_nf4=name in quantized)
+        in_layer = name.startswith("layers.")
+        units[in_layer] = units[in_layer].plus(unit)
+    layout = tuple(parallelism.sizes(world.size).values())
+    return ModelSizes(pieces, num_layers, units[True], units[False], is_sharded, parallelism, layout)
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """The dtypes that FSDP computes and reduces in."""
+
+    parallelism: Parallelism
+    is_sharded: bool
+
+    def compute(self, dtype: torch.dtype) -> torch.dtype:
+        name = self.parallelism.param_dtype if self.is_sharded else None
+        return dtype_from_name(name) if name and dtype.is_floating_point else dtype
+
+    def reduce(self, dtype: torch.dtype) -> torch.dtype:
+        name = self.parallelism.reduce_dtype
+        return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
+
+
+def _unit(
+    name: str,
+    parameter: Tensor,
+    shards: int,
+    widths: _Widths,
+    state: list[tuple[tuple[int, ...], int]],
+    *,
+    is_nf4: bool,
+) -> Unit:
+    own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
+    stored = nf4_bytes(own.numel(), dtype.itemsize) if is_nf4 else own.numel() * dtype.itemsize
+    gathered = shards * _padded(parameter).numel()
+    whole = math.prod(shape_in_use(parameter))
+    return Unit(
+        stored=stored,
+        gradients=own.numel() * dtype.itemsize * trained,
+        state=sum(_state_bytes(one, own.shape) for one in state),
+        whole=gathered * widths.compute(dtype).itemsize,
+        whole_gradients=whole * widths.compute(dtype).itemsize * trained,
+        reduced=gathered * widths.reduce(dtype).itemsize * trained,
+        all_stored=parameter.numel() * dtype.itemsize,
+        all_trained=parameter.numel() * dtype.itemsize * trained,
+        all_state=sum(_state_bytes(one, parameter.shape) for one in state),
+    )
+
+
+def _padded(parameter: Tensor) -> Tensor:
+    """The largest share that a rank has of it, which is what each one sends."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    own = local(parameter)
+    rows = shape_in_use(parameter)[0]
+    shards = _ranks(parameter, "dp_shard")
+    return own.new_empty((-(-rows // shards), *own.shape[1:]), device="meta")
+
+
+def _ranks(parameter: DTensor, name: str) -> int:
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ()
+    return mesh.size(names.index(name)) if name in names else 1
+
+
+def shape_in_use(parameter: Tensor) -> torch.Size:
+    """The parameter's shape when it is computed with: gathered by FSDP, still cut by what is not data parallel."""
+    shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for index, (name, placement) in enumerate(zip(mesh.mesh_dim_names or (), parameter.placements, strict=True)):
+            if not name.startswith("dp_") and placement.is_shard():
+                dimension = placement.dim  # type: ignore[attr-defined]
+                shape[dimension] = -(-shape[dimension] // mesh.size(index))
+    return torch.Size(shape)
+
+
+def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None:
+    """Gives the pieces the shapes and dtypes of the sharded model's parameters when they are computed with."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for name, parameter in sharded.named_parameters(remove_duplicate=False):
+        if parameter not in made:
+            dtype = widths.compute(parameter.dtype)
+            empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
+            made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        path, _, leaf = name.rpartition(".")
+        setattr(pieces.get_submodule(path), leaf, made[parameter])
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def state_shapes(optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]) -> State:
+    """The state that an optimizer keeps of each parameter, found by a step on small ones of the same names and dtypes."""
+    instance, small = _stepped(optimizer, trained)
+    return {
+        name: [
+            (_pattern(value.shape, parameter.shape), value.element_size()) for value in _tensors(instance, parameter)
+        ]
+        for name, parameter in small.items()
+    }
+
+
+def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
+    """Bytes that the optimizer's step makes and lets go: about, from a step on small parameters."""
+    trained = _trained(sizes.pieces)
+    instance, small = _stepped(optimizer, trained)
+    group = instance.param_groups[0]
+    # Of plain tensors on a GPU, torch updates all at once unless told not to.
+    at_once = group.get("foreach") or (
+        device_type == "cuda" and not sizes.is_sharded and "foreach" in group and not group.get("fused")
+    )
+    live = LiveBytes()
+    live.ignore(*small.values(), *(parameter.grad for parameter in small.values()))
+    live.ignore(*(value for parameter in small.values() for value in _tensors(instance, parameter)))
+    with live:
+        instance.step()
+    if at_once:
+        return sizes.total.gradients * live.peak // sum(map(_bytes, small.values()))
+    widest = max(_bytes(parameter) for _, parameter in trained) // max(1, sizes.num_shards)
+    return widest * live.peak // max(map(_bytes, small.values()))
+
+
+def _stepped(
+    optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]
+) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer after a step on small parameters of the same names and dtypes, and these."""
+    small = {name: _small(parameter) for name, parameter in trained}
+    instance: torch.optim.Optimizer = instantiate(optimizer, params=list(small.items()))
+    for parameter in small.values():
+        parameter.grad = torch.ones_like(parameter)
+    instance.step()
+    return instance, small
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _small(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(_PROBE[: parameter.ndim], dtype=parameter.dtype))
+
+
+def _tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    return [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+
+
+def _pattern(shape: Sequence[int], parameter_shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = list(parameter_shape)
+    return tuple(-1 - sizes.index(size) if size in sizes else size for size in shape)
+
+
+def _state_bytes(state: tuple[tuple[int, ...], int], shape: Sequence[int]) -> int:
+    pattern, itemsize = state
+    return itemsize * math.prod(size if size >= 0 else shape[-1 - size] for size in pattern)

@@ -1,0 +1,95 @@
+"""Steps of a real model on real processes, and what they hold: the witnesses of the plan."""
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kdtune import data, distributed, losses, teachers, training
+from kdtune.checkpoint import local
+from kdtune.config import instantiate
+from kdtune.training.plan import make_plan
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that Python can reach."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if isinstance(one, Tensor) and not isinstance(one, DTensor)]
+    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors if not one.is_meta}
+    return sum(storages.values())
+
+
+def peak_growth(profile: torch.profiler.profile) -> int:
+    """The most bytes that the CPU's allocator had given out at once, more than at the start."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def run_steps(cfg: Any, folder: Path) -> None:
+    """Two steps on this process of several; what it held goes to a JSON file."""
+    with distributed.start_world(torch.device("cpu")) as world:
+        (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(steps(cfg, world)))
+
+
+def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
+    """Two steps as the recipe makes them: what this rank held, and what a plan that it makes itself says, in bytes."""
+    parallelism, dtype = instantiate(cfg.parallelism), training.dtype_from_name(cfg.dtype)
+
+    def build(builder: Any, adapter: Any, parallelism: distributed.Parallelism, *, trained: bool) -> Any:
+        return distributed.build_model(
+            builder, None, adapter=adapter, dtype=dtype, device=world.device,
+            prepare=lambda model: distributed.parallelize(
+                model.requires_grad_(False) if not trained else model, parallelism, world,
+                activation_checkpointing=trained and cfg.enable_activation_checkpointing,
+            ),
+        )  # fmt: skip
+
+    plan = make_plan(cfg, world)
+    own = instantiate(cfg.teacher_parallelism) or parallelism
+    teacher = teachers.OnlineTeacher(build(cfg.teacher_model, None, own, trained=False))
+    student = build(cfg.model, cfg.adapter, parallelism, trained=True)
+    optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(student))
+    kd_loss = losses.KDLoss(kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    shape = (cfg.batch_size, cfg.tokenizer["max_seq_len"])
+    held = plan.held
+    sizes: dict[str, Any] = {"planned": [held.stored, held.gradients, held.state, plan.peak.total]}
+    sizes["weights"] = _bytes(student.parameters())
+
+    def micro_batch() -> None:
+        tokens = torch.randint(64, shape)
+        batch = data.Batch(tokens, tokens.clone())
+        signal = teacher(batch)
+        hidden = student(batch.tokens, return_hidden=True)
+        loss, _ = kd_loss(hidden, student.output, signal, batch.labels)
+        (loss / tokens.numel()).backward()
+
+    def step() -> None:
+        for _ in range(cfg.gradient_accumulation_steps):
+            micro_batch()
+        sizes["gradients"] = _bytes(p.grad for p in student.parameters() if p.grad is not None)
+        training.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    sizes["state"] = _bytes(
+        value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
+    )
+    before = live_bytes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    sizes |= {"before": before, "peak": before + peak_growth(profile)}
+    return sizes
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,112 @@
+"""What a plan says of memory, against what real processes hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planned_runs import run_steps, steps
+
+from kdtune._assets import find_recipe
+from kdtune.config import load
+from kdtune.config.recipe import import_recipe
+from kdtune.distributed import World, fake_world
+from kdtune.training.plan import Plan, make_plan
+
+SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
+         "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip
+TEACHER = ["teacher_model.vocab_size=1003", "teacher_model.embed_dim=160", "teacher_model.num_layers=5",
+           "teacher_model.intermediate_dim=288"]  # fmt: skip
+KINDS = {
+    "full": ["adapter=null"],
+    "untied": ["adapter=null", "model.tie_embeddings=false"],
+    "bf16": ["adapter=null", "dtype=bf16"],
+    "muon": ["adapter=null", "optimizer=kdtune.training.Muon"],
+    "lora": ["adapter=kdtune.models.apply_lora"],
+    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true"],
+    # Many layers and short chunks: the peak is not in the loss.
+    "recomputed": ["adapter=null", "enable_activation_checkpointing=true", "model.num_layers=12"],
+    "wide": [
+        "adapter=null",
+        "model.embed_dim=256",
+        "model.intermediate_dim=640",
+        "tokenizer.max_seq_len=8",
+        "batch_size=1",
+    ],
+}
+LAYOUTS = {
+    "1": (1, []),
+    "2": (2, []),
+    "4": (4, ["gradient_accumulation_steps=2"]),
+    "HSDP 2x2": (4, ["parallelism.dp_replicate=2", "parallelism.reshard_after_forward=false"]),
+}
+EVERYWHERE = ("full", "lora", "dora", "wide")
+
+
+def planned(cfg: Any, ranks: int, rank: int = 0) -> Plan:
+    if ranks == 1:
+        return make_plan(cfg, World(torch.device("cpu")))
+    with fake_world(ranks, rank) as world:
+        return make_plan(cfg, world)
+
+
+def config(*overrides: str) -> Any:
+    frame = import_recipe(find_recipe("knowledge_distillation")).frame
+    return load("tiny/knowledge_distillation", [*SIZES, *TEACHER, *overrides], frame)
+
+
+def measured(launch: Any, cfg: Any, ranks: int, folder: Path) -> list[dict[str, int]]:
+    if ranks == 1:
+        run_steps(cfg, folder)
+    else:
+        launch.call(run_steps, cfg, folder, ranks=ranks)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in KINDS for layout in LAYOUTS if kind in EVERYWHERE or layout == "2"],
+)
+def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path) -> None:
+    """Parameters, gradients and optimizer state to the byte, on every rank; the peak to 10 %."""
+    ranks, own = LAYOUTS[layout]
+    cfg = config(*KINDS[kind], *own)
+    # Before the real processes start: they inherit what a fake group may leave behind.
+    plans = [planned(cfg, ranks, rank) for rank in range(ranks)]
+    found = measured(launch, cfg, ranks, tmp_path)
+    for plan, one in zip(plans, found, strict=True):
+        assert (plan.held.stored, plan.held.gradients, plan.held.state) == (
+            one["weights"],
+            one["gradients"],
+            one["state"],
+        )
+        # A run, which plans with its own processes, says the same.
+        assert one["planned"] == [plan.held.stored, plan.held.gradients, plan.held.state, plan.peak.total]
+    # Gloo's threads let go of copies of what they reduce late, on each rank at another time; what is left is the step's own.
+    copies = 2 * plans[0].student.sizes.layer.reduced
+    assert 0.9 * (max(one["peak"] for one in found) - copies) <= plans[0].peak.total
+    assert plans[0].peak.total <= 1.1 * min(one["peak"] for one in found)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_without_a_backend_of_its_own(kind: str, layout: str) -> None:
+    """The same steps, FSDP's work among them, with collectives that do nothing: the peak is the step's alone, to 10 %."""
+    ranks, own = LAYOUTS[layout]
+    cfg = config(*KINDS[kind], *own)
+    with fake_world(ranks) as world:
+        found = steps(cfg, world)
+    assert planned(cfg, ranks).peak.total == pytest.approx(found["peak"], rel=0.1)
+
+
+def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
+    cfg = config("adapter=null", "model.embed_dim=128", "tokenizer.max_seq_len=16")
+    peaks = []
+    for ranks in (1, 2, 4):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        peaks.append((planned(cfg, ranks).peak.total, measured(launch, cfg, ranks, folder)[0]["peak"]))
+    for (plan, real), (fewer_plan, fewer_real) in zip(peaks[1:], peaks, strict=False):
+        assert real < 0.9 * fewer_real
+        assert plan / fewer_plan == pytest.approx(real / fewer_real, rel=0.1)
