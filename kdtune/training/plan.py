@@ -107,7 +107,7 @@ class Plan:
         inner_gb_s, outer_gb_s = (
             gpu.host_link_gb_s if ranks <= GPUS_PER_HOST else gpu.network_gb_s for ranks in (inner, self.world_size)
         )
-        shared = self.volume.gather + self.volume.reduce_scatter
+        shared = self.volume.gather + self.volume.reduce_scatter + self.volume.tensor_parallel
         return shared / (1e9 * inner_gb_s) + self.volume.all_reduce / (1e9 * outer_gb_s)
 
 
@@ -161,7 +161,13 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
         teacher=teacher,
         loss=loss,
         moments=tuple(moments(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
-        volume=volume(ours, theirs if kd_ratio > 0 else None, cfg.gradient_accumulation_steps),
+        volume=volume(
+            ours,
+            theirs if kd_ratio > 0 else None,
+            cfg.gradient_accumulation_steps,
+            batch,
+            recomputes=cfg.enable_activation_checkpointing,
+        ),
         dtype=cfg.dtype,
         save_weights=cfg.save_weights,
     )

@@ -13,7 +13,10 @@ tests/distributed/test_plan.py. A unit is a layer, or the rest (embeddings, norm
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import torch
+
 from kdtune.training.meta_run import Cost
+from kdtune.training.plan_costs import MicroBatch, hidden_bytes
 from kdtune.training.plan_sizes import ModelSizes, Unit
 
 
@@ -48,6 +51,8 @@ class Volume:
     gather: int
     reduce_scatter: int
     all_reduce: int
+    tensor_parallel: int
+    """Sums of hidden states, two a layer and pass, and logits on their way to the process that compares them."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,9 @@ def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
     return sum(one.numel() * one.element_size() for one in parameters if one.requires_grad)
 
 
-def volume(student: ModelSizes, teacher: ModelSizes | None, accumulation: int) -> Volume:
+def volume(
+    student: ModelSizes, teacher: ModelSizes | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
+) -> Volume:
     """What a rank receives in a step."""
     gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
     gathered = _ring(gather, student.num_shards)
@@ -230,7 +237,20 @@ def volume(student: ModelSizes, teacher: ModelSizes | None, accumulation: int) -
     reduced = student.total.reduced
     replicas = student.layout[0] if student.is_sharded else 1
     summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
-    return Volume(accumulation * gathered, accumulation * _ring(reduced, student.num_shards), accumulation * summed)
+    cut = _cut_volume(student, batch, passes=3 if recomputes else 2, exchanges=2)
+    if teacher is not None:
+        cut += _cut_volume(teacher, batch, passes=1, exchanges=1)
+    parts = (gathered, _ring(reduced, student.num_shards), summed, cut)
+    return Volume(*(accumulation * part for part in parts))
+
+
+def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:
+    """What tensor parallelism sends of a micro-batch, in so many passes over the layers and exchanges of its logits."""
+    tp = sizes.layout[-1]
+    hidden = hidden_bytes(sizes.pieces, batch)
+    logits = batch.num_tokens * len(sizes.pieces.output.weight) * torch.float32.itemsize
+    # A sum is sent as two rings; of a process's logits, all but its own tokens' go to the others.
+    return passes * 2 * sizes.num_layers * 2 * _ring(hidden, tp) + 2 * _ring(hidden, tp) + exchanges * _ring(logits, tp)
 
 
 def _ring(total: int, ranks: int) -> int:

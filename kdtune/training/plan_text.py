@@ -114,6 +114,8 @@ def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list[s
             _row("  reduce-scatter, GB", plans, lambda plan: _digits(plan.volume.reduce_scatter / 1e9)),
             _row("  all-reduce, GB", plans, lambda plan: _digits(plan.volume.all_reduce / 1e9)),
         ]
+    if any(plan.volume.tensor_parallel for plan in plans):
+        rows.append(_row("  tensor parallel, GB", plans, lambda plan: _digits(plan.volume.tensor_parallel / 1e9)))
     if gpu is not None:
         rows += [
             _row("  computing, s", plans, lambda plan: _digits(plan.computing(gpu))),

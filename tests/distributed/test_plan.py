@@ -110,3 +110,17 @@ def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
     for (plan, real), (fewer_plan, fewer_real) in zip(peaks[1:], peaks, strict=False):
         assert real < 0.9 * fewer_real
         assert plan / fewer_plan == pytest.approx(real / fewer_real, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path: Path) -> None:
+    """To the byte too; what is sent falls with nothing but the layers' sums and the logits."""
+    cut = ["parallelism.tp=2", "model.vocab_size=1004", "teacher_model.vocab_size=1004"]
+    cfg = config(*KINDS[kind], *cut)
+    plans = [planned(cfg, ranks, rank) for rank in range(ranks)]
+    for plan, one in zip(plans, measured(launch, cfg, ranks, tmp_path), strict=True):
+        held = (plan.held.stored, plan.held.gradients, plan.held.state)
+        assert held == (one["weights"], one["gradients"], one["state"])
+    assert plans[0].layout == (1, ranks // 2, 2) and plans[0].volume.tensor_parallel > 0
+    assert planned(config(*KINDS[kind], *cut[1:]), ranks).volume.tensor_parallel == 0
