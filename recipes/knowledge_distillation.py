@@ -183,9 +183,8 @@ def run(cfg: Config, world: distributed.World) -> None:
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
     newest = None
     if cfg.resume_from_checkpoint:
-        newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,
-                                         batches_per_step=batches_per_step)  # fmt: skip
-        newest = checkpoint.from_main(newest)
+        newest = checkpoint.from_main(training.step_to_resume(
+            output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE, batches_per_step=batches_per_step))  # fmt: skip
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     tokenizer = config.instantiate(cfg.tokenizer)
@@ -294,8 +293,7 @@ def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[da
         return loader, None
     dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
     batch_size = cfg.batch_size_val or cfg.batch_size
-    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
-    return loader, list(held_out)
+    return loader, list(data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size))  # fmt: skip
 
 
 def build_models(

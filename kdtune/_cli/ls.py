@@ -1,4 +1,4 @@
-"""`kdtune ls`: the shipped recipes and configs, or one recipe's keys."""
+"""`kdtune ls`: the shipped recipes and configs, those of a folder, or one recipe's keys."""
 
 import argparse
 import textwrap
@@ -13,25 +13,36 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds `ls` to the command's parsers."""
     parser = subparsers.add_parser("ls", help="list recipes and configs, or a recipe's keys", description=__doc__)
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="show this recipe's summary, aliases, configs and keys"
-    )
+        "name", nargs="?", metavar="NAME", help="a recipe: show its summary, aliases, configs and keys; a folder of configs, "
+        "or a config: show which recipes they are for",
+    )  # fmt: skip
     parser.set_defaults(func=execute)
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the table."""
-    print(table() if arguments.recipe is None else describe(_assets.find_recipe(arguments.recipe)))
+    """Prints the table, a part of it, or a recipe's keys."""
+    name = arguments.name
+    if name is None:
+        print(table(_assets.configs()))
+        return
+    inside = [config for config in _assets.configs() if f"{config.name}/".startswith(f"{name.rstrip('/')}/")]
+    print(table(inside, all_recipes=False) if inside else describe(_assets.find_recipe(name)))
 
 
-def table() -> str:
-    """Every recipe, with its other names below it, beside its configs; then the configs that name no recipe."""
-    recipes, configs = _assets.recipes(), _assets.configs()
+def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str:
+    """Every recipe, with its other names below it, beside its configs; then the configs that name no recipe.
+
+    Without `all_recipes` those only that one of the configs is for, without their other names.
+    """
+    recipes = _assets.recipes()
     rows = [("RECIPE", "CONFIG")]
     listed = set()
     for recipe in recipes:
         partners = [config.name for config in configs if config.recipe in (recipe.name, *recipe.aliases)]
         listed.update(partners)
-        names = [recipe.name, *(f"  {alias}" for alias in recipe.aliases)]
+        if not (partners or all_recipes):
+            continue
+        names = [recipe.name, *(f"  {alias}" for alias in recipe.aliases if all_recipes)]
         rows += zip_longest(names, partners or ["-"], fillvalue="")
     orphans = [config.name for config in configs if config.name not in listed]
     rows += [("-" if index == 0 else "", name) for index, name in enumerate(orphans)]

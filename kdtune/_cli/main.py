@@ -13,6 +13,7 @@ _EPILOG = """\
 examples:
   kdtune ls                                     recipes and their configs
   kdtune ls knowledge_distillation              the keys of a recipe's config
+  kdtune ls llama3_2                            the configs of a folder
   kdtune cp tiny/knowledge_distillation my.yaml
   kdtune validate my.yaml kd_ratio=0.75
   kdtune plan my.yaml --world-size 8            memory and time of a run, before it runs

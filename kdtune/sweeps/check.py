@@ -3,6 +3,8 @@
 from functools import cache
 from typing import Any
 
+from tqdm import tqdm
+
 from kdtune import _assets
 from kdtune.config.frame import frame_fields
 from kdtune.config.load import check_machine, load
@@ -37,7 +39,8 @@ def step_problems(plan: Plan, *, machine: bool) -> list[str]:
     others need may not be there yet.
     """
     found = []
-    for step in plan.steps:
+    # Dozens of configs take a while. Shown on a terminal only (disable=None), and where it takes more than a second.
+    for step in tqdm(plan.steps, desc="checking the steps", unit="step", delay=1, leave=False, disable=None):
         if step.record.exists():
             continue
         try:

@@ -27,6 +27,7 @@ from kdtune.training.loggers import read_metrics, truncate_metrics
 
 log = get_logger(__name__)
 
+_ABSENT = object()
 _NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
@@ -224,15 +225,31 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
         may_change: keys that do not change the numbers, or that the user may extend.
 
     Raises:
-        ConfigError: naming each key that differs, with both values.
+        ConfigError: naming each key that differs, down to a component's own arguments, with both values.
     """
     changed = [key for key in now if key not in may_change and key in before and before[key] != now[key]]
     if changed:
-        lines = "\n".join(f"  {key}: was {before[key]!r}, is {now[key]!r}" for key in changed)
+        lines = "\n".join(f"  {line}" for key in changed for line in _differences(key, before[key], now[key]))
         raise ConfigError(
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n"
             "take the changes back, or choose another output_dir for a new run"
         )
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """`a.b: was 1, is 2` for each value that differs; of mappings, key by key."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if before == now else [f"{key}: was {_value(before)}, is {_value(now)}"]
+    names = dict.fromkeys([*before, *now])
+    return [
+        line
+        for name in names
+        for line in _differences(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
+    ]
+
+
+def _value(value: Any) -> str:
+    return "not given" if value is _ABSENT else repr(value)
 
 
 def _check_same_steps(

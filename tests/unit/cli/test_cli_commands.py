@@ -44,6 +44,13 @@ def test_ls_recipe_shows_its_keys(assets: Path, capsys: pytest.CaptureFixture[st
     assert "  tokenizer: component = null\n" in out
 
 
+def test_ls_folder_shows_its_configs(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "RECIPE  CONFIG\nadd     tiny/add\n"
+    assert [run(capsys, "ls", name)[1] for name in ("tiny", "tiny/", "tiny/add")] == [expected] * 3
+    code, _, err = run(capsys, "ls", "tin")
+    assert code == 2 and "unknown recipe 'tin'" in err
+
+
 def test_cat_prints_the_file(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "cat", "tiny/add")[1] == (assets / "configs/tiny/add.yaml").read_text()
     assert run(capsys, "cat", "add_single_device")[1] == (assets / "recipes/add.py").read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kdtune.errors import ConfigError
-from kdtune.training import MAY_CHANGE, start_run, step_to_resume
+from kdtune.training import MAY_CHANGE, check_unchanged, start_run, step_to_resume
 
 CONFIG = "gradient_accumulation_steps: 4\nparallelism: {_component_: kdtune.distributed.Parallelism}\n"
 NODE = {"_component_": "kdtune.distributed.Parallelism"}
@@ -31,3 +31,21 @@ def test_the_same_rounding(setting: str, tmp_path: Path) -> None:
     start_run(tmp_path, step=0, resolved_config=CONFIG, record={})
     with pytest.raises(ConfigError, match=f"parallelism.{setting}: was None, is 'bf16'; a resumed run keeps it"):
         resume(tmp_path, 4, 1, **{setting: "bf16"})
+
+
+def test_only_what_differs_inside_a_component_is_named() -> None:
+    optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}
+    before = {"optimizer": optimizer, "adapter": None, "epochs": 1}
+    now = {
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3, "foreach": True},
+        "adapter": {"lora_rank": 8},
+        "epochs": 2,
+    }
+    with pytest.raises(ConfigError) as refused:
+        check_unchanged(before, now, may_change=("epochs",))
+    assert str(refused.value).splitlines()[1:-1] == [
+        "  optimizer.lr: was 0.001, is 0.002",
+        "  optimizer.fused: was True, is not given",
+        "  optimizer.foreach: was not given, is True",
+        "  adapter: was None, is {'lora_rank': 8}",
+    ]
