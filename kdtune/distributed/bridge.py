@@ -7,8 +7,8 @@ processes s, s + S, ....
 """
 
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,8 +28,28 @@ _DTYPES = (torch.int64, torch.float32, torch.bfloat16, torch.float64, torch.floa
 _MAX_DIMENSIONS = 3
 _HEADER_LENGTH = 4 + _MAX_DIMENSIONS
 
-Delivered = Callable[[], None]
-"""Returns once the other process has what was sent to it."""
+# Long enough for one who listens, and short for one who is at work.
+_PATIENCE = timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What is on its way to another process; it keeps the tensors, which must not be changed before it has arrived."""
+
+    bridge: "Bridge"
+    rank: int
+    works: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Returns once it has arrived; waits for this time, or for the run's.
+
+        Raises:
+            TrainingError: the other process is gone, or does not fetch it.
+        """
+        with self.bridge.naming(self.rank):
+            for work in self.works:
+                work.wait(timeout) if timeout else work.wait()
 
 
 @dataclass(frozen=True)
@@ -69,66 +89,74 @@ class Bridge:
         """The most partners that any process of the teacher has: so often do all of them compute when every student asks once."""
         return -(-self.num_students // self.num_teachers)
 
-    def send(self, rank: int, note: int, tensor: Tensor | None = None) -> Delivered:
-        """Sends a number and, where there is one, a tensor of up to three dimensions; does not wait.
-
-        What is returned must be called once: until then it keeps the tensor, which must not be changed.
-        """
+    def send(self, rank: int, note: int, tensor: Tensor | None = None) -> Sent:
+        """Sends a number from 0 on and, where there is one, a tensor of up to three dimensions; does not wait for them."""
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
         header[0] = note
-        works = []
-        with self._with(rank):
-            if tensor is not None:
-                on_gpu = self.data is not None and tensor.is_cuda
-                tensor = tensor.contiguous() if on_gpu else tensor.contiguous().cpu()
-                description = [_DTYPES.index(tensor.dtype), int(on_gpu), tensor.ndim, *tensor.shape]
-                header[1 : 1 + len(description)] = torch.tensor(description)
-            works.append(self.control.send([header], rank, 0))
-            if tensor is not None and tensor.numel():
-                works.append((self.data if tensor.is_cuda else self.control).send([tensor], rank, 0))
-
-        def wait(_keep: tuple[Tensor | None, ...] = (header, tensor)) -> None:
-            with self._with(rank):
-                for work in works:
-                    work.wait()
-
-        return wait
+        groups, tensors = [self.control], [header]
+        if tensor is not None:
+            on_gpu = self.data is not None and tensor.is_cuda
+            tensor = tensor.contiguous() if on_gpu else tensor.contiguous().cpu()
+            description = [_DTYPES.index(tensor.dtype), int(on_gpu), tensor.ndim, *tensor.shape]
+            header[1 : 1 + len(description)] = torch.tensor(description)
+            if tensor.numel():
+                groups.append(self.data if on_gpu else self.control)
+                tensors.append(tensor)
+        with self.naming(rank):
+            works = tuple(group.send([one], rank, 0) for group, one in zip(groups, tensors, strict=True))
+        return Sent(self, rank, works, tuple(tensors))
 
     def receive(self, rank: int) -> tuple[int, Tensor]:
         """The next number and tensor that this process has sent; an empty tensor where it sent the number alone.
 
         Raises:
-            TrainingError: it is gone, or has sent nothing before the timeout.
+            TrainingError: it is gone, has sent nothing before the timeout, or has failed; then with its exit code.
         """
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
-        with self._with(rank):
+        with self.naming(rank):
             self.control.recv([header], rank, 0).wait()
-            note, dtype, on_gpu, num_dimensions, *lengths = header.tolist()
-            shape = lengths[:num_dimensions] if num_dimensions else [0]
-            tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self.device if on_gpu else "cpu")
-            if tensor.numel():
+        note, dtype, on_gpu, num_dimensions, *lengths = header.tolist()
+        if note < 0:
+            raise self._loss(rank, "has ended with an error of its own", exit_code=-note)
+        shape = lengths[:num_dimensions] if num_dimensions else [0]
+        tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self.device if on_gpu else "cpu")
+        if tensor.numel():
+            with self.naming(rank):
                 (self.data if on_gpu else self.control).recv([tensor], rank, 0).wait()
         return note, tensor
 
     def close(self) -> None:
         """Ends the conversation: the student's processes say so, and the teacher's, which wait for that, have heard it."""
         if not self.is_teacher:
-            for delivered in [self.send(rank, END) for rank in self.partners]:
-                delivered()
+            for sent in [self.send(rank, END) for rank in self.partners]:
+                sent.wait()
         if self.data is not None:
             self.data.shutdown()
 
+    def fail(self, exit_code: int) -> None:
+        """Tells the processes that wait for this one that it ends with a user's error: theirs is to be the same exit code."""
+        for rank in self.partners:
+            with suppress(TrainingError):  # who is gone, or at work, finds out by itself
+                self.send(rank, -exit_code).wait(_PATIENCE)
+
     @contextmanager
-    def _with(self, rank: int) -> Iterator[None]:
+    def naming(self, rank: int) -> Iterator[None]:
+        """What torch says of a broken connection becomes an error that names the process at its other end."""
         try:
             yield
         except RuntimeError as error:
-            who = "the student" if self.is_teacher else "the teacher"
-            reason = str(error).partition("\n")[0]
-            raise TrainingError(
-                f"on {socket.gethostname()}: rank {rank}, a process of {who}, is gone or has kept this one waiting for longer "
-                f"than parallelism.timeout_minutes ({reason}); look for its own error in the output"
-            ) from error
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            what = f"is gone or has kept this one waiting for longer than parallelism.timeout_minutes ({reason})"
+            raise self._loss(rank, what) from error
+
+    def _loss(self, rank: int, what: str, *, exit_code: int = 1) -> TrainingError:
+        whose = "student" if self.is_teacher else "teacher"
+        host = socket.gethostname()
+        error = TrainingError(
+            f"on {host}: rank {rank}, a process of the {whose}, {what}; look for its error in the output"
+        )
+        error.exit_code = exit_code
+        return error
 
 
 def start_two_worlds(backend: str, device: torch.device, timeout: timedelta, num_teachers: int) -> Bridge:

@@ -126,11 +126,10 @@ def start_world(
             bridge.close()
     except Exception as error:
         if not isinstance(error, KDTuneError):
-            print(
-                f"[rank {os.environ['RANK']} on {socket.gethostname()}] {type(error).__name__}:",
-                file=sys.stderr,
-                flush=True,
-            )
+            rank = os.environ["RANK"]
+            print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
+        elif bridge is not None:
+            bridge.fail(error.exit_code)
         raise
     dist.destroy_process_group()
 

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdtune.distributed import END, Bridge, World
+from kdtune.distributed import END, Bridge, Sent, World
 from kdtune.errors import ConfigError
 from kdtune.losses import FactoredHead
 from kdtune.models import KVCache, Transformer, TransformerConfig
 
 # What a process of the student asks for; END is the last that it says.
 _START, _HEAD, _HIDDEN = END + 1, END + 2, END + 3
-_Asked = tuple[Tensor, list[Callable[[], None]]]
+_Asked = tuple[Tensor, list[Sent]]
 
 
 class RemoteModel(nn.Module):
@@ -146,7 +146,7 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
     askers = [rank for rank, asked in zip(bridge.partners, requests, strict=True) if asked == _HEAD]
     _wait([bridge.send(rank, 0, model.output.weight) for rank in askers])
 
-    before: list[Callable[[], None]] = []
+    before: list[Sent] = []
     while True:
         batches = [bridge.receive(rank) for rank in bridge.partners]
         if any(asked == END for asked, _ in batches):
@@ -161,6 +161,6 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
             before = [bridge.send(bridge.partners[turn], int(interrupt.requested), hidden_BSD)]
 
 
-def _wait(sent: Iterable[Callable[[], None]]) -> None:
-    for delivered in sent:
-        delivered()
+def _wait(all_sent: Iterable[Sent]) -> None:
+    for sent in all_sent:
+        sent.wait()

@@ -173,7 +173,7 @@ import time
 import torch
 
 from kdtune.checkpoint import Checkpointer
-from kdtune.models import Transformer, llama
+from kdtune.models import Transformer, apply_lora, llama
 
 
 class ByTheTeacher(Checkpointer):
@@ -216,6 +216,11 @@ def failing_teacher(how="raise"):
                                max_seq_len=256).config)
     model.how = how
     return model
+
+
+def adapted_teacher():
+    model = llama(vocab_size=320, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=256)
+    return apply_lora(model, apply_lora_to_output=True)
 
 
 def fail(how):
@@ -280,6 +285,27 @@ def test_a_process_that_fails(whose: str, how: str, first: str, launch, folder: 
         rf"{re.escape(speaker)}.* error: on {socket.gethostname()}: rank \d, a process of the {other}, is gone", said
     ), said
     assert not (folder / "out" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message", "ranks_that_say_so", "others_say"),
+    [
+        (["dataset.split=train[:0]"], "the dataset is empty", (0, 1), "rank 0, a process of the student, has ended"),
+        (["teacher_model=own_parts.adapted_teacher"], "the teacher's output head has an adapter", (2,),
+         "rank 2, a process of the teacher, has ended with an error of its own"),
+    ],
+    ids=["of the student", "of the teacher"],
+)  # fmt: skip
+def test_a_users_mistake_that_one_side_finds(
+    mistake: list[str], message: str, ranks_that_say_so: tuple[int, ...], others_say: str, launch, folder: Path
+) -> None:
+    """All end with its exit code, whichever torchrun looks at."""
+    ended = launch.kdtune(*RUN, *mistake, "teacher_processes=1", f"output_dir={folder / 'out'}", ranks=3)
+    assert [rank.code for rank in ended] == [2, 2, 2], "\n".join(rank.text for rank in ended)
+    for number, rank in enumerate(ended):
+        assert (message if number in ranks_that_say_so else others_say) in rank.text
+        assert "Traceback" not in rank.text
+    assert not (folder / "out").exists()
 
 
 def check_stopped(ended: list, out: Path) -> None:
