@@ -1,7 +1,7 @@
 """When in a step what exists on a rank, and what goes over the wire; docs/distributed.md says how the models are spread.
 
 What FSDP2 holds and when was read from torch/distributed/fsdp/_fully_shard and is compared with what is measured in
-tests/distributed/test_plan.py. A unit is a layer, or the rest (embeddings, norm, head).
+tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embeddings, norm, head).
 
 - Gathering a unit takes it twice: the buffer that is received, and the parameters that are copied out of it. In forward the
   buffer lives until the next unit is gathered; in backward the next one's is there already.

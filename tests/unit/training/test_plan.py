@@ -286,7 +286,10 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny/finetune", "--seq-len", "0"], "at least 1"),
         (["tiny/finetune", "--world-size", "3", "parallelism.dp_replicate=2"], "multiple of 2"),
         (["tiny/finetune", "batch_size=0"], "batch_size"),
-        (["llama3_1/8B_qlora_single_device", "--world-size", "2"], "one process"),
+        (
+            ["llama3_1/8B_qlora_single_device", "--world-size", "2", "parallelism.tp=2"],
+            "an NF4 base is a copy on every device",
+        ),
         (["nowhere"], "nowhere"),
     ],
 )
