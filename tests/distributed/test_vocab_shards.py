@@ -1,0 +1,68 @@
+"""The loss on heads that are cut by the vocabulary, against plain logits in float64, differentiated by autograd."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from kdtune.checkpoint.ranks import whole
+from kdtune.constants import IGNORE_INDEX, TP_DIM
+from kdtune.distributed import Parallelism
+from kdtune.errors import ConfigError
+from kdtune.losses import HiddenSignal, KDLoss
+
+
+def head_of(weight_VD: Tensor) -> nn.Linear:
+    head = nn.Linear(weight_VD.shape[1], len(weight_VD), bias=False, device="meta")
+    head.weight = nn.Parameter(weight_VD)
+    return head
+
+
+def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is_cut: bool) -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    hidden, answer = torch.randn(2, 9, 6, requires_grad=True), torch.randn(2, 9, 8)
+    ours, theirs = torch.randn(vocab_size, 6, requires_grad=True), torch.randn(teacher_vocab_size, 8)
+    shared = min(vocab_size, teacher_vocab_size)
+    labels = torch.full((18,), IGNORE_INDEX)
+    labels[torch.randperm(18)[:num_valid]] = torch.randint(shared, (num_valid,))
+    labels = labels.view(2, 9)
+
+    valid = labels != IGNORE_INDEX
+    logits, logits_of_teacher = (hidden @ ours.T)[valid][:, :shared], (answer @ theirs.T)[valid][:, :shared]
+    logq, logp = logits.log_softmax(-1), logits_of_teacher.log_softmax(-1)
+    ce, kd = -logq.gather(1, labels[valid][:, None]).sum(), (logp.exp() * (logp - logq)).sum()
+    expected = 0.7 * ce + 0.3 * kd
+    gradients = torch.autograd.grad(expected, (hidden, ours))
+
+    with Parallelism(dp_shard=1, tp=-1).start_world(torch.device("cpu")) as world:
+        mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=(TP_DIM,))
+
+        def cut(weight: Tensor) -> Tensor:
+            return distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+
+        head, teacher_head = head_of(cut(ours)), head_of(cut(theirs) if teacher_is_cut else theirs)
+        inputs = hidden.detach().requires_grad_()
+        kd_loss = KDLoss(kd_ratio=0.3, chunk_size=5)
+        loss, parts = kd_loss(inputs, head, HiddenSignal(answer, teacher_head), labels)
+        loss.backward()
+        found = (loss, parts["class_loss"], parts["kd_loss"], inputs.grad, whole(head.weight.grad))
+        for one, other in zip(found, (expected, ce, kd, *gradients), strict=True):
+            torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-12, atol=1e-12)
+        assert parts["agreement"].item() == (logits.argmax(-1) == logits_of_teacher.argmax(-1)).sum()
+        if teacher_is_cut:
+            with pytest.raises(ConfigError, match="give both models the same tp"):
+                kd_loss(hidden, head_of(ours), HiddenSignal(answer, teacher_head), labels)
+
+
+@pytest.mark.parametrize("teacher_is_cut", [True, False])
+@pytest.mark.parametrize(
+    ("vocab_size", "teacher_vocab_size", "num_valid"),
+    [(40, 40, 18), (42, 37, 13), (37, 44, 1), (40, 22, 7), (40, 40, 0)],
+)
+def test_against_plain_logits(
+    vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is_cut: bool, launch
+) -> None:
+    """Of other sizes than the processes divide, chunks of fewer tokens than processes, and processes with no id that counts."""
+    launch.call(compare, vocab_size, teacher_vocab_size, num_valid, teacher_is_cut, ranks=4)
