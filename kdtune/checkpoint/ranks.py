@@ -121,7 +121,10 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 
 def holds_first(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold the same shard: the one that writes it."""
+    """Whether this process is the first of those that hold the same shard on the tensor's mesh: the one that writes it.
+
+    Norms are not on the mesh of tensor parallelism: there each of its processes writes them, the same bytes to the same place.
+    """
     if not isinstance(tensor, DTensor):
         return is_main()
     coordinate = tensor.device_mesh.get_coordinate()

@@ -1,7 +1,7 @@
 """How a model is built for a run, and what is applied to it from outside."""
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
-from kdtune.distributed.bridge import END, Bridge, Sent
+from kdtune.distributed.bridge import END, Bridge
 from kdtune.distributed.build import build_model, meta_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
@@ -13,7 +13,6 @@ __all__ = [
     "END",
     "Bridge",
     "Parallelism",
-    "Sent",
     "World",
     "apply_activation_checkpointing",
     "apply_compile",

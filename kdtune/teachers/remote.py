@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdtune.distributed import END, Bridge, Sent, World
+from kdtune.distributed import END, Bridge, World
+from kdtune.distributed.bridge import Sent
 from kdtune.errors import ConfigError
 from kdtune.losses import FactoredHead
 from kdtune.models import KVCache, Transformer, TransformerConfig

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_parts import SIZES
 
 from kdtune._cli.main import main
 from kdtune.checkpoint import save_model
 from kdtune.models import llama
+from kdtune.models.transformer import INIT_STD
 from kdtune.tokenizers import byte_tokenizer
 
 
@@ -101,11 +103,20 @@ def launch(tmp_path: Path) -> Launcher:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with the tiny config's student."""
+    return _write_model(tmp_path_factory.mktemp("small") / "model", INIT_STD)
+
+
+@pytest.fixture(scope="session")
+def loud_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with weights so large that answers depend on the question."""
+    return _write_model(tmp_path_factory.mktemp("loud") / "model", 0.15)
+
+
+def _write_model(folder: Path, std: float) -> Path:
     torch.manual_seed(0)
-    model = llama(
-        vocab_size=320, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=256,
-        tie_embeddings=True,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("small") / "model"
+    model = llama(**SIZES, tie_embeddings=True)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=std)
     save_model(model, folder, tokenizer=byte_tokenizer())
     return folder

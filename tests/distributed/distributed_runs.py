@@ -10,6 +10,17 @@ KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"
 FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]
 GENERATE = ["run", "generate", "--config", "tiny/generate"]
+# Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
+PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
+         "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
+ADAPTERS = {
+    "full": ["adapter=null"],
+    "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],
+    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true", "optimizer.lr=3.0"],
+    "qdora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.quantize_base=true", "optimizer.lr=3.0"],
+}  # fmt: skip
+COPY = ["teacher_parallelism=kdtune.distributed.Parallelism", "teacher_parallelism.dp_shard=1",
+        "teacher_parallelism.dp_replicate=-1"]  # fmt: skip
 
 
 def rows(output_dir: Path) -> list[dict]:

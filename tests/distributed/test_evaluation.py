@@ -12,12 +12,10 @@ from evaluation_tasks import write_task, write_tasks
 
 from kdtune import distributed
 from kdtune._cli.main import main
-from kdtune.checkpoint import load_model, save_model
+from kdtune.checkpoint import load_model
 from kdtune.checkpoint.ranks import is_sharded
 from kdtune.evaluation import score
 from kdtune.generation import generate_batch
-from kdtune.models import llama
-from kdtune.tokenizers import byte_tokenizer
 
 SHARDED = ["parallelism.dp_shard=-1", "parallelism.dp_replicate=1"]
 LAYOUTS = {
@@ -203,19 +201,3 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
         2,
         2,
     ] and "dtype=null: parallelism.dp_shard or tp above 1 needs one" in ended[0].text
-
-
-@pytest.fixture(scope="module")
-def loud_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose answers depend on the question."""
-    torch.manual_seed(0)
-    model = llama(
-        vocab_size=320, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=256,
-        tie_embeddings=True,
-    )  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
-    folder = tmp_path_factory.mktemp("loud") / "model"
-    save_model(model, folder, tokenizer=byte_tokenizer())
-    return folder

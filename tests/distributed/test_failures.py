@@ -12,44 +12,18 @@ from distributed_runs import KD
 
 from kdtune._cli.main import main
 
-ROOT = Path(__file__).parents[2]
-# An optimizer that fails on rank 1 in the third step, each in its own way.
-FAILING = """
-import os
-import signal
-import time
-
-import torch
-
-
-class Failing(torch.optim.SGD):
-    def __init__(self, params, lr=0.1, how="raise"):
-        super().__init__(params, lr=lr)
-        self.how, self.made = how, 0
-
-    def step(self, closure=None):
-        self.made += 1
-        if self.made == 3 and os.environ["RANK"] == "1":
-            if self.how == "raise":
-                raise ValueError("the third step went wrong")
-            if self.how == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            if self.how == "hang":
-                time.sleep(600)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().step(closure)
-"""
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def arguments(folder: Path, how: str, *overrides: str) -> list[str]:
-    (folder / "failing.py").write_text(FAILING)
-    return [*KD, "optimizer=failing.Failing", f"optimizer.how={how}", "~lr_scheduler", "sample_prompts=[]",
+    return [*KD, "optimizer=run_parts.Failing", f"optimizer.how={how}", "~lr_scheduler", "sample_prompts=[]",
             f"output_dir={folder / 'out'}", *overrides]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("raise", "ValueError: the third step went wrong"), ("memory", "OutOfMemoryError: CUDA out of memory.")],
+    [("raise", "ValueError: it went wrong"), ("memory", "OutOfMemoryError: CUDA out of memory.")],
 )
 def test_a_rank_that_raises(how: str, message: str, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,8 +49,8 @@ def test_a_rank_that_hangs(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdtune", "run", "--nproc_per_node", "2", *arguments(tmp_path, "kill")[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kdtune", "run", "--nproc_per_node", "2", *arguments(tmp_path, "SIGKILL")[1:]]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False

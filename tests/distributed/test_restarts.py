@@ -13,29 +13,11 @@ from distributed_runs import KD, check_same_change, check_same_rows, rows
 
 from kdtune._cli.main import run_command
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
 SHORT = [*KD[1:], "~lr_scheduler", "sample_prompts=[]", "run_val_every_n_steps=null", "save_every_n_steps=2",
          "gradient_accumulation_steps=1"]  # fmt: skip
-# An optimizer that is killed on rank 1 at a step of its first start.
-KILLED_ONCE = """
-import os
-import signal
-
-import torch
-
-
-class KilledOnce(torch.optim.SGD):
-    def __init__(self, params, lr=0.3, at=3):
-        super().__init__(params, lr=lr)
-        self.at, self.made = at, 0
-
-    def step(self, closure=None):
-        self.made += 1
-        if self.made == self.at and os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().step(closure)
-"""
 
 
 def kdtune(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -52,9 +34,15 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(
     at: int, saved: str, launch, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
-    run = [*SHORT, "optimizer=killed_once.KilledOnce", f"optimizer.at={at}", base]
+    run = [
+        *SHORT,
+        "optimizer=run_parts.Failing",
+        "optimizer.how=SIGKILL",
+        "optimizer.once=true",
+        f"optimizer.at={at}",
+        base,
+    ]
     ended = launch.kdtune("run", *run, "output_dir=whole", ranks=2)
     assert [rank.code for rank in ended] == [0, 0], ended[0].text
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import FINETUNE, KD, check_same_change, check_same_rows, rows
+from distributed_runs import ADAPTERS, COPY, FINETUNE, KD, PLAIN, check_same_change, check_same_rows, rows
 from safetensors.torch import load_file
 from torch import distributed as dist
 
@@ -14,17 +14,6 @@ from kdtune.checkpoint import local
 from kdtune.checkpoint.ranks import whole as whole_tensor
 from kdtune.models import Transformer, apply_lora, llama
 
-# Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
-PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
-         "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
-ADAPTERS = {
-    "full": ["adapter=null"],
-    "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],
-    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true", "optimizer.lr=3.0"],
-    "qdora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.quantize_base=true", "optimizer.lr=3.0"],
-}  # fmt: skip
-COPY = ["teacher_parallelism=kdtune.distributed.Parallelism", "teacher_parallelism.dp_shard=1",
-        "teacher_parallelism.dp_replicate=-1"]  # fmt: skip
 LAYOUTS = {
     "1x4": (1, 4, []),
     "2x2": (2, 2, ["parallelism.reshard_after_forward=false"]),

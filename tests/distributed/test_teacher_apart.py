@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import KD, check_same_change, check_same_rows, rows
+from distributed_runs import ADAPTERS, COPY, KD, PLAIN, check_same_change, check_same_rows, rows
 from torch import Tensor
 from torch import distributed as dist
 
@@ -20,21 +20,12 @@ from kdtune._cli.main import main
 from kdtune.data import Batch
 from kdtune.models import Transformer, llama
 
-# Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
-PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
-         "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
-ADAPTERS = {
-    "full": ["adapter=null"],
-    "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],
-}
-TEACHER = "teacher_parallelism"
-COPY = [f"{TEACHER}=kdtune.distributed.Parallelism", f"{TEACHER}.dp_shard=1", f"{TEACHER}.dp_replicate=-1"]
 # Processes of the student, of the teacher, micro-batches of a step, and what else.
 LAYOUTS = {
     "1 of both": (1, 0, 4, []),
     "2 + 1": (2, 1, 2, []),
     "1 + 2, sharded": (1, 2, 4, []),
-    "2 + 2, sharded": (2, 2, 2, ["parallelism.dp_replicate=2", f"{TEACHER}=kdtune.distributed.Parallelism"]),
+    "2 + 2, sharded": (2, 2, 2, ["parallelism.dp_replicate=2", "teacher_parallelism=kdtune.distributed.Parallelism"]),
     "4 + 3, copies": (4, 3, 1, COPY),
 }
 
@@ -45,7 +36,7 @@ def layout_arguments(name: str, out: Path) -> tuple[list[str], int]:
             f"output_dir={out}"], students + teacher  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_numbers_of_one_process(kind: str, launch, small_model: Path, tmp_path: Path) -> None:
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
     for name in LAYOUTS:
@@ -163,73 +154,6 @@ def test_a_process_of_the_student_holds_the_head_alone(launch) -> None:
     launch.call(holds_the_head_alone, ranks=3)
 
 
-# Weights that only the teacher's process may read; optimizers and a teacher that fail, or stop the run.
-COMPONENTS = """
-import os
-import re
-import signal
-import time
-
-import torch
-
-from kdtune.checkpoint import Checkpointer
-from kdtune.models import Transformer, apply_lora, llama
-
-
-class ByTheTeacher(Checkpointer):
-    def load(self, *arguments, **settings):
-        assert os.environ["RANK"] == "2", "a process of the student reads the teacher's weights"
-        return super().load(*arguments, **settings)
-
-
-class FailingStudent(torch.optim.SGD):
-    def __init__(self, params, lr=0.1, how="raise"):
-        super().__init__(params, lr=lr)
-        self.how, self.made = how, 0
-
-    def step(self, closure=None):
-        self.made += 1
-        if self.made == 3 and os.environ["RANK"] == "1":
-            fail(self.how)
-        return super().step(closure)
-
-
-class Stopping(torch.optim.AdamW):
-    def step(self, closure=None):
-        super().step(closure)
-        if int(next(iter(self.state.values()))["step"]) == int(os.environ.get("STOP_AT", "0")):
-            signal.raise_signal(signal.SIGTERM)
-
-
-class FailingModel(Transformer):
-    how, made = "raise", 0
-
-    def forward(self, tokens_BS, **settings):
-        self.made += 1
-        if self.made == 12:
-            fail(self.how)
-        return super().forward(tokens_BS, **settings)
-
-
-def failing_teacher(how="raise"):
-    model = FailingModel(llama(vocab_size=320, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64,
-                               max_seq_len=256).config)
-    model.how = how
-    return model
-
-
-def adapted_teacher():
-    model = llama(vocab_size=320, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=256)
-    return apply_lora(model, apply_lora_to_output=True)
-
-
-def fail(how):
-    if how == "raise":
-        raise ValueError("it went wrong")
-    if how == "hang":
-        time.sleep(600)
-    os.kill(os.getpid(), getattr(signal, how))
-"""
 RUN = [
     *KD,
     "optimizer.lr=1e-2",
@@ -240,18 +164,10 @@ RUN = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, where the components above can be imported."""
-    (tmp_path / "own_parts.py").write_text(COMPONENTS)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_students_processes_do_not_read_the_teachers_weights(launch, folder: Path, small_model: Path) -> None:
+def test_the_students_processes_do_not_read_the_teachers_weights(launch, tmp_path: Path, small_model: Path) -> None:
     ended = launch.kdtune(
-        *RUN, "teacher_processes=1", "teacher_model=null", "max_steps_per_epoch=2", f"output_dir={folder / 'out'}",
-        f"teacher_checkpointer={{_component_: own_parts.ByTheTeacher, checkpoint_dir: {small_model}}}", ranks=3,
+        *RUN, "teacher_processes=1", "teacher_model=null", "max_steps_per_epoch=2", f"output_dir={tmp_path / 'out'}",
+        f"teacher_checkpointer={{_component_: run_parts.OnRank2, checkpoint_dir: {small_model}}}", ranks=3,
     )  # fmt: skip
     assert [rank.code for rank in ended] == [0] * 3, "\n".join(rank.text for rank in ended)
 
@@ -260,14 +176,14 @@ def test_the_students_processes_do_not_read_the_teachers_weights(launch, folder:
     ("how", "first"), [("raise", "ValueError: it went wrong"), ("SIGKILL", ""), ("hang", "parallelism.timeout_minutes")]
 )
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_process_that_fails(whose: str, how: str, first: str, launch, folder: Path) -> None:
+def test_a_process_that_fails(whose: str, how: str, first: str, launch, tmp_path: Path) -> None:
     """All others end with an error that names the process they have lost; with one that hangs, when the timeout is over."""
     parts = {
-        "student": ["optimizer=own_parts.FailingStudent", f"optimizer.how={how}", "~lr_scheduler"],
-        "teacher": ["teacher_model=own_parts.failing_teacher", f"teacher_model.how={how}"],
+        "student": ["optimizer=run_parts.Failing", f"optimizer.how={how}", "~lr_scheduler"],
+        "teacher": ["teacher_model=run_parts.failing_teacher", f"teacher_model.how={how}"],
     }
     failing = {"student": 1, "teacher": 2}[whose]
-    run = [*RUN, *parts[whose], "teacher_processes=1", f"output_dir={folder / 'out'}"]
+    run = [*RUN, *parts[whose], "teacher_processes=1", f"output_dir={tmp_path / 'out'}"]
     started = launch.start(main, [*run, *(["parallelism.timeout_minutes=0.2"] if how == "hang" else [])], ranks=3)
     others = [rank for number, rank in enumerate(started) if number != failing]
     for rank in others:
@@ -284,28 +200,28 @@ def test_a_process_that_fails(whose: str, how: str, first: str, launch, folder: 
     assert re.search(
         rf"{re.escape(speaker)}.* error: on {socket.gethostname()}: rank \d, a process of the {other}, is gone", said
     ), said
-    assert not (folder / "out" / "final").exists()
+    assert not (tmp_path / "out" / "final").exists()
 
 
 @pytest.mark.parametrize(
     ("mistake", "message", "ranks_that_say_so", "others_say"),
     [
         (["dataset.split=train[:0]"], "the dataset is empty", (0, 1), "rank 0, a process of the student, has ended"),
-        (["teacher_model=own_parts.adapted_teacher"], "the teacher's output head has an adapter", (2,),
+        (["teacher_model=run_parts.adapted_teacher"], "the teacher's output head has an adapter", (2,),
          "rank 2, a process of the teacher, has ended with an error of its own"),
     ],
     ids=["of the student", "of the teacher"],
 )  # fmt: skip
 def test_a_users_mistake_that_one_side_finds(
-    mistake: list[str], message: str, ranks_that_say_so: tuple[int, ...], others_say: str, launch, folder: Path
+    mistake: list[str], message: str, ranks_that_say_so: tuple[int, ...], others_say: str, launch, tmp_path: Path
 ) -> None:
     """All end with its exit code, whichever torchrun looks at."""
-    ended = launch.kdtune(*RUN, *mistake, "teacher_processes=1", f"output_dir={folder / 'out'}", ranks=3)
+    ended = launch.kdtune(*RUN, *mistake, "teacher_processes=1", f"output_dir={tmp_path / 'out'}", ranks=3)
     assert [rank.code for rank in ended] == [2, 2, 2], "\n".join(rank.text for rank in ended)
     for number, rank in enumerate(ended):
         assert (message if number in ranks_that_say_so else others_say) in rank.text
         assert "Traceback" not in rank.text
-    assert not (folder / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def check_stopped(ended: list, out: Path) -> None:
@@ -327,10 +243,12 @@ def test_a_signal_stops_the_run_after_a_step(to: slice, launch, tmp_path: Path) 
     assert not started[2].text
 
 
-def test_resumed_with_the_teacher_beside_and_apart_again(launch, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_with_the_teacher_beside_and_apart_again(
+    launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after steps 3 and 6, each time it goes on in other numbers of processes as if it had never been stopped."""
-    whole, cut = folder / "whole", folder / "cut"
-    run = [*RUN, "optimizer=own_parts.Stopping", "optimizer.lr=1e-2"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = [*RUN, "optimizer=run_parts.Stopping", "optimizer.lr=1e-2"]
     ended = launch.kdtune(*run, "gradient_accumulation_steps=2", f"output_dir={whole}", ranks=1)
     assert ended[0].code == 0, ended[0].text
     resume = [*run, "resume_from_checkpoint=true", f"output_dir={cut}"]
@@ -354,9 +272,9 @@ def test_resumed_with_the_teacher_beside_and_apart_again(launch, folder: Path, m
         (["teacher_processes=-1"], 2, "teacher_processes=-1: must be at least 0"),
         (["teacher_processes=1", "kd_ratio=0"], 2, "teacher_processes=1: with kd_ratio=0 no step asks the teacher; set 0"),
         (["teacher_processes=1", "parallelism.dp_replicate=2"], 4,
-         "parallelism: dp_replicate=2 dp_shard=-1: needs a multiple of 2 processes, found 3"),
+         "parallelism: dp_replicate=2 dp_shard=-1 tp=1: needs a multiple of 2 processes, found 3"),
         (["teacher_processes=1", "parallelism.dp_replicate=2"], 3,
-         "teacher_parallelism: dp_replicate=2 dp_shard=-1: needs a multiple of 2 processes, found 1"),
+         "teacher_parallelism: dp_replicate=2 dp_shard=-1 tp=1: needs a multiple of 2 processes, found 1"),
     ],
 )  # fmt: skip
 def test_processes_that_do_not_fit(overrides: list[str], ranks: int, message: str, launch, tmp_path: Path) -> None:
