@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from kdtune.errors import TrainingError
 
@@ -159,17 +158,27 @@ class Bridge:
         return error
 
 
-def start_two_worlds(backend: str, device: torch.device, timeout: timedelta, num_teachers: int) -> Bridge:
+def start_two_worlds(
+    store: Store,
+    rank: int,
+    size: int,
+    num_teachers: int,
+    *,
+    backend: str,
+    device: torch.device,
+    timeout: timedelta,
+) -> Bridge:
     """The default process group of this process's side, and the connections to the other.
 
     Args:
+        store: of all processes.
+        rank: this process among all.
+        size: all of them.
+        num_teachers: the last processes hold the teacher; at least one, and not all.
         backend: of the side's process group.
         device: where this process computes.
         timeout: a process that waits longer for another one ends with an error.
-        num_teachers: the last processes that torchrun has started hold the teacher; at least one, and not all.
     """
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
     num_students = size - num_teachers
     name, first, own_size = (
         ("student", 0, num_students) if rank < num_students else ("teacher", num_students, num_teachers)

@@ -14,7 +14,7 @@ from kdtune.config import instantiate
 from kdtune.constants import TP_DIM
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.compile import apply_compile
-from kdtune.distributed.tensor_parallel import apply_tensor_parallel
+from kdtune.distributed.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
 from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapted_linears
@@ -134,6 +134,9 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     is_copy = sizes["dp_shard"] == 1 and not trained and plain
     if is_copy and sizes[TP_DIM] == 1:
         return model
+    # Before the processes talk to each other: all of them are to come as far.
+    if problems := tensor_parallel_problems(model.config, sizes[TP_DIM]):
+        raise ConfigError(f"parallelism: {'; '.join(problems)}")
     # They cannot be cut between their blocks of 64 values: each process has a copy, of half a byte a weight.
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
     if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn import functional
 
-from kdtune.errors import ConfigError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig
 
 
@@ -42,13 +41,9 @@ _LAYER = {
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """The model with its matrices cut over a one-dimensional mesh, in place; embeddings and head by ids of the vocabulary.
 
-    Norms stay whole on every process. Logits are whole; the losses read the head's weight as the shard that it is.
-
-    Raises:
-        ConfigError: a size of the mesh does not divide the model (`tensor_parallel_problems`).
+    Norms stay whole on every process. Logits are whole; the losses read the head's weight as the shard that it is. The mesh's
+    size must divide the model (`tensor_parallel_problems`).
     """
-    if problems := tensor_parallel_problems(model.config, mesh.size()):
-        raise ConfigError(f"parallelism: {'; '.join(problems)}")
     for layer in model.layers:
         for name, style in _LAYER.items():
             _distribute(layer.get_submodule(name), mesh, style)

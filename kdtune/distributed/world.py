@@ -3,19 +3,25 @@
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from kdtune.distributed.bridge import Bridge, start_two_worlds
 from kdtune.errors import KDTuneError
 
 T = TypeVar("T")
+
+# Longer than the processes of a run are apart from each other while they start, and short where only one has found a mistake.
+_PATIENCE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -116,22 +122,38 @@ def start_world(
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout, bridge = timedelta(minutes=timeout_minutes), None
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     if teacher_processes:
-        bridge = start_two_worlds(backend, device, timeout, teacher_processes)
+        bridge = start_two_worlds(store, rank, size, teacher_processes, backend=backend, device=device, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(device, dist.get_rank(), dist.get_world_size(), tp, bridge)
         if bridge is not None:
             bridge.close()
     except Exception as error:
         if not isinstance(error, KDTuneError):
-            rank = os.environ["RANK"]
             print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
-        elif bridge is not None:
-            bridge.fail(error.exit_code)
+        else:
+            if bridge is not None:
+                bridge.fail(error.exit_code)
+            _leave_together(store, size)
         raise
     dist.destroy_process_group()
+
+
+def _leave_together(store: Store, size: int) -> None:
+    """Returns when all processes have come here, or after a few seconds.
+
+    A user's mistake is found by all of them. One that left at once would break the connections that the others still need
+    to come as far, and they would end with a traceback of their own.
+    """
+    give_up = time.monotonic() + _PATIENCE_SECONDS
+    with suppress(RuntimeError):  # the process that holds the store has left, as it found all of them here
+        store.add("mistaken", 1)
+        while store.add("mistaken", 0) < size and time.monotonic() < give_up:
+            time.sleep(0.02)
 
 
 def is_under_torchrun() -> bool:
