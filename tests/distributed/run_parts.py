@@ -28,7 +28,7 @@ def fail(how: str) -> None:
 
 
 class Failing(torch.optim.SGD):
-    """Fails on rank 1 at a step; with `once` only in the first start under torchrun."""
+    """Fails on rank 1 at a step; with `once` only under torchrun, in its first start."""
 
     def __init__(
         self, params: Iterable[Any], lr: float = 0.1, how: str = "raise", at: int = 3, *, once: bool = False
@@ -38,8 +38,8 @@ class Failing(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> Any:
         self.made += 1
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if self.made == self.at and os.environ["RANK"] == "1" and not (self.once and is_restart):
+        is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if self.made == self.at and os.environ["RANK"] == "1" and (is_first or not self.once):
             fail(self.how)
         return super().step(closure)
 

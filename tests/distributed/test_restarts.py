@@ -29,7 +29,7 @@ def kdtune(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "saved"), [(2, "step 0 (no checkpoint yet)"), (6, "step_4")])
+@pytest.mark.parametrize(("at", "saved"), [(3, "step 0 (no checkpoint yet)"), (6, "step_4")])
 def test_a_killed_process_is_restarted_and_the_run_goes_on(
     at: int, saved: str, launch, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +41,7 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(
         "optimizer.how=SIGKILL",
         "optimizer.once=true",
         f"optimizer.at={at}",
+        "save_every_n_steps=4",
         base,
     ]
     ended = launch.kdtune("run", *run, "output_dir=whole", ranks=2)
