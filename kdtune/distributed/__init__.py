@@ -5,7 +5,7 @@ from kdtune.distributed.bridge import END, Bridge
 from kdtune.distributed.build import build_model, meta_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
-from kdtune.distributed.parallelism import Parallelism, parallelism_problems, parallelize, shard_model
+from kdtune.distributed.parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
 from kdtune.distributed.spread import in_step, spread
 from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 
@@ -20,6 +20,7 @@ __all__ = [
     "fake_world",
     "in_step",
     "is_under_torchrun",
+    "layout_problems",
     "meta_model",
     "model_config",
     "parallelism_problems",

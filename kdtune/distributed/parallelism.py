@@ -82,12 +82,8 @@ class Parallelism:
         """Where the weights lie between their uses."""
         return torch.device("cpu") if self.cpu_offload else world.device
 
-    def problems(self, world_size: int) -> list[str]:
-        """Why these sizes do not fit so many processes, one sentence each."""
-        try:
-            self.sizes(world_size)
-        except ConfigError as error:
-            return [str(error)]
+    def problems(self) -> list[str]:
+        """What does not fit beside the sizes, one sentence each."""
         found = [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
         if not is_under_torchrun():
             unused = [name for name in ("param_dtype", "reduce_dtype", "cpu_offload") if getattr(self, name)]
@@ -195,24 +191,36 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
         return ["parallelism=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
     if problems := teacher_processes_problems(teacher_processes):
         return problems
-    for_student = world_size() - teacher_processes
-    found = [f"parallelism: {problem}" for problem in parallelism.problems(for_student)]
-    if teacher is None and not teacher_processes:
+    found = layout_problems(parallelism, teacher, world_size(), teacher_processes=teacher_processes)
+    for name, one in (("parallelism", parallelism), ("teacher_parallelism", teacher)):
+        found += [f"{name}: {problem}" for problem in (one.problems() if one else [])]
+    return found
+
+
+def layout_problems(
+    parallelism: Parallelism, teacher: Parallelism | None, num_processes: int, *, teacher_processes: int = 0
+) -> list[str]:
+    """Why these sizes do not fit so many processes, or each other, one sentence each; see `parallelism_problems`."""
+    parts = {"parallelism": (parallelism, num_processes - teacher_processes)}
+    if teacher or teacher_processes:
+        parts["teacher_parallelism"] = (teacher or parallelism, teacher_processes or num_processes)
+    sizes, found = [], []
+    for name, (one, size) in parts.items():
+        try:
+            sizes.append(one.sizes(size)[TP_DIM])
+        except ConfigError as error:
+            found.append(f"{name}: {error}")
+    if found or len(sizes) == 1:
         return found
-    teacher = teacher or parallelism
-    for_teacher = teacher_processes or world_size()
-    found += [f"teacher_parallelism: {problem}" for problem in teacher.problems(for_teacher)]
-    if found:
-        return found
-    tp, teacher_tp = parallelism.sizes(for_student)[TP_DIM], teacher.sizes(for_teacher)[TP_DIM]
+    tp, teacher_tp = sizes
     if teacher_processes and max(tp, teacher_tp) > 1:
-        found.append(
+        return [
             f"teacher_processes={teacher_processes}: with tp={max(tp, teacher_tp)}, whose processes need the same batches; allowed "
             "is tp=1 on both sides: set it, or teacher_processes=0"
-        )
-    elif teacher_tp not in (1, tp):
-        found.append(
+        ]
+    if teacher_tp not in (1, tp):
+        return [
             f"teacher_parallelism.tp={teacher_tp}: the processes of one teacher must have the same batches; allowed is 1 or the "
             f"student's, parallelism.tp={tp}"
-        )
-    return found
+        ]
+    return []

@@ -1,6 +1,7 @@
 """What a micro-batch takes on one rank: activations, the loss, floating-point operations; found on the meta device."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Projection,
 from kdtune.losses.kd_loss import FactoredHead
 from kdtune.models import Transformer, adapted_linears
 from kdtune.training.meta_run import Cost, kept_bytes, measure
+
+DEFAULT_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,34 @@ def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
 def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
     """Bytes of the tables that all layers share."""
     return batch.seq_len * pieces.config.head_dim * pieces.norm.weight.dtype.itemsize
+
+
+def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Bytes of what is there from a forward's start: the embedded tokens, the rotary tables, the micro-batch itself."""
+    tokens_and_labels = 2 * batch.num_tokens * torch.int64.itemsize
+    return hidden_bytes(pieces, batch) + rope_bytes(pieces, batch) + tokens_and_labels
+
+
+def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None) -> tuple[MicroBatch, str]:
+    """The micro-batch of a recipe's config, with the longest examples there can be, and where their length is from.
+
+    Args:
+        cfg: of a recipe that trains.
+        context: the most tokens that the trained model takes.
+        device_type: what it is computed on.
+        seq_len: another length, in tokens; None: as the config says.
+    """
+    longest = cfg.tokenizer.get("max_seq_len")
+    if seq_len is not None:
+        length, source = seq_len, "as asked for"
+    elif longest is not None:
+        length, source = longest, "tokenizer.max_seq_len, the longest there can be"
+    else:
+        length, source = (
+            min(context, DEFAULT_SEQ_LEN),
+            "assumed: tokenizer.max_seq_len is not set; --seq-len gives another",
+        )
+    return MicroBatch(cfg.batch_size, length, device_type), source
 
 
 def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:

@@ -53,6 +53,8 @@ class Volume:
     all_reduce: int
     tensor_parallel: int
     """Sums of hidden states, two a layer and pass, and logits on their way to the process that compares them."""
+    answers: int = 0
+    """Hidden states from a teacher on processes of its own."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,23 @@ class Taught:
     sizes: ModelSizes
     layer: Cost
     hidden: int
+    """Its answer to a micro-batch."""
     fixed: int
+    apart: int = 0
+    """Processes that hold it alone, while the student's have a copy of its head; 0: it is where the student is."""
+    turns: int = 1
+    """Forwards of one of its processes for a micro-batch of all of the student's."""
+
+    @property
+    def stored(self) -> int:
+        """Its share, or its head, on a process of the student."""
+        head = self.sizes.pieces.output.weight
+        return head.numel() * head.element_size() if self.apart else self.sizes.total.stored
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one of its processes for a micro-batch of all of the student's."""
+        return self.turns * self.sizes.num_layers * self.layer.forward_flops
 
 
 def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: int, update: int) -> Iterator[Moment]:
@@ -105,11 +123,9 @@ def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: 
         update: bytes that the optimizer makes for a while.
     """
     held = _held(student, teacher, accumulation)
-    answer = 0
-    if teacher is not None:
-        answer = teacher.hidden
-        yield from _teacher_forward(teacher, student, held)
-    yield from _forward(student, loss, held, answer)
+    if teacher is not None and not teacher.apart:
+        yield from teacher_moments(teacher, held)
+    yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
     yield from _backward(student, held)
     end = {**held, "gradients": _own(student.sizes, student.sizes.total.gradients)}
     yield Moment("the optimizer's step", **end, loss=update)
@@ -134,24 +150,32 @@ def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[s
         "gradients": _own(student.sizes, own.gradients) if accumulation > 1 else 0,
         "gathered": 0,
     }
-    if teacher is not None:
-        sizes = teacher.sizes
-        held["weights"] += _own(sizes, sizes.total.stored)
-        held["gathered"] += sizes.rest.whole + (0 if sizes.reshards else sizes.num_layers * sizes.layer.whole)
-    return held
+    if teacher is None:
+        return held
+    if teacher.apart:
+        return {**held, "weights": held["weights"] + teacher.stored}
+    return {name: size + teacher_held(teacher).get(name, 0) for name, size in held.items()}
 
 
-def _teacher_forward(teacher: Taught, student: Trained, held: dict[str, int]) -> Iterator[Moment]:
+def teacher_held(teacher: Taught) -> dict[str, int]:
+    """What exists of it throughout, where it is."""
+    sizes = teacher.sizes
+    layers = 0 if sizes.reshards else sizes.num_layers * sizes.layer.whole
+    return {"weights": _own(sizes, sizes.total.stored), "gathered": sizes.rest.whole + layers}
+
+
+def teacher_moments(teacher: Taught, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Moment]:
+    """The points of its forward at which there may be most, beside what is held and an answer that is not fetched yet."""
     sizes = teacher.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
     first = sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
     yield Moment("the teacher's first use", weights=held["weights"], gathered=first)
     gathered = held["gathered"] + (layer.whole + buffer if sizes.reshards else 0)
-    activations = teacher.fixed + teacher.layer.forward_peak
+    activations = unfetched + teacher.fixed + teacher.layer.forward_peak
     yield Moment("the teacher's forward", **{**held, "gathered": gathered}, activations=activations)
 
 
-def _forward(student: Trained, loss: Cost, held: dict[str, int], answer: int) -> Iterator[Moment]:
+def _forward(student: Trained, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Moment]:
     """The student's forward, and the loss; `answer`: what the teacher gave."""
     sizes = student.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
@@ -227,21 +251,29 @@ def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
 
 
 def volume(
-    student: ModelSizes, teacher: ModelSizes | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
+    student: ModelSizes, teacher: Taught | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
 ) -> Volume:
-    """What a rank receives in a step."""
+    """What a rank receives in a step; `teacher`: None where it is not asked."""
     gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
     gathered = _ring(gather, student.num_shards)
-    if teacher is not None and teacher.reshards:
-        gathered += _ring(teacher.num_layers * teacher.layer.whole, teacher.num_shards)
     reduced = student.total.reduced
     replicas = student.layout[0] if student.is_sharded else 1
     summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
     cut = _cut_volume(student, batch, passes=3 if recomputes else 2, exchanges=2)
-    if teacher is not None:
-        cut += _cut_volume(teacher, batch, passes=1, exchanges=1)
-    parts = (gathered, _ring(reduced, student.num_shards), summed, cut)
+    answers = 0
+    if teacher is not None and teacher.apart:
+        answers = teacher.hidden
+    elif teacher is not None:
+        gathered += teacher_gather(teacher)
+        cut += _cut_volume(teacher.sizes, batch, passes=1, exchanges=1)
+    parts = (gathered, _ring(reduced, student.num_shards), summed, cut, answers)
     return Volume(*(accumulation * part for part in parts))
+
+
+def teacher_gather(teacher: Taught) -> int:
+    """Bytes that one of its processes receives of its weights for a micro-batch of all of the student's."""
+    sizes = teacher.sizes
+    return teacher.turns * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
 
 
 def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:

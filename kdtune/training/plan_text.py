@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
-from kdtune.distributed import World, fake_world
+from kdtune.config import instantiate
+from kdtune.distributed import World, fake_world, layout_problems
+from kdtune.errors import ConfigError
 from kdtune.training.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu, gpu_of
 from kdtune.training.plan import Plan, check_trains, make_plan
+from kdtune.training.plan_teacher import TeacherPlan, make_teacher_plan
 
+T = TypeVar("T", Plan, TeacherPlan)
+# A label and a cell for each plan; no cells: a heading.
+Row = tuple[str, list[str]]
 _GIB = 2**30
 # The driver, the collectives and what the allocator cannot use take the rest.
 _USABLE = 0.9
@@ -17,14 +24,29 @@ _USABLE = 0.9
 
 def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
     """The plans of one config, which differ in their number of processes, side by side; times for a known card only."""
-    rows = [*_memory_rows(plans, gpu), *_step_rows(plans, gpu), *_checkpoint_rows(plans)]
+    apart = [plan.apart for plan in plans if plan.apart]
+    rows = [
+        *_memory_rows(plans, gpu),
+        *(_teacher_rows(apart, gpu) if apart else []),
+        *_step_rows(plans, gpu),
+        *_checkpoint_rows(plans),
+    ]
+    return "\n".join([*_lines(rows), *_notes(plans, gpu)])
+
+
+def teacher_text(plans: Sequence[TeacherPlan], gpu: GPU | None) -> str:
+    """The plans of processes that hold the teacher alone, side by side."""
+    return "\n".join(_lines(_teacher_rows(plans, gpu)))
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
     width = max(len(label) for label, _ in rows)
-    columns = [max(len(cells[index]) for _, cells in rows if cells) for index in range(len(plans))]
+    columns = [max(map(len, cells)) for cells in zip(*(cells for _, cells in rows if cells), strict=True)]
     lines = []
     for label, cells in rows:
         padded = "  ".join(cell.rjust(size) for cell, size in zip(cells, columns, strict=bool(cells)))
         lines.append(f"{label.ljust(width)}  {padded}".rstrip())
-    return "\n".join([*lines, *_notes(plans, gpu)])
+    return lines
 
 
 def plan_on_paper(
@@ -45,46 +67,80 @@ def plan_on_paper(
     check_trains(cfg)
     on_cpu = gpu_name is None and cfg.device == "cpu"
     gpu = None if on_cpu else find_gpu(gpu_name or DEFAULT_GPU)
+    device_type = "cpu" if on_cpu else "cuda"
+    parallelism, teacher = instantiate(cfg.parallelism), instantiate(getattr(cfg, "teacher_parallelism", None))
+    apart = getattr(cfg, "teacher_processes", 0)
     plans = []
     for size in world_sizes:
-        with fake_world(size) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
-            plans.append(make_plan(cfg, world, device_type="cpu" if on_cpu else "cuda", seq_len=seq_len))
+        students = size - apart
+        if students < 1:
+            raise ConfigError(f"teacher_processes={apart}: --world-size {size} leaves none for the student; give more")
+        if problems := layout_problems(parallelism, teacher, size, teacher_processes=apart):
+            raise ConfigError("; ".join(problems))
+        # One process without torchrun has no process group, and FSDP nothing to do.
+        with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
+            plan = make_plan(cfg, world, device_type=device_type, seq_len=seq_len)
+        if apart:
+            with fake_world(apart) as world:
+                own = make_teacher_plan(cfg, world, students, device_type=device_type, seq_len=seq_len)
+                plan = replace(plan, apart=own)
+        plans.append(plan)
     return plan_text(plans, gpu)
 
 
 def print_plan(cfg: Any, world: World) -> None:
-    """Prints, once, what a run that starts will take; all its processes call it."""
+    """Prints what a run that starts will take, once for the student's processes, and for those of a teacher apart; all call it."""
     try:
         gpu = None
         if world.device.type == "cuda":
             properties = torch.cuda.get_device_properties(world.device)
             gpu = gpu_of(properties.name, properties.total_memory / _GIB)
-        text = plan_text([make_plan(cfg, world)], gpu)
+        if world.bridge is not None and world.is_teacher:
+            text = teacher_text([make_teacher_plan(cfg, world, world.bridge.num_students)], gpu)
+        else:
+            text = plan_text([make_plan(cfg, world)], gpu)
     except Exception as error:
         # A plan is advice: a run may work whose parts, a user's own among them, cannot run on the meta device. What is wrong
         # with the config itself the run says in its own place.
         text = f"no plan: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    world.print(text)
+    if world.rank == 0:
+        print(text)
 
 
-def _row(label: str, plans: Sequence[Plan], value: Callable[[Plan], str]) -> tuple[str, list[str]]:
+def _row(label: str, plans: Sequence[T], value: Callable[[T], str]) -> Row:
     return label, [value(plan) for plan in plans]
 
 
-def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list[str]]]:
-    unit, name = (_GIB, "GiB") if max(plan.peak.total for plan in plans) >= _GIB else (2**20, "MiB")
+def _bytes_row(label: str, plans: Sequence[T], unit: int, value: Callable[[T], int]) -> Row:
+    return _row(f"  {label}", plans, lambda plan: _digits(value(plan) / unit))
 
-    def row(label: str, value: Callable[[Plan], int]) -> tuple[str, list[str]]:
-        return _row(f"  {label}", plans, lambda plan: _digits(value(plan) / unit))
 
-    rows = [
-        _row("processes", plans, lambda plan: f"{plan.world_size:,}"),
+def _unit(plans: Sequence[Plan] | Sequence[TeacherPlan]) -> tuple[int, str]:
+    return (_GIB, "GiB") if max(plan.peak.total for plan in plans) >= _GIB else (2**20, "MiB")
+
+
+def _fits_row(plans: Sequence[T], gpu: GPU) -> Row:
+    return _row(f"  fits into {gpu.name}", plans, lambda plan: _fits(plan.peak.total / _GIB, gpu.memory_gib))
+
+
+def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
+    unit, name = _unit(plans)
+    teacher = plans[0].teacher
+
+    def row(label: str, value: Callable[[Plan], int]) -> Row:
+        return _bytes_row(label, plans, unit, value)
+
+    rows = [_row("processes", plans, lambda plan: f"{plan.world_size:,}")]
+    if teacher and teacher.apart:
+        rows.append(_row("of these, with the teacher alone", plans, lambda _: f"{teacher.apart:,}"))
+    rows += [
         _row("replicas x shards x tp", plans, lambda plan: " x ".join(map(str, plan.layout))),
         (f"memory a process, {name}", []),
-        row("student's weights" if plans[0].teacher else "weights", lambda plan: plan.held.stored),
+        row("student's weights" if teacher else "weights", lambda plan: plan.held.stored),
     ]
-    if plans[0].teacher:
-        rows.append(row("teacher's weights", lambda plan: plan.teacher.sizes.total.stored if plan.teacher else 0))
+    if teacher:
+        label = "teacher's head" if teacher.apart else "teacher's weights"
+        rows.append(row(label, lambda plan: plan.teacher.stored if plan.teacher else 0))
     rows += [
         row("gradients", lambda plan: plan.held.gradients),
         row("optimizer state", lambda plan: plan.held.state),
@@ -97,12 +153,31 @@ def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list
     ]
     if any(plan.host_bytes for plan in plans):
         rows.append(row("in the CPU's memory", lambda plan: plan.host_bytes))
+    return [*rows, _fits_row(plans, gpu)] if gpu is not None else rows
+
+
+def _teacher_rows(plans: Sequence[TeacherPlan], gpu: GPU | None) -> list[Row]:
+    """Of processes that hold the teacher alone."""
+    unit, name = _unit(plans)
+    rows = [
+        (f"memory a process of the teacher, {name}", []),
+        _bytes_row("weights", plans, unit, lambda plan: plan.teacher.sizes.total.stored),
+        _bytes_row("at the peak, activations", plans, unit, lambda plan: plan.peak.activations),
+        _bytes_row("... weights made whole", plans, unit, lambda plan: plan.peak.gathered),
+        _bytes_row("peak", plans, unit, lambda plan: plan.peak.total),
+    ]
     if gpu is not None:
-        rows.append(_row(f"  fits into {gpu.name}", plans, lambda plan: _fits(plan.peak.total / _GIB, gpu.memory_gib)))
+        rows.append(_fits_row(plans, gpu))
+    rows += [
+        ("a step of the teacher", []),
+        _row("  teraFLOP a process", plans, lambda plan: _digits(plan.flops / 1e12)),
+    ]
+    if any(plan.gather for plan in plans):
+        rows.append(_row("  all-gather, GB a process", plans, lambda plan: _digits(plan.gather / 1e9)))
     return rows
 
 
-def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list[str]]]:
+def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
     rows = [
         ("a step", []),
         _row("  tokens, all processes", plans, lambda plan: f"{plan.tokens:,}"),
@@ -116,6 +191,8 @@ def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list[s
         ]
     if any(plan.volume.tensor_parallel for plan in plans):
         rows.append(_row("  tensor parallel, GB", plans, lambda plan: _digits(plan.volume.tensor_parallel / 1e9)))
+    if any(plan.volume.answers for plan in plans):
+        rows.append(_row("  from the teacher, GB", plans, lambda plan: _digits(plan.volume.answers / 1e9)))
     if gpu is not None:
         rows += [
             _row("  computing, s", plans, lambda plan: _digits(plan.computing(gpu))),
@@ -125,7 +202,7 @@ def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[tuple[str, list[s
     return rows
 
 
-def _checkpoint_rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:
+def _checkpoint_rows(plans: Sequence[Plan]) -> list[Row]:
     unit, name = (1e9, "GB") if max(plan.final_checkpoint for plan in plans) >= 1e9 else (1e6, "MB")
     return [
         (f"on disk, {name}", []),

@@ -14,6 +14,7 @@ from kdtune import data, distributed, losses, teachers, training
 from kdtune.checkpoint import local
 from kdtune.config import instantiate
 from kdtune.training.plan import make_plan
+from kdtune.training.plan_teacher import make_teacher_plan
 
 
 def live_bytes() -> int:
@@ -36,27 +37,23 @@ def peak_growth(profile: torch.profiler.profile) -> int:
 
 def run_steps(cfg: Any, folder: Path) -> None:
     """Two steps on this process of several; what it held goes to a JSON file."""
-    with distributed.start_world(torch.device("cpu")) as world:
-        (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(steps(cfg, world)))
+    with distributed.start_world(torch.device("cpu"), teacher_processes=cfg.teacher_processes) as world:
+        found = answers(cfg, world) if world.is_teacher else steps(cfg, world)
+        (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 
 
 def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     """Two steps as the recipe makes them: what this rank held, and what a plan that it makes itself says, in bytes."""
     parallelism, dtype = instantiate(cfg.parallelism), training.dtype_from_name(cfg.dtype)
 
-    def build(builder: Any, adapter: Any, parallelism: distributed.Parallelism, *, trained: bool) -> Any:
-        return distributed.build_model(
-            builder, None, adapter=adapter, dtype=dtype, device=world.device,
-            prepare=lambda model: distributed.parallelize(
-                model.requires_grad_(False) if not trained else model, parallelism, world,
-                activation_checkpointing=trained and cfg.enable_activation_checkpointing,
-            ),
-        )  # fmt: skip
-
     plan = make_plan(cfg, world)
-    own = instantiate(cfg.teacher_parallelism) or parallelism
-    teacher = teachers.OnlineTeacher(build(cfg.teacher_model, None, own, trained=False))
-    student = build(cfg.model, cfg.adapter, parallelism, trained=True)
+    teacher = teachers.OnlineTeacher(build_teacher(cfg, world))
+    student = distributed.build_model(
+        cfg.model, None, adapter=cfg.adapter, dtype=dtype, device=world.device,
+        prepare=lambda model: distributed.parallelize(
+            model, parallelism, world, activation_checkpointing=cfg.enable_activation_checkpointing
+        ),
+    )  # fmt: skip
     optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(student))
     kd_loss = losses.KDLoss(kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
     shape = (cfg.batch_size, cfg.tokenizer["max_seq_len"])
@@ -89,6 +86,22 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
         step()
     sizes |= {"before": before, "peak": before + peak_growth(profile)}
     return sizes
+
+
+def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
+    """What a process of a teacher apart holds while the student's make their steps, and what a plan says of it, in bytes."""
+    plan = make_teacher_plan(cfg, world, world.bridge.num_students)
+    model = build_teacher(cfg, world)
+    weights, before = _bytes(model.parameters()), live_bytes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        teachers.serve(lambda: model, world, training.InterruptFlag())
+    return {"weights": weights, "peak": before + peak_growth(profile), "planned": plan.peak.total}
+
+
+def build_teacher(cfg: Any, world: distributed.World) -> Any:
+    parallelism = instantiate(cfg.teacher_parallelism) or instantiate(cfg.parallelism)
+    dtype = training.dtype_from_name(cfg.dtype)
+    return teachers.build_teacher(cfg.teacher_model, None, world, dtype=dtype, parallelism=parallelism)
 
 
 def _bytes(tensors: Any) -> int:

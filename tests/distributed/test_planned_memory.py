@@ -13,6 +13,7 @@ from kdtune.config import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
 from kdtune.training.plan import Plan, make_plan
+from kdtune.training.plan_teacher import make_teacher_plan
 
 SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
          "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip
@@ -83,10 +84,13 @@ def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path
         )
         # A run, which plans with its own processes, says the same.
         assert one["planned"] == [plan.held.stored, plan.held.gradients, plan.held.state, plan.peak.total]
+    check_peak(plans[0], [one["peak"] for one in found])
+
+
+def check_peak(plan: Plan, found: list[int]) -> None:
     # Gloo's threads let go of copies of what they reduce late, on each rank at another time; what is left is the step's own.
-    copies = 2 * plans[0].student.sizes.layer.reduced
-    assert 0.9 * (max(one["peak"] for one in found) - copies) <= plans[0].peak.total
-    assert plans[0].peak.total <= 1.1 * min(one["peak"] for one in found)
+    copies = 2 * plan.student.sizes.layer.reduced
+    assert 0.9 * (max(found) - copies) <= plan.peak.total <= 1.1 * min(found)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
@@ -124,3 +128,25 @@ def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path:
         assert held == (one["weights"], one["gradients"], one["state"])
     assert plans[0].layout == (1, ranks // 2, 2) and plans[0].volume.tensor_parallel > 0
     assert planned(config(*KINDS[kind], *cut[1:]), ranks).volume.tensor_parallel == 0
+
+
+@pytest.mark.parametrize(("students", "num_teachers"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_memory_of_a_teacher_apart(students: int, num_teachers: int, launch, tmp_path: Path) -> None:
+    """Weights, gradients and state to the byte on both sides, the peaks to 10 %."""
+    cfg = config("adapter=null", f"teacher_processes={num_teachers}", "batch_size=2", "teacher_model.num_layers=9")
+    plans: list[Any] = []
+    for rank in range(students):
+        with fake_world(students, rank) as world:
+            plans.append(make_plan(cfg, world))
+    for rank in range(num_teachers):
+        with fake_world(num_teachers, rank) as world:
+            plans.append(make_teacher_plan(cfg, world, students))
+    found = measured(launch, cfg, students + num_teachers, tmp_path)
+    for plan, one in zip(plans[:students], found[:students], strict=True):
+        sizes = [plan.held.stored, plan.held.gradients, plan.held.state]
+        assert sizes == [one["weights"], one["gradients"], one["state"]]
+        assert one["planned"] == [*sizes, plan.peak.total]
+    check_peak(plans[0], [one["peak"] for one in found[:students]])
+    for plan, one in zip(plans[students:], found[students:], strict=True):
+        assert one["weights"] == plan.teacher.sizes.total.stored
+        assert one["planned"] == plan.peak.total == pytest.approx(one["peak"], rel=0.1)

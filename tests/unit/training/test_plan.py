@@ -23,6 +23,7 @@ from kdtune.training import plan_on_paper
 from kdtune.training.hardware import GPUS, find_gpu, gpu_of
 from kdtune.training.plan import Plan, make_plan
 from kdtune.training.plan_sizes import state_shapes
+from kdtune.training.plan_teacher import make_teacher_plan
 from kdtune.training.plan_text import print_plan
 
 CPU = torch.device("cpu")
@@ -262,6 +263,55 @@ def test_times_come_from_stated_figures() -> None:
     assert gpu_of("NVIDIA GeForce RTX 4090", 23.6) is None
 
 
+def test_a_teacher_apart_is_not_on_the_students_processes() -> None:
+    base = [*SMALL, "adapter=null", "gradient_accumulation_steps=4"]
+    cfg = config("knowledge_distillation", *base, "teacher_processes=3")
+    together = on_paper(config("knowledge_distillation", *base), 2)
+    student = on_paper(cfg, 2)
+    with fake_world(3) as world:
+        teacher = make_teacher_plan(cfg, world, 2)
+    assert student.world_size == 5 and student.tokens == together.tokens
+    whole = instantiate(cfg.teacher_model)
+    head = whole.output.weight
+    assert student.teacher.stored == head.numel() * 4
+    assert student.peak.weights == student.held.stored + head.numel() * 4
+    assert {moment.name for moment in together.moments} - {moment.name for moment in student.moments} == {
+        "the teacher's first use",
+        "the teacher's forward",
+    }
+    # Three of the teacher's share the rows of two students: one student's are computed by one process alone.
+    assert together.flops - student.flops == teacher.flops
+    assert student.volume.answers == 4 * 3 * 48 * head.shape[1] * 4
+    assert student.volume.gather < together.volume.gather and teacher.gather > 0
+    assert sum(p.numel() * 4 for p in whole.parameters()) == teacher.teacher.sizes.total.all_stored
+    assert teacher.peak.total < together.peak.total
+
+
+def test_time_with_a_teacher_apart_is_the_slower_sides_and_one_wait() -> None:
+    names = ("knowledge_distillation", "teacher_processes=8")
+    gpu, source = find_gpu("a100-80gb"), "llama3_1/70B_to_8B_kd_distributed"
+    for students in (8, 64):
+        plan = on_paper(config(*names, source=source), students, device_type="cuda")
+        speed, steps = 0.4 * 312e12, plan.accumulation
+        own, answer = plan.flops / steps / speed, plan.teacher.flops / speed
+        # A micro-batch after the other: the student computes one as soon as it is answered and the one before is done.
+        done = 0.0
+        for index in range(steps):
+            done = max(done, (index + 1) * answer) + own
+        updated = 3 * plan.held.gradients + 2 * plan.held.state
+        assert plan.computing(gpu) == pytest.approx(done + updated / (1e9 * gpu.memory_gb_s))
+
+
+def test_command_line_with_a_teacher_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "llama3_1/70B_to_8B_kd_distributed", "--world-size", "16,24", "teacher_processes=8"]
+    assert run_command(argv) == 0
+    out = capsys.readouterr().out
+    cells = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+    assert cells["processes"] == ["16", "24"] and cells["of these, with the teacher alone"] == ["8", "8"]
+    assert cells["teacher's head"] == ["1.96", "1.96"]  # 128,256 x 8,192 in bf16
+    assert "\nmemory a process of the teacher, GiB\n" in out
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     code = run_command(
         ["plan", "llama3_2/1B_full_distributed", "--world-size", "1,4", "--gpu", "h100-80gb", "batch_size=1"]
@@ -289,6 +339,11 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["llama3_1/8B_qlora_single_device", "--world-size", "2", "parallelism.tp=2"],
             "an NF4 base is a copy on every device",
+        ),
+        (["tiny/knowledge_distillation", "--world-size", "2", "teacher_processes=2"], "leaves none for the student"),
+        (
+            ["tiny/knowledge_distillation", "--world-size", "4", "teacher_processes=2", "parallelism.tp=2"],
+            "tp=1 on both",
         ),
         (["nowhere"], "nowhere"),
     ],

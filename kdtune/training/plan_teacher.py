@@ -1,0 +1,94 @@
+"""The teacher in a plan: where the student is, or on processes of its own (kdtune/teachers/remote.py)."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kdtune.config import instantiate
+from kdtune.distributed import Parallelism, World, meta_model, model_config
+from kdtune.training.meta_run import Cost
+from kdtune.training.plan_costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
+from kdtune.training.plan_moments import Moment, Taught, teacher_gather, teacher_held, teacher_moments
+from kdtune.training.plan_sizes import ModelSizes, model_sizes
+from kdtune.training.precision import dtype_from_name
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What a rank takes that holds the teacher alone."""
+
+    teacher: Taught
+    moments: tuple[Moment, ...]
+    flops: int
+    """Floating-point operations of a step."""
+    gather: int
+    """Bytes received of its weights in a step."""
+
+    @property
+    def peak(self) -> Moment:
+        """The moment at which most exists."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def make_teacher_plan(
+    cfg: Any, world: World, num_students: int, *, device_type: str | None = None, seq_len: int | None = None
+) -> TeacherPlan:
+    """The plan of a process that holds the teacher alone (`teacher_processes`); see `make_plan`.
+
+    Args:
+        cfg: of the recipe that distils.
+        world: the rank among the teacher's.
+        num_students: processes that the student has.
+        device_type: what the ranks compute on, such as "cuda"; None: as the world.
+        seq_len: tokens an example; None: the tokenizer's max_seq_len, the longest there can be.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes.
+        CheckpointError: a model is described by its checkpoint alone, and that cannot be read.
+    """
+    context = model_config(cfg.model, cfg.checkpointer).max_seq_len
+    batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
+    share, turns = _share(batch, num_students, world.size)
+    teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), apart=world.size, turns=turns)
+    # The answer before is kept until it has been fetched.
+    found = teacher_moments(teacher, teacher_held(teacher), unfetched=teacher.hidden)
+    steps = cfg.gradient_accumulation_steps
+    return TeacherPlan(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
+
+
+def teacher_beside(cfg: Any, world: World, batch: MicroBatch) -> Taught:
+    """The teacher on the student's processes. One whose divergence has no weight is there all the same, for validation."""
+    return _taught(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
+
+
+def teacher_afar(cfg: Any, num_students: int, batch: MicroBatch) -> Taught:
+    """The teacher on processes of its own, as one of the student's sees it; its sizes are those of all of it."""
+    share, turns = _share(batch, num_students, cfg.teacher_processes)
+    # Head and hidden states come in the dtype that it computes in.
+    dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
+    sizes = _sizes(cfg, Parallelism(), World(torch.device("cpu")), dtype=dtype)
+    answer = hidden_bytes(sizes.pieces, batch)
+    return replace(_taught(sizes, share), hidden=answer, apart=cfg.teacher_processes, turns=turns)
+
+
+def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> Taught:
+    cost = layer_cost(sizes.pieces, batch, backward=False) if runs else Cost(0, 0, 0, 0, 0)
+    return Taught(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
+
+
+def _parallelism(cfg: Any) -> Parallelism:
+    parallelism: Parallelism = instantiate(cfg.teacher_parallelism) or instantiate(cfg.parallelism)
+    return parallelism
+
+
+def _sizes(cfg: Any, parallelism: Parallelism, world: World, *, dtype: str | None = None) -> ModelSizes:
+    own = dtype_from_name(dtype or cfg.teacher_dtype or cfg.dtype)
+    model = meta_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=own)
+    return model_sizes(model.requires_grad_(False), parallelism, world)
+
+
+def _share(batch: MicroBatch, num_students: int, num_teachers: int) -> tuple[MicroBatch, int]:
+    """What a process of the teacher computes at once, at most, and how often for a micro-batch of all students."""
+    sharers = max(1, num_teachers // num_students)
+    return replace(batch, batch_size=-(-batch.batch_size // sharers)), -(-num_students // num_teachers)
