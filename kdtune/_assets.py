@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -66,10 +67,19 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: the file cannot be read or is not Python.
     """
     try:
+        return _parse_recipe(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+@cache
+def _parse_recipe(path: Path, changed_ns: int) -> Recipe:
+    """As `read_recipe`. A sweep's plan asks hundreds of times, and a recipe takes some milliseconds to parse."""
+    try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     docstring = ast.get_docstring(tree) or ""
     return Recipe(path.stem, path, _aliases(tree), docstring.partition("\n")[0].strip())
@@ -142,11 +152,11 @@ def find_config(source: str | Path) -> ConfigFile:
         return read_config_header(path)
     if path.suffix in CONFIG_SUFFIXES:
         raise ConfigError(f"config {str(source)!r}: no such file; give an existing .yaml file or a name of `kdtune ls`")
-    known = configs()
-    for config in known:
-        if config.name == str(source):
+    for suffix in CONFIG_SUFFIXES:
+        shipped = assets_dir("configs") / f"{source}{suffix}"
+        if shipped.is_file() and (config := read_config_header(shipped)).name == str(source):
             return config
-    nearest = did_you_mean(str(source), [config.name for config in known])
+    nearest = did_you_mean(str(source), [config.name for config in configs()])
     raise ConfigError(
         f"unknown config {str(source)!r}{nearest}\n  `kdtune ls` lists the configs; a path to a .yaml file works too"
     )

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from kdtune.distributed.world import World
 
@@ -16,7 +15,8 @@ def fake_world(size: int, rank: int = 0) -> Iterator[World]:
 
     For models on the meta device. No process group may exist, and none exists after it.
     """
-    # torch's own, with which it tests its sharding; it has no other home.
+    # Half a second of imports, which no run needs. The first is torch's own, with which it tests its sharding.
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

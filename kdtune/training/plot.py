@@ -30,7 +30,10 @@ def plot_losses(metrics_file: str | Path, png: str | Path) -> Path:
         raise DataError(
             f"{metrics_file}: no losses to plot; rows with {', '.join(name for name, _ in _PANELS)} are needed"
         )
-    figure = Figure(figsize=(5.0 * len(panels), 3.8), layout="constrained")
+    width = 5.0 * len(panels)
+    figure = Figure(figsize=(width, 3.8))
+    # Fixed margins: a layout found by drawing takes longer than the drawing.
+    figure.subplots_adjust(left=0.7 / width, right=1 - 0.15 / width, bottom=0.14, top=0.9, wspace=0.2)
     FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
     for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, rows, name)

@@ -1,11 +1,14 @@
 """What the distributed tests run, and how they compare two runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+# Everything, which takes minutes more on two cores.
+FULL = bool(os.environ.get("KDTUNE_TEST_FULL"))
 KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"]
 FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]

@@ -42,7 +42,8 @@ LAYOUTS = {
     "4": (4, ["gradient_accumulation_steps=2"]),
     "HSDP 2x2": (4, ["parallelism.dp_replicate=2", "parallelism.reshard_after_forward=false"]),
 }
-EVERYWHERE = ("full", "lora", "dora", "wide")
+# With real processes; with a fake backend every kind is tried in every layout.
+EVERYWHERE = ("full", "dora")
 
 
 def planned(cfg: Any, ranks: int, rank: int = 0) -> Plan:
@@ -116,8 +117,7 @@ def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
         assert plan / fewer_plan == pytest.approx(real / fewer_real, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("kind", "ranks"), [("lora", 2), ("full", 4), ("dora", 4)])
 def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path: Path) -> None:
     """To the byte too; what is sent falls with nothing but the layers' sums and the logits."""
     cut = ["parallelism.tp=2", "model.vocab_size=1004", "teacher_model.vocab_size=1004"]

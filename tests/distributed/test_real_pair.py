@@ -1,16 +1,14 @@
 """The real pair, SmolLM2-135M-Instruct and some of its layers, on several processes."""
 
-import os
 from pathlib import Path
 
 import pytest
-from distributed_runs import KD, check_same_change, check_same_rows, rows
+from distributed_runs import FULL, KD, check_same_change, check_same_rows, rows
 
 from kdtune.checkpoint import load_model, save_model
 from kdtune.models.prune import keep_layers
 
 # Ten steps, and LoRA and DoRA too, take minutes on two cores.
-FULL = bool(os.environ.get("KDTUNE_TEST_FULL"))
 STEPS = 10 if FULL else 3
 KINDS = {
     "full": ["optimizer.lr=0.1"],
@@ -19,10 +17,9 @@ KINDS = {
 }
 # SmolLM2 has 9 heads and 3 key/value heads.
 LAYOUTS = {
-    "2x2": (2, 2, []),
     "4x1, HSDP 2x2": (4, 1, ["parallelism.dp_replicate=2"]),
     "TP 3": (3, 4, ["parallelism.tp=3"]),
-} | ({"4x1": (4, 1, [])} if FULL else {})
+} | ({"2x2": (2, 2, []), "4x1": (4, 1, [])} if FULL else {})
 
 
 @pytest.mark.real

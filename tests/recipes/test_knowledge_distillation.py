@@ -109,7 +109,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
     settings = (
         "save_every_n_steps=null",
         "gradient_accumulation_steps=1",
-        "max_steps_per_epoch=48",
+        "max_steps_per_epoch=24",
         "run_val_every_n_steps=2",
     )
     process = subprocess.Popen(

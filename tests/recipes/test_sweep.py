@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from command_line import ROOT, run_here
 
 # A recipe that takes no time: it "trains" by writing numbers, `slow` seconds apart.
 TOY = '''"""A toy."""
@@ -65,6 +64,15 @@ axes:
   seed: [0, 1]
 report: false
 """
+QUICK_TEACHER = "steps.teacher.overrides=[value=7, slow=0]"
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps find the package here, wherever the tests were started."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
@@ -80,23 +88,17 @@ def command(config: Path | str, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "kdtune", "run", "sweep", "--config", str(config), *overrides]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def run(config: Path | str, *overrides: str, code: int = 0) -> str:
-    result = subprocess.run(
-        command(config, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout + result.stderr
+    """What a sweep prints; it runs in this process, and only its steps are processes of their own."""
+    done = run_here(*command(config, *overrides)[3:])
+    assert done.code == code, done.out[-2000:] + done.err[-2000:]
+    return done.out + done.err
 
 
 def start(config: Path | str, *overrides: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        command(config, *overrides), cwd=ROOT, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command(config, *overrides), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -172,10 +174,11 @@ def test_a_shared_step_that_fails_is_tried_once(sweep: Path) -> None:
 
 @pytest.mark.parametrize("group", [True, False], ids=["with its step", "alone"])
 def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
-    (sweep / "toy.yaml").write_text("slow: 0.5\n")
-    run(sweep / "sweep.yaml", "only.lr=[1.0]", f"output_dir={sweep}/whole")
+    (sweep / "toy.yaml").write_text("slow: 0.4\n")
+    settings = ("only.lr=[1.0]", QUICK_TEACHER)
+    run(sweep / "sweep.yaml", *settings, f"output_dir={sweep}/whole")
     folder = sweep / "sweep"
-    process = start(sweep / "sweep.yaml", "only.lr=[1.0]")
+    process = start(sweep / "sweep.yaml", *settings)
     # In the middle of the first cell's training: the teacher is done, the second cell not begun.
     wait_until(
         lambda: any(len(p.read_text().splitlines()) >= 2 for p in folder.glob("steps/train-*/metrics.jsonl")), process
@@ -193,7 +196,7 @@ def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
                 os.kill(int(entry.parent.name), signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("steps/*.json")}
     assert len(finished) == 1
-    run(sweep / "sweep.yaml", "only.lr=[1.0]")
+    run(sweep / "sweep.yaml", *settings)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     starts = num_starts(folder)
     assert starts == {name: 2 if name.startswith("train-") and count == 2 else 1 for name, count in starts.items()}
@@ -204,17 +207,17 @@ def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
 
 
 def test_an_interrupt_reaches_the_step_and_stops_cleanly(sweep: Path) -> None:
-    (sweep / "toy.yaml").write_text("slow: 10.0\n")
-    process = start(sweep / "sweep.yaml")
+    (sweep / "toy.yaml").write_text("slow: 3.0\n")
+    process = start(sweep / "sweep.yaml", QUICK_TEACHER)
     folder = sweep / "sweep"
     wait_until(lambda: any(folder.glob("steps/train-*/metrics.jsonl")), process)
-    busy = run(sweep / "sweep.yaml", code=2)
+    busy = run(sweep / "sweep.yaml", QUICK_TEACHER, code=2)
     assert f"the sweep of process {process.pid} is running there" in busy
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert len(list(folder.glob("steps/*.json"))) == 1 and results(folder) == []
     # The lock is free: the step ended with the sweep.
-    assert "0 done; 3 steps, 2 to run" in run(sweep / "sweep.yaml", "dry_run=true", "only.lr=[1.0]")
+    assert "0 done; 3 steps, 2 to run" in run(sweep / "sweep.yaml", QUICK_TEACHER, "dry_run=true", "only.lr=[1.0]")
 
 
 def test_max_minutes_starts_no_step_after_it(sweep: Path) -> None:
@@ -291,7 +294,7 @@ def test_a_baseline_and_metrics_that_are_not_there_yet_are_said(sweep: Path) -> 
 
 def test_seconds_count_every_start_of_a_resumed_step(sweep: Path) -> None:
     (sweep / "toy.yaml").write_text("slow: 1.5\n")
-    settings = ("axes.seed=[0]", "axes.lr=[1.0]", "steps.teacher.overrides=[value=7, slow=0]")
+    settings = ("axes.seed=[0]", "axes.lr=[1.0]", QUICK_TEACHER)
     process = start(sweep / "sweep.yaml", *settings)
     folder = sweep / "sweep"
     wait_until(
@@ -337,7 +340,7 @@ steps:
   train:
     config: tiny/knowledge_distillation
     overrides: [model=null, checkpointer=kdtune.checkpoint.Checkpointer, "checkpointer.checkpoint_dir={student.dir}",
-                "kd_ratio={kd_ratio}", "sample_prompts=[]", save_every_n_steps=1, max_steps_per_epoch=24]
+                "kd_ratio={kd_ratio}", "sample_prompts=[]", save_every_n_steps=1, max_steps_per_epoch=12]
 axes: {kd_ratio: [0.25, 0.75]}
 """
     (tmp_path / "sweep.yaml").write_text(text)
