@@ -186,10 +186,7 @@ def run(cfg: Config, world: distributed.World) -> None:
         loader.seek(saved["position"])
 
     # Loop. Only from here on is anything written.
-    profiler = second_logger = None
-    if world.is_main:
-        profiler = config.instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
-        second_logger = config.instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
+    profiler, second_logger = training.profiler_and_logger(cfg)
     record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,

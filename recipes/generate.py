@@ -110,13 +110,10 @@ class Config:
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
         found += distributed.parallelism_problems(self.parallelism)
         parallelism = config.instantiate(self.parallelism)
-        if (
-            distributed.is_under_torchrun()
-            and self.dtype is None
-            and parallelism
-            and {parallelism.dp_shard, parallelism.tp} != {1}
-        ):
-            found.append("dtype=null: parallelism.dp_shard or tp above 1 needs one; give fp32 or bf16")
+        if distributed.is_under_torchrun() and self.dtype is None and parallelism and not parallelism.is_plain_copy:
+            found.append(
+                "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one; give fp32 or bf16"
+            )
         if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
             found.append(f"prompt_file={self.prompt_file}: no such file")
         if self.output_file is not None:
@@ -218,7 +215,7 @@ def stream(
 ) -> list[list[int]]:
     """The ids of one prompt's answer; its text appears on the terminal as it comes, unless it goes to a file."""
     text = generation.TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
-    on_token = text.add if cfg.output_file is None else None
+    on_token = text.add if cfg.output_file is None and world.is_main else None
 
     def answer(prompt: list[int]) -> list[int]:
         return generation.generate(model, prompt, **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)

@@ -4,7 +4,9 @@ import argparse
 import os
 import signal
 import socket
+import stat
 import sys
+from contextlib import suppress
 from typing import Any
 
 from kdtune import _assets
@@ -159,8 +161,7 @@ def _end_silent_connections(milliseconds: int) -> None:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
         return
     for name in os.listdir("/proc/self/fd"):
-        try:
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        except OSError:  # no socket, no TCP, or closed by now
-            continue
+        with suppress(OSError):  # no TCP, or closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

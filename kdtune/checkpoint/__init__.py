@@ -5,7 +5,7 @@ from kdtune.checkpoint.checkpointer import Checkpointer, load_model
 from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
 from kdtune.checkpoint.quantized import write_quantized
-from kdtune.checkpoint.ranks import from_main, is_main, local, wait_for_all
+from kdtune.checkpoint.ranks import from_main, is_main, local, together, wait_for_all
 from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -30,6 +30,7 @@ __all__ = [
     "save_state",
     "step_folders",
     "step_number",
+    "together",
     "wait_for_all",
     "write_adapter",
     "write_model",

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kdtune.config import instantiate
@@ -73,6 +74,11 @@ class Parallelism:
             )
         return {name: world_size // fixed if size == -1 else size for name, size in given.items()}
 
+    @property
+    def is_plain_copy(self) -> bool:
+        """Whether a model that is not trained stays as it is on every process: there is nothing to fetch, cut or convert."""
+        return self.dp_shard == self.tp == 1 and not self.cpu_offload and not self.param_dtype
+
     def start_world(self, device: torch.device, *, teacher_processes: int = 0) -> AbstractContextManager[World]:
         """The processes of this run, started; see `kdtune.distributed.start_world`."""
         tp = self.sizes(world_size() - teacher_processes)[TP_DIM]
@@ -123,7 +129,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
         ConfigError: the sizes do not fit the number of processes or the model.
     """
     sizes = parallelism.sizes(world.size)
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         return model
     trained = any(parameter.requires_grad for parameter in model.parameters())
     plain = not parallelism.cpu_offload and not parallelism.param_dtype
@@ -141,7 +147,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
             "an NF4 base is a copy on every device: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
         )
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
-    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = _mesh(world, sizes)
     if TP_DIM in sizes:
         apply_tensor_parallel(model, mesh[TP_DIM])
     if is_copy:
@@ -159,6 +165,16 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     shard_unit(model, reshard_after_forward=False)
     _sum_gradients(model)
     return model
+
+
+def _mesh(world: World, sizes: dict[str, int]) -> DeviceMesh:
+    """The processes of the world in an array of these sizes. They wait for each other as long as the world does."""
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if world.timeout is not None:
+        # A dimension that is not all processes is a new group, which has torch's half an hour unless told otherwise.
+        for name in sizes:
+            dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
+    return mesh
 
 
 def _sum_gradients(model: nn.Module) -> None:

@@ -11,7 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.nn import functional
 
 from kdtune.models import LoRALinear, Transformer, TransformerConfig
@@ -24,11 +32,14 @@ class _Style:
     parameters: Mapping[str, Placement]
     inputs: Placement
     outputs: Placement
+    input_gradients: Placement | None = None
+    """None: as the inputs, which takes a sum over the processes."""
 
 
 _BY_OUTPUTS = {"weight": Shard(0), "lora_a.weight": Replicate(), "lora_b.weight": Shard(0), "magnitude": Shard(0)}
 _BY_INPUTS = {"weight": Shard(1), "lora_a.weight": Shard(1), "lora_b.weight": Replicate(), "magnitude": Replicate()}
-_COLUMN = _Style(_BY_OUTPUTS, Replicate(), Shard(-1))
+# Several of them share an input, whose gradient is summed once, where it came from (`_share_inputs`).
+_COLUMN = _Style(_BY_OUTPUTS, Replicate(), Shard(-1), input_gradients=Partial())
 _ROW = _Style(_BY_INPUTS, Shard(-1), Replicate())
 _VOCABULARY = _Style(_BY_OUTPUTS, Replicate(), Replicate())
 
@@ -47,6 +58,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     for layer in model.layers:
         for name, style in _LAYER.items():
             _distribute(layer.get_submodule(name), mesh, style)
+        for norm in (layer.attn_norm, layer.mlp_norm):
+            norm.register_forward_hook(partial(_share_inputs, mesh))
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()
@@ -63,13 +76,21 @@ def tensor_parallel_problems(config: TransformerConfig, tp: int) -> list[str]:
     ]
 
 
+def _share_inputs(mesh: DeviceMesh, _: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
+    """The hidden states as they are; the gradient that comes back is a part on each process, and their sum goes on."""
+    return DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
 def _distribute(module: nn.Module, mesh: DeviceMesh, style: _Style) -> None:
+    gradients = None if style.input_gradients is None else [style.input_gradients]
     distribute_module(
         module,
         mesh,
         partial(_cut_parameters, style.parameters),
         # Torch's annotation says None; the hook's result takes the place of the inputs.
-        lambda _, inputs, mesh: DTensor.from_local(inputs[0], mesh, [style.inputs], run_check=False),  # type: ignore[arg-type]
+        lambda _, inputs, mesh: DTensor.from_local(  # type: ignore[arg-type]
+            inputs[0], mesh, [style.inputs], run_check=False, grad_placements=gradients
+        ),
         lambda _, outputs, __: outputs.redistribute(placements=[style.outputs]).to_local(),
     )
     if isinstance(module, LoRALinear) and module.dropout:

@@ -36,6 +36,8 @@ class World:
     """All processes of this world."""
     tp: int = 1
     """Consecutive processes that compute the same batches together (tensor parallelism)."""
+    timeout: timedelta | None = None
+    """The longest that a process waits for the others; None: as torch has it."""
     bridge: Bridge | None = None
     """To the world of the teacher alone, or from it to the student's; None: there is one world, with both."""
 
@@ -129,7 +131,7 @@ def start_world(
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size(), tp, bridge)
+        yield World(device, dist.get_rank(), dist.get_world_size(), tp, timeout, bridge)
         if bridge is not None:
             bridge.close()
     except Exception as error:

@@ -286,7 +286,7 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _block_size(logits_CV: Tensor) -> int:
-    """Rows of a chunk on which softmax and divergence run at once: all of them, except on a CPU."""
+    """Rows of a chunk on which softmax and divergence run at once: all of them, except on a CPU; one at least."""
     if logits_CV.device.type != "cpu":
-        return len(logits_CV)
+        return max(1, len(logits_CV))  # with a head in shards, a process may have none of a short chunk's rows
     return max(1, CPU_BLOCK_BYTES // (logits_CV.shape[1] * logits_CV.element_size()))

@@ -11,7 +11,7 @@ from kdtune.training.loggers import (
     read_metrics,
     truncate_metrics,
 )
-from kdtune.training.loop import MAY_CHANGE, check_save_weights, is_due, loop_problems
+from kdtune.training.loop import MAY_CHANGE, check_save_weights, is_due, loop_problems, profiler_and_logger
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
@@ -86,6 +86,7 @@ __all__ = [
     "plan_on_paper",
     "plot_losses",
     "print_plan",
+    "profiler_and_logger",
     "read_metrics",
     "reset_peak_memory",
     "resolve_device",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kdtune.checkpoint import is_main, together
+from kdtune.config import instantiate
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, has_adapters
 
@@ -17,6 +19,19 @@ MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "
               "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
               "enable_async_checkpointing", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
               "log_level", "profiler")  # fmt: skip
+
+
+def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
+    """The config's profiler and second logger, made by the main process; None and None on the others.
+
+    Raises:
+        ConfigError: one of them refuses its arguments, on all processes alike.
+    """
+    with together():
+        if not is_main():
+            return None, None
+        profiler = instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
+        return profiler, instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
 
 
 def loop_problems(cfg: Any) -> list[str]:

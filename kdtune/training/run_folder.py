@@ -17,6 +17,7 @@ from kdtune.checkpoint import (
     newest_step,
     remove_folder,
     save_model,
+    together,
     wait_for_all,
     writing,
 )
@@ -134,19 +135,20 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
         ConfigError: another run is writing into it.
     """
     wait_for_all()
-    if not is_main():
-        return
-    logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
-    for file in logs:
-        read_metrics(file)
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    _lock(output_dir)
-    write_run_files(output_dir, resolved_config=resolved_config, record=record)
-    discard_steps_after(output_dir, step)
-    for file in logs:
-        # At step 0 the validation before the first step is made again.
-        truncate_metrics(file, step if step > 0 else -1)
+    with together():
+        if not is_main():
+            return
+        logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
+        for file in logs:
+            read_metrics(file)
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        _lock(output_dir)
+        write_run_files(output_dir, resolved_config=resolved_config, record=record)
+        discard_steps_after(output_dir, step)
+        for file in logs:
+            # At step 0 the validation before the first step is made again.
+            truncate_metrics(file, step if step > 0 else -1)
 
 
 def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, Any]) -> None:

@@ -200,4 +200,4 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
     assert [rank.code for rank in ended] == [
         2,
         2,
-    ] and "dtype=null: parallelism.dp_shard or tp above 1 needs one" in ended[0].text
+    ] and "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one" in ended[0].text
