@@ -11,6 +11,10 @@ class ConfigError(KDTuneError):
     """A config, an override or a command line that cannot be used. The message names the key."""
 
 
+class LayoutError(ConfigError):
+    """A model that cannot be spread over the processes as the config wants."""
+
+
 class CheckpointError(KDTuneError):
     """Weights, a tokenizer or a saved state that cannot be read or written. The message names the file, and the tensor if there is one."""
 

@@ -307,7 +307,7 @@ def record_samples(cfg: Config, model: Transformer, tokenizer: Any, step: int, w
         return
     with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl" if world.is_main else None) as samples:
         for prompt in cfg.sample_prompts:
-            text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens)
+            text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens, agree=checkpoint.from_main)
             samples.log({"model": "model", "prompt": prompt, "answer": text}, step)
 
 

@@ -359,7 +359,9 @@ def record_samples(
     with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl" if world.is_main else None) as samples:
         for prompt in cfg.sample_prompts:
             for who, model in models.items():
-                text = generation.answer(model, tokenizer, prompt, cfg.sample_max_new_tokens)
+                text = generation.answer(
+                    model, tokenizer, prompt, cfg.sample_max_new_tokens, agree=checkpoint.from_main
+                )
                 samples.log({"model": who, "prompt": prompt, "answer": text}, step)
 
 

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +16,11 @@ from torch.distributed import ProcessGroup
 from kdtune.checkpoint.ranks import from_main, is_main, together
 from kdtune.errors import CheckpointError
 
-# `.step_10.partial-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
-# owner's process id inside.
-_HIDDEN = re.compile(r"^\..+\.(?:partial|deleted)-(?P<pid>\d+)-[0-9a-f]{8}$")
+# `.step_10.partial-host-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
+# owner's host and process id inside.
+_HIDDEN = re.compile(r"^\..+\.(?:partial|deleted)-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+# What another host has not touched for so long is not being written.
+_STALE_SECONDS = 24 * 3600
 _in_use: set[Path] = set()
 
 
@@ -93,13 +97,16 @@ def remove_folder(path: str | Path) -> None:
 def clean_leftovers(parent: str | Path) -> list[Path]:
     """Removes the hidden folders and files that killed processes left in `parent`, and returns what it removed.
 
-    What a living process of this machine is writing stays. A missing `parent` has nothing to clean.
+    What a living process of this machine is writing stays, and what another machine has changed within a day. A missing
+    `parent` has nothing to clean.
     """
     folder = Path(parent).absolute()
     removed = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _HIDDEN.match(entry.name)
-        if match is None or entry in _in_use or _is_other_process(int(match["pid"])):
+        if match is None or entry in _in_use:
+            continue
+        if _is_other_process(int(match["pid"])) if match["host"] == _host() else _is_fresh(entry):
             continue
         with writing(entry):
             if entry.is_dir() and not entry.is_symlink():
@@ -147,7 +154,20 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _hidden_sibling(target: Path, purpose: str) -> Path:
-    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    return target.with_name(f".{target.name}.{purpose}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _host() -> str:
+    # A file's name has at most 255 bytes.
+    return socket.gethostname().replace("/", "_")[:64]
+
+
+def _is_fresh(entry: Path) -> bool:
+    """Whether anything in a folder, or a file, has changed lately."""
+    paths = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
+    with suppress(FileNotFoundError):  # its owner has just finished it
+        return max(path.lstat().st_mtime for path in paths) > time.time() - _STALE_SECONDS
+    return True
 
 
 def _is_other_process(pid: int) -> bool:

@@ -17,7 +17,7 @@ from kdtune.distributed.activation_checkpoint import apply_activation_checkpoint
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
 from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
-from kdtune.errors import ConfigError
+from kdtune.errors import ConfigError, LayoutError
 from kdtune.models import Transformer, adapted_linears
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -126,7 +126,8 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     An NF4 base (QLoRA) is a copy on every process; the adapters are in shards.
 
     Raises:
-        ConfigError: the sizes do not fit the number of processes or the model.
+        ConfigError: the sizes do not fit the number of processes.
+        LayoutError: they do not fit the model.
     """
     sizes = parallelism.sizes(world.size)
     if not dist.is_initialized():
@@ -138,11 +139,11 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
         return model
     # Before the processes talk to each other: all of them are to come as far.
     if problems := tensor_parallel_problems(model.config, sizes[TP_DIM]):
-        raise ConfigError(f"parallelism: {'; '.join(problems)}")
+        raise LayoutError(f"parallelism: {'; '.join(problems)}")
     # They cannot be cut between their blocks of 64 values: each process has a copy, of half a byte a weight.
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
     if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
-        raise ConfigError(
+        raise LayoutError(
             f"parallelism: tp={sizes[TP_DIM]}, cpu_offload={parallelism.cpu_offload}, with adapters of quantize_base=true (QLoRA); "
             "an NF4 base is a copy on every device: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
         )
@@ -210,6 +211,12 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
     found = layout_problems(parallelism, teacher, world_size(), teacher_processes=teacher_processes)
     for name, one in (("parallelism", parallelism), ("teacher_parallelism", teacher)):
         found += [f"{name}: {problem}" for problem in (one.problems() if one else [])]
+    for name in ("reduce_dtype", "timeout_minutes"):
+        if teacher and getattr(teacher, name) not in (getattr(Parallelism(), name), getattr(parallelism, name)):
+            why = (
+                "a teacher has no gradients" if name == "reduce_dtype" else "a run has one, parallelism.timeout_minutes"
+            )
+            found.append(f"teacher_parallelism.{name}={getattr(teacher, name)}: not used, for {why}; leave it out")
     return found
 
 

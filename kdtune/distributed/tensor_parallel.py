@@ -58,8 +58,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     for layer in model.layers:
         for name, style in _LAYER.items():
             _distribute(layer.get_submodule(name), mesh, style)
-        for norm in (layer.attn_norm, layer.mlp_norm):
-            norm.register_forward_hook(partial(_share_inputs, mesh))
+        for name in ("attn_norm", "mlp_norm"):
+            layer.get_submodule(name).register_forward_hook(partial(_share_inputs, mesh))
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()

@@ -26,6 +26,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     on_token: Callable[[int], object] | None = None,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[int]:
     """The new ids, ending with a stop id if the model gave one; without the prompt. See :func:`generate_batch`."""
     (new_ids,) = generate_batch(
@@ -38,6 +39,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         on_token=None if on_token is None else lambda _, token: on_token(token),
+        agree=agree,
     )
     return new_ids
 
@@ -54,6 +56,7 @@ def generate_batch(
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], object] | None = None,
     should_stop: Callable[[int, list[int]], bool] | None = None,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, ending with a stop id if the model gave one; without the prompts.
 
@@ -73,6 +76,8 @@ def generate_batch(
         seed: of the draws: prompt number i, from 0, draws with the seed `seed + i`; or the seed of each prompt.
         on_token: called with a prompt's number and its new id, for each new id.
         should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
+        agree: gives the ids that are taken for those drawn, one a text. For processes that must compute the same, where a
+            rounding error of one of them could end a text that goes on elsewhere.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -99,6 +104,7 @@ def generate_batch(
             tokens = sample_tokens(
                 logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generators=[generators[i] for i in active]
             )
+            tokens = agree(tokens) if agree else tokens
             rows = []
             for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
                 new_ids[index].append(token)

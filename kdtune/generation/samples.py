@@ -1,5 +1,6 @@
 """Answers to a user's prompts, as a chat."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kdtune.generation.generate import generate
@@ -20,8 +21,9 @@ def answer(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> str:
-    """The model's answer to one user message in the tokenizer's chat template, without control tokens.
+    """The model's answer to one user message in the tokenizer's chat template, without control tokens. See `generate_batch`.
 
     Raises:
         DataError: if the rendered prompt leaves no room in the model's context.
@@ -36,5 +38,6 @@ def answer(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        agree=agree,
     )
     return tokenizer.decode(new_ids, skip_special=True).strip()

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, build_model, model_config, parallelize
+from kdtune.distributed import Parallelism, World, build_model, meta_model, model_config, parallelize
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer
-from kdtune.teachers.remote import RemoteModel
+from kdtune.teachers.remote import RemoteModel, check_sendable
 
 log = get_logger(__name__)
 
@@ -45,6 +45,10 @@ def build_teacher(
             with parallelism.home(world):
                 instantiate(builder)
         return RemoteModel(model_config(builder, checkpointer), bridge, world.device)
+
+    if world.is_teacher:
+        # Before its weights are read.
+        check_sendable(meta_model(builder, checkpointer, dtype=dtype).output)
 
     def prepare(model: Transformer) -> Transformer:
         return parallelize(model.requires_grad_(False), parallelism, world, compile=compile)

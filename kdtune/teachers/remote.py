@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdtune.distributed import END, Bridge, World
 from kdtune.distributed.bridge import Sent
-from kdtune.errors import ConfigError
+from kdtune.errors import LayoutError
 from kdtune.losses import FactoredHead
 from kdtune.models import KVCache, Transformer, TransformerConfig
 
@@ -122,7 +122,7 @@ def serve(build: Callable[[], Transformer | RemoteModel], world: World, interrup
             step is made; where it came to this one alone, it is passed on to them.
 
     Raises:
-        ConfigError: the model's head is more than one weight.
+        LayoutError: the model's head is more than one weight.
         TrainingError: a process of the student is gone, or keeps this one waiting for too long.
     """
     if world.bridge is None or not world.bridge.is_teacher:
@@ -136,11 +136,7 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
     if END in requests:  # a resumed run that had made all its steps
         return
     model = build().requires_grad_(False).eval()
-    if isinstance(model.output, FactoredHead):
-        raise ConfigError(
-            "teacher_processes: the teacher's output head has an adapter, and it is sent to the student as one matrix; leave "
-            "the head out of teacher_model's adapters, or merge them (teacher_checkpointer.adapter_dir)"
-        )
+    check_sendable(model.output)
     # A forward makes the head whole where it is sharded, in the dtype that it is used in.
     nothing_BS = torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(nothing_BS, return_hidden=True)
@@ -160,6 +156,19 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
             # The answer before must have been fetched: answers that nobody fetches would fill the memory.
             _wait(before)
             before = [bridge.send(bridge.partners[turn], int(interrupt.requested), hidden_BSD)]
+
+
+def check_sendable(head: nn.Module) -> None:
+    """Nothing, where a head is one weight.
+
+    Raises:
+        LayoutError: it has an adapter beside it.
+    """
+    if isinstance(head, FactoredHead):
+        raise LayoutError(
+            "teacher_processes: the teacher's output head has an adapter, and it is sent to the student as one matrix; leave "
+            "the head out of teacher_model's adapters, or merge them (teacher_checkpointer.adapter_dir)"
+        )
 
 
 def _wait(all_sent: Iterable[Sent]) -> None:

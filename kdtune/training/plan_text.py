@@ -9,7 +9,7 @@ import torch
 
 from kdtune.config import instantiate
 from kdtune.distributed import World, fake_world, layout_problems
-from kdtune.errors import ConfigError
+from kdtune.errors import ConfigError, LayoutError
 from kdtune.training.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu, gpu_of
 from kdtune.training.plan import Plan, check_trains, make_plan
 from kdtune.training.plan_teacher import TeacherPlan, make_teacher_plan
@@ -99,6 +99,8 @@ def print_plan(cfg: Any, world: World) -> None:
             text = teacher_text([make_teacher_plan(cfg, world, world.bridge.num_students)], gpu)
         else:
             text = plan_text([make_plan(cfg, world)], gpu)
+    except LayoutError:
+        raise  # the run would find it too, after it has read its data and the teacher
     except Exception as error:
         # A plan is advice: a run may work whose parts, a user's own among them, cannot run on the meta device. What is wrong
         # with the config itself the run says in its own place.

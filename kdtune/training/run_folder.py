@@ -32,6 +32,7 @@ _ABSENT = object()
 _NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
+_LOCK = ".lock"
 _held: dict[Path, int] = {}
 
 
@@ -171,11 +172,14 @@ def _starts(runs_file: Path) -> list[Any]:
 
 
 def _lock(folder: Path) -> None:
-    """Holds the folder for this process until it ends, however it ends. The folder itself is locked: no file is left in it."""
+    """Holds the folder for this process until it ends, however it ends.
+
+    A file in it is locked, not the folder: NFS tells the other hosts of a file's lock alone, where it is open for writing.
+    """
     path = folder.absolute()
     if path in _held:
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -200,11 +204,11 @@ os.register_at_fork(after_in_child=_let_go)
 
 def _is_locked(folder: Path) -> bool:
     """Whether another process holds the folder."""
-    if folder.absolute() in _held or not folder.is_dir():
+    if folder.absolute() in _held:
         return False
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # what may not be read is told by the other checks
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:  # no run has been there; what may not be read is told by the other checks
         return False
     try:
         # Shared: the processes of one run look at the same time.

@@ -185,7 +185,7 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
     many = ["prompt=null", f"prompts=[{', '.join('Go on' + ' and on' * n for n in range(5))}]", "batch_size=2"]
     command = [*GENERATE, base, "~model", "max_new_tokens=8"]
     texts = {}
-    for ranks, layout in ((1, []), (2, ["dtype=null"]), (3, SHARDED)):
+    for ranks, layout in ((1, []), (2, ["dtype=null"]), (3, SHARDED), (4, [*SHARDED, "parallelism.tp=2"])):
         file = tmp_path / f"{ranks}.jsonl"
         ended = launch.kdtune(*command, *many, *layout, f"output_file={file}", ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
@@ -195,9 +195,8 @@ def test_answers_to_many_prompts_and_to_one(launch, loud_model: Path, tmp_path: 
         assert [rank.code for rank in ended] == [0] * ranks and not any(rank.text for rank in ended[1:])
         texts[ranks] = ended[0].text.rpartition(" tokens in ")[0]
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
-    assert texts[1] and texts[1] == texts[2] == texts[3]
-    ended = launch.kdtune(*command, *SHARDED, "dtype=null", ranks=2)
-    assert [rank.code for rank in ended] == [
-        2,
-        2,
-    ] and "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one" in ended[0].text
+    assert texts[1] and texts[1] == texts[2] == texts[3] == texts[4]
+    for layout in (SHARDED, ["parallelism.param_dtype=bf16"]):
+        ended = launch.kdtune(*command, *layout, "dtype=null", ranks=2)
+        assert [rank.code for rank in ended] == [2, 2]
+        assert "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one" in ended[0].text

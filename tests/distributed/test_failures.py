@@ -34,17 +34,21 @@ def test_a_rank_that_raises(how: str, message: str, launch, tmp_path: Path, monk
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_a_rank_that_hangs(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others end when the timeout is over; torchrun then ends the one that hangs."""
+@pytest.mark.parametrize(("layout", "ranks"), [([], 3), (["parallelism.dp_replicate=2"], 4), (["parallelism.tp=2"], 4)])
+def test_a_rank_that_hangs(
+    layout: list[str], ranks: int, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end when the timeout is over, whichever group they wait in; torchrun then ends the one that hangs."""
     monkeypatch.chdir(tmp_path)
-    started = launch.start(main, arguments(tmp_path, "hang", "parallelism.timeout_minutes=0.1"), ranks=3)
+    started = launch.start(main, arguments(tmp_path, "hang", "parallelism.timeout_minutes=0.1", *layout), ranks=ranks)
     for rank in (started[0], started[2]):
         rank.process.join(60)
         assert rank.code == 1, rank.text
-    assert "Timed out waiting 6000ms" in started[0].text + started[2].text
+    assert "Timed out waiting 6000ms" in "".join(rank.text for rank in started)
     assert started[1].process.is_alive()
-    started[1].process.kill()
-    started[1].process.join()
+    for rank in started:
+        rank.process.kill()
+        rank.process.join()
 
 
 @pytest.mark.slow
@@ -73,6 +77,22 @@ def test_a_model_that_tensor_parallelism_does_not_divide(launch, tmp_path: Path)
     assert [rank.code for rank in ended] == [2, 2, 2]
     assert "parallelism: tp=3 does not divide num_kv_heads=2" in ended[0].text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_is_not_divided_is_found_before_the_teacher_is_read(
+    launch, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("kdtune.checkpoint.Checkpointer.load", load)
+    node = f"teacher_checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    run = [*KD, node, "teacher_model=null", "parallelism.tp=2", f"output_dir={tmp_path / 'out'}"]
+    ended = launch.kdtune(*run, "model.num_kv_heads=1", ranks=2)
+    assert [rank.code for rank in ended] == [2, 2]
+    assert "parallelism: tp=2 does not divide num_kv_heads=1" in ended[0].text
+    ended = launch.kdtune(*run, ranks=2)
+    assert [rank.code for rank in ended] == [1, 1] and "weights are read" in ended[0].text
 
 
 @pytest.mark.parametrize("setting", ["parallelism.tp=2", "parallelism.cpu_offload=true"])

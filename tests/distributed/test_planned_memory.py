@@ -13,7 +13,7 @@ from kdtune.config import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
 from kdtune.training.plan import Plan, make_plan
-from kdtune.training.plan_teacher import make_teacher_plan
+from kdtune.training.plan_teacher import TeacherPlan, make_teacher_plan
 
 SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
          "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip
@@ -85,13 +85,12 @@ def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path
         )
         # A run, which plans with its own processes, says the same.
         assert one["planned"] == [plan.held.stored, plan.held.gradients, plan.held.state, plan.peak.total]
-    check_peak(plans[0], [one["peak"] for one in found])
+    check_peak(plans[0], 2 * plans[0].student.sizes.layer.reduced, [one["peak"] for one in found])
 
 
-def check_peak(plan: Plan, found: list[int]) -> None:
-    # Gloo's threads let go of copies of what they reduce late, on each rank at another time; what is left is the step's own.
-    copies = 2 * plan.student.sizes.layer.reduced
-    assert 0.9 * (max(found) - copies) <= plan.peak.total <= 1.1 * min(found)
+def check_peak(plan: Plan | TeacherPlan, late: int, found: list[int]) -> None:
+    """10 %. Gloo's threads let go late of copies of what they send, on each rank at another time; the rest is the step's own."""
+    assert 0.9 * (max(found) - late) <= plan.peak.total <= 1.1 * min(found)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
@@ -146,7 +145,8 @@ def test_memory_of_a_teacher_apart(students: int, num_teachers: int, launch, tmp
         sizes = [plan.held.stored, plan.held.gradients, plan.held.state]
         assert sizes == [one["weights"], one["gradients"], one["state"]]
         assert one["planned"] == [*sizes, plan.peak.total]
-    check_peak(plans[0], [one["peak"] for one in found[:students]])
+    check_peak(plans[0], 2 * plans[0].student.sizes.layer.reduced, [one["peak"] for one in found[:students]])
     for plan, one in zip(plans[students:], found[students:], strict=True):
         assert one["weights"] == plan.teacher.sizes.total.stored
-        assert one["planned"] == plan.peak.total == pytest.approx(one["peak"], rel=0.1)
+        assert one["planned"] == plan.peak.total
+        check_peak(plan, 2 * plan.teacher.sizes.layer.whole if num_teachers > 1 else 0, [one["peak"]])

@@ -8,6 +8,7 @@ import torch
 from distributed_runs import ADAPTERS, COPY, FINETUNE, FULL, KD, PLAIN, check_same_change, check_same_rows, rows
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 from kdtune import distributed, losses, training
 from kdtune.checkpoint import local
@@ -154,6 +155,25 @@ def test_gradients_under_tensor_parallelism(
     kind: str, ranks: int, replicate: int, tp: int, teacher_tp: int, launch
 ) -> None:
     launch.call(compare_gradients, kind, kind != "dora", replicate, tp, teacher_tp, ranks=ranks)
+
+
+def count_sums() -> None:
+    """Two sums a layer in forward, two in backward, and one for the embeddings in forward."""
+    model = float64_model("full", tied=True)
+    parallelism = distributed.Parallelism(tp=2)
+    with parallelism.start_world(torch.device("cpu")) as world:
+        distributed.shard_model(model, parallelism, world)
+        with CommDebugMode() as forward:
+            hidden = model(torch.zeros(2, 8, dtype=torch.int64), return_hidden=True)
+        with CommDebugMode() as backward:
+            hidden.sum().backward()
+        layers = len(model.layers)
+        assert (forward.get_total_counts(), backward.get_total_counts()) == (2 * layers + 1, 2 * layers)
+        dist.barrier()
+
+
+def test_tensor_parallelism_sums_as_often_as_it_must(launch) -> None:
+    launch.call(count_sums, ranks=2)
 
 
 def test_samples_and_bf16_arithmetic_beside_fp32_weights(launch, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def test_the_numbers_of_one_process(kind: str, launch, small_model: Path, tmp_pa
         arguments, ranks = layout_arguments(name, tmp_path / name)
         ended = launch.kdtune(*KD, *PLAIN, *ADAPTERS[kind], base, *arguments, ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
-        assert not any(rank.text for rank in ended[1:]), ended[1].text
+        said = [number for number, rank in enumerate(ended) if rank.text]
+        assert said == ([0, LAYOUTS[name][0]] if LAYOUTS[name][1] else [0]), ended[1].text
         check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"))
         check_same_change(tmp_path / name / "final", tmp_path / "1 of both" / "final", small_model)
     assert "the teacher is on 3 of the run's 7 processes" in ended[0].text
@@ -247,7 +248,7 @@ def test_a_signal_stops_the_run_after_a_step(to: slice, launch, tmp_path: Path) 
     for rank in started[to]:
         os.kill(rank.process.pid, signal.SIGTERM)
     check_stopped(launch.wait(started, timeout=60), out)
-    assert not started[2].text
+    assert started[2].text.startswith("memory a process of the teacher") and "Traceback" not in started[2].text
 
 
 def test_resumed_with_the_teacher_beside_and_apart_again(

@@ -515,7 +515,7 @@ def check_message(text: str, words: tuple[str, ...]) -> None:
 
 def check_nothing_half_written(out: Path) -> None:
     """Whatever is there under its final name is whole, and nothing else of it is left."""
-    assert not [path.name for path in out.glob(".*")], "leftovers"
+    assert not [path.name for path in out.glob(".*.partial-*")], "leftovers"
     for folder in [*out.glob("step_*"), *out.glob("final")]:
         load_model(folder)
         assert folder.name == "final" or is_whole_state(folder / "state")

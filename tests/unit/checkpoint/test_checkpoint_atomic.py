@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,22 +121,28 @@ def test_text_is_replaced_whole(tmp_path: Path) -> None:
 def test_leftovers_of_dead_processes_go_those_of_living_stay(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    alive = os.getppid()
+    alive, host = os.getppid(), socket.gethostname()
+    old = tmp_path / f".step_9.partial-another-host-{alive}-0123abcd"
     dead = [
-        tmp_path / f".step_2.partial-{gone.pid}-0123abcd",
-        tmp_path / f".step_1.deleted-{gone.pid}-0123abcd",
+        tmp_path / f".step_2.partial-{host}-{gone.pid}-0123abcd",
+        tmp_path / f".step_1.deleted-{host}-{gone.pid}-0123abcd",
         # Our own process id, from an earlier life: containers start counting anew.
-        tmp_path / f".step_3.partial-{os.getpid()}-0123abcd",
+        tmp_path / f".step_3.partial-{host}-{os.getpid()}-0123abcd",
+        old,
     ]
     kept = [
-        tmp_path / f".step_2.partial-{alive}-0123abcd",
+        tmp_path / f".step_2.partial-{host}-{alive}-0123abcd",
+        # Of another host, which alone knows its processes.
+        tmp_path / f".step_2.partial-another-host-{gone.pid}-0123abcd",
         tmp_path / "step_2",
         tmp_path / ".cache",
         tmp_path / ".x.partial-a",
     ]
     for path in (*dead, *kept):
         (path / "inside").mkdir(parents=True)
-    text = tmp_path / f".a.json.partial-{gone.pid}-0123abcd"
+    for path in (old / "inside", old):
+        os.utime(path, (0, 0))
+    text = tmp_path / f".a.json.partial-{host}-{gone.pid}-0123abcd"
     text.write_text("")
     with atomic_folder(tmp_path / "now") as hidden:
         assert sorted(clean_leftovers(tmp_path)) == sorted([*dead, text])

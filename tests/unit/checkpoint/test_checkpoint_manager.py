@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,8 @@ def test_all_are_kept_without_a_number_and_none_is_refused(tmp_path: Path) -> No
 
 
 def test_a_new_manager_removes_what_a_killed_run_left(tmp_path: Path) -> None:
-    (tmp_path / ".step_4.partial-999999999-0123abcd" / "state").mkdir(parents=True)
-    (tmp_path / ".step_1.deleted-999999999-0123abcd").mkdir()
+    (tmp_path / f".step_4.partial-{socket.gethostname()}-999999999-0123abcd" / "state").mkdir(parents=True)
+    (tmp_path / f".step_1.deleted-{socket.gethostname()}-999999999-0123abcd").mkdir()
     CheckpointManager(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -61,6 +61,9 @@ def test_a_teacher_is_cut_as_the_student_is_or_not_at_all(monkeypatch: pytest.Mo
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert parallelism_problems(NODE | {"tp": 2}, NODE) == []
+    for name, value in (("reduce_dtype", "fp32"), ("timeout_minutes", 5)):
+        (problem,) = parallelism_problems(NODE, NODE | {name: value})
+        assert f"teacher_parallelism.{name}={value}" in problem and "not used" in problem
     assert parallelism_problems(NODE | {"tp": 2}, NODE | {"tp": -1, "dp_shard": 2}) == []
     (problem,) = parallelism_problems(NODE | {"tp": 2}, NODE | {"tp": 4})
     assert problem.startswith("teacher_parallelism.tp=4:") and "parallelism.tp=2" in problem

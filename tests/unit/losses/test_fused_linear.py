@@ -335,3 +335,9 @@ def test_no_logits_beyond_a_chunk(dtype: torch.dtype, trainable: bool) -> None:
             loss.backward()
         sizes.append(largest.numel)
     assert sizes == [chunk_size * rows] * 2
+
+
+def test_a_device_that_takes_blocks_whole_may_have_no_rows() -> None:
+    """With a head in shards a process may have none of a short chunk's rows; its blocks are none, not a division by zero."""
+    empty_CV = torch.empty(0, 5, device="meta")
+    assert list(module._slices(len(empty_CV), module._block_size(empty_CV))) == []
