@@ -11,6 +11,7 @@ steps are compared too.
 
 Expected before measuring: less than 3 % on a CPU, where a step takes a second (what is added are copies of weights and gradients
 into FSDP's buffers, some 0.4 GB a step, and a few hooks a layer), and up to 10 % on a GPU, where the same step takes some 15 ms.
+Found on a CPU: docs/benchmarks.md.
 """
 
 import argparse

@@ -327,7 +327,7 @@ def test_a_full_disk_of_one_process_ends_all_with_its_error(how: list[str], laun
         assert "free space" in rank.text and ".partial-" not in rank.text and "Traceback" not in rank.text
     # The error of what is written in the background comes with the next folder.
     assert steps_made(out) == (4 if how else 2)
-    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "config.yaml", "metrics.jsonl", "run.json"]
 
 
 def test_a_signal_while_a_folder_is_written(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
