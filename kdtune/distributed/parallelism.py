@@ -112,7 +112,8 @@ def parallelize(
     if activation_checkpointing:
         apply_activation_checkpointing(model)
     if compile:
-        apply_compile(model)
+        # Of layers cut by tensor parallelism, torch 2.13's compiler recurses without end when lengths are symbols.
+        apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
     return shard_model(model, parallelism, world)
 
 

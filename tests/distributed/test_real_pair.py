@@ -14,7 +14,7 @@ STEPS = 10 if FULL else 3
 KINDS = {
     "full": ["optimizer.lr=0.01"],
     "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.05", "optimizer.lr=0.1"],
-    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "optimizer.lr=0.1"],
+    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "optimizer.lr=0.05"],
 }
 # SmolLM2 has 9 heads and 3 key/value heads.
 LAYOUTS = {
