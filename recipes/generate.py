@@ -110,7 +110,8 @@ class Config:
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
         found += distributed.parallelism_problems(self.parallelism)
         parallelism = config.instantiate(self.parallelism)
-        if distributed.is_under_torchrun() and self.dtype is None and parallelism and not parallelism.is_plain_copy:
+        is_copy = parallelism and {parallelism.dp_shard, parallelism.tp} == {1} and parallelism.is_plain
+        if distributed.is_under_torchrun() and self.dtype is None and parallelism and not is_copy:
             found.append(
                 "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one; give fp32 or bf16"
             )

@@ -75,9 +75,9 @@ class Parallelism:
         return {name: world_size // fixed if size == -1 else size for name, size in given.items()}
 
     @property
-    def is_plain_copy(self) -> bool:
-        """Whether a model that is not trained stays as it is on every process: there is nothing to fetch, cut or convert."""
-        return self.dp_shard == self.tp == 1 and not self.cpu_offload and not self.param_dtype
+    def is_plain(self) -> bool:
+        """Whether weights stay where they are used, in the dtype they are used in."""
+        return not self.cpu_offload and not self.param_dtype
 
     def start_world(self, device: torch.device, *, teacher_processes: int = 0) -> AbstractContextManager[World]:
         """The processes of this run, started; see `kdtune.distributed.start_world`."""
@@ -134,8 +134,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     if not dist.is_initialized():
         return model
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    plain = not parallelism.cpu_offload and not parallelism.param_dtype
-    is_copy = sizes["dp_shard"] == 1 and not trained and plain
+    is_copy = sizes["dp_shard"] == 1 and not trained and parallelism.is_plain
     if is_copy and sizes[TP_DIM] == 1:
         return model
     # Before the processes talk to each other: all of them are to come as far.

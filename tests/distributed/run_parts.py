@@ -44,6 +44,13 @@ class Failing(torch.optim.SGD):
         return super().step(closure)
 
 
+class RefusingLogger:
+    """A second logger that cannot be made, as one without an account."""
+
+    def __init__(self) -> None:
+        raise ValueError("it wants a login")
+
+
 class Stopping(torch.optim.AdamW):
     """Stops the run after the step whose number is in the environment's STOP_AT."""
 

@@ -8,9 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_runs import KD
+from run_parts import SIZES
 
+from kdtune import distributed
 from kdtune._cli.main import main
+from kdtune.models import llama
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -34,21 +38,53 @@ def test_a_rank_that_raises(how: str, message: str, launch, tmp_path: Path, monk
     assert not (tmp_path / "out" / "final").exists()
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [([], 3), (["parallelism.dp_replicate=2"], 4), (["parallelism.tp=2"], 4)])
-def test_a_rank_that_hangs(
-    layout: list[str], ranks: int, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The others end when the timeout is over, whichever group they wait in; torchrun then ends the one that hangs."""
+def test_a_rank_that_hangs(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others end when the timeout is over; torchrun then ends the one that hangs."""
     monkeypatch.chdir(tmp_path)
-    started = launch.start(main, arguments(tmp_path, "hang", "parallelism.timeout_minutes=0.1", *layout), ranks=ranks)
+    started = launch.start(main, arguments(tmp_path, "hang", "parallelism.timeout_minutes=0.1"), ranks=3)
     for rank in (started[0], started[2]):
         rank.process.join(60)
         assert rank.code == 1, rank.text
-    assert "Timed out waiting 6000ms" in "".join(rank.text for rank in started)
+    assert "Timed out waiting 6000ms" in started[0].text + started[2].text
     assert started[1].process.is_alive()
-    for rank in started:
-        rank.process.kill()
-        rank.process.join()
+    started[1].process.kill()
+    started[1].process.join()
+
+
+def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
+    """Rank 1 stays away from a forward: rank 0, which shares a group with it that is not all processes, gives up in time."""
+    parallelism = distributed.Parallelism(**layout, timeout_minutes=0.05)
+    with parallelism.start_world(torch.device("cpu")) as world:
+        model = distributed.shard_model(llama(**SIZES, tie_embeddings=True), parallelism, world)
+        if world.rank == 0:
+            with pytest.raises(RuntimeError, match="Timed out waiting 3000ms"):
+                model(torch.zeros(1, 4, dtype=torch.int64), return_hidden=True)
+        else:
+            time.sleep(12)
+        os._exit(0)  # nothing can be shut down in order
+
+
+@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"tp": 2}], ids=["HSDP 2x2", "FSDP 2 x TP 2"])
+def test_the_groups_of_a_mesh_wait_as_long_as_the_run(layout: dict[str, int], launch) -> None:
+    launch.call(wait_in_a_group_of_the_mesh, layout, ranks=4)
+
+
+@pytest.mark.parametrize("damage", ["logger", "file"])
+def test_what_the_main_process_alone_finds_ends_all_alike(damage: str, launch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = [*KD, f"output_dir={out}", "sample_prompts=[]", "max_steps_per_epoch=2", "save_every_n_steps=1"]
+    if damage == "logger":
+        run += ["metric_logger=run_parts.RefusingLogger"]
+        message = "it wants a login"
+    else:
+        ended = launch.kdtune(*run, ranks=2)
+        assert [rank.code for rank in ended] == [0, 0], ended[0].text
+        (out / "samples.jsonl").write_text("not JSON\n{}\n")
+        run += ["resume_from_checkpoint=true", "epochs=2"]
+        message = f"{out / 'samples.jsonl'}: line 1"
+    ended = launch.kdtune(*run, ranks=2)
+    assert [rank.code for rank in ended] == [2, 2], ended[1].text
+    assert all(message in rank.text and "Traceback" not in rank.text for rank in ended), ended[1].text
 
 
 @pytest.mark.slow

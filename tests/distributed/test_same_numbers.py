@@ -1,6 +1,8 @@
 """One process and several give the same numbers: gradients in float64, and whole runs of the recipes in fp32."""
 
+import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from kdtune import distributed, losses, training
 from kdtune.checkpoint import local
 from kdtune.checkpoint.ranks import whole as whole_tensor
 from kdtune.models import Transformer, apply_lora, llama
+from kdtune.tokenizers import byte_tokenizer
 
 LAYOUTS = {
     "1x4": (1, 4, []),
@@ -192,6 +195,22 @@ def test_samples_and_bf16_arithmetic_beside_fp32_weights(launch, tmp_path: Path)
         (4, "student"),
     ]
     assert {tensor.dtype for tensor in load_file(out / "final" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_an_answer_ends_on_all_processes_at_once(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that drew another token than the first, here the one that ends the text, goes on with it in step."""
+    module = importlib.import_module("kdtune.generation.generate")  # the package has a function of that name
+    sample_tokens = module.sample_tokens
+
+    def stops_elsewhere(*arguments: object, **settings: object) -> list[int]:
+        tokens = sample_tokens(*arguments, **settings)
+        return tokens if os.environ["RANK"] == "0" else [next(iter(byte_tokenizer().stop_ids))] * len(tokens)
+
+    monkeypatch.setattr(module, "sample_tokens", stops_elsewhere)
+    run = [*KD, "~lr_scheduler", "max_steps_per_epoch=1", "sample_max_new_tokens=4", "parallelism.timeout_minutes=0.2"]
+    for name, ranks, layout in (("sharded", 2, []), ("apart", 3, ["teacher_processes=1"])):
+        ended = launch.kdtune(*run, *layout, f"output_dir={tmp_path / name}", ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
 
 
 def test_a_tied_head_with_an_adapter_is_not_merged_into_shards(launch, small_model: Path, tmp_path: Path) -> None:
