@@ -20,7 +20,7 @@ from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig
 from kdtune.models.llama import configs, convert
-from kdtune.models.nf4 import is_nf4, quiet_torchao
+from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
 from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
 
 WEIGHTS = "model.quantized.safetensors"
@@ -180,10 +180,9 @@ def _stored_dtype(handle: Any) -> torch.dtype:
 def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
     """The parts of a quantized weight by name, and the metadata that put them together again."""
     if is_nf4(weight):
-        fields, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-        blocks = {key: context[key] for key in ("block_size", "n_blocks", "scaler_block_size")}
-        about = {"_type": _NF4, "shape": list(weight.shape), "dtype": _name(weight.dtype), **blocks}
-        return {_prefix(hf_name) + field: getattr(weight, field) for field in fields}, json.dumps(about)
+        scales: int = weight.scaler_block_size  # type: ignore[attr-defined]
+        about = {"_type": _NF4, "shape": list(weight.shape), "dtype": _name(weight.dtype), "scaler_block_size": scales}
+        return {_prefix(hf_name) + field: part for field, part in nf4_parts(weight).items()}, json.dumps(about)
     with quiet_torchao():
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -196,7 +195,9 @@ def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str
     try:
         about = json.loads(metadata)
         if about["_type"] == _NF4:
-            return _nf4({key.removeprefix(_prefix(hf_name)): part for key, part in parts.items()}, about)
+            own = {key.removeprefix(_prefix(hf_name)): part for key, part in parts.items()}
+            shape, dtype = torch.Size(about["shape"]), getattr(torch, about["dtype"])
+            return nf4_from_parts(own, shape, dtype, scaler_block_size=about["scaler_block_size"])
         with quiet_torchao():
             from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
@@ -207,20 +208,6 @@ def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str
             f"{file}: tensor {hf_name!r}: its parts do not make a quantized weight ({type(error).__name__}: {error}); "
             "the file is damaged or of another torchao: quantize the model again"
         ) from error
-    return weight
-
-
-def _nf4(fields: dict[str, Tensor], about: Mapping[str, Any]) -> Tensor:
-    with quiet_torchao():
-        from torchao.quantization import NF4Tensor
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
-
-    shape = torch.Size(about["shape"])
-    stride = torch.empty(shape, device="meta").stride()
-    device = fields["quantized_data"].device
-    tensor_meta = SubclassTensorArgs(shape, stride, 0, getattr(torch, about["dtype"]), device, False)
-    context = {key: about[key] for key in ("block_size", "n_blocks", "scaler_block_size")}
-    weight: Tensor = NF4Tensor.__tensor_unflatten__(fields, context | {"tensor_meta": tensor_meta}, shape, stride)
     return weight
 
 

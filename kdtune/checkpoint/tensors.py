@@ -12,7 +12,7 @@ from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, adapter_parameters
 from kdtune.models.lora import draw_a_
-from kdtune.models.nf4 import dequantized, quantize_nf4
+from kdtune.models.nf4 import dequantized, fill_rows, quantize_nf4
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -100,10 +100,10 @@ def fill_model(
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     sharded = is_sharded(model.parameters())
     if any(parameter.is_meta for parameter in model.parameters()):
-        # to_empty would give these an allocation of their own, which is then thrown away.
-        unused = [model.output] if tied and not sharded else []
-        for linear in (*unused, *(linear for linear in adapted.values() if linear.quantize_base)):
-            linear.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=linear.weight.requires_grad)
+        # to_empty would give it an allocation of its own, which is then thrown away.
+        if tied and not sharded:
+            unused = torch.empty(0, device="meta")
+            model.output.weight = nn.Parameter(unused, requires_grad=model.output.weight.requires_grad)
         (model if sharded else model.to(dtype)).to_empty(device=device)
     else:
         model.to(device=device, dtype=dtype)
@@ -167,13 +167,14 @@ def check_tensors(model: Transformer, stored: StoredModel) -> None:
 def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
     """`LoRALinear.set_base` for a sharded layer: every process draws the whole of A, as a single one would, and keeps its part."""
     if linear.quantize_base:
-        linear.weight = quantize_nf4(base)
+        fill_rows(local(linear.weight), quantize_nf4(base), local_region(linear.weight)[0])
     whole_a = draw_a_(torch.empty(linear.lora_a.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device))
     local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
     local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
-        norms = row_norms(dequantized(linear.weight))  # of the rows here, or of all rows of a base that is a copy
-        local(linear.magnitude).copy_(norms[local_region(linear.magnitude)] if linear.quantize_base else norms)
+        norms = row_norms(dequantized(linear.weight))
+        is_copy = not is_sharded([linear.weight])
+        local(linear.magnitude).copy_(norms[local_region(linear.magnitude)] if is_copy else norms)
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

@@ -19,6 +19,7 @@ from kdtune.distributed.tensor_parallel import apply_tensor_parallel, tensor_par
 from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
 from kdtune.errors import ConfigError, LayoutError
 from kdtune.models import Transformer, adapted_linears
+from kdtune.models.nf4 import is_cut_by_rows
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -124,7 +125,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
     In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
 
-    An NF4 base (QLoRA) is a copy on every process; the adapters are in shards.
+    Of an NF4 base (QLoRA), a weight whose rows `dp_shard` does not divide evenly is a copy on every process.
 
     Raises:
         ConfigError: the sizes do not fit the number of processes.
@@ -140,13 +141,15 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     # Before the processes talk to each other: all of them are to come as far.
     if problems := tensor_parallel_problems(model.config, sizes[TP_DIM]):
         raise LayoutError(f"parallelism: {'; '.join(problems)}")
-    # They cannot be cut between their blocks of 64 values: each process has a copy, of half a byte a weight.
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
     if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
         raise LayoutError(
             f"parallelism: tp={sizes[TP_DIM]}, cpu_offload={parallelism.cpu_offload}, with adapters of quantize_base=true (QLoRA); "
-            "an NF4 base is a copy on every device: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
+            "an NF4 base lies in shards on the devices: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
         )
+    # One shard is not cut: FSDP2 (torch 2.13) would gather it by another way than torchao's NF4 knows.
+    shards = sizes["dp_shard"]
+    copies = {weight for weight in quantized if shards == 1 or not is_cut_by_rows(weight.shape, shards)}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
     mesh = _mesh(world, sizes)
     if TP_DIM in sizes:
@@ -159,7 +162,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
         mesh=mesh[tuple(name for name in sizes if name != TP_DIM)],
         mp_policy=_mixed_precision(model, parallelism),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
-        ignored_params=quantized,
+        ignored_params=copies,
     )
     for layer in model.layers:
         shard_unit(layer, reshard_after_forward=parallelism.reshard_after_forward)

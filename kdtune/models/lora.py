@@ -47,6 +47,8 @@ class LoRALinear(nn.Linear):
         self.train(base.training)
         if not self.weight.is_meta:
             self.set_base(self.weight)
+        elif quantize_base:
+            self.weight = quantize_nf4(self.weight)
 
     @property
     def scaling(self) -> float:
@@ -96,8 +98,8 @@ class LoRALinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """The weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
         parts: list[Any] = [self.lora_a.weight, self.lora_b.weight, self.magnitude]
-        if self.quantize_base:
-            # The base is a copy on every process, beside adapters that may lie in shards.
+        if not isinstance(self.weight, DTensor):
+            # A base in 4 bits may be a copy on every process, beside adapters that lie in shards.
             parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
         a_RI, b_OR, magnitude_O = parts
         return merged(dequantized(self.weight), a_RI, b_OR, self.scaling, magnitude_O)

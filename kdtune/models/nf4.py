@@ -5,19 +5,21 @@ torchao is imported only where a weight is quantized: its import takes seconds.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdtune.errors import ConfigError
 
 # Weights that share one scale (QLoRA, arXiv 2305.14314), and the most scales that share one scale of their own.
 BLOCK_SIZE = 64
 SCALES_AT_MOST = 256
+# Of the tensors that make up a weight, those that have as much of each row: 4-bit values, scales, and the scales' scales.
+BY_ROWS = ("quantized_data", "quantized_scalers", "quantization_factor")
 
 
 @contextmanager
@@ -37,21 +39,65 @@ def quiet_torchao() -> Iterator[None]:
 def quantize_nf4(weight: Tensor) -> nn.Parameter:
     """The weight, frozen, in NF4 with double quantization (arXiv 2305.14314): about 0.52 bytes a value.
 
-    The number of values must be a multiple of 64, see `check_nf4_shape`.
+    The number of values must be a multiple of 64, see `check_nf4_shape`. Scales that share a scale are of the same rows, so
+    that what is cut by rows is what it was before (`is_cut_by_rows`). Of a weight on the meta device, the parts are there.
     """
+    num_scales = _scales_together(weight.shape)
+    if weight.is_meta:
+        num_blocks = weight.numel() // BLOCK_SIZE
+        parts = {
+            "quantized_data": weight.new_empty(weight.numel() // 2, dtype=torch.uint8),
+            "quantized_scalers": weight.new_empty(num_blocks, dtype=torch.int8),
+            "quantization_factor": weight.new_empty(num_blocks // num_scales),
+            "scaler_mean": weight.new_empty(()),
+            "nf4": weight.new_empty(16),
+        }
+        packed = nf4_from_parts(parts, weight.shape, weight.dtype, scaler_block_size=num_scales)
+    else:
+        with quiet_torchao():
+            from torchao.quantization import to_nf4
+
+        packed = to_nf4(weight.detach(), BLOCK_SIZE, num_scales)
+    return nn.Parameter(packed, requires_grad=False)
+
+
+def nf4_from_parts(
+    parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, *, scaler_block_size: int
+) -> Tensor:
+    """An NF4 weight of torchao's from the tensors that it is made of; so many scales share one of their own."""
     with quiet_torchao():
-        from torchao.quantization import to_nf4
+        from torchao.quantization import NF4Tensor
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
 
-    num_blocks = weight.numel() // BLOCK_SIZE
-    return nn.Parameter(to_nf4(weight.detach(), BLOCK_SIZE, math.gcd(num_blocks, SCALES_AT_MOST)), requires_grad=False)
+    stride = torch.empty(shape, device="meta").stride()
+    context = {
+        "block_size": BLOCK_SIZE,
+        "n_blocks": shape.numel() // BLOCK_SIZE,
+        "scaler_block_size": scaler_block_size,
+        "tensor_meta": SubclassTensorArgs(shape, stride, 0, dtype, parts["quantized_data"].device, False),
+    }
+    weight: Tensor = NF4Tensor.__tensor_unflatten__(parts, context, shape, stride)
+    return weight
 
 
-def nf4_bytes(num_values: int, itemsize: int) -> int:
-    """Bytes of a weight that `quantize_nf4` has made of so many values, which took `itemsize` bytes each."""
-    num_blocks = num_values // BLOCK_SIZE
-    # A mean, a table of 16 values and a scale for every group of scales are in the weight's own dtype.
-    num_wide = 1 + 16 + num_blocks // math.gcd(num_blocks, SCALES_AT_MOST)
-    return num_values // 2 + num_blocks + num_wide * itemsize
+def is_cut_by_rows(shape: torch.Size, num_parts: int) -> bool:
+    """Whether so many processes can each hold as many rows of such a weight in NF4, with their scales, and nothing else."""
+    return math.gcd(shape.numel() // BLOCK_SIZE, shape[0]) % num_parts == 0
+
+
+def fill_rows(target: Tensor, weight: Tensor, rows: slice) -> None:
+    """Copies these rows of an NF4 weight into one that has no others; their number must be one of `is_cut_by_rows`."""
+    for name, part in nf4_parts(weight).items():
+        if name in BY_ROWS:
+            part = part[len(part) * rows.start // len(weight) : len(part) * rows.stop // len(weight)]
+        getattr(target, name).copy_(part)
+
+
+def _scales_together(shape: torch.Size) -> int:
+    """How many scales share one of their own: as many as may be of those that always are of the same rows."""
+    num_blocks = shape.numel() // BLOCK_SIZE
+    inseparable = num_blocks // math.gcd(num_blocks, shape[0])
+    return max(n for n in range(1, SCALES_AT_MOST + 1) if inseparable % n == 0)
 
 
 def check_nf4_shape(name: str, shape: torch.Size) -> None:
@@ -64,14 +110,22 @@ def check_nf4_shape(name: str, shape: torch.Size) -> None:
 
 
 def is_nf4(weight: Tensor) -> bool:
-    """Whether the weight is one of torchao's NF4 tensors."""
-    return type(weight).__name__ == "NF4Tensor"
+    """Whether the weight, or this process's shard of it, is one of torchao's NF4 tensors."""
+    return type(weight.to_local() if isinstance(weight, DTensor) else weight).__name__ == "NF4Tensor"
+
+
+def nf4_parts(weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that an NF4 weight is made of, by torchao's names; those in `BY_ROWS` have as much of each row."""
+    packed: Any = weight
+    return {name: getattr(packed, name) for name in packed.__tensor_flatten__()[0]}
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """A plain tensor of the weight's dtype: the values that an NF4 weight stands for, any other weight as it is."""
+    """A plain tensor of the weight's dtype, sharded as the weight is: what an NF4 weight stands for, any other as it is."""
     if not is_nf4(weight):
         return weight
+    if isinstance(weight, DTensor):
+        return _like(weight, dequantized(weight.to_local()))
     packed: Any = weight
     values: Tensor = packed.get_original_weight()
     return values.to(weight.dtype)
@@ -82,10 +136,16 @@ def map_nf4(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Paramete
 
     torchao itself quantizes anew on clone() and dequantizes on .to(dtype).
     """
+    if isinstance(weight, DTensor):
+        return nn.Parameter(_like(weight, map_nf4(weight.to_local(), function)), requires_grad=False)
     packed: Any = weight
-    names, context = packed.__tensor_flatten__()
-    parts = {name: function(getattr(packed, name)) for name in names}
-    like = parts["nf4"]
-    tensor_meta = replace(context["tensor_meta"], dtype=like.dtype, device=like.device, requires_grad=False)
-    context = {**context, "tensor_meta": tensor_meta}
-    return nn.Parameter(type(packed).__tensor_unflatten__(parts, context, None, None), requires_grad=False)
+    parts = {name: function(part) for name, part in nf4_parts(weight).items()}
+    mapped = nf4_from_parts(parts, weight.shape, parts["nf4"].dtype, scaler_block_size=packed.scaler_block_size)
+    return nn.Parameter(mapped, requires_grad=False)
+
+
+def _like(weight: DTensor, shard: Tensor) -> DTensor:
+    """The same distributed tensor with another shard on this process."""
+    mesh, placements = weight.device_mesh, weight.placements
+    made: DTensor = DTensor.from_local(shard.detach(), mesh, placements, shape=weight.shape, stride=weight.stride())
+    return made

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from kdtune.models.nf4 import is_nf4, nf4_parts
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -106,7 +108,10 @@ class LiveBytes(TorchDispatchMode):
 
     def ignore(self, *tensors: Tensor | None) -> None:
         """These are not counted: others hold them."""
-        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None)
+        for tensor in tensors:
+            if tensor is not None:
+                parts = nf4_parts(tensor).values() if is_nf4(tensor) else [tensor]
+                self._known.update(part.untyped_storage()._cdata for part in parts)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdtune.losses import Divergence
 from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Projection, Task, fused_linear_kd
 from kdtune.losses.kd_loss import FactoredHead
-from kdtune.models import Transformer, adapted_linears
+from kdtune.models import Transformer
 from kdtune.training.meta_run import Cost, kept_bytes, measure
 
 DEFAULT_SEQ_LEN = 2048
@@ -73,11 +73,7 @@ def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cos
     hidden_BSD = _hidden(pieces, batch, backward=backward)
     rope = tuple(torch.empty(batch.seq_len, 1, config.head_dim // 2, dtype=dtype, device="meta") for _ in range(2))
     held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
-    cost = measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
-    # A layer in 4 bits is computed with as what it stands for, one weight at a time.
-    quantized = [linear.weight for linear in adapted_linears(layer).values() if linear.quantize_base]
-    widest = max((weight.numel() * weight.element_size() for weight in quantized), default=0)
-    return replace(cost, forward_peak=cost.forward_peak + widest, backward_peak=cost.backward_peak + widest)
+    return measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
 
 
 def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:

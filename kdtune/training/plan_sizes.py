@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from kdtune.checkpoint import local
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, shard_model
-from kdtune.models import Transformer, adapted_linears
-from kdtune.models.nf4 import nf4_bytes
+from kdtune.models import Transformer
+from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
 from kdtune.training.meta_run import LiveBytes
 from kdtune.training.precision import dtype_from_name
 
@@ -101,7 +101,6 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
         optimizer: component node of what trains it; None: nothing does.
     """
     num_layers, model.layers = len(model.layers), model.layers[:1]
-    quantized = {f"{name}.weight" for name, linear in adapted_linears(model).items() if linear.quantize_base}
     state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
     pieces = copy.deepcopy(model)
     shard_model(model, parallelism, world)
@@ -111,7 +110,7 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
     _take_shapes(pieces, model, widths)
     units = {True: Unit(), False: Unit()}
     for name, parameter in model.named_parameters():
-        unit = _unit(name, parameter, shards, widths, state.get(name, []), is_nf4=name in quantized)
+        unit = _unit(name, parameter, shards, widths, state.get(name, []))
         in_layer = name.startswith("layers.")
         units[in_layer] = units[in_layer].plus(unit)
     layout = tuple(parallelism.sizes(world.size).values())
@@ -140,18 +139,16 @@ def _unit(
     shards: int,
     widths: _Widths,
     state: list[tuple[tuple[int, ...], int]],
-    *,
-    is_nf4: bool,
 ) -> Unit:
     own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
-    stored = nf4_bytes(own.numel(), dtype.itemsize) if is_nf4 else own.numel() * dtype.itemsize
-    gathered = shards * _padded(parameter).numel()
+    sent = shards if isinstance(parameter, DTensor) else 0
+    gathered = sent * _padded(parameter)
     whole = math.prod(shape_in_use(parameter))
     return Unit(
-        stored=stored,
-        gradients=own.numel() * dtype.itemsize * trained,
+        stored=sum(map(_bytes, nf4_parts(own).values())) if is_nf4(own) else _bytes(own),
+        gradients=_bytes(own) * trained,
         state=sum(_state_bytes(one, own.shape) for one in state),
-        whole=gathered * widths.compute(dtype).itemsize,
+        whole=sent * _rows_bytes(own) if is_nf4(own) else gathered * widths.compute(dtype).itemsize,
         whole_gradients=whole * widths.compute(dtype).itemsize * trained,
         reduced=gathered * widths.reduce(dtype).itemsize * trained,
         all_stored=parameter.numel() * dtype.itemsize,
@@ -160,14 +157,16 @@ def _unit(
     )
 
 
-def _padded(parameter: Tensor) -> Tensor:
-    """The largest share that a rank has of it, which is what each one sends."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    own = local(parameter)
+def _rows_bytes(weight: Tensor) -> int:
+    """Of an NF4 weight, what is sent of it."""
+    return sum(_bytes(part) for name, part in nf4_parts(weight).items() if name in BY_ROWS)
+
+
+def _padded(parameter: Tensor) -> int:
+    """The values of the largest share that a rank has of it, which is what each one sends."""
     rows = shape_in_use(parameter)[0]
-    shards = _ranks(parameter, "dp_shard")
-    return own.new_empty((-(-rows // shards), *own.shape[1:]), device="meta")
+    shards = _ranks(parameter, "dp_shard") if isinstance(parameter, DTensor) else 1
+    return -(-rows // shards) * math.prod(local(parameter).shape[1:])
 
 
 def _ranks(parameter: DTensor, name: str) -> int:
@@ -195,7 +194,9 @@ def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None
         if parameter not in made:
             dtype = widths.compute(parameter.dtype)
             empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
-            made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            made[parameter] = (
+                quantize_nf4(empty) if is_nf4(parameter) else nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            )
         path, _, leaf = name.rpartition(".")
         setattr(pieces.get_submodule(path), leaf, made[parameter])
 

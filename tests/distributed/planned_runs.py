@@ -3,24 +3,25 @@
 import gc
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from kdtune import data, distributed, losses, teachers, training
 from kdtune.checkpoint import local
 from kdtune.config import instantiate
+from kdtune.models.nf4 import is_nf4, nf4_parts
 from kdtune.training.plan import make_plan
 from kdtune.training.plan_teacher import make_teacher_plan
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that Python can reach."""
+    """Bytes of all storages that Python can reach. Tensors of other kinds, such as DTensor or NF4, are made of plain ones."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, Tensor) and not isinstance(one, DTensor)]
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
     storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors if not one.is_meta}
     return sum(storages.values())
 
@@ -105,4 +106,8 @@ def build_teacher(cfg: Any, world: distributed.World) -> Any:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+    return sum(part.nbytes for tensor in tensors for part in _parts(local(tensor)))
+
+
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    return nf4_parts(tensor).values() if is_nf4(tensor) else [tensor]

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from distributed_runs import FULL, KD, PLAIN, check_same_rows, rows
+from distributed_runs import ADAPTERS, FULL, KD, PLAIN, check_same_rows, rows
 
 from kdtune._cli.main import main
 
 LAYOUTS = {
     "FSDP 2": (2, 1, []),
     "FSDP 2, recomputed": (2, 1, ["enable_activation_checkpointing=true"]),
+    "FSDP 2, NF4": (2, 1, ADAPTERS["qdora"]),
     "TP 2": (2, 2, ["parallelism.tp=2"]),
     "TP 2, recomputed": (2, 2, ["parallelism.tp=2", "enable_activation_checkpointing=true"]),
 }
@@ -23,7 +24,8 @@ LAYOUTS = {
 def test_compiled_layers(layout: str, launch, tmp_path: Path) -> None:
     ranks, accumulation, settings = LAYOUTS[layout]
     run = [*KD, *PLAIN, "max_steps_per_epoch=3", "dataset_val=null", "run_val_every_n_steps=null"]
-    ended = launch.kdtune(*run, "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'plain'}", ranks=1)
+    model = settings if settings == ADAPTERS["qdora"] else []
+    ended = launch.kdtune(*run, *model, "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'plain'}", ranks=1)
     assert ended[0].code == 0, ended[0].text
     started = launch.start(
         main, [*run, *settings, "compile=true", f"gradient_accumulation_steps={accumulation}",

@@ -18,7 +18,6 @@ from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, apply_activation_checkpointing, fake_world
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer
-from kdtune.models.nf4 import nf4_bytes, quantize_nf4
 from kdtune.training import plan_on_paper
 from kdtune.training.hardware import GPUS, find_gpu, gpu_of
 from kdtune.training.plan import Plan, make_plan
@@ -171,16 +170,6 @@ def test_state_has_the_parameters_dimensions() -> None:
         {"_component_": "torch.optim.Adafactor", "lr": 0.1}, [("layers.0.w", nn.Parameter(torch.ones(7, 5)))]
     )
     assert sorted(pattern for pattern, _ in shapes["layers.0.w"]) == [(), (-1, 1), (1, -2)]
-
-
-@pytest.mark.parametrize("shape", [(64, 1), (128, 192), (24, 40)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes_of_nf4(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = torch.randn(shape, dtype=dtype)
-    packed: Any = quantize_nf4(weight)
-    names, _ = packed.__tensor_flatten__()
-    parts = [getattr(packed, name) for name in names]
-    assert nf4_bytes(weight.numel(), dtype.itemsize) == sum(part.numel() * part.element_size() for part in parts)
 
 
 def test_memory_falls_with_the_number_of_processes() -> None:
@@ -338,7 +327,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny/finetune", "batch_size=0"], "batch_size"),
         (
             ["llama3_1/8B_qlora_single_device", "--world-size", "2", "parallelism.tp=2"],
-            "an NF4 base is a copy on every device",
+            "an NF4 base lies in shards on the devices",
         ),
         (["tiny/knowledge_distillation", "--world-size", "2", "teacher_processes=2"], "leaves none for the student"),
         (
