@@ -5,6 +5,8 @@ class KDTuneError(Exception):
     """Base of every error whose message is meant for the user: what is wrong, the value found, what is allowed, what to do."""
 
     exit_code = 2
+    is_repeated = False
+    """Whether another process of this host has the same error, and prints it."""
 
 
 class ConfigError(KDTuneError):

@@ -196,7 +196,7 @@ def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
         raise error
     if show:
         traceback.print_exception(error)
-    elif not quiet:
+    elif not (quiet or getattr(error, "is_repeated", False)):
         rank = os.environ.get("RANK")
         print(f"{f'[rank {rank}] ' if rank else ''}{error_text(error)}", file=sys.stderr)
     raise SystemExit(error.exit_code if isinstance(error, KDTuneError) else 1) from None

@@ -140,22 +140,32 @@ def start_world(
         else:
             if bridge is not None:
                 bridge.fail(error.exit_code)
-            _leave_together(store, size)
+            _leave_together(store, rank, size, error)
         raise
     dist.destroy_process_group()
 
 
-def _leave_together(store: Store, size: int) -> None:
+def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> None:
     """Returns when all processes have come here, or after a few seconds.
 
     A user's mistake is found by all of them. One that left at once would break the connections that the others still need
-    to come as far, and they would end with a traceback of their own.
+    to come as far, and they would end with a traceback of their own. What a host's first process says, its others need not.
     """
-    give_up = time.monotonic() + _PATIENCE_SECONDS
+    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     with suppress(RuntimeError):  # the process that holds the store has left, as it found all of them here
-        store.add("mistaken", 1)
-        while store.add("mistaken", 0) < size and time.monotonic() < give_up:
-            time.sleep(0.02)
+        store.set(f"mistake of {rank}", str(error))
+        if _all_are_here(store, "mistaken", size):
+            error.is_repeated = rank != first and store.get(f"mistake of {first}") == str(error).encode()
+            _all_are_here(store, "leaving", size)
+
+
+def _all_are_here(store: Store, place: str, size: int) -> bool:
+    """Whether all processes have called this with the same place within a few seconds."""
+    give_up = time.monotonic() + _PATIENCE_SECONDS
+    store.add(place, 1)
+    while (arrived := store.add(place, 0)) < size and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return arrived == size
 
 
 def is_under_torchrun() -> bool:

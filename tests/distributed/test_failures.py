@@ -84,7 +84,8 @@ def test_what_the_main_process_alone_finds_ends_all_alike(damage: str, launch, t
         message = f"{out / 'samples.jsonl'}: line 1"
     ended = launch.kdtune(*run, ranks=2)
     assert [rank.code for rank in ended] == [2, 2], ended[1].text
-    assert all(message in rank.text and "Traceback" not in rank.text for rank in ended), ended[1].text
+    assert message in ended[0].text and "Traceback" not in ended[0].text
+    assert not ended[1].text  # what one has said
 
 
 @pytest.mark.slow
@@ -136,5 +137,5 @@ def test_an_nf4_base_that_cannot_be_cut_or_offloaded(setting: str, launch, tmp_p
     adapter = ["adapter=kdtune.models.apply_lora", "adapter.quantize_base=true"]
     ended = launch.kdtune(*KD, *adapter, setting, f"output_dir={tmp_path / 'out'}", ranks=2)
     assert [rank.code for rank in ended] == [2, 2]
-    assert "an NF4 base lies in shards on the devices" in ended[0].text
+    assert "an NF4 base lies in shards on the devices" in ended[0].text and not ended[1].text
     assert not (tmp_path / "out").exists()
