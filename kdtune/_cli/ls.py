@@ -2,7 +2,7 @@
 
 import argparse
 import textwrap
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 
 from kdtune import _assets
 
@@ -30,24 +30,30 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str:
-    """Every recipe, with its other names below it, beside its configs; then the configs that name no recipe.
+    """Every recipe beside its configs, then the configs that name no recipe, then the recipes' other names.
 
-    Without `all_recipes` those only that one of the configs is for, without their other names.
+    Without `all_recipes` those recipes only that one of the configs is for, without their other names.
     """
-    recipes = _assets.recipes()
-    rows = [("RECIPE", "CONFIG")]
-    listed = set()
-    for recipe in recipes:
+    groups: dict[str, list[str]] = {}
+    for recipe in _assets.recipes():
         partners = [config.name for config in configs if config.recipe in (recipe.name, *recipe.aliases)]
-        listed.update(partners)
-        if not (partners or all_recipes):
-            continue
-        names = [recipe.name, *(f"  {alias}" for alias in recipe.aliases if all_recipes)]
-        rows += zip_longest(names, partners or ["-"], fillvalue="")
-    orphans = [config.name for config in configs if config.name not in listed]
-    rows += [("-" if index == 0 else "", name) for index, name in enumerate(orphans)]
-    width = max(len(left) for left, _ in rows)
-    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+        if partners or all_recipes:
+            groups[recipe.name] = partners or ["-"]
+    listed = {name for partners in groups.values() for name in partners}
+    if orphans := [config.name for config in configs if config.name not in listed]:
+        groups["-"] = orphans
+    names = {recipe.name: recipe.aliases for recipe in _assets.recipes() if all_recipes and recipe.aliases}
+    blocks = [_rows("RECIPE", "CONFIG", groups), *([_rows("RECIPE", "ITS OTHER NAMES", names)] if names else [])]
+    return "\n\n".join(blocks)
+
+
+def _rows(left: str, right: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """Two columns with a heading: the group's name beside the first of its members."""
+    rows = [(left, right)]
+    for name, members in groups.items():
+        rows += zip((name, *[""] * (len(members) - 1)), members, strict=True)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {member}" for name, member in rows)
 
 
 def describe(recipe: _assets.Recipe) -> str:

@@ -23,14 +23,17 @@ def test_ls_is_an_aligned_table(assets: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "ls")
     assert code == 0
     assert out.splitlines() == [
-        "RECIPE                    CONFIG",
-        "add                       quickstart",
-        "  add_single_device       tiny/add",
-        "  add_distributed",
-        "subtract                  -",
-        "  subtract_single_device",
-        "  subtract_distributed",
-        "-                         orphan",
+        "RECIPE    CONFIG",
+        "add       quickstart",
+        "          tiny/add",
+        "subtract  -",
+        "-         orphan",
+        "",
+        "RECIPE    ITS OTHER NAMES",
+        "add       add_single_device",
+        "          add_distributed",
+        "subtract  subtract_single_device",
+        "          subtract_distributed",
     ]
 
 
