@@ -231,9 +231,8 @@ def stream(
 def answer_in_batches(
     cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]], world: distributed.World
 ) -> list[list[int]]:
-    """The ids of each answer. Prompts of similar length go together, so that little of a batch is padding."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    batches = [order[start : start + cfg.batch_size] for start in range(0, len(order), cfg.batch_size)]
+    """The ids of each answer."""
+    lengths = [len(prompt) for prompt in prompts]
 
     def answer(batch: list[int]) -> list[list[int]]:
         seeds = [cfg.seed + index for index in batch]
@@ -242,9 +241,7 @@ def answer_in_batches(
         )
 
     with tqdm(total=len(prompts), unit="prompt", desc="generating") as bar:
-        found = distributed.spread(answer, batches, model, world, on_done=lambda done: bar.update(sum(map(len, done))))
-    answers = dict(zip(order, (ids for of_batch in found for ids in of_batch), strict=True))
-    return [answers[index] for index in range(len(prompts))]
+        return distributed.spread_in_batches(answer, lengths, cfg.batch_size, model, world, on_done=bar.update)
 
 
 def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:

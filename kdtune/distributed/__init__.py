@@ -6,7 +6,7 @@ from kdtune.distributed.build import build_model, meta_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
 from kdtune.distributed.parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
-from kdtune.distributed.spread import in_step, spread
+from kdtune.distributed.spread import in_step, spread, spread_in_batches
 from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "parallelize",
     "shard_model",
     "spread",
+    "spread_in_batches",
     "start_world",
     "world_size",
 ]

@@ -1,7 +1,8 @@
 """Work without gradients that the processes share: each does its part of a list, and all of them get every result."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -51,6 +52,43 @@ def spread(
         shares = world.gather(own)[:: world.tp] if world else [own]
         found += [shares[index % size][index // size] for index in range(len(part))]
     return found
+
+
+def spread_in_batches(
+    work: Callable[[list[int]], Sequence[Result]],
+    lengths: Sequence[int],
+    batch_size: int,
+    model: nn.Module,
+    world: World | None,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    on_done: Callable[[int], object] | None = None,
+) -> list[Result]:
+    """A result for each of so many sequences, in their order, on every process; see `spread`.
+
+    Args:
+        work: results for the sequences of these numbers, which are computed side by side.
+        lengths: of the sequences. Those of similar length go together, so that little of a batch is padding.
+        batch_size: the most sequences in a batch.
+        model: what `work` uses.
+        world: the processes; None: this one alone.
+        groups: of each sequence, what those in its batch have in common; None: any may share one.
+        on_done: called with the number of sequences that a round has done. For progress bars.
+    """
+    groups = groups or [None] * len(lengths)
+    batches: list[list[int]] = []
+    for group in dict.fromkeys(groups):
+        members = [index for index, own in enumerate(groups) if own == group]
+        members.sort(key=lambda index: -lengths[index])
+        batches += [members[start : start + batch_size] for start in range(0, len(members), batch_size)]
+
+    def count(done: Sequence[list[int]]) -> None:
+        if on_done:
+            on_done(sum(map(len, done)))
+
+    found = spread(work, batches, model, world, on_done=count)
+    results = dict(zip(chain.from_iterable(batches), chain.from_iterable(found), strict=True))
+    return [results[index] for index in range(len(lengths))]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from kdtune import generation
 from kdtune.checkpoint import from_main
-from kdtune.distributed import World, spread
+from kdtune.distributed import World, spread_in_batches
 from kdtune.evaluation.encoding import encode_pair, encode_text
 from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
 from kdtune.evaluation.rolling import score_texts
@@ -111,26 +111,16 @@ class KDTuneLM(LM):
                 [read_generation_settings(request.args[1]) for request in requests],
             )
         )
-        batches: list[list[int]] = []
-        for setting in dict.fromkeys(settings):
-            members = [index for index, own in enumerate(settings) if own == setting]
-            members.sort(key=lambda index: -len(prompts[index]))
-            batches += [members[start : start + self.batch_size] for start in range(0, len(members), self.batch_size)]
+        lengths = [len(prompt) for prompt in prompts]
 
         def answer(batch: list[int]) -> list[str]:
             seeds = [self.seed + index for index in batch]
             return self._generate([prompts[index] for index in batch], settings[batch[0]], seeds)
 
         with self._bar(len(requests), "generating", disable_tqdm) as bar:
-            answered = spread(
-                answer, batches, self.model, self._world, on_done=lambda done: bar.update(sum(map(len, done)))
+            return spread_in_batches(
+                answer, lengths, self.batch_size, self.model, self._world, groups=settings, on_done=bar.update
             )
-        texts = {
-            index: text
-            for batch, answers in zip(batches, answered, strict=True)
-            for index, text in zip(batch, answers, strict=True)
-        }
-        return [texts[index] for index in range(len(requests))]
 
     def _agreed(self, value: T) -> T:
         """The main process's value: a task file's code may order its documents by chance, differently on each process."""

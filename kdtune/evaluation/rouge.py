@@ -17,7 +17,7 @@ from kdtune import generation
 from kdtune.data import Message, Source, alpaca_prompt, open_rows
 from kdtune.data.sources import DataFiles
 from kdtune.data.transforms import any_column, check_column_map, text_column
-from kdtune.distributed import World, spread
+from kdtune.distributed import World, spread_in_batches
 from kdtune.errors import ConfigError, DataError
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
@@ -194,9 +194,8 @@ def _answers(
     on_answered: Callable[[int], object] | None,
     world: World | None,
 ) -> list[str]:
-    """The answers' texts; prompts of like length are answered side by side."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    """The answers' texts."""
+    lengths = [len(prompt) for prompt in prompts]
 
     def generate(batch: list[int]) -> list[list[int]]:
         return generation.generate_batch(
@@ -211,10 +210,5 @@ def _answers(
             seed=[seed + _SEED_STEP * index for index in batch],
         )
 
-    def count(done: Sequence[list[int]]) -> None:
-        if on_answered:
-            on_answered(sum(map(len, done)))
-
-    generated = spread(generate, batches, model, world, on_done=count)
-    answers = dict(zip(order, (ids for of_batch in generated for ids in of_batch), strict=True))
-    return [tokenizer.decode(answers[index], skip_special=True).strip() for index in range(len(prompts))]
+    answers = spread_in_batches(generate, lengths, batch_size, model, world, on_done=on_answered)
+    return [tokenizer.decode(ids, skip_special=True).strip() for ids in answers]
