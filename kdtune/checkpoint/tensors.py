@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
@@ -173,8 +174,8 @@ def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
     local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
         norms = row_norms(dequantized(linear.weight))
-        is_copy = not is_sharded([linear.weight])
-        local(linear.magnitude).copy_(norms[local_region(linear.magnitude)] if is_copy else norms)
+        is_cut = isinstance(linear.weight, DTensor)
+        local(linear.magnitude).copy_(norms if is_cut else norms[local_region(linear.magnitude)])
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

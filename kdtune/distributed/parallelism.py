@@ -145,7 +145,8 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
         raise LayoutError(
             f"parallelism: tp={sizes[TP_DIM]}, cpu_offload={parallelism.cpu_offload}, with adapters of quantize_base=true (QLoRA); "
-            "an NF4 base lies in shards on the devices: allowed are tp=1 and cpu_offload=false; or set quantize_base=false"
+            "an NF4 base is cut by rows for FSDP alone, and stays on the device: allowed are tp=1 and cpu_offload=false; or set "
+            "quantize_base=false"
         )
     # One shard is not cut: FSDP2 (torch 2.13) would gather it by another way than torchao's NF4 knows.
     shards = sizes["dp_shard"]

@@ -45,10 +45,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=dtype).to_empty(device=device)
         self.magnitude = nn.Parameter(torch.empty(base.out_features, device=device, dtype=dtype)) if use_dora else None
         self.train(base.training)
-        if not self.weight.is_meta:
-            self.set_base(self.weight)
-        elif quantize_base:
-            self.weight = quantize_nf4(self.weight)
+        self.set_base(self.weight)
 
     @property
     def scaling(self) -> float:

@@ -102,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
         if operation := flop_registry.get(func.overloadpacket):
             self.flops += operation(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not is_nf4(leaf):  # which is made of others, and has none of its own
                 self._add(leaf.untyped_storage())
         return result
 

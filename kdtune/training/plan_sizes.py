@@ -16,6 +16,7 @@ from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, shard_model
 from kdtune.models import Transformer
 from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
+from kdtune.models.quantization import num_bytes
 from kdtune.training.meta_run import LiveBytes
 from kdtune.training.precision import dtype_from_name
 
@@ -110,7 +111,7 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
     _take_shapes(pieces, model, widths)
     units = {True: Unit(), False: Unit()}
     for name, parameter in model.named_parameters():
-        unit = _unit(name, parameter, shards, widths, state.get(name, []))
+        unit = _unit(parameter, shards, widths, state.get(name, []))
         in_layer = name.startswith("layers.")
         units[in_layer] = units[in_layer].plus(unit)
     layout = tuple(parallelism.sizes(world.size).values())
@@ -133,22 +134,16 @@ class _Widths:
         return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
 
 
-def _unit(
-    name: str,
-    parameter: Tensor,
-    shards: int,
-    widths: _Widths,
-    state: list[tuple[tuple[int, ...], int]],
-) -> Unit:
+def _unit(parameter: Tensor, shards: int, widths: _Widths, state: list[tuple[tuple[int, ...], int]]) -> Unit:
     own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
-    sent = shards if isinstance(parameter, DTensor) else 0
-    gathered = sent * _padded(parameter)
+    senders = shards if isinstance(parameter, DTensor) else 0
+    gathered = senders * _num_padded(parameter)
     whole = math.prod(shape_in_use(parameter))
     return Unit(
-        stored=sum(map(_bytes, nf4_parts(own).values())) if is_nf4(own) else _bytes(own),
+        stored=num_bytes(own),
         gradients=_bytes(own) * trained,
         state=sum(_state_bytes(one, own.shape) for one in state),
-        whole=sent * _rows_bytes(own) if is_nf4(own) else gathered * widths.compute(dtype).itemsize,
+        whole=senders * _rows_bytes(own) if is_nf4(own) else gathered * widths.compute(dtype).itemsize,
         whole_gradients=whole * widths.compute(dtype).itemsize * trained,
         reduced=gathered * widths.reduce(dtype).itemsize * trained,
         all_stored=parameter.numel() * dtype.itemsize,
@@ -162,7 +157,7 @@ def _rows_bytes(weight: Tensor) -> int:
     return sum(_bytes(part) for name, part in nf4_parts(weight).items() if name in BY_ROWS)
 
 
-def _padded(parameter: Tensor) -> int:
+def _num_padded(parameter: Tensor) -> int:
     """The values of the largest share that a rank has of it, which is what each one sends."""
     rows = shape_in_use(parameter)[0]
     shards = _ranks(parameter, "dp_shard") if isinstance(parameter, DTensor) else 1
@@ -192,7 +187,8 @@ def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         if parameter not in made:
-            dtype = widths.compute(parameter.dtype)
+            # torchao gathers NF4 as it is and makes it plain in its own dtype, whatever FSDP computes in.
+            dtype = parameter.dtype if is_nf4(parameter) else widths.compute(parameter.dtype)
             empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
             made[parameter] = (
                 quantize_nf4(empty) if is_nf4(parameter) else nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -28,6 +28,15 @@ KINDS = {
     "lora": ["adapter=kdtune.models.apply_lora"],
     "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true", "adapter.apply_lora_to_output=true"],
     "qlora": ["adapter=kdtune.models.apply_lora", "adapter.quantize_base=true"],
+    # The peak is where the widest weight is made plain, in its own dtype.
+    "qlora, computed in bf16": [
+        "adapter=kdtune.models.apply_lora",
+        "adapter.quantize_base=true",
+        "parallelism.param_dtype=bf16",
+        "enable_activation_checkpointing=true",
+        "model.embed_dim=128",
+        "model.intermediate_dim=8192",
+    ],
     # Many layers and short chunks: the peak is not in the loss.
     "recomputed": ["adapter=null", "enable_activation_checkpointing=true", "model.num_layers=12"],
     "wide": [

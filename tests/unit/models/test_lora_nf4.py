@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapter_parameters, apply_lora, llama, lora_llama, merge_adapters
-from kdtune.models.nf4 import dequantized, is_nf4
+from kdtune.models.nf4 import dequantized, fill_rows, is_cut_by_rows, is_nf4, nf4_parts, quantize_nf4
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 DTYPES = [torch.float32, torch.bfloat16]
@@ -60,6 +60,32 @@ def test_values_are_the_nearest_levels() -> None:
     error = (found.flatten().view(-1, 64) - blocks).abs()
     assert (error <= (nearest - blocks).abs() + 0.02 * scales).all()
     assert not torch.allclose(found, weight, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (128, 192), (24, 40), (32, 576)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_on_the_meta_device_has_the_same_parts(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, dtype=dtype)
+    parts, others = nf4_parts(quantize_nf4(weight)), nf4_parts(quantize_nf4(weight.to("meta")))
+    assert {name: (part.shape, part.dtype) for name, part in parts.items()} == {
+        name: (part.shape, part.dtype) for name, part in others.items()
+    }
+    assert all(part.is_meta for part in others.values())
+
+
+@pytest.mark.parametrize("num_parts", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(64, 1), (128, 192), (24, 40), (32, 576)])
+def test_rows_of_a_weight_stand_for_what_they_stood_for(shape: tuple[int, int], num_parts: int) -> None:
+    weight = quantize_nf4(torch.randn(shape))
+    if not is_cut_by_rows(weight.shape, num_parts):
+        assert shape[0] * shape[1] // 64 % num_parts  # fewer blocks than parts, or blocks of two parts
+        return
+    length = shape[0] // num_parts
+    for first in range(0, shape[0], length):
+        part = quantize_nf4(torch.randn(length, shape[1]))
+        assert part.scaler_block_size == weight.scaler_block_size
+        fill_rows(part, weight, slice(first, first + length))
+        assert torch.equal(dequantized(part), dequantized(weight)[first : first + length])
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

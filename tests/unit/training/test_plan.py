@@ -327,7 +327,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny/finetune", "batch_size=0"], "batch_size"),
         (
             ["llama3_1/8B_qlora_single_device", "--world-size", "2", "parallelism.tp=2"],
-            "an NF4 base lies in shards on the devices",
+            "an NF4 base is cut by rows for FSDP alone",
         ),
         (["tiny/knowledge_distillation", "--world-size", "2", "teacher_processes=2"], "leaves none for the student"),
         (
