@@ -70,8 +70,9 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
             raise
         print(f"error: {lost_text(error, parsed)}; {_ADVICE}", file=sys.stderr)
         return 1
-    except ValueError as error:
-        raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {error}") from error
+    except (ValueError, AssertionError) as error:
+        why = str(error) or "numbers of processes and hosts must be above 0"
+        raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {why}") from error
     return 0
 
 

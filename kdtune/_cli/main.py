@@ -1,6 +1,7 @@
 """The `kdtune` command line: which commands there are, and what the user sees when one fails."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a log file, tables and what is said on stderr stand in the order in which they came.
+        sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_command(argv))
 
 

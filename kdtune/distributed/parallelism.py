@@ -15,7 +15,7 @@ from kdtune.config import instantiate
 from kdtune.constants import TP_DIM
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.compile import apply_compile
-from kdtune.distributed.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
+from kdtune.distributed.tensor_parallel import apply_tensor_parallel, tensor_parallel_problem
 from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
 from kdtune.errors import ConfigError, LayoutError
 from kdtune.models import Transformer, adapted_linears
@@ -139,8 +139,8 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     if is_copy and sizes[TP_DIM] == 1:
         return model
     # Before the processes talk to each other: all of them are to come as far.
-    if problems := tensor_parallel_problems(model.config, sizes[TP_DIM]):
-        raise LayoutError(f"parallelism: {'; '.join(problems)}")
+    if problem := tensor_parallel_problem(model.config, sizes[TP_DIM]):
+        raise LayoutError(f"parallelism: {problem}")
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
     if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
         raise LayoutError(

@@ -4,6 +4,7 @@ A layer's first projections are cut by their outputs and its last ones by their 
 each need one sum over the processes in forward and one in backward. Between the linear layers every tensor is a plain local one.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """The model with its matrices cut over a one-dimensional mesh, in place; embeddings and head by ids of the vocabulary.
 
     Norms stay whole on every process. Logits are whole; the losses read the head's weight as the shard that it is. The mesh's
-    size must divide the model (`tensor_parallel_problems`).
+    size must divide the model (`tensor_parallel_problem`).
     """
     for layer in model.layers:
         for name, style in _LAYER.items():
@@ -66,14 +67,13 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     return model
 
 
-def tensor_parallel_problems(config: TransformerConfig, tp: int) -> list[str]:
-    """Which sizes of a model `tp` processes do not divide, one sentence each."""
-    sizes = ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")
-    return [
-        f"tp={tp} does not divide {name}={getattr(config, name)}; choose a tp that does"
-        for name in sizes
-        if getattr(config, name) % tp
-    ]
+def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
+    """Which sizes of a model `tp` processes do not divide, and how many processes do divide them; None: all are divided."""
+    sizes = {name: getattr(config, name) for name in ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")}
+    bad = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
+    common = math.gcd(*sizes.values())
+    allowed = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+    return f"tp={tp} does not divide {bad}; allowed for this model: {allowed}" if bad else None
 
 
 def _share_inputs(mesh: DeviceMesh, _: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:

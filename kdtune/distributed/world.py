@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 # Longer than the processes of a run are apart from each other while they start, and short where only one has found a mistake.
 _PATIENCE_SECONDS = 5
+_LAST_TENSORS_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,19 @@ def start_world(
             if bridge is not None:
                 bridge.fail(error.exit_code)
             _leave_together(store, rank, size, error)
+            _let_go()
         raise
     dist.destroy_process_group()
+    _let_go()
+
+
+def _let_go() -> None:
+    """Time for gloo's threads to let go of the last tensors sent, for which they need the interpreter.
+
+    One that asks for it as it ends aborts the process (torch 2.13, https://github.com/pytorch/pytorch/pull/179291): of six
+    processes on two cores, nearly always one did.
+    """
+    time.sleep(_LAST_TENSORS_SECONDS)
 
 
 def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> None:

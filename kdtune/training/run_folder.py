@@ -270,7 +270,8 @@ def _check_same_steps(
     if made != batches_per_step:
         raise ConfigError(
             f"gradient_accumulation_steps * processes = {batches_per_step}: the run makes its steps of {made} micro-batches; a "
-            f"resumed run keeps that, on any number of processes that divides {made}"
+            f"resumed run keeps that, on any number of processes that divides {made}; set gradient_accumulation_steps to {made} / "
+            "the number of processes"
         )
     for key in ("parallelism", "teacher_parallelism"):
         for setting in ("param_dtype", "reduce_dtype"):

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from kdtune.distributed import Parallelism, parallelism_problems
-from kdtune.distributed.tensor_parallel import tensor_parallel_problems
+from kdtune.distributed.tensor_parallel import tensor_parallel_problem
 from kdtune.errors import ConfigError
 from kdtune.models import llama
 
@@ -72,10 +74,10 @@ def test_a_teacher_is_cut_as_the_student_is_or_not_at_all(monkeypatch: pytest.Mo
 def test_sizes_of_a_model_that_tensor_parallelism_does_not_divide() -> None:
     model = llama(vocab_size=321, embed_dim=32, num_layers=1, num_heads=8, num_kv_heads=4, intermediate_dim=64, max_seq_len=64,
                   tie_embeddings=True)  # fmt: skip
-    assert tensor_parallel_problems(model.config, 1) == []
-    assert tensor_parallel_problems(model.config, 2) == ["tp=2 does not divide vocab_size=321; choose a tp that does"]
-    assert [problem.split("=")[1] for problem in tensor_parallel_problems(model.config, 3)] == [
-        "3 does not divide num_kv_heads",
-        "3 does not divide num_heads",
-        "3 does not divide intermediate_dim",
-    ]
+    assert tensor_parallel_problem(model.config, 1) is None
+    assert tensor_parallel_problem(model.config, 2) == "tp=2 does not divide vocab_size=321; allowed for this model: 1"
+    wider = replace(model.config, vocab_size=320)
+    assert tensor_parallel_problem(wider, 2) is tensor_parallel_problem(wider, 4) is None
+    assert tensor_parallel_problem(wider, 3) == (
+        "tp=3 does not divide num_kv_heads=4, num_heads=8, intermediate_dim=64, vocab_size=320; allowed for this model: 1, 2, 4"
+    )
