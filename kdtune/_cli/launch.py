@@ -71,7 +71,8 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
         print(f"error: {lost_text(error, parsed)}; {_ADVICE}", file=sys.stderr)
         return 1
     except (ValueError, AssertionError) as error:
-        why = str(error) or "numbers of processes and hosts must be above 0"
+        # Some of torchrun's checks are assertions without a text.
+        why = str(error) or "--nproc_per_node and --nnodes must be above 0"
         raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {why}") from error
     return 0
 

@@ -73,7 +73,7 @@ def test_restarts_that_could_not_work(options: list[str], message: str, capsys: 
     ("options", "code", "message"),
     [
         (["--nproc_per_node", "many"], 2, "torchrun refuses its options (--nproc_per_node many): Unsupported"),
-        (["--nproc_per_node", "0"], 2, "(--nproc_per_node 0): numbers of processes and hosts must be above 0"),
+        (["--nproc_per_node", "0"], 2, "(--nproc_per_node 0): --nproc_per_node and --nnodes must be above 0"),
         (
             [
                 "--nnodes=2",
@@ -101,7 +101,13 @@ def test_restarts_that_could_not_work(options: list[str], message: str, capsys: 
             "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
         ),
     ],
-    ids=["wrong option", "no process", "a host is missing", "no c10d rendezvous", "no static rendezvous"],
+    ids=[
+        "wrong option",
+        "no process",
+        "a host is missing",
+        "no c10d rendezvous",
+        "no static rendezvous",
+    ],
 )
 def test_torchruns_own_errors(options: list[str], code: int, message: str, tmp_path: Path) -> None:
     done = kdtune(*options, *SHORT, f"output_dir={tmp_path / 'out'}", folder=tmp_path)
