@@ -1,5 +1,13 @@
 """Errors a user can cause. The CLI prints them without a traceback and exits with their code."""
 
+import errno
+
+# What the machine, not the program, is to blame for: the disk is full, read-only or failing, a folder is gone.
+FILE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
+)  # fmt: skip
+
 
 class KDTuneError(Exception):
     """Base of every error whose message is meant for the user: what is wrong, the value found, what is allowed, what to do."""
@@ -29,3 +37,10 @@ class TrainingError(KDTuneError):
     """A run that had to stop while training, such as at a non-finite loss. The message names the step."""
 
     exit_code = 1
+
+
+def error_text(error: Exception) -> str:
+    """One readable message for an error that needs no traceback."""
+    if isinstance(error, OSError):
+        return f"error: {error.filename or 'output'}: {error.strerror or error}"
+    return f"error: {error}"

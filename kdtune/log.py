@@ -1,8 +1,11 @@
-"""One logger for the whole package, to stderr."""
+"""One logger for the whole package, to stderr; and output that outlives its reader."""
 
+import io
 import logging
+import os
 import sys
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, BinaryIO, TextIO, cast
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -27,3 +30,51 @@ def get_logger(name: str = "kdtune") -> logging.Logger:
         root.setLevel(logging.INFO)
         root.propagate = False
     return logging.getLogger(name)
+
+
+def outlive_readers() -> None:
+    """Lets this process go on when the reader of its stdout or stderr ends (`| head -1`, a closed pager or terminal).
+
+    From then on what is written there goes nowhere. Standard streams that were closed from the start (`>&-`, `2>&-`)
+    lead nowhere too: otherwise the next file opened would take their place, and be written to by what prints to them.
+    Streams that Python code has replaced are left as they are. Both are line buffered, so that in a log file their lines stand in
+    the order in which they came.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _outliving(number, "utf-8", "backslashreplace", write_through=False))
+        elif isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == number:
+            stream.flush()
+            setattr(sys, name, _outliving(number, stream.encoding, stream.errors, write_through=stream.write_through))
+
+
+class _OutlivingFile(io.FileIO):
+    """Standard output or error; once nobody reads it, it is the null device, for this process and those it starts."""
+
+    def write(self, data: Any, /) -> int:
+        """Writes all of the data, as a buffered file would: nothing of it is left to fail again when the process ends."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while len(rest):
+            try:
+                rest = rest[super().write(rest) or 0 :]
+            except (BrokenPipeError, ConnectionResetError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+        return size
+
+
+def _outliving(descriptor: int, encoding: str, errors: str | None, *, write_through: bool) -> io.TextIOWrapper:
+    raw = _OutlivingFile(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(cast("BinaryIO", raw), encoding, errors, line_buffering=True, write_through=write_through)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    with suppress(OSError, ValueError):  # a stream in memory has none
+        return stream.fileno()
+    return None

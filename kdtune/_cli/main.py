@@ -1,13 +1,12 @@
 """The `kdtune` command line: which commands there are, and what the user sees when one fails."""
 
 import argparse
-import io
-import os
 import sys
 
 import kdtune
 from kdtune._cli import cat, completion, cp, download, ls, plan, run, validate
-from kdtune.errors import KDTuneError
+from kdtune.errors import FILE_ERRORS, KDTuneError, error_text
+from kdtune.log import outlive_readers
 
 _DESCRIPTION = "Distil large language models into small ones: recipes, configs and a command line in pure PyTorch."
 _EPILOG = """\
@@ -42,9 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a log file, tables and what is said on stderr stand in the order in which they came.
-        sys.stdout.reconfigure(line_buffering=True)
+    outlive_readers()
     sys.exit(run_command(argv))
 
 
@@ -56,15 +53,16 @@ def run_command(argv: list[str]) -> int:
     except KDTuneError as error:
         if arguments.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if arguments.traceback or error.errno not in FILE_ERRORS:
+            raise
+        print(error_text(error), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader (head, a closed pager) has seen enough; nothing more may be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import errno
 import functools
 import importlib.util
 import inspect
@@ -21,15 +20,11 @@ import kdtune
 from kdtune import _assets
 from kdtune.config.frame import KeyDoc
 from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_frame, load, to_yaml
-from kdtune.errors import ConfigError, KDTuneError
+from kdtune.errors import FILE_ERRORS, ConfigError, KDTuneError, error_text
+from kdtune.log import outlive_readers
 
 T = TypeVar("T")
 _ORIGIN = "_kdtune_origin"
-# What the machine, not the program, is to blame for: the disk is full, read-only or failing, a folder is gone.
-_FILE_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +62,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
     def decorate(function: Callable[[T], Any]) -> EntryPoint:
         @functools.wraps(function)
         def main(argv: list[str] | None = None) -> None:
+            outlive_readers()
             path = Path(inspect.getfile(function))
             arguments, overrides = parse_arguments(argv, _summary(function), path.stem, default_config)
             prepare_imports(path)
@@ -192,7 +188,7 @@ def check_partner(recipe: Path, source: str | Path) -> None:
 
 def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
     """Ends the process as the error says; `quiet` prints nothing (another process of this host prints the same message)."""
-    if isinstance(error, OSError) and error.errno not in _FILE_ERRORS:
+    if isinstance(error, OSError) and error.errno not in FILE_ERRORS:
         raise error
     if show:
         traceback.print_exception(error)
@@ -200,13 +196,6 @@ def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
         rank = os.environ.get("RANK")
         print(f"{f'[rank {rank}] ' if rank else ''}{error_text(error)}", file=sys.stderr)
     raise SystemExit(error.exit_code if isinstance(error, KDTuneError) else 1) from None
-
-
-def error_text(error: Exception) -> str:
-    """One readable message for an error that needs no traceback."""
-    if isinstance(error, OSError):
-        return f"error: {error.filename or 'output'}: {error.strerror or error}"
-    return f"error: {error}"
 
 
 def origin(cfg: Any) -> Origin | None:

@@ -1,12 +1,17 @@
 """What a run leaves behind, through other people's eyes: transformers loads step_N/ and final/ as they are."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import ROOT
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -123,3 +128,20 @@ def test_real_run(dtype: str, pruned: Path, smollm2_gguf: Path, cli: Callable[..
         check_generation_config(folder, tokenizer)
         assert "Apache License" in (folder / "LICENSE").read_text()
     assert not (out / "step_1").exists()
+
+
+def test_a_run_whose_reader_leaves_trains_to_the_end(tmp_path: Path) -> None:
+    """Witness: the same run with a reader that stays."""
+    command = [sys.executable, "-m", "kdtune", "run", "finetune", "--config", "tiny/finetune", "max_steps_per_epoch=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, redirection in {"left": "2>&1 | head -1", "stayed": ">/dev/null 2>&1"}.items():
+        line = f"{shlex.join([*command, f'output_dir={tmp_path / name}'])} {redirection}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    left, stayed = (sorted(path.name for path in (tmp_path / name).rglob("*")) for name in ("left", "stayed"))
+    assert left == stayed and "model.safetensors" in left
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("left", "stayed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3

@@ -1,15 +1,13 @@
 """ls, cp, cat, validate, completion: what they print, write and refuse."""
 
-import io
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kdtune import _assets
 from kdtune._cli import cp
-from kdtune._cli.main import main, run_command
+from kdtune._cli.main import run_command
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -37,14 +35,6 @@ def test_ls_is_an_aligned_table(assets: Path, capsys: pytest.CaptureFixture[str]
         "subtract  subtract_single_device",
         "          subtract_distributed",
     ]
-
-
-def test_what_goes_to_a_file_is_written_line_by_line(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a log that holds both streams has them in another order."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SystemExit):
-        main(["ls"])
-    assert sys.stdout.line_buffering
 
 
 def test_ls_recipe_shows_its_keys(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
