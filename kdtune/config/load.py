@@ -1,8 +1,11 @@
 """YAML and overrides to a recipe's dataclass, through the config gates. The only importer of OmegaConf."""
 
+import copy
 import dataclasses
+import io
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,7 +96,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: naming file and line.
     """
     try:
-        container = OmegaConf.load(path)
+        # A copy: what is read again and again (a sweep's cells share their configs) is parsed once, and may be changed.
+        return copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8"), path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -103,7 +107,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
-    tree = OmegaConf.to_container(container, resolve=False)
+
+
+@lru_cache(maxsize=64)
+def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """As `read_yaml`, of a text; `path` is for messages."""
+    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a list; a config is a mapping of keys to values")
     bad_keys = [key for key in tree if not isinstance(key, str)]
@@ -118,6 +127,11 @@ def parse_value(text: str) -> Any:
     Raises:
         ConfigError: it is not valid YAML.
     """
+    return copy.deepcopy(_parse_value(text))
+
+
+@lru_cache(maxsize=1024)
+def _parse_value(text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[call-overload,index]
     except yaml.MarkedYAMLError as error:
@@ -136,21 +150,36 @@ def _with_default_component(value: Any, default: Any) -> Any:
 def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The tree with every `${...}` replaced, and the findings; a top-level key with a finding is left out."""
     problems: list[str] = []
-    sound = {}
-    for key, value in tree.items():
+    unresolved = {key for key, value in tree.items() if not _is_literal(value)}
+    # What an interpolation may name; OmegaConf takes its time, so it is given no more than that.
+    words = {word for key in unresolved for word in re.findall(r"\w+", str(tree[key]))}
+    sound = {key: value for key, value in tree.items() if key in words and key not in unresolved}
+    for key in [key for key in tree if key in unresolved]:
         try:
-            OmegaConf.create({key: value})
-            sound[key] = value
+            OmegaConf.create({key: tree[key]})
+            sound[key] = tree[key]
         except OmegaConfBaseException as error:
             problems.append(f"{error.full_key or key}: {_first_line(error)}")
     container = OmegaConf.create(sound)
     resolved = {}
-    for key in sound:
+    for key, value in tree.items():
         before = len(problems)
-        value = _resolved(container, key, str(key), problems)
-        if len(problems) == before:
-            resolved[key] = value
+        if key not in unresolved:
+            resolved[key] = copy.deepcopy(value)
+        elif key in sound:
+            found = _resolved(container, key, str(key), problems)
+            if len(problems) == before:
+                resolved[key] = found
     return resolved, problems
+
+
+def _is_literal(value: Any) -> bool:
+    """Whether a value is plain YAML without an interpolation, which OmegaConf would give back as it is."""
+    if isinstance(value, dict):
+        return all(type(name) is str and _is_literal(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_literal, value))
+    return "$" not in value if isinstance(value, str) else value is None or isinstance(value, bool | int | float)
 
 
 def _resolved(container: Any, name: Any, key: str, problems: list[str]) -> Any:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from kdtune.sweeps.curves import SERIES, Curve
+from kdtune.sweeps.escape import printable
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.results import DONE
 from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names
@@ -31,8 +32,8 @@ def page(
         "cells": _cells_data(results, metrics, names),
     }
     parts = {
-        "TITLE": html.escape(title),
-        "NOTES": "\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        "TITLE": quoted(title),
+        "NOTES": "\n".join(f"<p>{quoted(note)}</p>" for note in notes),
         "FAILED": _failed_html(results),
         "STYLE": _part("report.css"),
         "DATA": embedded_json(data),
@@ -42,6 +43,11 @@ def page(
     head, *rest = text.split("@@")
     # Every second piece is a name; what is put in is never searched again.
     return head + "".join(parts[piece] if index % 2 == 0 else piece for index, piece in enumerate(rest))
+
+
+def quoted(text: str) -> str:
+    """The text as HTML."""
+    return html.escape(printable(text))
 
 
 def _part(name: str) -> str:
@@ -119,8 +125,8 @@ def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:
 def _failed_html(results: Sequence[Mapping[str, Any]]) -> str:
     failed = [cell for cell in results if cell["status"] != DONE]
     blocks = [
-        f"<details><summary>{html.escape(cell['cell'])}: step {html.escape(cell['failed_step'])} failed</summary>"
-        f"<pre>{html.escape(cell['error'])}</pre></details>"
+        f"<details><summary>{quoted(cell['cell'])}: step {quoted(cell['failed_step'])} failed</summary>"
+        f"<pre>{quoted(cell['error'])}</pre></details>"
         for cell in failed
     ]
     return "\n".join(["<h2>Failed cells</h2>", *blocks]) if failed else ""

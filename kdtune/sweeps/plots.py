@@ -1,10 +1,12 @@
 """PNG plots of a sweep's losses: one for all rows, and one for each axis with the rows that differ in it alone."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdtune.sweeps.curves import TRAINING, Curve, running_mean
+from kdtune.sweeps.escape import one_line
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.statistics import summarize
 from kdtune.sweeps.tables import Row, axis_names
@@ -24,7 +26,8 @@ def plot_sweep(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> li
         family = one_axis_family(rows, drawn, axis)
         if 1 < len(family) < len(drawn):
             names = {index: f"{axis}={shown_value(rows[index].axes[axis])}" for index in family}
-            files.append(_plot(rows, curves, family, folder / f"losses_by_{axis}.png", names))
+            file_name = re.sub(r"\W", "_", f"losses_by_{axis}")
+            files.append(_plot(rows, curves, family, folder / f"{file_name}.png", names))
     return files
 
 
@@ -76,10 +79,12 @@ def _plot(
         axes.set(title=title, xlabel="optimizer step", ylabel="nats per token")
         axes.grid(alpha=0.3)
     shown = [index for index in family if index in handles]
-    figure.legend(
-        [handles[index] for index in shown], [names[index] for index in shown], loc="outside lower center", ncols=3,
-        frameon=False, fontsize=9,
+    legend = figure.legend(
+        [handles[index] for index in shown], [one_line(names[index]) for index in shown], loc="outside lower center",
+        ncols=3, frameon=False, fontsize=9,
     )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a value is a dollar
     figure.suptitle(_caption(rows, curves, family, window), fontsize=10)
     figure.savefig(png, dpi=120)
     return png

@@ -8,6 +8,7 @@ from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.sweeps.curves import Curve, read_curves
+from kdtune.sweeps.escape import markdown_fence, markdown_text
 from kdtune.sweeps.page import page
 from kdtune.sweeps.plots import plot_sweep
 from kdtune.sweeps.results import DONE, finite_metrics, read_rows
@@ -19,6 +20,7 @@ from kdtune.sweeps.tables import (
     csv_table,
     difference_table,
     metric_problems,
+    repeated_cells,
     row_problems,
     rows_over_seeds,
     summary_table,
@@ -71,7 +73,7 @@ def write_report(
     """
     results = read_results(results_file)
     rows = rows_over_seeds(results)
-    misfits = [*metric_problems(rows, metrics), *row_problems(rows, baseline)]
+    misfits = [*repeated_cells(results), *metric_problems(rows, metrics), *row_problems(rows, baseline)]
     if misfits and strict:
         raise ConfigError("\n".join(misfits))
     for misfit in misfits:
@@ -131,7 +133,7 @@ def markdown(
     plots: Sequence[str],
 ) -> str:
     """The report as Markdown, its plots by file name."""
-    parts = [f"# {title}", *notes]
+    parts = [f"# {markdown_text(title)}", *map(markdown_text, notes)]
     if rows:
         parts += ["## Results", summary_table(rows, metrics)]
     if baseline is not None and len(rows) > 1:
@@ -140,5 +142,8 @@ def markdown(
     failed = [cell for cell in results if cell["status"] != DONE]
     if failed:
         parts.append("## Failed cells")
-        parts += [f"{cell['cell']}: step {cell['failed_step']} failed.\n\n```\n{cell['error']}\n```" for cell in failed]
+        parts += [
+            f"**{markdown_text(cell['cell'])}**: step {markdown_text(cell['failed_step'])} failed.\n\n{markdown_fence(cell['error'])}"
+            for cell in failed
+        ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"

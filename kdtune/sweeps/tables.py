@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kdtune._assets import did_you_mean
+from kdtune.sweeps.escape import csv_value, markdown_text
 from kdtune.sweeps.grid import is_listed
 from kdtune.sweeps.plan import Plan, label, shown_value
 from kdtune.sweeps.results import DONE
@@ -55,12 +56,38 @@ class Row:
 
 
 def rows_over_seeds(results: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The finished cells of a results.jsonl, grouped by all axes but `seed`, in order of first appearance."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    """The finished cells of a results.jsonl, grouped by all axes but `seed`, in order of first appearance.
+
+    Of several cells of one row and seed, which would count a run twice, the first is kept (see `repeated_cells`).
+    """
+    groups: dict[str, dict[Any, Mapping[str, Any]]] = {}
     for cell in results:
         if cell["status"] == DONE:
-            groups.setdefault(json.dumps(_without_seed(cell["axes"]), sort_keys=True), []).append(cell)
-    return [Row(_without_seed(cells[0]["axes"]), tuple(cells)) for cells in groups.values()]
+            groups.setdefault(_row_key(cell), {}).setdefault(cell["axes"].get(SEED), cell)
+    return [
+        Row(_without_seed(next(iter(of_seed.values()))["axes"]), tuple(of_seed.values())) for of_seed in groups.values()
+    ]
+
+
+def repeated_cells(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The finished cells that are of one row and seed, a sentence for each such row and seed with their line numbers."""
+    lines: dict[tuple[str, Any], list[int]] = {}
+    names: dict[tuple[str, Any], str] = {}
+    for number, cell in enumerate(results, start=1):
+        if cell["status"] == DONE:
+            key = (_row_key(cell), cell["axes"].get(SEED))
+            lines.setdefault(key, []).append(number)
+            names.setdefault(key, label(cell["axes"]) or "the only cell")
+    return [
+        f"results: lines {', '.join(map(str, found[:-1]))} and {found[-1]} are {'both' if len(found) == 2 else 'all'} of one "
+        f"row and seed, {names[key]}; keep one of them, or tell them apart by an axis"
+        for key, found in lines.items()
+        if len(found) > 1
+    ]
+
+
+def _row_key(cell: Mapping[str, Any]) -> str:
+    return json.dumps(_without_seed(cell["axes"]), sort_keys=True)
 
 
 def _without_seed(axes: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,10 +170,10 @@ def short_names(metrics: Sequence[str]) -> dict[str, str]:
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, num_text: int) -> str:
-    """A Markdown table; the first `num_text` columns are set left, the others right."""
+    """A Markdown table of cells that are Markdown; the first `num_text` columns are set left, the others right."""
     rules = [":--" if index < num_text else "--:" for index in range(len(header))]
-    cells = [header, rules, *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells) + "\n"
+    cells = [[markdown_text(title) for title in header], rules, *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
@@ -170,7 +197,7 @@ def difference_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row)
 
 
 def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:
-    return [shown_value(row.axes[axis]) if axis in row.axes else "-" for axis in axes]
+    return [markdown_text(shown_value(row.axes[axis])) if axis in row.axes else "-" for axis in axes]
 
 
 def mean_text(row: Row, metric: str) -> str:
@@ -217,7 +244,9 @@ def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row | None)
     with_documents = [metric for metric in metrics if any(row.document_error(metric) is not None for row in rows)]
     lines = []
     for row in rows:
-        line: dict[str, Any] = {axis: shown_value(row.axes[axis]) if axis in row.axes else None for axis in axes}
+        line: dict[str, Any] = {
+            _axis_column(axis, "n"): shown_value(row.axes[axis]) if axis in row.axes else None for axis in axes
+        }
         line["n"] = len(row.cells)
         for metric in metrics:
             summary, found = row.summary(metric), row_difference(row, baseline, metric)
@@ -241,7 +270,7 @@ def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
     lines = [
         {
             "status": cell["status"],
-            **{axis: shown_value(value) for axis, value in cell["axes"].items()},
+            **{_axis_column(axis, "status"): shown_value(value) for axis, value in cell["axes"].items()},
             **cell["metrics"],
             **{f"{step}.seconds": value for step, value in cell["seconds"].items()},
         }
@@ -250,9 +279,15 @@ def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
     return _csv_text(lines)
 
 
+def _axis_column(axis: str, taken: str) -> str:
+    """The column of an axis, which must not be one that the table has of its own."""
+    return f"axis:{axis}" if axis == taken else axis
+
+
 def _csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(csv_value, columns))
+    writer.writerows([csv_value(line.get(column)) for column in columns] for line in lines)
     return text.getvalue()

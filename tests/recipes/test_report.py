@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from kdtune.errors import ConfigError
 from kdtune.sweeps import write_report
@@ -214,7 +215,7 @@ def test_standard_errors_of_filtered_metrics_are_no_metrics_of_their_own(tmp_pat
 
 def test_without_strict_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     text = write(tmp_path, [cell({"a": 1}, {"train.loss": 1.0})], metrics=["x.*"], baseline={"a": 2}, strict=False)
-    assert "Left out: metrics: 'x.*' fits none" in text and "Left out: baseline: no row has a=2" in text
+    assert "Left out: metrics: 'x.\\*' fits none" in text and "Left out: baseline: no row has a=2" in text
     assert "| a | n | loss |" in text, "all metrics, where none of the chosen ones is there"
 
 
@@ -240,6 +241,84 @@ def test_files_that_are_not_results(tmp_path: Path, text: str, words: str) -> No
     (tmp_path / "results.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=words):
         write_report(tmp_path / "results.jsonl", tmp_path, title="t")
+
+
+UNSAFE = [
+    "<script>alert(1)</script>",
+    "[a](javascript:alert(1)) ![b](http://example.org/x.png)",
+    "a|b",
+    "`code` **bold** _soft_ ~~gone~~ $x$ \\\\",
+    "two\nlines\n\n# heading",
+    "&lt;b&gt; <!-- c -->",
+    "\x1b[31m \x00 \ud800",
+    "```\n<b>out</b>\n````",
+]
+
+
+def test_markdown_shows_text_from_data_as_it_is(tmp_path: Path) -> None:
+    """Rendered by markdown-it-py (CommonMark with GitHub's tables), nothing of a value is markup."""
+    render = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render
+    cells = [cell({"a": text}, {"train.loss": 1.0, f"train.{text}": 2.0}) for text in UNSAFE]
+    cells += [
+        cell({"a": text, "b": 1}, {}) | {"status": "failed", "failed_step": "train", "error": text} for text in UNSAFE
+    ]
+    text = write(tmp_path, cells, baseline={"a": UNSAFE[0]})
+    page = render(text)
+    assert not re.search(
+        r"<(script|b|em|strong|a|s|code)\b(?! class)",
+        re.sub(r"<pre>.*?</pre>|<p><strong>.*?</strong>", "", page, flags=re.S),
+    )
+    assert "<img" not in page, "no training folder, so no plot"
+    shown = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", page)]
+    columns = 2 + 1 + len(UNSAFE)
+    wanted = [
+        " ".join(text.encode("unicode_escape").decode().replace("\\n", " ").replace("\\\\", "\\").split())
+        for text in UNSAFE
+    ]
+    assert shown[: columns * len(UNSAFE) : columns] == wanted
+    blocks = [html.unescape(block) for block in re.findall(r"<pre><code>(.*?)</code></pre>", page, flags=re.S)]
+    assert [block.strip() for block in blocks] == [
+        text.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\ud800", "\\ud800") for text in UNSAFE
+    ]
+
+
+def test_csv_fields_are_no_formulas_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    texts = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", " =1"]
+    numbers = [-1, 1e-05, "-2.5", -0.5]
+    cells = [cell({"status": text, "n": 7}, {"train.loss": -1.5, "=x": -2.0}) for text in [*texts, *numbers]]
+    write(tmp_path, cells)
+    for name, axis in (("report.csv", "status"), ("cells.csv", "axis:status")):
+        rows = list(csv.DictReader((tmp_path / "report" / name).open(newline="")))
+        assert [row[axis] for row in rows] == [f"'{text}" for text in texts] + ["-1", "1e-05", "-2.5", "-0.5"]
+        assert {row["train.loss"] for row in rows} == {"-1.5"} and {row["'=x"] for row in rows} == {"-2.0"}
+    assert {row["axis:n"] for row in csv.DictReader((tmp_path / "report/report.csv").open())} == {"7"}
+    assert {row["status"] for row in csv.DictReader((tmp_path / "report/cells.csv").open())} == {"done"}
+
+
+def test_cells_of_one_row_and_seed_are_told(tmp_path: Path) -> None:
+    cells = [cell({"a": 1, "seed": seed}, {"train.loss": loss}) for seed, loss in ((0, 1.0), (1, 3.0), (0, 100.0))]
+    cells.append(cell({"a": 1, "seed": 1}, {}) | {"status": "failed", "failed_step": "train", "error": ""})
+    words = "results: lines 1 and 3 are both of one row and seed, a=1 seed=0; keep one of them"
+    with pytest.raises(ConfigError, match=words):
+        write(tmp_path, cells)
+    text = write(tmp_path, cells, strict=False)
+    assert f"Left out: {words}" in text and "| 1 | 2 | 2.0000 ± 1.0000 |" in text, "the first is kept"
+    assert [line[1][0] for line in page_data(tmp_path)["summary"]["lines"]] == ["2"]
+
+
+def test_plots_of_axes_with_any_names_and_values(tmp_path: Path) -> None:
+    """A dollar is no formula, a slash no folder, and what no font or file can hold is written out."""
+    cells = []
+    for index, (method, value) in enumerate([("$\\nothing{", 1), ("\ud800\x00<&", 1), ("$\\nothing{", 2)]):
+        (tmp_path / f"train{index}").mkdir()
+        rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+        (tmp_path / f"train{index}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        axes = {"../../method": method, "b": value}
+        cells.append(cell(axes, {"train.loss": 1.0}, folders={"train": f"train{index}"}))
+    text = write(tmp_path, cells)
+    names = ["losses.png", "losses_by_______method.png", "losses_by_b.png"]
+    assert sorted(path.name for path in (tmp_path / "report").glob("*.png")) == names
+    assert all(f"]({name})" in text for name in names)
 
 
 def kdtune(*arguments: str) -> "subprocess.CompletedProcess[str]":
