@@ -294,8 +294,7 @@ def measure_held_out(
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
                                    progress=progress, total=world.sum)  # fmt: skip
     teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]
-    keys = ("class_loss", "kd_loss", "agreement", "tokens")
-    return {**{key: found[key] for key in keys}, "perplexity": evaluation.perplexity(found["class_loss"]),
+    return {**found, "perplexity": evaluation.perplexity(found["class_loss"]),
             "teacher_class_loss": teacher_loss}  # fmt: skip
 
 

@@ -139,7 +139,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = training.loop_problems(self)
+        found = [*training.loop_problems(self), *training.divergence_problems(self.kd_loss)]
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
         if self.teacher_processes < 0:
@@ -196,10 +196,10 @@ def run(cfg: Config, world: distributed.World) -> None:
         world.print(f"{output_dir}: all {num_steps} steps are done")
         return finish(cfg, world)
 
-    student, teacher = build_models(cfg, tokenizer, world, newest)
+    divergence = config.instantiate(cfg.kd_loss)
+    student, teacher = build_models(cfg, tokenizer, world, newest, divergence)
 
     # Optimization.
-    divergence = config.instantiate(cfg.kd_loss)
     kd_loss = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
     # Validation measures the divergence whatever kd_ratio is.
     val_loss = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
@@ -294,7 +294,7 @@ def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[da
 
 
 def build_models(
-    cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None
+    cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None, kd_loss: losses.DivergenceLoss
 ) -> tuple[Transformer, teachers.OnlineTeacher]:
     """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
     for key in ("checkpointer", "teacher_checkpointer"):
@@ -307,7 +307,7 @@ def build_models(
         device=parallelism.home(world), prepare=lambda model: distributed.parallelize(
             model, parallelism, world, compile=cfg.compile, activation_checkpointing=cfg.enable_activation_checkpointing))  # fmt: skip
     training.check_save_weights(student, cfg.save_weights)
-    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size)
+    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size, kd_loss.divergence)
     losses.check_head("student", student.output)
     return student, teachers.OnlineTeacher(teacher)
 
@@ -342,7 +342,7 @@ def validate(
         return {}
     teacher.expect(held_out)
     found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=world.device, total=world.sum)
-    values = {f"val_{name}": found[name] for name in ("class_loss", "kd_loss", "agreement")}
+    values = {f"val_{name}": value for name, value in found.items() if name != "tokens"}
     if with_teacher_loss:
         ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=loss.chunk_size)
         found = evaluation.evaluate_ce(teacher.model, held_out, device=world.device, loss=ce_loss, total=world.sum)

@@ -29,6 +29,8 @@ def evaluate_kd(
 ) -> dict[str, float]:
     """`class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
 
+    Where the student's head has ids that the teacher's has not, also `student_mass_outside`, its probability for them.
+
     Means over the valid tokens of all batches, so they do not depend on how the tokens are cut into batches. Runs under
     no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
 

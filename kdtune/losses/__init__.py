@@ -1,7 +1,7 @@
 """Losses: divergences, their plain-logit forms, and the fused linear path from hidden states."""
 
+from kdtune.losses.contract import Divergence, check_divergence, covers_extra_ids
 from kdtune.losses.divergences import forward_kl
-from kdtune.losses.fused_linear import Divergence
 from kdtune.losses.kd_loss import (
     CrossEntropyLoss,
     DivergenceLoss,
@@ -21,6 +21,8 @@ __all__ = [
     "HiddenSignal",
     "KDLoss",
     "Signal",
+    "check_divergence",
     "check_head",
+    "covers_extra_ids",
     "forward_kl",
 ]

@@ -2,6 +2,8 @@
 
 Shapes: N tokens, V vocabulary. A divergence is any `f(student_logp_NV, teacher_logp_NV) -> [N]` that autograd can
 differentiate with respect to its first argument; the losses take care of masks, vocabularies, chunks and the softmax.
+A teacher whose head has fewer rows than the student's gives -inf for the ids that it lacks: a divergence that is finite there,
+in value and gradient, counts the student's probability for them; any other is given the shared ids alone, renormalized.
 """
 
 import torch

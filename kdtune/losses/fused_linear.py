@@ -8,21 +8,22 @@ With g the gradient of a token's loss with respect to its log-probabilities, fou
 the gradient with respect to its logits is g - softmax * sum(g). That is what lets any divergence through.
 
 Shapes: T positions of the batch, N valid tokens among them, C tokens of a chunk, R tokens of a block of a chunk,
-V vocabulary shared by student and teacher, D embedding width (the student's and the teacher's may differ).
+V the student's vocabulary, D embedding width (the student's and the teacher's may differ). The teacher gives no probability
+to ids that it does not have; its rows for ids that the student does not have are left out before its softmax.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune.errors import TrainingError
+from kdtune.losses.contract import Divergence, one_a_token
 from kdtune.losses.vocab_shards import VocabShards
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
 
 # The sizes below were chosen with bench/loss.py.
 # Logits of a chunk, for each of the two models: more makes the matrix products a little faster.
@@ -35,7 +36,7 @@ TILE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Projection:
-    """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T. It may have rows beyond V."""
+    """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T."""
 
     hidden_TD: Tensor
     weight_VD: Tensor  # of a head in shards, this process's rows
@@ -56,10 +57,9 @@ class Task:
     """What to compare the student with, and how: everything that is not differentiated."""
 
     positions_N: Tensor  # the valid tokens among the T positions
-    labels_N: Tensor  # their targets, below vocab_size
-    vocab_size: int  # ids that count: both heads are cut to their first vocab_size rows
+    labels_N: Tensor  # their targets, ids that both heads have
     teacher: Projection | None  # None: cross entropy only, with kd_ratio 0
-    divergence: Divergence
+    divergence: Divergence  # of log-probabilities of the student's ids; the teacher's are -inf where it has no row
     kd_ratio: float
     chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
 
@@ -72,6 +72,9 @@ class Sums:
     ce: Tensor
     kd: Tensor | None
     agreement: Tensor | None  # tokens to which both models give the same most likely id
+    outside: (
+        Tensor | None
+    )  # probability that the student gives to ids that the teacher's head does not have; None: it has all
 
 
 def fused_linear_kd(student: Projection, task: Task) -> Sums:
@@ -96,8 +99,9 @@ class _FusedLinear(torch.autograd.Function):
             sums = _run_chunks(Projection(hidden_TD, weight_VD, shards), task, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        ctx.mark_non_differentiable(*(part for part in (sums.ce, sums.kd, sums.agreement) if part is not None))
-        return sums.total, sums.ce, sums.kd, sums.agreement
+        parts = (sums.ce, sums.kd, sums.agreement, sums.outside)
+        ctx.mark_non_differentiable(*(part for part in parts if part is not None))
+        return sums.total, *parts
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -118,35 +122,40 @@ class _FusedLinear(torch.autograd.Function):
 
 def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
     """The sums over all chunks. The gradients of the total are written into the given tensors, where there are any."""
-    num_tokens, dtype, shards = len(task.labels_N), _sum_dtype(student.hidden_TD), student.shards
+    num_tokens, dtype, shards, vocab_size = (
+        len(task.labels_N),
+        _sum_dtype(student.hidden_TD),
+        student.shards,
+        student.vocab_size,
+    )
     # Of a head in shards, the largest number of ids that any process has: all must make the same chunks.
-    num_ids = max(shards.num_ids(task.vocab_size)) if shards else task.vocab_size
+    num_ids = max(shards.num_ids(vocab_size)) if shards else vocab_size
     chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
     rows = min(chunk_size, num_tokens)
-    student_buffer = student.hidden_TD.new_empty(rows, student.num_ids(task.vocab_size), dtype=dtype)
+    student_buffer = student.hidden_TD.new_empty(rows, student.num_ids(vocab_size), dtype=dtype)
     teacher_buffer = None
     if task.teacher is not None:
         # A whole head beside a student's in shards is used for this process's share of the tokens alone.
         rows = -(-rows // shards.group.size()) if shards and not task.teacher.shards else rows
-        teacher_buffer = student_buffer.new_empty(rows, task.teacher.num_ids(task.vocab_size))
+        teacher_buffer = _teacher_buffer(task.teacher, student_buffer, rows, vocab_size)
     ce_N = student_buffer.new_zeros(num_tokens)
-    kd_N, agreement_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N)
+    kd_N, agreement_N, outside_N = (torch.zeros_like(ce_N) for _ in range(3))
 
     for chunk in _slices(num_tokens, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
         # The tokens whose whole rows of logits are here: of the chunk all, or with shards a share.
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
-        logits_CV = _project_rows(student, positions_C, own, student_buffer, task.vocab_size)
+        logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
         teacher_CV = None
         if task.teacher is not None and teacher_buffer is not None:
-            teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, task.vocab_size)
+            teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
         for block in _slices(len(logits_CV), _block_size(logits_CV)):
             teacher_RV = None if teacher_CV is None else teacher_CV[block]
             parts = _compare_(logits_CV[block], teacher_RV, labels_C[own][block], task, needs_grad)
-            for values_N, part in zip((ce_N, kd_N, agreement_N), parts, strict=True):
+            for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         # From here on, logits_CV holds the gradient with respect to the logits.
         if needs_grad and shards:
@@ -156,32 +165,37 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         if grad_weight_VD is not None:
             _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, student.weight_VD)
 
-    sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum()))
-    ce, kd, agreement = shards.sum_(sums) if shards else sums
+    sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
+    ce, kd, agreement, outside = shards.sum_(sums) if shards else sums
     # A part of weight 0 is left out, not multiplied by 0: it may be infinite.
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
-    return Sums(total, ce, *((kd, agreement) if task.teacher else (None, None)))
+    if task.teacher is None:
+        return Sums(total, ce, None, None, None)
+    return Sums(total, ce, kd, agreement, outside if task.teacher.vocab_size < vocab_size else None)
 
 
 def _compare_(
     logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, task: Task, needs_grad: bool
-) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """Cross entropy, divergence and agreement of each token. If needs_grad, logits_RV becomes the loss's gradient."""
+) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]:
+    """The parts of each token, as `Sums` names them. If needs_grad, logits_RV becomes the loss's gradient."""
     logp_RV = logits_RV.log_softmax(-1)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
     agreement_R: Tensor | float = 0.0
+    outside_R: Tensor | float = 0.0
     grad_logp_RV = None
-    if teacher_RV is not None:
+    if task.teacher is not None and teacher_RV is not None:
         agreement_R = (logits_RV.argmax(-1) == teacher_RV.argmax(-1)).to(ce_R.dtype)
+        outside_R = logp_RV[:, task.teacher.vocab_size :].exp().sum(-1)
         with torch.set_grad_enabled(needs_grad):
             kd_R = task.divergence(logp_RV.requires_grad_(needs_grad), teacher_RV.log_softmax(-1))
+        kd_R = one_a_token(kd_R, len(labels_R), task.divergence)
         if needs_grad:
             (grad_logp_RV,) = torch.autograd.grad(kd_R, logp_RV, torch.full_like(kd_R, task.kd_ratio))
         kd_R = kd_R.detach()
     if needs_grad:
         _logit_grad(logp_RV.detach(), grad_logp_RV, labels_R, task.kd_ratio, out_RV=logits_RV)
-    return ce_R.detach(), kd_R, agreement_R
+    return ce_R.detach(), kd_R, agreement_R, outside_R
 
 
 def _logit_grad(
@@ -243,11 +257,24 @@ def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
     return max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize))
 
 
+def _teacher_buffer(teacher: Projection, like: Tensor, rows: int, vocab_size: int) -> Tensor:
+    """For the teacher's logits [rows, V], -inf where it has no row; of a head in shards, [rows, this process's ids]."""
+    if teacher.shards:
+        return like.new_empty(rows, teacher.num_ids(min(teacher.vocab_size, vocab_size)))
+    buffer = like.new_empty(rows, vocab_size)
+    buffer[:, teacher.vocab_size :] = -torch.inf
+    return buffer
+
+
 def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Tensor, vocab_size: int) -> Tensor:
-    """Logits [R, V] of the chunk's own tokens."""
+    """Logits [R, V] of the chunk's own tokens, -inf for ids beyond the head's rows."""
+    num_ids = min(head.vocab_size, vocab_size)
     if head.shards is None:
-        return _project(head.hidden_TD[positions_C[own]], head.weight_VD, buffer)
-    return head.shards.to_rows(_project(head.hidden_TD[positions_C], head.weight_VD, buffer), vocab_size)
+        hidden_RD = head.hidden_TD[positions_C[own]]
+        _project(hidden_RD, head.weight_VD, buffer[:, :num_ids])
+        return buffer[: len(hidden_RD)]
+    logits_RV = head.shards.to_rows(_project(head.hidden_TD[positions_C], head.weight_VD, buffer), num_ids)
+    return logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf)
 
 
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
@@ -272,7 +299,7 @@ def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) ->
 
 
 def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    """Adds a chunk's share to the gradient of the head's first V rows."""
+    """Adds a chunk's share to the gradient of the head's rows."""
     dtype = _operand_dtype(hidden_CD, weight_VD, grad_weight_VD.dtype)
     hidden_CD = hidden_CD.to(dtype)
     for tile in _slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):

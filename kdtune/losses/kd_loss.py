@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from kdtune.constants import IGNORE_INDEX, TP_DIM
 from kdtune.errors import ConfigError, DataError, TrainingError
+from kdtune.losses.contract import Divergence, one_a_token, over_student_ids
 from kdtune.losses.divergences import forward_kl
-from kdtune.losses.fused_linear import Divergence, Projection, Task, fused_linear_kd
+from kdtune.losses.fused_linear import Projection, Task, fused_linear_kd
 from kdtune.losses.signal import Signal
 from kdtune.losses.vocab_shards import VocabShards
 
@@ -37,14 +38,19 @@ class ForwardKLLoss:
     divergence: Divergence = staticmethod(forward_kl)
 
     def __call__(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Both logits [B, S, V] or [N, V]; where their V differ, both are cut to the shared ids before the softmax."""
-        vocab_size = min(logits.shape[-1], teacher_logits.shape[-1])
-        valid = _valid_tokens(labels, logits.shape, vocab_size)
+        """Both logits [B, S, V] or [N, V]; their V may differ.
+
+        The teacher's are cut to the student's ids before its softmax, and it gives no probability to ids that it lacks.
+        """
+        vocab_size, num_shared = logits.shape[-1], min(logits.shape[-1], teacher_logits.shape[-1])
+        valid = _valid_tokens(labels, logits.shape, num_shared)
         _check_positions("teacher logits", teacher_logits.shape, labels)
-        student_NV, teacher_NV = (
-            _raised(x[valid][:, :vocab_size]).log_softmax(-1) for x in (logits, teacher_logits.detach())
-        )
-        return self.divergence(student_NV, teacher_NV).sum() / valid.sum().clamp(min=1)
+        divergence = over_student_ids(self.divergence, vocab_size, num_shared)
+        student_NV = _raised(logits[valid]).log_softmax(-1)
+        teacher_NV = _raised(teacher_logits.detach()[valid][:, :num_shared]).log_softmax(-1)
+        teacher_NV = F.pad(teacher_NV, (0, vocab_size - num_shared), value=-torch.inf)
+        values_N = one_a_token(divergence(student_NV, teacher_NV), len(student_NV), divergence)
+        return values_N.sum() / valid.sum().clamp(min=1)
 
 
 class DivergenceLoss(Protocol):
@@ -82,15 +88,18 @@ class KDLoss:
         self.divergence = kd_loss.divergence
         self.kd_ratio = kd_ratio
         self.chunk_size = chunk_size
+        self._over: dict[tuple[int, int], Divergence] = {}
 
     def __call__(
         self, hidden_BSD: Tensor, output: nn.Linear, signal: Signal | None, labels_BS: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the other two.
+        """The loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the others.
 
-        These are "kd_loss", the divergence, and "agreement", the number of tokens to which both models give the same
-        most likely id. The softmax is over the ids
-        that both heads have. Softmax and sums are in fp32 (float64 for float64 hidden states).
+        These are "kd_loss", the divergence; "agreement", the number of tokens to which both models give the same most
+        likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
+        probability that the student gives to them. Its softmax is over all of its ids, with a teacher as without one; see
+        `kdtune.losses.covers_extra_ids` for what the divergence is taken over. Softmax and sums are in fp32 (float64 for
+        float64 hidden states).
         """
         student = _projection("student", hidden_BSD, output)
         teacher = None
@@ -105,20 +114,31 @@ class KDLoss:
                     "the teacher's head is cut by the vocabulary, the student's is not; allowed are both, or the student's "
                     "alone: give both models the same tp"
                 )
-        vocab_size = min(head.vocab_size for head in (student, teacher) if head)
-        valid_BS = _valid_tokens(labels_BS, hidden_BSD.shape, vocab_size)
+        num_shared = min(head.vocab_size for head in (student, teacher) if head)
+        valid_BS = _valid_tokens(labels_BS, hidden_BSD.shape, num_shared)
         task = Task(
             positions_N=valid_BS.flatten().nonzero().squeeze(1),
             labels_N=labels_BS[valid_BS],
-            vocab_size=vocab_size,
             teacher=teacher,
-            divergence=self.divergence,
+            divergence=self._divergence_over(student.vocab_size, num_shared),
             kd_ratio=self.kd_ratio,
             chunk_size=self.chunk_size,
         )
         sums = fused_linear_kd(student, task)
-        parts = {"class_loss": sums.ce, "kd_loss": sums.kd, "agreement": sums.agreement}
+        parts = {
+            "class_loss": sums.ce,
+            "kd_loss": sums.kd,
+            "agreement": sums.agreement,
+            "student_mass_outside": sums.outside,
+        }
         return sums.total, {name: part for name, part in parts.items() if part is not None}
+
+    def _divergence_over(self, vocab_size: int, num_shared: int) -> Divergence:
+        """`over_student_ids`, found out once."""
+        sizes = (vocab_size, num_shared)
+        if sizes not in self._over:
+            self._over[sizes] = over_student_ids(self.divergence, vocab_size, num_shared)
+        return self._over[sizes]
 
 
 def _raised(logits: Tensor) -> Tensor:

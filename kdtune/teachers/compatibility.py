@@ -7,6 +7,7 @@ from kdtune import tokenizers
 from kdtune.config import instantiate
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
+from kdtune.losses import Divergence, covers_extra_ids, forward_kl
 from kdtune.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -58,18 +59,26 @@ def _folder_of(path: Path) -> Path:
     return (path.parent if path.is_file() else path).resolve()
 
 
-def check_vocabularies(tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int) -> None:
-    """Compares the tokenizer with both heads, and says so where the heads are cut to the ids that they share.
+def check_vocabularies(
+    tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int, divergence: Divergence = forward_kl
+) -> None:
+    """Compares the tokenizer with both heads, and says so where one head has rows that the other has not.
+
+    `divergence` is the loss's, see `kdtune.losses.covers_extra_ids`.
 
     Raises:
         ConfigError: if the tokenizer can produce an id that a model has no row for.
     """
     tokenizers.check_vocabulary(tokenizer, student_vocab_size, "student")
     tokenizers.check_vocabulary(tokenizer, teacher_vocab_size, "teacher")
-    if student_vocab_size != teacher_vocab_size:
-        log.info(
-            "vocabularies: student %d rows, teacher %d (padding); both heads are cut to the first %d ids in the loss",
-            student_vocab_size,
-            teacher_vocab_size,
-            min(student_vocab_size, teacher_vocab_size),
+    sizes = f"vocabularies: student {student_vocab_size} rows, teacher {teacher_vocab_size} (padding)"
+    if student_vocab_size < teacher_vocab_size:
+        log.info("%s; the teacher's softmax is over the first %d ids", sizes, student_vocab_size)
+    elif student_vocab_size > teacher_vocab_size:
+        what = (
+            "cross entropy and divergence are over all of the student's"
+            if covers_extra_ids(divergence)
+            else f"cross entropy is over all of the student's, the divergence over the first {teacher_vocab_size} ids, "
+            "renormalized (for the others it would be infinite)"
         )
+        log.info("%s; %s; student_mass_outside is the probability it gives to the others", sizes, what)

@@ -11,7 +11,14 @@ from kdtune.training.loggers import (
     read_metrics,
     truncate_metrics,
 )
-from kdtune.training.loop import MAY_CHANGE, check_save_weights, is_due, loop_problems, profiler_and_logger
+from kdtune.training.loop import (
+    MAY_CHANGE,
+    check_save_weights,
+    divergence_problems,
+    is_due,
+    loop_problems,
+    profiler_and_logger,
+)
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
@@ -66,6 +73,7 @@ __all__ = [
     "count_steps",
     "decay_groups",
     "device_problems",
+    "divergence_problems",
     "dtype_from_name",
     "enter_epoch",
     "format_table",

@@ -4,7 +4,8 @@ from typing import Any
 
 from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
-from kdtune.errors import ConfigError
+from kdtune.errors import ConfigError, KDTuneError
+from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
 
 _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
@@ -61,6 +62,15 @@ def loop_problems(cfg: Any) -> list[str]:
             f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
         )
     return found
+
+
+def divergence_problems(kd_loss: Any) -> list[str]:
+    """What is wrong with the divergence of a `kd_loss` node, found by calling it on a few tokens."""
+    try:
+        check_divergence(instantiate(kd_loss))
+    except KDTuneError as error:
+        return [str(error)]
+    return []
 
 
 def check_save_weights(model: Transformer, save_weights: str) -> None:

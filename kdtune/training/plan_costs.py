@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdtune.losses import Divergence
+from kdtune.losses.contract import over_student_ids
 from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Projection, Task, fused_linear_kd
 from kdtune.losses.kd_loss import FactoredHead
 from kdtune.models import Transformer
@@ -99,13 +100,14 @@ def loss_cost(
         theirs = (
             None if teacher is None else _projection(teacher, _hidden(teacher, batch, backward=False).flatten(0, 1))
         )
-    vocab_size = min(len(head.weight_VD) for head in (ours, theirs) if head)
+    vocab_size = len(ours.weight_VD)
+    num_shared = vocab_size if theirs is None else min(vocab_size, len(theirs.weight_VD))
     width = vocab_size * torch.promote_types(hidden_TD.dtype, torch.float32).itemsize
     chunk = min(chunk_size or max(1, CHUNK_BYTES // width), batch.num_tokens)
     # A chunk is alike the next; on a CPU, so is a block of its rows, and only the buffers are of the chunk's size.
     rows = min(chunk, max(1, CPU_BLOCK_BYTES // width)) if batch.device_type == "cpu" else chunk
     positions = torch.empty(rows, dtype=torch.int64, device="meta")
-    task = Task(positions, positions, vocab_size, theirs, divergence, kd_ratio, rows)
+    task = Task(positions, positions, theirs, over_student_ids(divergence, vocab_size, num_shared), kd_ratio, rows)
     theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
     held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
     cost = measure(
@@ -116,7 +118,7 @@ def loss_cost(
     )
     buffers = (chunk - rows) * width * (1 if theirs is None else 2)
     flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
-        0 if theirs is None else 2 * vocab_size * theirs.weight_VD.shape[1]
+        0 if theirs is None else 2 * num_shared * theirs.weight_VD.shape[1]
     )
     return replace(
         cost, forward_peak=cost.forward_peak + buffers, forward_flops=flops * batch.num_tokens, backward_flops=0

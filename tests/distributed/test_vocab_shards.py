@@ -30,9 +30,9 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
     labels = labels.view(2, 9)
 
     valid = labels != IGNORE_INDEX
-    logits, logits_of_teacher = (hidden @ ours.T)[valid][:, :shared], (answer @ theirs.T)[valid][:, :shared]
+    logits, logits_of_teacher = (hidden @ ours.T)[valid], (answer @ theirs.T)[valid][:, :shared]
     logq, logp = logits.log_softmax(-1), logits_of_teacher.log_softmax(-1)
-    ce, kd = -logq.gather(1, labels[valid][:, None]).sum(), (logp.exp() * (logp - logq)).sum()
+    ce, kd = -logq.gather(1, labels[valid][:, None]).sum(), (logp.exp() * (logp - logq[:, :shared])).sum()
     expected = 0.7 * ce + 0.3 * kd
     gradients = torch.autograd.grad(expected, (hidden, ours))
 
@@ -51,6 +51,8 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
         for one, other in zip(found, (expected, ce, kd, *gradients), strict=True):
             torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-12, atol=1e-12)
         assert parts["agreement"].item() == (logits.argmax(-1) == logits_of_teacher.argmax(-1)).sum()
+        outside = {"student_mass_outside": logq[:, shared:].exp().sum().item()} if shared < vocab_size else {}
+        assert {name: parts[name].item() for name in parts if "outside" in name} == pytest.approx(outside, rel=1e-12)
         if teacher_is_cut:
             with pytest.raises(ConfigError, match="give both models the same tp"):
                 kd_loss(hidden, head_of(ours), HiddenSignal(answer, teacher_head), labels)

@@ -57,18 +57,20 @@ def brute_force(case: Case, kd_ratio: float) -> tuple[Tensor, dict[str, float]]:
     """The loss and its parts from the definitions, in float64, on logits that exist."""
     valid = case.labels != IGNORE_INDEX
     weight, teacher_weight = case.output.weight.double(), case.signal.output.weight.detach().double()
-    rows = min(len(weight), len(teacher_weight)) if kd_ratio else len(weight)
-    logits = (case.hidden.double() @ weight.T)[valid][:, :rows]
+    logits = (case.hidden.double() @ weight.T)[valid]
     logq = logits - logits.exp().sum(-1, keepdim=True).log()
     ce = -logq[torch.arange(len(logq)), case.labels[valid]].sum()
     parts = {"class_loss": ce.item()}
     if kd_ratio == 0:
         return ce, parts
-    teacher_logits = (case.signal.hidden_BSD.double() @ teacher_weight.T)[valid][:, :rows]
+    shared = min(len(weight), len(teacher_weight))
+    teacher_logits = (case.signal.hidden_BSD.double() @ teacher_weight.T)[valid][:, :shared]
     p = teacher_logits.exp() / teacher_logits.exp().sum(-1, keepdim=True)
-    kd = (p * (p.log() - logq)).sum()
+    kd = (p * (p.log() - logq[:, :shared])).sum()
     agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
     parts |= {"kd_loss": kd.item(), "agreement": float(agreement)}
+    if len(weight) > shared:
+        parts["student_mass_outside"] = logq[:, shared:].exp().sum().item()
     return (1 - kd_ratio) * ce + kd_ratio * kd, parts
 
 

@@ -1,0 +1,149 @@
+"""What a divergence must be, found by calling it on a few tokens, and which ids it is taken over."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kdtune.errors import ConfigError
+
+Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`f(student_logp_NV, teacher_logp_NV) -> [N]`, fp32 or wider."""
+
+# Many ids: a divergence may look at the teacher's k most likely ones.
+_TOKENS, _IDS = 3, 4096
+
+
+def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
+    """Nothing, where the component's `divergence` gives one finite value a token, and a gradient to the student.
+
+    It is called on three tokens. What gives one number for all of them, or counts a token by the others beside it, would
+    scale the loss or its gradient by the size of a batch, in silence.
+
+    Args:
+        kd_loss: the component, an object with the divergence as its attribute.
+        key: of the config, for the messages.
+
+    Raises:
+        ConfigError: naming the component, what was found and what is allowed.
+    """
+    divergence = getattr(kd_loss, "divergence", None)
+    if not callable(divergence):
+        raise ConfigError(
+            f"{key}: {_name(type(kd_loss))} has no divergence; allowed is an object with a function "
+            "divergence(student_logp, teacher_logp) -> one value a token, such as kdtune.losses.ForwardKLLoss"
+        )
+    name = f"{key}: the divergence {_name(divergence)}"
+    student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
+    try:
+        values, gradient = _tried(divergence, student, teacher)
+        alone = [_tried(divergence, *(x[i : i + 1] for x in (student, teacher)))[0] for i in range(_TOKENS)]
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except Exception as error:  # the user's own function
+        raise ConfigError(
+            f"{name} raised {type(error).__name__}: {error}; it was given the log-probabilities of student and teacher, "
+            f"both [{_TOKENS}, {_IDS}]"
+        ) from error
+    if not (values.isfinite().all() and gradient.isfinite().all()):
+        what = "a gradient that is not finite" if values.isfinite().all() else f"the values {values.tolist()}"
+        raise ConfigError(f"{name} gives {what} where all probabilities are above 0; allowed are finite numbers")
+    if not torch.allclose(torch.cat(alone), values, rtol=1e-3, atol=1e-5):
+        raise ConfigError(
+            f"{name} gives {torch.cat(alone).tolist()} for tokens that come alone, {values.tolist()} for the same ones "
+            "together; allowed is a function in which a token's value depends on its own row alone"
+        )
+
+
+def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:
+    """What the divergence gave for so many tokens: [N].
+
+    Raises:
+        ConfigError: it is not one floating-point number, fp32 or wider, for each token.
+    """
+    if not isinstance(values, Tensor):
+        found = f"a {type(values).__name__}"
+    elif values.shape != (num_tokens,):
+        found = f"a tensor of shape {list(values.shape)}"
+    elif values.dtype not in (torch.float32, torch.float64):
+        found = f"values in {str(values.dtype).removeprefix('torch.')}"
+    else:
+        return values
+    raise ConfigError(
+        f"the divergence {_name(divergence)} gives {found} for {num_tokens} tokens; allowed is one value a token, shape "
+        f"[{num_tokens}], in fp32 or wider: sum over the ids alone, by .sum(-1)"
+    )
+
+
+def covers_extra_ids(divergence: Divergence) -> bool:
+    """Whether value and gradient are finite where the student gives probability to an id to which the teacher gives none.
+
+    So it is for forward KL and, written with care, for Jensen-Shannon; it cannot be for reverse KL.
+    """
+    teacher = _few_tokens(of_teacher=True)
+    teacher[:, -1] = -torch.inf
+    try:
+        values, gradient = _tried(divergence, _few_tokens(), teacher.log_softmax(-1))
+    except Exception:  # such as a function's own check of its arguments
+        return False
+    return bool(values.isfinite().all() and gradient.isfinite().all())
+
+
+def over_student_ids(divergence: Divergence, vocab_size: int, num_shared: int) -> Divergence:
+    """The divergence for a student of `vocab_size` ids, of which the teacher has the first `num_shared`.
+
+    Where it would be infinite for the others (see `covers_extra_ids`), it compares what both distributions are among the
+    shared ids: each is divided by its sum over them.
+    """
+    if num_shared == vocab_size or covers_extra_ids(divergence):
+        return divergence
+
+    @functools.wraps(divergence)
+    def on_shared_ids(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+        return divergence(student_logp_NV[:, :num_shared].log_softmax(-1), teacher_logp_NV[:, :num_shared])
+
+    return on_shared_ids
+
+
+def _few_tokens(*, of_teacher: bool = False) -> Tensor:
+    """Log-probabilities, always the same ones: no generator is touched. Each token is surer than the one before it."""
+    grid = torch.arange(_TOKENS * _IDS, dtype=torch.float32, device="cpu").view(_TOKENS, _IDS)
+    logits = (2.5 * grid).cos() if of_teacher else (1.5 * grid).sin()
+    return (logits * torch.arange(1, _TOKENS + 1, device="cpu")[:, None]).log_softmax(-1)
+
+
+def _tried(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [N] and gradient [N, V], on the CPU; from the GPU where the function works there alone."""
+    try:
+        return _values_and_gradient(divergence, student, teacher)
+    except ConfigError:
+        raise
+    except Exception:
+        if not torch.accelerator.is_available():
+            raise
+        device = torch.accelerator.current_accelerator()
+        values, gradient = _values_and_gradient(divergence, student.to(device), teacher.to(device))
+        return values.cpu(), gradient.cpu()
+
+
+def _values_and_gradient(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        student = student.clone().requires_grad_()
+        values = one_a_token(divergence(student, teacher.clone()), len(student), divergence)
+        if not values.requires_grad:
+            raise ConfigError(
+                f"the divergence {_name(divergence)} gives values without a gradient to the student; compute them from "
+                "student_logp by operations of torch, without detach, item or no_grad"
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), student, allow_unused=True, materialize_grads=True)
+    return values.detach(), gradient
+
+
+def _name(thing: Any) -> str:
+    """`module.Class.function`; of an object without a name of its own, its class."""
+    thing = inspect.unwrap(thing)
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"

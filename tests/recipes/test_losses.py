@@ -1,0 +1,75 @@
+"""The loss through the recipes: heads of different height, and the user's own divergences."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import CLI
+
+SHORT = ("sample_prompts=[]", "max_steps_per_epoch=2", "save_every_n_steps=null", "run_val_every_n_steps=null")
+DIVERGENCES = """
+class ReverseKL:
+    @staticmethod
+    def divergence(student, teacher):
+        return (student.exp() * (student - teacher)).sum(-1)
+
+
+class MeanKL:
+    @staticmethod
+    def divergence(student, teacher):
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the user's module."""
+    (tmp_path / "own_divergences.py").write_text(DIVERGENCES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("kd_loss", "said"),
+    [
+        ((), "cross entropy and divergence are over all of the student's"),
+        (("kd_loss=own_divergences.ReverseKL",), "the divergence over the first 300 ids, renormalized"),
+    ],
+)
+def test_a_student_with_more_rows_than_its_teacher(
+    kd_loss: tuple[str, ...], said: str, cli: CLI, good: Path, here: Path
+) -> None:
+    student = (
+        "~model",
+        f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {good / 'model'}}}",
+    )
+    done = cli(
+        "run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={here / 'kd'}", *SHORT,
+        *student, "teacher_model.vocab_size=300", *kd_loss,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "student 320 rows, teacher 300" in done.err and said in done.err
+    before, *steps = rows(here / "kd")
+    assert all(0 < row["student_mass_outside"] < 1 for row in steps)
+    assert steps[-1]["val_student_mass_outside"] < before["val_student_mass_outside"]
+
+    adapter = "~adapter"
+    done = cli(
+        "run", "finetune", "--config", "tiny/finetune", f"output_dir={here / 'alone'}", *SHORT, *student, adapter
+    )
+    assert done.code == 0, done.err
+    assert rows(here / "alone")[0]["val_class_loss"] == before["val_class_loss"]
+
+
+@pytest.mark.parametrize("command", [("run", "knowledge_distillation", "--config"), ("validate",)])
+def test_a_divergence_of_the_wrong_shape_is_a_finding(command: tuple[str, ...], cli: CLI, here: Path) -> None:
+    done = cli(*command, "tiny/knowledge_distillation", "kd_loss=own_divergences.MeanKL", f"output_dir={here / 'out'}")
+    assert done.code == 2
+    assert "kd_loss: the divergence own_divergences.MeanKL.divergence gives a tensor of shape []" in done.err
+    assert "allowed is one value a token" in done.err
+    assert not (here / "out").exists()
