@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -37,6 +37,7 @@ class SavesItself(Protocol):
     eos_id: int | None
     pad_id: int
     stop_ids: frozenset[int]
+    trained_stop_ids: frozenset[int]
 
     def save(self, folder: Path) -> None:
         """Writes its files into a folder."""
@@ -99,7 +100,8 @@ def write_model(
             in what is written, a tensor at a time, and the model stays as it is.
         folder: such as the hidden folder of `atomic_folder`.
         base: folder or file the model came from; its config's other values, generation config and licences are kept.
-        tokenizer: writes its own files.
+        tokenizer: writes its own files. Where the base's files do not stop at what the tokenizer ends trained sequences
+            with, or begin with another bos, its special ids take the place of theirs (their eos ids are kept beside).
         max_shard_bytes: a larger model is written in several files with an index.
 
     Raises:
@@ -178,13 +180,13 @@ def _description(
 def write_adapter(
     model: Transformer, folder: Path, *, base: str | Path | None = None, tokenizer: SavesItself | None = None
 ) -> None:
-    """Writes the model's adapters as a PEFT folder, with tokenizer and the base's licence files, into a folder that exists.
+    """Writes the adapters as a PEFT folder, with generation config, tokenizer and licence files, into a folder that exists.
 
     Args:
         model: has adapters; they are written bit for bit.
         folder: such as the hidden folder of `atomic_folder`.
         base: folder or file the model came from: what `adapter_config.json` names as the adapter's base.
-        tokenizer: writes its own files.
+        tokenizer: writes its own files; its special ids come into the generation config as in `write_model`.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -217,6 +219,7 @@ def adapter_writer(
         with together(group), writing(folder):
             if is_main():
                 _write_json(folder / peft.CONFIG, config)
+                _write_json(folder / GENERATION_CONFIG, _generation_config(_folder_of(base), tokenizer))
                 _write_companions(folder, _folder_of(base), tokenizer)
 
     return write
@@ -246,8 +249,9 @@ def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) ->
 def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None) -> dict[str, Any]:
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
     of_base = read_json(base / CONFIG) if base is not None and (base / CONFIG).is_file() else None
-    if of_base is None and tokenizer is not None:
-        of_base = _special_ids(tokenizer) | {"eos_token_id": tokenizer.eos_id}
+    if tokenizer is not None:
+        own = _special_ids(tokenizer)
+        of_base = own | {"eos_token_id": tokenizer.eos_id} if of_base is None else _with_trained_ids(of_base, tokenizer)
     return configs.config_to_hf(merged_config(model), base=of_base, dtype=dtype)
 
 
@@ -255,17 +259,34 @@ def _generation_config(base: Path | None, tokenizer: SavesItself | None) -> dict
     if base is not None and (base / GENERATION_CONFIG).is_file():
         kept = read_json(base / GENERATION_CONFIG)
         kept.pop("transformers_version", None)
-        return kept
+        return kept if tokenizer is None else _with_trained_ids(kept, tokenizer)
     return {"_from_model_config": False} | (_special_ids(tokenizer) if tokenizer is not None else {})
 
 
-def _special_ids(tokenizer: SavesItself) -> dict[str, Any]:
-    stop_ids = sorted(tokenizer.stop_ids)
+def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None) -> dict[str, Any]:
+    # The tokenizer's own eos comes first: what asks for a single one takes that.
+    found = sorted(tokenizer.stop_ids if stop_ids is None else stop_ids, key=lambda i: (i != tokenizer.eos_id, i))
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids or None,
+        "eos_token_id": found[0] if len(found) == 1 else found or None,
         "pad_token_id": tokenizer.pad_id,
     }
+
+
+def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself) -> dict[str, Any]:
+    """The base's document, with the tokenizer's special ids where it does not say what was trained.
+
+    A document that stops at the ids trained sequences end with, and whose bos is the tokenizer's, stays as it is. In
+    another the ids that it stops at already are kept beside those.
+    """
+    listed = document.get("eos_token_id")
+    stops = {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}
+    bos = document.get("bos_token_id")
+    other_bos = bos is not None and tokenizer.bos_id is not None and bos != tokenizer.bos_id
+    if tokenizer.trained_stop_ids <= stops and not other_bos:
+        return document
+    own = _special_ids(tokenizer, stops | tokenizer.trained_stop_ids)
+    return {**document, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _licence_files(base: Path | None) -> list[Path]:

@@ -101,7 +101,11 @@ def any_column(row: Row, column: str) -> Any:
 def conversation_encoder(
     tokenizer: "Tokenizer", to_messages: Callable[[Row], list[Message]], *, train_on_input: bool
 ) -> Callable[[Row], Encoded]:
-    """A function from a row to its token ids and training flags, through the tokenizer's chat template."""
+    """A function from a row to its token ids and training flags, through the tokenizer's chat template.
+
+    The tokenizer is told that conversations are trained on: what is saved with it then says so.
+    """
+    tokenizer.trains_chats = True
 
     def encode(row: Row) -> Encoded:
         return tokenizer.tokenize_messages(to_messages(row), train_on_input=train_on_input)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.errors import ConfigError, DataError
-from kdtune.tokenizers.chat_format import check_template, family_template, render_chat
+from kdtune.tokenizers.chat_format import check_template, family_template, render_chat, save_template
 from kdtune.tokenizers.chat_regions import ControlFinder, answer_spans, message_span, protect, split_pieces
 
 # Control tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
@@ -106,12 +106,15 @@ class Tokenizer(ABC):
         ends = {control.ids[token] for token in END_TOKENS if token in control.ids}
         if self.eos_id is not None:
             ends.add(self.eos_id)
-        self.stop_ids = frozenset(ends.union(extra_stop_ids))
         self.chat_template = family_template(control.ids) if chat_template is None else chat_template
         check_template(self.chat_template, origin=str(origin))
         self._named = {"bos_token": "", "eos_token": "", **control.named}
         self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
+        self._answer_ends = self._find_answer_ends()
+        self.stop_ids = frozenset(ends.union(extra_stop_ids, self._answer_ends))
+        self.trains_chats = False
+        """Whether conversations are trained on; set by the datasets of conversations."""
 
     @abstractmethod
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
@@ -122,8 +125,35 @@ class Tokenizer(ABC):
         """Text of ids that all lie in the vocabulary."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def _save_files(self, folder: Path) -> None:
         """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them.
+
+        Where conversations are trained on, the chat template is among them, also one that the tokenizer's own files lack.
+        """
+        self._save_files(folder)
+        if self.trains_chats:
+            save_template(folder, self.chat_template, self._named)
+
+    @property
+    def trained_stop_ids(self) -> frozenset[int]:
+        """The ids that end what is trained on: eos, and where that is conversations, the token after an answer."""
+        eos = frozenset() if self.eos_id is None else frozenset({self.eos_id})
+        return eos | self._answer_ends if self.trains_chats else eos
+
+    def _find_answer_ends(self) -> frozenset[int]:
+        """The control token that the chat template puts after an answer, where there is one."""
+        answer = "answer"
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._render(messages, False)
+        except DataError:  # a template of one task only; what it refuses is told when it is used
+            return frozenset()
+        at = text.rfind(answer)
+        after = [] if at < 0 else self._finder.find(text[at:])
+        return frozenset(control.token for control in after[:1])
 
     def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Ids of the text. Control-token strings in it stay text; a bos or eos the tokenizer lacks adds nothing."""

@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdtune.errors import CheckpointError, DataError
-from kdtune.tokenizers.folder import read_json, read_text
+from kdtune.tokenizers.folder import TOKENIZER_CONFIG, read_json, read_text, write_tokenizer_config
 
 # Meta's llama 2 reference: the system text sits inside the first user turn, and every answer closes its own sequence.
 LLAMA2 = """\
@@ -78,7 +78,7 @@ def folder_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_text(file)
-    config = folder / "tokenizer_config.json"
+    config = folder / TOKENIZER_CONFIG
     found = read_json(config).get("chat_template") if config.is_file() else None
     if found is None or isinstance(found, str):
         return found
@@ -91,6 +91,19 @@ def folder_template(folder: Path) -> str | None:
         f"{config}: chat_template: found {found!r}; want a string or a list of named templates of which one is called "
         "'default'; put the template to use into chat_template.jinja"
     )
+
+
+def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None:
+    """Writes the chat template into a folder of tokenizer files that carries none.
+
+    Where tokenizer_config.json is missing too, it is written: a template may print bos_token and eos_token, which
+    transformers takes from there.
+    """
+    if folder_template(folder) is not None:
+        return
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        write_tokenizer_config(folder, named)
 
 
 class _Generation(Extension):

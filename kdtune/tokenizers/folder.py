@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from kdtune.errors import CheckpointError
 # Names of the special tokens that transformers hands to a chat template.
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -53,7 +55,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     tokenizer_config.json comes before special_tokens_map.json; an entry may be a string or an AddedToken object.
     """
     named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+    for file in ("special_tokens_map.json", TOKENIZER_CONFIG):
         config = read_json_if_there(folder / file)
         for key in SPECIAL_TOKEN_KEYS:
             found = config.get(key)
@@ -85,3 +87,16 @@ def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILE
     extra = source / "additional_chat_templates"
     if extra.is_dir():
         shutil.copytree(extra, target / extra.name, dirs_exist_ok=True)
+
+
+def write_tokenizer_config(folder: Path, named: Mapping[str, str], model_max_length: int | None = None) -> None:
+    """Writes a tokenizer_config.json beside a tokenizer.json: its special tokens by name (those that are "" are left out)."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: token for name, token in named.items() if token},
+        "clean_up_tokenization_spaces": False,
+    }
+    if model_max_length is not None:
+        config["model_max_length"] = model_max_length
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")

@@ -40,13 +40,13 @@ _PRE_TOKENIZERS = {
 
 
 class GGUFTokenizer(HuggingFaceTokenizer):
-    """A tokenizer rebuilt from GGUF metadata; `save` writes it as a tokenizer.json with its configs."""
+    """A tokenizer rebuilt from GGUF metadata; it is saved as a tokenizer.json with its configs."""
 
     def __init__(self, *args: Any, model_max_length: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._model_max_length = model_max_length
 
-    def save(self, folder: Path) -> None:
+    def _save_files(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
         write_tokenizer(
             self._backend,

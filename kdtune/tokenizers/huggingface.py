@@ -10,7 +10,13 @@ import tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
 from kdtune.tokenizers.chat_format import folder_template
-from kdtune.tokenizers.folder import copy_files, generation_eos_ids, read_json_if_there, special_tokens
+from kdtune.tokenizers.folder import (
+    copy_files,
+    generation_eos_ids,
+    read_json_if_there,
+    special_tokens,
+    write_tokenizer_config,
+)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -76,7 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
-    def save(self, folder: Path) -> None:
+    def _save_files(self, folder: Path) -> None:
         """Copies the folder's tokenizer files."""
         assert self.folder is not None
         copy_files(self.folder, folder)
@@ -149,15 +155,7 @@ def write_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     # Not backend.save: its errors are bare Exceptions, and a full disk must be told from a bug.
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: token for name, token in named.items() if token},
-        "clean_up_tokenization_spaces": False,
-    }
-    if model_max_length is not None:
-        config["model_max_length"] = model_max_length
-    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    write_tokenizer_config(folder, named, model_max_length)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 

@@ -109,7 +109,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return "".join(parts)
 
-    def save(self, folder: Path) -> None:
+    def _save_files(self, folder: Path) -> None:
         """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those.
 
         Without a tokenizer.json transformers 5 would read tokenizer.model itself, and give other ids. For a model that

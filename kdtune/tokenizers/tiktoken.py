@@ -154,7 +154,7 @@ class TiktokenTokenizer(Tokenizer):
                 pieces.append(control.encode())
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def save(self, folder: Path) -> None:
+    def _save_files(self, folder: Path) -> None:
         """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those."""
         copy_files(self._files_folder, folder)
         copy_files(self.file.parent, folder, [self.file.name])

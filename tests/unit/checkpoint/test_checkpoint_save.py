@@ -23,6 +23,7 @@ class FakeTokenizer:
     eos_id: int | None = 2
     pad_id = 2
     stop_ids = frozenset({2, 7})
+    trained_stop_ids = frozenset({2, 7})
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
@@ -71,8 +72,8 @@ def test_what_the_base_says_is_kept_and_its_terms_travel(tmp_path: Path) -> None
     base, out = tmp_path / "base", tmp_path / "out"
     save_model(tiny_model(layers=3, dtype=torch.bfloat16), base)
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, 6], "initializer_range": 0.5}))
-    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [5, 6]}))
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 6, 2], "initializer_range": 0.5}))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [7, 2]}))
     terms = ["LICENSE", "LICENSE.txt", "license.md", "Licence", "USE_POLICY.md", "Notice", "COPYING"]
     others = ["README.md", "LICENSE.safetensors", "tokenizer.json", "notes.txt"]
     for name in terms + others:
@@ -84,9 +85,35 @@ def test_what_the_base_says_is_kept_and_its_terms_travel(tmp_path: Path) -> None
     )
     assert all((out / name).read_text() == f"terms in {name}" for name in terms)
     written = json.loads((out / "config.json").read_text())
-    assert (written["eos_token_id"], written["initializer_range"]) == ([5, 6], 0.5)
+    assert (written["eos_token_id"], written["initializer_range"]) == ([7, 6, 2], 0.5)
     assert (written["num_hidden_layers"], written["dtype"]) == (2, "float32")
-    assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [5, 6]}
+    assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [7, 2]}
+
+
+@pytest.mark.parametrize(
+    ("of_base", "written"),
+    [
+        ({"eos_token_id": 0, "bos_token_id": 1}, {"eos_token_id": [2, 0, 7], "bos_token_id": 1, "pad_token_id": 2}),
+        ({"eos_token_id": [7, 2], "bos_token_id": 0}, {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 2}),
+        ({}, {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 2}),
+        ({"eos_token_id": [7, 2, 9]}, {"eos_token_id": [7, 2, 9]}),
+    ],
+    ids=["stops elsewhere", "begins otherwise", "silent", "says it already"],
+)
+def test_what_the_base_does_not_say_of_the_tokens_trained_on_is_added(
+    tmp_path: Path, of_base: dict[str, object], written: dict[str, object]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_model(tiny_model(), base)
+    for name in ("config.json", "generation_config.json"):
+        kept = json.loads((base / name).read_text()) if name == "config.json" else {"temperature": 0.6}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kept.pop(key, None)
+        (base / name).write_text(json.dumps({**kept, **of_base}))
+    save_model(tiny_model(), out, base=base, tokenizer=FakeTokenizer())
+    config = json.loads((out / "config.json").read_text())
+    assert {key: config[key] for key in config if key in written or key in of_base} == written
+    assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, **written}
 
 
 def test_a_gguf_file_is_a_base_too(tmp_path: Path) -> None:
