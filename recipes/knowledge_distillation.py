@@ -373,8 +373,11 @@ def finish(cfg: Config, world: distributed.World) -> None:
     rows = training.read_metrics(output_dir / "metrics.jsonl")
     training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     if cfg.sample_prompts:
-        print(training.samples_text(training.read_metrics(output_dir / "samples.jsonl")))
-    print(training.comparison_table(rows) or "no validation: give dataset_val for a table of before, after and teacher")
+        print(training.samples_text({"student": training.read_metrics(output_dir / "samples.jsonl")}))
+    print(
+        training.comparison_table({"student": rows})
+        or "no validation: give dataset_val for a table of before, after and teacher"
+    )
     best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
     for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
         if path:

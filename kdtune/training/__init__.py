@@ -1,6 +1,7 @@
 """What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
 
 from kdtune.training.clip import check_finite, clip_grad_norm_
+from kdtune.training.comparison import TrainingRun, comparable, metrics_csv, read_runs
 from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.loggers import (
     JSONLLogger,
@@ -23,7 +24,7 @@ from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from kdtune.training.plan_text import plan_on_paper, print_plan
-from kdtune.training.plot import VALIDATION_PREFIX, plot_losses
+from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs
 from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import ProgressBar
@@ -62,6 +63,7 @@ __all__ = [
     "Profiler",
     "ProgressBar",
     "TensorBoardLogger",
+    "TrainingRun",
     "WandBLogger",
     "adamw",
     "check_finite",
@@ -69,6 +71,7 @@ __all__ = [
     "check_unchanged",
     "clip_grad_norm_",
     "closing",
+    "comparable",
     "comparison_table",
     "count_steps",
     "decay_groups",
@@ -89,13 +92,16 @@ __all__ = [
     "is_muon_weight",
     "loop_problems",
     "memory_stats",
+    "metrics_csv",
     "new_folder_problems",
     "output_dir_problems",
     "plan_on_paper",
     "plot_losses",
+    "plot_runs",
     "print_plan",
     "profiler_and_logger",
     "read_metrics",
+    "read_runs",
     "reset_peak_memory",
     "resolve_device",
     "samples_text",

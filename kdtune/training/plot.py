@@ -1,5 +1,6 @@
-"""loss.png: the run's three losses side by side."""
+"""loss.png, the run's three losses side by side, and the plot that compares runs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ _PANELS = (
     ("class_loss", "Class loss (cross entropy)"),
     ("loss", "Total loss"),
 )
+_COMPARED = (("val_kd_loss", "Held-out KL to the teacher"), ("val_class_loss", "Held-out cross entropy"))
 VALIDATION_PREFIX = "val_"
 
 
@@ -21,29 +23,73 @@ def plot_losses(metrics_file: str | Path, png: str | Path) -> Path:
     Raises:
         DataError: if the file holds none of the three losses.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(metrics_file)
     panels = [panel for panel in _PANELS if any(panel[0] in row for row in rows)]
     if not panels:
         raise DataError(
             f"{metrics_file}: no losses to plot; rows with {', '.join(name for name, _ in _PANELS)} are needed"
         )
-    width = 5.0 * len(panels)
+    figure, all_axes = _figure([title for _, title in panels])
+    for axes, (name, _) in zip(all_axes, panels, strict=True):
+        _draw(axes, rows, name)
+        axes.legend()
+    figure.savefig(png, dpi=150)
+    return Path(png)
+
+
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path) -> Path:
+    """Draw the held-out losses of several runs over the steps, a curve each, beside the teacher's, and return the file.
+
+    Args:
+        runs: each run's metrics, by its name in the legend.
+        png: the file; its ending may be another that matplotlib writes.
+    """
+    from matplotlib import style
+
+    looks = [look for line in ("-", "--", ":") for look in _looks(style.library["tableau-colorblind10"], line)]
+    panels = [
+        panel for panel in _COMPARED if any(row.get(panel[0]) is not None for rows in runs.values() for row in rows)
+    ]
+    figure, all_axes = _figure([title for _, title in panels])
+    for axes, (name, _) in zip(all_axes, panels, strict=True):
+        for index, (run, rows) in enumerate(runs.items()):
+            steps, values = _series(rows, name)
+            if values:
+                axes.plot(steps, values, marker="o", markersize=4, label=run, **looks[index % len(looks)])
+        teachers = {} if name != "val_class_loss" else dict.fromkeys(
+            value for rows in runs.values() for value in _series(rows, "val_teacher_class_loss")[1]
+        )  # fmt: skip
+        for value in teachers:
+            axes.axhline(value, color="black", linestyle="--", linewidth=1, label="teacher")
+        if name == "val_kd_loss":
+            axes.set_ylim(bottom=0)  # the teacher's own
+        axes.legend()
+    figure.savefig(png, dpi=150)
+    return Path(png)
+
+
+def _looks(styles: Any, line: str) -> list[dict[str, Any]]:
+    """Colours that are told apart with the common forms of colour blindness too, in one style of line."""
+    return [{"color": look["color"], "linestyle": line} for look in styles["axes.prop_cycle"]]
+
+
+def _figure(titles: Sequence[str]) -> tuple[Any, Sequence[Any]]:
+    """A figure with a panel for each title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = 5.0 * len(titles)
     figure = Figure(figsize=(width, 3.8))
     # Fixed margins: a layout found by drawing takes longer than the drawing.
     figure.subplots_adjust(left=0.7 / width, right=1 - 0.15 / width, bottom=0.14, top=0.9, wspace=0.2)
     FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
-    for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw(axes, rows, name)
+    all_axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, title in zip(all_axes, titles, strict=True):
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per token")
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(png, dpi=150)
-    return Path(png)
+    return figure, all_axes
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
@@ -60,7 +106,7 @@ def _draw(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
         axes.plot(val_steps, val_values, color="tab:orange", marker="o", markersize=4, label="validation")
 
 
-def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 

@@ -235,22 +235,26 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_ch
     """
     changed = [key for key in now if key not in may_change and key in before and before[key] != now[key]]
     if changed:
-        lines = "\n".join(f"  {line}" for key in changed for line in _differences(key, before[key], now[key]))
+        lines = "\n".join(
+            f"  {name}: was {was}, is {is_now}"
+            for key in changed
+            for name, was, is_now in differing_values(key, before[key], now[key])
+        )
         raise ConfigError(
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n"
             "take the changes back, or choose another output_dir for a new run"
         )
 
 
-def _differences(key: str, before: Any, now: Any) -> list[str]:
-    """`a.b: was 1, is 2` for each value that differs; of mappings, key by key."""
+def differing_values(key: str, before: Any, now: Any) -> list[tuple[str, str, str]]:
+    """(`a.b`, `1`, `2`) for each value that differs; of mappings, key by key."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return [] if before == now else [f"{key}: was {_value(before)}, is {_value(now)}"]
+        return [] if before == now else [(key, _value(before), _value(now))]
     names = dict.fromkeys([*before, *now])
     return [
-        line
+        found
         for name in names
-        for line in _differences(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
+        for found in differing_values(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
     ]
 
 

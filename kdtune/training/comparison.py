@@ -1,0 +1,130 @@
+"""Runs side by side: which may be compared, their table, plot and answers."""
+
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdtune.errors import ConfigError
+from kdtune.training.loggers import read_metrics
+from kdtune.training.run_folder import differing_values, read_resolved_config
+
+VALIDATION = "val_class_loss"
+# What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.
+_DATA_KEYS = ("dataset_val", "tokenizer")
+_TEACHER_KEYS = ("teacher_checkpointer", "teacher_model", "kd_loss")
+_TEACHER_METRICS = ("val_kd_loss", "val_agreement", "val_teacher_class_loss")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training run has left in its folder: its config, metrics and answers."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]] = field(default=())
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the validation has measured the distance to a teacher."""
+        return any("val_kd_loss" in row for row in self.rows)
+
+    def without_teacher(self) -> "TrainingRun":
+        """The run without the metrics that say something about its teacher."""
+        rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in self.rows]
+        return TrainingRun(self.folder, self.config, rows, self.samples)
+
+
+def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
+    """The training runs in these folders, by the part of their paths that differs.
+
+    Raises:
+        ConfigError: a folder holds no training run with a validation, or two of them are one.
+        CheckpointError: a file in one is damaged.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    names = _short_names(paths)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"runs: {', '.join(map(str, folders))}: name each folder once")
+    return {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders that all of them start or end with; of a single one its own name."""
+    parts = [path.absolute().resolve().parts for path in paths]
+    start = _num_common(parts) if len(parts) > 1 else len(parts[0]) - 1
+    rest = [part[start:] for part in parts]
+    end = _num_common([part[::-1] for part in rest]) if len(parts) > 1 else 0
+    return ["/".join(part[: len(part) - min(end, len(part) - 1)]) for part in rest]
+
+
+def _num_common(sequences: Sequence[Sequence[str]]) -> int:
+    """How many elements all of them start with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _read_run(folder: Path) -> TrainingRun:
+    metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+    if not metrics.is_file():
+        raise ConfigError(f"runs: {folder}: holds no metrics.jsonl; name the output_dir of a training run")
+    rows = read_metrics(metrics)
+    if not any(row.get(VALIDATION) is not None for row in rows):
+        raise ConfigError(
+            f"runs: {folder}: has no validation to compare; train with dataset_val, and run_val_every_n_steps for a curve"
+        )
+    return TrainingRun(folder, read_resolved_config(folder), rows, read_metrics(samples) if samples.is_file() else [])
+
+
+def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun], list[str]]:
+    """The runs with the metrics that mean the same in all of them, and a sentence for what is left out.
+
+    Raises:
+        ConfigError: the runs were validated on other data, or with other tokens.
+    """
+    if found := _conflicts(runs, _DATA_KEYS):
+        raise ConfigError(
+            "runs: their held-out losses are not of the same tokens:\n" + found + "\n"
+            "compare runs that have the same dataset_val and tokenizer"
+        )
+    taught = {name: run for name, run in runs.items() if run.has_teacher}
+    if found := _conflicts(taught, _TEACHER_KEYS):
+        note = f"left out: divergence and agreement, which are not to the same teacher by the same measure:\n{found}"
+        return {name: run.without_teacher() for name, run in runs.items()}, [note]
+    return dict(runs), []
+
+
+def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
+    """A line for each value below one of the keys in which a run differs from the first; "" where none does."""
+    (first, *others) = runs or [""]
+    return "\n".join(
+        f"  {setting}: {value} in {first}, {other} in {name}"
+        for name in others
+        for key in keys
+        for setting, value, other in differing_values(key, runs[first].config.get(key), runs[name].config.get(key))
+        if not _is_one_file(value, other)
+    )
+
+
+def _is_one_file(value: str, other: str) -> bool:
+    """Whether two values, as they are shown, are paths of one file or folder."""
+    paths = [Path(text.strip("'\"")) for text in (value, other)]
+    try:
+        return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
+    except (OSError, ValueError):
+        return False
+
+
+def metrics_csv(runs: Mapping[str, TrainingRun]) -> str:
+    """Every validation of the runs as CSV, numbers unrounded: run, step, and each metric of a validation."""
+    rows = [(name, row) for name, run in runs.items() for row in run.rows if VALIDATION in row]
+    metrics = dict.fromkeys(key for _, row in rows for key in row if key.startswith("val_"))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "step", *metrics])
+    writer.writerows([[name, row["step"], *(row.get(metric) for metric in metrics)] for name, row in rows])
+    return text.getvalue()

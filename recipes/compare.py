@@ -1,0 +1,64 @@
+"""Training runs side by side: one table, one plot and their answers.
+
+    kdtune run compare "runs=[runs/quickstart/sft,runs/quickstart/kd]"
+
+The runs' own validations are compared, so nothing is computed again. They must have the same held-out data and tokenizer;
+divergence and agreement are shown where the teacher is the same too. Writes comparison.png and comparison.csv.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtune import checkpoint, config, training
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key this recipe reads."""
+
+    runs: list[str]
+    """The output folders of training runs, in the order to show them."""
+    output_dir: str | None = None
+    """Folder to write into; null: the folder that the runs lie in."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        return [] if self.runs else ["runs: is empty; name the output folders of training runs"]
+
+    def machine_problems(self) -> list[str]:
+        """What is missing, found before anything is written."""
+        return [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).expanduser().is_dir()]
+
+
+@config.entry_point(Config, default_config="comparison")
+def main(cfg: Config) -> None:
+    """Runs the recipe."""
+    run(cfg)
+
+
+def run(cfg: Config) -> None:
+    """Reads the runs, prints answers and table, draws the plot."""
+    runs, notes = training.comparable(training.read_runs(cfg.runs))
+    output_dir = Path(cfg.output_dir or shared_parent(cfg.runs))
+    metrics = {name: found.rows for name, found in runs.items()}
+    table, plot = output_dir / "comparison.csv", output_dir / "comparison.png"
+    with checkpoint.writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        training.plot_runs(metrics, plot)
+    checkpoint.atomic_write_text(table, training.metrics_csv(runs))
+
+    samples = {name: found.samples for name, found in runs.items() if found.samples}
+    print(training.samples_text(samples), end="\n" if samples else "")
+    print(training.comparison_table(metrics))
+    print("\n".join([*notes, f"plot:  {plot}", f"table: {table}"]))
+
+
+def shared_parent(folders: list[str]) -> str:
+    """The innermost folder that all of them lie in, as a relative path where they are given so."""
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    return parent if any(map(os.path.isabs, folders)) else os.path.relpath(parent)
+
+
+if __name__ == "__main__":
+    main()
