@@ -374,9 +374,7 @@ def finish(cfg: Config, world: distributed.World) -> None:
     training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     if cfg.sample_prompts:
         print(training.samples_text({"student": training.read_metrics(output_dir / "samples.jsonl")}))
-    print(
-        training.comparison_table({"student": rows}) or "no validation: dataset_val gives a table of before and after"
-    )
+    print(training.comparison_table({"student": rows}) or "no validation: give dataset_val for a table")
     best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
     for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
         if path:
