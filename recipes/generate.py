@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, distributed, generation, teachers, tokenizers, training
-from kdtune.data import Message
+from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
 from kdtune.models import Transformer
 
@@ -139,7 +139,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     tokenizer = config.instantiate(cfg.tokenizer)
     conversations = read_conversations(cfg)
     context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
-    prompts = [encode(cfg, tokenizer, messages, number, context) for number, messages in enumerate(conversations, 1)]
+    prompts = [encode(cfg, tokenizer, one, number, context) for number, one in enumerate(conversations, 1)]
 
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
 
@@ -191,19 +191,22 @@ def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
     return [f"output_file={output_file}: its folder cannot be written to: {reason}" for reason in reasons]
 
 
-def read_conversations(cfg: Config) -> list[list[Message]]:
+def read_conversations(cfg: Config) -> list[Conversation]:
     """The prompts, each as the messages before its answer."""
     if cfg.prompt_file is not None:
         return generation.read_prompts(cfg.prompt_file)
     prompt = cfg.prompt.get("user") if isinstance(cfg.prompt, dict) else cfg.prompt
-    return [[Message("user", text or "")] for text in (cfg.prompts if cfg.prompts is not None else [prompt])]
+    texts = cfg.prompts if cfg.prompts is not None else [prompt]
+    return [Conversation([Message("user", text or "")]) for text in texts]
 
 
-def encode(cfg: Config, tokenizer: Any, messages: list[Message], number: int, context: int) -> list[int]:
+def encode(cfg: Config, tokenizer: Any, conversation: Conversation, number: int, context: int) -> list[int]:
     """A prompt's ids; one that is empty or leaves no room in the context is refused by its number."""
     system = cfg.prompt.get("system") if isinstance(cfg.prompt, dict) else None
     try:
-        ids = generation.encode_prompt(tokenizer, messages, system_prompt=system or cfg.system_prompt, chat=cfg.chat)
+        ids = generation.encode_prompt(
+            tokenizer, conversation, system_prompt=system or cfg.system_prompt, chat=cfg.chat
+        )
     except DataError as error:
         raise DataError(f"prompt {number}: {error}") from error
     if len(ids) >= context:
@@ -250,10 +253,10 @@ def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:
     return settings | {"stop_ids": tokenizer.stop_ids}
 
 
-def as_row(messages: list[Message], prompt: list[int], new_ids: list[int], tokenizer: Any) -> dict[str, Any]:
+def as_row(conversation: Conversation, prompt: list[int], new_ids: list[int], tokenizer: Any) -> dict[str, Any]:
     """What output_file has of a prompt: last message and answer as text, and how many tokens each took."""
     return {
-        "prompt": messages[-1].content,
+        "prompt": conversation.messages[-1].content,
         "answer": tokenizer.decode(new_ids),
         "num_prompt_tokens": len(prompt),
         "num_new_tokens": len(new_ids),

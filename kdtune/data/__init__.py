@@ -9,17 +9,20 @@ from kdtune.data.alpaca import (
 )
 from kdtune.data.batch import Batch, collate
 from kdtune.data.chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
+from kdtune.data.conversation import TrainingOptions, conversation_encoder
 from kdtune.data.dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
 from kdtune.data.loader import Loader, Position, batches
-from kdtune.data.messages import Message, parse_conversation
+from kdtune.data.messages import Conversation, Message, parse_conversation
 from kdtune.data.mix import MixedDataset, MixedStream, mixed_dataset
 from kdtune.data.sources import Source, open_rows
 from kdtune.data.text import text_completion_dataset
-from kdtune.data.transforms import Example, make_example, truncate
+from kdtune.data.transforms import EncodedRow, Example, make_example, truncate
 
 __all__ = [
     "Batch",
+    "Conversation",
     "Dataset",
+    "EncodedRow",
     "Example",
     "Loader",
     "MapDataset",
@@ -32,6 +35,7 @@ __all__ = [
     "Source",
     "StreamDataset",
     "TokenizedDataset",
+    "TrainingOptions",
     "alpaca_cleaned_dataset",
     "alpaca_dataset",
     "alpaca_messages",
@@ -40,6 +44,7 @@ __all__ = [
     "chat_dataset",
     "chat_messages",
     "collate",
+    "conversation_encoder",
     "instruct_dataset",
     "instruct_messages",
     "make_example",

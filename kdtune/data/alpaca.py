@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Unpack
 
-from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, end_ids, tokenize_rows
-from kdtune.data.messages import Message
+from kdtune.data.conversation import TrainingOptions, TrainOn, Truncation, conversation_encoder
+from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, tokenize_rows
+from kdtune.data.messages import Conversation, Message
 from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
-from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
+from kdtune.data.transforms import Row, any_column, check_column_map, text_column
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -54,11 +55,10 @@ def alpaca_messages(column_map: Mapping[str, str] | None = None) -> Callable[[Ro
     return to_messages
 
 
-class AlpacaOptions(SourceOptions, total=False):
+class AlpacaOptions(SourceOptions, TrainingOptions, total=False):
     """What alpaca_dataset takes beside `source`."""
 
     column_map: Mapping[str, str] | None
-    train_on_input: bool
     filter_fn: FilterFn | str | None
 
 
@@ -67,13 +67,17 @@ def alpaca_dataset(
     *,
     source: str = "tatsu-lab/alpaca",
     column_map: Mapping[str, str] | None = None,
-    train_on_input: bool = True,
+    train_on: TrainOn | None = None,
+    train_on_input: bool | None = None,
+    truncation: Truncation | None = None,
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of Alpaca rows, in the Alpaca prompt.
 
-    train_on_input: train on the prompt too (the default here, as in torchtune; False trains on the output alone).
+    train_on: answers or all, which is the default here, as in torchtune: the prompt is trained on too. train_on_input:
+    torchtune's word for it (true is all, false is answers). truncation: what becomes of a row longer than the tokenizer's
+    max_seq_len: see TrainingOptions.
     column_map: from instruction, input and output to the dataset's columns.
     filter_fn: a function, or its dotted path, from a row to whether it is kept.
     source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer): see Source.
@@ -82,8 +86,17 @@ def alpaca_dataset(
         ConfigError: settings that do not go together.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    encode = conversation_encoder(tokenizer, alpaca_messages(column_map), train_on_input=train_on_input)
-    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
+    to_messages = alpaca_messages(column_map)
+    encode = conversation_encoder(
+        tokenizer,
+        lambda row: Conversation(to_messages(row)),
+        default="all",
+        train_on=train_on,
+        train_on_input=train_on_input,
+        truncation=truncation,
+    )
+    columns = [(column_map or {}).get(name, name) for name in _COLUMNS]
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
 
 
 def alpaca_cleaned_dataset(
@@ -94,13 +107,15 @@ def alpaca_cleaned_dataset(
 
 
 def quickstart_dataset(
-    tokenizer: "Tokenizer", *, split: str = "train", train_on_input: bool = True
+    tokenizer: "Tokenizer", *, split: str = "train", **options: Unpack[TrainingOptions]
 ) -> TokenizedDataset:
     """The small instruction set that ships with kdtune, in the Alpaca prompt.
 
-    split: train, or test (every eighth row); expressions such as "train[:50%]" work.
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work. train_on, train_on_input,
+    truncation: as for alpaca_dataset.
 
     Raises:
+        ConfigError: settings that do not go together.
         DataError: the split is unknown, or nothing can be trained on within tokenizer.max_seq_len.
     """
     label = f"quickstart ({split})"
@@ -112,5 +127,6 @@ def quickstart_dataset(
     }
     parts = split_parts(split, splits, label, {name: len(part) for name, part in splits.items()})
     chosen = [row for name, start, stop in parts for row in splits[name][start:stop]]
-    encode = conversation_encoder(tokenizer, alpaca_messages(), train_on_input=train_on_input)
-    return tokenize_rows(chosen, RowEncoder(encode, tokenizer.max_seq_len, end_ids(tokenizer)), label)
+    to_messages = alpaca_messages()
+    encode = conversation_encoder(tokenizer, lambda row: Conversation(to_messages(row)), default="all", **options)
+    return tokenize_rows(chosen, RowEncoder(encode, columns=_COLUMNS), label)

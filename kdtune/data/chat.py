@@ -3,10 +3,19 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Unpack
 
+from kdtune.data.conversation import TrainOn, Truncation, conversation_encoder
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
-from kdtune.data.messages import CONVERSATION_STYLES, Message, parse_conversation
+from kdtune.data.messages import (
+    CONVERSATION_STYLES,
+    TEMPLATE_VARIABLES,
+    TOOLS,
+    Conversation,
+    Message,
+    parse_conversation,
+    row_conversation,
+)
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import Row, any_column, check_column_map, conversation_encoder, text_column
+from kdtune.data.transforms import Row, any_column, check_column_map, text_column
 from kdtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,18 +70,29 @@ def instruct_dataset(
     *,
     source: str,
     column_map: Mapping[str, str] | None = None,
-    train_on_input: bool = False,
+    train_on: TrainOn | None = None,
+    train_on_input: bool | None = None,
+    truncation: Truncation | None = None,
     new_system_prompt: str | None = None,
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of questions and answers (columns input and output, or what column_map calls them).
 
-    The other arguments and the errors are alpaca_dataset's.
+    train_on: answers where neither it nor train_on_input says otherwise. The other arguments and the errors are
+    alpaca_dataset's.
     """
     to_messages = instruct_messages(column_map, new_system_prompt)
-    encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
-    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
+    encode = conversation_encoder(
+        tokenizer,
+        lambda row: Conversation(to_messages(row)),
+        default="answers",
+        train_on=train_on,
+        train_on_input=train_on_input,
+        truncation=truncation,
+    )
+    columns = [(column_map or {}).get(name, name) for name in _INSTRUCT_COLUMNS]
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
 
 
 def chat_dataset(
@@ -81,19 +101,33 @@ def chat_dataset(
     source: str,
     conversation_column: str = "messages",
     conversation_style: str = "openai",
-    train_on_input: bool = False,
+    train_on: TrainOn | None = None,
+    train_on_input: bool | None = None,
+    truncation: Truncation | None = None,
     new_system_prompt: str | None = None,
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
     """A dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
 
-    new_system_prompt takes the place of the conversation's own system message. A turn with `masked: true` is not
-    trained on. The other arguments and the errors are alpaca_dataset's.
+    A turn with `masked: true`, `train: false` or `weight: 0` is not trained on. Whatever else a turn holds, such as
+    tool_calls or reasoning_content, goes to the chat template, and so do the row's `tools` and `chat_template_kwargs`
+    (a JSON object of further template variables).
+
+    new_system_prompt takes the place of the conversation's own system message. train_on: answers where neither it nor
+    train_on_input says otherwise. The other arguments and the errors are alpaca_dataset's.
     """
     to_messages = chat_messages(conversation_column, conversation_style, new_system_prompt)
-    encode = conversation_encoder(tokenizer, to_messages, train_on_input=train_on_input)
-    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
+    encode = conversation_encoder(
+        tokenizer,
+        lambda row: row_conversation(row, to_messages(row)),
+        default="answers",
+        train_on=train_on,
+        train_on_input=train_on_input,
+        truncation=truncation,
+    )
+    columns = (conversation_column, TOOLS, TEMPLATE_VARIABLES)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
 
 
 def _system(prompt: str | None) -> list[Message]:

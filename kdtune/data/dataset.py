@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -13,14 +14,13 @@ from tqdm import tqdm
 from kdtune.config.component import resolve
 from kdtune.data.messages import type_name
 from kdtune.data.sources import Source, empty_text, open_rows, read_stream
-from kdtune.data.transforms import Encoded, Example, Row, is_trainable, make_example, truncate
+from kdtune.data.transforms import Encoded, EncodedRow, Example, Row, is_trainable, make_example
 from kdtune.errors import DataError
 from kdtune.log import get_logger
 
 if TYPE_CHECKING:
     import datasets
 
-    from kdtune.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 
@@ -40,30 +40,44 @@ class Report:
     truncated: int = 0
     untrainable: int = 0
     """Rows left out because no label was left to train on (after truncation)."""
+    too_long: int = 0
+    """Rows left out because they do not fit into max_seq_len."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What else is to be told of them, such as what the chat template leaves out, with the number of rows."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Columns that the dataset does not read, with the number of rows that have them."""
 
     @property
     def examples(self) -> int:
         """Rows that can be trained on."""
-        return self.rows - self.filtered - self.untrainable
+        return self.rows - self.filtered - self.untrainable - self.too_long
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {self.examples} examples from {self.rows} rows"]
         for count, what in (
             (self.filtered, "filtered out"),
             (self.truncated, "truncated to max_seq_len"),
+            (self.too_long, "left out: longer than max_seq_len"),
             (self.untrainable, "left out: no label to train on within max_seq_len"),
         ):
             if count:
                 parts.append(f"{count} {what}")
         return ", ".join(parts)
 
+    def notes(self) -> list[str]:
+        """What of the rows does not reach the model, one sentence each."""
+        found = [f"{remark} ({count} of {self.rows} rows)" for remark, count in self.remarks.most_common()]
+        if self.unread:
+            found.append(f"columns that are not read: {', '.join(self.unread)}")
+        return [f"{self.source}: {note}" for note in found]
+
 
 def total_report(reports: Iterable[Report], source: str) -> Report:
     """The sum of several reports, under one name."""
     total = Report(source)
     for report in reports:
-        for field in ("rows", "filtered", "truncated", "untrainable"):
-            setattr(total, field, getattr(total, field) + getattr(report, field))
+        for name in ("rows", "filtered", "truncated", "untrainable", "too_long", "remarks", "unread"):
+            setattr(total, name, getattr(total, name) + getattr(report, name))
     return total
 
 
@@ -141,12 +155,14 @@ class TokenizedDataset(MapDataset):
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """How the rows of a source become examples: which to keep, how to tokenize them, where to cut them."""
+    """How the rows of a source become examples: which to keep, and how to tokenize them.
 
-    encode: Callable[[Row], Encoded]
-    max_seq_len: int | None
-    stop_ids: Collection[int]
+    encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads.
+    """
+
+    encode: Callable[[Row], EncodedRow | None]
     keep: FilterFn | None = None
+    columns: Collection[str] | None = None
 
     def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
         """The rows that can be trained on, tokenized and cut; the report counts all of them on the way."""
@@ -156,13 +172,18 @@ class RowEncoder:
                 if self.keep is not None and not _kept(self.keep, row):
                     report.filtered += 1
                     continue
-                whole_ids, whole_trained = self.encode(row)
+                found = self.encode(row)
             except DataError as error:
                 raise DataError(f"{report.source}: row {report.rows}: {error}") from error
-            ids, trained = truncate(whole_ids, whole_trained, self.max_seq_len, self.stop_ids)
-            report.truncated += len(ids) < len(whole_ids)
-            if is_trainable(trained):
-                yield ids, trained
+            if self.columns is not None:
+                report.unread.update(key for key in row if key not in self.columns)
+            if found is None:
+                report.too_long += 1
+                continue
+            report.truncated += found.truncated
+            report.remarks.update(found.remarks)
+            if is_trainable(found.trained):
+                yield list(found.ids), list(found.trained)
             else:
                 report.untrainable += 1
 
@@ -221,16 +242,19 @@ def shuffled(rows: Iterable[Row], buffer_size: int, random: np.random.Generator)
 
 
 def build_dataset(
-    tokenizer: "Tokenizer", encode: Callable[[Row], Encoded], source: Source, filter_fn: FilterFn | str | None
+    encode: Callable[[Row], EncodedRow | None],
+    source: Source,
+    filter_fn: FilterFn | str | None,
+    *,
+    columns: Collection[str] | None = None,
 ) -> Dataset:
-    """The dataset of a source: in memory, or a stream where source.streaming.
+    """The dataset of a source: in memory, or a stream where source.streaming. See RowEncoder for encode and columns.
 
     Raises:
         ConfigError: source or filter_fn cannot be used.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    keep = resolve_filter(filter_fn)
-    encoder = RowEncoder(encode, tokenizer.max_seq_len, end_ids(tokenizer), keep)
+    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns)
     rows = open_rows(source)
     if source.streaming:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
@@ -253,12 +277,6 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
     return dataset
 
 
-def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """The ids that may end a sequence: the tokenizer's stop ids and its eos."""
-    eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    return frozenset(tokenizer.stop_ids) | eos
-
-
 def resolve_filter(filter_fn: FilterFn | str | None) -> FilterFn | None:
     """The filter function, found by its dotted path where it is text."""
     return resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
@@ -275,10 +293,12 @@ def _kept(keep: FilterFn, row: Row) -> bool:
 
 
 def _log_left_out(report: Report) -> None:
-    if report.filtered or report.truncated or report.untrainable:
+    if report.rows > report.examples or report.truncated:
         log.info("%s", report)
+    for note in report.notes():
+        log.info("%s", note)
 
 
 def report_copy(report: Report) -> Report:
     """The report as it stands now."""
-    return replace(report)
+    return replace(report, remarks=report.remarks.copy(), unread=report.unread.copy())

@@ -1,15 +1,19 @@
 """One turn of a conversation, and conversations as datasets store them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kdtune.errors import DataError
+from kdtune.tokenizers.messages import MARKS, training_mark
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 ConversationStyle = Literal["openai", "sharegpt"]
 
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool",
+}  # fmt: skip
 # Style -> (key of the role, key of the text, role as stored -> role).
 _STYLES: dict[str, tuple[str, str, Mapping[str, str]]] = {
     "openai": ("role", "content", {role: role for role in ROLES}),
@@ -17,14 +21,36 @@ _STYLES: dict[str, tuple[str, str, Mapping[str, str]]] = {
 }
 CONVERSATION_STYLES = tuple(_STYLES)
 
+TOOLS, TEMPLATE_VARIABLES = "tools", "chat_template_kwargs"
+"""Columns of a conversation's row that the chat template sees beside the messages."""
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A masked turn is never trained on, whatever the dataset's train_on_input says."""
+    """One turn.
+
+    masked: a masked turn is never trained on, whatever the dataset's train_on says; None: the data do not say.
+    content: None for an assistant's turn that has none, but something else.
+    fields: what else the turn holds, such as tool_calls and reasoning_content; the chat template sees it.
+    """
 
     role: str
-    content: str
-    masked: bool = False
+    content: str | None
+    masked: bool | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a conversation and what the chat template sees beside them.
+
+    tools: descriptions of the functions that the assistant may call, as JSON objects. template_variables: further names
+    that the template looks at, such as enable_thinking.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    template_variables: Mapping[str, Any] | None = None
 
 
 def type_name(value: object) -> str:
@@ -32,31 +58,111 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def parse_conversation(turns: object, style: str) -> list[Message]:
-    """The messages of a list of mappings: role, content (openai) or from, value (sharegpt), and optionally masked.
+def read_json_text(value: Any, what: str) -> Any:
+    """The value itself, or where it is text what its JSON says: columns of mixed types are often stored so.
 
     Raises:
-        DataError: it is not a list of such mappings, or a role is unknown.
+        DataError: the text is not JSON.
     """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is text that is not JSON: {value!r:.60} ({error})") from error
+
+
+def parse_conversation(turns: object, style: str) -> list[Message]:
+    """The messages of a list of mappings: role, content (openai) or from, value (sharegpt), and whatever else they hold.
+
+    The list may also be its JSON text, or a mapping of lists (how older versions of `datasets` stored it). `masked: true`,
+    `train: false` and `weight: 0` keep a turn out of training. A field that is null counts as missing.
+
+    Raises:
+        DataError: it is not a list of such mappings, a role is unknown, or a mark is not yes or no.
+    """
+    turns = _rows(read_json_text(turns, "the conversation (a list of turns, or its JSON text)"))
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if isinstance(turns, list) else type_name(turns)
         raise DataError(f"a conversation must be a list of at least one turn: found {found}")
     return [_parse_turn(turn, number, style) for number, turn in enumerate(turns, start=1)]
 
 
+def _rows(turns: object) -> object:
+    """A mapping of lists as a list of mappings; anything else as it is."""
+    if not isinstance(turns, Mapping) or not turns or not all(isinstance(column, list) for column in turns.values()):
+        return turns
+    if len({len(column) for column in turns.values()}) > 1:
+        lengths = ", ".join(f"{key} has {len(column)}" for key, column in turns.items())
+        raise DataError(f"a conversation stored as lists must have as many entries in each: {lengths}")
+    return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+
+
 def _parse_turn(turn: Any, number: int, style: str) -> Message:
     role_key, content_key, roles = _STYLES[style]
-    if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
+    if not isinstance(turn, Mapping) or role_key not in turn:
         found = f"keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else type_name(turn)
         raise DataError(
             f"turn {number} must have the keys '{role_key}' and '{content_key}' "
             f"(conversation_style={style}): found {found}"
         )
-    role, content, masked = turn[role_key], turn[content_key], turn.get("masked")
+    role, content = turn[role_key], turn.get(content_key)
     if role not in roles:
         raise DataError(f"turn {number} has an unknown {role_key}: {role!r}; allowed: {', '.join(roles)}")
-    if not isinstance(content, str):
+    own = (role_key, content_key, *MARKS)
+    fields = {str(key): value for key, value in turn.items() if key not in own and value is not None}
+    for key in ("role", "content"):
+        if key in fields:
+            raise DataError(
+                f"turn {number} has both '{key}' and '{role_key if key == 'role' else content_key}'; keep one of them"
+            )
+    if content_key in turn and content is None:
+        fields["content"] = None  # null is not the same as missing: some templates ask for it
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], number)
+    if not isinstance(content, str) and not (content is None and roles[role] == "assistant" and any(fields.values())):
+        if content_key not in turn:
+            keys = ", ".join(map(str, turn))
+            raise DataError(f"turn {number} has no '{content_key}' (conversation_style={style}): found keys {keys}")
         raise DataError(f"turn {number}: '{content_key}' must be text: found {type_name(content)}")
-    if not isinstance(masked, bool | None):
-        raise DataError(f"turn {number}: 'masked' must be true or false: found {type_name(masked)}")
-    return Message(roles[role], content, bool(masked))
+    try:
+        mark = training_mark(turn)
+    except DataError as error:
+        raise DataError(f"turn {number}: {error}") from error
+    return Message(roles[role], content, None if mark is None else not mark, fields)
+
+
+def _tool_calls(found: Any, number: int) -> Any:
+    calls = read_json_text(found, f"turn {number}: tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"turn {number}: 'tool_calls' must be a list of objects: found {calls!r:.60}")
+    return calls
+
+
+def row_conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
+    """The messages of a row with what its columns `tools` and `chat_template_kwargs` hold, if it has them.
+
+    Raises:
+        DataError: `tools` is not a list of objects, or `chat_template_kwargs` no object.
+    """
+    return Conversation(messages, _tools(row.get(TOOLS)), _template_variables(row.get(TEMPLATE_VARIABLES)))
+
+
+def _tools(found: Any) -> list[Any] | None:
+    tools = read_json_text(found, f"column '{TOOLS}'")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"column '{TOOLS}' must hold a list of JSON objects, one a function: found {tools!r:.60}")
+    return tools
+
+
+def _template_variables(found: Any) -> dict[str, Any] | None:
+    variables = read_json_text(found, f"column '{TEMPLATE_VARIABLES}'")
+    if variables is None:
+        return None
+    if not isinstance(variables, Mapping):
+        raise DataError(f"column '{TEMPLATE_VARIABLES}' must hold a JSON object: found {type_name(variables)}")
+    if taken := [key for key in ("messages", "tools", "add_generation_prompt") if key in variables]:
+        raise DataError(f"column '{TEMPLATE_VARIABLES}' must not set {', '.join(taken)}: the row itself does")
+    return {str(key): value for key, value in variables.items()}

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeAlias, TypedDict
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from kdtune.data.messages import type_name
 from kdtune.data.transforms import Row
 from kdtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 DataFiles: TypeAlias = str | list[str] | dict[str, str | list[str]]
 FilesOfSplits: TypeAlias = dict[str, list[str]]
@@ -89,6 +92,33 @@ def open_rows(source: Source) -> Any:
     return _load(source, kind, files, extra)
 
 
+class ArrowRows:
+    """The rows of a `datasets.Dataset`, as `without_filled` has them."""
+
+    def __init__(self, rows: "datasets.Dataset") -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(without_filled, self._rows)
+
+
+def without_filled(row: Row) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its columns' values.
+
+    In a table all structs of a column have the same fields: what a turn or a tool call lacks stands there as null.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
     """The kind of local file and the files of each split; (None, {}) for the hub and for folders."""
     if source.source in _LOCAL_KINDS:
@@ -156,7 +186,7 @@ def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | Non
 
     try:
         with _named_errors(source.label):
-            return datasets.load_dataset(
+            rows = datasets.load_dataset(
                 path,
                 source.name,
                 split=source.split,
@@ -165,6 +195,7 @@ def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | Non
                 streaming=source.streaming,
                 **extra,
             )
+            return rows.map(without_filled) if source.streaming else ArrowRows(rows)
     except StopIteration as error:  # what load_dataset lets out for a file without rows
         raise DataError(empty_text(source.label)) from error
     except DataError as error:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import Encoded, Row, text_column
+from kdtune.data.transforms import EncodedRow, Row, end_ids, text_column, truncate
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -23,12 +23,14 @@ def text_completion_dataset(
 
     A text begins with bos where transformers, under the tokenizer's files, begins it so.
 
-    The rows of a text file are its lines. The other arguments and the errors are alpaca_dataset's.
+    The rows of a text file are its lines. A text longer than the tokenizer's max_seq_len is cut there. The other
+    arguments and the errors are alpaca_dataset's.
     """
 
-    def encode(row: Row) -> Encoded:
+    def encode(row: Row) -> EncodedRow:
         text = text_column(row, column)
         ids = tokenizer.encode(text, add_bos=tokenizer.begins_with_bos, add_eos=add_eos)
-        return ids, [bool(text)] * len(ids)
+        kept, trained = truncate(ids, [bool(text)] * len(ids), tokenizer.max_seq_len, end_ids(tokenizer))
+        return EncodedRow(kept, trained, truncated=len(kept) < len(ids))
 
-    return build_dataset(tokenizer, encode, Source(source, **where), filter_fn)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=[column])

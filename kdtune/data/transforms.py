@@ -1,6 +1,6 @@
-"""Rows to token ids and training flags, truncation, and the one place where labels are shifted."""
+"""Token ids and training flags, truncation, columns of rows, and the one place where labels are shifted."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdtune.constants import IGNORE_INDEX
-from kdtune.data.messages import Message, type_name
+from kdtune.data.messages import type_name
 from kdtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 Row: TypeAlias = Mapping[str, Any]
 Encoded: TypeAlias = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is a training target."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row's token ids [S] and training flags [S], and what became of it on the way."""
+
+    ids: Sequence[int]
+    trained: Sequence[bool]
+    truncated: bool = False
+    """Whether it was cut to max_seq_len."""
+    remarks: Sequence[str] = ()
+    """What else is to be told of it, such as what the chat template leaves out."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,12 @@ def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_
     return kept, trained[:max_seq_len]
 
 
+def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The ids that may end a sequence: the tokenizer's stop ids and its eos."""
+    eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    return frozenset(tokenizer.stop_ids) | eos
+
+
 def check_column_map(column_map: Mapping[str, str] | None, allowed: Sequence[str]) -> dict[str, str]:
     """The map from our column names to the dataset's, as a dict.
 
@@ -96,18 +114,3 @@ def any_column(row: Row, column: str) -> Any:
             f"column '{column}' is missing; found: {', '.join(map(str, row))} (name it in the dataset's config)"
         )
     return row[column]
-
-
-def conversation_encoder(
-    tokenizer: "Tokenizer", to_messages: Callable[[Row], list[Message]], *, train_on_input: bool
-) -> Callable[[Row], Encoded]:
-    """A function from a row to its token ids and training flags, through the tokenizer's chat template.
-
-    The tokenizer is told that conversations are trained on: what is saved with it then says so.
-    """
-    tokenizer.trains_chats = True
-
-    def encode(row: Row) -> Encoded:
-        return tokenizer.tokenize_messages(to_messages(row), train_on_input=train_on_input)
-
-    return encode

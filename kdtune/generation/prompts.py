@@ -1,10 +1,10 @@
 """Prompts as configs and files give them, and their token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdtune.data.messages import Message, parse_conversation
+from kdtune.data.messages import Conversation, Message, parse_conversation, row_conversation
 from kdtune.data.sources import read_json
 from kdtune.data.transforms import text_column
 from kdtune.errors import DataError
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 _SUFFIXES = (".txt", ".json", ".jsonl")
 
 
-def read_prompts(path: str | Path) -> list[list[Message]]:
+def read_prompts(path: str | Path) -> list[Conversation]:
     """The prompts of a file, each a conversation that waits for an answer.
 
     A .txt file has one a line. A row of a .json or .jsonl file has `messages` (its last turn is left out if it is
-    the assistant's: the answer of a dataset), or `prompt`, or `instruction` and perhaps an `input` that follows it.
+    the assistant's: the answer of a dataset) and perhaps `tools` and `chat_template_kwargs`, as for
+    kdtune.data.chat_dataset, or `prompt`, or `instruction` and perhaps an `input` that follows it.
 
     Raises:
         DataError: the file is missing, of another kind, holds no prompt, or has a row without one; the row is named.
@@ -35,31 +36,37 @@ def read_prompts(path: str | Path) -> list[list[Message]]:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from error
-        found = [[Message("user", line)] for line in lines if line.strip()]
+        found = [_question(line) for line in lines if line.strip()]
     else:
-        found = [_row_messages(row, f"{path}, row {number}") for number, row in enumerate(read_json([str(file)]), 1)]
+        found = [
+            _row_conversation(row, f"{path}, row {number}") for number, row in enumerate(read_json([str(file)]), 1)
+        ]
     if not found:
         raise DataError(f"prompt_file={path}: holds no prompt")
     return found
 
 
-def _row_messages(row: Mapping[str, Any], place: str) -> list[Message]:
+def _question(text: str) -> Conversation:
+    return Conversation([Message("user", text)])
+
+
+def _row_conversation(row: Mapping[str, Any], place: str) -> Conversation:
     try:
         if "messages" in row:
             messages = parse_conversation(row["messages"], "openai")
-            return messages[:-1] if messages[-1].role == "assistant" else messages
+            return row_conversation(row, messages[:-1] if messages[-1].role == "assistant" else messages)
         if "prompt" in row:
-            return [Message("user", text_column(row, "prompt"))]
+            return _question(text_column(row, "prompt"))
         if "instruction" in row:
             parts = [text_column(row, "instruction"), text_column(row, "input") if row.get("input") else ""]
-            return [Message("user", "\n\n".join(filter(None, parts)))]
+            return _question("\n\n".join(filter(None, parts)))
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     raise DataError(f"{place}: columns {', '.join(row) or 'none'}; messages, prompt or instruction expected")
 
 
 def encode_prompt(
-    tokenizer: "Tokenizer", messages: Sequence[Message], *, system_prompt: str | None = None, chat: bool = True
+    tokenizer: "Tokenizer", conversation: Conversation, *, system_prompt: str | None = None, chat: bool = True
 ) -> list[int]:
     """The ids of a conversation in the tokenizer's chat template, up to where the answer starts.
 
@@ -69,13 +76,21 @@ def encode_prompt(
     Raises:
         DataError: there is no message, the last one is empty, or without `chat` there is more than one.
     """
-    if not messages or not messages[-1].content.strip():
+    messages = conversation.messages
+    if not messages or not (messages[-1].content or "").strip():
         raise DataError("the prompt is empty; give it some text")
     if chat:
         if system_prompt is not None:
             messages = [Message("system", system_prompt), *(each for each in messages if each.role != "system")]
-        ids, _ = tokenizer.tokenize_messages(messages, add_generation_prompt=True)
+        ids, _ = tokenizer.tokenize_messages(
+            messages,
+            add_generation_prompt=True,
+            tools=conversation.tools,
+            template_variables=conversation.template_variables,
+        )
         return ids
     if len(messages) > 1 or system_prompt is not None:
         raise DataError("plain text (chat=false) has no place for several messages or a system prompt; use chat=true")
-    return tokenizer.encode(messages[0].content, add_bos=tokenizer.begins_with_bos, add_eos=False)
+    if conversation.tools or conversation.template_variables:
+        raise DataError("plain text (chat=false) has no place for tools or chat_template_kwargs; use chat=true")
+    return tokenizer.encode(messages[0].content or "", add_bos=tokenizer.begins_with_bos, add_eos=False)

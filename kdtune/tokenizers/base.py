@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.tokenizers.chat_format import check_template, family_template, render_chat, save_template
-from kdtune.tokenizers.chat_regions import ControlFinder, answer_spans, message_span, protect, split_pieces
+from kdtune.tokenizers.chat_regions import Control, ControlFinder, answer_spans, message_span, protect, split_pieces
+from kdtune.tokenizers.messages import Messages, is_masked, left_out, message_fields
 
 # Control tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
@@ -16,6 +17,9 @@ END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 # Headers and system prompts recur in every example: ids of short texts are kept, this many of up to this length.
 _CACHE_SIZE = 4096
 _CACHE_MAX_CHARS = 128
+
+TrainOn: TypeAlias = Literal["last", "answers", "all"]
+"""The targets of a conversation: its last answer, all of the assistant's answers, or everything."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,6 @@ def check_max_seq_len(max_seq_len: int | None) -> int | None:
     )
 
 
-def message_fields(message: Any, index: int = 0) -> dict[str, Any]:
-    """The message as the dict a chat template sees: role, content and what else a mapping holds, but not `masked`.
-
-    Raises:
-        DataError: role or content is missing or no string.
-    """
-    if isinstance(message, Mapping):
-        fields = {key: value for key, value in message.items() if key != "masked"}
-    else:
-        fields = {key: getattr(message, key, None) for key in ("role", "content")}
-    for key in ("role", "content"):
-        if not isinstance(fields.get(key), str):
-            raise DataError(f"messages[{index}].{key}: found {fields.get(key)!r}; want a string")
-    return fields
-
-
-def is_masked(message: Any) -> bool:
-    """Whether a message is kept out of training (`masked`, False where the message does not say)."""
-    found = message.get("masked", False) if isinstance(message, Mapping) else getattr(message, "masked", False)
-    return bool(found)
-
-
 def well_formed(text: str) -> str:
     """The text with lone surrogates, which no tokenizer can encode, joined to characters or replaced by U+FFFD."""
     try:
@@ -91,6 +73,7 @@ class Tokenizer(ABC):
         pad_id: int | None = None,
         max_seq_len: int | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         extra_stop_ids: Iterable[int] = (),
         origin: Path | str = "tokenizer",
     ) -> None:
@@ -107,7 +90,10 @@ class Tokenizer(ABC):
         if self.eos_id is not None:
             ends.add(self.eos_id)
         self.chat_template = family_template(control.ids) if chat_template is None else chat_template
-        check_template(self.chat_template, origin=str(origin))
+        self.tool_template = tool_template
+        """The chat template of conversations with tools, where it is another one."""
+        for template in filter(None, (self.chat_template, tool_template)):
+            check_template(template, origin=str(origin))
         self._named = {"bos_token": "", "eos_token": "", **control.named}
         self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
@@ -183,31 +169,75 @@ class Tokenizer(ABC):
         """Text of the ids. Ids outside the vocabulary (rows that only pad a model's head) give no text."""
         return self._decode_ids([i for i in map(int, ids) if 0 <= i < self.vocab_size], skip_special)
 
-    def render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text, to the byte as transformers' `apply_chat_template(tokenize=False)` gives it.
+
+        tools: what the template sees as `tools`; template_variables: further names that it sees.
 
         Raises:
             DataError: a message without role or content, or one that the template refuses.
         """
-        return self._render([message_fields(m, i) for i, m in enumerate(messages)], add_generation_prompt)
+        fields = [message_fields(message, i) for i, message in enumerate(messages)]
+        return self._render(fields, add_generation_prompt, tools, template_variables)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def left_out(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """What of a conversation the chat template leaves out or changes, by name; see messages.left_out.
+
+        Raises:
+            DataError: as `render`.
+        """
+        fields = [message_fields(message, i) for i, message in enumerate(messages)]
+        found = left_out(fields, tools, lambda some, of: self._render(some, False, of, template_variables))
+        return found + [name for name in template_variables or {} if name not in self._template(tools)]
+
+    def _render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
         return render_chat(
-            self.chat_template,
+            self._template(tools),
             messages,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self._named,
+            tools=tools,
+            variables=template_variables,
         )
 
+    def _template(self, tools: Sequence[Any] | None) -> str:
+        return self.chat_template if tools is None or self.tool_template is None else self.tool_template
+
     def tokenize_messages(
-        self, messages: Sequence[Any], *, add_generation_prompt: bool = False, train_on_input: bool = False
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        train_on: TrainOn = "answers",
+        tools: Sequence[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Ids of the conversation, and for each whether it is a training target.
 
-        Control tokens the template writes become control ids; the same strings inside messages stay text. Targets are
-        the assistant's answers with their end-of-turn token, or everything with `train_on_input`; a masked message is
-        never a target. Text is cut where an answer starts, so the ids of a prompt (`add_generation_prompt=True`) are
-        how the ids of the whole conversation begin. bos stands where the template prints it, and nowhere else.
+        Control tokens the template writes become control ids; the same strings inside messages and tools stay text.
+        Targets are the assistant's answers with their end-of-turn token ("answers"), the last of them ("last") or
+        everything ("all"); a masked message is never a target. Text is cut where an answer starts, so the ids of a
+        prompt (`add_generation_prompt=True`) are how the ids of the whole conversation begin. bos stands where the
+        template prints it, and nowhere else. `tools` and `template_variables` as for `render`.
 
         Raises:
             DataError: a message or conversation that the template refuses, or a template under which the start of an
@@ -215,9 +245,13 @@ class Tokenizer(ABC):
         """
         fields = [message_fields(message, i) for i, message in enumerate(messages)]
         masked = {i for i, message in enumerate(messages) if is_masked(message)}
-        shown, mark = protect(fields, self._finder)
-        text = self._render(shown, add_generation_prompt)
-        if mark and text.replace(mark, "") != self._render(fields, add_generation_prompt):
+        (shown, shown_tools, variables), mark = protect((fields, tools, template_variables), self._finder)
+
+        def render(some: Messages, generation_prompt: bool) -> str:
+            return self._render(some, generation_prompt, shown_tools, variables)
+
+        text = render(shown, add_generation_prompt)
+        if mark and text.replace(mark, "") != self._render(fields, add_generation_prompt, tools, template_variables):
             raise DataError(
                 "a message holds a control-token string that the chat template looks at, so it cannot be kept as text "
                 f"(known: {', '.join(sorted(self.control_tokens)[:8])}, ...); take it out of the data"
@@ -228,15 +262,27 @@ class Tokenizer(ABC):
             controls,
             shown,
             stop_ids=self.stop_ids,
-            render=self._render,
+            render=render,
             add_generation_prompt=add_generation_prompt,
         )
-        if train_on_input:
-            hidden = [message_span(text, shown, i, render=self._render) for i in sorted(masked)]
+        if train_on == "all":
+            hidden = [message_span(text, shown, i, render=render) for i in sorted(masked)]
             chosen = _complement(hidden, len(text))
         else:
-            chosen = [span for i, span in answers.items() if i not in masked]
-        cuts = {edge for span in (*answers.values(), *chosen) for edge in span}
+            wanted = answers if train_on == "answers" else list(answers)[-1:]
+            chosen = [answers[i] for i in wanted if i not in masked]
+        return self._encode_pieces(text, mark, controls, {*answers.values()}, chosen)
+
+    def _encode_pieces(
+        self,
+        text: str,
+        mark: str,
+        controls: Sequence[Control],
+        answers: Collection[tuple[int, int]],
+        chosen: Sequence[tuple[int, int]],
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered text, cut where an answer or a trained stretch begins or ends, and whether each is trained."""
+        cuts = {edge for span in (*answers, *chosen) for edge in span}
         ids: list[int] = []
         trained: list[bool] = []
         for piece in split_pieces(text, controls, cuts):

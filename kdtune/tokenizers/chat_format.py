@@ -66,6 +66,21 @@ def family_template(control_tokens: Container[str]) -> str:
     return CHATML if "<|im_start|>" in control_tokens else LLAMA2
 
 
+def folder_tool_template(folder: Path) -> str | None:
+    """The chat template that transformers takes for conversations with tools, where a folder carries one called "tool_use".
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if (folder / "chat_template.jinja").is_file():
+        file = folder / "additional_chat_templates" / "tool_use.jinja"
+        return read_text(file) if file.is_file() else None
+    config = folder / "tokenizer_config.json"
+    listed = read_json(config).get("chat_template") if config.is_file() else None
+    named = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    return next((str(one["template"]) for one in named if one.get("name") == "tool_use" and "template" in one), None)
+
+
 def folder_template(folder: Path) -> str | None:
     """The chat template a Hugging Face folder carries, None without one.
 
@@ -165,10 +180,13 @@ def render_chat(
     *,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
 
-    `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them.
+    `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` what else the template
+    may look at.
 
     Raises:
         DataError: the template refuses the conversation; the message is the template's.
@@ -176,10 +194,9 @@ def render_chat(
     try:
         return _compile(source).render(
             messages=list(messages),
-            tools=None,
-            documents=None,
+            tools=None if tools is None else list(tools),
             add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            **{"documents": None, **special_tokens, **(variables or {})},
         )
     except (jinja2.TemplateError, TypeError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)

@@ -6,12 +6,15 @@ template. The mark is taken out again before the text between control tokens is 
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from kdtune.errors import DataError
+from kdtune.tokenizers.messages import map_strings, strings
+
+T = TypeVar("T")
 
 # U+FDD0..U+FDEF are set aside by Unicode for internal use: they stand for no character in any text.
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
@@ -86,43 +89,27 @@ class ControlFinder:
         return head + self._start.sub(rf"\1{mark}", text) + tail
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    return value
-
-
-def protect(messages: Sequence[Mapping[str, Any]], finder: ControlFinder) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The messages with control-token strings broken up, and the mark that does it ("" where there was nothing to do).
+def protect(data: T, finder: ControlFinder) -> tuple[T, str]:
+    """Messages, tools and the like with control-token strings broken up, and the mark that does it ("": nothing to do).
 
     Raises:
-        DataError: every noncharacter occurs in the messages.
+        DataError: every noncharacter occurs in the data.
     """
-    strings = [text for message in messages for text in _strings(message)]
-    if all(finder.breaks(text, _NONCHARACTERS[0]) == text for text in strings):
-        return messages, ""
-    mark = next((m for m in _NONCHARACTERS if not any(m in text for text in strings)), None)
+    texts = list(strings(data))
+    if all(finder.breaks(text, _NONCHARACTERS[0]) == text for text in texts):
+        return data, ""
+    mark = next((m for m in _NONCHARACTERS if not any(m in text for text in texts)), None)
     if mark is None:
         raise DataError(
             "a conversation holds control-token strings and all 32 noncharacters U+FDD0..U+FDEF, of which one is "
             "needed to keep those strings from becoming control tokens; clean the text"
         )
-    return [_map_strings(message, lambda text: finder.breaks(text, mark)) for message in messages], mark
+
+    def change(text: str, is_key: bool) -> str:
+        # The template asks for keys by name: those that hold no control token stay as they are.
+        return text if is_key and not finder.find(text) else finder.breaks(text, mark)
+
+    return cast(T, map_strings(data, change)), mark
 
 
 def answer_spans(

@@ -9,7 +9,7 @@ import tokenizers
 
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
-from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     copy_files,
     generation_eos_ids,
@@ -33,6 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
         named: Mapping[str, str],
         folder: Path | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         max_seq_len: int | None = None,
         extra_stop_ids: Iterable[int] = (),
         origin: Path | str = "tokenizer.json",
@@ -53,6 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             max_seq_len=max_seq_len,
             chat_template=chat_template,
+            tool_template=tool_template,
             extra_stop_ids=extra_stop_ids,
             origin=origin,
         )
@@ -181,6 +183,7 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
         named=_named_tokens(folder, backend),
         folder=folder,
         chat_template=folder_template(folder),
+        tool_template=folder_tool_template(folder),
         max_seq_len=max_seq_len,
         extra_stop_ids=generation_eos_ids(folder),
         origin=folder,

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
-from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.compare import BATTERY
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
 from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
@@ -88,6 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
             pad_id=model.pad_id() if model.pad_id() >= 0 else None,
             max_seq_len=max_seq_len,
             chat_template=folder_template(file.parent),
+            tool_template=folder_tool_template(file.parent),
             extra_stop_ids=generation_eos_ids(file.parent),
             origin=file,
         )

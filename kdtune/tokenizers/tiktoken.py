@@ -14,7 +14,7 @@ import tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
 from kdtune.tokenizers.byte_level import tokenizer_from_ranks
-from kdtune.tokenizers.chat_format import folder_template
+from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
 from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
 
@@ -110,6 +110,7 @@ class TiktokenTokenizer(Tokenizer):
             vocab_size=len(self._ranks) + NUM_CONTROL_TOKENS,
             max_seq_len=max_seq_len,
             chat_template=folder_template(self._files_folder),
+            tool_template=folder_tool_template(self._files_folder),
             extra_stop_ids=generation_eos_ids(self._files_folder),
             origin=file,
         )

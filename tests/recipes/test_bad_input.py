@@ -330,10 +330,15 @@ row("files without their kind", kd("dataset={_component_: kdtune.data.alpaca_dat
 row("filter that is none", data("d.jsonl", GOOD_LINE, "dataset.filter_fn=builtins.len"), "filter_fn", "int")
 row("filter that raises", data("d.jsonl", GOOD_LINE, "dataset.filter_fn=builtins.int"), "d.jsonl", "filter_fn")
 row("every row filtered out", data("d.jsonl", GOOD_LINE, "dataset.filter_fn=builtins.callable"), "1 filtered out")
-row("every label masked", data("d.jsonl", GOOD_LINE, "tokenizer.max_seq_len=4", "dataset.train_on_input=false"),
+row("every label cut off",
+    data("d.jsonl", GOOD_LINE, "tokenizer.max_seq_len=4", "dataset.train_on_input=false", "dataset.truncation=right"),
     "d.jsonl", "no label to train on", "max_seq_len")  # fmt: skip
-row("every held-out label masked",
-    kd("tokenizer.max_seq_len=4", "dataset_val.train_on_input=false"), "quickstart (test)", "no label")  # fmt: skip
+row("every row too long", data("d.jsonl", GOOD_LINE, "tokenizer.max_seq_len=4", "dataset.train_on=last"),
+    "d.jsonl", "1 left out: longer than max_seq_len")  # fmt: skip
+row("train_on two ways", data("d.jsonl", GOOD_LINE, "dataset.train_on=answers", "dataset.train_on_input=true"),
+    "train_on=answers, train_on_input=true: contradict")  # fmt: skip
+row("every held-out row too long",
+    kd("tokenizer.max_seq_len=4", "dataset_val.train_on_input=false"), "quickstart (test)", "27 left out")  # fmt: skip
 row("stream without a number of steps",
     data("d.jsonl", GOOD_LINE, "dataset.streaming=true", "max_steps_per_epoch=null"), "max_steps_per_epoch")  # fmt: skip
 row("dataset of the hub without a hub",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdtune.checkpoint import load_model
-from kdtune.data import Message
+from kdtune.data import Conversation, Message
 from kdtune.generation import encode_prompt, generate
 from kdtune.tokenizers import byte_tokenizer
 
@@ -24,7 +24,7 @@ def arguments(good: Path, *overrides: str) -> list[str]:
 
 def expected(good: Path, prompt: str, **settings) -> str:
     tokenizer = byte_tokenizer()
-    ids = encode_prompt(tokenizer, [Message("user", prompt)])
+    ids = encode_prompt(tokenizer, Conversation([Message("user", prompt)]))
     model = load_model(good / "model", dtype=torch.float32)
     return tokenizer.decode(generate(model, ids, max_new_tokens=32, stop_ids=tokenizer.stop_ids, **settings))
 

@@ -169,7 +169,7 @@ def test_untrainable_rows_are_left_out_and_reported(jsonl, caplog, monkeypatch):
     source = jsonl(rows)
     monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="kdtune"):
-        dataset = instruct_dataset(tokenizer, source=source)
+        dataset = instruct_dataset(tokenizer, source=source, truncation="right")
     report = dataset.report
     assert (len(dataset), report.examples, report.rows, report.truncated, report.untrainable) == (2, 2, 3, 3, 1)
     assert dataset[1].tokens.tolist() == [BOS, USER, tokenizer.words["a"], END, ASSISTANT, END]
@@ -180,7 +180,7 @@ def test_untrainable_rows_are_left_out_and_reported(jsonl, caplog, monkeypatch):
 def test_all_rows_untrainable(jsonl):
     source = jsonl([{"input": "a b c d e", "output": "x"}])
     with pytest.raises(DataError, match=r"nothing to train on: .*rows.jsonl.*1 left out.*max_seq_len"):
-        instruct_dataset(WordTokenizer(max_seq_len=4), source=source)
+        instruct_dataset(WordTokenizer(max_seq_len=4), source=source, truncation="right")
 
 
 def test_empty_after_filter_and_empty_file(tokenizer, jsonl):

@@ -10,7 +10,7 @@ import torch
 from datasets import IterableDataset
 from word_tokenizer import WordTokenizer
 
-from kdtune.data import Loader, Report, RowStream, TokenizedDataset, instruct_dataset
+from kdtune.data import EncodedRow, Loader, Report, RowStream, TokenizedDataset, instruct_dataset
 from kdtune.data.dataset import RowEncoder
 from kdtune.errors import ConfigError, DataError
 
@@ -29,12 +29,12 @@ def rows(size):
 
 def encode(row):
     # Every seventh row has no label.
-    return [row["number"]] * 3, [row["number"] % 7 != 6] * 3
+    return EncodedRow([row["number"]] * 3, [row["number"] % 7 != 6] * 3)
 
 
 def stream(size=27, keep=None):
     source = IterableDataset.from_generator(rows, gen_kwargs={"size": size})
-    return RowStream(source, RowEncoder(encode, None, (), keep), source="stream", shuffle_buffer=5)
+    return RowStream(source, RowEncoder(encode, keep), source="stream", shuffle_buffer=5)
 
 
 def make(dataset, **settings):

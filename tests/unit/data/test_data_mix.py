@@ -5,7 +5,16 @@ import pytest
 from datasets import IterableDataset
 
 from kdtune.config import bind, instantiate
-from kdtune.data import Loader, MixedDataset, MixedStream, Report, RowStream, TokenizedDataset, mixed_dataset
+from kdtune.data import (
+    EncodedRow,
+    Loader,
+    MixedDataset,
+    MixedStream,
+    Report,
+    RowStream,
+    TokenizedDataset,
+    mixed_dataset,
+)
 from kdtune.data.dataset import RowEncoder
 from kdtune.data.mix import whole_shares
 from kdtune.errors import ConfigError
@@ -20,7 +29,7 @@ def numbered(source, size):
 
 def stream(source, size):
     rows = IterableDataset.from_generator(generate, gen_kwargs={"source": source, "size": size})
-    encoder = RowEncoder(lambda row: ([row["source"], row["number"], 1], [True] * 3), None, ())
+    encoder = RowEncoder(lambda row: EncodedRow([row["source"], row["number"], 1], [True] * 3))
     return RowStream(rows, encoder, source=str(source), shuffle_buffer=4)
 
 

@@ -69,15 +69,25 @@ def test_conversation_styles(style, turns):
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ("text", "must be a list of at least one turn: found str"),
+        ("text", "is text that is not JSON: 'text'"),
+        (3, "must be a list of at least one turn: found int"),
         ([], "found an empty list"),
-        ([{"role": "user"}], "turn 1 must have the keys 'role' and 'content'.*found keys role"),
+        ([{"role": "user"}], "turn 1 has no 'content'.*found keys role"),
         (
             [{"role": "user", "content": "a"}, {"role": "boss", "content": "b"}],
             "turn 2 has an unknown role: 'boss'; allow",
         ),
         ([{"role": "user", "content": None}], "turn 1: 'content' must be text: found null"),
-        ([{"role": "user", "content": "a", "masked": "yes"}], "'masked' must be true or false: found str"),
+        ([{"role": "user", "content": "a", "masked": "yes"}], "turn 1: 'masked' must be true or false: found 'yes'"),
+        ([{"role": "user", "content": "a", "train": 1}], "turn 1: 'train' must be true or false: found 1"),
+        ([{"role": "user", "content": "a", "weight": 0.5}], "turn 1: 'weight' must be 0 or 1 .*: found 0.5"),
+        ([{"role": "user", "content": "a", "weight": 1, "train": False}], "train=False and weight=1 contradict"),
+        ([{"role": "user", "content": "a", "from": "human"}, {"content": "b"}], "turn 2 must have the keys"),
+        ([{"role": "assistant", "tool_calls": []}], "turn 1 has no 'content'"),
+        ([{"role": "assistant", "tool_calls": "f(x)"}], "turn 1: tool_calls is text that is not JSON"),
+        ([{"role": "assistant", "tool_calls": {"name": "f"}}], "'tool_calls' must be a list of objects"),
+        ({"role": ["user"], "content": ["a", "b"]}, "as many entries in each: role has 1, content has 2"),
+        ("[" * 100_000, "is text that is not JSON"),
     ],
 )
 def test_bad_conversations(turns, message):

@@ -1,6 +1,6 @@
 """A word-level tokenizer whose ids can be read off by eye."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 PAD, BOS, EOS, END, USER, ASSISTANT, SYSTEM = range(7)
@@ -26,12 +26,17 @@ class WordTokenizer:
         return [BOS] * add_bos + [self.id_of(word) for word in text.split()] + [EOS] * add_eos
 
     def tokenize_messages(
-        self, messages: Iterable[Any], *, add_generation_prompt: bool = False, train_on_input: bool = False
+        self, messages: Sequence[Any], *, add_generation_prompt: bool = False, train_on: str = "answers", **beside: Any
     ) -> tuple[list[int], list[bool]]:
-        ids, trained = [BOS], [train_on_input]
-        for message in messages:
-            wanted = not message.masked and (train_on_input or message.role == "assistant")
+        ids, trained = [BOS], [train_on == "all"]
+        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        for i, message in enumerate(messages):
+            chosen = {"all": True, "answers": message.role == "assistant", "last": i == last}[train_on]
+            wanted = chosen and not message.masked
             turn = [self.id_of(word) for word in message.content.split()] + [END]
             ids += [ROLES[message.role], *turn]
-            trained += [wanted and train_on_input, *[wanted] * len(turn)]
+            trained += [wanted and train_on == "all", *[wanted] * len(turn)]
         return ids, trained
+
+    def left_out(self, messages: Sequence[Any], **beside: Any) -> list[str]:
+        return sorted({key for message in messages for key in message.fields})

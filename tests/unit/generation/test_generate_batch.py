@@ -156,7 +156,7 @@ class LetterTokenizer:
 
     stop_ids = frozenset({0})
 
-    def tokenize_messages(self, messages, *, add_generation_prompt=False, train_on_input=False):
+    def tokenize_messages(self, messages, *, add_generation_prompt=False):
         assert add_generation_prompt
         ((role, content),) = [(message["role"], message["content"]) for message in messages]
         ids = [ord(letter) - 96 for letter in f"{role[0]}{content}a"]

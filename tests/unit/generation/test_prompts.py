@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kdtune.data import Message
+from kdtune.data import Conversation, Message
 from kdtune.errors import DataError
 from kdtune.generation import encode_prompt, read_prompts
 from kdtune.tokenizers import byte_tokenizer
@@ -12,8 +12,8 @@ from kdtune.tokenizers import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
-def user(text: str) -> list[Message]:
-    return [Message("user", text)]
+def user(text: str) -> Conversation:
+    return Conversation([Message("user", text)])
 
 
 def test_a_line_is_a_prompt(tmp_path):
@@ -33,7 +33,7 @@ def test_rows_of_json(tmp_path, suffix):
     ]
     text = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
     (tmp_path / f"p.{suffix}").write_text(text)
-    conversation = [Message("system", "Be short."), Message("user", "Hi")]
+    conversation = Conversation([Message("system", "Be short."), Message("user", "Hi")])
     assert read_prompts(tmp_path / f"p.{suffix}") == [
         user("P"), user("Translate.\n\noui"), user("Sing."), conversation, conversation
     ]  # fmt: skip
@@ -65,7 +65,9 @@ def test_a_missing_file():
 def test_chat_ends_where_the_answer_begins():
     ids = encode_prompt(TOKENIZER, user("Hi"))
     assert ids == TOKENIZER.tokenize_messages([{"role": "user", "content": "Hi"}], add_generation_prompt=True)[0]
-    with_system = encode_prompt(TOKENIZER, [Message("system", "Old."), *user("Hi")], system_prompt="New.")
+    with_system = encode_prompt(
+        TOKENIZER, Conversation([Message("system", "Old."), Message("user", "Hi")]), system_prompt="New."
+    )
     text = TOKENIZER.decode(with_system)
     assert "New." in text and "Old." not in text
 
@@ -75,12 +77,13 @@ def test_plain_text_starts_with_bos_where_transformers_puts_it_and_has_no_end(mo
     monkeypatch.setattr(type(TOKENIZER), "begins_with_bos", begins)
     ids = encode_prompt(TOKENIZER, user("Once"), chat=False)
     assert ids == [TOKENIZER.bos_id] * begins + TOKENIZER.encode("Once", add_bos=False, add_eos=False)
-    for messages, system in (([*user("a"), *user("b")], None), (user("a"), "Be short.")):
+    two = Conversation([Message("user", "a"), Message("user", "b")])
+    for messages, system in ((two, None), (user("a"), "Be short.")):
         with pytest.raises(DataError, match="chat=true"):
             encode_prompt(TOKENIZER, messages, chat=False, system_prompt=system)
 
 
-@pytest.mark.parametrize("messages", [[], user(""), user(" \n")])
+@pytest.mark.parametrize("messages", [Conversation([]), user(""), user(" \n")])
 def test_an_empty_prompt(messages):
     with pytest.raises(DataError, match="the prompt is empty"):
         encode_prompt(TOKENIZER, messages)

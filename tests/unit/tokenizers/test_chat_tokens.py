@@ -38,7 +38,7 @@ def with_template(folder: Path, template: str) -> Tokenizer:
     return load(folder)
 
 
-def trained_text(tokenizer: Tokenizer, messages: list[Any], **options: bool) -> str:
+def trained_text(tokenizer: Tokenizer, messages: list[Any], **options: Any) -> str:
     ids, trained = tokenizer.tokenize_messages(messages, **options)
     assert len(ids) == len(trained)
     return tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t], skip_special=False)
@@ -88,12 +88,12 @@ def test_masked_answer_is_not_trained(chatml: Tokenizer) -> None:
     assert chatml.tokenize_messages(chat)[0] == chatml.tokenize_messages(CHAT)[0]
 
 
-def test_train_on_input_trains_all_but_masked(chatml: Tokenizer) -> None:
-    assert trained_text(chatml, CHAT, train_on_input=True) == chatml.render(CHAT)
+def test_train_on_all_trains_all_but_masked(chatml: Tokenizer) -> None:
+    assert trained_text(chatml, CHAT, train_on="all") == chatml.render(CHAT)
     chat = [CHAT[0], Message("user", "hello", masked=True), *CHAT[2:]]
     want = chatml.render(CHAT).replace("<|im_start|>user\nhello<|im_end|>\n", "")
-    assert trained_text(chatml, chat, train_on_input=True) == want
-    assert chatml.tokenize_messages(chat, train_on_input=True)[0] == chatml.tokenize_messages(CHAT)[0]
+    assert trained_text(chatml, chat, train_on="all") == want
+    assert chatml.tokenize_messages(chat, train_on="all")[0] == chatml.tokenize_messages(CHAT)[0]
 
 
 def test_prompt_is_how_the_conversation_begins(tokenizer: Tokenizer) -> None:

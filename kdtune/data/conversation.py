@@ -1,0 +1,130 @@
+"""Conversations to token ids: what of them is trained on, and how those are cut that are too long."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+from kdtune.data.messages import Conversation, Message
+from kdtune.data.transforms import Encoded, EncodedRow, Row, end_ids, truncate
+from kdtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+TrainOn: TypeAlias = Literal["last", "answers", "all"]
+Truncation: TypeAlias = Literal["turns", "right", "drop"]
+
+
+class TrainingOptions(TypedDict, total=False):
+    """What the builders of conversations take beside the source.
+
+    train_on: the last answer, all of the assistant's answers, or everything; a masked turn is never trained on.
+    train_on_input: torchtune's word for it: true is train_on=all, false train_on=answers.
+    truncation: what becomes of an example longer than the tokenizer's max_seq_len. "turns": the oldest exchanges (a
+    user's turn and what follows it) are left out, the system message stays; an example whose last exchange does not fit
+    alone is left out. "right": the first max_seq_len tokens are kept, perhaps with half an answer. "drop": it is left
+    out. null: turns, or right where train_on is all.
+    """
+
+    train_on: TrainOn | None
+    train_on_input: bool | None
+    truncation: Truncation | None
+
+
+class _Beside(TypedDict):
+    tools: Sequence[Any] | None
+    template_variables: Mapping[str, Any] | None
+
+
+def chosen_train_on(train_on: TrainOn | None, train_on_input: bool | None, default: TrainOn) -> TrainOn:
+    """What is trained on, from the two keys that may say it.
+
+    Raises:
+        ConfigError: the two contradict each other, or train_on is unknown.
+    """
+    if train_on not in (None, "last", "answers", "all"):
+        raise ConfigError(f"train_on={train_on}: unknown; allowed: last, answers, all")
+    if train_on_input is None:
+        return train_on or default
+    if train_on is None:
+        return "all" if train_on_input else "answers"
+    if train_on_input != (train_on == "all"):
+        raise ConfigError(
+            f"train_on={train_on}, train_on_input={str(train_on_input).lower()}: contradict each other (true is "
+            "train_on=all, false is train_on=answers); keep train_on"
+        )
+    return train_on
+
+
+def conversation_encoder(
+    tokenizer: "Tokenizer",
+    to_conversation: Callable[[Row], Conversation],
+    *,
+    default: TrainOn,
+    train_on: TrainOn | None = None,
+    train_on_input: bool | None = None,
+    truncation: Truncation | None = None,
+) -> Callable[[Row], EncodedRow | None]:
+    """A function from a row to its token ids and training flags, through the tokenizer's chat template, cut to fit.
+
+    The arguments are those of TrainingOptions; `default` is train_on where neither key says it. None: it does not fit.
+    The tokenizer is told that conversations are trained on: what is saved with it then says so.
+
+    Raises:
+        ConfigError: train_on and train_on_input contradict each other, or a value is unknown.
+    """
+    chosen = chosen_train_on(train_on, train_on_input, default)
+    if truncation not in (None, "turns", "right", "drop"):
+        raise ConfigError(f"truncation={truncation}: unknown; allowed: turns, right, drop")
+    cut = truncation or ("right" if chosen == "all" else "turns")
+    room = tokenizer.max_seq_len
+    tokenizer.trains_chats = True
+
+    def encode(row: Row) -> EncodedRow | None:
+        conversation = to_conversation(row)
+        beside: _Beside = {"tools": conversation.tools, "template_variables": conversation.template_variables}
+
+        def tokens_of(messages: Sequence[Message]) -> Encoded:
+            return tokenizer.tokenize_messages(messages, train_on=chosen, **beside)
+
+        ids, trained = tokens_of(conversation.messages)
+        remarks = [
+            *(f"the chat template leaves out {name}" for name in tokenizer.left_out(conversation.messages, **beside)),
+            *_unheeded_marks(conversation.messages, chosen),
+        ]
+        if room is None or len(ids) <= room:
+            return EncodedRow(ids, trained, remarks=remarks)
+        if cut == "right":
+            return EncodedRow(*truncate(ids, trained, room, end_ids(tokenizer)), truncated=True, remarks=remarks)
+        shortest = None if cut == "drop" else _fitting(tokens_of, conversation.messages, room)
+        return None if shortest is None else EncodedRow(*shortest, truncated=True, remarks=remarks)
+
+    return encode
+
+
+def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]:
+    """The wish to train on a turn that train_on leaves out. A mask, on the other hand, always holds."""
+    if train_on == "all" or all(message.masked is not False or message.role == "assistant" for message in messages):
+        return []
+    return [f"train_on={train_on} leaves out turns of others than the assistant that are marked as trained on"]
+
+
+def _fitting(
+    tokens_of: Callable[[Sequence[Message]], Encoded], messages: Sequence[Message], room: int
+) -> Encoded | None:
+    """The conversation without the turns after its last answer and without as few of its oldest exchanges as fit."""
+    shorter = list(_shorter(messages))
+    # Every one is shorter than the one before it: the first that fits is found without tokenizing all of them.
+    index = bisect_left(shorter, True, key=lambda some: len(tokens_of(some)[0]) <= room)
+    return tokens_of(shorter[index]) if index < len(shorter) else None
+
+
+def _shorter(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=len(messages) - 1)
+    kept = messages[: last + 1]
+    start = next((i for i, message in enumerate(kept) if message.role != "system"), len(kept))
+    if len(kept) < len(messages):
+        yield kept
+    for i, message in enumerate(kept):
+        if i > start and message.role == "user":
+            yield [*kept[:start], *kept[i:]]

@@ -1,0 +1,97 @@
+"""What rows and turns hold beside their text, rendered as transformers' apply_chat_template does, to the byte."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdtune.data import chat_dataset
+from kdtune.tokenizers import Tokenizer, byte_tokenizer, load
+
+transformers = pytest.importorskip("transformers")
+
+# Of the kind that models with tools have: roles, tools and arguments as JSON, reasoning, a variable, names with defaults.
+TEMPLATE = """\
+{%- if tools is not none and tools | length > 0 %}{{- 'Tools:' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson(indent=2)) }}{%- endfor %}{{- '\\n' }}{%- endif %}
+{%- if style is defined %}{{- '[' + style + ']' }}{%- endif %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + (':' + m.name if m.name is defined else '') + '\\n' }}
+{%- if m.reasoning_content %}{{- '<think>' + m.reasoning_content + '</think>' }}{%- endif %}
+{%- if m.content is defined and m.content is not none %}{{- m.content }}{%- endif %}
+{%- for c in m.tool_calls or [] %}{{- '<call>' }}{%- for k, v in c.function.arguments.items() %}
+{{- k + '=' + (v | tojson) + ';' }}{%- endfor %}{{- c.function.name + '</call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Øslo <|im_end|>", "days": 2.0, "x": None}},
+}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "a<b & <|im_start|>", "parameters": {}}}
+QUESTION = {"role": "user", "content": "Rain?", "name": "Ada"}
+ROWS: list[dict[str, Any]] = [
+    {"tools": [TOOL], "messages": [
+        QUESTION, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "name": "weather", "content": "rain"},
+        {"role": "assistant", "content": "Yes.", "tool_calls": []},
+    ]},
+    {"tools": [], "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "42", "reasoning_content": "6 * 7"}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "42", "thinking": "6 * 7"}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "42", "reasoning": "6 * 7", "weight": 1}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "x"}], "chat_template_kwargs": {"style": "short <|im_end|>"}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("chat_fields")
+    byte_tokenizer().save(made)
+    (made / "chat_template.jinja").write_text(TEMPLATE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_render_as_in_transformers(
+    row: dict[str, Any], tokenizer: Tokenizer, reference: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
+    example = chat_dataset(tokenizer, source=str(tmp_path / "row.jsonl"))[0]
+    want = reference.apply_chat_template(
+        copy.deepcopy(row["messages"]), tools=row.get("tools"), tokenize=False, **row.get("chat_template_kwargs", {})
+    )
+    assert tokenizer.decode(example.tokens, skip_special=False) == want
+    # What the data hold never becomes a control token.
+    turns = len(row["messages"])
+    assert [example.tokens.tolist().count(i) for i in (tokenizer.bos_id, tokenizer.eos_id)] == [turns, turns]
+    direct = tokenizer.render(
+        row["messages"], tools=row.get("tools"), template_variables=row.get("chat_template_kwargs")
+    )
+    assert direct == want
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_tool_template_is_used_where_transformers_uses_it(row: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    byte_tokenizer().save(named)
+    (named / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}")
+    (named / "additional_chat_templates").mkdir()
+    (named / "additional_chat_templates" / "tool_use.jinja").write_text(TEMPLATE)
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(named), load(named)
+    options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+    want = reference.apply_chat_template(copy.deepcopy(row["messages"]), tokenize=False, **options)
+    found = tokenizer.render(
+        row["messages"], tools=row.get("tools"), template_variables=row.get("chat_template_kwargs")
+    )
+    assert found == want
