@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.transforms import Encoded, EncodedRow, Row, end_ids, truncate
 from kdtune.errors import ConfigError
+from kdtune.tokenizers.base import TrainOn
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
 
-TrainOn: TypeAlias = Literal["last", "answers", "all"]
 Truncation: TypeAlias = Literal["turns", "right", "drop"]
 
 
