@@ -1,10 +1,13 @@
 """Measure a model: lm-eval's tasks, held-out loss and distance to a teacher, perplexity of texts, ROUGE-L of answers.
 
+    kdtune run evaluate run=runs/quickstart
+    kdtune run evaluate run=runs/quickstart run_weights=best tasks=[hellaswag] limit=100
     kdtune run eleuther_eval --config eleuther_evaluation
     kdtune run eleuther_eval --config smollm2/evaluation tasks=[hellaswag] limit=100
     kdtune run --nproc_per_node 4 eleuther_eval_distributed --config eleuther_evaluation
 
-Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
+With `run` a finished run of finetune or knowledge_distillation is measured, with the data, teacher, tokenizer and kd_loss it was
+trained with. Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
 `rouge`. The model may be a Hugging Face folder, Meta's files, a GGUF, an adapter on its base, or a quantized folder.
 `output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name.
 Several processes share the work batch by batch, and give the numbers of one.
@@ -35,6 +38,13 @@ class Config:
     """Folder to write, which must not exist yet: results.json, config.yaml, run.json and samples/."""
     models_dir: str = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+
+    # A finished run
+    run: str | None = None
+    """Folder of a finished run of finetune or knowledge_distillation: what it says of model, tokenizer, dataset_val, teacher,
+    kd_loss, dtype, device and batch size holds where this config says nothing. output_dir is then RUN/evaluation."""
+    run_weights: str = "final"
+    """Which weights of it: final, best (the step_N its best_metric names), or step_N."""
 
     # Model
     checkpointer: Any = config.component(default=None)
@@ -76,6 +86,8 @@ class Config:
     # Held-out examples
     dataset_val: Any = config.component("tokenizer", default=None)
     """Held-out examples: cross entropy, and with a teacher KL and agreement."""
+    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKLLoss"})
+    """The divergence from the teacher."""
     teacher_checkpointer: Any = config.component(default=None)
     """The teacher's weights."""
     teacher_model: Any = config.component(default=None)
@@ -93,8 +105,15 @@ class Config:
     rouge: Any = config.component(default=[])
     """Instruction sets whose answers are scored: a list of kdtune.evaluation.InstructionSet."""
 
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run says, of the keys that this config does not give."""
+        return evaluation.run_settings(given)
+
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
+        if self.run is not None and evaluation.run_problems(self.run, self.run_weights):
+            return []  # the machine's gate tells them; what follows from them is not told
         found = [
             f"{key}={getattr(self, key)}: must be at least 1"
             for key in ("batch_size", "max_seq_length", "perplexity_stride")
@@ -127,6 +146,10 @@ class Config:
         ]
         if self.log_samples and not (self.tasks or self.rouge):
             found.append("log_samples=true: has no effect without tasks or rouge; remove it, or give one of them")
+        if self.run is None and self.run_weights != "final":
+            found.append(f"run_weights={self.run_weights}: has no effect without run")
+        if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKLLoss"}:
+            found.append("kd_loss: has no effect without a teacher; remove it")
         if has_teacher and self.dataset_val is None:
             found.append("teacher_checkpointer, teacher_model: need dataset_val, the examples to compare on")
         if self.teacher_dtype and not has_teacher:
@@ -139,6 +162,8 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""
+        if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
+            return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += distributed.parallelism_problems(self.parallelism, self.teacher_parallelism)
         found += training.new_folder_problems(self.output_dir)
@@ -155,7 +180,7 @@ class Config:
         return found
 
 
-@config.entry_point(Config)
+@config.entry_point(Config, default_config="evaluation")
 def main(cfg: Config) -> None:
     """Runs the recipe."""
     with (
@@ -290,7 +315,7 @@ def measure_held_out(
     teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
     losses.check_head("teacher", teacher.output)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size)
-    loss = losses.KDLoss(kd_ratio=1.0)
+    loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=1.0)
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
                                    progress=progress, total=world.sum)  # fmt: skip
     teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]

@@ -14,8 +14,6 @@ from kdtune.config.recipe import check_partner, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("configs/**/*.yaml"))]
-# What --config is where a command leaves it out.
-DEFAULT_CONFIGS = {"report": "sweeps/report", "compare": "comparison"}
 # What a reader fills in, and a file that an earlier line of the README makes.
 STANDS_FOR = {"RECIPE": "prune", "NAME": "quickstart", "mine.yaml": "quickstart", "my_recipe.py": "prune"}
 
@@ -39,11 +37,9 @@ def test_a_documented_command_is_accepted(command: str, monkeypatch: pytest.Monk
     arguments = parse(words)
     if words[0] == "run":
         _, recipe, rest = split_arguments(arguments.arguments)
-        options, overrides = parse_arguments(
-            rest, recipe.summary, recipe.name, default_config=DEFAULT_CONFIGS.get(recipe.name)
-        )
+        default_config = import_recipe(recipe).default_config
+        options, overrides = parse_arguments(rest, recipe.summary, recipe.name, default_config)
         check_partner(recipe.path, options.config)
-        import_recipe(recipe)
         validate(recipe, options.config, overrides)
     elif words[0] == "validate":
         arguments.func(arguments)

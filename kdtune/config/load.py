@@ -34,6 +34,9 @@ RECIPE_KEY = "recipe"
 def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
     """The frame filled from a shipped config's name or a path, and overrides; component nodes stay plain data.
 
+    A frame may have a class method `inherited(given)`: the values of keys that the config leaves out, told from those it
+    gives (such as a run's own, of the key `run`). Overrides change them as if the config had them.
+
     Gates: the text parses; keys, types and values fit the frame, components import and their arguments bind; the
     frame's own `problems()`, if it has that method. The fifth gate, the machine, is `check_machine`.
 
@@ -45,10 +48,18 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
     given.pop(RECIPE_KEY, None) if RECIPE_KEY not in frame_fields(frame) else None
     defaults = frame_defaults(frame)
     component_keys = {name for name, field in frame_fields(frame).items() if is_component_field(field)}
-    given = {key: _with_default_component(value, defaults.get(key)) for key, value in given.items()}
-    given, problems = apply_overrides(
-        given, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value
-    )
+
+    def apply(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        tree = {key: _with_default_component(value, defaults.get(key)) for key, value in tree.items()}
+        return apply_overrides(
+            tree, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value
+        )
+
+    if inherited := getattr(frame, "inherited", None):
+        early, _ = apply(given)
+        resolved, _ = resolve_interpolations({**defaults, **early})
+        given = inherited({key: value for key, value in resolved.items() if key in early}) | given
+    given, problems = apply(given)
     raise_problems(str(source), problems)
 
     tree, problems = resolve_interpolations({**defaults, **given})

@@ -42,6 +42,7 @@ class EntryPoint(Protocol):
 
     frame: type[Any]
     function: Callable[[Any], Any]
+    default_config: str | None
 
     def __call__(self, argv: list[str] | None = None) -> None:
         """Runs the recipe on these command-line arguments (None: the process's own)."""
@@ -54,7 +55,8 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
 
     All five gates pass before the function sees the config. A KDTuneError is printed without a traceback and ends the
     process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
-    traceback and 1. The result keeps `.frame` and `.function` (the function itself, which raises instead of exiting).
+    traceback and 1. The result keeps `.frame`, `.default_config` and `.function` (the function itself, which raises instead
+    of exiting).
     """
     if not is_frame(frame):
         raise TypeError(f"entry_point({frame!r}): must be a dataclass")
@@ -79,7 +81,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
                 _exit(error, show=arguments.traceback)
 
         wrapped = cast(Any, main)
-        wrapped.frame, wrapped.function = frame, function
+        wrapped.frame, wrapped.function, wrapped.default_config = frame, function, default_config
         # functools.wraps would otherwise show the undecorated signature.
         del wrapped.__wrapped__
         return cast(EntryPoint, wrapped)

@@ -1,6 +1,7 @@
 """Held-out measurements: loss and divergence, lm-eval's tasks, perplexity of texts, ROUGE-L of answers."""
 
 from kdtune.evaluation.divergence import evaluate_ce, evaluate_kd, perplexity
+from kdtune.evaluation.finished_run import run_problems, run_settings
 from kdtune.evaluation.lm_eval import (
     evaluate_tasks,
     flat_metrics,
@@ -29,6 +30,8 @@ __all__ = [
     "read_text",
     "results_rows",
     "rouge_l",
+    "run_problems",
+    "run_settings",
     "score",
     "task_problems",
     "text_perplexity",

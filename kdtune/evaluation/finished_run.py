@@ -1,0 +1,86 @@
+"""A finished run as what an evaluation measures: its model, tokenizer, held-out examples, teacher and divergence."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtune import checkpoint
+from kdtune.config.load import read_yaml
+
+FINAL, BEST = "final", "best"
+_CHECKPOINTER = "kdtune.checkpoint.Checkpointer"
+_OF_THE_DATA = ("teacher_checkpointer", "teacher_model", "teacher_dtype", "kd_loss")
+
+
+def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an evaluation's config that a run answers: what it was trained with, on the weights it has written.
+
+    What keeps the run from being measured is left to `run_problems`; a key is then missing or names what is not there.
+
+    Args:
+        given: the keys that the evaluation's config has by itself, `run` and `run_weights` among them.
+
+    Raises:
+        ConfigError: the run's config.yaml cannot be read.
+    """
+    run, weights = given.get("run"), given.get("run_weights", FINAL)
+    if not (isinstance(run, str) and isinstance(weights, str)):
+        return {}
+    values = _config(Path(run))
+    folder = _weights_folder(Path(run), weights, values)
+    found = {key: values[key] for key in ("tokenizer", "dataset_val", "device", "dtype") if values.get(key) is not None}
+    found.setdefault("tokenizer", {"_component_": "kdtune.tokenizers.load", "path": str(folder)})
+    found["output_dir"] = str(Path(run) / ("evaluation" if weights == FINAL else f"evaluation_{weights}"))
+    found["checkpointer"] = {"_component_": _CHECKPOINTER, "checkpoint_dir": str(folder)}
+    if checkpoint.is_adapter_folder(folder) and (base := values.get("checkpointer")):
+        found["checkpointer"] = {**base, "adapter_dir": str(folder)}
+        found["model"] = values.get("model")
+    if batch_size := values.get("batch_size_val") or values.get("batch_size"):
+        found["batch_size"] = batch_size
+    if {**found, **given}.get("dataset_val") is not None:
+        found |= {key: values[key] for key in _OF_THE_DATA if values.get(key) is not None}
+        if "teacher_model" in found and "teacher_checkpointer" not in found:
+            found["seed"] = values["seed"]  # of the teacher's random weights
+    return found
+
+
+def run_problems(run: str, weights: str) -> list[str]:
+    """Why a run cannot be measured, a sentence each: it is none, is not finished, or has not the weights that are asked for."""
+    folder = Path(run)
+    if not folder.is_dir():
+        return [f"run={run}: no such folder; give the output_dir of a finished run"]
+    values = _config(folder)
+    if not {"optimizer", "dataset"} <= values.keys():
+        what = f"its config.yaml is of {values.get('recipe', 'another recipe')}" if values else "it has no config.yaml"
+        return [
+            f"run={run}: is no training run: {what}; give the output_dir of a run of finetune or knowledge_distillation"
+        ]
+    steps = [path.name for path in checkpoint.step_folders(folder)]
+    choices = [*([FINAL] if (folder / FINAL).is_dir() else []), *steps]
+    if weights == BEST and values.get("best_metric") is None:
+        return [f"run_weights=best: the run has no best_metric; give one of {', '.join(choices) or 'a finished run'}"]
+    wanted = _weights_folder(folder, weights, values)
+    if wanted.name not in choices:
+        if weights != FINAL:
+            return [f"run_weights={weights}: {run} has no such weights; there are {', '.join(choices) or 'none'}"]
+        other = f", or measure what it has so far with run_weights={steps[-1]}" if steps else ""
+        return [f"run={run}: is not finished, it has no final/; go on with it by resume_from_checkpoint=true{other}"]
+    if checkpoint.is_adapter_folder(wanted) and not values.get("checkpointer"):
+        return [
+            f"run={run}: {wanted.name}/ holds an adapter alone, for random weights that no file has; train with "
+            "save_weights=both to have a model to measure"
+        ]
+    return []
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The config.yaml of a run; {} where there is none."""
+    path = run / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+def _weights_folder(run: Path, weights: str, values: Mapping[str, Any]) -> Path:
+    if weights == BEST:
+        manager = checkpoint.CheckpointManager(run, best_metric=values.get("best_metric"))
+        return manager.best_step() or run / BEST
+    return run / weights
