@@ -2,6 +2,8 @@
 
 import errno
 
+from kdtune.log import printable
+
 # What the machine, not the program, is to blame for: the disk is full, read-only or failing, a folder is gone.
 FILE_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
@@ -42,5 +44,5 @@ class TrainingError(KDTuneError):
 def error_text(error: Exception) -> str:
     """One readable message for an error that needs no traceback."""
     if isinstance(error, OSError):
-        return f"error: {error.filename or 'output'}: {error.strerror or error}"
-    return f"error: {error}"
+        return printable(f"error: {error.filename or 'output'}: {error.strerror or error}")
+    return printable(f"error: {error}")

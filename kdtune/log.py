@@ -1,11 +1,32 @@
-"""One logger for the whole package, to stderr; and output that outlives its reader."""
+"""What goes to the terminal: one logger for the whole package, text from outside made fit to be shown, and output that
+outlives its reader.
+"""
 
 import io
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any, BinaryIO, TextIO, cast
+
+# Control characters but tab and line end, lone surrogates, and what changes lines or the direction of writing.
+_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with what could move a terminal's cursor or change its state written as Python escapes it."""
+    return _UNFIT.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def fit_for_stdout(text: str) -> str:
+    """What a model or a file says, as standard output gets it: a terminal no control sequences, anything else all of it."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -25,7 +46,7 @@ def get_logger(name: str = "kdtune") -> logging.Logger:
     root = logging.getLogger("kdtune")
     if not root.handlers:
         handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         root.addHandler(handler)
         root.setLevel(logging.INFO)
         root.propagate = False
@@ -38,7 +59,7 @@ def outlive_readers() -> None:
     From then on what is written there goes nowhere. Standard streams that were closed from the start (`>&-`, `2>&-`)
     lead nowhere too: otherwise the next file opened would take their place, and be written to by what prints to them.
     Streams that Python code has replaced are left as they are. Both are line buffered, so that in a log file their lines stand in
-    the order in which they came.
+    the order in which they came, and escape a character that their encoding does not have.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -46,10 +67,10 @@ def outlive_readers() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, _outliving(number, "utf-8", "backslashreplace", write_through=False))
+            setattr(sys, name, _outliving(number, "utf-8", write_through=False))
         elif isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == number:
             stream.flush()
-            setattr(sys, name, _outliving(number, stream.encoding, stream.errors, write_through=stream.write_through))
+            setattr(sys, name, _outliving(number, stream.encoding, write_through=stream.write_through))
 
 
 class _OutlivingFile(io.FileIO):
@@ -69,9 +90,11 @@ class _OutlivingFile(io.FileIO):
         return size
 
 
-def _outliving(descriptor: int, encoding: str, errors: str | None, *, write_through: bool) -> io.TextIOWrapper:
+def _outliving(descriptor: int, encoding: str, *, write_through: bool) -> io.TextIOWrapper:
     raw = _OutlivingFile(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(cast("BinaryIO", raw), encoding, errors, line_buffering=True, write_through=write_through)
+    return io.TextIOWrapper(
+        cast("BinaryIO", raw), encoding, "backslashreplace", line_buffering=True, write_through=write_through
+    )
 
 
 def _descriptor(stream: TextIO) -> int | None:

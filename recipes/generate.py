@@ -8,8 +8,9 @@ Any checkpoint that kdtune reads will do: a Hugging Face folder, a GGUF file, Me
 (checkpointer.adapter_dir), a quantized folder. Several processes share the batches, and give the answers of one.
 """
 
-import json
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,11 @@ from tqdm import tqdm
 from kdtune import checkpoint, config, distributed, generation, teachers, tokenizers, training
 from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
+from kdtune.log import fit_for_stdout
 from kdtune.models import Transformer
+
+OnAnswer = Callable[[int, list[int]], None]
+"""Called with a prompt's number, from 0, and the ids of its answer."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +79,8 @@ class Config:
 
     # Output
     output_file: str | None = None
-    """A .jsonl file for the answers, a row each, instead of the terminal."""
+    """A .jsonl file for the answers, a row each in the prompts' order, instead of the terminal. It appears when all are
+    there; until then they are in output_file.partial, as they come, which stays if the run is stopped."""
     overwrite: bool = False
     """Whether an output_file that exists is replaced."""
 
@@ -155,21 +161,26 @@ def run(cfg: Config, world: distributed.World) -> None:
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     answer = stream if len(prompts) == 1 else answer_in_batches
-    answers = answer(cfg, model, tokenizer, prompts, world)
+    # Each answer is kept as it comes, so that a run that is stopped has those before.
+    rows: list[dict[str, Any]] = []
+    to_file = world.is_main and cfg.output_file is not None
+    with checkpoint.collected_rows(Path(cfg.output_file).expanduser()) if to_file else nullcontext() as keep:
+
+        def on_answer(index: int, new_ids: list[int]) -> None:
+            rows.append(as_row(conversations[index], prompts[index], new_ids, tokenizer))
+            if keep is not None:
+                keep(index + 1, rows[-1])
+            elif len(prompts) > 1 and world.is_main:
+                tqdm.write(fit_for_stdout(f"> {rows[-1]['prompt']}\n{rows[-1]['answer']}\n"))
+
+        answer(cfg, model, tokenizer, prompts, world, on_answer)
     seconds = time.perf_counter() - start
     if not world.is_main:
         return
 
-    rows = [as_row(*parts, tokenizer) for parts in zip(conversations, prompts, answers, strict=True)]
-    if cfg.output_file is not None:
-        checkpoint.atomic_write_text(
-            cfg.output_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
+    if to_file:
         print(f"wrote {cfg.output_file}: {len(rows)} answers")
-    elif len(rows) > 1:
-        for row in rows:
-            print(f"> {row['prompt']}\n{row['answer']}\n")
-    num_tokens = sum(map(len, answers))
+    num_tokens = sum(row["num_new_tokens"] for row in rows)
     speed = f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s"
     cut = sum(row["finish_reason"] == "length" for row in rows)
     limits = f"max_new_tokens={cfg.max_new_tokens} or the model's context"
@@ -178,12 +189,16 @@ def run(cfg: Config, world: distributed.World) -> None:
 
 def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
     """Why the file could not be written, without writing anything."""
-    file = Path(output_file)
+    file = Path(output_file).expanduser()
+    partial = checkpoint.partial_of(file)
     try:
         if file.is_dir():
             return [f"output_file={output_file}: is a folder; name a file"]
         if file.exists() and not overwrite:
             return [f"output_file={output_file}: exists; overwrite=true replaces it, or choose another name"]
+        if partial.exists() and not overwrite:
+            return [f"output_file={output_file}: {partial.name} beside it has the answers of a run that was stopped; "
+                    "overwrite=true replaces them, or move it away, or choose another name"]  # fmt: skip
     except OSError as error:  # a name that is too long, or in a folder that may not be looked into
         return [f"output_file={output_file}: {error.strerror}; choose another name"]
     found = training.output_dir_problems(str(file.parent), resume=True)
@@ -215,26 +230,36 @@ def encode(cfg: Config, tokenizer: Any, conversation: Conversation, number: int,
 
 
 def stream(
-    cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]], world: distributed.World
-) -> list[list[int]]:
-    """The ids of one prompt's answer; its text appears on the terminal as it comes, unless it goes to a file."""
-    text = generation.TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
+    cfg: Config,
+    model: Transformer,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    world: distributed.World,
+    on_answer: OnAnswer,
+) -> None:
+    """Answers one prompt; the text appears on the terminal as it comes, unless it goes to a file."""
+    text = generation.TextStream(tokenizer, lambda piece: print(fit_for_stdout(piece), end="", flush=True))
     on_token = text.add if cfg.output_file is None and world.is_main else None
 
     def answer(prompt: list[int]) -> list[int]:
         return generation.generate(model, prompt, **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)
 
-    answers = distributed.spread(answer, prompts, model, world)  # the main process's, as it is the first
+    (new_ids,) = distributed.spread(answer, prompts, model, world)  # the main process's, as it is the first
     if cfg.output_file is None and world.is_main:
         text.finish()
         print("\n")
-    return answers
+    on_answer(0, new_ids)
 
 
 def answer_in_batches(
-    cfg: Config, model: Transformer, tokenizer: Any, prompts: list[list[int]], world: distributed.World
-) -> list[list[int]]:
-    """The ids of each answer."""
+    cfg: Config,
+    model: Transformer,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    world: distributed.World,
+    on_answer: OnAnswer,
+) -> None:
+    """Answers the prompts, those of similar length together."""
     lengths = [len(prompt) for prompt in prompts]
 
     def answer(batch: list[int]) -> list[list[int]]:
@@ -244,7 +269,9 @@ def answer_in_batches(
         )
 
     with tqdm(total=len(prompts), unit="prompt", desc="generating") as bar:
-        return distributed.spread_in_batches(answer, lengths, cfg.batch_size, model, world, on_done=bar.update)
+        distributed.spread_in_batches(
+            answer, lengths, cfg.batch_size, model, world, on_done=bar.update, on_result=on_answer
+        )
 
 
 def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:

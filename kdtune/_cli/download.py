@@ -76,7 +76,7 @@ def _report(result: "Download") -> str:
     total = f"{len(result.files)} files, {size_text(sum(result.files.values()))}"
     lines.append(f"{total} in {result.folder}" if result.fetched else f"{total} already whole in {result.folder}")
     if result.left_out:
-        lines.append("left out: " + ", ".join(result.left_out))
+        lines.append("left out: " + ", ".join(name if name.isprintable() else repr(name) for name in result.left_out))
     keys = ["tokenizer.path"]
     if any(name.endswith((".safetensors", ".gguf", ".pth", ".bin")) for name in result.files):
         keys.insert(0, "checkpointer.checkpoint_dir")

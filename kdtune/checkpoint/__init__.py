@@ -6,6 +6,7 @@ from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, ne
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
 from kdtune.checkpoint.quantized import write_quantized
 from kdtune.checkpoint.ranks import from_main, is_main, local, together, wait_for_all
+from kdtune.checkpoint.rows import collected_rows, partial_of
 from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
 from kdtune.checkpoint.state import load_state, save_state
 
@@ -16,6 +17,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write_text",
     "clean_leftovers",
+    "collected_rows",
     "discard_steps_after",
     "from_main",
     "is_adapter_folder",
@@ -25,6 +27,7 @@ __all__ = [
     "load_state",
     "local",
     "newest_step",
+    "partial_of",
     "remove_folder",
     "save_model",
     "save_state",

@@ -66,6 +66,8 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file; a reader sees the old content or the new, never a part. Replaces an existing file.
 
+    Lone surrogates, which UTF-8 does not have, are written as JSON escapes them.
+
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
@@ -75,7 +77,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     try:
         with writing(target):
             hidden.parent.mkdir(parents=True, exist_ok=True)
-            hidden.write_text(text, encoding="utf-8")
+            hidden.write_text(text, encoding="utf-8", errors="backslashreplace")
             sync(hidden)
             hidden.replace(target)
             sync(target.parent)

@@ -26,6 +26,7 @@ def spread(
     world: World | None,
     *,
     on_done: Callable[[Sequence[Item]], object] | None = None,
+    on_result: Callable[[Item, Result], object] | None = None,
 ) -> list[Result]:
     """`work(item)` of each item, in the order of the items, on every process; all of them call it with the same items.
 
@@ -38,6 +39,8 @@ def spread(
         model: what `work` uses; where it is sharded, the processes' forwards go in step (`in_step`).
         world: the processes; None: this one alone.
         on_done: called with the items of a round, one a process, when this process has done its own. For progress bars.
+        on_result: called with each item and its result as soon as this process has it: its own at once, the others' when they
+            are fetched, after a few of its own. For keeping what there is.
     """
     rank, size = (world.dp_rank, world.dp_size) if world else (0, 1)
     found: list[Result] = []
@@ -46,11 +49,17 @@ def spread(
         own = []
         with in_step(model, world):
             for first in range(0, len(part), size):
-                own += [work(item) for item in part[first + rank : first + rank + 1]]
+                for item in part[first + rank : first + rank + 1]:
+                    own.append(work(item))
+                    if on_result:
+                        on_result(item, own[-1])
                 if on_done:
                     on_done(part[first : first + size])
         shares = world.gather(own)[:: world.tp] if world else [own]
-        found += [shares[index % size][index // size] for index in range(len(part))]
+        for index, item in enumerate(part):
+            found.append(shares[index % size][index // size])
+            if on_result and index % size != rank:
+                on_result(item, found[-1])
     return found
 
 
@@ -63,6 +72,7 @@ def spread_in_batches(
     *,
     groups: Sequence[Hashable] | None = None,
     on_done: Callable[[int], object] | None = None,
+    on_result: Callable[[int, Result], object] | None = None,
 ) -> list[Result]:
     """A result for each of so many sequences, in their order, on every process; see `spread`.
 
@@ -74,6 +84,7 @@ def spread_in_batches(
         world: the processes; None: this one alone.
         groups: of each sequence, what those in its batch have in common; None: any may share one.
         on_done: called with the number of sequences that a round has done. For progress bars.
+        on_result: called with a sequence's number and its result as soon as this process has it, see `spread`.
     """
     groups = groups or [None] * len(lengths)
     batches: list[list[int]] = []
@@ -86,7 +97,12 @@ def spread_in_batches(
         if on_done:
             on_done(sum(map(len, done)))
 
-    found = spread(work, batches, model, world, on_done=count)
+    def tell(batch: list[int], results: Sequence[Result]) -> None:
+        for index, result in sorted(zip(batch, results, strict=True), key=lambda pair: pair[0]):
+            if on_result:
+                on_result(index, result)
+
+    found = spread(work, batches, model, world, on_done=count, on_result=tell)
     results = dict(zip(chain.from_iterable(batches), chain.from_iterable(found), strict=True))
     return [results[index] for index in range(len(lengths))]
 

@@ -1,21 +1,26 @@
-"""One file over HTTP: gathered in NAME.part, resumed where it broke off, hashed on the way, renamed when it is right.
+"""One file over HTTP: gathered in a part, resumed where it broke off, hashed on the way, renamed when it is right.
 
-huggingface_hub resumes only within one process (its partial files carry random names) and checks sizes but no hashes;
-hence this. Its session does the rest: proxies, TLS, and dropping the token when a redirect leads to another host.
+huggingface_hub resumes only within one process (its partial files carry random names), checks sizes but no hashes, and
+reads answers of any size; hence this. Its session does the rest: proxies, TLS, and dropping the token when a redirect
+leads to another host. Nothing is read beyond the size that the repository announces.
 """
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-from kdtune.download.record import part_of, size_text
+from kdtune.download.record import size_text
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 
@@ -25,9 +30,12 @@ _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_FAILURES = 5
 _BACKOFF_S = 1.0
 _LONGEST_WAIT_S = 30.0
+_LONGEST_ASKED_WAIT_S = 300.0
 
-# The HTTP client's own base of connection errors (httpx or httpx2, by the version of huggingface_hub).
+# The HTTP client's own base of connection errors (httpx or httpx2, by the version of huggingface_hub), and those of them
+# that asking again does not mend.
 TransportError = HTTPError
+_LASTING = ("UnsupportedProtocol", "TooManyRedirects", "LocalProtocolError", "DecodingError")
 
 _log = get_logger("kdtune.download")
 
@@ -41,23 +49,60 @@ class RemoteFile:
     digest: str
 
 
-def fetch(
-    url: str, target: Path, file: RemoteFile, headers: Mapping[str, str], advance: Callable[[int], object]
-) -> None:
-    """Writes `file` to `target`, going on from `target`.part if there is one; `advance` is told of bytes got (or lost).
+class AnswerError(Exception):
+    """A server answered with a status of 400 or more."""
 
-    A whole file with the wrong hash is fetched once more from its first byte: a part left by an earlier revision.
+    def __init__(self, status: int, code: str = "", retry_after: float | None = None) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.code = code
+        """The hub's name for what is wrong (X-Error-Code), such as GatedRepo."""
+        self.retry_after = retry_after
+        """Seconds after which it wants to be asked again (Retry-After)."""
+
+
+@contextmanager
+def answer_to(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
+    """The HTTP client's response to a GET, unread; what the block leaves unread is not fetched.
+
+    Raises:
+        AnswerError: the status is 400 or more. The body of such an answer is not looked at: it is of any size and kind.
+        TransportError: there is no answer.
+    """
+    with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as response:
+        if response.status_code >= 400:
+            code, wait = response.headers.get("X-Error-Code", ""), response.headers.get("Retry-After", "")
+            raise AnswerError(response.status_code, code, _seconds(wait))
+        yield response
+
+
+def fetch(
+    url: str,
+    target: Path,
+    part: Path,
+    file: RemoteFile,
+    headers: Mapping[str, str],
+    advance: Callable[[int], object],
+) -> None:
+    """Writes `file` to `target` by way of `part`, going on from what it holds; `advance` is told of bytes got (or lost).
+
+    A whole file with the wrong hash is fetched once more from its first byte.
 
     Raises:
         CheckpointError: the content is not what the repository promises, or the connection keeps breaking.
     """
-    part = part_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for _attempt in range(2):
         with part.open("ab+") as handle:
             content = _Content(handle, file, advance)
             _fill(content, url, file, headers)
             os.fsync(handle.fileno())
+        if content.size > file.size:
+            part.unlink()
+            raise CheckpointError(
+                f"{file.path}: the server sends more than the {file.size} bytes that the repository announces; "
+                "nothing of it was kept: try again, or ask whoever runs the server"
+            )
         found = content.hexdigest()
         if (content.size, found) == (file.size, file.digest):
             os.replace(part, target)
@@ -79,14 +124,39 @@ def file_digest(path: Path, file: RemoteFile) -> str:
     return hasher.hexdigest()
 
 
-def is_transient(error: TransportError) -> bool:
+def is_transient(error: Exception) -> bool:
     """True for a dropped or refused connection, a time-out, and the statuses by which a server says: try again."""
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code in _TRANSIENT_STATUS
+    if isinstance(error, AnswerError):
+        return error.status in _TRANSIENT_STATUS
+    return type(error).__name__ not in _LASTING
 
 
-def wait_before_retry(failures: int) -> None:
-    """Sleeps one second, then two, four, ... up to thirty."""
-    time.sleep(min(_BACKOFF_S * 2**failures, _LONGEST_WAIT_S))
+def wait_before_retry(failures: int, error: Exception | None) -> None:
+    """Sleeps one second, then two, four, ... up to thirty, or as long as the server asks, up to five minutes.
+
+    Raises:
+        CheckpointError: the server asks for more.
+    """
+    asked = error.retry_after if isinstance(error, AnswerError) else None
+    if asked is not None and asked > _LONGEST_ASKED_WAIT_S:
+        raise CheckpointError(
+            f"the server answers {error} and wants to be asked again in {asked:.0f} s; start the same command then: "
+            "what has been downloaded is kept"
+        )
+    if asked:
+        _log.warning("the server answers %s and asks to wait %.0f s", error, asked)
+    time.sleep(max(min(_BACKOFF_S * 2**failures, _LONGEST_WAIT_S), asked or 0.0))
+
+
+def _seconds(retry_after: str) -> float | None:
+    """From now, of a Retry-After header: a number of seconds or a date; None where it is neither."""
+    if re.fullmatch(r"[0-9]{1,9}", retry_after):
+        return float(retry_after)
+    try:
+        until = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (until if until.tzinfo else until.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp())
 
 
 class _Content:
@@ -125,8 +195,8 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
     while content.size < file.size:
         before, broken = content.size, None
         try:
-            _receive(content, url, headers)
-        except TransportError as error:
+            _receive(content, url, file, headers)
+        except (TransportError, AnswerError) as error:
             if not is_transient(error):
                 raise
             broken = error
@@ -139,31 +209,32 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
             raise CheckpointError(
                 f"{file.path}: the server ends it at {content.size} of {file.size} bytes; try again later"
             )
-        _log.warning("%s: connection broke at %s; going on from there", file.path, size_text(content.size))
-        wait_before_retry(failures)
+        if not isinstance(broken, AnswerError):
+            _log.warning("%s: connection broke at %s; going on from there", file.path, size_text(content.size))
+        wait_before_retry(failures, broken)
 
 
-def _receive(content: _Content, url: str, headers: Mapping[str, str]) -> None:
+def _receive(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, str]) -> None:
     """One request for what is missing. Compression is declined: it would make byte ranges mean something else."""
     asked = {**headers, "Accept-Encoding": "identity"}
     if content.size:
         asked["Range"] = f"bytes={content.size}-"
-    with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S, follow_redirects=True) as response:
-        if response.status_code >= 400:
-            response.read()
-            if response.status_code == 416:
+    try:
+        with answer_to(url, asked) as response:
+            continues = response.headers.get("Content-Range", "").startswith(f"bytes {content.size}-")
+            if content.size and not (response.status_code == 206 and continues):
                 content.restart()
-                return
-            hf_raise_for_status(response)
-        continues = response.headers.get("Content-Range", "").startswith(f"bytes {content.size}-")
-        if content.size and not (response.status_code == 206 and continues):
-            content.restart()
-            if response.status_code == 206:
-                return
-        for (
-            chunk
-        ) in response.iter_bytes():  # as received: a chunk size would lose what it had not filled when the body breaks
-            content.append(chunk)
+                if response.status_code == 206:
+                    return
+            # As received: a chunk size would lose what it had not filled when the body breaks.
+            for chunk in response.iter_bytes():
+                content.append(chunk[: file.size + 1 - content.size])
+                if content.size > file.size:
+                    return
+    except AnswerError as error:
+        if error.status != 416:
+            raise
+        content.restart()
 
 
 def _new_hash(file: RemoteFile) -> "hashlib._Hash":

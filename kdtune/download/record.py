@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from kdtune.errors import CheckpointError
+from kdtune.log import printable
 
 _STATE_DIR = ".kdtune-download"
 _LOCK_WAIT_S = 0.2
@@ -82,7 +82,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         (folder / _STATE_DIR).mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / _STATE_DIR / "lock", timeout=_LOCK_WAIT_S):
             yield
-    except (HfHubHTTPError, ConnectionError):  # OSErrors too, but not of the file system
+    except ConnectionError:  # an OSError too, but not of the file system
         raise
     except TimeoutError:
         raise CheckpointError(f"{folder}: another download is writing there; wait for it to end") from None
@@ -100,17 +100,32 @@ def target_in(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`, for a name that a server or an archive gave.
 
     Raises:
-        CheckpointError: the name is absolute or leads out of the folder.
+        CheckpointError: the name is absolute or leads out of the folder, or holds control characters.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or ":" in parts[0] or ".." in parts or parts[0] == _STATE_DIR:
         raise CheckpointError(f"refused file name {name!r}: it does not name a file inside {folder}")
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise CheckpointError(
+            f"refused file name {name!r}: it holds control characters; leave it out with --ignore-patterns"
+        )
     return folder.joinpath(*parts)
 
 
-def part_of(target: Path) -> Path:
-    """Where the bytes of `target` are gathered before they are known to be whole: `NAME.part` beside it."""
-    return target.with_name(target.name + ".part")
+def part_in(folder: Path, digest: str) -> Path:
+    """Where bytes are gathered before they are known to be whole; beside no file of a repository, so it hides none."""
+    return folder / _STATE_DIR / f"{digest}.part"
+
+
+def is_case_blind(folder: Path) -> bool:
+    """Whether names that differ only by case are one file there."""
+    return (folder / _STATE_DIR.upper()).exists()
+
+
+def remove_parts(folder: Path) -> None:
+    """Takes away what earlier, broken downloads of other revisions have left."""
+    for part in (folder / _STATE_DIR).glob("*.part"):
+        part.unlink()
 
 
 def default_output_dir(name: str) -> Path:

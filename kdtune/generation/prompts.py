@@ -33,7 +33,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
         raise DataError(f"prompt_file={path}: no such file")
     if file.suffix == ".txt":
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from error
         found = [_question(line) for line in lines if line.strip()]

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdtune.errors import CheckpointError
+
+# Below it a temperature would be 0 in fp32; what is drawn is the most likely token long before.
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+
 
 def sample_tokens(
     logits_BV: Tensor,
@@ -22,9 +27,14 @@ def sample_tokens(
         top_k: as there.
         top_p: as there.
         generators: one for each sequence, so that what is drawn for it does not depend on its neighbours.
+
+    Raises:
+        CheckpointError: logits that are not finite.
     """
     if temperature == 0.0:
-        chosen: list[int] = logits_BV.argmax(dim=-1).tolist()
+        best_B, ids_B = logits_BV.max(dim=-1)
+        _check_finite(best_B)
+        chosen: list[int] = ids_B.tolist()
         return chosen
     # One transfer for the whole batch.
     logits_BV = logits_BV.to("cpu", torch.float32)
@@ -51,10 +61,16 @@ def sample_token(
         top_p: draw among the fewest most likely tokens that hold at least this share of the probability left by
             temperature and top_k (nucleus sampling, arXiv 1904.09751); None: among all.
         generator: of the CPU, where the draw happens, so that a seed gives the same tokens on every device.
+
+    Raises:
+        CheckpointError: logits that are not finite.
     """
+    best, best_id = logits_V.to("cpu", torch.float32).max(dim=-1)
+    _check_finite(best)
     if temperature == 0.0:
-        return int(logits_V.argmax())
-    scaled_V = logits_V.to("cpu", torch.float32) / temperature
+        return int(best_id)
+    # From the largest down, so that no temperature makes one of them infinite.
+    scaled_V = (logits_V.to("cpu", torch.float32) - best) / max(temperature, _LEAST_TEMPERATURE)
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled_V.softmax(dim=-1), 1, generator=generator))
     # Sorted from the most likely on.
@@ -62,6 +78,17 @@ def sample_token(
     probabilities_N = scaled_N.softmax(dim=-1)
     if top_p is not None:
         before_N = probabilities_N.cumsum(dim=-1) - probabilities_N
-        before_N[0] = 0.0  # the most likely token always stays
-        probabilities_N = probabilities_N.masked_fill(before_N >= top_p, 0.0)
+        is_left_out_N = before_N >= top_p
+        is_left_out_N[0] = False  # the most likely token always stays
+        probabilities_N = probabilities_N.masked_fill(is_left_out_N, 0.0)
     return int(ids_N[torch.multinomial(probabilities_N, 1, generator=generator)])
+
+
+def _check_finite(best: Tensor) -> None:
+    """Of each sequence the largest logit, which is NaN where one of them is."""
+    if not best.isfinite().all():
+        value = best[~best.isfinite()][0] if best.ndim else best
+        raise CheckpointError(
+            f"the model's logits are not numbers (found {value.item()}): its weights hold NaN or infinity, or their dtype is "
+            "too narrow for it; check where the weights come from, or try dtype=fp32"
+        )

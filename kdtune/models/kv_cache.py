@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from kdtune.models.transformer import TransformerConfig
 
 
+# Tokens that a cache begins with room for; it then doubles.
+_FIRST_ROOM = 1024
+
+
 class LayerCache:
-    """One layer's keys and values, allocated with the first ones: a process may have only some of the heads."""
+    """One layer's keys and values, allocated as they come: a process may have only some of the heads."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -21,11 +25,12 @@ class LayerCache:
 
     def store(self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values at ``start``; returns all up to their end, views [B, K, start + S, E]."""
-        if not self._keys_BKCE.numel():
-            batch_size, heads, _, head_dim = keys_BKSE.shape
-            self._keys_BKCE = keys_BKSE.new_zeros(batch_size, heads, self._capacity, head_dim)
-            self._values_BKCE = torch.zeros_like(self._keys_BKCE)
         end = start + keys_BKSE.shape[2]
+        held = self._keys_BKCE.shape[2] if self._keys_BKCE.numel() else 0
+        if end > held:
+            room = min(self._capacity, max(end, _FIRST_ROOM, 2 * held))
+            self._keys_BKCE = _grown(self._keys_BKCE, keys_BKSE, start, room)
+            self._values_BKCE = _grown(self._values_BKCE, values_BKSE, start, room)
         self._keys_BKCE[:, :, start:end] = keys_BKSE
         self._values_BKCE[:, :, start:end] = values_BKSE
         return self._keys_BKCE[:, :, :end], self._values_BKCE[:, :, :end]
@@ -40,9 +45,19 @@ class LayerCache:
         self._values_BKCE = self._values_BKCE[: len(rows)]
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for ``max_seq_len`` tokens a sequence, in the first keys' dtype.
+def _grown(held_BKCE: Tensor, new_BKSE: Tensor, length: int, room: int) -> Tensor:
+    """Room for so many tokens, with the first ``length`` of those held."""
+    batch_size, heads, _, head_dim = new_BKSE.shape
+    grown = new_BKSE.new_zeros(batch_size, heads, room, head_dim)
+    if length:
+        grown[:, :, :length] = held_BKCE[:, :, :length]
+    return grown
 
+
+class KVCache:
+    """Keys and values of every layer, for up to ``max_seq_len`` tokens a sequence, in the first keys' dtype.
+
+    It takes memory for what it holds, doubling when it is full: texts end long before what they may reach.
     Pass it to ``Transformer.forward`` with the new tokens only; forward appends them and moves ``length`` on.
     For inference: the writes are in place, so nothing can be differentiated through them.
     """

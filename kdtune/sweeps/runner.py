@@ -160,7 +160,7 @@ def _execute(command: list[str], log_file: Path, lock: int, stop: Callable[[], b
     The process has a session of its own: a Ctrl-C in the terminal reaches it once, through here.
     """
     with log_file.open("ab", buffering=0) as output:
-        output.write(f"$ {shlex.join(['kdtune', *command])}\n".encode())
+        output.write(f"$ {shlex.join(['kdtune', *command])}\n".encode(errors="backslashreplace"))
         process = subprocess.Popen(
             [sys.executable, "-m", "kdtune", *command],
             stdin=subprocess.DEVNULL,

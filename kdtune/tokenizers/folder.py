@@ -99,4 +99,4 @@ def write_tokenizer_config(folder: Path, named: Mapping[str, str], model_max_len
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
     text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")

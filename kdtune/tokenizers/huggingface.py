@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from kdtune.errors import CheckpointError
-from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.base import ControlTokens, Tokenizer, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     copy_files,
@@ -158,7 +158,7 @@ def write_tokenizer(
     # Not backend.save: its errors are bare Exceptions, and a full disk must be told from a bug.
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     write_tokenizer_config(folder, named, model_max_length)
-    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(well_formed(chat_template), encoding="utf-8")
 
 
 def read_backend(file: Path) -> tokenizers.Tokenizer:

@@ -43,7 +43,7 @@ class JSONLLogger:
         self._file: IO[str] | None = None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._file = Path(path).open("a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed by close)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
@@ -91,7 +91,7 @@ def truncate_metrics(path: str | Path, step: int) -> None:
     path = Path(path)
     kept = [_line(row) for row in read_metrics(path) if row["step"] <= step]
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
+    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())

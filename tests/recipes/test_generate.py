@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from kdtune import generation
 from kdtune.checkpoint import load_model
 from kdtune.data import Conversation, Message
 from kdtune.generation import encode_prompt, generate
@@ -65,6 +67,92 @@ def test_many_prompts_without_a_file_are_printed(cli, good):
     assert done.code == 0, done.err
     for prompt in ("Hi", "Sing!"):
         assert f"> {prompt}\n{expected(good, prompt)}\n" in done.out
+
+
+def write_prompts(path: Path, prompts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def test_lone_surrogates_are_kept(cli, good, tmp_path):
+    """They are no characters, but JSON has them: files have them as JSON escapes them."""
+    prompts = ["fine", "cut emoji \ud83d", "whole \U0001f600"]
+    write_prompts(tmp_path / "p.jsonl", prompts)
+    command = arguments(good, "~prompt", f"prompt_file={tmp_path / 'p.jsonl'}", "temperature=0")
+    done = cli(*command, f"output_file={tmp_path / 'out.jsonl'}")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    # The model reads what tiktoken reads of such a text.
+    assert rows[1]["answer"] == expected(good, "cut emoji \N{REPLACEMENT CHARACTER}")
+
+
+def test_a_stopped_run_keeps_the_answers_it_has(cli, good, tmp_path, monkeypatch):
+    prompts = [f"{'x' * length}" for length in (5, 9, 7, 1)]
+    write_prompts(tmp_path / "p.jsonl", prompts)
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    command = arguments(good, "~prompt", f"prompt_file={tmp_path / 'p.jsonl'}", f"output_file={out}", "batch_size=1")
+    whole, kept = generation.generate_batch, []
+
+    def stopped(*args, **kwargs):
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        # On the disk as they come: a process that is killed leaves them too.
+        kept[:] = [json.loads(line) for line in partial.read_text().splitlines()]
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate_batch", stopped)
+    done = cli(*command)
+    assert done.code == 1 and f"{partial}: keeps the 3 rows that were there by then" in done.err
+    rows = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [(row["number"], row["prompt"]) for row in rows] == [(2, prompts[1]), (3, prompts[2]), (1, prompts[0])]
+    assert not out.exists()
+
+    monkeypatch.undo()
+    refused = cli(*command)
+    assert refused.code == 2 and "out.jsonl.partial beside it has the answers of a run that was stopped" in refused.err
+    assert len(partial.read_text().splitlines()) == 3
+    done = cli(*command, "overwrite=true")
+    assert done.code == 0 and not partial.exists()
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in again] == prompts
+    for row in rows:
+        assert again[row.pop("number") - 1] == row
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(cli, good, tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "generate_batch", failing)
+    assert cli(*arguments(good, "~prompt", "prompts=[a,b]", f"output_file={tmp_path / 'out.jsonl'}")).code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_weights_that_are_not_numbers(cli, good, tmp_path, temperature):
+    shutil.copytree(good / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    done = cli(*arguments(tmp_path, f"temperature={temperature}"))
+    assert done.code == 2
+    assert "the model's logits are not numbers (found nan): its weights hold NaN or infinity" in done.err
+
+
+@pytest.mark.parametrize("settings", [
+    ["temperature=1e-40"], ["temperature=1e-320"], ["top_p=1e-300"], ["top_k=100000000000000000000", "temperature=1e-45"],
+])  # fmt: skip
+def test_settings_in_the_limit_take_the_most_likely_token(cli, good, settings):
+    done = cli(*arguments(good, "prompt=Hi", *settings))
+    assert done.code == 0, done.err
+    assert done.out.rpartition("\n\n")[0] == expected(good, "Hi")
+
+
+@pytest.mark.parametrize("settings", [["temperature=1e308"], ["max_new_tokens=10000000000000000000000"],
+                                      ["batch_size=9223372036854775808"]])  # fmt: skip
+def test_settings_without_measure(cli, good, settings):
+    done = cli(*arguments(good, "~prompt", "prompts=[Hi, Ho]", *settings))
+    assert done.code == 0, done.err
 
 
 def test_plain_text_is_continued(cli, good):

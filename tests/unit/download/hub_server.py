@@ -38,6 +38,12 @@ class Hub:
     ranges: bool = True
     seconds_per_page: float = 0.0
     redirect_to: str | None = None
+    retry_after: str | None = None  # beside each of the statuses
+    endless: bool = False  # files go on after their end, and so does what the API answers
+    answer: bytes | None = None  # what the API answers instead
+    entries: list[object] | None = None  # what it lists instead
+    page_size: int = 1000  # files that it lists at a time
+    next_page: str | None = None  # where it says that the list goes on, instead
     requests: list[Request] = field(default_factory=list)
 
     def digest(self, path: str) -> str:
@@ -72,22 +78,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if token and hub.needs_token and token != hub.needs_token:
             message = {"X-Error-Message": "Invalid credentials in Authorization header"}
             return self._json({"error": "Invalid credentials in Authorization header"}, 401, message)
+        if path.startswith("/api/") and hub.statuses.get("api"):
+            return self._status(hub.statuses["api"].pop(0))
+        if path.startswith("/api/") and hub.answer is not None:
+            return self._head(200, {"Connection": "close"}) or self._endless(request, hub.answer)
         if match := re.fullmatch(r"/api/models/[^/]+/[^/]+(?:/revision/([^/]+))?", path):
             if (match[1] or "main") not in hub.known_revisions:
                 return self._json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return self._json({"_id": "1", "id": "o/m", "sha": COMMIT, "private": False, "tags": [], "siblings": []})
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+", path):
-            return self._json([self._entry(name) for name in hub.files])
+            return self._list()
         match = re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", path)
         if not match or match[1] not in hub.files:
             return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         if hub.gated and (not token or token != hub.needs_token):
             return self._json({"error": "gated"}, 403 if token else 401, {"X-Error-Code": "GatedRepo"})
         if hub.statuses.get(match[1]):
-            return self._json({"error": "busy"}, hub.statuses[match[1]].pop(0))
+            return self._status(hub.statuses[match[1]].pop(0))
         if hub.redirect_to:
             return self._head(302, {"Location": hub.redirect_to + self.path, "Content-Length": "0"})
+        if hub.endless:
+            return self._head(200, {"Connection": "close"}) or self._endless(request, hub.files[match[1]])
         return self._body(match[1], request)
+
+    def _list(self) -> None:
+        hub, start = (
+            self.server.hub,
+            int((urllib.parse.urlparse(self.path).query + "&at=0").split("at=")[1].split("&")[0]),
+        )
+        entries = [self._entry(name) for name in hub.files] if hub.entries is None else hub.entries
+        end = start + hub.page_size
+        following = hub.next_page or (f"{self.path.split('&')[0]}&at={end}" if end < len(entries) else None)
+        self._json(entries[start:end], headers={"Link": f'<{following}>; rel="next"'} if following else None)
 
     def _entry(self, name: str) -> dict[str, object]:
         hub = self.server.hub
@@ -114,6 +136,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             request.sent += len(body[at : at + PAGE_BYTES])
             time.sleep(hub.seconds_per_page)
         self.close_connection = cut is not None
+
+    def _endless(self, request: Request, body: bytes) -> None:
+        """The body, again and again for 400 MB if the hub is endless: more than anyone should take."""
+        self.close_connection = True
+        while body and request.sent < 400_000_000:
+            self.wfile.write(body)
+            request.sent += len(body)
+            body = body * max(1, PAGE_BYTES // len(body)) if self.server.hub.endless else b""
+
+    def _status(self, status: int) -> None:
+        wait = self.server.hub.retry_after
+        self._json({"error": "busy"}, status, {"Retry-After": wait} if wait else None)
 
     def _json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()

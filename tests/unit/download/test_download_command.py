@@ -64,7 +64,7 @@ def test_a_stopped_process_is_resumed_by_the_next(hub: Hub, tmp_path: Path, how:
     process.send_signal(how)
     code, _, _ = finish(process)
     assert code == (-signal.SIGKILL if how == signal.SIGKILL else 1)
-    kept = (tmp_path / f"{WEIGHTS}.part").stat().st_size
+    kept = (tmp_path / ".kdtune-download" / f"{hub.digest(WEIGHTS)}.part").stat().st_size
     assert 0 < kept < len(hub.files[WEIGHTS])
     before = len(hub.bodies(WEIGHTS))
     hub.seconds_per_page = 0.0

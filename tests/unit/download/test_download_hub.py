@@ -34,6 +34,10 @@ def error_of(hub: Hub, folder: Path, repo: str = "o/m", **options: Any) -> str:
     return str(caught.value)
 
 
+def part_of(hub: Hub, folder: Path, name: str = WEIGHTS) -> Path:
+    return folder / ".kdtune-download" / f"{hub.digest(name)}.part"
+
+
 def held(folder: Path) -> dict[str, bytes]:
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {name: content for name, content in found.items() if not name.startswith(".kdtune-download/")}
@@ -133,7 +137,7 @@ def test_busy_answers_are_tried_again(hub: Hub, tmp_path: Path) -> None:
 def test_a_connection_that_never_holds_ends_in_an_error_and_keeps_the_part(hub: Hub, tmp_path: Path) -> None:
     hub.cuts[WEIGHTS] = [200_000] + [0] * 20
     assert "cannot be reached" in error_of(hub, tmp_path)
-    assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == hub.files[WEIGHTS][:200_000]
+    assert part_of(hub, tmp_path).read_bytes() == hub.files[WEIGHTS][:200_000]
     hub.cuts.clear()
     hub.requests.clear()
     get(hub, tmp_path)
@@ -143,10 +147,12 @@ def test_a_connection_that_never_holds_ends_in_an_error_and_keeps_the_part(hub: 
 
 @pytest.mark.parametrize("part", [b"of an older revision" * 1000, b"x" * 400_000, b"longer" * 100_000])
 def test_a_part_with_other_content_is_thrown_away(hub: Hub, tmp_path: Path, part: bytes) -> None:
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(part)
+    part_of(hub, tmp_path).parent.mkdir()
+    part_of(hub, tmp_path).write_bytes(part)
+    part_of(hub, tmp_path).with_name(f"{'0' * 40}.part").write_bytes(b"of another revision")
     get(hub, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
-    assert not (tmp_path / f"{WEIGHTS}.part").exists()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_corruption_on_the_way_is_found_and_mended(hub: Hub, tmp_path: Path) -> None:
@@ -161,7 +167,7 @@ def test_lasting_corruption_is_an_error_and_leaves_no_file(hub: Hub, tmp_path: P
     hub.corrupt = {name: 99}
     message = error_of(hub, tmp_path)
     assert message.startswith(f"{name}: hash mismatch") and hub.digest(name) in message
-    assert not (tmp_path / name).exists() and not (tmp_path / f"{name}.part").exists()
+    assert not (tmp_path / name).exists() and not part_of(hub, tmp_path, name).exists()
 
 
 def test_git_blob_hashes(tmp_path: Path) -> None:

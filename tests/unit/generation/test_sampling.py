@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdtune.errors import CheckpointError
 from kdtune.generation import sample_token, sample_tokens
 
 
@@ -67,3 +68,28 @@ def test_each_sequence_draws_with_its_own_generator():
             sample_token(row, generator=torch.Generator().manual_seed(i), **settings) for i, row in enumerate(logits)
         ]
         assert together == alone
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_numbers_are_told(bad, temperature):
+    logits_BV = torch.tensor([LOGITS, LOGITS])
+    logits_BV[1, 2] = bad
+    generators = [torch.Generator(), torch.Generator()]
+    with pytest.raises(CheckpointError, match=f"logits are not numbers .found {bad}.: its weights hold NaN"):
+        sample_tokens(logits_BV, temperature=temperature, generators=generators)
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
+        sample_token(logits_BV[1], temperature=temperature, top_k=3, generator=generators[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_in_the_limit_the_most_likely_is_taken(settings):
+    assert set(draws(LOGITS, 20, **settings)) == {0}
+    assert set(draws([1e38, -1e38, 0.0], 20, **settings)) == {0}
+
+
+def test_a_ban_is_no_fault():
+    """Minus infinity is a logit: of a token that is not to come."""
+    assert set(draws([float("-inf"), 1.0, float("-inf")], 20, temperature=1.0)) == {1}

@@ -88,6 +88,17 @@ def test_cache_gives_the_same_logits(chunks):
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 1, 4, 1], [1, 7, 4]])
+@torch.no_grad()
+def test_a_cache_takes_memory_for_what_it_holds(chunks, monkeypatch):
+    """A text may be as long as the context, and ends long before."""
+    monkeypatch.setattr("kdtune.models.kv_cache._FIRST_ROOM", 2)
+    model, tokens = tiny(), token_ids(3, 12)
+    cache = KVCache(model.config, 3, 10**12)
+    got = [model(part, kv_cache=cache) for part in tokens.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(got, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_truncated_cache_goes_on_from_there():
     model, tokens = tiny(), token_ids(1, 10)

@@ -1,0 +1,58 @@
+"""JSONL files whose rows come one by one, and in any order."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint.atomic import atomic_write_text, writing
+from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
+
+_log = get_logger(__name__)
+
+
+def partial_of(path: str | Path) -> Path:
+    """What stands beside `path` until that is whole, and stays when the process is stopped before: `path`.partial."""
+    return Path(path).with_name(Path(path).name + ".partial")
+
+
+@contextmanager
+def collected_rows(path: str | Path) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Yields what takes a row and its number; when the block ends without an error, `path` has the rows in order.
+
+    Until then they are in `partial_of(path)`, each with its number, from the moment that they come: what is stopped,
+    or even killed, keeps them there. An existing `path` is replaced in one step when all rows are there.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    partial = partial_of(path)
+    rows: dict[int, str] = {}
+    with writing(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w", encoding="utf-8", errors="backslashreplace")
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        rows[number] = _line(row)
+        with writing(partial):
+            file.write(_line({"number": number, **row}))
+            file.flush()
+
+    try:
+        with file:
+            yield add
+        atomic_write_text(path, "".join(rows[number] for number in sorted(rows)))
+    except BaseException as error:
+        if not rows:
+            with suppress(OSError):
+                partial.unlink()
+        elif not isinstance(error, CheckpointError):
+            _log.warning("%s: keeps the %d rows that were there by then", partial, len(rows))
+        raise
+    partial.unlink()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
