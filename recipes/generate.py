@@ -163,8 +163,8 @@ def run(cfg: Config, world: distributed.World) -> None:
     answer = stream if len(prompts) == 1 else answer_in_batches
     # Each answer is kept as it comes, so that a run that is stopped has those before.
     rows: list[dict[str, Any]] = []
-    to_file = world.is_main and cfg.output_file is not None
-    with checkpoint.collected_rows(Path(cfg.output_file).expanduser()) if to_file else nullcontext() as keep:
+    file = Path(cfg.output_file).expanduser() if cfg.output_file is not None and world.is_main else None
+    with nullcontext() if file is None else checkpoint.collected_rows(file) as keep:
 
         def on_answer(index: int, new_ids: list[int]) -> None:
             rows.append(as_row(conversations[index], prompts[index], new_ids, tokenizer))
@@ -178,8 +178,8 @@ def run(cfg: Config, world: distributed.World) -> None:
     if not world.is_main:
         return
 
-    if to_file:
-        print(f"wrote {cfg.output_file}: {len(rows)} answers")
+    if file is not None:
+        print(f"wrote {file}: {len(rows)} answers")
     num_tokens = sum(row["num_new_tokens"] for row in rows)
     speed = f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s"
     cut = sum(row["finish_reason"] == "length" for row in rows)

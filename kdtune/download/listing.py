@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from kdtune.download.fetch import AnswerError, RemoteFile, TransportError, answer_to, is_transient, wait_before_retry
 from kdtune.errors import CheckpointError
