@@ -200,7 +200,7 @@ def run(
     training.set_seed(cfg.seed)
 
     # Data. It comes first: no weight is read where a dataset or split is missing.
-    tokenizer = config.instantiate(cfg.tokenizer)
+    tokenizer = training.load_tokenizer(cfg)
     tasks = evaluation.load_tasks(cfg.tasks, cfg.include_path, num_fewshot=cfg.num_fewshot) if cfg.tasks else []
     texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]

@@ -155,6 +155,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     output_dir = Path(cfg.output_dir)
     get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
+    tokenizer = training.load_tokenizer(cfg)
     newest = None
     if cfg.resume_from_checkpoint:
         newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,
@@ -163,7 +164,6 @@ def run(cfg: Config, world: distributed.World) -> None:
     training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
-    tokenizer = config.instantiate(cfg.tokenizer)
     loader, held_out = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch

@@ -181,13 +181,13 @@ def run(cfg: Config, world: distributed.World) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
+    tokenizer = training.load_tokenizer(cfg)
     newest = None
     if cfg.resume_from_checkpoint:
         newest = checkpoint.from_main(training.step_to_resume(
             output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE, batches_per_step=batches_per_step))  # fmt: skip
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
-    tokenizer = config.instantiate(cfg.tokenizer)
     loader, held_out = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch

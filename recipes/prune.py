@@ -87,7 +87,7 @@ def run(cfg: Config) -> None:
     """Calibration text, model, choice, folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
-    tokenizer = config.instantiate(cfg.tokenizer)
+    tokenizer = training.load_tokenizer(cfg)
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
     tokenizer.trains_chats = False  # nothing is trained: the student's files say what the model's do

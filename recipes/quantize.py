@@ -97,7 +97,7 @@ def main(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Held-out data, model, quantization, folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
-    tokenizer = config.instantiate(cfg.tokenizer)
+    tokenizer = training.load_tokenizer(cfg)
     held_out = None
     if cfg.dataset_val is not None:
         dataset = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)

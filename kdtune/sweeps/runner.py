@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kdtune.log import get_logger
 from kdtune.sweeps.check import can_resume, step_overrides
 from kdtune.sweeps.plan import Step
 from kdtune.sweeps.results import read_record, step_metrics
+from kdtune.tokenizers.chat_format import DATE_VARIABLE, today
 
 log = get_logger(__name__)
 
@@ -96,7 +97,8 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
         clock.tick()
         return stop()
 
-    code, told = _execute(command, step.log, lock, poll)
+    environment = {**os.environ, DATE_VARIABLE: _first_day(step.folder.parent)}
+    code, told = _execute(command, step.log, lock, poll, environment)
     clock.write()
     if told:
         return STOPPED
@@ -116,6 +118,14 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
     atomic_write_text(step.record, json.dumps(record, indent=1) + "\n")
     step.clock.unlink()
     return None
+
+
+def _first_day(steps_folder: Path) -> str:
+    """The day on which the first step was run there: a chat template that prints the date prints it in all of them."""
+    path = steps_folder / "date"
+    if not path.exists():
+        atomic_write_text(path, today() + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 class _Clock:
@@ -154,7 +164,9 @@ def _begin_again(step: Step) -> None:
         atomic_write_text(step.record, json.dumps(record | {"again": True}, indent=1) + "\n")
 
 
-def _execute(command: list[str], log_file: Path, lock: int, stop: Callable[[], bool]) -> tuple[int, bool]:
+def _execute(
+    command: list[str], log_file: Path, lock: int, stop: Callable[[], bool], environment: Mapping[str, str]
+) -> tuple[int, bool]:
     """Exit code of `kdtune COMMAND`, its output appended to a file, and whether it was told to stop.
 
     The process has a session of its own: a Ctrl-C in the terminal reaches it once, through here.
@@ -167,6 +179,7 @@ def _execute(command: list[str], log_file: Path, lock: int, stop: Callable[[], b
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=environment,
             pass_fds=(lock,),
         )
     told = False

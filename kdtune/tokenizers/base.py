@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from kdtune.errors import ConfigError, DataError
-from kdtune.tokenizers.chat_format import check_template, family_template, render_chat, save_template
+from kdtune.tokenizers.chat_format import (
+    asks_date,
+    check_date,
+    check_template,
+    family_template,
+    render_chat,
+    save_template,
+)
 from kdtune.tokenizers.chat_regions import Control, ControlFinder, answer_spans, message_span, protect, split_pieces
 from kdtune.tokenizers.messages import Messages, is_masked, left_out, message_fields
 
@@ -97,6 +104,7 @@ class Tokenizer(ABC):
         self._named = {"bos_token": "", "eos_token": "", **control.named}
         self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
+        self._date: str | None = None
         self._answer_ends = self._find_answer_ends()
         self.stop_ids = frozenset(ends.union(extra_stop_ids, self._answer_ends))
         self.trains_chats = False
@@ -122,6 +130,20 @@ class Tokenizer(ABC):
         self._save_files(folder)
         if self.trains_chats:
             save_template(folder, self.chat_template, self._named)
+
+    @property
+    def date(self) -> str | None:
+        """The day (YYYY-MM-DD) that a chat template is told that asks for it; None: now, whenever that is."""
+        return self._date
+
+    @date.setter
+    def date(self, date: str | None) -> None:
+        self._date = None if date is None else check_date(date, "tokenizer.date")
+
+    @property
+    def asks_date(self) -> bool:
+        """Whether the chat template may print the date, so that conversations are other ids on another day."""
+        return asks_date(self.chat_template)
 
     @property
     def trained_stop_ids(self) -> frozenset[int]:
@@ -217,6 +239,7 @@ class Tokenizer(ABC):
             special_tokens=self._named,
             tools=tools,
             variables=template_variables,
+            date=self._date,
         )
 
     def _template(self, tools: Sequence[Any] | None) -> str:

@@ -1,6 +1,7 @@
 """Chat templates: the families', a folder's own, and rendering that equals transformers' to the byte."""
 
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -13,8 +14,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kdtune.errors import CheckpointError, DataError
+from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.tokenizers.folder import TOKENIZER_CONFIG, read_json, read_text, write_tokenizer_config
+
+DATE_VARIABLE = "KDTUNE_DATE"
 
 # Meta's llama 2 reference: the system text sits inside the first user turn, and every answer closes its own sequence.
 LLAMA2 = """\
@@ -139,6 +142,29 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+def today() -> str:
+    """The date, YYYY-MM-DD: the one in the environment variable KDTUNE_DATE (a sweep gives its steps one), else today's.
+
+    Raises:
+        ConfigError: the variable holds no date.
+    """
+    return check_date(os.environ.get(DATE_VARIABLE) or _strftime_now("%Y-%m-%d"), DATE_VARIABLE)
+
+
+def check_date(date: str, key: str) -> str:
+    """The date itself. Raises ConfigError naming `key` unless it reads YYYY-MM-DD."""
+    try:
+        datetime.strptime(date, "%Y-%m-%d")
+    except ValueError as error:
+        raise ConfigError(f"{key}={date}: is no date; write YYYY-MM-DD") from error
+    return date
+
+
+def asks_date(source: str) -> bool:
+    """Whether a chat template may print the date."""
+    return "strftime_now" in source
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -157,7 +183,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -182,11 +207,13 @@ def render_chat(
     special_tokens: Mapping[str, str],
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> str:
     """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
 
     `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` what else the template
-    may look at.
+    may look at. `date` (YYYY-MM-DD) is the day, from midnight on, that a template is told that asks for it; None: now, as
+    in transformers.
 
     Raises:
         DataError: the template refuses the conversation; the message is the template's.
@@ -196,6 +223,7 @@ def render_chat(
             messages=list(messages),
             tools=None if tools is None else list(tools),
             add_generation_prompt=add_generation_prompt,
+            strftime_now=_strftime_now if date is None else datetime.strptime(date, "%Y-%m-%d").strftime,
             **{"documents": None, **special_tokens, **(variables or {})},
         )
     except (jinja2.TemplateError, TypeError) as error:

@@ -16,34 +16,48 @@ _LOOKED_FOR = (
 )
 
 
-def load(path: str | Path, *, max_seq_len: int | None = None) -> Tokenizer:
+def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None = None) -> Tokenizer:
     """The tokenizer of a model folder, or of one tokenizer.json, tokenizer.model or GGUF file.
 
     In a folder that has both, a sentencepiece tokenizer.model comes before its conversion to tokenizer.json, unless the
-    latter has tokens of its own; a tiktoken one comes after it. `max_seq_len` is what datasets truncate to.
+    latter has tokens of its own; a tiktoken one comes after it.
+
+    Args:
+        path: the folder or file.
+        max_seq_len: what datasets truncate to, in tokens.
+        date: the day (YYYY-MM-DD) for a chat template that prints today's, such as Llama 3.2's; null: now. A run takes the
+            day on which it was started, and writes it into its config.
 
     Raises:
         CheckpointError: nothing there is a tokenizer, or its file is broken.
-        ConfigError: max_seq_len is not positive.
+        ConfigError: max_seq_len is not positive, or date is no date.
     """
     path = Path(path)
-    return _load_file(path if path.is_file() else _find(path), max_seq_len)
+    tokenizer = _load_file(path if path.is_file() else _find(path), max_seq_len)
+    tokenizer.date = date
+    return tokenizer
 
 
-def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None) -> TiktokenTokenizer:
-    """Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it."""
+def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None, date: str | None = None) -> TiktokenTokenizer:
+    """Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it; `date` as in `load`."""
     file = _model_file(Path(path))
     if not _is_tiktoken(file):
         raise CheckpointError(f"{file}: not a tiktoken file (lines of base64 and rank); want llama 3's tokenizer.model")
-    return TiktokenTokenizer(file, max_seq_len=max_seq_len)
+    tokenizer = TiktokenTokenizer(file, max_seq_len=max_seq_len)
+    tokenizer.date = date
+    return tokenizer
 
 
-def llama2_tokenizer(path: str | Path, max_seq_len: int | None = None) -> SentencePieceTokenizer:
-    """Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it."""
+def llama2_tokenizer(
+    path: str | Path, max_seq_len: int | None = None, date: str | None = None
+) -> SentencePieceTokenizer:
+    """Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it; `date` as in `load`."""
     file = _model_file(Path(path))
     if _is_tiktoken(file):
         raise CheckpointError(f"{file}: a tiktoken file; want llama 2's sentencepiece tokenizer.model")
-    return SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+    tokenizer = SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+    tokenizer.date = date
+    return tokenizer
 
 
 def _model_file(path: Path) -> Path:

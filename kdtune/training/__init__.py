@@ -51,6 +51,7 @@ from kdtune.training.schedules import (
 from kdtune.training.seed import set_seed, set_step_seed
 from kdtune.training.steps import count_steps, enter_epoch, step_text, take_micro_batches
 from kdtune.training.table import format_table
+from kdtune.training.tokenizer import load_tokenizer
 
 __all__ = [
     "MAY_CHANGE",
@@ -90,6 +91,7 @@ __all__ = [
     "is_due",
     "is_finished",
     "is_muon_weight",
+    "load_tokenizer",
     "loop_problems",
     "memory_stats",
     "metrics_csv",

@@ -1,0 +1,44 @@
+"""The tokenizer of a run, whose data must not depend on the day on which it is read."""
+
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import from_main
+from kdtune.config import instantiate
+from kdtune.log import get_logger
+from kdtune.tokenizers.chat_format import today
+from kdtune.training.run_folder import read_resolved_config
+
+log = get_logger(__name__)
+
+
+def load_tokenizer(cfg: Any) -> Any:
+    """The config's tokenizer. Where its chat template prints the date, that is fixed, and written into `cfg`.
+
+    The date is `tokenizer.date`; else, of a run that is resumed, the one that it records; else that of the run whose folder
+    (final/ or step_N/) the tokenizer lies in; else today's. All processes get the same.
+
+    Raises:
+        CheckpointError, ConfigError: the tokenizer cannot be made, or a run's config.yaml is damaged.
+    """
+    node: dict[str, Any] = cfg.tokenizer
+    day = from_main(_recorded(cfg) or today())
+    tokenizer = instantiate(node, optional={"date": day})
+    # A component of the user's own may take no date, and its template then be told what it likes.
+    if "date" not in node and getattr(tokenizer, "asks_date", False) and tokenizer.date == day:
+        cfg.tokenizer = {**node, "date": day}
+        log.info("the chat template prints the date: %s throughout this run (tokenizer.date)", day)
+    return tokenizer
+
+
+def _recorded(cfg: Any) -> str | None:
+    """The date that the run to resume, or the one that the tokenizer was written by, has in its config.yaml."""
+    folders = [Path(cfg.output_dir)] if getattr(cfg, "resume_from_checkpoint", False) else []
+    path = cfg.tokenizer.get("path")
+    if isinstance(path, str) and (Path(path).name == "final" or Path(path).name.startswith("step_")):
+        folders.append(Path(path).parent)
+    for folder in folders:
+        recorded = read_resolved_config(folder).get("tokenizer")
+        if isinstance(recorded, dict) and isinstance(recorded.get("date"), str):
+            return str(recorded["date"])
+    return None
