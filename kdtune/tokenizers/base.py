@@ -143,7 +143,7 @@ class Tokenizer(ABC):
     @property
     def asks_date(self) -> bool:
         """Whether the chat template may print the date, so that conversations are other ids on another day."""
-        return asks_date(self.chat_template)
+        return any(map(asks_date, filter(None, (self.chat_template, self.tool_template))))
 
     @property
     def trained_stop_ids(self) -> frozenset[int]:
