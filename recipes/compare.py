@@ -42,15 +42,16 @@ def run(cfg: Config) -> None:
     runs, notes = training.comparable(training.read_runs(cfg.runs))
     output_dir = Path(cfg.output_dir or shared_parent(cfg.runs))
     metrics = {name: found.rows for name, found in runs.items()}
+    divergence = training.divergence_of(runs)
     table, plot = output_dir / "comparison.csv", output_dir / "comparison.png"
     with checkpoint.writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        training.plot_runs(metrics, plot)
+        training.plot_runs(metrics, plot, divergence=divergence)
     checkpoint.atomic_write_text(table, training.metrics_csv(runs))
 
     samples = {name: found.samples for name, found in runs.items() if found.samples}
     print(training.samples_text(samples), end="\n" if samples else "")
-    print(training.comparison_table(metrics))
+    print(training.comparison_table(metrics, divergence=divergence))
     print("\n".join([*notes, f"plot:  {plot}", f"table: {table}"]))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, config, data, distributed, evaluation, generation, losses, teachers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, training
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 
@@ -32,6 +32,9 @@ class Config:
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     resume_from_checkpoint: bool = False
     """Go on from the newest whole step_N in output_dir (from the start where there is none)."""
+    resume_changes: list[str] = field(default_factory=list)
+    """Keys that a resumed run has otherwise than before: optimizer.lr or another of its arguments, lr_scheduler, kd_ratio,
+    clip_grad_norm."""
 
     # Models
     checkpointer: Any = config.component(default=None)
@@ -174,10 +177,11 @@ def main(cfg: Config) -> None:
         training.print_plan(cfg, world)
         if world.is_teacher:
             return teachers.serve(lambda: build_teacher(cfg, world), world, training.InterruptFlag())
-        run(cfg, world)
+        with training.Progress(silent=not world.is_main) as progress:
+            run(cfg, world, progress)
 
 
-def run(cfg: Config, world: distributed.World) -> None:
+def run(cfg: Config, world: distributed.World, progress: training.Progress) -> None:
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
@@ -188,6 +192,7 @@ def run(cfg: Config, world: distributed.World) -> None:
             output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE, batches_per_step=batches_per_step))  # fmt: skip
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
+    progress.phase("reading the data")
     loader, held_out = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
@@ -197,6 +202,7 @@ def run(cfg: Config, world: distributed.World) -> None:
         return finish(cfg, world)
 
     divergence = config.instantiate(cfg.kd_loss)
+    progress.phase("loading the models")
     student, teacher = build_models(cfg, tokenizer, world, newest, divergence)
 
     # Optimization.
@@ -208,7 +214,9 @@ def run(cfg: Config, world: distributed.World) -> None:
     schedulers = [] if scheduler is None else [scheduler]
     step = 0
     if newest is not None:
-        saved = checkpoint.load_state(newest / "state", model=student, optimizers=optimizer, schedulers=schedulers)
+        saved = training.load_training_state(
+            newest / "state", cfg, model=student, optimizer=optimizer, schedulers=schedulers
+        )
         step = saved["step"]
         loader.seek(saved["position"])
 
@@ -220,32 +228,27 @@ def run(cfg: Config, world: distributed.World) -> None:
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
     metrics = training.Metrics(world.sum)
     with (
-        training.JSONLLogger(output_dir / "metrics.jsonl" if world.is_main else None) as logger,
-        training.closing(second_logger),
-        training.InterruptFlag() as interrupt,
-        training.ProgressBar(num_steps, initial=step, silent=not world.is_main) as bar,
-        profiler or nullcontext(), manager,
+        training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
+                         every=cfg.log_every_n_steps, divergence=losses.divergence_name(divergence)) as log,
+        training.InterruptFlag() as interrupt, profiler or nullcontext(), manager,
     ):  # fmt: skip
         if step == 0:
-            row = validate(student, teacher, val_loss, held_out, world, with_teacher_loss=True)
-            logger.log(row, step)
-            if second_logger:
-                second_logger.log(row, step)
-            record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step, world)
+            log.log(validate(student, teacher, val_loss, held_out, world, progress, with_teacher_loss=True), step)
+            record_samples(cfg, {"student": student, "teacher": teacher.model}, tokenizer, step, progress)
+        progress.start(num_steps, step)
         stopping = world.any(interrupt.requested)
         while step < num_steps and not stopping:
             # Counted over all processes before the first backward: every gradient is normalized as it is computed.
+            training.enter_epoch(loader, step // steps_per_epoch)
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
             teacher.expect(micro_batches)
             (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
-            for index, batch in enumerate(micro_batches):
+            for index, batch in enumerate(progress.micro_batches(micro_batches)):
                 training.set_step_seed(cfg.seed, step, index * world.dp_size + world.dp_rank)
                 loss, parts = kd_step(student, teacher, kd_loss, batch.to(world.device))
                 (loss / num_valid_tokens).backward()
-                metrics.add(
-                    {"loss": loss, **parts}, num_valid_tokens=batch.num_valid_tokens(), num_tokens=batch.num_tokens
-                )
+                metrics.add({"loss": loss, **parts}, batch)
             grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
             row = {**metrics.pop(), "grad_norm": grad_norm.item(), "lr": optimizer.param_groups[0]["lr"]}
             training.check_finite(row["loss"], row["grad_norm"], step + 1, position)
@@ -254,29 +257,28 @@ def run(cfg: Config, world: distributed.World) -> None:
                 one.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            training.enter_epoch(loader, step // steps_per_epoch)
 
+            row |= metrics.speed(world.device)
             if cfg.log_peak_memory_stats:
                 row |= training.memory_stats(world.device)
             if training.is_due(step, cfg.run_val_every_n_steps) or step == num_steps:
-                row |= validate(student, teacher, val_loss, held_out, world)
-            logger.log({"epoch": position[0], **row}, step)
-            if second_logger and (training.is_due(step, cfg.log_every_n_steps) or "val_class_loss" in row):
-                second_logger.log(row, step)
+                row |= validate(student, teacher, val_loss, held_out, world, progress)
+            log.log({"epoch": position[0], **row}, step)
             if training.is_due(step, cfg.sample_every_n_steps) or step == num_steps:
-                record_samples(cfg, {"student": student}, tokenizer, step, world)
+                record_samples(cfg, {"student": student}, tokenizer, step, progress)
             # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
             stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
+                progress.phase(f"saving step_{step}")
                 manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=base_folder(cfg), extra={"position": loader.position})  # fmt: skip
-            bar.update(row)
+                             base=base_folder(cfg), extra=training.resume_extra(cfg, loader.position))  # fmt: skip
             if profiler:
                 profiler.step()
             metrics.restart_clock()
 
     if stopping:
         return world.print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
+    progress.phase("saving final/")
     training.write_final(output_dir, student, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
     finish(cfg, world)
 
@@ -334,6 +336,7 @@ def validate(
     loss: losses.KDLoss,
     held_out: list[data.Batch] | None,
     world: distributed.World,
+    progress: training.Progress,
     *,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
@@ -341,44 +344,31 @@ def validate(
     if held_out is None:
         return {}
     teacher.expect(held_out)
-    found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=world.device, total=world.sum)
+    found = evaluation.evaluate_kd(
+        student, teacher, loss, held_out, device=world.device, progress=progress.validating, total=world.sum
+    )
     values = {f"val_{name}": value for name, value in found.items() if name != "tokens"}
     if with_teacher_loss:
         ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=loss.chunk_size)
-        found = evaluation.evaluate_ce(teacher.model, held_out, device=world.device, loss=ce_loss, total=world.sum)
+        found = evaluation.evaluate_ce(teacher.model, held_out, device=world.device, progress=progress.validating,
+                                       loss=ce_loss, total=world.sum)  # fmt: skip
         values["val_teacher_class_loss"] = found["class_loss"]
     return values
 
 
 def record_samples(
-    cfg: Config, models: dict[str, Transformer], tokenizer: Any, step: int, world: distributed.World
+    cfg: Config, models: dict[str, Transformer], tokenizer: Any, step: int, progress: training.Progress
 ) -> None:
     """Appends each model's answer to each of sample_prompts to samples.jsonl."""
-    if not cfg.sample_prompts:
-        return
-    with training.JSONLLogger(Path(cfg.output_dir) / "samples.jsonl" if world.is_main else None) as samples:
-        for prompt in cfg.sample_prompts:
-            for who, model in models.items():
-                text = generation.answer(
-                    model, tokenizer, prompt, cfg.sample_max_new_tokens, agree=checkpoint.from_main
-                )
-                samples.log({"model": who, "prompt": prompt, "answer": text}, step)
+    training.record_samples(Path(cfg.output_dir), models, tokenizer, cfg.sample_prompts, step, progress,
+                            max_new_tokens=cfg.sample_max_new_tokens)  # fmt: skip
 
 
 def finish(cfg: Config, world: distributed.World) -> None:
     """Draws loss.png and prints the answers, the table of before, after and teacher, and where everything is."""
-    if not world.is_main:
-        return
-    output_dir = Path(cfg.output_dir)
-    rows = training.read_metrics(output_dir / "metrics.jsonl")
-    training.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
-    if cfg.sample_prompts:
-        print(training.samples_text({"student": training.read_metrics(output_dir / "samples.jsonl")}))
-    print(training.comparison_table({"student": rows}) or "no validation: give dataset_val for a table")
-    best = checkpoint.CheckpointManager(output_dir, best_metric=cfg.best_metric).best_step()
-    for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / "loss.png")):
-        if path:
-            print(f"{label + ':':<11}{path}")
+    if world.is_main:
+        name = losses.divergence_name(config.instantiate(cfg.kd_loss))
+        training.print_results(Path(cfg.output_dir), trained="student", best_metric=cfg.best_metric, divergence=name)
 
 
 def base_folder(cfg: Config) -> str | None:

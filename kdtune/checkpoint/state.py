@@ -108,11 +108,11 @@ def load_state(
     *,
     model: nn.Module,
     optimizers: Optimizer | Sequence[Optimizer],
-    schedulers: Sequence[Stateful] = (),
+    schedulers: Sequence[Stateful] | None = (),
 ) -> dict[str, Any]:
     """Fills optimizers, schedulers and random number generators in place; returns the `extra` that was saved.
 
-    Load the weights first. Gradients are cleared.
+    Load the weights first. Gradients are cleared. `schedulers` None: those that were saved are left out.
 
     Raises:
         CheckpointError: the folder is missing or not whole, or was saved by other optimizers, schedulers or for
@@ -130,7 +130,9 @@ def load_state(
     for one, described in zip(listed, document["optimizers"], strict=True):
         for group, saved in zip(one.param_groups, _with_tensors(described["groups"]), strict=True):
             group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
-    for scheduler, saved in zip(schedulers, document["schedulers"], strict=True):
+    for scheduler, saved in zip(
+        schedulers or (), document["schedulers"] if schedulers is not None else (), strict=True
+    ):
         scheduler.load_state_dict(_with_tensors(saved))
         _set_learning_rates(scheduler)
     _restore_rng(rng_tensors, document["rng"]["python"])
@@ -199,7 +201,11 @@ def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _check_same_kind(
-    folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
+    folder: Path,
+    document: dict[str, Any],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[Any] | None,
 ) -> None:
     place = folder / STATE_FILE
     saved = document["optimizers"]
@@ -207,7 +213,7 @@ def _check_same_kind(
     advice = "resume with the config of the run that wrote it"
     for what, count, expected in (
         ("optimizers", len(saved), len(here)),
-        ("schedulers", len(document["schedulers"]), len(schedulers)),
+        ("schedulers", len(document["schedulers"]), len(document["schedulers"] if schedulers is None else schedulers)),
     ):
         if count != expected:
             raise CheckpointError(f"{place}: holds {count} {what}, this run has {expected}; {advice}")

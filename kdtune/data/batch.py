@@ -24,6 +24,11 @@ class Batch:
         """Tokens without padding."""
         return self.tokens.numel() if self.lengths is None else sum(self.lengths)
 
+    @property
+    def num_padded_tokens(self) -> int:
+        """Positions that are padding; 0 for the batch of a process that has no example left."""
+        return self.tokens.numel() - self.num_tokens if self.num_tokens else 0
+
     def num_valid_tokens(self) -> int:
         """Positions that have a label. On a GPU this waits for the device: count before moving the batch."""
         return int((self.labels != IGNORE_INDEX).sum())

@@ -9,6 +9,7 @@ from kdtune.losses.kd_loss import (
     ForwardKLLoss,
     KDLoss,
     check_head,
+    divergence_name,
 )
 from kdtune.losses.signal import HiddenSignal, Signal
 
@@ -24,5 +25,6 @@ __all__ = [
     "check_divergence",
     "check_head",
     "covers_extra_ids",
+    "divergence_name",
     "forward_kl",
 ]

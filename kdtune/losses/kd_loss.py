@@ -59,6 +59,14 @@ class DivergenceLoss(Protocol):
     divergence: Divergence
 
 
+def divergence_name(loss: DivergenceLoss) -> str:
+    """What its divergence is called where numbers are shown: "KL" for the forward KL alone, else the class's name."""
+    if loss.divergence is forward_kl:
+        return "KL"
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return name.removesuffix("Loss") or name
+
+
 _FORWARD_KL = ForwardKLLoss()
 
 

@@ -1,14 +1,13 @@
 """What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
 
 from kdtune.training.clip import check_finite, clip_grad_norm_
-from kdtune.training.comparison import TrainingRun, comparable, metrics_csv, read_runs
+from kdtune.training.comparison import TrainingRun, comparable, divergence_of, metrics_csv, read_runs
 from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.loggers import (
     JSONLLogger,
     MetricLogger,
     TensorBoardLogger,
     WandBLogger,
-    closing,
     read_metrics,
     truncate_metrics,
 )
@@ -27,8 +26,15 @@ from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs
 from kdtune.training.precision import device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
-from kdtune.training.progress import ProgressBar
-from kdtune.training.report import comparison_table, samples_text, stopped_text
+from kdtune.training.progress import Progress
+from kdtune.training.report import (
+    comparison_table,
+    print_results,
+    samples_text,
+    stopped_text,
+    validation_text,
+)
+from kdtune.training.resume_changes import load_training_state, resume_extra
 from kdtune.training.run_folder import (
     check_unchanged,
     holds_run,
@@ -40,6 +46,7 @@ from kdtune.training.run_folder import (
     write_final,
     write_run_files,
 )
+from kdtune.training.samples import record_samples
 from kdtune.training.schedules import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -49,6 +56,7 @@ from kdtune.training.schedules import (
     get_wsd_schedule,
 )
 from kdtune.training.seed import set_seed, set_step_seed
+from kdtune.training.step_log import StepLog
 from kdtune.training.steps import count_steps, enter_epoch, step_text, take_micro_batches
 from kdtune.training.table import format_table
 from kdtune.training.tokenizer import load_tokenizer
@@ -62,7 +70,8 @@ __all__ = [
     "Metrics",
     "Muon",
     "Profiler",
-    "ProgressBar",
+    "Progress",
+    "StepLog",
     "TensorBoardLogger",
     "TrainingRun",
     "WandBLogger",
@@ -71,12 +80,12 @@ __all__ = [
     "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",
-    "closing",
     "comparable",
     "comparison_table",
     "count_steps",
     "decay_groups",
     "device_problems",
+    "divergence_of",
     "divergence_problems",
     "dtype_from_name",
     "enter_epoch",
@@ -92,6 +101,7 @@ __all__ = [
     "is_finished",
     "is_muon_weight",
     "load_tokenizer",
+    "load_training_state",
     "loop_problems",
     "memory_stats",
     "metrics_csv",
@@ -101,11 +111,14 @@ __all__ = [
     "plot_losses",
     "plot_runs",
     "print_plan",
+    "print_results",
     "profiler_and_logger",
     "read_metrics",
     "read_runs",
+    "record_samples",
     "reset_peak_memory",
     "resolve_device",
+    "resume_extra",
     "samples_text",
     "set_seed",
     "set_step_seed",
@@ -116,6 +129,7 @@ __all__ = [
     "take_micro_batches",
     "trainable_parameters",
     "truncate_metrics",
+    "validation_text",
     "write_final",
     "write_run_files",
 ]

@@ -98,6 +98,13 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
     return dict(runs), []
 
 
+def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
+    """What the runs' `val_kd_loss` is called; comparable runs have the same, whose code need not be here."""
+    losses = [run.config.get("kd_loss") for run in runs.values() if run.has_teacher]
+    name = str(losses[0].get("_component_", "")) if losses and isinstance(losses[0], Mapping) else ""
+    return "KL" if name in ("", "kdtune.losses.ForwardKLLoss") else name.rpartition(".")[2].removesuffix("Loss")
+
+
 def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
     """A line for each value below one of the keys in which a run differs from the first; "" where none does."""
     (first, *others) = runs or [""]
@@ -105,7 +112,8 @@ def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
         f"  {setting}: {value} in {first}, {other} in {name}"
         for name in others
         for key in keys
-        for setting, value, other in differing_values(key, runs[first].config.get(key), runs[name].config.get(key))
+        for difference in differing_values(key, runs[first].config.get(key), runs[name].config.get(key))
+        for setting, value, other in [difference.texts]
         if not _is_one_file(value, other)
     )
 

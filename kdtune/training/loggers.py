@@ -4,8 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -21,16 +20,6 @@ class MetricLogger(Protocol):
 
     def close(self) -> None:
         """Write what is still held."""
-
-
-@contextmanager
-def closing(logger: MetricLogger | None) -> Iterator[MetricLogger | None]:
-    """The logger, closed however the block ends; None stays None."""
-    try:
-        yield logger
-    finally:
-        if logger is not None:
-            logger.close()
 
 
 class JSONLLogger:

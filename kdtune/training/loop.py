@@ -7,6 +7,7 @@ from kdtune.config import instantiate
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
+from kdtune.training.resume_changes import resume_changes_problems
 
 _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
            "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
@@ -14,7 +15,7 @@ _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gra
 
 # What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
 # on. What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
-MAY_CHANGE = ("resume_from_checkpoint", "output_dir", "device", "parallelism", "teacher_parallelism", "teacher_processes",
+MAY_CHANGE = ("resume_from_checkpoint", "resume_changes", "output_dir", "device", "parallelism", "teacher_parallelism", "teacher_processes",
               "compile", "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
               "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
               "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
@@ -42,6 +43,7 @@ def loop_problems(cfg: Any) -> list[str]:
         for key in _COUNTS
         if getattr(cfg, key) is not None and getattr(cfg, key) < 1
     ]
+    found += resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
     if cfg.save_weights != "both" and cfg.adapter is None and cfg.model is None:

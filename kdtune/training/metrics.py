@@ -1,4 +1,4 @@
-"""What a step's loss was, per token, without stopping the device between micro-batches."""
+"""What a step's loss was, per token, and how long it took, without stopping the device between micro-batches."""
 
 import math
 import time
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from kdtune.data import Batch
 from kdtune.errors import TrainingError
 
 
@@ -29,23 +30,22 @@ class Metrics:
         self._total = total
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        self._num_valid_tokens = 0
-        self._num_tokens = 0
+        self._batches: list[Batch] = []
+        self._num_tokens = 0.0
         self._started = clock()
 
-    def add(self, parts: Mapping[str, torch.Tensor], *, num_valid_tokens: int, num_tokens: int = 0) -> None:
-        """Add a micro-batch: 0-d sums over its `num_valid_tokens` labels; `num_tokens` counts its unpadded tokens."""
+    def add(self, parts: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        """Add a micro-batch, with its tensors on the CPU: 0-d sums over its valid tokens."""
         for name, value in parts.items():
             self._sums[name].append(value.detach())
-        self._num_valid_tokens += num_valid_tokens
-        self._num_tokens += num_tokens
+        self._batches.append(batch)
 
     def restart_clock(self) -> None:
-        """Leave out of the next speed what went by until now (a validation, a save)."""
+        """Leave out of the next step's time what went by until now (a validation, a save)."""
         self._started = self._clock()
 
     def pop(self) -> dict[str, float]:
-        """Mean per valid token of every part, `num_valid_tokens`, `tokens_per_second`; then starts anew.
+        """Mean per valid token of every part, `num_valid_tokens` and `num_padded_tokens`; then starts anew.
 
         Raises:
             TrainingError: if there was no valid token to average over.
@@ -53,18 +53,29 @@ class Metrics:
         names = [name for name, values in self._sums.items() for _ in values]
         values = _fetch([value for values in self._sums.values() for value in values])
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in self._sums]
-        *sums, num_valid_tokens, num_tokens = self._total([*own, self._num_valid_tokens, self._num_tokens])
+        counts = [
+            sum(batch.num_valid_tokens() for batch in self._batches),
+            sum(batch.num_tokens for batch in self._batches),
+            sum(batch.num_padded_tokens for batch in self._batches),
+        ]
+        *sums, num_valid_tokens, self._num_tokens, num_padded_tokens = self._total([*own, *counts])
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         result = {name: total / num_valid_tokens for name, total in zip(self._sums, sums, strict=True)}
-        result["num_valid_tokens"] = int(num_valid_tokens)
-        # Fetching the parts has waited for the device, so the clock covers the whole computation.
-        now = self._clock()
-        result["tokens_per_second"] = num_tokens / max(now - self._started, 1e-9)
+        result |= {"num_valid_tokens": int(num_valid_tokens), "num_padded_tokens": int(num_padded_tokens)}
         self._sums.clear()
-        self._num_valid_tokens = self._num_tokens = 0
-        self._started = now
+        self._batches.clear()
         return result
+
+    def speed(self, device: torch.device | str) -> dict[str, float]:
+        """`step_seconds` since the clock was started, and `tokens_per_second`, without padding, of the step popped last.
+
+        It waits for the device, so that an optimizer's step that was made before counts.
+        """
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds = max(self._clock() - self._started, 1e-9)
+        return {"step_seconds": seconds, "tokens_per_second": self._num_tokens / seconds}
 
 
 def _fetch(scalars: list[torch.Tensor]) -> list[float]:

@@ -34,9 +34,30 @@ def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
     return "\n".join([*_lines(rows), *_notes(plans, gpu)])
 
 
-def teacher_text(plans: Sequence[TeacherPlan], gpu: GPU | None) -> str:
-    """The plans of processes that hold the teacher alone, side by side."""
-    return "\n".join(_lines(_teacher_rows(plans, gpu)))
+def plan_summary(plan: Plan, gpu: GPU | None) -> str:
+    """What a run that starts will take, in three lines."""
+    unit, name = _unit([plan])
+    disk, disk_name = (1e9, "GB") if plan.final_checkpoint >= 1e9 else (1e6, "MB")
+    peak = f"{_digits(plan.peak.total / unit)} {name} a process at the peak, in {plan.peak.name}{_room(plan.peak.total, gpu)}"
+    step = f"at most {plan.tokens:,} tokens, {_digits(plan.flops / 1e12)} teraFLOP a process"
+    if gpu is not None:
+        step += f", {_digits(plan.computing(gpu) + plan.communicating(gpu))} s by stated speeds"
+    return (
+        f"plan: {peak}\n"
+        f"      a step: {step}\n"
+        f"      on disk: step_N {_digits(plan.step_checkpoint / disk)} {disk_name}, final {_digits(plan.final_checkpoint / disk)} "
+        f"{disk_name}; `kdtune plan` has the whole of it"
+    )
+
+
+def teacher_summary(plan: TeacherPlan, gpu: GPU | None) -> str:
+    """The same for processes that hold the teacher alone, in one line."""
+    unit, name = _unit([plan])
+    return f"plan: {_digits(plan.peak.total / unit)} {name} a process of the teacher at the peak{_room(plan.peak.total, gpu)}"
+
+
+def _room(needed: int, gpu: GPU | None) -> str:
+    return "" if gpu is None else f" ({_fits(needed / _GIB, gpu.memory_gib)} of {gpu.name})"
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:
@@ -89,16 +110,16 @@ def plan_on_paper(
 
 
 def print_plan(cfg: Any, world: World) -> None:
-    """Prints what a run that starts will take, once for the student's processes, and for those of a teacher apart; all call it."""
+    """Prints what a run that starts will take, in three lines, and in one more of a teacher apart; all processes call it."""
     try:
         gpu = None
         if world.device.type == "cuda":
             properties = torch.cuda.get_device_properties(world.device)
             gpu = gpu_of(properties.name, properties.total_memory / _GIB)
         if world.bridge is not None and world.is_teacher:
-            text = teacher_text([make_teacher_plan(cfg, world, world.bridge.num_students)], gpu)
+            text = teacher_summary(make_teacher_plan(cfg, world, world.bridge.num_students), gpu)
         else:
-            text = plan_text([make_plan(cfg, world)], gpu)
+            text = plan_summary(make_plan(cfg, world), gpu)
     except LayoutError:
         raise  # the run would find it too, after it has read its data and the teacher
     except Exception as error:

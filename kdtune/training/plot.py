@@ -7,18 +7,23 @@ from typing import Any
 from kdtune.errors import DataError
 from kdtune.training.loggers import read_metrics
 
-# (metric, title); a validation point has the same name with this prefix.
+# (metric, title, what its axis measures); a validation point has the same name with this prefix.
 _PANELS = (
-    ("kd_loss", "KD loss (divergence from the teacher)"),
-    ("class_loss", "Class loss (cross entropy)"),
-    ("loss", "Total loss"),
+    ("kd_loss", "KD loss ({divergence} to the teacher)", "{divergence}"),
+    ("class_loss", "Class loss (cross entropy)", "cross entropy"),
+    ("loss", "Total loss", "loss"),
 )
-_COMPARED = (("val_kd_loss", "Held-out KL to the teacher"), ("val_class_loss", "Held-out cross entropy"))
+_COMPARED = (
+    ("val_kd_loss", "Held-out {divergence} to the teacher", "{divergence}"),
+    ("val_class_loss", "Held-out cross entropy", "cross entropy"),
+)
 VALIDATION_PREFIX = "val_"
 
 
-def plot_losses(metrics_file: str | Path, png: str | Path) -> Path:
+def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw KD, class and total loss over the steps of a metrics.jsonl, with the validation points, and return the file.
+
+    `divergence` is what `kd_loss` is called.
 
     Raises:
         DataError: if the file holds none of the three losses.
@@ -27,22 +32,23 @@ def plot_losses(metrics_file: str | Path, png: str | Path) -> Path:
     panels = [panel for panel in _PANELS if any(panel[0] in row for row in rows)]
     if not panels:
         raise DataError(
-            f"{metrics_file}: no losses to plot; rows with {', '.join(name for name, _ in _PANELS)} are needed"
+            f"{metrics_file}: no losses to plot; rows with {', '.join(panel[0] for panel in _PANELS)} are needed"
         )
-    figure, all_axes = _figure([title for _, title in panels])
-    for axes, (name, _) in zip(all_axes, panels, strict=True):
+    figure, all_axes = _figure(panels, divergence)
+    for axes, (name, *_) in zip(all_axes, panels, strict=True):
         _draw(axes, rows, name)
         axes.legend()
     figure.savefig(png, dpi=150)
     return Path(png)
 
 
-def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path) -> Path:
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw the held-out losses of several runs over the steps, a curve each, beside the teacher's, and return the file.
 
     Args:
         runs: each run's metrics, by its name in the legend.
         png: the file; its ending may be another that matplotlib writes.
+        divergence: what `val_kd_loss` is called.
     """
     from matplotlib import style
 
@@ -50,8 +56,8 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path) 
     panels = [
         panel for panel in _COMPARED if any(row.get(panel[0]) is not None for rows in runs.values() for row in rows)
     ]
-    figure, all_axes = _figure([title for _, title in panels])
-    for axes, (name, _) in zip(all_axes, panels, strict=True):
+    figure, all_axes = _figure(panels, divergence)
+    for axes, (name, *_) in zip(all_axes, panels, strict=True):
         for index, (run, rows) in enumerate(runs.items()):
             steps, values = _series(rows, name)
             if values:
@@ -73,21 +79,21 @@ def _looks(styles: Any, line: str) -> list[dict[str, Any]]:
     return [{"color": look["color"], "linestyle": line} for look in styles["axes.prop_cycle"]]
 
 
-def _figure(titles: Sequence[str]) -> tuple[Any, Sequence[Any]]:
-    """A figure with a panel for each title."""
+def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[Any, Sequence[Any]]:
+    """A figure with its panels: a title each, and what the axis measures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = 5.0 * len(titles)
+    width = 5.0 * len(panels)
     figure = Figure(figsize=(width, 3.8))
     # Fixed margins: a layout found by drawing takes longer than the drawing.
     figure.subplots_adjust(left=0.7 / width, right=1 - 0.15 / width, bottom=0.14, top=0.9, wspace=0.2)
     FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
-    all_axes = figure.subplots(1, len(titles), squeeze=False)[0]
-    for axes, title in zip(all_axes, titles, strict=True):
-        axes.set_title(title)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (_, title, measured) in zip(all_axes, panels, strict=True):
+        axes.set_title(title.format(divergence=divergence))
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("nats per token")
+        axes.set_ylabel(f"{measured.format(divergence=divergence)}, nats per token")
         axes.grid(alpha=0.3)
     return figure, all_axes
 

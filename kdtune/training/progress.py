@@ -1,73 +1,160 @@
-"""The progress shown on stderr: a bar in a terminal, a line every few steps elsewhere."""
+"""What a run tells on stderr while it goes on: a line for each phase, a bar in a terminal, lines elsewhere."""
 
+import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-# What is shown, in this order, with short names; everything else goes to the loggers only.
-_SHOWN = {"loss": "loss", "kd_loss": "kl", "class_loss": "ce", "lr": "lr", "tokens_per_second": "tok/s"}
+from kdtune.log import get_logger
+
+T = TypeVar("T")
+# A narrow terminal cuts the line on the right: what matters most comes first.
+_BAR = "{n_fmt}/{total_fmt} {bar:6} {elapsed}<{remaining}{postfix}"
 
 
-class ProgressBar:
-    """Shows step, loss, KL, cross entropy, learning rate and speed.
+class Progress:
+    """Tells the phases and steps of a run, and is never silent for long: a phase that lasts is told again.
+
+    In a terminal a bar shows the steps once `start` has said how many there are. Without one (a log file, a pipe, a terminal
+    without a size) a line comes every few steps, at the first and last, and whenever `patience` has passed.
 
     Args:
-        total: number of steps.
-        initial: steps already done (a resumed run).
-        every: without a terminal, a line is printed every so many steps and at the last.
         silent: show nothing, as on the processes that are not the main one.
         stream: where to; None: stderr.
+        every: without a terminal, steps between lines.
+        patience: seconds without a line after which the phase under way is told again, with how far it is.
     """
 
     def __init__(
-        self, total: int, initial: int = 0, *, every: int = 10, silent: bool = False, stream: TextIO | None = None
+        self, *, silent: bool = False, stream: TextIO | None = None, every: int = 10, patience: float = 15.0
     ) -> None:
         self._stream = stream or sys.stderr
-        self._silent = silent
-        self._total, self._step, self._initial, self._every = total, initial, initial, max(1, every)
-        self._started = time.monotonic()
-        self._bar = (
-            tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
-            if self._stream.isatty() and not silent
-            else None
-        )
+        self._silent = silent or self._stream is None
+        self._every, self._patience = every, patience
+        self._lock = threading.RLock()
+        self._phase, self._count, self._numbers = "starting", "", ""
+        self._first = self._step = self._total = 0
+        self._started = self._began = self._last_line = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        self._over = threading.Event()
+        self._resources = ExitStack()
 
-    def update(self, values: Mapping[str, float]) -> None:
-        """One more step is done, with these numbers."""
-        self._step += 1
-        if self._silent:
-            return
-        shown = {short: _format(name, values[name]) for name, short in _SHOWN.items() if name in values}
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-        elif self._step % self._every == 0 or self._step == self._total:
-            numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(
-                f"step {self._step}/{self._total}  {numbers}  {self._remaining()} left", file=self._stream, flush=True
+    def phase(self, text: str) -> None:
+        """Begin a phase, such as "reading the data", with a line; it lasts until the next one or the next step."""
+        with self._lock:
+            if text != self._phase:
+                self._print(text)
+            self._begin(text)
+
+    def counted(self, items: Iterable[T], unit: str, phase: str | None = None) -> Iterator[T]:
+        """The items; while they are worked through, the phase under way (or this one) tells at which one it is."""
+        if phase is not None:
+            with self._lock:
+                self._begin(phase)
+        total = f" of {len(items)}" if isinstance(items, Sized) else ""
+        for number, item in enumerate(items, start=1):
+            self._count = f", {number}{total} {unit}"
+            yield item
+        self._count = ""
+
+    def validating(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of a validation."""
+        if self._total == 0:
+            self.phase("validating before the first step")
+            return self.counted(batches, "batches")
+        return self.counted(batches, "batches", f"validating after step {self._step + 1}")
+
+    def micro_batches(self, batches: Iterable[T]) -> Iterator[T]:
+        """The micro-batches of the next step."""
+        return self.counted(batches, "micro-batches", f"step {self._step + 1}/{self._total}")
+
+    def start(self, num_steps: int, step: int = 0) -> None:
+        """Training begins: `step` of `num_steps` steps are done."""
+        self._first, self._step, self._total = step, step, num_steps
+        self.phase(f"training: steps {step + 1:,} to {num_steps:,}")
+        self._started = time.monotonic()
+        if not self._silent and _has_size(self._stream):
+            self._bar = tqdm(
+                total=num_steps, initial=step, file=self._stream, dynamic_ncols=True, bar_format=_BAR, miniters=1
             )
+            self._resources.enter_context(logging_redirect_tqdm([get_logger()]))
+
+    def step(self, step: int, numbers: Sequence[str]) -> None:
+        """So many steps are done; the numbers are the last one's, such as "loss 2.310"."""
+        with self._lock:
+            self._step, now = step, time.monotonic()
+            self._numbers = ", ".join(numbers)
+            self._begin(f"step {step + 1}/{self._total}")
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._numbers, refresh=False)
+                self._bar.update(step - self._bar.n)
+                return
+            is_edge = step in (self._first + 1, self._total)
+            if is_edge or step % self._every == 0 or now - self._last_line >= self._patience:
+                seconds = (now - self._started) / (step - self._first) * (self._total - step)
+                self._print("  ".join([f"step {step}/{self._total}", *numbers, f"{_clock(seconds)} left"]))
+
+    def end_steps(self) -> None:
+        """No step follows: the bar stays as it is, and lines come after it."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+            self._resources.close()
 
     def write(self, text: str) -> None:
         """Print a text without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with self._lock:
+            self._print(text)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Say nothing any more."""
+        self._over.set()
+        self.end_steps()
+        self._silent = True
+
+    def _begin(self, phase: str) -> None:
+        self._phase, self._count, self._began = phase, "", time.monotonic()
+
+    def _print(self, text: str) -> None:
+        if self._silent:
+            return
+        try:
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
+        except (OSError, ValueError):  # nobody reads any more (`2>&1 | head`): a run is no worse for that
+            self._silent = True
+        self._last_line = time.monotonic()
+
+    def _watch(self) -> None:
+        """In a thread of its own: tells what lasts."""
+        while not self._over.wait(min(1.0, self._patience / 4)):
+            with self._lock:
+                if not self._silent:
+                    self._remind()
+
+    def _remind(self) -> None:
+        now = time.monotonic()
+        lasted = now - self._began
         if self._bar is not None:
-            self._bar.close()
+            is_step = self._phase.startswith("step ")
+            if lasted > 2.0 and (self._count or not is_step):
+                what = self._numbers + self._count if is_step else self._phase + self._count
+                self._bar.set_postfix_str(what, refresh=False)
+            self._bar.refresh()
+        elif now - self._last_line >= self._patience:
+            self._print(f"{self._phase}{self._count}, {_clock(lasted)} so far")
 
-    def _remaining(self) -> str:
-        seconds = (time.monotonic() - self._started) / (self._step - self._initial) * (self._total - self._step)
-        return tqdm.format_interval(seconds)
-
-    def __enter__(self) -> "ProgressBar":
+    def __enter__(self) -> "Progress":
+        if not self._silent:
+            threading.Thread(target=self._watch, name="kdtune-progress", daemon=True).start()
         return self
 
     def __exit__(
@@ -76,7 +163,14 @@ class ProgressBar:
         self.close()
 
 
-def _format(name: str, value: float) -> str:
-    if name == "lr":
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if name == "tokens_per_second" else f"{value:.3f}"
+def _has_size(stream: TextIO) -> bool:
+    """Whether it is a terminal in which a bar can be drawn; some, such as those of containers, say that they have no lines."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno()) if stream.isatty() else (0, 0)
+    except (OSError, ValueError):
+        return False
+    return columns > 0 and lines > 0 and os.environ.get("TERM") != "dumb"
+
+
+def _clock(seconds: float) -> str:
+    return str(tqdm.format_interval(seconds))

@@ -1,4 +1,6 @@
-"""What finished runs show: the table of teacher, before and after, and the answers, made from their own metrics."""
+"""What runs show, made from their own metrics: each step and validation; at the end the answers, and the table of
+teacher, before and after.
+"""
 
 import math
 import textwrap
@@ -6,17 +8,88 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdtune.checkpoint import CheckpointManager
+from kdtune.training.loggers import read_metrics
+from kdtune.training.plot import plot_losses
 from kdtune.training.table import format_table
 
 _CLASS_LOSS = "val_class_loss"
+_SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 
 
-def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+def step_numbers(row: Mapping[str, float], *, divergence: str = "KL") -> list[str]:
+    """What is shown of a step's row, what matters most first: "loss 2.310", "KL 0.520", "0.41 s/step" ..."""
+    forms = {
+        "loss": "loss {:.3f}",
+        "kd_loss": f"{divergence} {{:.3f}}",
+        "step_seconds": "{:.2f} s/step",
+        "class_loss": "ce {:.3f}",
+        "lr": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tok/s",
+    }
+    return [form.format(row[name]) for name, form in forms.items() if name in row]
+
+
+def validation_text(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]], *, divergence: str = "KL") -> str:
+    """One line on a validation: each value, its change since the last validation, and whether it is the best so far.
+
+    Args:
+        row: of metrics.jsonl, with its step.
+        before: the rows of the validations before, oldest first.
+        divergence: what `val_kd_loss` is called.
+    """
+    shown = [
+        _measured("cross entropy", "val_class_loss", row, before, ".3f", 1.0),
+        _measured(divergence, "val_kd_loss", row, before, ".3f", 1.0),
+        _measured("agreement", "val_agreement", row, before, ".1f", 100.0),
+        _measured("teacher's cross entropy", "val_teacher_class_loss", row, [], ".3f", 1.0),
+    ]
+    return f"validation, step {row['step']}: {', '.join(text for text in shown if text)}"
+
+
+def _measured(
+    title: str, name: str, row: Mapping[str, Any], before: Sequence[Mapping[str, Any]], form: str, scale: float
+) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    unit = " %" if scale > 1 else ""
+    text = f"{title} {format(scale * value, form)}{unit}"
+    earlier = [one[name] for one in before if one.get(name) is not None]
+    if not earlier:
+        return text
+    is_best = value > max(earlier) if name == "val_agreement" else value < min(earlier)
+    change = format(scale * (value - earlier[-1]), f"+z{form}")
+    return f"{text} ({change}{', best' if is_best else ''})"
+
+
+def print_results(output_dir: Path, *, trained: str, best_metric: str | None, divergence: str = "KL") -> None:
+    """Draws loss.png and prints what a finished run has to show: answers, the table, and where everything is.
+
+    Args:
+        output_dir: of the run.
+        trained: what the table calls what was trained, such as "student".
+        best_metric: of the validations, whose best step is named.
+        divergence: what `kd_loss` is called.
+    """
+    plot_losses(output_dir / _METRICS, output_dir / _PLOT, divergence=divergence)
+    if (output_dir / _SAMPLES).exists():
+        print(samples_text({trained: read_metrics(output_dir / _SAMPLES)}))
+    table = comparison_table({trained: read_metrics(output_dir / _METRICS)}, divergence=divergence)
+    print(table or "no validation: give dataset_val for a table")
+    best = CheckpointManager(output_dir, best_metric=best_metric).best_step()
+    for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / _PLOT)):
+        if path:
+            print(f"{label + ':':<11}{path}")
+
+
+def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, divergence: str = "KL") -> str | None:
     """Text table of held-out metrics: the teacher's, those before each run's first step, those after its last step.
 
     Args:
         runs: each run's metrics, by what the table calls the model it trains. The first row with a validation is "before",
             the last one is "after".
+        divergence: what `val_kd_loss` is called.
 
     Returns:
         None where no run has a validation.
@@ -30,7 +103,8 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | N
     lines += [_line(f"{name}, step {rows[-1]['step']}", rows[-1]) for name, rows in validated.items()]
     lines = list({format_table([line]): line for line in lines}.values())  # teachers with the same numbers are one
     columns = [column for column in _line("", {_CLASS_LOSS: 0.0}) if any(line[column] is not None for line in lines)]
-    return format_table([{column: line[column] for column in columns} for line in lines]) or None
+    renamed = {"KL to teacher": f"{divergence} to teacher"}
+    return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines]) or None
 
 
 def _starts(first_rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,9 +3,9 @@
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -25,6 +25,7 @@ from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.training.loggers import read_metrics, truncate_metrics
+from kdtune.training.resume_changes import is_asked_for, is_changeable
 
 log = get_logger(__name__)
 
@@ -92,7 +93,7 @@ def step_to_resume(
 ) -> Path | None:
     """The newest whole step folder of a run, once its config is known to be the same; None where there is nothing to resume.
 
-    `batches_per_step`: micro-batches of a step, over all processes.
+    `batches_per_step`: micro-batches of a step, over all processes. What the config names in `resume_changes` may differ.
 
     Raises:
         ConfigError: naming each key of the run's config.yaml that now has another value.
@@ -101,7 +102,7 @@ def step_to_resume(
         log.info("%s: holds no run; starting from step 0", output_dir)
         return None
     before = read_resolved_config(output_dir)
-    check_unchanged(before, config_values, may_change=may_change)
+    check_unchanged(before, config_values, may_change=may_change, asked=config_values.get("resume_changes", ()))
     _check_same_steps(output_dir, before, config_values, batches_per_step)
     newest = newest_step(output_dir)
     log.info("%s: resuming from %s", output_dir, newest.name if newest else "step 0 (no checkpoint yet)")
@@ -129,6 +130,7 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
+    The record has `step` and, of a run that goes on, `changed`: each key of the config that was otherwise before, with both values.
     Of several processes the main one does so, once all of them have read what they go on from.
 
     Raises:
@@ -139,6 +141,14 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
     with together():
         if not is_main():
             return
+        before, now = read_resolved_config(output_dir), yaml.safe_load(resolved_config)
+        shared = [key for key in now if key in before and key != "resume_from_checkpoint"]
+        changed = [one for key in shared for one in differing_values(key, before[key], now[key])]
+        record = {
+            **record,
+            "step": step,
+            "changed": {one.key: {"was": _or_none(one.was), "is": _or_none(one.is_now)} for one in changed},
+        }
         logs = [file for name in ("metrics.jsonl", "samples.jsonl") if (file := output_dir / name).exists()]
         for file in logs:
             read_metrics(file)
@@ -222,44 +232,76 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]) -> None:
-    """Refuses to go on with a run under a config that would make it another run.
+def check_unchanged(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str], asked: Sequence[str] = ()
+) -> None:
+    """Refuses to go on with a run under a config that would make it another run; tells what changes as asked for.
 
     Args:
         before: the config that the run was started with, key by key.
         now: the config it is resumed with.
         may_change: keys that do not change the numbers, or that the user may extend.
+        asked: keys, such as "optimizer.lr", that are to change.
 
     Raises:
         ConfigError: naming each key that differs, down to a component's own arguments, with both values.
     """
-    changed = [key for key in now if key not in may_change and key in before and before[key] != now[key]]
-    if changed:
-        lines = "\n".join(
-            f"  {name}: was {was}, is {is_now}"
-            for key in changed
-            for name, was, is_now in differing_values(key, before[key], now[key])
-        )
+    found = [
+        difference
+        for key in now
+        if key not in may_change and key in before
+        for difference in differing_values(key, before[key], now[key])
+    ]
+    for difference in found:
+        if is_asked_for(difference.key, asked):
+            log.info("changed as asked for: %s", difference)
+    if left := [difference for difference in found if not is_asked_for(difference.key, asked)]:
+        lines = "\n".join(f"  {difference}" for difference in left)
+        possible = [difference.key for difference in left if is_changeable(difference.key)]
+        advice = "take the changes back, or choose another output_dir for a new run"
+        if possible:
+            others = "" if len(possible) == len(left) else "; the others would make it another run"
+            advice += f"; to go on with {', '.join(possible)} changed: resume_changes=[{','.join([*asked, *possible])}]{others}"
         raise ConfigError(
-            f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n"
-            "take the changes back, or choose another output_dir for a new run"
+            f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n{advice}"
         )
 
 
-def differing_values(key: str, before: Any, now: Any) -> list[tuple[str, str, str]]:
-    """(`a.b`, `1`, `2`) for each value that differs; of mappings, key by key."""
+class Difference(NamedTuple):
+    """A value that two configs have otherwise, with its whole key, such as "optimizer.lr"."""
+
+    key: str
+    was: Any
+    is_now: Any
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The key and both values as they are shown."""
+        return self.key, _value(self.was), _value(self.is_now)
+
+    def __str__(self) -> str:
+        key, was, is_now = self.texts
+        return f"{key}: was {was}, is {is_now}"
+
+
+def differing_values(key: str, before: Any, now: Any) -> list[Difference]:
+    """Each value that differs, with its whole key; of mappings, key by key."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return [] if before == now else [(key, _value(before), _value(now))]
+        return [] if before == now else [Difference(key, before, now)]
     names = dict.fromkeys([*before, *now])
     return [
-        found
+        difference
         for name in names
-        for found in differing_values(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
+        for difference in differing_values(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
     ]
 
 
 def _value(value: Any) -> str:
     return "not given" if value is _ABSENT else repr(value)
+
+
+def _or_none(value: Any) -> Any:
+    return None if value is _ABSENT else value
 
 
 def _check_same_steps(

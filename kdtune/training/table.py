@@ -1,12 +1,19 @@
 """Tables for the terminal."""
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 
 
-def format_table(rows: Sequence[Mapping[str, object]]) -> str:
+def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = None) -> str:
     """The rows as aligned text, one column per key in order of first appearance, under a ruled header; "" without rows.
 
-    Floats get three decimals, a missing value or None is "-". Columns with text are set left, numbers right.
+    Floats get three decimals, a missing value or None is "-". Columns with text are set left, numbers right. A table wider
+    than `width` is turned, so that its rows stand side by side, and where that is too wide as well, each row is a paragraph.
+
+    Args:
+        rows: values by column.
+        width: characters; None: the terminal's, if standard output is one.
 
     >>> print(format_table([{"student": "before", "KL": 7.25}, {"student": "after", "KL": 2.5, "steps": 10}]))
     student     KL  steps
@@ -14,19 +21,40 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     before   7.250      -
     after    2.500     10
     """
-    columns = [
-        _column(name, [row.get(name) for row in rows]) for name in dict.fromkeys(key for row in rows for key in row)
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    table = [[name, *(_cell(row.get(name)) for row in rows)] for name in names]
+    is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    width = _terminal_width() if width is None else width
+    text = _aligned(table, is_text)
+    if width is None or _width(text) <= width or not rows:
+        return text
+    turned = _aligned(
+        [[cell.strip() for cell in line] for line in zip(*table, strict=True)], [True] + [False] * len(rows)
+    )
+    if _width(turned) <= width:
+        return turned
+    return "\n\n".join("\n".join(f"{name}: {cell.strip()}" for name, cell in zip(names, cells, strict=True))
+                       for cells in list(zip(*table, strict=True))[1:])  # fmt: skip
 
 
-def _column(name: str, values: Sequence[object]) -> list[str]:
-    """Header, rule and cells, padded to one width."""
-    cells = [name, *map(_cell, values)]
-    width = max(map(len, cells))
-    is_text = any(isinstance(value, str) for value in values)
-    padded = [cell.ljust(width) if is_text else cell.rjust(width) for cell in cells]
-    return [padded[0], "-" * width, *padded[1:]]
+def _terminal_width() -> int | None:
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()), default=0)
+
+
+def _aligned(columns: Sequence[Sequence[str]], is_text: Sequence[bool]) -> str:
+    """Columns side by side: a header, a rule and cells each, padded to one width."""
+    padded = []
+    for (head, *cells), left in zip(columns, is_text, strict=True):
+        width = max(map(len, [head, *cells]))
+        lines = [head, "-" * width, *cells]
+        padded.append([line.ljust(width) if left else line.rjust(width) for line in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def _cell(value: object) -> str:

@@ -13,6 +13,8 @@ KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"
 FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]
 GENERATE = ["run", "generate", "--config", "tiny/generate"]
+# Of a row of metrics.jsonl, what a clock or the machine says.
+MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
 # Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
 PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
          "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
@@ -34,7 +36,7 @@ def check_same_rows(found: list[dict], expected: list[dict], tolerance: float = 
     """Losses, norms and validations are equal; speed and memory may differ."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        for name in theirs.keys() - {"tokens_per_second", "peak_memory_rss"}:
+        for name in theirs.keys() - MEASURED:
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-7), (theirs["step"], name)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.training import JSONLLogger, TensorBoardLogger, WandBLogger, closing, read_metrics, truncate_metrics
+from kdtune.training import JSONLLogger, TensorBoardLogger, WandBLogger, read_metrics, truncate_metrics
 
 
 def test_jsonl_keeps_every_bit_and_flushes_each_line(tmp_path):
@@ -131,22 +131,3 @@ def test_texts_survive_too(tmp_path):
         logger.log({"answer": "later"}, step=2)
     truncate_metrics(path, 1)
     assert read_metrics(path) == [{"step": 1, "answer": "à bientôt\nline\u2028two 🙂", "who": "student"}]
-
-
-def test_closing_closes_whatever_happens():
-    class Held:
-        closed = False
-
-        def log(self, values, step):
-            raise AssertionError
-
-        def close(self):
-            self.closed = True
-
-    held = Held()
-    with pytest.raises(ZeroDivisionError), closing(held) as logger:
-        assert logger is held
-        raise ZeroDivisionError
-    assert held.closed
-    with closing(None) as logger:
-        assert logger is None

@@ -1,14 +1,24 @@
 import pytest
 import torch
 
+from kdtune.constants import IGNORE_INDEX
+from kdtune.data import Batch
 from kdtune.errors import TrainingError
 from kdtune.training import Metrics
 
 
+def batch(valid: int, tokens: int | None = None, padded: int = 0) -> Batch:
+    """One row with so many labels, of so many tokens (by default as many), and padding after them."""
+    tokens = valid if tokens is None else tokens
+    labels = torch.full((1, tokens + padded), IGNORE_INDEX)
+    labels[0, :valid] = 1
+    return Batch(torch.zeros_like(labels), labels, (tokens,))
+
+
 def test_means_are_over_tokens_not_over_micro_batches():
     metrics = Metrics()
-    metrics.add({"loss": torch.tensor(30.0), "kd_loss": torch.tensor(3.0)}, num_valid_tokens=10)
-    metrics.add({"loss": torch.tensor(1.0), "kd_loss": torch.tensor(1.0)}, num_valid_tokens=1)
+    metrics.add({"loss": torch.tensor(30.0), "kd_loss": torch.tensor(3.0)}, batch(10))
+    metrics.add({"loss": torch.tensor(1.0), "kd_loss": torch.tensor(1.0)}, batch(1))
     row = metrics.pop()
     assert row["loss"] == 31 / 11
     assert row["kd_loss"] == 4 / 11
@@ -17,11 +27,9 @@ def test_means_are_over_tokens_not_over_micro_batches():
 
 def test_sums_are_added_in_float64():
     metrics = Metrics()
-    metrics.add(
-        {"loss": torch.tensor(2.0**24), "class_loss": torch.tensor(2.0**53, dtype=torch.float64)}, num_valid_tokens=1
-    )
+    metrics.add({"loss": torch.tensor(2.0**24), "class_loss": torch.tensor(2.0**53, dtype=torch.float64)}, batch(1))
     for _ in range(3):
-        metrics.add({"loss": torch.tensor(1.0), "class_loss": torch.tensor(1.0)}, num_valid_tokens=0)
+        metrics.add({"loss": torch.tensor(1.0), "class_loss": torch.tensor(1.0)}, batch(0, 4))
     row = metrics.pop()
     assert row["loss"] == 2.0**24 + 3  # float32 would stay at 2**24
     assert row["class_loss"] == 2.0**53 + 4  # 2**53 + 3 rounded once, to even; one by one it would stay at 2**53
@@ -33,30 +41,40 @@ def test_the_parts_are_detached_and_fetched_only_at_pop(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__float__"):
             patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waited for the device"))
-        metrics.add({"loss": value}, num_valid_tokens=2)
+        metrics.add({"loss": value}, batch(2))
     assert metrics.pop()["loss"] == 3.0
 
 
-def test_speed_counts_all_tokens_and_leaves_out_what_is_told():
+def test_speed_counts_all_tokens_of_the_whole_step_and_leaves_out_what_is_told():
     now = [100.0]
     metrics = Metrics(clock=lambda: now[0])
-    metrics.add({"loss": torch.tensor(1.0)}, num_valid_tokens=5, num_tokens=30)
+    metrics.add({"loss": torch.tensor(1.0)}, batch(5, 30, 2))
     now[0] += 2.0
-    metrics.add({"loss": torch.tensor(1.0)}, num_valid_tokens=5, num_tokens=50)
-    now[0] += 2.0
-    assert metrics.pop()["tokens_per_second"] == 20.0
+    metrics.add({"loss": torch.tensor(1.0)}, batch(5, 50, 7))
+    now[0] += 1.0
+    row = metrics.pop()
+    assert row == {"loss": 0.2, "num_valid_tokens": 10, "num_padded_tokens": 9}
+    now[0] += 1.0  # the optimizer
+    assert metrics.speed("cpu") == {"step_seconds": 4.0, "tokens_per_second": 20.0}
     now[0] += 1000.0  # a validation
     metrics.restart_clock()
     now[0] += 1.0
-    metrics.add({"loss": torch.tensor(1.0)}, num_valid_tokens=1, num_tokens=7)
+    metrics.add({"loss": torch.tensor(1.0)}, batch(1, 7))
     row = metrics.pop()
-    assert row["tokens_per_second"] == 7.0
     assert row["num_valid_tokens"] == 1  # the first step is gone
+    assert metrics.speed("cpu") == {"step_seconds": 1.0, "tokens_per_second": 7.0}
+
+
+def test_the_batch_of_a_process_without_examples_pads_nothing():
+    metrics = Metrics()
+    metrics.add({"loss": torch.tensor(1.0)}, batch(1))
+    metrics.add({"loss": torch.tensor(0.0)}, batch(0, 0, 1))
+    assert metrics.pop()["num_padded_tokens"] == 0
 
 
 def test_no_valid_token_is_an_error():
     metrics = Metrics()
-    metrics.add({"loss": torch.tensor(0.0)}, num_valid_tokens=0)
+    metrics.add({"loss": torch.tensor(0.0)}, batch(0, 3))
     with pytest.raises(TrainingError, match="0 valid tokens"):
         metrics.pop()
 
@@ -70,7 +88,8 @@ def test_means_are_over_all_processes():
         return [2 * value for value in values]
 
     metrics = Metrics(total, clock=iter([0.0, 2.0]).__next__)
-    metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, num_valid_tokens=6, num_tokens=10)
+    metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, batch(6, 10, 1))
     found = metrics.pop()
-    assert seen == [[12.0, 3.0, 6, 10]]
-    assert found == {"loss": 2.0, "kd_loss": 0.5, "num_valid_tokens": 12, "tokens_per_second": 10.0}
+    assert seen == [[12.0, 3.0, 6, 10, 1]]
+    assert found == {"loss": 2.0, "kd_loss": 0.5, "num_valid_tokens": 12, "num_padded_tokens": 2}
+    assert metrics.speed("cpu") == {"step_seconds": 2.0, "tokens_per_second": 10.0}

@@ -359,7 +359,11 @@ def test_a_run_begins_with_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     overrides = [f"output_dir={tmp_path / 'run'}", "max_steps_per_epoch=1", "~lr_scheduler"]
     recipe = import_recipe(find_recipe("finetune"))
     recipe(["--config", "tiny/finetune", *overrides])
-    assert capsys.readouterr().out.startswith(plan_on_paper(config("finetune", *overrides), [1]))
+    plan = on_paper(config("finetune", *overrides), 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"plan: {plan.peak.total / 2**20:.3g} MiB a process at the peak, in {plan.peak.name}"
+    assert f"at most {plan.tokens:,} tokens" in lines[1] and "`kdtune plan`" in lines[2]
+    assert not lines[3].startswith(" ")
 
 
 def test_a_run_goes_on_where_there_is_no_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,4 @@
 import doctest
-import io
 import json
 import struct
 
@@ -7,7 +6,7 @@ import pytest
 
 import kdtune.training.table
 from kdtune.errors import DataError
-from kdtune.training import ProgressBar, format_table, plot_losses
+from kdtune.training import TrainingRun, comparison_table, divergence_of, format_table, plot_losses
 
 
 def write_metrics(path, rows):
@@ -40,11 +39,15 @@ def test_plot_draws_the_values_it_is_given(tmp_path, monkeypatch):
     rows = [{"step": 0, "val_kd_loss": 7.0}] + [{"step": k, "loss": 1.0 * k, "kd_loss": 2.0 * k} for k in (1, 2, 3)]
     plot_losses(write_metrics(tmp_path / "m.jsonl", rows), tmp_path / "p.png")
     kd, total = figures[0].axes
-    assert [axes.get_title() for axes in (kd, total)] == ["KD loss (divergence from the teacher)", "Total loss"]
+    assert [axes.get_title() for axes in (kd, total)] == ["KD loss (KL to the teacher)", "Total loss"]
     assert [list(line.get_ydata()) for line in kd.get_lines()] == [[2.0, 4.0, 6.0], [7.0]]
     assert [list(line.get_xdata()) for line in kd.get_lines()] == [[1, 2, 3], [0]]
     assert [text.get_text() for text in kd.get_legend().get_texts()] == ["training", "validation"]
-    assert kd.get_ylabel() == "nats per token" and kd.get_xlabel() == "optimizer step"
+    assert kd.get_ylabel() == "KL, nats per token" and kd.get_xlabel() == "optimizer step"
+    plot_losses(tmp_path / "m.jsonl", tmp_path / "p.png", divergence="JensenShannon")
+    kd, total = figures[1].axes
+    assert kd.get_title() == "KD loss (JensenShannon to the teacher)"
+    assert [axes.get_ylabel() for axes in (kd, total)] == ["JensenShannon, nats per token", "loss, nats per token"]
 
 
 def test_plot_without_losses_is_an_error(tmp_path):
@@ -64,27 +67,34 @@ def test_table():
     assert doctest.testmod(kdtune.training.table).failed == 0
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def test_a_table_that_is_too_wide_is_turned_and_then_cut_into_paragraphs():
+    rows = [
+        {"held-out": "before", "cross entropy": 7.25, "KL": None},
+        {"held-out": "after", "cross entropy": 3.5, "KL": 0.5},
+    ]
+    wide = format_table(rows)
+    assert format_table(rows, width=30) == wide and max(map(len, wide.splitlines())) == 30
+    assert format_table(rows, width=29).splitlines() == [
+        "held-out       before  after",
+        "-------------  ------  -----",
+        "cross entropy   7.250  3.500",
+        "KL                  -  0.500",
+    ]
+    assert format_table(rows, width=27).splitlines() == [
+        "held-out: before", "cross entropy: 7.250", "KL: -", "", "held-out: after", "cross entropy: 3.500", "KL: 0.500",
+    ]  # fmt: skip
 
 
-def test_without_a_terminal_a_line_every_few_steps_and_the_last():
-    stream = io.StringIO()
-    with ProgressBar(7, initial=2, every=2, stream=stream) as bar:
-        for step in range(3, 8):
-            bar.update({"loss": 1.5, "kd_loss": step, "lr": 3e-4, "tokens_per_second": 12345.6, "grad_norm": 1.0})
-        bar.write("a note")
-    lines = stream.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 4/7", "step 6/7", "step 7/7", "a note"]
-    assert "loss 1.500  kl 4.000  lr 3.00e-04  tok/s 12,346" in lines[0]
-    assert lines[2].endswith("00:00 left")
+def test_the_divergence_has_its_own_name_in_the_table():
+    rows = [{"step": 0, "val_class_loss": 2.0, "val_kd_loss": 1.0, "val_agreement": 0.5, "val_teacher_class_loss": 1.0}]
+    assert "KL to teacher" in comparison_table({"student": rows})
+    text = comparison_table({"student": rows}, divergence="JensenShannon")
+    assert "JensenShannon to teacher" in text and "KL" not in text
 
 
-def test_in_a_terminal_a_bar():
-    stream = Terminal()
-    with ProgressBar(2, stream=stream) as bar:
-        bar.update({"loss": 2.0, "lr": 1e-3})
-        bar.write("a note")
-        bar.update({"loss": 1.0, "lr": 1e-3})
-    assert "2/2" in stream.getvalue() and "loss=1.000" in stream.getvalue() and "a note\n" in stream.getvalue()
+def test_runs_that_are_compared_name_their_divergence(tmp_path):
+    rows = [{"step": 0, "val_class_loss": 2.0, "val_kd_loss": 1.0}]
+    runs = {name: TrainingRun(tmp_path, {"kd_loss": {"_component_": name}}, rows) for name in (
+        "kdtune.losses.ForwardKLLoss", "mine.JensenShannonLoss")}  # fmt: skip
+    assert [divergence_of({"run": run}) for run in runs.values()] == ["KL", "JensenShannon"]
+    assert divergence_of({"sft": TrainingRun(tmp_path, {}, [{"step": 0, "val_class_loss": 2.0}])}) == "KL"

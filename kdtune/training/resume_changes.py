@@ -1,0 +1,112 @@
+"""What a resumed run may change when it is asked for by name (`resume_changes`), and how such a change takes effect."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kdtune.checkpoint import load_state
+from kdtune.checkpoint.state import read_state_file
+from kdtune.config import instantiate
+from kdtune.training.optim import trainable_parameters
+
+_WHOLE = ("lr_scheduler", "kd_ratio", "clip_grad_norm")
+_RATES = ("lr", "initial_lr")
+ALLOWED = "optimizer.ARGUMENT (such as optimizer.lr), lr_scheduler, kd_ratio and clip_grad_norm"
+
+
+def is_changeable(key: str) -> bool:
+    """Whether a resumed run may change this key, such as "optimizer.lr", when it is asked for."""
+    node, _, argument = key.partition(".")
+    return key in _WHOLE or node == "lr_scheduler" or (node == "optimizer" and argument not in ("", "_component_"))
+
+
+def is_asked_for(key: str, asked: Sequence[str]) -> bool:
+    """Whether the key, or a node that it belongs to, is among those asked for."""
+    return any(key == name or key.startswith(f"{name}.") for name in asked)
+
+
+def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
+    """Why these keys cannot be asked for, one sentence each."""
+    found = []
+    if asked and not resume:
+        found.append(f"resume_changes={list(asked)}: is about a resumed run; set resume_from_checkpoint=true too")
+    for name in asked:
+        if name in ("optimizer", "optimizer._component_"):
+            found.append(
+                f"resume_changes: {name} cannot be changed, the saved state is of one class of optimizer; name its arguments, "
+                "such as optimizer.lr"
+            )
+        elif not is_changeable(name):
+            found.append(f"resume_changes: {name} would make it another run; allowed are {ALLOWED}")
+    return found
+
+
+def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
+    """What goes into a resume state beside tensors: where the data stands, and the settings that a later run may change."""
+    return {"position": position, "settings": _settings(cfg)}
+
+
+def load_training_state(
+    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, schedulers: Sequence[Any]
+) -> dict[str, Any]:
+    """Fills optimizer and schedulers from a `state` folder, as `load_state` does, and returns its `extra`.
+
+    Where the config has other arguments for the optimizer than the run that saved it, these count; with another schedule or
+    other learning rates the schedule is this config's from the start, at the step that was reached.
+
+    Args:
+        folder: of the resume state.
+        cfg: of this run.
+        model: with the weights of that step.
+        optimizer: as this config makes it.
+        schedulers: on that optimizer, before its first step.
+
+    Raises:
+        CheckpointError: as `load_state`.
+    """
+    now = _settings(cfg)
+    before = {**now, **read_state_file(folder)["extra"].get("settings", {})}
+    if before == now:
+        return load_state(folder, model=model, optimizers=optimizer, schedulers=schedulers)
+    old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))
+    rates = [{key: group[key] for key in _RATES if key in group} for group in _options(optimizer)]
+    replay = before["lr_scheduler"] != now["lr_scheduler"] or any(
+        one["lr"] != other["lr"] for one, other in zip(old, new, strict=True)
+    )
+    extra = load_state(folder, model=model, optimizers=optimizer, schedulers=None if replay else schedulers)
+    for group, was, is_now, rate in zip(optimizer.param_groups, old, new, rates, strict=True):
+        changed = {key: value for key, value in is_now.items() if key not in _RATES and was.get(key) != value}
+        _set(group, {**changed, **rate} if replay else changed)
+    if replay:
+        with warnings.catch_warnings():
+            # PyTorch expects steps of the optimizer in between; these were made by the run before.
+            warnings.simplefilter("ignore", UserWarning)
+            for scheduler in schedulers:
+                for _ in range(extra["step"]):
+                    scheduler.step()
+    return extra
+
+
+def _settings(cfg: Any) -> dict[str, Any]:
+    return {"optimizer": cfg.optimizer, "lr_scheduler": cfg.lr_scheduler}
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each parameter group what is not a parameter: copies."""
+    return [
+        {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _set(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(group.get(key), Tensor):  # a compiled optimizer reads it from there
+            group[key].fill_(value)
+        else:
+            group[key] = value

@@ -1,0 +1,32 @@
+"""Answers of the models of a run to its prompts, in samples.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import from_main, is_main
+from kdtune.generation import answer
+from kdtune.models import Transformer
+from kdtune.training.loggers import JSONLLogger
+from kdtune.training.progress import Progress
+
+
+def record_samples(
+    output_dir: Path,
+    models: Mapping[str, Transformer],
+    tokenizer: Any,
+    prompts: Sequence[str],
+    step: int,
+    progress: Progress,
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Appends each model's answer to each prompt to samples.jsonl; all processes call it, the main one writes."""
+    if not prompts:
+        return
+    progress.phase(f"answering sample_prompts ({len(prompts)})")
+    with JSONLLogger(output_dir / "samples.jsonl" if is_main() else None) as samples:
+        for prompt in progress.counted(prompts, "prompts"):
+            for who, model in models.items():
+                text = answer(model, tokenizer, prompt, max_new_tokens, agree=from_main)
+                samples.log({"model": who, "prompt": prompt, "answer": text}, step)
