@@ -134,7 +134,7 @@ class Config:
         found += [f"perplexity_files: {name} occurs twice; files need different names" for name in repeated(names)]
         names = [node.get("name", "") for node in self.rouge]
         found += [f"rouge: the name {name!r} occurs twice; sets need different names" for name in repeated(names)]
-        return found
+        return found + data.first_row_problems(self)
 
     def _unused(self) -> list[str]:
         """Settings without the thing that they are for."""

@@ -66,7 +66,7 @@ class Config:
             found.append(f"num_candidates={self.num_candidates}: only the greedy choice of num_layers has candidates")
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
-        return found
+        return found + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
         """What this machine lacks for the run, found without reading a weight."""

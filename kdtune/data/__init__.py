@@ -11,10 +11,11 @@ from kdtune.data.batch import Batch, collate
 from kdtune.data.chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
 from kdtune.data.conversation import TrainingOptions, conversation_encoder
 from kdtune.data.dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
+from kdtune.data.first_row import dataset_nodes, first_row_problems
 from kdtune.data.loader import Loader, Position, batches
 from kdtune.data.messages import Conversation, Message, parse_conversation
 from kdtune.data.mix import MixedDataset, MixedStream, mixed_dataset
-from kdtune.data.sources import Source, open_rows
+from kdtune.data.sources import Source, open_rows, previewed
 from kdtune.data.text import text_completion_dataset
 from kdtune.data.transforms import EncodedRow, Example, make_example, truncate
 
@@ -45,12 +46,15 @@ __all__ = [
     "chat_messages",
     "collate",
     "conversation_encoder",
+    "dataset_nodes",
+    "first_row_problems",
     "instruct_dataset",
     "instruct_messages",
     "make_example",
     "mixed_dataset",
     "open_rows",
     "parse_conversation",
+    "previewed",
     "quickstart_dataset",
     "text_completion_dataset",
     "truncate",

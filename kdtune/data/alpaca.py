@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Unpack
 
-from kdtune.data.conversation import TrainingOptions, TrainOn, Truncation, conversation_encoder
+from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
+from kdtune.data.conversation import TrainingOptions, Truncation, conversation_encoder
 from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, tokenize_rows
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
-from kdtune.data.transforms import Row, any_column, check_column_map, text_column
+from kdtune.tokenizers.base import TrainOn
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -96,7 +97,8 @@ def alpaca_dataset(
         truncation=truncation,
     )
     columns = [(column_map or {}).get(name, name) for name in _COLUMNS]
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
+    suggest = suggest_question_columns(_COLUMNS)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest)
 
 
 def alpaca_cleaned_dataset(

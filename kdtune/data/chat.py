@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Unpack
 
-from kdtune.data.conversation import TrainOn, Truncation, conversation_encoder
+from kdtune.data.columns import (
+    Row,
+    any_column,
+    check_column_map,
+    suggest_chat_columns,
+    suggest_question_columns,
+    text_column,
+)
+from kdtune.data.conversation import Truncation, conversation_encoder
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
 from kdtune.data.messages import (
     CONVERSATION_STYLES,
@@ -15,8 +23,8 @@ from kdtune.data.messages import (
     row_conversation,
 )
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import Row, any_column, check_column_map, text_column
 from kdtune.errors import ConfigError
+from kdtune.tokenizers.base import TrainOn
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -92,7 +100,8 @@ def instruct_dataset(
         truncation=truncation,
     )
     columns = [(column_map or {}).get(name, name) for name in _INSTRUCT_COLUMNS]
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
+    suggest = suggest_question_columns(_INSTRUCT_COLUMNS)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest)
 
 
 def chat_dataset(
@@ -127,7 +136,7 @@ def chat_dataset(
         truncation=truncation,
     )
     columns = (conversation_column, TOOLS, TEMPLATE_VARIABLES)
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest_chat_columns)
 
 
 def _system(prompt: str | None) -> list[Message]:

@@ -4,8 +4,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
+from kdtune.data.columns import Row
 from kdtune.data.messages import Conversation, Message
-from kdtune.data.transforms import Encoded, EncodedRow, Row, end_ids, truncate
+from kdtune.data.transforms import Encoded, EncodedRow, end_ids, truncate
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn
 

@@ -5,6 +5,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -12,9 +13,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kdtune.config.component import resolve
+from kdtune.data.columns import MissingColumnError, Row, Suggest
 from kdtune.data.messages import type_name
-from kdtune.data.sources import Source, empty_text, open_rows, read_stream
-from kdtune.data.transforms import Encoded, EncodedRow, Example, Row, is_trainable, make_example
+from kdtune.data.sources import PREVIEW, Source, empty_text, open_rows, read_stream
+from kdtune.data.transforms import Encoded, EncodedRow, Example, is_trainable, make_example
 from kdtune.errors import DataError
 from kdtune.log import get_logger
 
@@ -157,12 +159,14 @@ class TokenizedDataset(MapDataset):
 class RowEncoder:
     """How the rows of a source become examples: which to keep, and how to tokenize them.
 
-    encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads.
+    encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads. suggest: what to
+    set for a row that lacks one of them.
     """
 
     encode: Callable[[Row], EncodedRow | None]
     keep: FilterFn | None = None
     columns: Collection[str] | None = None
+    suggest: Suggest | None = None
 
     def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
         """The rows that can be trained on, tokenized and cut; the report counts all of them on the way."""
@@ -173,6 +177,9 @@ class RowEncoder:
                     report.filtered += 1
                     continue
                 found = self.encode(row)
+            except MissingColumnError as error:
+                settings = error.settings if self.suggest is None else self.suggest(row)
+                raise MissingColumnError(f"{report.source}: row {report.rows}: {error.problem}", settings) from error
             except DataError as error:
                 raise DataError(f"{report.source}: row {report.rows}: {error}") from error
             if self.columns is not None:
@@ -247,16 +254,17 @@ def build_dataset(
     filter_fn: FilterFn | str | None,
     *,
     columns: Collection[str] | None = None,
+    suggest: Suggest | None = None,
 ) -> Dataset:
-    """The dataset of a source: in memory, or a stream where source.streaming. See RowEncoder for encode and columns.
+    """The dataset of a source: in memory, or a stream where source.streaming. See RowEncoder for the other arguments.
 
     Raises:
         ConfigError: source or filter_fn cannot be used.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns)
+    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns, suggest)
     rows = open_rows(source)
-    if source.streaming:
+    if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
         return RowStream(rows, encoder, source=source.label, shuffle_buffer=buffer)
     return tokenize_rows(rows, encoder, source.label)
@@ -265,10 +273,14 @@ def build_dataset(
 def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> TokenizedDataset:
     """The dataset of some rows, tokenized now; with a progress bar on a terminal when it takes more than two seconds.
 
+    While previewed (see sources.previewed) it is that of the first rows, and may be empty.
+
     Raises:
         DataError: a row cannot be used, or nothing can be trained on.
     """
-    report = Report(source)
+    report, preview = Report(source), PREVIEW.get()
+    if preview is not None:
+        return TokenizedDataset(encoder.encoded(islice(rows, preview.rows), report), report)
     total = len(rows) if isinstance(rows, Sized) else None
     with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
         dataset = TokenizedDataset(encoder.encoded(progress, report), report)

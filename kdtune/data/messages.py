@@ -88,6 +88,18 @@ def parse_conversation(turns: object, style: str) -> list[Message]:
     return [_parse_turn(turn, number, style) for number, turn in enumerate(turns, start=1)]
 
 
+def conversation_style_of(value: Any) -> str | None:
+    """The style of a conversation stored as parse_conversation reads it, None where the value is none."""
+    try:
+        turns = _rows(read_json_text(value, "")) if isinstance(value, str | list | Mapping) else None
+    except DataError:
+        return None
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(first, Mapping):
+        return None
+    return next((style for style, (role, content, _) in _STYLES.items() if role in first and content in first), None)
+
+
 def _rows(turns: object) -> object:
     """A mapping of lists as a list of mappings; anything else as it is."""
     if not isinstance(turns, Mapping) or not turns or not all(isinstance(column, list) for column in turns.values()):
@@ -104,7 +116,7 @@ def _parse_turn(turn: Any, number: int, style: str) -> Message:
         found = f"keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else type_name(turn)
         raise DataError(
             f"turn {number} must have the keys '{role_key}' and '{content_key}' "
-            f"(conversation_style={style}): found {found}"
+            f"(conversation_style={style}): found {found}{_other_style(turn)}"
         )
     role, content = turn[role_key], turn.get(content_key)
     if role not in roles:
@@ -130,6 +142,11 @@ def _parse_turn(turn: Any, number: int, style: str) -> Message:
     except DataError as error:
         raise DataError(f"turn {number}: {error}") from error
     return Message(roles[role], content, None if mark is None else not mark, fields)
+
+
+def _other_style(turn: Any) -> str:
+    style = conversation_style_of([turn])
+    return "" if style is None else f"; set conversation_style={style}"
 
 
 def _tool_calls(found: Any, number: int) -> Any:

@@ -7,24 +7,30 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from glob import glob, has_magic
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from glob import escape
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import IO, TYPE_CHECKING, Any, TypedDict
 
+from kdtune.data.columns import Row
+from kdtune.data.files import (
+    LOCAL_KINDS,
+    DataFiles,
+    ElsewhereError,
+    FilesOfSplits,
+    is_url,
+    kind_of,
+    listed_files,
+    local_folder,
+)
 from kdtune.data.messages import type_name
-from kdtune.data.transforms import Row
 from kdtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import datasets
 
-DataFiles: TypeAlias = str | list[str] | dict[str, str | list[str]]
-FilesOfSplits: TypeAlias = dict[str, list[str]]
-
-_KIND_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-_LOCAL_KINDS = ("json", "csv", "parquet", "text")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -60,11 +66,11 @@ class Source:
     def label(self) -> str:
         """How messages call it: the source with its files, and the split."""
         files = self.data_files.get(self.split, []) if isinstance(self.data_files, dict) else self.data_files
-        if self.source in _LOCAL_KINDS and files:
+        if self.source in LOCAL_KINDS and files:
             paths = [files] if isinstance(files, str) else files
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             return f"{paths[0]}{more} ({self.split})"
-        return f"{self.data_dir if self.source in _LOCAL_KINDS and self.data_dir else self.source} ({self.split})"
+        return f"{self.data_dir if self.source in LOCAL_KINDS and self.data_dir else self.source} ({self.split})"
 
 
 def open_rows(source: Source) -> Any:
@@ -84,12 +90,51 @@ def open_rows(source: Source) -> Any:
             f"split={source.split}: a stream has no length to cut by; name a whole split, or set streaming=false"
         )
     kind, files = _local_files(source)
-    if kind is None or any(_is_url(path) for paths in files.values() for path in paths):
-        return _load(source, kind or str(Path(source.source).expanduser()), source.data_files, {})
-    if kind == "json":
+    preview = PREVIEW.get()
+    if preview is not None:
+        if kind is None and preview.local_only:
+            raise ElsewhereError(f"source={source.source}: not on this machine")
+        split = _PLAIN_SPLIT.match(source.split) if preview.local_only else None
+        source = replace(source, split=split[0] if split else source.split, shuffle_buffer=None)
+        # A stream reads no more of the files than is looked at; part of a split can only be found by reading the whole.
+        source = replace(source, streaming=kind != "json" and _PLAIN_SPLIT.fullmatch(source.split) is not None)
+        return read_stream(islice(_open(source, kind, files), preview.rows), source.label)
+    return _open(source, kind, files)
+
+
+def _open(source: Source, kind: str | None, files: FilesOfSplits) -> Any:
+    if kind is None:
+        return _load(source, str(Path(source.source).expanduser()), source.data_files, source.data_dir)
+    if kind == "json" and not any(is_url(path) for paths in files.values() for path in paths):
         return _json_source(files, source)
-    extra = _csv_options(files) if kind == "csv" else {}
-    return _load(source, kind, files, extra)
+    options = {"csv": _csv_options, "text": lambda files: {"encoding": "utf-8-sig"}}.get(kind, lambda files: {})
+    # A file is that file, whatever its name: only what is asked for by a pattern is one, and those are resolved by now.
+    literal = {split: [path if is_url(path) else escape(path) for path in paths] for split, paths in files.items()}
+    return _load(source, kind, literal, None, options(files))
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How much of each source is read: its first rows, and with local_only none that would have to be downloaded."""
+
+    rows: int
+    local_only: bool = False
+
+
+PREVIEW: ContextVar[Preview | None] = ContextVar("preview", default=None)
+
+
+@contextmanager
+def previewed(rows: int, *, local_only: bool = False) -> Iterator[None]:
+    """Within it, every dataset is made of the first rows of its source alone, in memory; nothing is logged.
+
+    local_only: a source that is not on this machine raises ElsewhereError.
+    """
+    token = PREVIEW.set(Preview(rows, local_only))
+    try:
+        yield
+    finally:
+        PREVIEW.reset(token)
 
 
 class ArrowRows:
@@ -121,67 +166,36 @@ def _without_nulls(value: Any) -> Any:
 
 def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
     """The kind of local file and the files of each split; (None, {}) for the hub and for folders."""
-    if source.source in _LOCAL_KINDS:
+    if source.source in LOCAL_KINDS:
         if source.name is not None:
             raise ConfigError(
                 f"name={source.name}: names a configuration of a hub dataset; '{source.source}' files have none"
             )
-        return source.source, _expand(source)
+        return source.source, listed_files(source.source, source.data_files, source.data_dir)
     path = Path(source.source).expanduser()
-    kind = _kind_of(path)
-    if kind is None or path.is_dir():
-        if source.source.startswith(("/", "./", "../", "~")) and not path.exists():
-            raise DataError(f"source={source.source}: no such file or folder")
+    if path.is_dir():
+        return local_folder(path, source.name, source.data_files, source.data_dir)
+    kind = kind_of(path)
+    if kind is None:
+        if source.source.startswith(("/", "./", "../", "~")):
+            raise ElsewhereError(f"source={source.source}: no such file or folder")
         return None, {}
     for key, value in (("data_files", source.data_files), ("data_dir", source.data_dir), ("name", source.name)):
         if value is not None:
             raise ConfigError(f"{key}={value}: has no effect when source is a file ({source.source}); leave it out")
     if not path.is_file():
-        raise DataError(f"source={source.source}: no such file")
+        raise ElsewhereError(f"source={source.source}: no such file")
     return kind, {"train": [str(path)]}
 
 
-def _kind_of(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    return _KIND_OF_SUFFIX.get(suffixes[-1].lower()) if suffixes else None
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
-def _expand(source: Source) -> FilesOfSplits:
-    """data_files by split, patterns and data_dir resolved; every local file exists."""
-    data_files = source.data_files
-    folder = Path(source.data_dir).expanduser() if source.data_dir is not None else Path()
-    if data_files is None:
-        if source.data_dir is None:
-            raise ConfigError(
-                f"source={source.source}: needs data_files (or data_dir), the {source.source} files to read"
-            )
-        if not folder.is_dir():
-            raise DataError(f"data_dir={source.data_dir}: no such folder")
-        found = sorted(str(path) for path in folder.iterdir() if _kind_of(path) == source.source)
-        if not found:
-            raise DataError(f"data_dir={source.data_dir}: no {source.source} file in this folder")
-        return {"train": found}
-    by_split = dict(data_files) if isinstance(data_files, Mapping) else {"train": data_files}
-    return {split: _expand_paths(paths, folder) for split, paths in by_split.items()}
-
-
-def _expand_paths(paths: str | Iterable[str], folder: Path) -> list[str]:
-    expanded: list[str] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        full = path if _is_url(path) else str(folder / Path(path).expanduser())
-        matches = sorted(glob(full, recursive=True)) if has_magic(full) and not Path(full).exists() else [full]
-        if not matches or not (_is_url(full) or Path(matches[0]).is_file()):
-            raise DataError(f"data_files={path}: no such file")
-        expanded += matches
-    return expanded
-
-
-def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | None, extra: dict[str, Any]) -> Any:
-    """What `datasets.load_dataset` gives; its errors come out as DataError."""
+def _load(
+    source: Source,
+    path: str,
+    data_files: DataFiles | FilesOfSplits | None,
+    data_dir: str | None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """The rows that `datasets.load_dataset` gives; its errors come out as DataError."""
     import datasets
 
     try:
@@ -191,9 +205,9 @@ def _load(source: Source, path: str, data_files: DataFiles | FilesOfSplits | Non
                 source.name,
                 split=source.split,
                 data_files=data_files,
-                data_dir=source.data_dir if data_files is source.data_files else None,
+                data_dir=data_dir,
                 streaming=source.streaming,
-                **extra,
+                **(options or {}),
             )
             return rows.map(without_filled) if source.streaming else ArrowRows(rows)
     except StopIteration as error:  # what load_dataset lets out for a file without rows
@@ -238,7 +252,7 @@ def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
     from datasets import Features, Value
 
     first = next(iter(files.values()))[0]
-    with _text(first) as file:
+    with _text(first, newline="") as file:
         header = next(csv.reader(file), None)
     if not header:
         raise DataError(f"{first}: the file is empty; the first line of a CSV file names its columns")
@@ -246,16 +260,28 @@ def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
 
 
 @contextmanager
-def _text(path: str) -> Iterator[IO[str]]:
+def _text(path: str, newline: str | None = None) -> Iterator[IO[str]]:
     """A file of text, possibly gzipped, opened; what goes wrong while it is read comes out as a DataError naming it."""
     try:
         opener: Any = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:  # the first three: gzip of a broken file
         raise DataError(f"{path}: cannot be read: {error}; the file may be cut off or corrupt") from error
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file, possibly gzipped, without their ends.
+
+    A line ends with a line feed, a carriage return or both; other characters that break lines on paper are text.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    with _text(path) as file:
+        return [line.removesuffix("\n") for line in file]
 
 
 def _json_source(files: FilesOfSplits, source: Source) -> Any:
@@ -325,20 +351,31 @@ def _starts_array(file: IO[str]) -> bool:
 def _json_lines(path: str, file: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            try:
+            place = f"{path}, line {number}"
+            with _json_errors(place):
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: invalid JSON: {error.msg} at column {error.colno}") from error
-            yield _json_row(row, f"{path}, line {number}")
+            yield _json_row(row, place)
 
 
 def _json_array(path: str, file: IO[str]) -> Iterator[Row]:
-    try:
+    with _json_errors(path, count_lines=True):
         rows = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: invalid JSON: {error.msg} at column {error.colno}") from error
     for number, row in enumerate(rows, start=1):
         yield _json_row(row, f"{path}, element {number}")
+
+
+@contextmanager
+def _json_errors(place: str, *, count_lines: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if count_lines else ""
+        raise DataError(f"{place}{line}: invalid JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{place}: JSON that cannot be read: {reason}; take the row out") from error
 
 
 def _json_row(row: object, place: str) -> Row:

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Unpack
 
+from kdtune.data.columns import Row, suggest_text_column, text_column
 from kdtune.data.dataset import Dataset, FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import EncodedRow, Row, end_ids, text_column, truncate
+from kdtune.data.transforms import EncodedRow, end_ids, truncate
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -33,4 +34,4 @@ def text_completion_dataset(
         kept, trained = truncate(ids, [bool(text)] * len(ids), tokenizer.max_seq_len, end_ids(tokenizer))
         return EncodedRow(kept, trained, truncated=len(kept) < len(ids))
 
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=[column])
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=[column], suggest=suggest_text_column)

@@ -1,6 +1,6 @@
-"""Token ids and training flags, truncation, columns of rows, and the one place where labels are shifted."""
+"""Token ids and training flags, truncation, and the one place where labels are shifted."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kdtune.constants import IGNORE_INDEX
-from kdtune.data.messages import type_name
-from kdtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
 
-Row: TypeAlias = Mapping[str, Any]
 Encoded: TypeAlias = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is a training target."""
 
@@ -74,43 +71,3 @@ def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
     """The ids that may end a sequence: the tokenizer's stop ids and its eos."""
     eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     return frozenset(tokenizer.stop_ids) | eos
-
-
-def check_column_map(column_map: Mapping[str, str] | None, allowed: Sequence[str]) -> dict[str, str]:
-    """The map from our column names to the dataset's, as a dict.
-
-    Raises:
-        ConfigError: a key is not one of the columns that the dataset builder reads.
-    """
-    unknown = [name for name in column_map or {} if name not in allowed]
-    if unknown:
-        raise ConfigError(
-            f"column_map: unknown column {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)} "
-            "(keys are the builder's columns, values the dataset's)"
-        )
-    return dict(column_map or {})
-
-
-def text_column(row: Row, column: str) -> str:
-    """The text in a column of a row.
-
-    Raises:
-        DataError: the column is missing (the message lists the columns found) or does not hold text.
-    """
-    value = any_column(row, column)
-    if not isinstance(value, str):
-        raise DataError(f"column '{column}' must hold text: found {type_name(value)} ({value!r:.60})")
-    return value
-
-
-def any_column(row: Row, column: str) -> Any:
-    """The value in a column of a row.
-
-    Raises:
-        DataError: the column is missing; the message lists the columns found.
-    """
-    if column not in row:
-        raise DataError(
-            f"column '{column}' is missing; found: {', '.join(map(str, row))} (name it in the dataset's config)"
-        )
-    return row[column]

@@ -89,7 +89,7 @@ def read_text(path: str | Path) -> str:
         DataError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"perplexity_files={path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():

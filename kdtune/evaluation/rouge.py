@@ -15,8 +15,14 @@ from typing import Any, Literal
 
 from kdtune import generation
 from kdtune.data import Message, Source, alpaca_prompt, open_rows
-from kdtune.data.sources import DataFiles
-from kdtune.data.transforms import any_column, check_column_map, text_column
+from kdtune.data.columns import (
+    MissingColumnError,
+    any_column,
+    check_column_map,
+    suggest_question_columns,
+    text_column,
+)
+from kdtune.data.files import DataFiles
 from kdtune.distributed import World, spread_in_batches
 from kdtune.errors import ConfigError, DataError
 from kdtune.models import Transformer
@@ -98,6 +104,10 @@ class InstructionSet:
         for number, row in enumerate(islice(open_rows(source), self.num_examples), start=1):
             try:
                 instructions.append(self._instruction(row))
+            except MissingColumnError as error:
+                settings = suggest_question_columns(_COLUMNS)(row)
+                place = f"rouge.{self.name}: {source.label}: row {number}"
+                raise MissingColumnError(f"{place}: {error.problem}", settings) from error
             except DataError as error:
                 raise DataError(f"rouge.{self.name}: {source.label}: row {number}: {error}") from error
         if not instructions:

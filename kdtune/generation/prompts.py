@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdtune.data.columns import text_column
 from kdtune.data.messages import Conversation, Message, parse_conversation, row_conversation
-from kdtune.data.sources import read_json
-from kdtune.data.transforms import text_column
+from kdtune.data.sources import read_json, read_lines
 from kdtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     if not file.is_file():
         raise DataError(f"prompt_file={path}: no such file")
     if file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text: {error}") from error
-        found = [_question(line) for line in lines if line.strip()]
+        found = [_question(line) for line in read_lines(str(file)) if line.strip()]
     else:
         found = [
             _row_conversation(row, f"{path}, row {number}") for number, row in enumerate(read_json([str(file)]), 1)

@@ -4,6 +4,7 @@ from typing import Any
 
 from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
+from kdtune.data import first_row_problems
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
@@ -63,7 +64,7 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(
             f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
         )
-    return found
+    return found + first_row_problems(cfg)
 
 
 def divergence_problems(kd_loss: Any) -> list[str]:

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset as HFDataset
 
 from kdtune.data import Source, open_rows
-from kdtune.data.sources import read_stream, split_parts
+from kdtune.data.sources import read_lines, read_stream, split_parts
 from kdtune.errors import ConfigError, DataError
 
 ROWS = [{"a": f"x{n}", "b": n} for n in range(10)]
@@ -167,3 +167,109 @@ def test_empty_csv(tmp_path):
 def test_a_folder_without_fitting_files(tmp_path):
     with pytest.raises(DataError, match="no json file in this folder"):
         rows_of("json", data_dir=str(tmp_path))
+
+
+MAGIC = ["exp[1]", "run*", "data [v1]", "why?", "[[]", "é #%20"]
+
+
+@pytest.mark.parametrize("name", MAGIC)
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet", "txt", "jsonl"])
+def test_a_path_is_that_path(tmp_path, monkeypatch, name, kind):
+    monkeypatch.chdir(tmp_path)
+    for folder, cell in ((name, "right"), ("exp1", "WRONG"), ("run2", "WRONG"), ("data v", "WRONG"), ("[", "WRONG")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        _write(tmp_path / folder / f"x.{kind}", [{"text": cell}])
+    right = [{"text": "right"}]
+    assert rows_of(f"{name}/x.{kind}") == right
+    assert rows_of(str(tmp_path / name)) == right  # the folder
+    if kind != "jsonl":
+        assert [*open_rows(Source(f"{name}/x.{kind}", streaming=True))] == right
+    word = {"jsonl": "json", "txt": "text"}.get(kind, kind.removesuffix(".gz"))
+    assert rows_of(word, data_files=f"x.{kind}", data_dir=name) == right
+    assert rows_of(word, data_files="x.*", data_dir=name) == right  # a pattern within that folder
+    assert rows_of(word, data_dir=name) == right
+
+
+def _write(path, rows):
+    if path.suffix == ".parquet":
+        return HFDataset.from_list(rows).to_parquet(path)
+    text = {
+        ".csv": lambda: "text\n" + "".join(f"{row['text']}\n" for row in rows),
+        ".txt": lambda: "".join(f"{row['text']}\n" for row in rows),
+        ".jsonl": lambda: "".join(json.dumps(row) + "\n" for row in rows),
+    }[path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix]()
+    data = text.encode("utf-8")
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return None
+
+
+@pytest.mark.parametrize("folder", ["plain", "set [v2]*"])
+def test_folders_laid_out_as_on_the_hub(tmp_path, folder):
+    root = tmp_path / folder
+    (root / "data").mkdir(parents=True)
+    (root / "README.md").write_text("---\nlicense: mit\n---\nA set.\n")
+    _write(root / "data" / "train-00000.jsonl", [{"text": "one", "n": [1]}])
+    _write(root / "data" / "test-00000.jsonl", [{"text": "two", "n": "1"}])
+    assert rows_of(str(root)) == [{"text": "one", "n": [1]}]
+    assert rows_of(str(root), split="test") == [{"text": "two", "n": "1"}]
+    assert rows_of(str(root), data_dir="data") == [{"text": "one", "n": [1]}]
+    assert rows_of(str(root), data_files="data/test*") == [{"text": "two", "n": "1"}]
+    with pytest.raises(
+        DataError, match="unknown split 'val'; available: test, train|unknown split 'val'; available: train, test"
+    ):
+        rows_of(str(root), split="val")
+    configs = "configs:\n- config_name: a\n  data_files: data/test-*\n- config_name: b\n  data_files: data/train-*\n"
+    (root / "README.md").write_text(f"---\n{configs}---\n")
+    assert rows_of(str(root), name="a") == [{"text": "two", "n": "1"}]
+    assert rows_of(str(root), name="b") == [{"text": "one", "n": [1]}]
+    with pytest.raises(ConfigError, match="name=c: not a configuration .*allowed: a, b"):
+        rows_of(str(root), name="c")
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "txt", "jsonl"])
+def test_a_byte_order_mark_is_harmless(tmp_path, kind):
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / f"x.{kind}"
+    _write(path, [{"text": "a"}, {"text": "b"}])
+    data = path.read_bytes()
+    marked = b"\xef\xbb\xbf" + (gzip.decompress(data) if kind.endswith("gz") else data)
+    path.write_bytes(gzip.compress(marked) if kind.endswith("gz") else marked)
+    assert rows_of(str(path)) == rows_of(str(tmp_path / "set")) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", ["csv", "txt", "jsonl"])
+def test_one_meaning_of_line(tmp_path, kind, end):
+    # str.splitlines would break a line at each of these.
+    texts = [f"a{mark}b" for mark in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e")]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if kind == "jsonl" else texts
+    head = f"text{end}" if kind == "csv" else ""
+    (tmp_path / f"x.{kind}").write_bytes((head + end.join(lines) + end).encode("utf-8"))
+    assert rows_of(str(tmp_path / f"x.{kind}")) == [{"text": text} for text in texts]
+    if kind == "txt":
+        assert read_lines(str(tmp_path / "x.txt")) == texts
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    _write(tmp_path / "set" / "x.jsonl", [{"text": "a"}])
+    for where in (
+        {"source": "~/set/x.jsonl"},
+        {"source": "~/set"},
+        {"source": "json", "data_files": "~/set/x.jsonl"},
+        {"source": "json", "data_files": "~/set/*.jsonl"},
+        {"source": "json", "data_dir": "~/set"},
+        {"source": "~/set", "data_files": "~/set/x.jsonl"},
+    ):
+        assert rows_of(**where) == [{"text": "a"}], where
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000])
+def test_json_that_python_cannot_hold_is_named(tmp_path, value):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": ' + value + "\n")
+    with pytest.raises(DataError, match=r"x.jsonl, line 2: (JSON that cannot be read|invalid JSON)"):
+        rows_of(str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.json").write_text("[" + value)
+    with pytest.raises(DataError, match=r"x.json"):
+        rows_of(str(tmp_path / "x.json"))

@@ -1,0 +1,80 @@
+"""A look at the first row of a config's datasets, before anything is read or built."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kdtune.config import instantiate, is_component, resolve
+from kdtune.data.columns import MissingColumnError
+from kdtune.data.files import ElsewhereError
+from kdtune.data.sources import previewed
+from kdtune.errors import ConfigError, DataError
+
+# Nodes whose first row was found to be in order: a sweep asks for the same ones hundreds of times.
+_IN_ORDER: set[str] = set()
+
+
+class _NoTokenizer:
+    """Takes a tokenizer's place where only the columns of a row are looked at."""
+
+    bos_id = eos_id = pad_id = 0
+    stop_ids: frozenset[int] = frozenset()
+    max_seq_len = None
+    begins_with_bos = False
+    trains_chats = False
+
+    def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        return [0, 0]
+
+    def tokenize_messages(self, messages: Sequence[Any], **options: Any) -> tuple[list[int], list[bool]]:
+        return [0, 0], [True, True]
+
+    def left_out(self, messages: Sequence[Any], **options: Any) -> list[str]:
+        return []
+
+
+def dataset_nodes(cfg: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The nodes of a config that are made with its tokenizer, by key; a mixture as the datasets that it consists of."""
+    for field in dataclasses.fields(cfg):
+        node = getattr(cfg, field.name)
+        if "tokenizer" in field.metadata.get("runtime", ()) and is_component(node):
+            yield from _unmixed(field.name, node)
+
+
+def _unmixed(key: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    parts = node.get("datasets")
+    if not isinstance(parts, list):
+        yield key, node
+        return
+    for number, part in enumerate(parts):
+        if is_component(part):
+            yield from _unmixed(f"{key}.datasets.{number}", part)
+
+
+def first_row_problems(cfg: Any) -> list[str]:
+    """What kdtune's own dataset builders cannot read in the first row of their source, with what to set instead.
+
+    Sources that are not on this machine are left alone: nothing is downloaded, and files may be looked at elsewhere.
+    """
+    found = []
+    for key, node in dataset_nodes(cfg):
+        name = json.dumps(node, sort_keys=True, default=str)
+        if name in _IN_ORDER or not _is_ours(node):
+            continue
+        try:
+            with previewed(1, local_only=True):
+                instantiate(dict(node), tokenizer=_NoTokenizer())
+        except ElsewhereError:
+            continue
+        except MissingColumnError as error:
+            found.append(f"{key}: {error.under(key)}")
+        except (DataError, ConfigError) as error:
+            found.append(f"{key}: {error}")
+        else:
+            _IN_ORDER.add(name)
+    return found
+
+
+def _is_ours(node: Mapping[str, Any]) -> bool:
+    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.data.")
