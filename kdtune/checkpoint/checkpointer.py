@@ -1,5 +1,6 @@
 """A model's folder, or GGUF file, in whichever format it is: what is missing, its config, its weights."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -10,20 +11,16 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
-from kdtune.checkpoint.huggingface import read_json
+from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.ranks import is_sharded
-from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_tensors, fill_model
+from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
 from kdtune.errors import CheckpointError
-from kdtune.models import Transformer, TransformerConfig
+from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
+from kdtune.tokenizers.folder import read_json
 from kdtune.tokenizers.gguf_metadata import read_metadata
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
-_PICKLES = (".bin", ".pt", ".ckpt", ".pkl", ".pickle")
-_NO_PICKLES = (
-    "pickled weights are not loaded, because a pickle can run code; download the model's .safetensors files, or write "
-    "them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-)
 
 
 def load_model(
@@ -89,7 +86,7 @@ class Checkpointer:
             _format(files[0])
         )
         needed = [*files, *([files[0].parent / described_by] if described_by else [])]
-        missing = [f"{file}: missing; download it again" for file in needed if not file.is_file()]
+        missing = [f"{file}: missing; download it again" for file in needed if not os.path.isfile(file)]
         if missing:
             return missing
         try:
@@ -97,11 +94,9 @@ class Checkpointer:
                 self._refuse_adapter(files[0])
                 quantized.check(files[0])
                 return []
-            stored = self._read()
-            model = _on_meta(stored.config)
-            check_tensors(model, stored)
+            config = self._read().config
             if self.adapter_dir is not None:
-                peft.check_adapter(peft.read_adapter(self.adapter_dir), model)
+                peft.check_adapter(peft.read_adapter(self.adapter_dir), _on_meta(config))
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -138,16 +133,16 @@ class Checkpointer:
         )
 
     def model_config(self) -> TransformerConfig:
-        """The config of the model that lies there; reads no weights.
+        """The config of the model that lies there; reads no weights. Those that lie there too are of these shapes.
 
         Raises:
-            CheckpointError: it is missing, damaged or of an unsupported model.
+            CheckpointError: it is missing, damaged, of an unsupported model, or of another one than the weights.
         """
         files = self.files()
-        if _format(files[0]) == "huggingface":
-            return _hf_config(files[0].parent)
         if _format(files[0]) == "quantized":
-            return quantized.read_config(files[0].parent)
+            return quantized.check(files[0]) if files[0].is_file() else quantized.read_config(files[0].parent)
+        if _format(files[0]) == "huggingface" and not all(map(os.path.isfile, files)):
+            return _hf_config(files[0].parent)
         return self._read().config
 
     def load(
@@ -170,7 +165,7 @@ class Checkpointer:
         files = self.files()
         if _format(files[0]) == "quantized":
             self._refuse_adapter(files[0])
-            stored_config = quantized.read_config(files[0].parent)
+            stored_config = quantized.check(files[0])
             if model is not None:
                 self._check_same(model.config, stored_config)
                 self._refuse_shards(model)
@@ -202,8 +197,11 @@ class Checkpointer:
             )
 
     def _read(self) -> StoredModel:
+        """What lies there, with what the config says compared with what the files hold before anything is built by it."""
         files = self.files()
-        return _READERS[_format(files[0])](files)
+        stored = _READERS[_format(files[0])](files)
+        check_tensors(stored.config, stored)
+        return stored
 
     def _check_same(self, given: TransformerConfig, stored: TransformerConfig) -> None:
         silent = {"max_seq_len"}
@@ -234,8 +232,8 @@ def _format(file: Path) -> str:
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:
     files = [folder / name for name in names]
     suffixes = {file.suffix for file in files}
-    if pickled := [file for file in files if file.suffix in _PICKLES]:
-        raise CheckpointError(f"{pickled[0]}: {_NO_PICKLES}")
+    if pickled := [file for file in files if file.suffix in PICKLES]:
+        raise CheckpointError(f"{pickled[0]}: {NO_PICKLES}")
     if len(suffixes) != 1 or not suffixes <= _FORMATS.keys():
         raise CheckpointError(
             f"checkpoint_files={list(names)}: the files of one model in one of {', '.join(_FORMATS)} expected; "
@@ -253,8 +251,8 @@ def _refuse_other_weights(folder: Path) -> None:
             f"{peft.CONFIG}) as checkpoint_dir, and this folder as adapter_dir"
         )
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    if pickled := [name for name in names if name.endswith(_PICKLES) or name == "pytorch_model.bin.index.json"]:
-        raise CheckpointError(f"{folder / pickled[0]}: {_NO_PICKLES}")
+    if pickled := [name for name in names if name.endswith(PICKLES) or name == "pytorch_model.bin.index.json"]:
+        raise CheckpointError(f"{folder / pickled[0]}: {NO_PICKLES}")
     if loose := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(
             f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the "
@@ -284,8 +282,13 @@ def _read_huggingface(files: list[Path]) -> StoredModel:
     index = huggingface.read_index(folder) if (folder / huggingface.INDEX).is_file() else None
     if index is not None and set(index.values()) != {file.name for file in files}:
         index = None
-    tensors = _by_our_names(huggingface.stored_tensors(files, index), convert.HF)
-    return StoredModel(config, tensors, convert.kdtune_to_hf)
+    tensors = huggingface.stored_tensors(files, index)
+    # Saved from a model without head (LlamaModel), whose names lack the part before the layers.
+    prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
+    renamed = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in tensors.items()}
+    return StoredModel(
+        config, _by_our_names(renamed, convert.HF), lambda name: convert.kdtune_to_hf(name).removeprefix(prefix)
+    )
 
 
 def _read_meta(files: list[Path]) -> StoredModel:
@@ -298,8 +301,8 @@ def _read_meta(files: list[Path]) -> StoredModel:
     rows = None if embedding is None else len(embedding)
     with _in_file(path):
         config = configs.config_from_meta(params, vocab_size=rows, tie_embeddings=True if is_tied else None)
-    whole = _on_meta(config).state_dict()
-    shapes = {convert.kdtune_to_meta(name): tuple(tensor.shape) for name, tensor in whole.items()}
+    check_num_layers(config, len(parts[0]), path.parent)
+    shapes = {convert.kdtune_to_meta(name): shape for name, shape in weight_shapes(config).items()}
     tensors = _by_our_names(meta.stored_tensors(files, parts, shapes), convert.META)
     return StoredModel(config, _unpermuted(tensors, config), convert.kdtune_to_meta)
 

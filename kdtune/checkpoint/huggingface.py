@@ -1,6 +1,5 @@
 """Hugging Face safetensors files: which ones a folder holds, and their tensors, unread."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,17 @@ from torch import Tensor
 
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
+from kdtune.tokenizers.folder import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+
+PICKLES = (".bin", ".pt", ".ckpt", ".pkl", ".pickle")
+NO_PICKLES = (
+    "pickled weights are not loaded, because a pickle can run code; download the model's .safetensors files, or write "
+    "them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,23 +37,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something other than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download it again") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}; it may be cut off: download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, an object expected; download it again")
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -70,9 +59,11 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no 'weight_map' from tensor to file in it; download it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if isinstance(file, str) and file.endswith(PICKLES):
+            raise CheckpointError(f"{path}: tensor {name!r} lies in {file!r}: {NO_PICKLES}")
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
             raise CheckpointError(
-                f"{path}: tensor {name!r} lies in {file!r}; the name of a file in this folder expected: "
+                f"{path}: tensor {name!r} lies in {file!r}; the name of a .safetensors file in this folder expected: "
                 "download it again"
             )
     return weight_map

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint.huggingface import read_json, stored_tensors
+from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.ranks import is_sharded, local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
@@ -18,6 +18,7 @@ from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_para
 from kdtune.models.llama import convert
 from kdtune.models.lora import merged
 from kdtune.models.lora_merge import untie_head
+from kdtune.tokenizers.folder import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -15,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdtune.checkpoint.atomic import writing
-from kdtune.checkpoint.huggingface import CONFIG, open_safetensors, read_json
+from kdtune.checkpoint.huggingface import CONFIG, open_safetensors
 from kdtune.checkpoint.save import SavesItself, write_description
+from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
-from kdtune.models import Transformer, TransformerConfig
+from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
 from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
 from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
+from kdtune.tokenizers.folder import read_json
 
 WEIGHTS = "model.quantized.safetensors"
 _QUANT_METHOD = "kdtune"
@@ -76,15 +78,17 @@ def read_config(folder: Path) -> TransformerConfig:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix(CONFIG + ': ')}") from error
 
 
-def check(file: Path) -> None:
-    """Checks that the file holds what its config describes, by name; reads no weights.
+def check(file: Path) -> TransformerConfig:
+    """The config, when the file holds what it describes, by name; reads no weights.
 
     Raises:
         CheckpointError: file or config is damaged, or a tensor is missing or unexpected.
     """
     config = read_config(file.parent)
     with open_safetensors(file) as handle:
+        check_num_layers(config, len(handle.keys()), file)
         _keys_by_weight(file, handle, _names(config))
+    return config
 
 
 def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> Transformer:
@@ -143,8 +147,7 @@ def _scheme(document: Mapping[str, Any], path: Path) -> str:
 
 def _names(config: TransformerConfig) -> list[str]:
     """Of the parameters of such a model, a tied one once."""
-    with torch.device("meta"):
-        return [name for name, _ in Transformer(config).named_parameters()]
+    return [name for name in weight_shapes(config) if not (config.tie_embeddings and name == "output.weight")]
 
 
 def _prefix(hf_name: str) -> str:

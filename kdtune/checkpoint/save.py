@@ -13,12 +13,13 @@ from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
-from kdtune.checkpoint.huggingface import CONFIG, INDEX, read_json
+from kdtune.checkpoint.huggingface import CONFIG, INDEX
 from kdtune.checkpoint.ranks import is_main, reshard, together
 from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
+from kdtune.tokenizers.folder import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # The terms a model comes under travel with what is made from it.

@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
-from kdtune.checkpoint.huggingface import read_json
 from kdtune.checkpoint.ranks import is_main, to_cpu_copy, together
 from kdtune.checkpoint.sharded import Write
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.tokenizers.folder import read_json
 
 STATE_FILE = "state.json"
 _VERSION = 1

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
-from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, adapter_parameters
+from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, weight_shapes
 from kdtune.models.lora import draw_a_
 from kdtune.models.nf4 import dequantized, fill_rows, quantize_nf4
 
@@ -96,7 +96,7 @@ def fill_model(
     """
     tied = model.config.tie_embeddings
     tensors = stored.tensors
-    check_tensors(model, stored)
+    check_tensors(model.config, stored)
     dtype = dtype or stored_dtype(tensors)
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     sharded = is_sharded(model.parameters())
@@ -125,22 +125,38 @@ def fill_model(
     return model
 
 
-def check_tensors(model: Transformer, stored: StoredModel) -> None:
-    """Checks names, shapes and dtypes of all tensors against the model without reading one.
+def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | str) -> None:
+    """Refuses a config of more layers than there are tensors, before a name is made for each of them.
+
+    Raises:
+        CheckpointError: there are.
+    """
+    if config.num_layers > num_tensors:
+        raise CheckpointError(
+            f"{where}: the config describes {config.num_layers} layers, the files hold {num_tensors} tensors; "
+            "the weights and the config do not belong together: download both again"
+        )
+
+
+def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
+    """Checks names, shapes and dtypes of all tensors against the model of the config; reads none, and builds nothing.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
     """
-    adapters = adapter_parameters(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in adapters}
     tensors = stored.tensors
     where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
-    if model.config.tie_embeddings and _TIED[1] not in tensors:
+    check_num_layers(config, len(tensors), where)
+    expected = weight_shapes(config)
+    if config.tie_embeddings and _TIED[1] not in tensors:
         expected.pop(_TIED[1], None)
     if missing := [name for name in expected if name not in tensors]:
         hint = ""
         if missing == [_TIED[1]]:
-            hint = "; a model whose head is the embedding says so in its config (tie_word_embeddings: true)"
+            hint = (
+                ", or save it with transformers from LlamaForCausalLM (LlamaModel has no head); a model whose head is the "
+                "embedding says so in its config (tie_word_embeddings: true)"
+            )
         raise CheckpointError(
             f"{where}: {_some([stored.name_in_file(name) for name in missing])} missing, shape {list(expected[missing[0]])} expected; "
             f"the files do not hold the whole model that the config describes: download it again{hint}"
@@ -149,7 +165,7 @@ def check_tensors(model: Transformer, stored: StoredModel) -> None:
         first = unexpected[0]
         raise CheckpointError(
             f"{first}: unexpected ({len(unexpected)} such), shape {list(first.shape)} found; "
-            f"the config describes a model of {model.config.num_layers} layers without it: use the files' own config"
+            f"the config describes a model of {config.num_layers} layers without it: use the files' own config"
         )
     for name, shape in expected.items():
         found = tensors[name]

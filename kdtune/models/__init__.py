@@ -50,7 +50,7 @@ from kdtune.models.llama.lora_builders import (
 from kdtune.models.lora import LoRALinear, adapted_linears, adapter_parameters, apply_lora, has_adapters
 from kdtune.models.lora_merge import merge_adapters, merged_adapters, merged_config, merged_weights, unmerge_adapters
 from kdtune.models.rope import RopeScaling
-from kdtune.models.transformer import Transformer, TransformerConfig
+from kdtune.models.transformer import Transformer, TransformerConfig, weight_shapes
 
 __all__ = [
     "KVCache",
@@ -109,4 +109,5 @@ __all__ = [
     "smollm2_135m",
     "smollm2_360m",
     "unmerge_adapters",
+    "weight_shapes",
 ]

@@ -19,6 +19,9 @@ from kdtune.models.rope import RopeScaling, inverse_frequencies, rope_tables
 # Standard deviation of a fresh model's weights: what Llama and GPT-2 start from.
 INIT_STD = 0.02
 
+_MOST = {"num_layers": 10_000, "head_dim": 2**16, "max_seq_len": 2**48, "norm_eps": 1e6, "rope_base": 1e30}
+_MOST_OF_THE_REST = 2**28
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -43,12 +46,38 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("rope_scaling", "tie_embeddings") and value <= 0:
-                raise ConfigError(f"{field.name}={value}: must be above 0")
+            if field.name in ("rope_scaling", "tie_embeddings"):
+                continue
+            # No model is near these sizes: one of them is a slip, which would fill the memory before it is noticed.
+            most = _MOST.get(field.name, _MOST_OF_THE_REST)
+            if not 0 < value <= most:
+                raise ConfigError(f"{field.name}={value}: must be above 0 and at most {most}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
+
+
+def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights, those of its `state_dict()`, without building it."""
+    dim, inner = config.embed_dim, config.intermediate_dim
+    of_layer = {
+        "attn_norm.weight": (dim,),
+        "attn.q_proj.weight": (config.num_heads * config.head_dim, dim),
+        "attn.k_proj.weight": (config.num_kv_heads * config.head_dim, dim),
+        "attn.v_proj.weight": (config.num_kv_heads * config.head_dim, dim),
+        "attn.output_proj.weight": (dim, config.num_heads * config.head_dim),
+        "mlp_norm.weight": (dim,),
+        "mlp.gate_proj.weight": (inner, dim),
+        "mlp.up_proj.weight": (inner, dim),
+        "mlp.down_proj.weight": (dim, inner),
+    }
+    return {
+        "tok_embeddings.weight": (config.vocab_size, dim),
+        **{f"layers.{index}.{name}": shape for index in range(config.num_layers) for name, shape in of_layer.items()},
+        "norm.weight": (dim,),
+        "output.weight": (config.vocab_size, dim),
+    }
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,6 @@
 """Model settings as ``config.json``, ``params.json`` and GGUF metadata state them, to ours and back."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,9 @@ _HF_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
+# Above any setting of a model, and what float64 holds: JSON has integers of any length, and Infinity.
+_TOO_LARGE = 2**200
+
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -36,7 +40,10 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
         CheckpointError: Another architecture, a missing size, or a setting this model does not compute.
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    if architectures != ["LlamaForCausalLM"] and not (architectures is None and model_type == "llama"):
+    # LlamaModel is the same model saved without its head, which is missed where the embedding does not take its place.
+    if architectures not in (["LlamaForCausalLM"], ["LlamaModel"], None) or (
+        not architectures and model_type != "llama"
+    ):
         raise CheckpointError(
             f"config.json: architectures={architectures}, model_type={model_type!r}; want LlamaForCausalLM"
         )
@@ -59,7 +66,7 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
         norm_eps=_or(_number(config, "rms_norm_eps", kind=float), 1e-6),
         rope_base=rope_base,
         rope_scaling=rope_scaling,
-        tie_embeddings=config.get("tie_word_embeddings", False),
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
     )
 
 
@@ -132,6 +139,10 @@ def _rope_from_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, R
     if missing := [key for key in _ROPE_SCALING_KEYS if rope.get(key) is None]:
         raise CheckpointError(f"config.json: rope_type 'llama3' without {missing}")
     factor, low, high, original = (_number(rope, key, kind=float) for key in _ROPE_SCALING_KEYS)
+    if not low < high:
+        raise CheckpointError(
+            f"config.json: low_freq_factor={low} and high_freq_factor={high}; want a lower and a higher one"
+        )
     return float(base), RopeScaling(float(factor), float(low), float(high), int(original))
 
 
@@ -288,9 +299,17 @@ def _number(config: Mapping[str, Any], key: str, source: str = "config.json", *,
     value: Any = config.get(key)
     if value is None:
         return None
-    if type(value) not in (int, kind) or not value > 0:
-        raise CheckpointError(f"{source}: {key}={value!r}; want a positive {'integer' if kind is int else 'number'}")
+    if type(value) not in (int, kind) or not 0 < value < _TOO_LARGE:
+        shown = reprlib.repr(value)
+        raise CheckpointError(f"{source}: {key}={shown}; want a positive {'integer' if kind is int else 'number'}")
     return kind(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key}={value!r}; want true or false")
+    return value
 
 
 def _settings(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -99,7 +99,7 @@ HF = KeyMap(
         "model.norm.weight": "norm.weight",
         "lm_head.weight": "output.weight",
     },
-    derived=frozenset({"model.layers.{}.self_attn.rotary_emb.inv_freq"}),
+    derived=frozenset({"model.rotary_emb.inv_freq", "model.layers.{}.self_attn.rotary_emb.inv_freq"}),
 )
 
 META = KeyMap(

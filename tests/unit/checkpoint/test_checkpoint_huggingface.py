@@ -116,14 +116,45 @@ def test_given_model_must_be_the_folders(folder: Path) -> None:
     assert shorter.config.max_seq_len == 8
 
 
-def test_model_config_reads_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"")
+def test_model_config_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("a weight is read")
+
+    monkeypatch.setattr("kdtune.checkpoint.huggingface._read", read)
     assert Checkpointer(folder).model_config() == tiny_model().config
+    (folder / "model.safetensors").unlink()
+    assert Checkpointer(folder, ["model.safetensors"]).model_config() == tiny_model().config
 
 
-def test_extra_rotary_frequencies_are_ignored(folder: Path) -> None:
-    change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_extra_rotary_frequencies_are_ignored(folder: Path, name: str) -> None:
+    change_weights(folder, lambda t: t.update({name: torch.ones(4)}))
     assert_same_weights(load_model(folder), tiny_model())
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("architectures", [["LlamaModel"], ["LlamaForCausalLM"]])
+def test_weights_saved_from_the_model_without_a_head(folder: Path, architectures: list[str]) -> None:
+    """transformers' LlamaModel leaves the part before the layers out of the names."""
+    change_json(folder / "config.json", architectures=architectures)
+    change_weights(folder, without_prefix)
+    change_weights(folder, lambda t: t.update({"rotary_emb.inv_freq": torch.ones(4)}))
+    assert_same_weights(load_model(folder), tiny_model())
+    change_weights(folder, lambda t: t.pop("layers.1.self_attn.q_proj.weight"))
+    refused(folder, "tensor 'layers.1.self_attn.q_proj.weight' missing")
+
+
+def test_an_untied_head_that_is_missing(tmp_path: Path) -> None:
+    model = tiny_model(tie=False)
+    save_model(model, tmp_path / "m")
+    change_weights(tmp_path / "m", without_prefix)
+    assert_same_weights(load_model(tmp_path / "m"), model)
+    change_weights(tmp_path / "m", lambda t: t.pop("lm_head.weight"))
+    refused(tmp_path / "m", "tensor 'lm_head.weight' missing", "from LlamaForCausalLM (LlamaModel has no head)")
 
 
 def test_tied_head_in_the_file(folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""What an evaluation measures, as files: results.json, and the documents' answers; and as rows of a table."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import atomic_write_text
+from kdtune.evaluation.lm_eval import flat_metrics, results_rows
+
+# Of lm-eval's document, what is said task by task.
+_BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+
+
+@dataclass
+class Measured:
+    """What has been measured so far."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers by a flat name, such as held_out/kd_loss; those of lm-eval's tasks are in its document."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What is told beside them; under lm_eval its document."""
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Documents and answers by the name of their task or set."""
+
+    def add_tasks(self, found: Mapping[str, Any]) -> None:
+        """Adds lm-eval's document on some of the tasks."""
+        self.samples |= found.get("samples", {})
+        document = self.details.setdefault("lm_eval", {})
+        for key, value in found.items():
+            if key != "samples":
+                document[key] = {**document.get(key, {}), **value} if key in _BY_TASK else value
+
+    @property
+    def all_metrics(self) -> dict[str, float]:
+        """Every number under one name."""
+        return self.metrics | (flat_metrics(self.details["lm_eval"]) if "lm_eval" in self.details else {})
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row a metric for a table, its standard error beside it."""
+        of_tasks = results_rows(self.details["lm_eval"]) if "lm_eval" in self.details else []
+        return [*of_tasks, *_metric_rows(self.metrics)]
+
+    def write(self, folder: Path, *, versions: Mapping[str, Any], log_samples: bool) -> None:
+        """Writes results.json, and samples/NAME.jsonl with a document a line, each in one step; the folder is made.
+
+        A number that JSON does not have is null, an object that it does not know its text, a lone surrogate escaped.
+        """
+        document = {"metrics": self.all_metrics, "versions": versions, **self.details}
+        atomic_write_text(folder / "results.json", _json(document, indent=1) + "\n")
+        for name, records in self.samples.items() if log_samples else ():
+            atomic_write_text(folder / "samples" / f"{name}.jsonl", "".join(_json(record) + "\n" for record in records))
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """Names that occur more than once."""
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:
+    return [
+        {"task": name.rpartition("/")[0], "metric": name.rpartition("/")[2], "value": value,
+         "± stderr": metrics.get(f"{name}_stderr")}
+        for name, value in metrics.items()
+        if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics
+    ]  # fmt: skip
+
+
+def _json(document: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, indent=indent, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The value with infinite and undefined numbers replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
