@@ -18,7 +18,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["distributed", "generation"], 3),
     **dict.fromkeys(["teachers", "training", "evaluation", "sweeps"], 4),
 }
-CLI_MAY_IMPORT = {"constants", "errors", "log", "_assets", "__init__", "config", "download", "training", "_cli"}
+CLI_MAY_IMPORT = {"constants", "errors", "log", "_assets", "__init__", "config", "data", "download", "training", "_cli"}
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "_recipes" not in p.parts)
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

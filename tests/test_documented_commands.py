@@ -27,7 +27,7 @@ def documented_commands() -> list[str]:
 
 def test_there_are_commands_of_every_kind() -> None:
     verbs = {command.split()[1] for command in documented_commands()}
-    assert verbs >= {"ls", "cat", "cp", "validate", "plan", "run", "download"}
+    assert verbs >= {"ls", "cat", "cp", "validate", "data", "plan", "run", "download"}
 
 
 @pytest.mark.parametrize("command", documented_commands())
@@ -43,7 +43,7 @@ def test_a_documented_command_is_accepted(command: str, monkeypatch: pytest.Monk
         validate(recipe, options.config, overrides)
     elif words[0] == "validate":
         arguments.func(arguments)
-    elif words[0] == "plan":
+    elif words[0] in ("plan", "data"):
         validate(partner_recipe(find_asset(arguments.config)), arguments.config, arguments.overrides)
     elif words[0] in ("ls", "cat", "cp"):
         name = words[1] if len(words) > 1 else "prune"

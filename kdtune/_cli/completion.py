@@ -4,7 +4,7 @@ import argparse
 
 from kdtune import _assets
 
-_COMMANDS = ("ls", "cp", "cat", "validate", "plan", "run", "download", "completion")
+_COMMANDS = ("ls", "cp", "cat", "validate", "data", "plan", "run", "download", "completion")
 
 _BASH = """\
 # bash: eval "$(kdtune completion bash)"
@@ -15,7 +15,7 @@ _kdtune() {
         return
     fi
     case "${COMP_WORDS[1]}:$previous" in
-        run:--config|validate:validate|plan:plan) kind=configs ;;
+        run:--config|validate:validate|data:data|plan:plan) kind=configs ;;
         run:*|ls:ls) kind=recipes ;;
         cp:cp|cat:cat) kind=all ;;
         completion:completion) COMPREPLY=($(compgen -W "bash zsh" -- "$current")); return ;;
@@ -36,7 +36,7 @@ _kdtune() {
         return
     fi
     case "${words[2]}:$previous" in
-        run:--config|validate:validate|plan:plan) kind=configs ;;
+        run:--config|validate:validate|data:data|plan:plan) kind=configs ;;
         run:*|ls:ls) kind=recipes ;;
         cp:cp|cat:cat) kind=all ;;
         completion:completion) compadd -- bash zsh; return ;;

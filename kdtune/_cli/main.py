@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import kdtune
-from kdtune._cli import cat, completion, cp, download, ls, plan, run, validate
+from kdtune._cli import cat, completion, cp, data, download, ls, plan, run, validate
 from kdtune.errors import FILE_ERRORS, KDTuneError, error_text
 from kdtune.log import outlive_readers
 
@@ -16,6 +16,7 @@ examples:
   kdtune ls llama3_2                            the configs of a folder
   kdtune cp tiny/knowledge_distillation my.yaml
   kdtune validate my.yaml kd_ratio=0.75
+  kdtune data my.yaml --rows 5                  its examples, with what is trained on marked
   kdtune plan my.yaml --world-size 8            memory and time of a run, before it runs
   kdtune run knowledge_distillation --config my.yaml kd_ratio=0.75 optimizer.lr=1e-4
 """
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdtune {kdtune.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (ls, cp, cat, validate, plan, run, download, completion):
+    for command in (ls, cp, cat, validate, data, plan, run, download, completion):
         command.add_parser(subparsers)
     return parser
 

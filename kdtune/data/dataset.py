@@ -280,12 +280,13 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
     """
     report, preview = Report(source), PREVIEW.get()
     if preview is not None:
-        return TokenizedDataset(encoder.encoded(islice(rows, preview.rows), report), report)
+        rows = islice(rows, preview.rows)
     total = len(rows) if isinstance(rows, Sized) else None
     with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
         dataset = TokenizedDataset(encoder.encoded(progress, report), report)
-    check_not_empty(report)
-    _log_left_out(report)
+    if preview is None:
+        check_not_empty(report)
+        _log_left_out(report)
     return dataset
 
 

@@ -1,0 +1,101 @@
+"""`kdtune data`: the first rows of a config's dataset as the model sees them, with what is trained on; no weight is read."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from kdtune import _assets
+from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune.errors import ConfigError
+
+_LONGEST_STRETCH = 600
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `data` to the command's parsers."""
+    parser = subparsers.add_parser(
+        "data", help="show a config's examples, with the trained tokens marked", description=__doc__
+    )
+    parser.add_argument("config", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="examples that are shown (default: 3)")
+    parser.add_argument(
+        "--count", default="1000", metavar="N|all", help="rows that are read for the numbers (default: the first 1000)"
+    )
+    parser.add_argument(
+        "--key", metavar="KEY", help="which dataset, such as dataset_val (default: dataset, where the config has one)"
+    )
+    parser.add_argument("--full", action="store_true", help="show long texts whole")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|~key", help="changes to the config")
+    parser.set_defaults(func=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Prints the examples, then the numbers.
+
+    Raises:
+        ConfigError: the config is not valid or has no dataset.
+        DataError: the dataset cannot be read.
+    """
+    count = _row_count(arguments.count)
+    if arguments.rows < 0:
+        raise ConfigError(f"--rows {arguments.rows}: must be at least 0")
+    recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
+
+    from kdtune.config import instantiate, load
+    from kdtune.data import dataset_nodes
+
+    cfg = load(arguments.config, arguments.overrides, recipe.frame)
+    nodes = dict(dataset_nodes(cfg))
+    keys = [key.partition(".")[0] for key in nodes]
+    if not nodes:
+        raise ConfigError(f"{arguments.config}: names no dataset; give one with dataset=... or dataset_val=...")
+    chosen = arguments.key or ("dataset" if "dataset" in keys else keys[0])
+    if chosen not in keys:
+        raise ConfigError(
+            f"--key {chosen}: {arguments.config} has no such dataset; it has {', '.join(dict.fromkeys(keys))}"
+        )
+    tokenizer = instantiate(cfg.tokenizer)
+    for key, node in nodes.items():
+        if key.partition(".")[0] == chosen:
+            _show(key, node, tokenizer, arguments, count)
+
+
+def _row_count(text: str) -> int:
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--count {text}: must be a number of rows, at least 1, or all")
+    return int(text)
+
+
+def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse.Namespace, count: int) -> None:
+    from kdtune.config import instantiate
+    from kdtune.data import previewed, show
+    from kdtune.log import fit_for_stdout, printable
+
+    with previewed(max(count, arguments.rows)):
+        dataset = instantiate(dict(node), tokenizer=tokenizer)
+        examples = list(dataset.examples(seed=0, epoch=0, shuffle=False))
+    report, colour = dataset.report, _has_colour()
+    print(fit_for_stdout(f"{key}: {report.source}"))
+    print("what is trained on is " + ("in colour" if colour else "between [[ and ]]"))
+    for number, example in enumerate(examples[: arguments.rows], start=1):
+        length, num_trained = len(example.tokens), show.count_trained([example])
+        print(f"\n--- example {number}: {length:,} tokens, {num_trained:,} trained on ---")
+        limit = None if arguments.full else _LONGEST_STRETCH
+        print(show.example_text(example, tokenizer, colour=colour, longest_stretch=limit))
+    lengths = [len(example.tokens) for example in examples]
+    print("\n" + show.rows_table(report, lengths, show.count_trained(examples), tokenizer.max_seq_len))
+    if report.rows == count:
+        print("(the first rows of the source; --count all reads every one)")
+    if lengths:
+        print("\n" + show.histogram(lengths, width=min(shutil.get_terminal_size((60, 24)).columns, 80)))
+    for note in report.notes():
+        print(printable(f"note: {note.removeprefix(f'{report.source}: ')}"))
+
+
+def _has_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,106 @@
+"""Examples and what became of their rows, as text for a terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdtune.constants import IGNORE_INDEX
+from kdtune.data.dataset import Report
+from kdtune.data.transforms import Example
+from kdtune.log import printable
+
+if TYPE_CHECKING:
+    from kdtune.tokenizers import Tokenizer
+
+_COLOURS = ("\x1b[1;32m", "\x1b[0m")  # bold green
+_MARKS = ("[[", "]]")
+_NUM_BINS = 8
+_LABEL_WIDTH = 26
+
+
+def trained_flags(example: Example) -> list[bool]:
+    """For each token [S], whether it is a training target; the first never is."""
+    return [False, *(example.labels[:-1] != IGNORE_INDEX).tolist()]
+
+
+def example_text(
+    example: Example, tokenizer: "Tokenizer", *, colour: bool = False, longest_stretch: int | None = None
+) -> str:
+    """The example's text with its control tokens; trained stretches are coloured, or else stand between [[ and ]].
+
+    longest_stretch: characters of a stretch that is shown whole; of a longer one the middle is left out.
+    """
+    before, after = _COLOURS if colour else _MARKS
+    ids = example.tokens.tolist()
+    text, end, parts = "", 0, []
+    for is_trained, group in groupby(trained_flags(example)):
+        end += len(list(group))
+        # Decoded from the start: what a token spells may depend on those before it.
+        upto = tokenizer.decode(ids[:end], skip_special=False)
+        shown = _shortened(printable(upto[len(text) :]), longest_stretch)
+        parts.append(f"{before}{shown}{after}" if is_trained else shown)
+        text = upto
+    return "".join(parts)
+
+
+def _shortened(text: str, limit: int | None) -> str:
+    if limit is None or len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
+
+
+def rows_table(report: Report, lengths: Sequence[int], num_trained: int, max_seq_len: int | None) -> str:
+    """What became of the rows, how many tokens they gave, and how many of those are trained on; 60 columns wide."""
+    total = sum(lengths)
+    lines = [("rows read", f"{report.rows:,}")]
+    for name, count in (
+        ("filtered out", report.filtered),
+        ("left out: too long", report.too_long),
+        ("left out: nothing to train", report.untrainable),
+    ):
+        if count:
+            lines.append((f"  {name}", f"{count:,}"))
+    lines.append(("examples", f"{report.examples:,}"))
+    if report.truncated:
+        lines.append((f"  cut to {max_seq_len:,} tokens" if max_seq_len else "  cut", f"{report.truncated:,}"))
+    lines.append(("tokens", f"{total:,}"))
+    if total:
+        lines.append(("  trained on", f"{num_trained:,} ({num_trained / total:.1%})"))
+        lines.append(("  an example, mean", f"{total / len(lengths):,.1f}"))
+        longest = f"{max(lengths):,}" + ("" if max_seq_len is None else f" (max_seq_len {max_seq_len:,})")
+        lines.append(("  longest", longest))
+    return "\n".join(f"{name:<{_LABEL_WIDTH}} {value}" for name, value in lines)
+
+
+def histogram(lengths: Sequence[int], *, width: int = 60) -> str:
+    """How many examples have how many tokens: at most eight bars of round bounds, `width` columns wide."""
+    if not lengths:
+        return ""
+    shortest, longest = min(lengths), max(lengths)
+    step = _round_up((longest - shortest + 1) / _NUM_BINS)
+    first = shortest // step * step
+    counts = np.bincount((np.asarray(lengths) - first) // step)
+    starts = [first + i * step for i in range(len(counts))]
+    labels = [f"{start:,}" if step == 1 else f"{start:,}-{start + step - 1:,}" for start in starts]
+    label_width, count_width = max(map(len, labels)), len(f"{counts.max():,}")
+    room = max(width - label_width - count_width - 4, 8)
+    lines = [
+        f"  {label:>{label_width}} {'#' * math.ceil(count / counts.max() * room):<{room}} {count:>{count_width},}".rstrip()
+        for label, count in zip(labels, counts, strict=True)
+    ]
+    return "\n".join(["tokens an example:", *lines])
+
+
+def _round_up(value: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ... at or above the value."""
+    magnitude = 10 ** math.floor(math.log10(max(value, 1)))
+    return next(int(magnitude * digit) for digit in (1, 2, 5, 10) if magnitude * digit >= value)
+
+
+def count_trained(examples: Iterable[Example]) -> int:
+    """The tokens of some examples that are trained on."""
+    return sum(int((example.labels != IGNORE_INDEX).sum()) for example in examples)
