@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
 from kdtune.data.conversation import TrainingOptions, Truncation, conversation_encoder
 from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, tokenize_rows
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
+from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn
 
 if TYPE_CHECKING:
@@ -35,11 +36,19 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return template.format(instruction=instruction, input=input)
 
 
-def alpaca_messages(column_map: Mapping[str, str] | None = None) -> Callable[[Row], list[Message]]:
+def plain_prompt(instruction: str, input: str = "") -> str:
+    """The instruction as it is, its input below it."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
+def alpaca_messages(
+    column_map: Mapping[str, str] | None = None, prompt: Callable[[str, str], str] = alpaca_prompt
+) -> Callable[[Row], list[Message]]:
     """A function from a row to its two messages: the prompt from the user, the output from the assistant.
 
     column_map: from instruction, input, output to the row's columns. The input may be null; its column may be missing
     unless it is mapped.
+    prompt: of an instruction and its input ("" for none).
     """
     columns = check_column_map(column_map, _COLUMNS)
     instruction, output = columns.get("instruction", "instruction"), columns.get("output", "output")
@@ -50,10 +59,13 @@ def alpaca_messages(column_map: Mapping[str, str] | None = None) -> Callable[[Ro
         if input_required:
             any_column(row, input_column)
         context = "" if row.get(input_column) is None else text_column(row, input_column)
-        prompt = alpaca_prompt(text_column(row, instruction), context)
-        return [Message("user", prompt), Message("assistant", text_column(row, output))]
+        question = prompt(text_column(row, instruction), context)
+        return [Message("user", question), Message("assistant", text_column(row, output))]
 
     return to_messages
+
+
+_PROMPTS = {"alpaca": alpaca_prompt, "plain": plain_prompt}
 
 
 class AlpacaOptions(SourceOptions, TrainingOptions, total=False):
@@ -109,11 +121,16 @@ def alpaca_cleaned_dataset(
 
 
 def quickstart_dataset(
-    tokenizer: "Tokenizer", *, split: str = "train", **options: Unpack[TrainingOptions]
+    tokenizer: "Tokenizer",
+    *,
+    split: str = "train",
+    prompt: Literal["alpaca", "plain"] = "alpaca",
+    **options: Unpack[TrainingOptions],
 ) -> TokenizedDataset:
-    """The small instruction set that ships with kdtune, in the Alpaca prompt.
+    """The small instruction set that ships with kdtune.
 
-    split: train, or test (every eighth row); expressions such as "train[:50%]" work. train_on, train_on_input,
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: in the wording of Alpaca, or
+    the instruction as it is, its input below it. train_on, train_on_input,
     truncation: as for alpaca_dataset.
 
     Raises:
@@ -129,6 +146,8 @@ def quickstart_dataset(
     }
     parts = split_parts(split, splits, label, {name: len(part) for name, part in splits.items()})
     chosen = [row for name, start, stop in parts for row in splits[name][start:stop]]
-    to_messages = alpaca_messages()
+    if prompt not in _PROMPTS:
+        raise ConfigError(f"quickstart_dataset: prompt={prompt!r}; allowed are {', '.join(_PROMPTS)}")
+    to_messages = alpaca_messages(prompt=_PROMPTS[prompt])
     encode = conversation_encoder(tokenizer, lambda row: Conversation(to_messages(row)), default="all", **options)
     return tokenize_rows(chosen, RowEncoder(encode, columns=_COLUMNS), label)

@@ -1,8 +1,11 @@
+import json
 import logging
+from pathlib import Path
 
 import pytest
 from word_tokenizer import ASSISTANT, BOS, END, EOS, SYSTEM, USER, WordTokenizer
 
+import kdtune
 from kdtune.constants import IGNORE_INDEX as I
 from kdtune.data import (
     alpaca_cleaned_dataset,
@@ -204,6 +207,21 @@ def test_quickstart_splits(tokenizer):
     assert len(quickstart_dataset(tokenizer, split="train[:10]")) == 10
     with pytest.raises(DataError, match="unknown split 'val'; available: train, test"):
         quickstart_dataset(tokenizer, split="val")
+
+
+def test_quickstart_prompts(tokenizer):
+    rows = [json.loads(line) for line in (Path(kdtune.__file__).parent / "data" / "quickstart.jsonl").open()]
+    rows = [row for number, row in enumerate(rows, start=1) if number % 8]
+    index = next(index for index, row in enumerate(rows) if row["input"])
+    for prompt, text in (
+        ("plain", f"{rows[index]['instruction']} {rows[index]['input']}"),
+        ("alpaca", alpaca_prompt(rows[index]["instruction"], rows[index]["input"])),
+    ):
+        example = quickstart_dataset(tokenizer, prompt=prompt, train_on="answers")[index]
+        words = [tokenizer.words[word] for word in text.split()]
+        assert example.tokens.tolist()[: len(words) + 4] == [BOS, USER, *words, END, ASSISTANT]
+    with pytest.raises(ConfigError, match="prompt='chat'; allowed are alpaca, plain"):
+        quickstart_dataset(tokenizer, prompt="chat")
 
 
 def test_batches_are_one_pass_in_order(tokenizer, jsonl):
