@@ -33,6 +33,11 @@ def test_there_are_commands_of_every_kind() -> None:
 @pytest.mark.parametrize("command", documented_commands())
 def test_a_documented_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    accept(command)
+
+
+def accept(command: str) -> None:
+    """Parses a command and passes its config, if it has one, through the gates."""
     words = [STANDS_FOR.get(word, word) for word in shlex.split(command, comments=True)[1:]]
     arguments = parse(words)
     if words[0] == "run":
