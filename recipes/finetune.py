@@ -202,7 +202,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     with (
         training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
                          every=cfg.log_every_n_steps) as log,
-        training.InterruptFlag() as interrupt, profiler or nullcontext(), manager,
+        training.InterruptFlag(progress.write) as interrupt, profiler or nullcontext(), manager,
     ):  # fmt: skip
         if step == 0:
             log.log(validate(model, ce_loss, held_out, world, progress), step)

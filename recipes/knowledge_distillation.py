@@ -230,7 +230,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     with (
         training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
                          every=cfg.log_every_n_steps, divergence=losses.divergence_name(divergence)) as log,
-        training.InterruptFlag() as interrupt, profiler or nullcontext(), manager,
+        training.InterruptFlag(progress.write) as interrupt, profiler or nullcontext(), manager,
     ):  # fmt: skip
         if step == 0:
             log.log(validate(student, teacher, val_loss, held_out, world, progress, with_teacher_loss=True), step)

@@ -49,6 +49,8 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
     added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).frame, _RESUME))
     validate(recipe, arguments.config, [*overrides, *added])
     parsed.training_script_args += added
+    # Slurm sends it to the whole job step; torchrun would otherwise die of it, before its processes have saved.
+    parsed.signals_to_handle = _with_signal(parsed.signals_to_handle, "SIGUSR1")
     if parsed.max_restarts > 0:
         # Shared, the store keeps the addresses of the processes before the restart, and new ones would call those.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -75,6 +77,10 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
         why = str(error) or "--nproc_per_node and --nnodes must be above 0"
         raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {why}") from error
     return 0
+
+
+def _with_signal(names: str, name: str) -> str:
+    return names if name in names.split(",") else f"{names},{name}"
 
 
 def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:

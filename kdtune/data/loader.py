@@ -230,11 +230,12 @@ class _StreamBatches(IterableDataset[Any]):
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Keeps Ctrl-C, which reaches the whole process group, from breaking off a run that is about to save.
+    """Keeps what reaches the whole process group (Ctrl-C, a closed terminal, Slurm's signal) from breaking off a run that saves.
 
     SIGTERM ends a worker with exit code 0, which DataLoader does not take for a crash.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 

@@ -1,19 +1,27 @@
-"""SIGTERM and Ctrl-C as a flag, so that a run stops between two steps and saves first."""
+"""SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C as a flag, so that a run stops between two steps and saves first."""
 
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal that closes sends SIGHUP; SIGUSR1 is what Slurm is often told to send before the time limit.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InterruptFlag:
-    """Context in which SIGTERM and Ctrl-C only set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Context in which these signals only set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    The handlers from before come back at the end. Like every signal handler it must be entered in the main thread.
+    A SIGHUP that is ignored, as under nohup, stays so. The handlers from before come back at the end. Like every signal handler
+    it must be entered in the main thread.
+
+    Args:
+        tell: gets a line for the user when the first signal comes; None: nothing is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self._tell = tell
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -24,16 +32,24 @@ class InterruptFlag:
 
     @property
     def signal_name(self) -> str | None:
-        """The signal that came first, "SIGINT" or "SIGTERM"; None if neither did."""
+        """The signal that came first, such as "SIGTERM"; None if none did."""
         return None if self._received is None else self._received.name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = self._received or signal.Signals(number)
+        if self._received is not None:
+            return
+        self._received = signal.Signals(number)
+        if self._tell is not None:
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            text = f"{self._received.name}: the run will save after this step and end{again}"
+            # The main thread may be in the middle of writing to the same stream, which cannot be entered twice.
+            threading.Thread(target=self._tell, args=(text,), daemon=True).start()
 
     def __enter__(self) -> "InterruptFlag":
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        kept = [number for number in _SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in kept}
         return self
 
     def __exit__(

@@ -104,7 +104,8 @@ def test_killed_and_resumed_is_bit_identical(how: tuple[str, ...], tmp_path: Pat
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     output_dir = tmp_path / "stopped"
     settings = (
         "save_every_n_steps=null",
@@ -119,9 +120,10 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
     metrics = output_dir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr[-2000:]
+    assert f"{number.name}: the run will save after this step and end" in stderr
     assert "resume_from_checkpoint=true" in stdout
     before = losses(output_dir)
     assert [folder.name for folder in step_folders(output_dir)] == [f"step_{len(before)}"]

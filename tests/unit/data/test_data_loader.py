@@ -134,7 +134,7 @@ def test_the_global_random_state_is_left_alone(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_to_workers_do_not_break_the_step_that_runs(signum):
     expected = take(make(numbered()), 10)
     loader = make(numbered(), num_workers=2)
