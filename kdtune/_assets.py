@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
-_PARTNER = re.compile(r"^recipe:\s*['\"]?([\w./-]+)", re.MULTILINE)
+_PARTNER = re.compile(
+    r"""^recipe:[ \t]*(?:"([^"\n]+)"|'([^'\n]+)'|([^\s#"'].*?))[ \t]*(?:[ \t]#.*)?\r?$""", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def read_recipe(path: Path) -> Recipe:
 def _parse_recipe(path: Path, changed_ns: int) -> Recipe:
     """As `read_recipe`. A sweep's plan asks hundreds of times, and a recipe takes some milliseconds to parse."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
     except UnicodeDecodeError as error:
@@ -100,10 +103,10 @@ def read_config_header(path: Path) -> ConfigFile:
     shipped = path.resolve().is_relative_to(root.resolve())
     name = path.resolve().relative_to(root.resolve()).with_suffix("").as_posix() if shipped else str(path)
     try:
-        partner = _PARTNER.search(path.read_text(encoding="utf-8"))
+        partner = _PARTNER.search(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return ConfigFile(name, path, partner.group(1) if partner else None)
+    return ConfigFile(name, path, next(filter(None, partner.groups())) if partner else None)
 
 
 def recipe_named(name: str) -> Recipe | None:
@@ -113,7 +116,7 @@ def recipe_named(name: str) -> Recipe | None:
 
 def is_recipe(argument: str) -> bool:
     """Whether a command-line argument names a recipe: a shipped name or alias, or an existing .py file."""
-    return (argument.endswith(".py") and Path(argument).is_file()) or recipe_named(argument) is not None
+    return (argument.endswith(".py") and user_path(argument).is_file()) or recipe_named(argument) is not None
 
 
 def find_recipe(source: str | Path) -> Recipe:
@@ -125,7 +128,7 @@ def find_recipe(source: str | Path) -> Recipe:
     shipped = recipe_named(str(source))
     if shipped is not None:
         return shipped
-    path = Path(source)
+    path = user_path(source)
     if path.suffix == ".py":
         if not path.is_file():
             raise ConfigError(
@@ -147,7 +150,7 @@ def find_config(source: str | Path) -> ConfigFile:
     Raises:
         ConfigError: there is none; the message names the nearest and says where to look.
     """
-    path = Path(source)
+    path = user_path(source)
     if path.is_file():
         return read_config_header(path)
     if path.suffix in CONFIG_SUFFIXES:

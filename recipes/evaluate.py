@@ -34,9 +34,9 @@ ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
 class Config:
     """Every key this recipe reads."""
 
-    output_dir: str
+    output_dir: config.PathText
     """Folder to write, which must not exist yet: results.json, config.yaml, run.json and samples/."""
-    models_dir: str = "/tmp"
+    models_dir: config.PathText = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # A finished run
@@ -72,7 +72,7 @@ class Config:
     # lm-eval
     tasks: list[str] = field(default_factory=list)
     """Names of lm-eval tasks, groups or tags, or paths of task files; needs pip install 'lm-eval>=0.4.13'."""
-    include_path: str | None = None
+    include_path: config.PathText | None = None
     """A folder of task files of your own, looked into before lm-eval's tasks."""
     limit: int | float | None = None
     """The first so many documents of each task, or that part of them if below 1; null: all."""
@@ -98,7 +98,7 @@ class Config:
     """Of the teacher; null: as dtype."""
 
     # Texts and answers
-    perplexity_files: list[str] = field(default_factory=list)
+    perplexity_files: list[config.PathText] = field(default_factory=list)
     """Text files; each is one text, predicted window by window (max_seq_length)."""
     perplexity_stride: int | None = None
     """Tokens a window moves on; less gives more context and takes longer; null: a whole window, as in lm-eval."""

@@ -31,7 +31,7 @@ OnAnswer = Callable[[int, list[int]], None]
 class Config:
     """Every key this recipe reads."""
 
-    models_dir: str = "/tmp"
+    models_dir: config.PathText = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # Model
@@ -56,7 +56,7 @@ class Config:
     """The prompt, or a mapping with `user` and `system`; its answer is printed token by token."""
     prompts: list[str] | None = None
     """Several prompts."""
-    prompt_file: str | None = None
+    prompt_file: config.PathText | None = None
     """A .txt file of one prompt a line, or a .json or .jsonl file of rows with prompt, instruction or messages."""
     system_prompt: str | None = None
     """What stands before each prompt as the system's message; null: what the chat template puts there."""
@@ -78,7 +78,7 @@ class Config:
     """Prompts a batch."""
 
     # Output
-    output_file: str | None = None
+    output_file: config.PathText | None = None
     """A .jsonl file for the answers, a row each in the prompts' order, instead of the terminal. It appears when all are
     there; until then they are in output_file.partial, as they come, which stays if the run is stopped."""
     overwrite: bool = False
@@ -121,7 +121,7 @@ class Config:
             found.append(
                 "dtype=null: parallelism.dp_shard or tp above 1, cpu_offload and param_dtype need one; give fp32 or bf16"
             )
-        if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
+        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
             found.append(f"prompt_file={self.prompt_file}: no such file")
         if self.output_file is not None:
             found += file_problems(self.output_file, overwrite=self.overwrite)

@@ -26,9 +26,9 @@ ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distr
 class Config:
     """Every key this recipe reads."""
 
-    output_dir: str
+    output_dir: config.PathText
     """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
-    models_dir: str = "/tmp"
+    models_dir: config.PathText = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     resume_from_checkpoint: bool = False
     """Go on from the newest whole step_N in output_dir (from the start where there is none)."""

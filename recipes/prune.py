@@ -21,9 +21,9 @@ from kdtune.models import Transformer, prune
 class Config:
     """Every key this recipe reads."""
 
-    models_dir: str = "/tmp"
+    models_dir: config.PathText = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
-    output_dir: str
+    output_dir: config.PathText
     """The Hugging Face folder to write; it must not exist yet."""
 
     checkpointer: Any = config.component(default=None)

@@ -23,9 +23,9 @@ from kdtune.models import Transformer, has_adapters, quantization
 class Config:
     """Every key this recipe reads."""
 
-    models_dir: str = "/tmp"
+    models_dir: config.PathText = "/tmp"
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
-    output_dir: str
+    output_dir: config.PathText
     """The folder to write; it must not exist yet."""
 
     checkpointer: Any = config.component(default=None)

@@ -18,9 +18,9 @@ from kdtune import config, sweeps
 class Config:
     """Every key this recipe reads."""
 
-    results: str
+    results: config.PathText
     """The results.jsonl of a sweep; the curves are read from the step folders beside it, where they still are."""
-    output_dir: str | None = None
+    output_dir: config.PathText | None = None
     """Folder to write into; null: report, beside the results."""
     title: str | None = None
     """Heading of the report; null: the results' path."""

@@ -24,11 +24,11 @@ from kdtune.errors import KDTuneError, TrainingError
 class Config:
     """Every key this recipe reads."""
 
-    output_dir: str
+    output_dir: config.PathText
     """Folder of the sweep: results.jsonl (one object a cell), report/, and steps/ with each step's folder, log and record."""
-    steps_dir: str | None = None
+    steps_dir: config.PathText | None = None
     """Where the steps' folders are; null: steps in output_dir. Sweeps with the same one share their equal steps."""
-    models_dir: str = "models"
+    models_dir: config.PathText = "models"
     """Where downloaded models lie, for use in overrides as ${models_dir}."""
 
     # What is run

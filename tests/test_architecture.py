@@ -12,13 +12,25 @@ PACKAGE = ROOT / "kdtune"
 
 # docs/architecture.md, "Who may import whom": a package may import packages of lower layers only.
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["constants", "errors", "log", "_assets", "__init__"], 0),
+    **dict.fromkeys(["constants", "errors", "log", "paths", "_assets", "__init__"], 0),
     **dict.fromkeys(["config", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
     **dict.fromkeys(["distributed", "generation"], 3),
     **dict.fromkeys(["teachers", "training", "evaluation", "sweeps"], 4),
 }
-CLI_MAY_IMPORT = {"constants", "errors", "log", "_assets", "__init__", "config", "data", "download", "training", "_cli"}
+CLI_MAY_IMPORT = {
+    "constants",
+    "errors",
+    "log",
+    "paths",
+    "_assets",
+    "__init__",
+    "config",
+    "data",
+    "download",
+    "training",
+    "_cli",
+}
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "_recipes" not in p.parts)
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

@@ -26,7 +26,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if not arguments.resolved:
         if arguments.overrides:
             raise ConfigError(f"cat {arguments.name}: overrides are applied by --resolved; add it")
-        print(asset.path.read_text(encoding="utf-8"), end="")
+        print(asset.path.read_text(encoding="utf-8-sig"), end="")
         return
     if isinstance(asset, _assets.Recipe):
         raise ConfigError(f"cat --resolved: {arguments.name!r} is a recipe; name a config (`kdtune ls {asset.name}`)")
@@ -39,5 +39,5 @@ def resolved(config: _assets.ConfigFile, source: str, overrides: list[str]) -> s
 
     recipe = partner_recipe(config)
     cfg = load(source, overrides, import_recipe(recipe).frame)
-    docs = field_docs(recipe.path.read_text(encoding="utf-8"))
+    docs = field_docs(recipe.path.read_text(encoding="utf-8-sig"))
     return f"recipe: {config.recipe}\n\n{resolved_yaml(cfg, docs)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from kdtune import _assets
 from kdtune._cli.names import find_asset
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,7 +31,7 @@ def execute(arguments: argparse.Namespace) -> None:
         ConfigError: DEST exists, its folder does not, or it cannot be written.
     """
     source = find_asset(arguments.name).path
-    destination = target_path(source, arguments.destination)
+    destination = target_path(source, user_path(arguments.destination))
     if destination.exists() and arguments.no_clobber:
         print(f"{destination} exists, not copied")
         return

@@ -66,7 +66,7 @@ def describe(recipe: _assets.Recipe) -> str:
     if recipe.aliases:
         lines.append(f"aliases: {', '.join(recipe.aliases)}")
     lines += [f"configs: {', '.join(partners) or 'none'}", "", "keys (* must be set):"]
-    for key in field_docs(recipe.path.read_text(encoding="utf-8")).values():
+    for key in field_docs(recipe.path.read_text(encoding="utf-8-sig")).values():
         default = "" if key.default is None else f" = {key.default}"
         lines.append(f"{'*' if key.default is None else ' '} {key.name}: {key.type}{default}")
         lines += textwrap.wrap(key.doc, _WIDTH, initial_indent="      ", subsequent_indent="      ")

@@ -1,10 +1,10 @@
 """Names on the command line: a shipped recipe, a shipped config, or a path of either."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdtune import _assets
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 
 if TYPE_CHECKING:
     from kdtune.config import EntryPoint
@@ -18,7 +18,7 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
     """
     if _assets.is_recipe(name):
         return _assets.find_recipe(name)
-    if Path(name).is_file() or any(config.name == name for config in _assets.configs()):
+    if user_path(name).is_file() or any(config.name == name for config in _assets.configs()):
         return _assets.find_config(name)
     known = [recipe.name for recipe in _assets.recipes()] + [config.name for config in _assets.configs()]
     raise ConfigError(

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint.ranks import from_main, is_main, together
 from kdtune.errors import CheckpointError
+from kdtune.paths import user_path
 
 # `.step_10.partial-host-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
 # owner's host and process id inside.
@@ -36,7 +37,7 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
     Raises:
         CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
     """
-    target = Path(path).absolute()
+    target = user_path(path).absolute()
     with together(group):
         if is_main():
             _refuse_existing(target)
@@ -71,7 +72,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    target = Path(path).absolute()
+    target = user_path(path).absolute()
     hidden = _hidden_sibling(target, "partial")
     _in_use.add(hidden)
     try:
@@ -89,7 +90,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def remove_folder(path: str | Path) -> None:
     """Deletes a folder and its content. It is renamed first: a killed deletion leaves no half of it under its name."""
-    target = Path(path).absolute()
+    target = user_path(path).absolute()
     hidden = _hidden_sibling(target, "deleted")
     with writing(target):
         target.rename(hidden)
@@ -102,7 +103,7 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
     What a living process of this machine is writing stays, and what another machine has changed within a day. A missing
     `parent` has nothing to clean.
     """
-    folder = Path(parent).absolute()
+    folder = user_path(parent).absolute()
     removed = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _HIDDEN.match(entry.name)

@@ -17,6 +17,7 @@ from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layer
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
+from kdtune.paths import user_path
 from kdtune.tokenizers.folder import read_json
 from kdtune.tokenizers.gguf_metadata import read_metadata
 
@@ -58,7 +59,7 @@ class Checkpointer:
         checkpoint_files: Sequence[str] | None = None,
         adapter_dir: str | Path | None = None,
     ) -> None:
-        path = Path(checkpoint_dir).expanduser()
+        path = user_path(checkpoint_dir)
         if path.is_file():
             if checkpoint_files is not None:
                 raise CheckpointError(
@@ -73,7 +74,7 @@ class Checkpointer:
                 f"checkpoint_files={checkpoint_files!r}: a list of file names expected; leave it out to have them found"
             )
         self.checkpoint_dir = path
-        self.adapter_dir = None if adapter_dir is None else Path(adapter_dir).expanduser()
+        self.adapter_dir = None if adapter_dir is None else user_path(adapter_dir)
         self._named_files = checkpoint_files
 
     def problems(self) -> list[str]:

@@ -23,6 +23,7 @@ from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
+from kdtune.paths import user_path
 
 STATE_DIR = "state"
 _STEP = re.compile(r"step_(\d+)")
@@ -32,7 +33,7 @@ _HIGHER_IS_BETTER = ("agreement", "accuracy")
 
 def step_folders(output_dir: str | Path) -> list[Path]:
     """The whole step folders of a run, oldest first. One without weights, config or state is not whole."""
-    folder = Path(output_dir)
+    folder = user_path(output_dir)
     found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)] if folder.is_dir() else []
     return sorted((path for path in found if _is_whole(path)), key=step_number)
 
@@ -84,7 +85,7 @@ class CheckpointManager:
     ) -> None:
         if keep_last_n is not None and keep_last_n < 1:
             raise ConfigError(f"keep_last_n_checkpoints={keep_last_n}: must be 1 or more; leave it out to keep all")
-        self.output_dir = Path(output_dir)
+        self.output_dir = user_path(output_dir)
         self.keep_last_n = keep_last_n
         self.best_metric = best_metric
         self.async_save = async_save
@@ -215,7 +216,7 @@ def _in_background(function: Callable[[], None]) -> Future[None]:
 
 def discard_steps_after(output_dir: str | Path, step: int) -> None:
     """Removes step folders later than `step` that are not whole, which a resumed run will write again."""
-    for path in Path(output_dir).glob("step_*"):
+    for path in user_path(output_dir).glob("step_*"):
         if _STEP.fullmatch(path.name) and step_number(path) > step:
             if _is_whole(path):
                 raise CheckpointError(f"{path}: is whole and newer than step {step}; resume from it, or move it away")

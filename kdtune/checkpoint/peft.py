@@ -18,6 +18,7 @@ from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_para
 from kdtune.models.llama import convert
 from kdtune.models.lora import merged
 from kdtune.models.lora_merge import untie_head
+from kdtune.paths import user_path
 from kdtune.tokenizers.folder import read_json
 
 CONFIG = "adapter_config.json"
@@ -73,7 +74,7 @@ class StoredAdapter:
 
 def is_adapter_folder(folder: str | Path) -> bool:
     """Whether a folder holds an adapter rather than a model of its own."""
-    path = Path(folder)
+    path = user_path(folder)
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
@@ -84,7 +85,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         CheckpointError: the folder or a file is missing or damaged, a setting is not supported, or config and tensors
             disagree; file, setting or tensor are named, with what was found and what is allowed.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     _check_folder(path)
     config = read_json(path / CONFIG)
     _check_config(path / CONFIG, config)
@@ -333,7 +334,7 @@ def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if base is None else str(Path(base).expanduser().absolute()),
+        "base_model_name_or_path": None if base is None else str(user_path(base).absolute()),
         "inference_mode": True,
         "target_modules": _target_modules(linears),
         "r": first.rank,

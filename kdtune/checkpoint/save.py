@@ -19,6 +19,7 @@ from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
+from kdtune.paths import user_path
 from kdtune.tokenizers.folder import read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -236,7 +237,7 @@ def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | 
 def _folder_of(base: str | Path | None) -> Path | None:
     if base is None:
         return None
-    path = Path(base).expanduser()
+    path = user_path(base)
     return path.parent if path.is_file() else path
 
 

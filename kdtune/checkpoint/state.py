@@ -23,6 +23,7 @@ from kdtune.checkpoint.ranks import is_main, to_cpu_copy, together
 from kdtune.checkpoint.sharded import Write
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 from kdtune.tokenizers.folder import read_json
 
 STATE_FILE = "state.json"
@@ -118,7 +119,7 @@ def load_state(
         CheckpointError: the folder is missing or not whole, or was saved by other optimizers, schedulers or for
             another model; what differs is named.
     """
-    path = Path(folder)
+    path = user_path(folder)
     listed = _as_list(optimizers)
     document = read_state_file(path)
     _check_same_kind(path, document, model, listed, schedulers)

@@ -6,6 +6,7 @@ from kdtune.config.frame import KeyDoc, field_docs
 from kdtune.config.load import as_values, check_machine, load, to_yaml
 from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
 from kdtune.errors import ConfigError
+from kdtune.paths import PathText
 
 __all__ = [
     "MISSING",
@@ -13,6 +14,7 @@ __all__ = [
     "EntryPoint",
     "KeyDoc",
     "Origin",
+    "PathText",
     "as_values",
     "bind",
     "check_machine",

@@ -5,6 +5,9 @@ import types
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin
 
+from kdtune.errors import ConfigError
+from kdtune.paths import PATH_MARK, user_path
+
 COMPONENT = "_component_"
 MISSING = "???"
 
@@ -25,12 +28,16 @@ def is_component(value: Any) -> bool:
 def conform(value: Any, annotation: Any) -> Any:
     """The value as its annotation wants it: an int becomes a float, a string a Path, a list a tuple or set.
 
+    In a string that is meant as a path (PathText, or beside Path in a union), a leading `~` becomes the home folder.
+
     Component nodes are left as they are, and so are values whose annotation says nothing that a YAML value could break.
 
     Raises:
         MismatchError: the value does not fit.
     """
     origin = get_origin(annotation)
+    if isinstance(value, str) and is_path(annotation):
+        value = _expanded(value)
     if origin is Annotated:
         return conform(value, get_args(annotation)[0])
     if isinstance(annotation, NewType):
@@ -55,13 +62,60 @@ def conform(value: Any, annotation: Any) -> Any:
     return _conform_class(value, plain, get_args(annotation), annotation)
 
 
+def is_path(annotation: Any) -> bool:
+    """Whether a string that fits the annotation is a path."""
+    if get_origin(annotation) is Annotated:
+        return PATH_MARK in get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(is_path(member) for member in get_args(annotation))
+    return _is_path_class(get_origin(annotation) or annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether any string fits the annotation."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return is_text(get_args(annotation)[0])
+    if isinstance(annotation, NewType):
+        return is_text(annotation.__supertype__)
+    if origin in (Union, types.UnionType):
+        return any(is_text(member) for member in get_args(annotation))
+    return annotation is str or _is_path_class(origin or annotation)
+
+
+def item_annotation(annotation: Any) -> Any:
+    """The annotation of what a list or mapping of this annotation holds; Any where it does not say."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return item_annotation(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        items = [item_annotation(member) for member in get_args(annotation)]
+        return next((item for item in items if item is not Any), Any)
+    if origin in (tuple, *_LISTS, *_MAPPINGS) and get_args(annotation):
+        return get_args(annotation)[1 if origin in _MAPPINGS else 0]
+    return Any
+
+
+def _is_path_class(plain: Any) -> bool:
+    return plain in (Path, PurePath) or getattr(plain, "__name__", "") == "PathLike"
+
+
+def _expanded(text: str) -> str:
+    if not text:
+        raise MismatchError("is empty; give a path")
+    try:
+        return str(user_path(text)) if text.startswith("~") else text
+    except ConfigError as error:
+        raise MismatchError(str(error)) from None
+
+
 def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: Any) -> Any:
     if plain is float and type(value) is int:
         return float(value)
     if plain in _SCALARS:
         # Not NaN, which every comparison with a bound would let pass.
         fits = type(value) is plain and value == value
-    elif plain in (Path, PurePath) or plain.__name__ == "PathLike":
+    elif _is_path_class(plain):
         fits = isinstance(value, str | PurePath)
         value = Path(value) if fits and plain is Path else value
     elif plain is tuple and isinstance(value, list | tuple):
@@ -133,6 +187,8 @@ def shown(value: Any) -> str:
 def describe(annotation: Any) -> str:
     """An annotation in words a config's author can act on."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return describe(get_args(annotation)[0])
     if origin is Literal:
         choices = ", ".join(repr(choice) for choice in get_args(annotation))
         return f"one of {choices}" if len(get_args(annotation)) > 1 else choices

@@ -184,6 +184,17 @@ def _type_problem(value: Any, parameter: inspect.Parameter, key: str) -> list[st
     return []
 
 
+def argument_type(dotted: Any, name: str) -> Any:
+    """The annotation of a component's argument; Any where there is none, or no such component or argument."""
+    if name == COMPONENT:
+        return object
+    try:
+        parameters = _parameters(resolve(dotted)) or {}
+    except ConfigError:
+        return Any
+    return parameters[name].annotation if name in parameters else Any
+
+
 def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
     """The target's parameters, their annotations evaluated where possible; None where Python cannot tell (C code)."""
     try:

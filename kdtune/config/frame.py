@@ -9,8 +9,17 @@ from pathlib import PurePath
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, shown
-from kdtune.config.component import check_nodes
+from kdtune.config.check import (
+    COMPONENT,
+    MISSING,
+    MismatchError,
+    conform,
+    is_component,
+    is_path,
+    item_annotation,
+    shown,
+)
+from kdtune.config.component import argument_type, check_nodes
 from kdtune.config.torchtune_keys import key_hint
 
 
@@ -27,6 +36,45 @@ class KeyDoc:
 def frame_fields(frame: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     """A frame's keys: its dataclass fields by name, those that are not set by the caller left out."""
     return {field.name: field for field in dataclasses.fields(frame) if field.init}
+
+
+def frame_hints(frame: type[Any]) -> dict[str, Any]:
+    """The types of a frame's keys."""
+    return typing.get_type_hints(frame, include_extras=True)
+
+
+def declared_type(parts: list[str], tree: Mapping[str, Any], frame: type[Any]) -> Any:
+    """The annotation of the key or component argument at a dotted path of the tree; Any where nothing declares one.
+
+    That of a component's own key is `object`: it takes no text.
+    """
+    field = frame_fields(frame).get(parts[0])
+    if field is None:
+        return Any
+    if is_component_field(field) and len(parts) == 1:
+        return object
+    annotation: Any = frame_hints(frame)[parts[0]]
+    value: Any = tree.get(parts[0])
+    for part in parts[1:]:
+        annotation = argument_type(value[COMPONENT], part) if is_component(value) else item_annotation(annotation)
+        inside: Mapping[str, Any] = value if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            inside = {str(index): item for index, item in enumerate(value)}
+        value = inside.get(part)
+    return annotation
+
+
+def expand_paths(tree: Mapping[str, Any], frame: type[Any]) -> dict[str, Any]:
+    """The tree with `~` as the home folder in the frame's keys that are paths, so that what refers to them has it too."""
+    hints = frame_hints(frame)
+    return {key: _expanded(value, hints.get(key)) for key, value in tree.items()}
+
+
+def _expanded(value: Any, annotation: Any) -> Any:
+    try:
+        return conform(value, annotation) if isinstance(value, str) and is_path(annotation) else value
+    except MismatchError:  # which `check_frame` tells
+        return value
 
 
 def frame_defaults(frame: type[Any]) -> dict[str, Any]:
@@ -66,7 +114,7 @@ def is_component_field(field: dataclasses.Field[Any]) -> bool:
 def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, Any], list[str]]:
     """The values for the frame's keys, converted to their types; and unknown, missing and wrongly typed keys."""
     fields = frame_fields(frame)
-    hints = typing.get_type_hints(frame)
+    hints = frame_hints(frame)
     values: dict[str, Any] = {}
     problems = []
     for key in tree:
@@ -154,7 +202,7 @@ def _key_docs(body: list[ast.stmt]) -> typing.Iterator[KeyDoc]:
             and isinstance(following.value.value, str)
         ):
             doc = " ".join(following.value.value.split())
-        kind, default = ast.unparse(statement.annotation), None
+        kind, default = ast.unparse(statement.annotation).replace("config.PathText", "path"), None
         if statement.value is not None:
             default = _default_text(statement.value)
             if _call_name(statement.value) == "component":

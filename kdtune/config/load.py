@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,12 +18,15 @@ from kdtune.config.frame import (
     KeyDoc,
     check_components,
     check_frame,
+    declared_type,
+    expand_paths,
     frame_defaults,
     frame_fields,
     is_component_field,
     plain,
 )
 from kdtune.config.overrides import apply_overrides
+from kdtune.config.yaml_text import AmbiguousValueError, parse_yaml
 from kdtune.errors import ConfigError
 
 T = TypeVar("T")
@@ -48,21 +50,25 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
     given.pop(RECIPE_KEY, None) if RECIPE_KEY not in frame_fields(frame) else None
     defaults = frame_defaults(frame)
     component_keys = {name for name, field in frame_fields(frame).items() if is_component_field(field)}
+    # What an argument is, text or a number, its component says, which another override may name.
+    draft: dict[str, Any] = {}
 
     def apply(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         tree = {key: _with_default_component(value, defaults.get(key)) for key, value in tree.items()}
         return apply_overrides(
-            tree, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value
-        )
+            tree, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value,
+            declared=lambda parts: declared_type(parts, {**defaults, **draft}, frame),
+        )  # fmt: skip
 
+    draft, _ = apply(given)
     if inherited := getattr(frame, "inherited", None):
-        early, _ = apply(given)
-        resolved, _ = resolve_interpolations({**defaults, **early})
-        given = inherited({key: value for key, value in resolved.items() if key in early}) | given
+        resolved, _ = resolve_interpolations(expand_paths({**defaults, **draft}, frame))
+        given = inherited({key: value for key, value in resolved.items() if key in draft}) | given
+        draft, _ = apply(given)
     given, problems = apply(given)
     raise_problems(str(source), problems)
 
-    tree, problems = resolve_interpolations({**defaults, **given})
+    tree, problems = resolve_interpolations(expand_paths({**defaults, **given}, frame))
     values, frame_problems = check_frame(tree, frame)
     # A key whose interpolation failed is already a finding; that it is missing from the tree is not another.
     failed = {problem.partition(":")[0].partition(".")[0] for problem in problems}
@@ -108,7 +114,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         # A copy: what is read again and again (a sweep's cells share their configs) is parsed once, and may be changed.
-        return copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8"), path))
+        return copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8-sig"), path))
+    except AmbiguousValueError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -123,9 +132,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     """As `read_yaml`, of a text; `path` is for messages."""
-    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    tree = parse_yaml(text)
+    tree = {} if tree is None else tree
+    if isinstance(tree, dict | list):
+        OmegaConf.create(tree)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a list; a config is a mapping of keys to values")
+        raise ConfigError(
+            f"{path}: holds a {'list' if isinstance(tree, list) else 'value'}; a config is a mapping of keys to values"
+        )
     bad_keys = [key for key in tree if not isinstance(key, str)]
     if bad_keys:
         raise ConfigError(f"{path}: key {bad_keys[0]!r} is not a string")
@@ -144,7 +158,9 @@ def parse_value(text: str) -> Any:
 @lru_cache(maxsize=1024)
 def _parse_value(text: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[call-overload,index]
+        value = parse_yaml(text)
+        OmegaConf.create({"value": value})
+        return value
     except yaml.MarkedYAMLError as error:
         raise ConfigError(str(error.problem)) from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -1,12 +1,14 @@
 """Command-line overrides: `a.b=value`, `~a.b` and `node=dotted.Component`, applied to a plain config tree."""
 
 import copy
+import json
 import re
 from collections.abc import Callable, Collection
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, is_component, shown
+from kdtune.config.check import COMPONENT, MismatchError, conform, is_component, is_text, shown
+from kdtune.config.yaml_text import AmbiguousValueError
 from kdtune.errors import ConfigError
 
 FORMS = "overrides are key=value, a.b=value, ~key or node=dotted.Component"
@@ -20,11 +22,12 @@ def apply_overrides(
     defaults: dict[str, Any],
     component_keys: Collection[str],
     parse_value: Callable[[str], Any],
+    declared: Callable[[list[str]], Any] = lambda parts: Any,
 ) -> tuple[dict[str, Any], list[str]]:
     """A copy of the tree with the overrides applied in order (the last one wins), and the findings.
 
     `defaults` is where a key that the tree does not set starts from; `component_keys` are the top-level keys that hold
-    components; `parse_value` reads a value as YAML and raises ConfigError.
+    components; `parse_value` reads a value as YAML and raises ConfigError; `declared` gives the annotation of a key.
     """
     tree = copy.deepcopy(tree)
     problems = []
@@ -33,27 +36,75 @@ def apply_overrides(
             if override.startswith("~"):
                 _remove(tree, override[1:])
             else:
-                key, value = _split(override, parse_value)
-                _assign(tree, key.split("."), value, defaults, component_keys)
+                parts, text = _split(override)
+                value = read_value(text, declared(parts), parse_value, key=".".join(parts))
+                _assign(tree, parts, value, defaults, component_keys)
         except ConfigError as error:
             problems.append(str(error))
     return tree, problems
 
 
-def _split(override: str, parse_value: Callable[[str], Any]) -> tuple[str, Any]:
+def _split(override: str) -> tuple[list[str], str]:
     key, equals, text = override.partition("=")
     if key.startswith("-"):
         raise ConfigError(f"{override}: overrides have no leading dashes; write {key.lstrip('-')}={text or 'value'}")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r} cannot be read; {FORMS}")
+    return key.split("."), text
+
+
+def read_value(text: str, annotation: Any, parse_value: Callable[[str], Any], *, key: str = "value") -> Any:
+    """The value that an override's text stands for, by the annotation of its key.
+
+    Where any text is allowed, the value is the text as it was typed, unless all of it is in quotes (then it is read as YAML),
+    or is null, or something else is allowed too that it is in YAML, such as a number, [a list] or {a: mapping}. Anywhere else it
+    is YAML; where nothing says what is allowed, what YAML takes for text without quotes is left as it was typed, too.
+
+    Raises:
+        ConfigError: it is not YAML where it must be, or holds `${` that begins no interpolation.
+    """
+    is_quoted = len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]
     try:
-        return key, parse_value(text)
+        value = parse_value(text)
     except ConfigError as error:
-        if "${" in text:
-            advice = "${ begins an interpolation, such as ${output_dir}/x; for the characters themselves write \\${"
-        else:
-            advice = f"quote it, such as {key}='\"text\"'"
-        raise ConfigError(f"{key}: {text!r} is not a YAML value: {error}; {advice}") from None
+        if not is_text(annotation) or is_broken_interpolation(text, parse_value):
+            raise _unreadable(key, text, error) from None
+        return text
+    if is_quoted and isinstance(value, str):
+        return value
+    if is_text(annotation):
+        is_yaml = text == "null" or (value is not None and _is_allowed(value, annotation))
+        return value if is_yaml and not (isinstance(value, dict | list) and text.lstrip()[:1] not in "{[") else text
+    is_plain = isinstance(value, str) and annotation is Any and text.strip()[:1] not in ("|", ">", "!", "&", '"', "'")
+    return text if is_plain and not _DOTTED.fullmatch(value) else value
+
+
+def is_broken_interpolation(text: str, parse_value: Callable[[str], Any]) -> bool:
+    """Whether the text has a `${` that neither begins an interpolation nor is escaped."""
+    try:
+        parse_value(json.dumps(text))
+    except ConfigError:
+        return True
+    return False
+
+
+def _is_allowed(value: Any, annotation: Any) -> bool:
+    """Whether a value that is not a string fits the annotation."""
+    try:
+        conform(value, annotation)
+    except MismatchError:
+        return False
+    return not isinstance(value, str)
+
+
+def _unreadable(key: str, text: str, error: ConfigError) -> ConfigError:
+    if isinstance(error.__cause__, AmbiguousValueError):
+        return ConfigError(f"{key}: {error}")
+    if "${" in text:
+        advice = "${ begins an interpolation, such as ${output_dir}/x; for the characters themselves write \\${"
+    else:
+        advice = f"quote it, such as {key}='\"text\"'"
+    return ConfigError(f"{key}: {text!r} is not a YAML value: {error}; {advice}")
 
 
 def _assign(

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from glob import escape
 from itertools import islice
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 from kdtune.data.columns import Row
@@ -27,6 +26,7 @@ from kdtune.data.files import (
 )
 from kdtune.data.messages import type_name
 from kdtune.errors import ConfigError, DataError
+from kdtune.paths import user_path
 
 if TYPE_CHECKING:
     import datasets
@@ -104,7 +104,7 @@ def open_rows(source: Source) -> Any:
 
 def _open(source: Source, kind: str | None, files: FilesOfSplits) -> Any:
     if kind is None:
-        return _load(source, str(Path(source.source).expanduser()), source.data_files, source.data_dir)
+        return _load(source, str(user_path(source.source)), source.data_files, source.data_dir)
     if kind == "json" and not any(is_url(path) for paths in files.values() for path in paths):
         return _json_source(files, source)
     options = {"csv": _csv_options, "text": lambda files: {"encoding": "utf-8-sig"}}.get(kind, lambda files: {})
@@ -172,7 +172,7 @@ def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
                 f"name={source.name}: names a configuration of a hub dataset; '{source.source}' files have none"
             )
         return source.source, listed_files(source.source, source.data_files, source.data_dir)
-    path = Path(source.source).expanduser()
+    path = user_path(source.source)
     if path.is_dir():
         return local_folder(path, source.name, source.data_files, source.data_dir)
     kind = kind_of(path)

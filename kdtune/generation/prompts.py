@@ -8,6 +8,7 @@ from kdtune.data.columns import text_column
 from kdtune.data.messages import Conversation, Message, parse_conversation, row_conversation
 from kdtune.data.sources import read_json, read_lines
 from kdtune.errors import DataError
+from kdtune.paths import user_path
 
 if TYPE_CHECKING:
     # Only the type is needed; the tokenizer libraries take a while to import.
@@ -26,7 +27,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     Raises:
         DataError: the file is missing, of another kind, holds no prompt, or has a row without one; the row is named.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.suffix not in _SUFFIXES:
         raise DataError(f"prompt_file={path}: a {', '.join(_SUFFIXES)} file expected")
     if not file.is_file():

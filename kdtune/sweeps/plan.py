@@ -13,6 +13,7 @@ from kdtune._assets import did_you_mean
 from kdtune.config.check import is_component
 from kdtune.config.load import parse_value, read_yaml
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 from kdtune.sweeps.grid import Assignment, Axes, assignments, axis_values, grid_problems, is_chosen
 
 ALL_STEPS = "all"
@@ -131,7 +132,7 @@ def make_plan(
     chosen: dict[tuple[str, ...], Cell] = {}
     for assignment in assignments(axes, grids, {}):
         try:
-            cell = _plan_cell(Path(steps_dir), steps, axes, assignment, settings)
+            cell = _plan_cell(user_path(steps_dir), steps, axes, assignment, settings)
         except ConfigError as error:
             problems.append(str(error))
             continue

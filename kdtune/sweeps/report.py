@@ -7,6 +7,7 @@ from typing import Any
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 from kdtune.sweeps.curves import Curve, read_curves
 from kdtune.sweeps.escape import markdown_fence, markdown_text
 from kdtune.sweeps.page import page
@@ -80,8 +81,8 @@ def write_report(
         log.warning("report: %s", misfit)
     names = chosen_metrics(rows, metrics)
     base = baseline_row(rows, baseline)
-    curves = read_curves(rows, Path(results_file).parent)
-    folder = Path(output_dir)
+    curves = read_curves(rows, user_path(results_file).parent)
+    folder = user_path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_sweep(rows, curves, folder)
     notes = [*report_notes(results, rows, base, curves), *(f"Left out: {misfit}." for misfit in misfits)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 from kdtune.sweeps.plan import Cell, Step
 
 DONE, FAILED = "done", "failed"
@@ -23,7 +24,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         ConfigError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = user_path(path).read_text(encoding="utf-8-sig").split("\n")[:-1]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     rows = []
@@ -49,7 +50,7 @@ def step_metrics(folder: Path) -> dict[str, float | None]:
         for row in read_rows(folder / "metrics.jsonl"):
             found |= {name: value for name, value in row.items() if name in LOSSES or name.startswith(_VALIDATION)}
     if (folder / "results.json").exists():
-        found |= json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
+        found |= json.loads((folder / "results.json").read_text(encoding="utf-8-sig"))["metrics"]
     return finite_metrics({name: value for name, value in found.items() if isinstance(value, int | float | None)})
 
 
@@ -62,7 +63,7 @@ def finite_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | Non
 
 def read_record(path: Path) -> dict[str, Any]:
     """What is known of a finished step: its metrics, seconds and command, and the parts of its folder deleted since."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def steps_to_run(cell: Cell) -> list[Step]:

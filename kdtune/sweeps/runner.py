@@ -199,7 +199,7 @@ def _execute(
 
 def tail(log_file: Path) -> str:
     """The last lines of a log, progress bars cut to their last state."""
-    text = log_file.read_text(encoding="utf-8", errors="replace")
+    text = log_file.read_text(encoding="utf-8-sig", errors="replace")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return "\n".join([line for line in lines if line][-_NUM_TAIL_LINES:])
 

@@ -8,6 +8,7 @@ from kdtune.config import instantiate
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.losses import Divergence, covers_extra_ids, forward_kl
+from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -32,7 +33,7 @@ def check_tokenizer(
     if found is None:
         return
     folder = Path(found.checkpoint_dir)
-    if path is not None and _folder_of(Path(path)) == folder.resolve():
+    if path is not None and _folder_of(user_path(path)) == folder.resolve():
         return
     try:
         own = tokenizers.load(folder)

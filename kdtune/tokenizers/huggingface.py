@@ -14,6 +14,7 @@ from kdtune.tokenizers.folder import (
     copy_files,
     generation_eos_ids,
     read_json_if_there,
+    read_text,
     special_tokens,
     write_tokenizer_config,
 )
@@ -166,7 +167,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_str(read_text(file))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
             f"{file}: the tokenizers library cannot read it: {error}; the file may be truncated, fetch it again"

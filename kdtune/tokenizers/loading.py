@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from kdtune.errors import CheckpointError
+from kdtune.paths import user_path
 from kdtune.tokenizers.base import Tokenizer
 from kdtune.tokenizers.folder import read_json
 from kdtune.tokenizers.gguf import load_gguf
@@ -32,7 +33,7 @@ def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None =
         CheckpointError: nothing there is a tokenizer, or its file is broken.
         ConfigError: max_seq_len is not positive, or date is no date.
     """
-    path = Path(path)
+    path = user_path(path)
     tokenizer = _load_file(path if path.is_file() else _find(path), max_seq_len)
     tokenizer.date = date
     return tokenizer
@@ -40,7 +41,7 @@ def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None =
 
 def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None, date: str | None = None) -> TiktokenTokenizer:
     """Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it; `date` as in `load`."""
-    file = _model_file(Path(path))
+    file = _model_file(user_path(path))
     if not _is_tiktoken(file):
         raise CheckpointError(f"{file}: not a tiktoken file (lines of base64 and rank); want llama 3's tokenizer.model")
     tokenizer = TiktokenTokenizer(file, max_seq_len=max_seq_len)
@@ -52,7 +53,7 @@ def llama2_tokenizer(
     path: str | Path, max_seq_len: int | None = None, date: str | None = None
 ) -> SentencePieceTokenizer:
     """Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it; `date` as in `load`."""
-    file = _model_file(Path(path))
+    file = _model_file(user_path(path))
     if _is_tiktoken(file):
         raise CheckpointError(f"{file}: a tiktoken file; want llama 2's sentencepiece tokenizer.model")
     tokenizer = SentencePieceTokenizer(file, max_seq_len=max_seq_len)

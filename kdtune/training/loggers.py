@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol
 
 from kdtune.errors import CheckpointError, ConfigError
+from kdtune.paths import user_path
 
 
 class MetricLogger(Protocol):
@@ -31,8 +32,8 @@ class JSONLLogger:
     def __init__(self, path: str | Path | None) -> None:
         self._file: IO[str] | None = None
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = Path(path).open("a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed by close)
+            user_path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = user_path(path).open("a", encoding="utf-8", errors="backslashreplace")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
@@ -61,7 +62,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         CheckpointError: if any other line is not a JSON object with a `step`.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = user_path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
         try:
             row = json.loads(line)
@@ -77,7 +78,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def truncate_metrics(path: str | Path, step: int) -> None:
     """Keep a metrics.jsonl's lines up to and including `step`, without a torn last one. Atomic."""
-    path = Path(path)
+    path = user_path(path)
     kept = [_line(row) for row in read_metrics(path) if row["step"] <= step]
     draft = path.with_name(path.name + ".tmp")
     with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -97,12 +98,12 @@ def _line(row: Mapping[str, Any]) -> str:
 class TensorBoardLogger:
     """Writes scalars for TensorBoard into the folder `log_dir`. Needs `pip install 'kdtune[tensorboard]'`."""
 
-    def __init__(self, log_dir: str) -> None:
+    def __init__(self, log_dir: str | Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing_extra("TensorBoardLogger", "tensorboard") from error
-        self._writer = SummaryWriter(log_dir)
+        self._writer = SummaryWriter(str(user_path(log_dir)))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record the step's numbers as scalars."""
@@ -126,13 +127,13 @@ class WandBLogger:
         entity: str | None = None,
         group: str | None = None,
         name: str | None = None,
-        log_dir: str | None = None,
+        log_dir: str | Path | None = None,
     ) -> None:
         try:
             import wandb
         except ImportError as error:
             raise _missing_extra("WandBLogger", "wandb") from error
-        folder = None if log_dir is None else Path(log_dir)
+        folder = None if log_dir is None else user_path(log_dir)
         is_new = folder is not None and not folder.exists()
         if folder is not None and is_new:
             folder.mkdir(parents=True)  # wandb goes elsewhere where it is missing

@@ -38,8 +38,9 @@ def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = 
     for axes, (name, *_) in zip(all_axes, panels, strict=True):
         _draw(axes, rows, name)
         axes.legend()
-    figure.savefig(png, dpi=150)
-    return Path(png)
+    target = user_path(png)
+    figure.savefig(target, dpi=150)
+    return target
 
 
 def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, *, divergence: str = "KL") -> Path:
@@ -70,8 +71,9 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, 
         if name == "val_kd_loss":
             axes.set_ylim(bottom=0)  # the teacher's own
         axes.legend()
-    figure.savefig(png, dpi=150)
-    return Path(png)
+    target = user_path(png)
+    figure.savefig(target, dpi=150)
+    return target
 
 
 def _looks(styles: Any, line: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 
 
 class Profiler:
@@ -30,7 +31,7 @@ class Profiler:
 
     def __init__(
         self,
-        output_dir: str,
+        output_dir: str | Path,
         wait_steps: int = 1,
         warmup_steps: int = 2,
         active_steps: int = 2,
@@ -45,7 +46,7 @@ class Profiler:
                 f"profiler: wait_steps={wait_steps}, warmup_steps={warmup_steps}, active_steps={active_steps}, "
                 f"num_cycles={num_cycles}; active_steps must be 1 or more and the others 0 or more"
             )
-        self._output_dir = Path(output_dir) / "profile"
+        self._output_dir = user_path(output_dir) / "profile"
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)

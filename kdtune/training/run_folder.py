@@ -24,6 +24,7 @@ from kdtune.checkpoint import (
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
+from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics, truncate_metrics
 from kdtune.training.resume_changes import is_asked_for, is_changeable
 
@@ -45,7 +46,7 @@ def holds_run(output_dir: Path) -> bool:
 def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
     """Why a run could not write there, without writing anything."""
     try:
-        return _folder_problems(Path(output_dir), resume=resume)
+        return _folder_problems(user_path(output_dir), resume=resume)
     except (OSError, ValueError) as error:  # a name that is too long, or has a null character
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return [f"output_dir={output_dir!r}: {reason}; choose another output_dir"]
@@ -54,7 +55,7 @@ def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
 def new_folder_problems(output_dir: str) -> list[str]:
     """Why a recipe that writes its whole folder at its end could not do so, without writing anything."""
     found = output_dir_problems(output_dir, resume=True)
-    folder = Path(output_dir)
+    folder = user_path(output_dir)
     if found or not folder.exists():
         return found
     try:
@@ -119,7 +120,7 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: is not YAML: {' '.join(str(error).split())}; {_NOT_OURS}") from error
     if not isinstance(found, dict):
@@ -176,7 +177,7 @@ def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, 
 
 def _starts(runs_file: Path) -> list[Any]:
     try:
-        return list(json.loads(runs_file.read_text(encoding="utf-8"))["starts"])
+        return list(json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
 

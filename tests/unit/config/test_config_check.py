@@ -74,6 +74,7 @@ def test_fits_and_is_converted(value: Any, annotation: Any, expected: Any) -> No
         ("x", float | None, "'x' (str) is not allowed; must be float or null"),
         ("None", float | None, "write null for no value"),
         (1.5, int, "1.5 is not allowed; must be int"),
+        ("", Path, "is empty; give a path"),
         (None, int, "null is not allowed; must be int"),
         (1, None, "1 is not allowed; must be null"),
         ("fp64", Literal["fp32", "bf16"], "must be one of 'fp32', 'bf16'"),

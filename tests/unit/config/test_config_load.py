@@ -158,9 +158,11 @@ def test_files_that_are_not_text(tmp_path: Path) -> None:
 
 def test_numbers_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "numbers.yaml"
-    path.write_text("a: 1e-4\nb: '1e-4'\nc: 1_000\nd: .inf\ne: 2024-01-01\n")
+    path.write_text("a: 1e-4\nb: '1e-4'\nc: 0x1F\nd: .inf\ne: 2024-01-01\nf: y\ng: '010'\nh: 2001:db8::1\n")
     values = read_yaml(path)
-    assert values == {"a": 1e-4, "b": "1e-4", "c": 1000, "d": float("inf"), "e": "2024-01-01"}
+    assert values == {
+        "a": 1e-4, "b": "1e-4", "c": 31, "d": float("inf"), "e": "2024-01-01", "f": "y", "g": "010", "h": "2001:db8::1",
+    }  # fmt: skip
 
 
 def test_an_empty_file_misses_everything(tmp_path: Path) -> None:
@@ -192,3 +194,32 @@ def test_docs_stand_above_their_keys(base: Path) -> None:
     docs = field_docs(Path(__file__).with_name("config_samples.py").read_text(), "Config")
     text = to_yaml(as_values(load(base, [], Config)), docs)
     assert "# Weight of the divergence, between 0 and 1.\nkd_ratio: 0.5\n" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("a: 1\nseed: 010\n", ":2: 010 can be read in more than one way; write 10 or 8 (octal), or '010' in quotes where text is meant"),
+        ("a:\n- 190:20:30\n", ":2: 190:20:30 can be read in more than one way; write 685230, or"),
+        ("a: {b: NO}\n", ":1: NO can be read in more than one way; write false, or 'NO' in quotes"),
+        ("\non: 1\n", ":2: on can be read in more than one way; write true, or 'on' in quotes"),
+        ("a: " + "[" * 2_000 + "]" * 2_000, ":1: not valid YAML: nested deeper than 64 levels"),
+        ("a: " + "[" * 100_000, ":1: not valid YAML: nested deeper than 64 levels"),
+        ("a: &a [*a]\n", ":1: not valid YAML: nested deeper than 64 levels"),
+        ("".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9)),
+         "not valid YAML: its aliases stand for more than 100,000 values"),
+        ("a: " + "9" * 5_000, ": cannot be read as YAML: Exceeds the limit"),
+        ("word\n", ": holds a value; a config is a mapping of keys to values"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_meant_are_refused(text: str, finding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_yaml(tmp_path / "a.yaml")
+    assert finding in str(error.value)
+
+
+def test_aliases_and_merge_keys_are_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a {lr: 1, betas: [1, 2]}\nb: {<<: *a, lr: 2}\nc: *a\n", encoding="utf-8-sig")
+    a = {"lr": 1, "betas": [1, 2]}
+    assert read_yaml(tmp_path / "a.yaml") == {"a": a, "b": {**a, "lr": 2}, "c": a}

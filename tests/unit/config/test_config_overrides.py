@@ -1,11 +1,14 @@
 """Command-line overrides on a plain tree."""
 
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdtune.config import ConfigError, PathText, as_values, component, load
 from kdtune.config.load import parse_value
 from kdtune.config.overrides import apply_overrides
 
@@ -117,6 +120,112 @@ def test_says_what_is_wrong(override: str, words: str) -> None:
 def test_every_finding_is_reported() -> None:
     _, problems = apply("--a=1", "b", "~c", "lr=3")
     assert len(problems) == 3
+
+
+@dataclasses.dataclass
+class Frame:
+    text: str = ""
+    maybe: str | None = None
+    chat: str | dict[str, str] | None = None
+    either: float | str = 0.0
+    path: PathText = "x"
+    words: list[str] = dataclasses.field(default_factory=list)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    number: float = 0.0
+    choice: Literal["a", "b"] = "a"
+    node: Any = component(default=None)
+    nodes: Any = component(default=None)
+
+
+TYPED = """
+words: [first, second]
+names: {a: b}
+node: {_component_: config_samples.Dataset, tokenizer: null, source: x}
+nodes: [{_component_: config_samples.Tokenizer, path: x}]
+"""
+
+
+def typed(folder: Path, *overrides: str) -> dict[str, Any]:
+    (folder / "typed.yaml").write_text(TYPED)
+    return as_values(load(folder / "typed.yaml", list(overrides), Frame))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Write a haiku about issue #42 please", "First line\nSecond line\n\nThird", "  both ends  ", "tab\t", "a: b", "- a",
+        "[not closed", "{a", "# first", "123", "1e-4", "010", "yes", "true", "1:30", "2024-01-01", "*", "&a", "!x", "@me", "`a`",
+        "%", "|", "> quote", "? why", "'twas", '"Hi" she said', "'a' and 'b'", "it's", 'say "x"', "a, b", "", "~", ".5", "-", "--",
+        "C:\\new", "\u2028", "é", "=", "a=b", "[1, 2]", "<<", "None", "???!",
+    ],
+)  # fmt: skip
+def test_text_is_what_was_typed(text: str, tmp_path: Path) -> None:
+    for key in ("text", "maybe"):
+        assert typed(tmp_path, f"{key}={text}")[key] == text
+    assert typed(tmp_path, f"words.1={text}")["words"] == ["first", text]
+    assert typed(tmp_path, f"names.a={text}")["names"] == {"a": text}
+    assert typed(tmp_path, f"node.source={text}")["node"]["source"] == text
+    assert typed(tmp_path, f"nodes.0.path={text}")["nodes"][0]["path"] == text
+    if text not in ("[1, 2]",):
+        assert typed(tmp_path, f"chat={text}")["chat"] == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("maybe=null", None),
+        ('text="a\\nb # c"', "a\nb # c"),
+        ("text='it''s #1'", "it's #1"),
+        ("text='null'", "null"),
+        ('text="\\"quoted\\""', '"quoted"'),
+        ("chat={user: hi}", {"user": "hi"}),
+        ("either=2", 2.0),
+        ("either=2 #3", 2.0),
+        ("either=two #3", "two #3"),
+        ("text=${path}/a #1", "x/a #1"),
+        ("text=\\${path}", "${path}"),
+        ("words=[a, 'b #1']", ["a", "b #1"]),
+        ("number=1e-4", 1e-4),
+        ("number=1  # one", 1.0),
+        ("choice=b ", "b"),
+        ("node.column_map={input: context}", {"input": "context"}),
+    ],
+)
+def test_quotes_null_and_what_is_not_text_are_yaml(override: str, value: Any, tmp_path: Path) -> None:
+    key = override.partition("=")[0]
+    found: Any = typed(tmp_path, override)
+    for part in key.split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+def test_what_is_text_a_later_override_may_decide(tmp_path: Path) -> None:
+    values = typed(
+        tmp_path, "node.path=a #1", "node._component_=config_samples.Tokenizer", "~node.source", "~node.tokenizer"
+    )
+    assert values["node"] == {"_component_": "config_samples.Tokenizer", "path": "a #1"}
+
+
+@pytest.mark.parametrize(
+    ("override", "finding"),
+    [
+        ("text=null", "text: null is not allowed; must be str"),
+        ("path=", "path: is empty; give a path"),
+        ("number=010", "number: 010 can be read in more than one way; write 10 or 8 (octal), or '010' in quotes where text is meant"),
+        ("number=08", "number: 08 can be read in more than one way; write 8, or '08' in quotes where text is meant"),
+        ("number=1:30", "number: 1:30 can be read in more than one way; write 90, or '1:30' in quotes where text is meant"),
+        ("number=-0o17", "number: -0o17 can be read in more than one way; write -15, or '-0o17' in quotes where text is meant"),
+        ("number=1_000.5", "number: 1_000.5 can be read in more than one way; write 1000.5, or '1_000.5' in quotes where text is meant"),
+        ("words=[a, No]", "words: No can be read in more than one way; write false, or 'No' in quotes where text is meant"),
+        ("text=${", "text: '${' is not a YAML value: "),
+        ("number=" + "[" * 100_000 + "]" * 100_000, "nested deeper than 64 levels"),
+    ],
+)  # fmt: skip
+def test_what_can_be_read_in_two_ways_is_refused(override: str, finding: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        typed(tmp_path, override)
+    (line,) = str(error.value).splitlines()[1:]
+    assert finding in line
 
 
 # "${" is left out: it begins an interpolation, in quotes too.
