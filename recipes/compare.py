@@ -17,9 +17,9 @@ from kdtune import checkpoint, config, training
 class Config:
     """Every key this recipe reads."""
 
-    runs: list[str]
+    runs: list[config.PathText]
     """The output folders of training runs, in the order to show them."""
-    output_dir: str | None = None
+    output_dir: config.PathText | None = None
     """Folder to write into; null: the folder that the runs lie in."""
 
     def problems(self) -> list[str]:
@@ -28,7 +28,7 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What is missing, found before anything is written."""
-        return [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).expanduser().is_dir()]
+        return [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).is_dir()]
 
 
 @config.entry_point(Config, default_config="comparison")

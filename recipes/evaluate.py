@@ -40,7 +40,7 @@ class Config:
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # A finished run
-    run: str | None = None
+    run: config.PathText | None = None
     """Folder of a finished run of finetune or knowledge_distillation: what it says of model, tokenizer, dataset_val, teacher,
     kd_loss, dtype, device and batch size holds where this config says nothing. output_dir is then RUN/evaluation."""
     run_weights: str = "final"

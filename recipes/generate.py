@@ -163,7 +163,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     answer = stream if len(prompts) == 1 else answer_in_batches
     # Each answer is kept as it comes, so that a run that is stopped has those before.
     rows: list[dict[str, Any]] = []
-    file = Path(cfg.output_file).expanduser() if cfg.output_file is not None and world.is_main else None
+    file = Path(cfg.output_file) if cfg.output_file is not None and world.is_main else None
     with nullcontext() if file is None else checkpoint.collected_rows(file) as keep:
 
         def on_answer(index: int, new_ids: list[int]) -> None:
@@ -189,7 +189,7 @@ def run(cfg: Config, world: distributed.World) -> None:
 
 def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
     """Why the file could not be written, without writing anything."""
-    file = Path(output_file).expanduser()
+    file = Path(output_file)
     partial = checkpoint.partial_of(file)
     try:
         if file.is_dir():

@@ -9,13 +9,14 @@ from typing import Any
 from kdtune.checkpoint.atomic import atomic_write_text, writing
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 
 _log = get_logger(__name__)
 
 
 def partial_of(path: str | Path) -> Path:
     """What stands beside `path` until that is whole, and stays when the process is stopped before: `path`.partial."""
-    return Path(path).with_name(Path(path).name + ".partial")
+    return user_path(path).with_name(user_path(path).name + ".partial")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 from kdtune import checkpoint
 from kdtune.config.load import read_yaml
+from kdtune.paths import user_path
 
 FINAL, BEST = "final", "best"
 _CHECKPOINTER = "kdtune.checkpoint.Checkpointer"
@@ -26,11 +27,11 @@ def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     run, weights = given.get("run"), given.get("run_weights", FINAL)
     if not (isinstance(run, str) and isinstance(weights, str)):
         return {}
-    values = _config(Path(run))
-    folder = _weights_folder(Path(run), weights, values)
+    values = _config(user_path(run))
+    folder = _weights_folder(user_path(run), weights, values)
     found = {key: values[key] for key in ("tokenizer", "dataset_val", "device", "dtype") if values.get(key) is not None}
     found.setdefault("tokenizer", {"_component_": "kdtune.tokenizers.load", "path": str(folder)})
-    found["output_dir"] = str(Path(run) / ("evaluation" if weights == FINAL else f"evaluation_{weights}"))
+    found["output_dir"] = str(user_path(run) / ("evaluation" if weights == FINAL else f"evaluation_{weights}"))
     found["checkpointer"] = {"_component_": _CHECKPOINTER, "checkpoint_dir": str(folder)}
     if checkpoint.is_adapter_folder(folder) and (base := values.get("checkpointer")):
         found["checkpointer"] = {**base, "adapter_dir": str(folder)}
@@ -46,7 +47,7 @@ def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_problems(run: str, weights: str) -> list[str]:
     """Why a run cannot be measured, a sentence each: it is none, is not finished, or has not the weights that are asked for."""
-    folder = Path(run)
+    folder = user_path(run)
     if not folder.is_dir():
         return [f"run={run}: no such folder; give the output_dir of a finished run"]
     values = _config(folder)

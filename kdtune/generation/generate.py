@@ -128,9 +128,6 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"temperature={temperature}: must be 0 (the most likely token) or more")
-    if 0.0 < temperature < 1e-4:
-        # Logits divided by less leave float32.
-        raise ConfigError(f"temperature={temperature}: must be 0 (the most likely token), or at least 1e-4")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k}: must be 1 or more, or null for the whole vocabulary")
     if top_p is not None and not 0.0 < top_p <= 1.0:

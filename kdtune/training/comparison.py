@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
 from kdtune.training.run_folder import differing_values, read_resolved_config
 
@@ -46,7 +47,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
         ConfigError: a folder holds no training run with a validation, or two of them are one.
         CheckpointError: a file in one is damaged.
     """
-    paths = [Path(folder).expanduser() for folder in folders]
+    paths = [user_path(folder) for folder in folders]
     names = _short_names(paths)
     if len(set(names)) < len(names):
         raise ConfigError(f"runs: {', '.join(map(str, folders))}: name each folder once")

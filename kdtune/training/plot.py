@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.errors import DataError
+from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
 
 # (metric, title, what its axis measures); a validation point has the same name with this prefix.

@@ -6,6 +6,7 @@ from typing import Any
 from kdtune.checkpoint import from_main
 from kdtune.config import instantiate
 from kdtune.log import get_logger
+from kdtune.paths import user_path
 from kdtune.tokenizers.chat_format import today
 from kdtune.training.run_folder import read_resolved_config
 
@@ -35,8 +36,8 @@ def _recorded(cfg: Any) -> str | None:
     """The date that the run to resume, or the one that the tokenizer was written by, has in its config.yaml."""
     folders = [Path(cfg.output_dir)] if getattr(cfg, "resume_from_checkpoint", False) else []
     path = cfg.tokenizer.get("path")
-    if isinstance(path, str) and (Path(path).name == "final" or Path(path).name.startswith("step_")):
-        folders.append(Path(path).parent)
+    if isinstance(path, str) and (user_path(path).name == "final" or user_path(path).name.startswith("step_")):
+        folders.append(user_path(path).parent)
     for folder in folders:
         recorded = read_resolved_config(folder).get("tokenizer")
         if isinstance(recorded, dict) and isinstance(recorded.get("date"), str):

@@ -52,6 +52,7 @@ def test_functions_that_take_a_path_as_text_expand_it() -> None:
                 if is_path and ast.unparse(call.args[0]) in texts:
                     found.append(f"{source.name}: {function.name}: {ast.unparse(call)}")
     assert found == []
+    assert [p.name for p in SOURCES if ".expanduser()" in p.read_text()] == []
 
 
 def test_text_files_are_read_without_their_byte_order_mark() -> None:

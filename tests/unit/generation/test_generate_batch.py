@@ -102,7 +102,6 @@ def test_a_prompt_that_does_not_fit(model, length):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": 1e-40}, "temperature=1e-40: must be 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
