@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from kdtune.errors import ConfigError, DataError
+from kdtune.paths import user_path
 
 DataFiles: TypeAlias = str | list[str] | dict[str, str | list[str]]
 FilesOfSplits: TypeAlias = dict[str, list[str]]
@@ -38,7 +39,7 @@ def listed_files(kind: str, data_files: DataFiles | None, data_dir: str | None) 
         ConfigError: neither is given.
         DataError: a file is missing, or the folder has none of this kind.
     """
-    folder = Path(data_dir).expanduser() if data_dir is not None else Path()
+    folder = user_path(data_dir) if data_dir is not None else Path()
     if data_files is not None:
         return _by_split(data_files, folder)
     if data_dir is None:
@@ -63,7 +64,7 @@ def local_folder(
         ConfigError: name is no configuration of the folder.
         DataError: data_files names no file.
     """
-    base = folder / Path(data_dir or "").expanduser()
+    base = folder / user_path(data_dir or "")
     if data_dir is not None and not base.is_dir():
         raise ElsewhereError(f"data_dir={data_dir}: no such folder in {folder}")
     files = _by_split(data_files, base) if data_files is not None else _split_files(folder, base, name)
@@ -132,13 +133,13 @@ def _expanded(paths: str | Iterable[str], folder: Path) -> list[str]:
         if is_url(path):
             expanded.append(path)
             continue
-        full = folder / Path(path).expanduser()
+        full = folder / user_path(path)
         if full.is_file():
             expanded.append(str(full))
             continue
         # The folder is a path too: only what data_files says can be a pattern.
-        pattern = path if Path(path).expanduser().is_absolute() else f"{escape(str(folder))}/{path}"
-        matches = [one for one in sorted(glob(str(Path(pattern).expanduser()), recursive=True)) if Path(one).is_file()]
+        pattern = path if user_path(path).is_absolute() else f"{escape(str(folder))}/{path}"
+        matches = [one for one in sorted(glob(str(user_path(pattern)), recursive=True)) if Path(one).is_file()]
         if not matches:
             raise ElsewhereError(f"data_files={path}: no such file")
         expanded += matches
