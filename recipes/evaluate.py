@@ -9,12 +9,11 @@
 With `run` a finished run of finetune or knowledge_distillation is measured, with the data, teacher, tokenizer and kd_loss it was
 trained with. Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
 `rouge`. The model may be a Hugging Face folder, Meta's files, a GGUF, an adapter on its base, or a quantized folder.
-`output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name.
+`output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name. Until
+then each measurement is in `output_dir.partial` when it is made, and stays there if the evaluation is stopped.
 Several processes share the work batch by batch, and give the numbers of one.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -131,9 +130,13 @@ class Config:
             )
         found += self._unused()
         names = [Path(path).stem for path in self.perplexity_files]
-        found += [f"perplexity_files: {name} occurs twice; files need different names" for name in repeated(names)]
+        found += [
+            f"perplexity_files: {name} occurs twice; files need different names" for name in evaluation.repeated(names)
+        ]
         names = [node.get("name", "") for node in self.rouge]
-        found += [f"rouge: the name {name!r} occurs twice; sets need different names" for name in repeated(names)]
+        found += [
+            f"rouge: the name {name!r} occurs twice; sets need different names" for name in evaluation.repeated(names)
+        ]
         return found + data.first_row_problems(self)
 
     def _unused(self) -> list[str]:
@@ -167,6 +170,9 @@ class Config:
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += distributed.parallelism_problems(self.parallelism, self.teacher_parallelism)
         found += training.new_folder_problems(self.output_dir)
+        if (partial := checkpoint.partial_of(self.output_dir)).exists():
+            found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
+                         "move it away or remove it, or choose another output_dir")  # fmt: skip
         for key in ("checkpointer", "teacher_checkpointer"):
             if node := config.instantiate(getattr(self, key)):
                 found += [f"{key}: {problem}" for problem in node.problems()]
@@ -190,13 +196,11 @@ def main(cfg: Config) -> None:
         measured = run(cfg, world)
     # Nobody waits for the main process while it writes.
     if world.is_main:
-        write_results(cfg, *measured)
+        write_results(cfg, measured)
 
 
-def run(
-    cfg: Config, world: distributed.World
-) -> tuple[dict[str, float], dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Data, model, measurements: the numbers, what is told beside them, and the documents' answers."""
+def run(cfg: Config, world: distributed.World) -> evaluation.Measured:
+    """Data, model, measurements."""
     training.set_seed(cfg.seed)
 
     # Data. It comes first: no weight is read where a dataset or split is missing.
@@ -221,13 +225,18 @@ def run(
         losses.check_head("model", model.output)
     max_length = cfg.max_seq_length or model.config.max_seq_len
 
-    # Measurements.
-    metrics: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    samples: dict[str, list[dict[str, Any]]] = {}
+    # Measurements; each is kept when it is made, so that an evaluation that is stopped has those before.
+    measured = evaluation.Measured()
+
+    def keep() -> None:
+        if world.is_main:
+            partial = checkpoint.partial_of(cfg.output_dir)
+            measured.write(partial, versions=versions(cfg), log_samples=cfg.log_samples)
+
     if held_out is not None:
         values = measure_held_out(cfg, model, tokenizer, held_out, world)
-        metrics |= {f"held_out/{name}": value for name, value in values.items()}
+        measured.metrics |= {f"held_out/{name}": value for name, value in values.items()}
+        keep()
     for name, text in texts.items():
         found = evaluation.text_perplexity(
             model,
@@ -239,10 +248,11 @@ def run(
             show_progress=True,
             world=world,
         )
-        details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
+        measured.details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
         # As a file's name has no "/", nothing of one text has the name of something of another.
-        metrics |= {f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token"): value
-                    for key, value in found.metrics.items()}  # fmt: skip
+        measured.metrics |= {f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token"): value
+                             for key, value in found.metrics.items()}  # fmt: skip
+        keep()
     for one, instructions in rouge_sets:
         total = len(instructions) * len(one.seeds)
         with tqdm(total=total, desc=f"answering {one.name}", unit="answer") as bar:
@@ -256,18 +266,20 @@ def run(
                 on_answered=bar.update,
                 world=world,
             )
-        metrics |= {f"rouge/{one.name}": scored.mean, f"rouge/{one.name}_stderr": scored.stderr}
-        details.setdefault("rouge", {})[one.name] = {"instructions": len(instructions), "truncated": scored.truncated}
-        samples[f"rouge_{one.name}"] = scored.records
-    if tasks:
-        results = evaluation.evaluate_tasks(
-            model, tokenizer, tasks, limit=cfg.limit, num_fewshot=cfg.num_fewshot, batch_size=cfg.batch_size,
+        measured.metrics |= {f"rouge/{one.name}": scored.mean, f"rouge/{one.name}_stderr": scored.stderr}
+        measured.details.setdefault("rouge", {})[one.name] = {
+            "instructions": len(instructions), "truncated": scored.truncated
+        }  # fmt: skip
+        measured.samples[f"rouge_{one.name}"] = scored.records
+        keep()
+    for task in tasks:
+        measured.add_tasks(evaluation.evaluate_tasks(
+            model, tokenizer, [task], limit=cfg.limit, num_fewshot=cfg.num_fewshot, batch_size=cfg.batch_size,
             max_length=max_length, apply_chat_template=cfg.apply_chat_template, seed=cfg.seed, log_samples=cfg.log_samples,
             world=world,
-        )  # fmt: skip
-        samples |= results.pop("samples", {})
-        details["lm_eval"] = results
-    return metrics, details, samples
+        ))  # fmt: skip
+        keep()
+    return measured
 
 
 def build_model(
@@ -282,24 +294,20 @@ def build_model(
                                    device=parallelism.home(world), prepare=prepare).eval()  # fmt: skip
 
 
-def write_results(
-    cfg: Config, metrics: dict[str, float], details: dict[str, Any], samples: dict[str, list[dict[str, Any]]]
-) -> None:
+def versions(cfg: Config) -> dict[str, Any]:
+    """Of what has measured."""
+    found: dict[str, Any] = config.run_record(cfg)["versions"]
+    return found | ({name: version(name) for name in ("lm_eval", "rouge_score")} if cfg.tasks or cfg.rouge else {})
+
+
+def write_results(cfg: Config, measured: evaluation.Measured) -> None:
     """Prints the table, and makes the folder."""
-    rows = metric_rows(metrics)
-    if "lm_eval" in details:
-        metrics = metrics | evaluation.flat_metrics(details["lm_eval"])
-        rows = [*evaluation.results_rows(details["lm_eval"]), *rows]
-    record = config.run_record(cfg)
-    if cfg.tasks or cfg.rouge:
-        record["versions"] |= {name: version(name) for name in ("lm_eval", "rouge_score")}
-    print(training.format_table(rows))
+    print(training.format_table(measured.rows()))
+    record = config.run_record(cfg) | {"versions": versions(cfg)}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
         training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
-        document = {"metrics": metrics, "versions": record["versions"], **details}
-        (folder / "results.json").write_text(as_json(document, indent=1) + "\n", encoding="utf-8")
-        if cfg.log_samples:
-            write_samples(folder / "samples", samples)
+        measured.write(folder, versions=record["versions"], log_samples=cfg.log_samples)
+    checkpoint.remove_folder(checkpoint.partial_of(cfg.output_dir))
     print(f"results: {Path(cfg.output_dir) / 'results.json'}")
 
 
@@ -321,43 +329,6 @@ def measure_held_out(
     teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]
     return {**found, "perplexity": evaluation.perplexity(found["class_loss"]),
             "teacher_class_loss": teacher_loss}  # fmt: skip
-
-
-def metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:
-    """One row a metric for the table, its standard error beside it."""
-    return [
-        {"task": name.rpartition("/")[0], "metric": name.rpartition("/")[2], "value": value,
-         "± stderr": metrics.get(f"{name}_stderr")}
-        for name, value in metrics.items()
-        if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics
-    ]  # fmt: skip
-
-
-def write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
-    """One JSONL file for each task and instruction set, a document a line."""
-    folder.mkdir()
-    for name, records in samples.items():
-        lines = (as_json(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def as_json(document: Any, indent: int | None = None) -> str:
-    """The document as JSON: a number that JSON does not have is null, an object that it does not know its text."""
-    return json.dumps(finite(document), ensure_ascii=False, allow_nan=False, indent=indent, default=str)
-
-
-def finite(value: Any) -> Any:
-    """The value with infinite and undefined numbers replaced by None, at any depth."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def repeated(names: list[str]) -> list[str]:
-    """Names that occur more than once."""
-    return sorted({name for name in names if names.count(name) > 1})
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from kdtune.evaluation.lm_eval import (
     results_rows,
     task_problems,
 )
+from kdtune.evaluation.results import Measured, repeated
 from kdtune.evaluation.rolling import TextPerplexity, read_text, text_perplexity
 from kdtune.evaluation.rouge import InstructionSet, RougeResult, evaluate_rouge, rouge_l
 from kdtune.evaluation.scoring import Score, score
 
 __all__ = [
     "InstructionSet",
+    "Measured",
     "RougeResult",
     "Score",
     "TextPerplexity",
@@ -28,6 +30,7 @@ __all__ = [
     "missing_extra",
     "perplexity",
     "read_text",
+    "repeated",
     "results_rows",
     "rouge_l",
     "run_problems",

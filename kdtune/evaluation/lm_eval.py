@@ -1,7 +1,8 @@
 """Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a kdtune model. Needs the [eval] extra."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -197,22 +198,44 @@ def evaluate_tasks(
     from kdtune.evaluation.lm_eval_model import KDTuneLM
 
     is_main = world is None or world.is_main
-    found = simple_evaluate(
-        model=KDTuneLM(model, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, world=world),
-        tasks=tasks,
-        task_manager=_manager(None, False),
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        bootstrap_iters=_BOOTSTRAP_ITERS if is_main else 0,
-        log_samples=log_samples,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with _machine_described_once():
+        found = simple_evaluate(
+            model=KDTuneLM(model, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, world=world),
+            tasks=tasks,
+            task_manager=_manager(None, False),
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            bootstrap_iters=_BOOTSTRAP_ITERS if is_main else 0,
+            log_samples=log_samples,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     return dict(found) if found is not None and is_main else {}
+
+
+@contextmanager
+def _machine_described_once() -> Iterator[None]:
+    """lm-eval asks the system for seconds, at every call, what the machine and its packages are: here once a process."""
+    from torch.utils import collect_env
+
+    collect = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = _machine_description
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = collect
+
+
+@cache
+def _machine_description() -> str:
+    from torch.utils.collect_env import get_env_info, pretty_str
+
+    description: str = pretty_str(get_env_info())
+    return description
 
 
 def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:

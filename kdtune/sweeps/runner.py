@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdtune.checkpoint import atomic_write_text, remove_folder
+from kdtune.checkpoint import atomic_write_text, partial_of, remove_folder
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.sweeps.check import can_resume, step_overrides
@@ -85,8 +85,10 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
     """
     if step.record.exists():
         _begin_again(step)
-    if step.folder.exists() and not can_resume(step):
-        remove_folder(step.folder)
+    if not can_resume(step):
+        for left in (step.folder, partial_of(step.folder)):
+            if left.exists():
+                remove_folder(left)
     if not step.folder.exists():
         step.clock.unlink(missing_ok=True)
     step.log.parent.mkdir(parents=True, exist_ok=True)

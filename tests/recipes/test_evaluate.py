@@ -8,6 +8,7 @@ import pytest
 import torch
 from evaluation_tasks import FILES, write_task, write_tasks
 
+from kdtune import evaluation
 from kdtune.checkpoint import load_model, write_adapter
 from kdtune.errors import CheckpointError
 from kdtune.models import apply_lora
@@ -65,6 +66,43 @@ def test_all_measurements_at_once(cli, good, tasks, tmp_path):
     assert sum(sample["acc"] for sample in samples) / 4 == metrics["own_endings/acc"]
     answers = [json.loads(line) for line in (out / "samples" / "rouge_own.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["Say 0.", "Say 1.", "Say 2."]
+
+
+def test_a_stopped_evaluation_keeps_what_it_has_measured(cli, good, tasks, tmp_path, monkeypatch):
+    (tmp_path / "story.txt").write_text("Once there was a lamp. " * 20)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say \\ud83d.", "output": "cut \\ud83d"}\n')
+    settings = f"name: own, source: {tmp_path}/rows.jsonl, max_new_tokens: 3, prompt: plain"
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    line = command(
+        out, good / "model", f"include_path={tasks}", "tasks=[own_endings,own_texts]", "limit=2", "log_samples=true",
+        f"perplexity_files=[{tmp_path}/story.txt]", f"rouge=[{{_component_: kdtune.evaluation.InstructionSet, {settings}}}]",
+    )  # fmt: skip
+    whole, asked = evaluation.evaluate_tasks, []
+
+    def stopped(model, tokenizer, tasks, **arguments):
+        asked.append(results(partial)["metrics"])  # on the disk by then, for a process that is killed
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(model, tokenizer, tasks, **arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate_tasks", stopped)
+    assert cli(*line).code == 1
+    assert not out.exists() and "own_endings/acc" in asked[1] and "own_texts/byte_perplexity" not in asked[1]
+    assert {"perplexity/story", "rouge/own"} <= asked[0].keys() and "own_endings/acc" not in asked[0]
+    # A lone surrogate is no character, but JSON has it.
+    answer = json.loads((partial / "samples" / "rouge_own.jsonl").read_text())
+    assert (answer["prompt"], answer["references"]) == ("Say \ud83d.", ["cut \ud83d"])
+    assert len((partial / "samples" / "own_endings.jsonl").read_text().splitlines()) == 2
+
+    monkeypatch.undo()
+    refused = cli(*line)
+    assert refused.code == 2 and "out.partial beside it has what a stopped evaluation measured" in refused.err
+    shutil.rmtree(partial)
+    done = cli(*line)
+    assert done.code == 0, done.err
+    found = results(out)
+    assert asked[1].items() <= found["metrics"].items() and not partial.exists()
+    assert set(found["lm_eval"]["results"]) == set(found["lm_eval"]["n-shot"]) == {"own_endings", "own_texts"}
 
 
 def test_numbers_do_not_depend_on_the_batch_size(cli, good, tasks, tmp_path):
