@@ -54,6 +54,7 @@ def save_model(
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 5 * 2**30,
     save_weights: SaveWeights = "merged",
+    card: Callable[[Literal["model", "adapter"]], str | None] | None = None,
 ) -> None:
     """Writes the model as a new folder, atomically; see `write_model` and `write_adapter`.
 
@@ -65,6 +66,7 @@ def save_model(
         max_shard_bytes: as in `write_model`.
         save_weights: of a model with adapters: "merged", one model; "adapter", a PEFT folder; "both", the merged model
             with the PEFT folder `adapter` in it. A model without adapters is written as it is.
+        card: gives the text of README.md, of the model or of the adapter alone; None, or where it gives None: no README.md.
 
     Raises:
         CheckpointError: the folder exists and holds something, or cannot be written.
@@ -79,12 +81,24 @@ def save_model(
     with atomic_folder(folder) as hidden:
         if save_weights == "adapter":
             write_adapter(model, hidden, base=base, tokenizer=tokenizer)
+            _write_card(hidden, card, "adapter")
             return
         write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
         if save_weights == "both" and adapted:
             with together(), writing(hidden):
                 (hidden / ADAPTER).mkdir(exist_ok=True)
             write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer)
+            _write_card(hidden / ADAPTER, card, "adapter")
+        _write_card(hidden, card, "model")
+
+
+def _write_card(
+    folder: Path, card: Callable[[Literal["model", "adapter"]], str | None] | None, kind: Literal["model", "adapter"]
+) -> None:
+    with together(), writing(folder):
+        text = card(kind) if card is not None and is_main() else None
+        if text is not None:
+            (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_model(

@@ -2,6 +2,13 @@
 
 from kdtune.download.hub import DUPLICATE_WEIGHTS, download_repository
 from kdtune.download.package import download_package
-from kdtune.download.record import Download, default_output_dir
+from kdtune.download.record import Download, default_output_dir, downloaded_from
 
-__all__ = ["DUPLICATE_WEIGHTS", "Download", "default_output_dir", "download_package", "download_repository"]
+__all__ = [
+    "DUPLICATE_WEIGHTS",
+    "Download",
+    "default_output_dir",
+    "download_package",
+    "download_repository",
+    "downloaded_from",
+]

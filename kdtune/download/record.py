@@ -154,3 +154,12 @@ def _remove_if_unused(folder: Path) -> None:
 
 def _record_path(folder: Path) -> Path:
     return folder / _STATE_DIR / "record.json"
+
+
+def downloaded_from(folder: Path) -> str | None:
+    """What `kdtune download` filled a folder with, such as "meta-llama/Llama-3.2-1B-Instruct"; None where it did not."""
+    try:
+        source = json.loads(_record_path(folder).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from kdtune.escape import printable
 from kdtune.sweeps.curves import SERIES, Curve
-from kdtune.sweeps.escape import printable
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.results import DONE
 from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names

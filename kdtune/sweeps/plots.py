@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdtune.escape import one_line
 from kdtune.sweeps.curves import TRAINING, Curve, running_mean
-from kdtune.sweeps.escape import one_line
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.statistics import summarize
 from kdtune.sweeps.tables import Row, axis_names

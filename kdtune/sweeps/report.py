@@ -6,10 +6,10 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
+from kdtune.escape import markdown_fence, markdown_text
 from kdtune.log import get_logger
 from kdtune.paths import user_path
 from kdtune.sweeps.curves import Curve, read_curves
-from kdtune.sweeps.escape import markdown_fence, markdown_text
 from kdtune.sweeps.page import page
 from kdtune.sweeps.plots import plot_sweep
 from kdtune.sweeps.results import DONE, finite_metrics, read_rows

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.sweeps.escape import csv_value, markdown_text
+from kdtune.escape import csv_value, markdown_table, markdown_text
 from kdtune.sweeps.grid import is_listed
 from kdtune.sweeps.plan import Plan, label, shown_value
 from kdtune.sweeps.results import DONE
@@ -167,13 +167,6 @@ def short_names(metrics: Sequence[str]) -> dict[str, str]:
     """The metrics' names without their step where that leaves them different."""
     bare = {metric: metric.partition(".")[2] or metric for metric in metrics}
     return {metric: name if list(bare.values()).count(name) == 1 else metric for metric, name in bare.items()}
-
-
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, num_text: int) -> str:
-    """A Markdown table of cells that are Markdown; the first `num_text` columns are set left, the others right."""
-    rules = [":--" if index < num_text else "--:" for index in range(len(header))]
-    cells = [[markdown_text(title) for title in header], rules, *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:

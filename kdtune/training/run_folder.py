@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -26,6 +26,7 @@ from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics, truncate_metrics
+from kdtune.training.model_card import model_card
 from kdtune.training.resume_changes import is_asked_for, is_changeable
 
 log = get_logger(__name__)
@@ -357,7 +358,7 @@ def write_final(
     """Writes `final/`, in place of the one of a shorter run where that was resumed with more steps.
 
     `save_weights` says what of a model with adapters, see `save_model`: "both" is the merged model in `final/` and a PEFT
-    folder in `final/adapter/`.
+    folder in `final/adapter/`. Each has a model card, see `model_card`.
 
     Raises:
         CheckpointError: where it cannot be written.
@@ -366,4 +367,12 @@ def write_final(
     final = output_dir / "final"
     if is_main() and final.exists():
         remove_folder(final)
-    save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights)
+
+    def card(kind: Literal["model", "adapter"]) -> str | None:
+        try:
+            return model_card(output_dir, kind)
+        except Exception as error:  # a trained model is not lost for want of its description
+            log.warning("%s has no README.md: it could not be made: %s: %s", final, type(error).__name__, error)
+            return None
+
+    save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights, card=card)

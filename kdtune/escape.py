@@ -1,6 +1,7 @@
-"""Text that comes from data (axis values, metric names, what a failed step printed) as each kind of file has to quote it."""
+"""Text that comes from data (names, config values, what a failed run printed) as each kind of file has to quote it."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 # What a browser, a terminal or an XML parser takes for more than a character: controls, and halves of surrogate pairs.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -28,6 +29,13 @@ def one_line(text: str) -> str:
 def markdown_text(text: str) -> str:
     """The text as GitHub's Markdown shows it unchanged inside a line: no markup, no HTML, no end of a table's cell."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, num_text: int) -> str:
+    """A Markdown table of cells that are Markdown; the first `num_text` columns are set left, the others right."""
+    rules = [":--" if index < num_text else "--:" for index in range(len(header))]
+    cells = [[markdown_text(title) for title in header], rules, *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def markdown_fence(text: str) -> str:

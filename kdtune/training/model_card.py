@@ -1,0 +1,251 @@
+"""The README.md of a finished run's model: front matter for the Hugging Face hub, and on a page what made the model."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from kdtune.config.load import read_yaml
+from kdtune.download import downloaded_from
+from kdtune.escape import markdown_table, markdown_text
+from kdtune.training.loggers import read_metrics
+
+FILE_NAME = "README.md"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What the first lines of a licence say, and the hub's name of it.
+_LICENCES = (
+    (r"apache license\s+version 2\.0", "apache-2.0"),
+    (r"\bmit license", "mit"),
+    (r"llama 3\.3 community license", "llama3.3"),
+    (r"llama 3\.2 community license", "llama3.2"),
+    (r"llama 3\.1 community license", "llama3.1"),
+    (r"meta llama 3 community license", "llama3"),
+    (r"llama 2 community license", "llama2"),
+)
+_USE = {
+    "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
+_KDTUNE = {
+    "model": "kdtune run generate --config generation checkpointer.checkpoint_dir=FOLDER tokenizer.path=FOLDER",
+    "adapter": "kdtune run generate --config generation checkpointer.checkpoint_dir=BASE "
+    "checkpointer.adapter_dir=FOLDER tokenizer.path=FOLDER",
+}
+
+
+def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
+    """The card of the model, or of the adapter alone, that a run of finetune or knowledge_distillation has come to.
+
+    It is told from the run's config.yaml, run.json and metrics.jsonl. No path of this machine stands in it: models and files
+    go by what they were downloaded as, or by their own names.
+    """
+    config = read_yaml(output_dir / "config.yaml")
+    start = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["starts"][-1]
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
+    title = f"{base or 'A model of random weights'}, " + ("distilled" if "kd_ratio" in config else "finetuned")
+    parts = [
+        front_matter(config, kind),
+        f"# {markdown_text(title)}",
+        f"Trained with kdtune {markdown_text(start['versions']['kdtune'])}"
+        + (
+            f" to follow its teacher, {markdown_text(teacher or 'a model of random weights')}."
+            if "kd_ratio" in config
+            else "."
+        ),
+        "## Training",
+        markdown_table(
+            ["", ""], [[name, markdown_text(value)] for name, value in _facts(config, start, rows)], num_text=2
+        ),
+    ]
+    if results := _results(rows, config):
+        parts += ["## Held-out results", "Means per token; losses in nats.", results]
+    parts += [
+        "## Use",
+        f"FOLDER is the folder of this file{', BASE that of the base model' if kind == 'adapter' else ''}. In Python:",
+        f"```python\n{_USE[kind]}\n```",
+        "With kdtune:",
+        f"```\n{_KDTUNE[kind]}\n```",
+        "## Licence",
+        "The terms of the base model and of the data hold for what was made from them"
+        + ("; see the licence files beside this one." if _licence_files(_folder(config.get("checkpointer"))) else "."),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def front_matter(config: Mapping[str, Any], kind: Literal["model", "adapter"]) -> str:
+    """The YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
+    methods = ["knowledge-distillation"] if "kd_ratio" in config else ["sft"]
+    has_adapters = config.get("adapter") is not None or kind == "adapter"
+    sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
+    data = ModelCardData(
+        base_model=model_name(config.get("checkpointer")),
+        license=_licence(_folder(config.get("checkpointer"))),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        datasets=list(dict.fromkeys(sources)) or None,
+        tags=["kdtune", *methods, *(["lora"] if has_adapters else [])],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def model_name(checkpointer: Any) -> str | None:
+    """What a model goes by: what it was downloaded as, else its folder's name; None of random weights."""
+    folder = _folder(checkpointer)
+    if folder is None:
+        return None
+    if (source := downloaded_from(folder)) is not None:
+        return source
+    # The folders of a run say nothing by their own name.
+    parts = folder.absolute().parts
+    name = "/".join(parts[-2:]) if re.fullmatch(r"final|adapter|step_\d+", folder.name) else folder.name
+    return f"{name} with {Path(checkpointer['adapter_dir']).name}" if checkpointer.get("adapter_dir") else name
+
+
+def _folder(checkpointer: Any) -> Path | None:
+    directory = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, Mapping) else None
+    if not isinstance(directory, str):
+        return None
+    path = Path(directory).expanduser()
+    return path.parent if path.is_file() else path
+
+
+def _facts(
+    config: Mapping[str, Any], start: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """What made the model, a name and a text each."""
+    trained = [row for row in rows if "loss" in row]
+    tokens = sum(row.get("num_valid_tokens", 0) for row in trained)
+    per_step = config["batch_size"] * start.get("batches_per_step", config["gradient_accumulation_steps"])
+    inputs = start.get("inputs") or {}
+    found = [("base model", model_name(config.get("checkpointer")) or "random weights")]
+    if "kd_ratio" in config:
+        found += [
+            ("teacher", model_name(config.get("teacher_checkpointer")) or "random weights"),
+            ("loss", f"{1 - config['kd_ratio']:.4g} × cross entropy + {config['kd_ratio']:.4g} × divergence"),
+            ("divergence from the teacher", component_text(config["kd_loss"])),
+        ]
+    else:
+        found.append(("loss", "cross entropy"))
+    found += [
+        ("data", _data_text(config["dataset"], inputs.get("dataset"))),
+        ("held-out data", _data_text(config.get("dataset_val"), inputs.get("dataset_val"))),
+        ("longest example", f"{config['tokenizer'].get('max_seq_len') or 'any number of'} tokens"),
+        ("steps", f"{trained[-1]['step'] if trained else 0}, of {per_step} examples each; {tokens:,.0f} tokens with a label"),
+        ("trained", "all parameters" if config.get("adapter") is None else component_text(config["adapter"])),
+        ("optimizer", component_text(config["optimizer"])),
+        ("learning rate", f"{config['optimizer'].get('lr', 'default')}, {component_text(config.get('lr_scheduler')) or 'constant'}"),
+        ("weights", config["dtype"]),
+        ("seed", str(config["seed"])),
+        ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)),
+    ]  # fmt: skip
+    return [(name, text) for name, text in found if text]
+
+
+def component_text(node: Any) -> str:
+    """A component of a config in a line, without its lr, paths as names: `torch.optim.AdamW(weight_decay=0.1)`."""
+    if not isinstance(node, Mapping):
+        return "" if node is None else str(node)
+    arguments = [f"{name}={_value_text(value)}" for name, value in node.items() if name not in ("_component_", "lr")]
+    return f"{node.get('_component_', '')}({', '.join(arguments)})"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, Mapping) and "_component_" in value:
+        return component_text(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value_text, value))}]"
+    if isinstance(value, str):
+        # A prompt may have a slash in it too.
+        is_path = re.match(r"[/~.]|\S*/\S*$", value) and not _is_on_hub(value)
+        return value.rstrip("/").rpartition("/")[2] if is_path else value
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _data_text(node: Any, fingerprint: Any) -> str:
+    """The data set, its split too where that is the default of kdtune's own, and how many examples it gave."""
+    if isinstance(node, Mapping) and str(node.get("_component_")).startswith("kdtune.data.") and len(_nodes(node)) == 1:
+        node = {**node, "split": node.get("split", "train")}
+    return ": ".join(filter(None, [component_text(node), fingerprint if isinstance(fingerprint, str) else None]))
+
+
+def _nodes(node: Any) -> list[Mapping[str, Any]]:
+    """A component and those inside it, such as the parts of a mixture."""
+    if isinstance(node, list):
+        return [found for item in node for found in _nodes(item)]
+    if not isinstance(node, Mapping):
+        return []
+    return [node, *(found for value in node.values() for found in _nodes(value))]
+
+
+def _is_on_hub(source: Any) -> bool:
+    """Whether a data set's source is a name of the hub, not a path: a file that is there is meant before such a name."""
+    return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
+
+
+def _results(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """The table of before, after and teacher; "" without a validation."""
+    validated = [row for row in rows if "val_class_loss" in row]
+    if not validated:
+        return ""
+    lines = [(f"step {row['step']}", row) for row in (validated[0], validated[-1])]
+    teacher_loss = next((row["val_teacher_class_loss"] for row in validated if "val_teacher_class_loss" in row), None)
+    if teacher_loss is not None:
+        lines.append(("teacher", {"val_class_loss": teacher_loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
+    header = ["model", "cross entropy", "perplexity"]
+    is_distilled = any("val_kd_loss" in row for row in validated)
+    if is_distilled:
+        is_kl = config["kd_loss"].get("_component_") == "kdtune.losses.ForwardKLLoss"
+        header += [
+            "KL to the teacher" if is_kl else f"{config['kd_loss']['_component_'].rpartition('.')[2]} to the teacher"
+        ]
+        header += ["same top token"]
+    cells = []
+    for name, row in lines:
+        loss = row["val_class_loss"]
+        cells.append([name, _number(loss), "-" if loss is None else f"{math.exp(min(loss, 700)):.4g}"])
+        if is_distilled:
+            agreement = row.get("val_agreement")
+            cells[-1] += [_number(row.get("val_kd_loss")), "-" if agreement is None else f"{agreement:.1%}"]
+    return markdown_table(header, cells, num_text=1)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _licence_files(folder: Path | None) -> list[Path]:
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.match(r"(licen[sc]e|copying)", path.name.lower()))
+
+
+def _licence(folder: Path | None) -> str | None:
+    """The hub's name of the base model's licence: what its own card says, else what its licence file begins with."""
+    if folder is None:
+        return None
+    try:
+        named = ModelCard.load(folder / FILE_NAME, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        named = None
+    if isinstance(named, str) and re.fullmatch(r"[\w.-]+", named):
+        return named
+    for path in filter(Path.is_file, _licence_files(folder)):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            begin = " ".join(file.read(2000).lower().split())
+        for pattern, name in _LICENCES:
+            if re.search(pattern, begin):
+                return name
+    return None

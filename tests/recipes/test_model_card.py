@@ -1,0 +1,134 @@
+"""The model card in final/: read by huggingface_hub, rendered, and followed to the letter with transformers and peft."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import CLI
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from kdtune.checkpoint import load_model
+from kdtune.training import write_final
+from kdtune.training.model_card import model_card
+
+CHECKPOINTER = "checkpointer._component_=kdtune.checkpoint.Checkpointer"
+BASE_CARD = "---\nlicense: apache-2.0\ntags: [base]\n---\n# The base's own card\n"
+
+
+@pytest.fixture(scope="module")
+def base(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as a hub download leaves it, with a card and a licence of its own."""
+    folder = shutil.copytree(good / "model", tmp_path_factory.mktemp("models") / "Tiny-Instruct")
+    (folder / "README.md").write_text(BASE_CARD)
+    (folder / "LICENSE").write_text("MIT License\n\nCopyright (c) nobody\n")
+    (folder / ".kdtune-download").mkdir()
+    (folder / ".kdtune-download/record.json").write_text(json.dumps({"source": "acme/Tiny-Instruct", "files": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(cli: CLI, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Distilled with LoRA from rows in a file; final/ has the merged model and the adapter."""
+    folder = tmp_path_factory.mktemp("private")
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} it is"} for n in range(8)]
+    (folder / "my rows|<b>.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli(
+        "run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={folder}/run", "~model",
+        CHECKPOINTER, f"checkpointer.checkpoint_dir={base}", "adapter=kdtune.models.apply_lora", "adapter.lora_rank=2",
+        "dataset=kdtune.data.alpaca_dataset", f"dataset.source='{folder}/my rows|<b>.jsonl'", "dataset.split=train[:6]",
+        "sample_prompts=[]", "epochs=2", "batch_size=3", "gradient_accumulation_steps=1", "kd_ratio=0.75", "seed=3",
+        "save_every_n_steps=null", "max_steps_per_epoch=null",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def table(card: ModelCard, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading, as text."""
+    page = MarkdownIt("commonmark").enable("table").render(card.text.split(f"## {heading}")[1].split("\n## ")[0])
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, flags=re.S)]
+    return [[cell.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for cell in row] for row in rows]
+
+
+def python_of(card: ModelCard, **folders: Path) -> str:
+    code = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)[0]
+    for name, folder in folders.items():
+        code = code.replace(f'"{name}"', repr(str(folder)))
+    return code
+
+
+def test_the_front_matter_is_the_hubs(adapted: Path) -> None:
+    for folder, library in ((adapted / "final", "transformers"), (adapted / "final/adapter", "peft")):
+        data = ModelCard.load(folder / "README.md").data
+        assert (data.base_model, data.license, data.library_name) == ("acme/Tiny-Instruct", "apache-2.0", library)
+        assert data.tags == ["kdtune", "knowledge-distillation", "lora"] and data.pipeline_tag == "text-generation"
+    text = (adapted / "final/README.md").read_text()
+    assert "The base's own card" not in text and str(adapted.parent) not in text, "nor a path of this machine"
+    assert (adapted / "final/LICENSE").is_file()
+
+
+def test_it_says_what_was_done_and_what_came_out(adapted: Path) -> None:
+    card = ModelCard.load(adapted / "final/README.md")
+    facts = dict(row for row in table(card, "Training")[1:])
+    assert facts["base model"] == "acme/Tiny-Instruct" and facts["teacher"] == "random weights"
+    assert facts["loss"] == "0.25 × cross entropy + 0.75 × divergence"
+    assert facts["data"].startswith("kdtune.data.alpaca_dataset(source=my rows|<b>.jsonl, split=train[:6])")
+    assert facts["held-out data"].startswith("kdtune.data.quickstart_dataset(split=test)")
+    rows = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(row.get("num_valid_tokens", 0) for row in rows)
+    assert facts["steps"] == f"4, of 3 examples each; {tokens:,.0f} tokens with a label"
+    assert facts["learning rate"].startswith("0.01, kdtune.training.get_cosine_schedule_with_warmup(")
+    assert facts["seed"] == "3" and f"torch {torch.__version__}" in facts["versions"]
+    header, before, after, teacher = table(card, "Held-out results")
+    assert header == ["model", "cross entropy", "perplexity", "KL to the teacher", "same top token"]
+    assert before[1] == f"{rows[0]['val_class_loss']:.4f}" and after[1] == f"{rows[-1]['val_class_loss']:.4f}"
+    assert after[3] == f"{rows[-1]['val_kd_loss']:.4f}" and (before[0], after[0]) == ("step 0", "step 4")
+    assert teacher[:2] == ["teacher", f"{rows[0]['val_teacher_class_loss']:.4f}"]
+
+
+def test_its_code_loads_the_model(adapted: Path, base: Path) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    logits = {}
+    for kind, folder in (("model", adapted / "final"), ("adapter", adapted / "final/adapter")):
+        found: dict[str, object] = {}
+        exec(python_of(ModelCard.load(folder / "README.md"), FOLDER=folder, BASE=base), found)
+        logits[kind] = found["model"](tokens).logits  # type: ignore[operator]
+        assert found["tokenizer"]("abc").input_ids  # type: ignore[operator]
+    torch.testing.assert_close(logits["model"], logits["adapter"], rtol=1e-4, atol=1e-5)
+
+
+def test_its_command_answers(cli: CLI, adapted: Path, base: Path) -> None:
+    for folder in (adapted / "final", adapted / "final/adapter"):
+        command = re.findall(r"kdtune (run generate .*)", (folder / "README.md").read_text())[0]
+        words = command.replace("FOLDER", str(folder)).replace("BASE", str(base)).split()
+        done = cli(*words, "prompt=Hi", "max_new_tokens=2", "device=cpu")
+        assert done.code == 0, done.err
+
+
+def test_of_random_weights(good: Path) -> None:
+    card = ModelCard.load(good / "run/final/README.md")
+    assert card.data.base_model is None and card.data.license is None
+    assert "# A model of random weights, distilled" in card.text
+
+
+def test_another_divergence_goes_by_its_own_name(good: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(good / "run", tmp_path / "run", ignore=shutil.ignore_patterns("step_*", "final"))
+    (run / "metrics.jsonl").write_text(
+        '{"step": 0, "val_class_loss": null, "val_kd_loss": 1.5, "val_agreement": null}\n'
+    )
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("kdtune.losses.ForwardKLLoss", "mine.Skewed"))
+    text = model_card(run, "model")
+    assert "| Skewed to the teacher |" in text and "KL to" not in text
+    assert "| step 0 | - | - | 1.5000 | - |" in text
+
+
+def test_a_model_is_not_lost_for_want_of_its_card(good: Path, tmp_path: Path) -> None:
+    """A run of a recipe of the user's own may have another config, and a damaged log."""
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    write_final(tmp_path, load_model(good / "model"), base=None, tokenizer=None)
+    assert (tmp_path / "final/model.safetensors").is_file() and not (tmp_path / "final/README.md").exists()
