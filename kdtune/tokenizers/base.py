@@ -14,6 +14,7 @@ from kdtune.tokenizers.chat_format import (
     family_template,
     render_chat,
     save_template,
+    template_file,
 )
 from kdtune.tokenizers.chat_regions import Control, ControlFinder, answer_spans, message_span, protect, split_pieces
 from kdtune.tokenizers.messages import Messages, is_masked, left_out, message_fields
@@ -99,8 +100,9 @@ class Tokenizer(ABC):
         self.chat_template = family_template(control.ids) if chat_template is None else chat_template
         self.tool_template = tool_template
         """The chat template of conversations with tools, where it is another one."""
+        self._template_file = template_file(origin)
         for template in filter(None, (self.chat_template, tool_template)):
-            check_template(template, origin=str(origin))
+            check_template(template, origin=self._template_file)
         self._named = {"bos_token": "", "eos_token": "", **control.named}
         self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
@@ -240,6 +242,7 @@ class Tokenizer(ABC):
             tools=tools,
             variables=template_variables,
             date=self._date,
+            origin=self._template_file,
         )
 
     def _template(self, tools: Sequence[Any] | None) -> str:

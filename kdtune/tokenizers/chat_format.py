@@ -12,10 +12,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.tokenizers.folder import TOKENIZER_CONFIG, read_json, read_text, write_tokenizer_config
+from kdtune.tokenizers.template_limits import METER, LimitedEnvironment, LimitError
 
 DATE_VARIABLE = "KDTUNE_DATE"
 
@@ -124,6 +124,16 @@ def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None
         write_tokenizer_config(folder, named)
 
 
+def template_file(origin: Path | str) -> str:
+    """The file that the chat template of a tokenizer stands in, `origin` being the tokenizer's own file or folder."""
+    path = Path(origin)
+    folder = path if path.is_dir() else path.parent
+    for name in ("chat_template.jinja", TOKENIZER_CONFIG):
+        if path.suffix != ".gguf" and (folder / name).is_file():
+            return str(folder / name)
+    return str(origin)
+
+
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for transformers' own masks; here its body is just rendered."""
 
@@ -177,10 +187,8 @@ def _to_json(
 
 
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     return environment
@@ -195,8 +203,15 @@ def check_template(source: str, *, origin: str) -> None:
     """Raises CheckpointError naming `origin` where the template is not valid Jinja."""
     try:
         _compile(source)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"{origin}: the chat template is not valid Jinja: {error}") from error
+    except Exception as error:  # Python's compiler has words of its own, such as of loops that are nested too deeply
+        raise CheckpointError(f"{origin}: the chat template is not valid Jinja: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an exception out of a template says; of Python's own, with its kind."""
+    if isinstance(error, jinja2.TemplateError | LimitError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def render_chat(
@@ -208,16 +223,18 @@ def render_chat(
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
     date: str | None = None,
+    origin: str = "",
 ) -> str:
     """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
 
     `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` what else the template
     may look at. `date` (YYYY-MM-DD) is the day, from midnight on, that a template is told that asks for it; None: now, as
-    in transformers.
+    in transformers. `origin` names the template's file, for the message.
 
     Raises:
-        DataError: the template refuses the conversation; the message is the template's.
+        DataError: the template refuses the conversation, or fails on it, or would go on and on (see template_limits).
     """
+    METER.start(messages)
     try:
         return _compile(source).render(
             messages=list(messages),
@@ -226,6 +243,10 @@ def render_chat(
             strftime_now=_strftime_now if date is None else datetime.strptime(date, "%Y-%m-%d").strftime,
             **{"documents": None, **special_tokens, **(variables or {})},
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise DataError(f"the chat template refuses a conversation with the roles [{roles}]: {error}") from error
+    except Exception as error:  # a template can raise whatever Python can
+        roles = [str(message["role"]) for message in messages]
+        listed = ", ".join(roles if len(roles) <= 8 else [*roles[:8], "..."])
+        where = f"{origin}: " if origin else ""
+        raise DataError(
+            f"{where}the chat template refuses a conversation with the roles [{listed}]: {_reason(error)}"
+        ) from error
