@@ -209,8 +209,10 @@ def run(cfg: Config, world: distributed.World) -> evaluation.Measured:
     texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
     held_out = None
+    training.check_context(cfg, "max_seq_length")
     if cfg.dataset_val is not None:
         dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+        training.check_data(cfg, {"dataset_val": dataset_val}, world)
         held_out = list(
             data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
         )

@@ -168,7 +168,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     progress.phase("reading the data")
-    loader, held_out = load_data(cfg, tokenizer, world)
+    loader, held_out, inputs = load_data(cfg, tokenizer, world)
     steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     num_steps = cfg.epochs * steps_per_epoch
     get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.dp_size))
@@ -194,7 +194,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 
     # Loop. Only from here on is anything written.
     profiler, second_logger = training.profiler_and_logger(cfg)
-    record = {**config.run_record(cfg), "batches_per_step": batches_per_step}
+    record = {**config.run_record(cfg), "batches_per_step": batches_per_step, **inputs}
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
@@ -254,17 +254,19 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     finish(cfg, world)
 
 
-def load_data(cfg: Config, tokenizer: Any, world: distributed.World) -> tuple[data.Loader, list[data.Batch] | None]:
-    """What is trained on, and the held-out batches: this process's share of both."""
-    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+def load_data(
+    cfg: Config, tokenizer: Any, world: distributed.World
+) -> tuple[data.Loader, list[data.Batch] | None, dict[str, Any]]:
+    """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
+    dataset, dataset_val = (config.instantiate(node, tokenizer=tokenizer) for node in (cfg.dataset, cfg.dataset_val))
+    inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
+    share = {"rank": world.dp_rank, "num_ranks": world.dp_size}
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
-                         num_workers=cfg.num_workers, rank=world.dp_rank, num_ranks=world.dp_size)  # fmt: skip
-    if cfg.dataset_val is None:
-        return loader, None
-    dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+                         num_workers=cfg.num_workers, **share)  # fmt: skip
+    if dataset_val is None:
+        return loader, None, inputs
     batch_size = cfg.batch_size_val or cfg.batch_size
-    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
-    return loader, list(held_out)
+    return loader, list(data.batches(dataset_val, batch_size, tokenizer.pad_id, **share)), inputs
 
 
 def build_model(cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None) -> Transformer:

@@ -1,6 +1,7 @@
 """`kdtune validate`: checks a config without running it (syntax, keys, types, components and how they fit together)."""
 
 import argparse
+from typing import Any
 
 from kdtune import _assets
 from kdtune._cli.names import import_recipe, partner_recipe
@@ -15,23 +16,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints OK.
+    """Prints OK, and a note where only the data will say whether the run can start.
 
     Raises:
         ConfigError: with every finding.
     """
     config = _assets.find_config(arguments.config)
     recipe = partner_recipe(config)
-    validate(recipe, arguments.config, arguments.overrides)
+    cfg = validate(recipe, arguments.config, arguments.overrides)
+    from kdtune.training import context_note
+
+    if note := context_note(cfg):
+        print(f"note: {note}")
     print(f"OK: {arguments.config} is a valid config for {recipe.name} (files and device are looked at when it runs)")
 
 
-def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> None:
-    """Gates 1 to 4 of a config under a recipe; nothing of the machine is looked at.
+def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
+    """The config, after gates 1 to 4 under a recipe; nothing of the machine is looked at.
 
     Raises:
         ConfigError: with every finding.
     """
     from kdtune.config import load
 
-    load(source, overrides, import_recipe(recipe).frame)
+    return load(source, overrides, import_recipe(recipe).frame)

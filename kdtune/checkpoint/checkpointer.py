@@ -3,14 +3,16 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
+from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.ranks import is_sharded
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
@@ -145,6 +147,22 @@ class Checkpointer:
         if _format(files[0]) == "huggingface" and not all(map(os.path.isfile, files)):
             return _hf_config(files[0].parent)
         return self._read().config
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The model's config, and size and hash of each weight file: equal where the same weights lie there.
+
+        See `kdtune.checkpoint.fingerprint` for what is read of large files.
+
+        Raises:
+            CheckpointError: the model is missing or cannot be read.
+        """
+        named = {file.name: file for file in self.files()}
+        if self.adapter_dir is not None:
+            named |= {f"adapter_dir/{name}": self.adapter_dir / name for name in (peft.CONFIG, peft.WEIGHTS)}
+        return {
+            "config": asdict(self.model_config()),
+            **dict(zip(named, file_fingerprints(list(named.values())), strict=True)),
+        }
 
     def load(
         self,

@@ -1,9 +1,10 @@
 """Datasets of examples: tokenized in memory, or streamed; both know how to order an epoch."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,6 +31,8 @@ FilterFn: TypeAlias = Callable[[Row], bool]
 Order: TypeAlias = npt.NDArray[np.int64]
 
 DEFAULT_SHUFFLE_BUFFER = 10_000
+# Of datasets that are not held in memory, so many examples stand for all in a fingerprint.
+_FINGERPRINT_EXAMPLES = 64
 
 
 @dataclass
@@ -105,6 +108,19 @@ class Dataset(ABC):
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         """The examples of one epoch, in that epoch's order."""
 
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """Tokens of each example; None where they are not known before the examples are read."""
+        return None
+
+    def fingerprint(self) -> str:
+        """The same text for the same examples in the same order: how many there are, and a hash of them.
+
+        Here of the first ones in the order of the source, which are read for it.
+        """
+        first = list(islice(self.examples(seed=0, epoch=0, shuffle=False), _FINGERPRINT_EXAMPLES))
+        return f"the first {len(first)} examples, {_hash_of(first)}"
+
 
 class MapDataset(Dataset):
     """Examples that can be fetched by index; an epoch is a sequence of `len(dataset)` indices."""
@@ -121,6 +137,11 @@ class MapDataset(Dataset):
     def size(self) -> int:
         """Examples there are; other than the length of an epoch only where an epoch repeats or omits examples."""
         return len(self)
+
+    def fingerprint(self) -> str:
+        """The same text for the same examples in the same order; here by examples spread evenly over the dataset."""
+        chosen = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_EXAMPLES)).astype(np.int64))
+        return f"{self.size} examples, {_hash_of(self[int(index)] for index in chosen)}"
 
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
         """The indices of an epoch [len], in order: a permutation where shuffled."""
@@ -153,6 +174,16 @@ class TokenizedDataset(MapDataset):
             raise IndexError(f"example {index} of {len(self)}")
         part = slice(self._ends[index], self._ends[index + 1])
         return make_example(self._ids[part], self._trained[part])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        found: list[int] = np.diff(self._ends).tolist()
+        return found
+
+    def fingerprint(self) -> str:
+        """How many examples there are, and a hash of all their tokens and training flags."""
+        return f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained])}"
 
 
 @dataclass(frozen=True)
@@ -246,6 +277,18 @@ def shuffled(rows: Iterable[Row], buffer_size: int, random: np.random.Generator)
             buffer[drawn] = row
     for index in random.permutation(len(buffer)):
         yield buffer[index]
+
+
+def _hash_of(examples: Iterable[Example]) -> str:
+    return _hash_of_arrays(array for example in examples for array in (example.tokens, example.labels))
+
+
+def _hash_of_arrays(arrays: Iterable[npt.NDArray[Any]]) -> str:
+    found = hashlib.sha256()
+    for one in arrays:
+        found.update(f"{one.dtype} {one.size} ".encode())
+        found.update(np.ascontiguousarray(one).data)
+    return found.hexdigest()[:16]
 
 
 def build_dataset(

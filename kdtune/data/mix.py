@@ -96,6 +96,18 @@ class MixedDataset(MapDataset):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._datasets[number][index - int(self._starts[number])]
 
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of each example of all datasets."""
+        found = [dataset.lengths for dataset in self._datasets]
+        known = [lengths for lengths in found if lengths is not None]
+        return [length for lengths in known for length in lengths] if len(known) == len(found) else None
+
+    def fingerprint(self) -> str:
+        """Those of the datasets, and how many examples an epoch takes of each."""
+        parts = zip(self._quotas, self._datasets, strict=True)
+        return " + ".join(f"{quota} of {dataset.fingerprint()}" for quota, dataset in parts)
+
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
         """The indices of an epoch [len], in order."""
         chosen = np.repeat(np.arange(len(self._datasets)), self._quotas)

@@ -1,5 +1,8 @@
 """Whether two tokenizers are the same, so that a teacher's distribution means the same to a student."""
 
+import hashlib
+import json
+
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import Tokenizer
 
@@ -52,3 +55,18 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model"
             f"tokenizer: has {tokenizer.vocab_size} ids, but the {model}'s vocabulary is {vocab_size}; "
             f"a token would have no row in its embedding; use the {model}'s own tokenizer"
         )
+
+
+def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
+    """What its ids, special tokens and chat template are, each as a hash: equal where two tokenizers encode alike.
+
+    Ids are those of a fixed battery of texts in many scripts and of the control tokens.
+    """
+    parts = {
+        "ids": [tokenizer.control_tokens, [tokenizer.encode(text, add_bos=False, add_eos=False) for text in BATTERY]],
+        "special_ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, sorted(tokenizer.stop_ids)],
+        "chat_template": tokenizer.chat_template,
+    }
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()
+    }

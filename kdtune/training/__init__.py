@@ -2,6 +2,7 @@
 
 from kdtune.training.clip import check_finite, clip_grad_norm_
 from kdtune.training.comparison import TrainingRun, comparable, divergence_of, metrics_csv, read_runs
+from kdtune.training.inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
 from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.loggers import (
     JSONLLogger,
@@ -76,12 +77,17 @@ __all__ = [
     "TrainingRun",
     "WandBLogger",
     "adamw",
+    "check_context",
+    "check_data",
     "check_finite",
+    "check_inputs",
+    "check_lengths",
     "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",
     "comparable",
     "comparison_table",
+    "context_note",
     "count_steps",
     "decay_groups",
     "device_problems",
@@ -89,6 +95,7 @@ __all__ = [
     "divergence_problems",
     "dtype_from_name",
     "enter_epoch",
+    "example_lengths",
     "format_table",
     "get_constant_schedule_with_warmup",
     "get_cosine_schedule_with_warmup",

@@ -170,13 +170,20 @@ def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, 
     Raises:
         CheckpointError: a run.json that is there is damaged, or the files cannot be written.
     """
-    runs_file = folder / "run.json"
-    starts = _starts(runs_file) if runs_file.exists() else []
+    starts = recorded_starts(folder)
     atomic_write_text(folder / "config.yaml", resolved_config)
-    atomic_write_text(runs_file, json.dumps({"starts": [*starts, dict(record)]}, indent=1) + "\n")
+    atomic_write_text(folder / "run.json", json.dumps({"starts": [*starts, dict(record)]}, indent=1) + "\n")
 
 
-def _starts(runs_file: Path) -> list[Any]:
+def recorded_starts(folder: Path) -> list[Any]:
+    """What each start of a run has left in its run.json, the latest last; empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    runs_file = folder / "run.json"
+    if not runs_file.exists():
+        return []
     try:
         return list(json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"])
     except (ValueError, KeyError, TypeError) as error:
@@ -310,8 +317,7 @@ def _check_same_steps(
     output_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], batches_per_step: int
 ) -> None:
     """Refuses to cut a step into more or fewer micro-batches, over all processes, than before, or to round it otherwise."""
-    runs_file = output_dir / "run.json"
-    starts = _starts(runs_file) if runs_file.exists() else []
+    starts = recorded_starts(output_dir)
     # Runs of versions before this one were of one process.
     recorded = starts[-1].get("batches_per_step") if starts else None
     made = recorded or before.get("gradient_accumulation_steps", batches_per_step)

@@ -1,0 +1,230 @@
+"""What a run starts from, its rows and its weights: do they fit the models, are they the same everywhere and on resume."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtune.checkpoint import is_main, together
+from kdtune.config import instantiate
+from kdtune.data import Batch, Dataset
+from kdtune.distributed import World, model_config
+from kdtune.errors import ConfigError, DataError, KDTuneError
+from kdtune.log import get_logger
+from kdtune.tokenizers import Tokenizer, fingerprint
+from kdtune.training.run_folder import differing_values, holds_run, recorded_starts
+
+log = get_logger(__name__)
+
+_MODELS = (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer"))
+_KEY = "inputs"
+
+
+def check_inputs(
+    cfg: Any, tokenizer: Tokenizer, datasets: Mapping[str, Dataset | None], world: World
+) -> dict[str, dict[str, Any]]:
+    """What a training run's run.json keeps of its inputs, once they are known to be those that the run needs.
+
+    Rows as for `check_data`. A resumed run must have the rows, weights and tokenizer that it was started with: fingerprints of
+    them are compared with those in its run.json (see `Dataset.fingerprint`, `Checkpointer.fingerprint`).
+
+    Args:
+        cfg: of a recipe that trains.
+        tokenizer: the run's.
+        datasets: by key of the config; None where the config has none.
+        world: all of its processes call this.
+
+    Raises:
+        ConfigError: naming each key and file that the resumed run was started with otherwise.
+        DataError: as `check_data`.
+    """
+    rows = check_data(cfg, datasets, world)
+    _check_sample_prompts(cfg, tokenizer)
+    found: dict[str, Any] = {}
+    with together():
+        if is_main():
+            nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
+            found = {
+                "tokenizer": fingerprint(tokenizer),
+                **{key: one.fingerprint() for key, one in nodes.items() if one},
+            }
+            found |= rows
+            if cfg.resume_from_checkpoint:
+                _check_as_recorded(Path(cfg.output_dir), found)
+    return {_KEY: found}
+
+
+def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -> dict[str, str]:
+    """The datasets' fingerprints, once all processes are known to have the same rows, and the models to have room for them.
+
+    Raises:
+        ConfigError: how long the examples are cannot be known, and tokenizer.max_seq_len does not say.
+        DataError: the processes have different rows, or an example is longer than a model's context.
+    """
+    given = {key: dataset for key, dataset in datasets.items() if dataset is not None}
+    rows = {key: dataset.fingerprint() for key, dataset in given.items()}
+    everywhere = world.gather(rows)
+    for key in rows:
+        _check_same_rows(key, [one[key] for one in everywhere])
+    check_lengths(cfg, {key: dataset.lengths for key, dataset in given.items()})
+    return rows
+
+
+def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
+    if len(set(by_rank)) == 1:
+        return
+    ranks = {rows: [rank for rank, one in enumerate(by_rank) if one == rows] for rows in dict.fromkeys(by_rank)}
+    listed = "; ".join(f"rank {', '.join(map(str, ranks[rows]))}: {rows}" for rows in ranks)
+    raise DataError(
+        f"{key}: the processes have different rows ({listed}); each must be given all rows, in the same order, and takes its "
+        "share of them itself: read the same files on every process and host, and nothing that depends on the rank"
+    )
+
+
+def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
+    """Nothing, where every example fits into the context of every model of the config: no weight is read for this.
+
+    A run that goes on is told instead: it was started with them.
+
+    Args:
+        cfg: of any recipe.
+        lengths: tokens of the examples, by key of the config; None where they are not known before they are read.
+
+    Raises:
+        ConfigError: they are not known, and tokenizer.max_seq_len lets longer ones through, or is not set.
+        DataError: one is longer.
+    """
+    key_of_model, context = min(_contexts(cfg).items(), key=lambda one: one[1])
+    limit = cfg.tokenizer.get("max_seq_len")
+    advice = f"set tokenizer.max_seq_len={context}, which cuts longer examples"
+    for key, found in lengths.items():
+        error: KDTuneError
+        if found is None:
+            if limit is not None and limit <= context:
+                continue
+            error = ConfigError(
+                f"{key}: is read as it is needed, so how long its examples are is not known, and tokenizer.max_seq_len is "
+                f"{'not set' if limit is None else limit}; {key_of_model} has a context of {context} tokens: {advice}"
+            )
+        else:
+            num_longer, longest = sum(length > context for length in found), max(found, default=0)
+            if not num_longer:
+                continue
+            error = DataError(
+                f"{key}: {num_longer} of {len(found)} examples are longer than the {context} tokens that {key_of_model} "
+                f"has for its context (the longest has {longest}); {advice}, or leave them out by filter_fn"
+            )
+        if not (getattr(cfg, "resume_from_checkpoint", False) and holds_run(Path(cfg.output_dir))):
+            raise error
+        log.warning("%s (the run was started with them and goes on)", error)
+
+
+def check_context(cfg: Any, key: str) -> None:
+    """Nothing, where a number of tokens in the config, such as max_seq_length, is null or within every model's context.
+
+    Raises:
+        ConfigError: it is above it.
+    """
+    key_of_model, context = min(_contexts(cfg).items(), key=lambda one: one[1])
+    if getattr(cfg, key) is not None and getattr(cfg, key) > context:
+        raise ConfigError(
+            f"{key}={getattr(cfg, key)}: {key_of_model} has a context of {context} tokens; set it to at most {context}"
+        )
+
+
+def context_note(cfg: Any) -> str | None:
+    """A sentence where tokenizer.max_seq_len lets examples through that a model has no room for; None where not, or unknown.
+
+    Whether there are such examples is known only when the data is read.
+    """
+    node = getattr(cfg, "tokenizer", None)
+    limit = node.get("max_seq_len") if isinstance(node, dict) else None
+    if limit is None:
+        return None
+    try:
+        contexts = _contexts(cfg)
+    except KDTuneError:  # the checkpoint is not there yet
+        return None
+    listed = ", ".join(f"{key}: {context}" for key, context in contexts.items() if context < limit)
+    if not listed:
+        return None
+    return (
+        f"tokenizer.max_seq_len={limit} is above a model's context ({listed} tokens); examples longer than that are refused "
+        "when the data is read"
+    )
+
+
+def _contexts(cfg: Any) -> dict[str, int]:
+    """The most tokens that each model of the config takes at once, by the key that says so.
+
+    A builder's own max_seq_len, where the config gives it, is what the user wants of the model; else the checkpoint's is.
+    """
+    found = {}
+    for builder, weights in _MODELS:
+        node, checkpointer = getattr(cfg, builder, None), getattr(cfg, weights, None)
+        if node is not None and (checkpointer is None or "max_seq_len" in node):
+            found[builder] = model_config(node, None).max_seq_len
+        elif checkpointer is not None:
+            found[f"{weights}={instantiate(checkpointer).checkpoint_dir}"] = model_config(
+                None, checkpointer
+            ).max_seq_len
+    return found
+
+
+def example_lengths(batches: Sequence[Batch]) -> list[int]:
+    """Tokens of the examples of some batches."""
+    return [length for batch in batches for length in batch.lengths or [batch.tokens.shape[1]] * len(batch.tokens)]
+
+
+def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:
+    contexts = _contexts(cfg)
+    for number, prompt in enumerate(cfg.sample_prompts, 1):
+        ids, _ = tokenizer.tokenize_messages([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        for key, context in contexts.items():
+            if len(ids) >= context:
+                raise DataError(
+                    f"sample_prompts: prompt {number} has {len(ids)} tokens, which leaves no room for an answer in the {context} "
+                    f"that {key} has for its context; shorten it"
+                )
+
+
+def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:
+    """Compares the inputs with those that the run in the folder was started with."""
+    now = json.loads(json.dumps(now))  # as they come back from the file
+    starts = recorded_starts(output_dir)
+    before = next((start[_KEY] for start in reversed(starts) if _KEY in start), None)
+    if before is None:
+        if starts:
+            log.info(
+                "%s: was started by a version that kept no fingerprints: whether rows and weights are still the same is "
+                "not checked",
+                output_dir,
+            )
+        return
+    held_out = differing_values("dataset_val", before.get("dataset_val"), now.get("dataset_val"))
+    if held_out:
+        log.warning(
+            "%s; its values from here on, and best_metric, are not comparable with those before",
+            "; ".join(map(str, held_out)),
+        )
+    lines = [
+        line
+        for key in now
+        if key != "dataset_val"
+        for line in differing_values(key, before.get(key), _known(key, before, now))
+    ]
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ConfigError(
+            "the run in output_dir was started with other rows, weights or another tokenizer under the same paths; a resumed "
+            f"run keeps them:\n{listed}\nput them back, or choose another output_dir for a new run"
+        )
+
+
+def _known(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Any:
+    """What is found now, without settings of a model that the version that started the run did not have."""
+    found = now[key]
+    if isinstance(found, dict) and "config" in found and isinstance(before.get(key), dict):
+        old = before[key].get("config", {})
+        return {**found, "config": {name: value for name, value in found["config"].items() if name in old}}
+    return found
