@@ -1,6 +1,7 @@
 """What a run starts from: a resumed run has the same rows and weights, and no example is longer than a model's context."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from shutil import copytree
 import pytest
 from command_line import CLI, Outcome
 from safetensors.torch import load_file, save_file
+
+from kdtune.checkpoint import Checkpointer
 
 KD, FINETUNE = "knowledge_distillation", "finetune"
 SHORT = ("sample_prompts=[]", "save_every_n_steps=1", "run_val_every_n_steps=null", "~lr_scheduler")
@@ -115,3 +118,83 @@ def test_a_run_of_a_version_without_fingerprints_goes_on(run: Run, tmp_path: Pat
     done = run(2, "resume_from_checkpoint=true")
     assert done.code == 0
     assert "kept no fingerprints: whether rows and weights are still the same is not checked" in done.err
+
+
+LONG = "x" * 300  # with the template around it, more than the tiny models' 256 tokens
+LONG_ROWS = ("dataset=kdtune.data.alpaca_dataset", "dataset.source=rows.jsonl")
+SHORT_ROWS = ("dataset=kdtune.data.alpaca_dataset", "dataset.source=short.jsonl")
+HELD_OUT = ("dataset_val=kdtune.data.alpaca_dataset", "dataset_val.source=rows.jsonl")
+STREAM = (*LONG_ROWS, "dataset.streaming=true")
+NO_LIMIT = "~tokenizer.max_seq_len"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((KD, *LONG_ROWS), "dataset: 2 of 2 examples are longer than the 256 tokens that model has for its context"),
+        ((KD, *SHORT_ROWS, *HELD_OUT), "dataset_val: 2 of 2 examples are longer than the 256 tokens that model has"),
+        (
+            (KD, *LONG_ROWS, "model.max_seq_len=512", "~teacher_model", checkpointer("teacher_checkpointer", "model")),
+            "256 tokens that teacher_checkpointer=model has",
+        ),
+        (
+            (KD, *STREAM),
+            "dataset: is read as it is needed, .* tokenizer.max_seq_len is not set; model has a context of 256",
+        ),
+        ((FINETUNE, *LONG_ROWS), "dataset: 2 of 2 examples are longer"),
+        (
+            (FINETUNE, *SHORT_ROWS, "dataset_val=null", "run_val_every_n_steps=null", f"sample_prompts=[{LONG}]"),
+            r"sample_prompts: prompt 1 has 3\d\d tokens, which leaves no room",
+        ),
+        (("evaluate", *HELD_OUT), "dataset_val: 2 of 2 examples are longer"),
+        (("evaluate", "max_seq_length=257"), "max_seq_length=257: .* has a context of 256 tokens"),
+        (("quantize", *HELD_OUT), "dataset_val: 2 of 2 examples are longer"),
+        (("prune", *LONG_ROWS), "dataset: 2 of 2 examples are longer"),
+        (("generate", f"prompt={LONG}"), r"prompt 1: 3\d\d tokens; the model's context is 256"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_is_longer_than_a_context(
+    argv: tuple[str, ...], said: str, cli: CLI, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Checkpointer, "load", lambda *_, **__: pytest.fail("weights were read"))
+    copytree(good / "model", "model")
+    write_rows(Path("rows.jsonl"), LONG, 2)
+    write_rows(Path("short.jsonl"), "x", 2)
+    recipe, *settings = argv
+    where = () if recipe == "generate" else ("output_dir=out", NO_LIMIT)
+    done = cli("run", recipe, "--config", f"tiny/{recipe}", *where, *settings)
+    assert done.code == 2
+    assert re.search(said, done.err), done.err
+    assert "tokenizer.max_seq_len=256" in done.err or "dataset" not in said
+    assert not Path("out").exists()
+
+
+def test_a_limit_that_cuts_them_or_a_builder_with_room_lets_them_through(
+    cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("rows.jsonl"), LONG, 2)
+    short = (*SHORT, "dataset_val=null", "max_steps_per_epoch=1", "save_every_n_steps=null")
+    for number, settings in enumerate(
+        (["tokenizer.max_seq_len=256", *STREAM], ["tokenizer.max_seq_len=2048", "model.max_seq_len=512", *LONG_ROWS])
+    ):
+        done = cli("run", FINETUNE, "--config", "tiny/finetune", f"output_dir=out{number}", *short, *settings)
+        assert done.code == 0, done.err
+
+
+def test_a_limit_above_a_context_is_noted_and_does_no_harm_to_shorter_examples(
+    cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ("tokenizer.max_seq_len=2048", "teacher_model.max_seq_len=512", "dataset_val=null", "output_dir=out")
+    note = "note: tokenizer.max_seq_len=2048 is above a model's context (model: 256, teacher_model: 512 tokens)"
+    for command in ("validate", "plan"):
+        done = cli(command, "tiny/knowledge_distillation", "run_val_every_n_steps=null", *settings)
+        assert done.code == 0 and note in done.out
+    assert "note" not in cli("validate", "tiny/knowledge_distillation").out
+    write_rows(Path("short.jsonl"), "x", 2)
+    short = (*SHORT, *SHORT_ROWS, "max_steps_per_epoch=1")
+    done = cli("run", KD, "--config", "tiny/knowledge_distillation", *short, *settings)
+    assert done.code == 0, done.err
