@@ -7,7 +7,7 @@ from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
 from kdtune.distributed.parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
 from kdtune.distributed.spread import in_step, spread, spread_in_batches
-from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
+from kdtune.distributed.world import World, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "END",
@@ -19,6 +19,7 @@ __all__ = [
     "build_model",
     "fake_world",
     "in_step",
+    "is_first_on_host",
     "is_under_torchrun",
     "layout_problems",
     "meta_model",

@@ -185,6 +185,11 @@ def is_under_torchrun() -> bool:
     return "RANK" in os.environ
 
 
+def is_first_on_host() -> bool:
+    """Whether this is the first of this host's processes; a single process is."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def world_size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

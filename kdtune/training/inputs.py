@@ -8,7 +8,7 @@ from typing import Any
 from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
 from kdtune.data import Batch, Dataset
-from kdtune.distributed import World, model_config
+from kdtune.distributed import World, is_first_on_host, model_config
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.tokenizers import Tokenizer, fingerprint
@@ -25,8 +25,8 @@ def check_inputs(
 ) -> dict[str, dict[str, Any]]:
     """What a training run's run.json keeps of its inputs, once they are known to be those that the run needs.
 
-    Rows as for `check_data`. A resumed run must have the rows, weights and tokenizer that it was started with: fingerprints of
-    them are compared with those in its run.json (see `Dataset.fingerprint`, `Checkpointer.fingerprint`).
+    Rows as for `check_data`; weights and tokenizer must be the same on all hosts. A resumed run must have those that it was
+    started with: fingerprints are compared with those in its run.json (see `Dataset.fingerprint`, `Checkpointer.fingerprint`).
 
     Args:
         cfg: of a recipe that trains.
@@ -35,23 +35,37 @@ def check_inputs(
         world: all of its processes call this.
 
     Raises:
-        ConfigError: naming each key and file that the resumed run was started with otherwise.
+        ConfigError: naming each key and file that the resumed run was started with otherwise, or that differs by host.
         DataError: as `check_data`.
     """
     rows = check_data(cfg, datasets, world)
     _check_sample_prompts(cfg, tokenizer)
-    found: dict[str, Any] = {}
     with together():
-        if is_main():
-            nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
-            found = {
-                "tokenizer": fingerprint(tokenizer),
-                **{key: one.fingerprint() for key, one in nodes.items() if one},
-            }
-            found |= rows
-            if cfg.resume_from_checkpoint:
-                _check_as_recorded(Path(cfg.output_dir), found)
+        own = _files(cfg, tokenizer) if is_first_on_host() else None
+    by_rank = {rank: files for rank, files in enumerate(world.gather(own)) if files is not None}
+    _check_same_files(by_rank)
+    found = {**by_rank[0], **rows}
+    with together():
+        if is_main() and cfg.resume_from_checkpoint:
+            _check_as_recorded(Path(cfg.output_dir), found)
     return {_KEY: found}
+
+
+def _files(cfg: Any, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Fingerprints of the tokenizer and the models, by key of the config."""
+    nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
+    return {"tokenizer": fingerprint(tokenizer), **{key: one.fingerprint() for key, one in nodes.items() if one}}
+
+
+def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
+    for rank, files in by_rank.items():
+        for key, found in files.items():
+            if different := differing_values(key, by_rank[0][key], found):
+                name, first, other = different[0].texts
+                raise ConfigError(
+                    f"{name}: the hosts have different files under the same path (rank 0: {first}; rank {rank}: {other}); "
+                    "copy them from one host to the others, or read them from a disk that all share"
+                )
 
 
 def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -> dict[str, str]:
