@@ -260,13 +260,13 @@ def load_data(
     """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
     dataset, dataset_val = (config.instantiate(node, tokenizer=tokenizer) for node in (cfg.dataset, cfg.dataset_val))
     inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
-    share = {"rank": world.dp_rank, "num_ranks": world.dp_size}
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
-                         num_workers=cfg.num_workers, **share)  # fmt: skip
+                         num_workers=cfg.num_workers, rank=world.dp_rank, num_ranks=world.dp_size)  # fmt: skip
     if dataset_val is None:
         return loader, None, inputs
     batch_size = cfg.batch_size_val or cfg.batch_size
-    return loader, list(data.batches(dataset_val, batch_size, tokenizer.pad_id, **share)), inputs
+    held_out = data.batches(dataset_val, batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
+    return loader, list(held_out), inputs
 
 
 def build_model(cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None) -> Transformer:
