@@ -184,6 +184,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(model))
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     schedulers = [] if scheduler is None else [scheduler]
+    training.warn_of_lost_updates(optimizer)
     step = 0
     if newest is not None:
         saved = training.load_training_state(

@@ -36,6 +36,7 @@ from kdtune.training.report import (
     validation_text,
 )
 from kdtune.training.resume_changes import load_training_state, resume_extra
+from kdtune.training.rounding import lost_share, warn_of_lost_updates
 from kdtune.training.run_folder import (
     check_unchanged,
     holds_run,
@@ -110,6 +111,7 @@ __all__ = [
     "load_tokenizer",
     "load_training_state",
     "loop_problems",
+    "lost_share",
     "memory_stats",
     "metrics_csv",
     "new_folder_problems",
@@ -137,6 +139,7 @@ __all__ = [
     "trainable_parameters",
     "truncate_metrics",
     "validation_text",
+    "warn_of_lost_updates",
     "write_final",
     "write_run_files",
 ]

@@ -49,6 +49,7 @@ class Plan:
     moments: tuple[Moment, ...]
     volume: Volume
     dtype: str
+    """What is computed in."""
     save_weights: str
     apart: TeacherPlan | None = None
     """What a process of a teacher apart takes, where that is known."""
@@ -188,7 +189,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
             batch,
             recomputes=cfg.enable_activation_checkpointing,
         ),
-        dtype=cfg.dtype,
+        dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
     )
 
