@@ -1,7 +1,7 @@
 """Measure a model: lm-eval's tasks, held-out loss and distance to a teacher, perplexity of texts, ROUGE-L of answers.
 
-    kdtune run evaluate run=runs/quickstart
-    kdtune run evaluate run=runs/quickstart run_weights=best tasks=[hellaswag] limit=100
+    kdtune run evaluate run=runs/quickstart/kd
+    kdtune run evaluate run=runs/smollm2-kd run_weights=step_500 tasks=[hellaswag] limit=100
     kdtune run eleuther_eval --config eleuther_evaluation
     kdtune run eleuther_eval --config smollm2/evaluation tasks=[hellaswag] limit=100
     kdtune run --nproc_per_node 4 eleuther_eval_distributed --config eleuther_evaluation
