@@ -46,11 +46,11 @@ class Config:
     """Which weights of it: final, best (the step_N its best_metric names), or step_N."""
 
     # Model
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The model's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """The model's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The model's tokenizer, such as kdtune.tokenizers.load; max_seq_len is the longest example of dataset_val."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
@@ -83,13 +83,13 @@ class Config:
     """Write what was asked and answered, a document a line, to samples/NAME.jsonl."""
 
     # Held-out examples
-    dataset_val: Any = config.component("tokenizer", default=None)
+    dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples: cross entropy, and with a teacher KL and agreement."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKLLoss"})
     """The divergence from the teacher."""
-    teacher_checkpointer: Any = config.component(default=None)
+    teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The teacher's weights."""
-    teacher_model: Any = config.component(default=None)
+    teacher_model: Any = config.component(default=None, returns=Transformer)
     """The teacher's builder; null: built from the checkpoint's own config."""
     teacher_parallelism: Any = config.component(default=None)
     """The same for the teacher; null: as parallelism."""

@@ -41,13 +41,13 @@ class Config:
     """Keys that a resumed run has otherwise than before: optimizer.lr or another of its arguments, lr_scheduler, clip_grad_norm."""
 
     # Models
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The model's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """Its builder, checked against its checkpoint; null: built from the checkpoint's own config."""
     adapter: Any = config.component("model", default=None)
     """Adapters for it, such as kdtune.models.apply_lora; null: as the builder says, else all parameters are trained."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """Its tokenizer, such as kdtune.tokenizers.load; max_seq_len is the longest example, in tokens."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
@@ -61,9 +61,9 @@ class Config:
     """Recompute activations in backward: less memory, about a third more time."""
 
     # Data
-    dataset: Any = config.component("tokenizer")
+    dataset: Any = config.component("tokenizer", returns=data.Dataset)
     """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
-    dataset_val: Any = config.component("tokenizer", default=None)
+    dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples for the validation and the table at the end."""
     batch_size: int = 4
     """Examples a micro-batch."""
@@ -78,9 +78,11 @@ class Config:
     """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
 
     # Optimization
-    optimizer: Any = config.component("params")
+    optimizer: Any = config.component("params", returns=torch.optim.Optimizer)
     """Any torch optimizer, or kdtune.training.Muon."""
-    lr_scheduler: Any = config.component("optimizer", optional=("num_training_steps",), default=None)
+    lr_scheduler: Any = config.component(
+        "optimizer", optional=("num_training_steps",), default=None, returns=torch.optim.lr_scheduler.LRScheduler
+    )
     """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
     epochs: int = 1
     """Passes over the data."""

@@ -35,11 +35,11 @@ class Config:
     """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # Model
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """The builder, checked against the checkpoint; null: built from the checkpoint's own config."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The tokenizer, such as kdtune.tokenizers.load."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 
@@ -37,18 +37,18 @@ class Config:
     clip_grad_norm."""
 
     # Models
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The student's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """The student's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
     adapter: Any = config.component("model", default=None)
     """Adapters for the student, such as kdtune.models.apply_lora; null: as the builder says, else all parameters are trained."""
-    teacher_checkpointer: Any = config.component(default=None)
+    teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The teacher's weights (adapter_dir: with a finetuned adapter merged into them); null: random weights, with a builder
     in `teacher_model`."""
-    teacher_model: Any = config.component(default=None)
+    teacher_model: Any = config.component(default=None, returns=Transformer)
     """The teacher's builder; null: built from the checkpoint's own config."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The tokenizer of both models, such as kdtune.tokenizers.load; max_seq_len is the longest example, in tokens."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
@@ -69,9 +69,9 @@ class Config:
     """Recompute the student's activations in backward: less memory, about a third more time."""
 
     # Data
-    dataset: Any = config.component("tokenizer")
+    dataset: Any = config.component("tokenizer", returns=data.Dataset)
     """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
-    dataset_val: Any = config.component("tokenizer", default=None)
+    dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples for the validation and the table at the end."""
     batch_size: int = 4
     """Examples a micro-batch."""
@@ -91,9 +91,11 @@ class Config:
     """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
 
     # Optimization
-    optimizer: Any = config.component("params")
+    optimizer: Any = config.component("params", returns=torch.optim.Optimizer)
     """Any torch optimizer, or kdtune.training.Muon."""
-    lr_scheduler: Any = config.component("optimizer", optional=("num_training_steps",), default=None)
+    lr_scheduler: Any = config.component(
+        "optimizer", optional=("num_training_steps",), default=None, returns=torch.optim.lr_scheduler.LRScheduler
+    )
     """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
     epochs: int = 1
     """Passes over the data."""

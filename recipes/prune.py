@@ -26,11 +26,11 @@ class Config:
     output_dir: config.PathText
     """The Hugging Face folder to write; it must not exist yet."""
 
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The teacher's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """The teacher's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The tokenizer, written into the folder too; max_seq_len is the longest calibration example, in tokens."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
@@ -45,7 +45,7 @@ class Config:
     """greedy: drop the layer that hurts the loss least, again and again; block_influence: keep those that change their
     input most (arXiv 2403.03853); even: at equal distances."""
 
-    dataset: Any = config.component("tokenizer")
+    dataset: Any = config.component("tokenizer", returns=data.Dataset)
     """Calibration text; the loss of its labels decides."""
     num_candidates: int | None = None
     """greedy: layers tried for each removal after the first, those that cost least when last tried; null: all of them."""

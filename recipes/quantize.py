@@ -28,11 +28,11 @@ class Config:
     output_dir: config.PathText
     """The folder to write; it must not exist yet."""
 
-    checkpointer: Any = config.component(default=None)
+    checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
-    model: Any = config.component(default=None)
+    model: Any = config.component(default=None, returns=Transformer)
     """The builder, checked against the checkpoint; null: built from the checkpoint's own config."""
-    tokenizer: Any = config.component()
+    tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The tokenizer, written into the folder too."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps, where the model is to be used; null: the best one there is."""
@@ -48,7 +48,7 @@ class Config:
     quantize_output: bool = False
     """Also the head, where it is not tied to the embedding."""
 
-    dataset_val: Any = config.component("tokenizer", default=None)
+    dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples; null: no loss is measured."""
     batch_size_val: int = 4
     """Examples a batch."""

@@ -1,5 +1,6 @@
 """Names on the command line: a shipped recipe, a shipped config, or a path of either."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from kdtune import _assets
@@ -29,6 +30,8 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
 def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
     """The recipe that a config's `recipe:` line names.
 
+    A line on stderr says so where that is not a shipped one: its caller imports it, which runs what is in the file.
+
     Raises:
         ConfigError: there is no such line, or no such recipe.
     """
@@ -40,7 +43,13 @@ def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
         raise ConfigError(
             f"{config.path}: has no line `recipe: NAME`, which says what the config is for; recipes: {known}"
         )
-    return _assets.find_recipe(config.recipe)
+    recipe = _assets.find_recipe(config.recipe)
+    if _assets.recipe_named(config.recipe) is None:
+        print(
+            f"{config.path}: its recipe line names {recipe.path}; importing that file, to know its keys",
+            file=sys.stderr,
+        )
+    return recipe
 
 
 def import_recipe(recipe: _assets.Recipe) -> "EntryPoint":

@@ -17,14 +17,17 @@ from kdtune.errors import ConfigError
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def component(*runtime: str, optional: Iterable[str] = (), default: Any = MISSING) -> Any:
+def component(
+    *runtime: str, optional: Iterable[str] = (), default: Any = MISSING, returns: type[Any] | None = None
+) -> Any:
     """A dataclass field that holds a component node (or a list of them).
 
     `runtime` are the arguments that the recipe gives when it instantiates the node, so the config must not; `optional`
     are those it gives only where the component takes them and the config does not set them. Without a default the
-    config must set the field, and null is refused.
+    config must set the field, and null is refused. `returns` is what the recipe needs here: a component that is or says it
+    returns another kind of object is a finding.
     """
-    metadata = {"component": True, "runtime": runtime, "optional": tuple(optional)}
+    metadata = {"component": True, "runtime": runtime, "optional": tuple(optional), "returns": returns}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -120,6 +123,42 @@ def bind(
     for name, value in node.items():
         problems += check_nodes(value, f"{key}.{name}" if key else name, inherited=offered)
     return problems
+
+
+def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
+    """Findings of the nodes of one key, or a list of them, whose component gives something else than an object of that kind.
+
+    It is told by the class, or the function's return annotation; what has the kind's methods is of that kind. Where nothing
+    says what is returned there is no finding.
+    """
+    if isinstance(value, list):
+        return [problem for index, item in enumerate(value) for problem in check_kind(item, needed, f"{key}.{index}")]
+    if not is_component(value):
+        return []
+    try:
+        target = resolve(value[COMPONENT])
+    except ConfigError:
+        return []  # `bind` tells it
+    given = target if inspect.isclass(target) else _returned(target)
+    if not inspect.isclass(given) or given is object or issubclass(given, needed) or issubclass(needed, given):
+        return []
+    methods = [name for name in vars(needed) if not name.startswith("_")]
+    missing = [name for name in methods if not hasattr(given, name)]
+    if not missing:
+        return []
+    what = "is" if inspect.isclass(target) else "gives"
+    return [f"{key}: {value[COMPONENT]} {what} {given.__name__}; the recipe needs {needed.__name__} here"]
+
+
+def _returned(function: Any) -> Any:
+    """The class that a function says it returns; None where it does not."""
+    try:
+        annotation = inspect.signature(function).return_annotation
+    except (TypeError, ValueError):
+        return None
+    found = _evaluated(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    origin = typing.get_origin(found) or found
+    return None if origin in (Any, typing.Union, types.UnionType) else origin
 
 
 def check_nodes(

@@ -19,7 +19,7 @@ from kdtune.config.check import (
     item_annotation,
     shown,
 )
-from kdtune.config.component import argument_type, check_nodes
+from kdtune.config.component import argument_type, check_kind, check_nodes
 from kdtune.config.torchtune_keys import key_hint
 
 
@@ -144,6 +144,8 @@ def check_components(values: Mapping[str, Any], frame: type[Any]) -> list[str]:
         optional = field.metadata.get("optional", ())
         if is_component_field(field):
             problems += _not_nodes(value, name, nullable=has_default(field))
+            if needed := field.metadata.get("returns"):
+                problems += check_kind(value, needed, name)
         problems += check_nodes(value, name, runtime, optional=optional)
     return problems
 

@@ -8,11 +8,14 @@ from kdtune.data import first_row_problems
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
+from kdtune.training.optim import optimizer_problems
 from kdtune.training.resume_changes import resume_changes_problems
 
 _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
            "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
            "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
+
+_MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 
 # What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
 # on. What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
@@ -44,6 +47,13 @@ def loop_problems(cfg: Any) -> list[str]:
         for key in _COUNTS
         if getattr(cfg, key) is not None and getattr(cfg, key) < 1
     ]
+    found += [
+        f"{key}={getattr(cfg, key)}: must be at most {most:,}"
+        for key, most in {**dict.fromkeys(_COUNTS, 2**31 - 1), "num_workers": _MAX_WORKERS, "seed": 2**63 - 1}.items()
+        if (getattr(cfg, key) or 0) > most
+    ]
+    if cfg.num_workers < 0:
+        found.append(f"num_workers={cfg.num_workers}: must be 0 (the run itself prepares its batches) or more")
     found += resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
@@ -64,6 +74,7 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(
             f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
         )
+    found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler)
     return found + first_row_problems(cfg)
 
 

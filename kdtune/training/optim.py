@@ -4,13 +4,15 @@ The recipe calls `config.instantiate(cfg.optimizer, params=trainable_parameters(
 names, which torch's optimizers accept as they are and which tell Muon the hidden weights from the embedding and head.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdtune.errors import ConfigError
+from kdtune.config import instantiate
+from kdtune.errors import ConfigError, KDTuneError
 
 # Modules whose 2-D weight has one row a token: orthogonalizing its update makes no sense, so AdamW takes it.
 TOKEN_MODULES = frozenset({"tok_embeddings", "output"})
@@ -31,6 +33,48 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             "train on the one it was made from, or unfreeze some parameters"
         )
     return named
+
+
+def optimizer_problems(optimizer: Any, scheduler: Any) -> list[str]:
+    """What is wrong with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters."""
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    try:
+        made = instantiate(optimizer, params=[("layers.0.attn.wq.weight", matrix), ("norm.weight", vector)])
+    except KDTuneError as error:
+        return [f"optimizer: {error}"]
+    if not isinstance(made, torch.optim.Optimizer):
+        return [f"optimizer: {optimizer['_component_']} gives a {type(made).__name__}; must be a torch.optim.Optimizer"]
+    if isinstance(made, torch.optim.SparseAdam):
+        return [
+            "optimizer: torch.optim.SparseAdam takes sparse gradients, a model has dense ones; use torch.optim.AdamW"
+        ]
+    if needed := _step_arguments(made):
+        return [
+            f"optimizer: the step of {optimizer['_component_']} needs {needed}, and the recipe steps without; use one whose step "
+            "needs nothing, such as torch.optim.AdamW"
+        ]
+    try:
+        schedule = instantiate(scheduler, optimizer=made, optional={"num_training_steps": 10**9})
+    except KDTuneError as error:
+        return [f"lr_scheduler: {error}"]
+    if schedule is None:
+        return []
+    if not callable(getattr(schedule, "step", None)):
+        return [f"lr_scheduler: {scheduler['_component_']} gives a {type(schedule).__name__}; must be an LRScheduler"]
+    if needed := _step_arguments(schedule):
+        return [
+            f"lr_scheduler: the step of {scheduler['_component_']} needs {needed}, and the recipe steps without; use one that "
+            "goes by the number of steps, such as kdtune.training.get_cosine_schedule_with_warmup"
+        ]
+    return []
+
+
+def _step_arguments(stepped: Any) -> str:
+    """The arguments that an object's `step` cannot do without."""
+    function = getattr(type(stepped), "step", None)
+    parameters = list(inspect.signature(inspect.unwrap(function)).parameters.values())[1:] if function else []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return ", ".join(p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in kinds)
 
 
 def adamw(

@@ -645,3 +645,31 @@ def test_a_disk_that_is_full_at_the_very_end(cli: Callable[..., Any], good: Path
     check_message(ended.err, ("No space left on device",))
     check_nothing_half_written(given.out)
     assert (given.out / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=kdtune.tokenizers.byte_tokenizer"], "model: kdtune.tokenizers.byte_tokenizer gives"),
+        (["tokenizer=kdtune.data.quickstart_dataset"], "tokenizer: kdtune.data.quickstart_dataset gives"),
+        (
+            ["dataset=kdtune.models.llama"],
+            "dataset: kdtune.models.llama gives Transformer; the recipe needs Dataset here",
+        ),
+        (["checkpointer=kdtune.models.llama"], "checkpointer: kdtune.models.llama gives Transformer"),
+        (["optimizer=torch.optim.LBFGS"], "optimizer: the step of torch.optim.LBFGS needs closure"),
+        (["lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"], "lr_scheduler: the step of"),
+        (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW: cannot be made with lr=-1"),
+        (["batch_size=9223372036854775808"], "batch_size=9223372036854775808: must be at most 2,147,483,647"),
+        (["num_workers=100000"], "num_workers=100000: must be at most 512"),
+        (["num_workers=-1"], "num_workers=-1: must be 0"),
+        (["seed=18446744073709551616"], "seed=18446744073709551616: must be at most"),
+    ],
+)
+@pytest.mark.parametrize("config", ["finetune", "knowledge_distillation"])
+def test_components_of_another_kind_and_absurd_numbers(
+    config: str, overrides: list[str], words: str, cli: Callable[..., Any]
+) -> None:
+    done = cli("validate", f"tiny/{config}", *overrides)
+    assert done.code == 2
+    assert words in done.err

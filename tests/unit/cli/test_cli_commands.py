@@ -19,6 +19,21 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+def test_a_recipe_file_that_a_config_names_is_imported_only_after_it_is_told(
+    assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("payload.py").write_text("import sys\nprint('payload ran', file=sys.stderr)\n")
+    Path("a.yaml").write_text("recipe: ./payload.py\n")
+    for command in (("validate", "a.yaml"), ("cat", "--resolved", "a.yaml"), ("plan", "a.yaml")):
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert err.startswith(
+            "a.yaml: its recipe line names payload.py; importing that file, to know its keys\npayload ran\n"
+        )
+    _, _, err = run(capsys, "validate", "tiny/add")
+    assert err == ""
+
+
 def test_ls_is_an_aligned_table(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "ls")
     assert code == 0
