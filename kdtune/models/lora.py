@@ -19,6 +19,7 @@ from kdtune.models.transformer import Transformer
 
 AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
+USUAL_ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "v_proj", "output_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 OUTPUT = "output"
 
@@ -134,21 +135,25 @@ def apply_lora(
     lora_rank: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
-    lora_attn_modules: Sequence[AttnModule] = ("q_proj", "v_proj", "output_proj"),
-    apply_lora_to_mlp: bool = True,
+    lora_attn_modules: Sequence[AttnModule] | None = None,
+    apply_lora_to_mlp: bool | None = None,
     apply_lora_to_output: bool = False,
     use_dora: bool = False,
     quantize_base: bool = False,
 ) -> Transformer:
     """Puts adapters on the model, in place, and freezes all else: only the adapters are trainable.
 
+    What is listed gets adapters and nothing else. Where neither modules of the attention nor the feed-forward are listed, these
+    do: q_proj, v_proj, output_proj and the feed-forward.
+
     Args:
         model: Any decoder, with weights or on the meta device (loading then draws the adapters, from torch's seed).
         lora_rank: Columns of the low-rank update.
         lora_alpha: The update is scaled by ``lora_alpha / lora_rank``.
         lora_dropout: Probability with which an input of the update is left out in training; the base sees all.
-        lora_attn_modules: Of q_proj, k_proj, v_proj and output_proj those that get one, in every layer.
-        apply_lora_to_mlp: Whether the three projections of every feed-forward get one.
+        lora_attn_modules: Of q_proj, k_proj, v_proj and output_proj those that get one, in every layer. None: none where the
+            feed-forward is listed, else the three above.
+        apply_lora_to_mlp: Whether the three projections of every feed-forward get one. None: where lora_attn_modules is not given.
         apply_lora_to_output: Whether the output head gets one. A tied head stays tied; merging unties it.
         use_dora: Learn each output's magnitude apart from its direction (arXiv 2402.09353).
         quantize_base: Hold the adapted linear layers' own weights in NF4 (QLoRA, arXiv 2305.14314). The embeddings and
@@ -160,11 +165,12 @@ def apply_lora(
     Raises:
         ConfigError: A value is outside its range, a module's name is unknown, none is chosen, or there are adapters.
     """
-    _check_settings(lora_rank, lora_alpha, lora_dropout, lora_attn_modules)
+    attn_modules, adapts_mlp = _listed(lora_attn_modules, apply_lora_to_mlp)
+    _check_settings(lora_rank, lora_alpha, lora_dropout, attn_modules)
     if has_adapters(model):
         raise ConfigError("the model has adapters already; apply_lora goes on a model without: merge them first")
-    inner = [f"attn.{name}" for name in lora_attn_modules]
-    inner += [f"mlp.{name}" for name in MLP_MODULES if apply_lora_to_mlp]
+    inner = [f"attn.{name}" for name in attn_modules]
+    inner += [f"mlp.{name}" for name in MLP_MODULES if adapts_mlp]
     names = [f"layers.{index}.{name}" for index in range(len(model.layers)) for name in inner]
     names += [OUTPUT] if apply_lora_to_output else []
     if not names:
@@ -185,6 +191,14 @@ def apply_lora(
         )
         replace_module(model, name, adapted)
     return model
+
+
+def _listed(attn_modules: Sequence[AttnModule] | None, apply_to_mlp: bool | None) -> tuple[Sequence[AttnModule], bool]:
+    """The modules of the attention that get adapters, and whether the feed-forward does."""
+    if attn_modules is not None:
+        return attn_modules, bool(apply_to_mlp)
+    # Only the feed-forward is listed; or nothing is, or all but the feed-forward.
+    return ((), True) if apply_to_mlp else (USUAL_ATTN_MODULES, apply_to_mlp is None)
 
 
 def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:

@@ -204,6 +204,25 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lora_attn_modules": ["q_proj"]}, {"q_proj"}),
+        ({"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_output": True}, {"q_proj", "v_proj", "output"}),
+        ({"lora_attn_modules": ["k_proj"], "apply_lora_to_mlp": True}, {"k_proj", "gate_proj", "up_proj", "down_proj"}),
+        ({"lora_attn_modules": [], "apply_lora_to_output": True}, {"output"}),
+        ({"apply_lora_to_mlp": True}, {"gate_proj", "up_proj", "down_proj"}),
+        ({"apply_lora_to_mlp": False}, {"q_proj", "v_proj", "output_proj"}),
+        ({}, {"q_proj", "v_proj", "output_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_what_is_listed_is_adapted_and_nothing_else(settings: dict[str, object], expected: set[str]) -> None:
+    """As with torchtune's builders: its feed-forward and head take part only where they are named."""
+    names = models.adapted_linears(apply_lora(tiny(), **settings))  # type: ignore[arg-type]
+    assert {name.rpartition(".")[2] for name in names} == expected
+    assert len(names) == 2 * len(expected - {"output"}) + ("output" in expected)
+
+
 def test_every_builder_has_its_adapted_ones() -> None:
     from kdtune.models.llama import builders
 
@@ -239,6 +258,7 @@ def test_a_config_names_the_wrong_argument() -> None:
         ({"lora_attn_modules": ["q_proj", "o_proj"]}, r"'o_proj'\] unknown; a list of q_proj"),
         ({"lora_attn_modules": "q_proj"}, "'q_proj' unknown; a list of"),
         ({"lora_attn_modules": [], "apply_lora_to_mlp": False}, "no module to adapt"),
+        ({"lora_attn_modules": []}, "no module to adapt"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_changes(settings: dict[str, object], message: str) -> None:
