@@ -94,7 +94,7 @@ def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse
     if lengths:
         print("\n" + show.histogram(lengths, width=min(shutil.get_terminal_size((60, 24)).columns, 80)))
     for note in report.notes():
-        print(printable(f"note: {note.removeprefix(f'{report.source}: ')}"))
+        print(printable(f"note: {note}"))
 
 
 def _has_colour() -> bool:

@@ -73,8 +73,8 @@ class Report:
         """What of the rows does not reach the model, one sentence each."""
         found = [f"{remark} ({count} of {self.rows} rows)" for remark, count in self.remarks.most_common()]
         if self.unread:
-            found.append(f"columns that are not read: {', '.join(self.unread)}")
-        return [f"{self.source}: {note}" for note in found]
+            found.append(f"columns that are not read: {', '.join(map(str, self.unread))}")
+        return found
 
 
 def total_report(reports: Iterable[Report], source: str) -> Report:
@@ -213,6 +213,8 @@ class RowEncoder:
                 raise MissingColumnError(f"{report.source}: row {report.rows}: {error.problem}", settings) from error
             except DataError as error:
                 raise DataError(f"{report.source}: row {report.rows}: {error}") from error
+            except RecursionError as error:
+                raise DataError(f"{report.source}: row {report.rows}: nested too deeply; take the row out") from error
             if self.columns is not None:
                 report.unread.update(key for key in row if key not in self.columns)
             if found is None:
@@ -352,7 +354,7 @@ def _log_left_out(report: Report) -> None:
     if report.rows > report.examples or report.truncated:
         log.info("%s", report)
     for note in report.notes():
-        log.info("%s", note)
+        log.warning("%s: %s", report.source, note)
 
 
 def report_copy(report: Report) -> Report:

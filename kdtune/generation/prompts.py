@@ -5,14 +5,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtune.data.columns import text_column
-from kdtune.data.messages import Conversation, Message, parse_conversation, row_conversation
+from kdtune.data.messages import (
+    TEMPLATE_VARIABLES,
+    TOOLS,
+    Conversation,
+    Message,
+    parse_conversation,
+    row_conversation,
+)
 from kdtune.data.sources import read_json, read_lines
 from kdtune.errors import DataError
+from kdtune.log import get_logger
 from kdtune.paths import user_path
 
 if TYPE_CHECKING:
     # Only the type is needed; the tokenizer libraries take a while to import.
     from kdtune.tokenizers import Tokenizer
+
+log = get_logger(__name__)
 
 _SUFFIXES = (".txt", ".json", ".jsonl")
 
@@ -35,12 +45,19 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     if file.suffix == ".txt":
         found = [_question(line) for line in read_lines(str(file)) if line.strip()]
     else:
-        found = [
-            _row_conversation(row, f"{path}, row {number}") for number, row in enumerate(read_json([str(file)]), 1)
-        ]
+        rows = list(read_json([str(file)]))
+        found = [_row_conversation(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+        if unread := dict.fromkeys(column for row in rows for column in row if column not in _columns_read(row)):
+            log.warning("%s: columns that are not read: %s", path, ", ".join(unread))
     if not found:
         raise DataError(f"prompt_file={path}: holds no prompt")
     return found
+
+
+def _columns_read(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "messages" in row:
+        return ("messages", TOOLS, TEMPLATE_VARIABLES)
+    return ("prompt",) if "prompt" in row else ("instruction", "input")
 
 
 def _question(text: str) -> Conversation:

@@ -255,6 +255,14 @@ def test_never_half_an_answer_unless_asked(jsonl, told):
         lengths(truncation="left")
 
 
+def test_a_row_nested_too_deeply_is_named(byte_chat, jsonl, tmp_path):
+    # What the JSON reader takes may still be too deep for what comes after it; the control string is one such thing.
+    text = json.dumps({"messages": CHAT, "tools": "DEEP"})
+    (tmp_path / "deep.jsonl").write_text(text.replace('"DEEP"', '[{"a": ' * 440 + '"<|im_end|>"' + "}]" * 440))
+    with pytest.raises(DataError, match=r"deep.jsonl.*nested too deeply"):
+        chat_dataset(byte_chat, source=str(tmp_path / "deep.jsonl"))
+
+
 def test_sharegpt_turns_hold_fields_too():
     (one,) = parse_conversation(
         [{"from": "gpt", "value": "x", "weight": 0, "reasoning_content": "r", "n": None}], "sharegpt"

@@ -1,6 +1,7 @@
 """Prompts from files, and as token ids."""
 
 import json
+import logging
 
 import pytest
 
@@ -17,8 +18,8 @@ def user(text: str) -> Conversation:
 
 
 def test_a_line_is_a_prompt(tmp_path):
-    (tmp_path / "p.txt").write_text("One?\n\n  \nTwo é?\r\nThree?", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == [user("One?"), user("Two é?"), user("Three?")]
+    (tmp_path / "p.txt").write_text("\ufeffOne?\n\n  \nTwo\u2028é\x0c?\r\nThree?", encoding="utf-8", newline="")
+    assert read_prompts(tmp_path / "p.txt") == [user("One?"), user("Two\u2028é\x0c?"), user("Three?")]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -37,6 +38,29 @@ def test_rows_of_json(tmp_path, suffix):
     assert read_prompts(tmp_path / f"p.{suffix}") == [
         user("P"), user("Translate.\n\noui"), user("Sing."), conversation, conversation
     ]  # fmt: skip
+
+
+def test_rows_with_tools_and_with_columns_that_are_not_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    tools, call = [{"type": "function", "function": {"name": "f"}}], {"function": {"name": "f", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    rows = [{"messages": turns, "tools": tools}, {"prompt": "P", "system": "S"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with_tools, _ = read_prompts(tmp_path / "p.jsonl")
+    assert (with_tools.tools, with_tools.messages[1].fields) == (tools, {"tool_calls": [call]})
+    assert "p.jsonl: columns that are not read: system" in caplog.text
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}"
+        "{{ (m.tool_calls | tojson) if m.tool_calls else m.content }}{% endfor %}"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, with_tools)) == json.dumps(tools) + "Hi" + json.dumps([call]) + "1"
+    with pytest.raises(DataError, match="no place for tools"):
+        encode_prompt(tokenizer, Conversation(user("a").messages, tools), chat=False)
 
 
 @pytest.mark.parametrize(
