@@ -1,12 +1,13 @@
 """What every tokenizer offers, and the parts they share: chat rendering, chat tokens, training masks."""
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from kdtune.errors import ConfigError, DataError
+from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.tokenizers.chat_format import (
     asks_date,
     check_date,
@@ -25,6 +26,8 @@ END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 # Headers and system prompts recur in every example: ids of short texts are kept, this many of up to this length.
 _CACHE_SIZE = 4096
 _CACHE_MAX_CHARS = 128
+
+_LONGEST_CONTROL_TOKEN = 1000
 
 TrainOn: TypeAlias = Literal["last", "answers", "all"]
 """The targets of a conversation: its last answer, all of the assistant's answers, or everything."""
@@ -67,6 +70,20 @@ def well_formed(text: str) -> str:
     return text
 
 
+def check_control_tokens(tokens: Iterable[str], origin: Path | str) -> None:
+    """Refuses strings that are no control tokens: what is looked for in every text must be text, and short.
+
+    Raises:
+        CheckpointError: one of them is too long, or holds lone surrogates.
+    """
+    for token in tokens:
+        if len(token) > _LONGEST_CONTROL_TOKEN or well_formed(token) != token:
+            raise CheckpointError(
+                f"{origin}: the control token {reprlib.repr(token)} ({len(token)} characters) is none: at most "
+                f"{_LONGEST_CONTROL_TOKEN} characters of well-formed text expected; download the tokenizer again"
+            )
+
+
 class Tokenizer(ABC):
     """Text to token ids and back, and conversations to ids with their training targets.
 
@@ -86,6 +103,7 @@ class Tokenizer(ABC):
         origin: Path | str = "tokenizer",
     ) -> None:
         self.max_seq_len = check_max_seq_len(max_seq_len)
+        check_control_tokens(control.ids, origin)
         self.vocab_size = vocab_size
         """Number of ids that can occur: the largest one plus 1."""
         self.control_tokens = dict(control.ids)

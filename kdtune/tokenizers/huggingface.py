@@ -1,6 +1,7 @@
 """Tokenizers in a tokenizer.json, run by the `tokenizers` library."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from kdtune.errors import CheckpointError
-from kdtune.tokenizers.base import ControlTokens, Tokenizer, well_formed
+from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     copy_files,
@@ -18,6 +19,9 @@ from kdtune.tokenizers.folder import (
     special_tokens,
     write_tokenizer_config,
 )
+
+# The library walks over all ids up to the largest, and a model has a row for each.
+_LARGEST_ID = 2**24
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -43,6 +47,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
+        check_control_tokens(named.values(), origin)
         _add_named(backend, named)
         added = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
         super().__init__(
@@ -167,18 +172,21 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     try:
-        return tokenizers.Tokenizer.from_str(read_text(file))
+        backend = tokenizers.Tokenizer.from_str(read_text(file))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
             f"{file}: the tokenizers library cannot read it: {error}; the file may be truncated, fetch it again"
         ) from error
+    if (largest := max(backend.get_vocab().values(), default=0)) > _LARGEST_ID:
+        raise CheckpointError(f"{file}: the largest id is {largest}; at most {_LARGEST_ID} expected: download it again")
+    return backend
 
 
 def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFaceTokenizer:
     """The tokenizer of a tokenizer.json, with what the config files beside it say on special tokens and chat."""
     folder = file.parent
     backend = read_backend(file)
-    _add_config_tokens(backend, read_json_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {})
+    _add_config_tokens(backend, folder / "tokenizer_config.json")
     return HuggingFaceTokenizer(
         backend,
         named=_named_tokens(folder, backend),
@@ -191,9 +199,10 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
     )
 
 
-def _add_config_tokens(backend: tokenizers.Tokenizer, listed: Mapping[str, Mapping[str, Any]]) -> None:
+def _add_config_tokens(backend: tokenizers.Tokenizer, file: Path) -> None:
+    listed = read_json_if_there(file).get("added_tokens_decoder") or {}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+    for _, entry in _by_id(listed, file):
         if entry["content"] in known:
             continue
         flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
@@ -202,6 +211,21 @@ def _add_config_tokens(backend: tokenizers.Tokenizer, listed: Mapping[str, Mappi
             backend.add_special_tokens([token])
         else:
             backend.add_tokens([token])
+
+
+def _by_id(listed: Any, file: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """The entries of an added_tokens_decoder: id and AddedToken."""
+    try:
+        found = sorted((int(key), entry) for key, entry in listed.items() if isinstance(entry["content"], str))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = []
+    if len(found) != len(listed if isinstance(listed, Mapping) else [listed]):
+        raise CheckpointError(
+            f"{file}: added_tokens_decoder={reprlib.repr(listed)}; an object of AddedToken objects (with content, a text) "
+            "by their ids expected"
+        )
+    check_control_tokens((entry["content"] for _, entry in found), file)
+    return found
 
 
 def _named_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
