@@ -3,8 +3,8 @@
     kdtune run report results=runs/sweeps/tiny/results.jsonl
     kdtune run report results=results.jsonl output_dir=report metrics=[evaluate.*] baseline.method=sft
 
-Writes report.md, report.csv (a line for each row of cells that differ in the seed alone), cells.csv, PNG plots of the losses and
-report.html, one file that opens anywhere. A sweep calls the same at its end.
+Writes report.md, report.csv (a line for each row of cells that differ in the seed alone), cells.csv, report.tex, plots of the losses
+(PNG, SVG, PDF) and report.html, one file that opens anywhere. A sweep calls the same at its end.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,8 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["config", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
     **dict.fromkeys(["distributed", "generation"], 3),
-    **dict.fromkeys(["teachers", "training", "evaluation", "sweeps"], 4),
+    **dict.fromkeys(["teachers", "training", "evaluation"], 4),
+    **dict.fromkeys(["sweeps"], 5),
 }
 CLI_MAY_IMPORT = {
     "constants",

@@ -41,6 +41,8 @@ def write_quantized(
 ) -> None:
     """Writes a quantized model into a folder that exists, with its config, tokenizer and licence, as `write_model` does.
 
+    scheme, group_size: what the model was quantized with, which its config then says. The other arguments are write_model's.
+
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar, cast
@@ -213,9 +214,10 @@ def resolved_yaml(cfg: Any, docs: Mapping[str, KeyDoc] | None = None) -> str:
 
 
 def run_record(cfg: Any) -> dict[str, Any]:
-    """What `run.json` holds: the command line, the config's source, versions, and the checkout's commit if any."""
+    """What `run.json` holds: the time, the command line, the config's source, versions, and the checkout's commit if any."""
     source = origin(cfg)
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(source.command) if source else None,
         "recipe": source.recipe if source else None,
         "config": source.config if source else None,

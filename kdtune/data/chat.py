@@ -87,8 +87,8 @@ def instruct_dataset(
 ) -> Dataset:
     """A dataset of questions and answers (columns input and output, or what column_map calls them).
 
-    train_on: answers where neither it nor train_on_input says otherwise. The other arguments and the errors are
-    alpaca_dataset's.
+    train_on: answers where neither it nor train_on_input says otherwise. new_system_prompt: put before each question, as a
+    system message. The other arguments and the errors are alpaca_dataset's.
     """
     to_messages = instruct_messages(column_map, new_system_prompt)
     encode = conversation_encoder(
@@ -123,6 +123,7 @@ def chat_dataset(
     tool_calls or reasoning_content, goes to the chat template, and so do the row's `tools` and `chat_template_kwargs`
     (a JSON object of further template variables).
 
+    conversation_column: the column with the list; conversation_style: openai or sharegpt, how its turns are spelled.
     new_system_prompt takes the place of the conversation's own system message. train_on: answers where neither it nor
     train_on_input says otherwise. The other arguments and the errors are alpaca_dataset's.
     """

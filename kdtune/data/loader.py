@@ -24,6 +24,7 @@ Position: TypeAlias = tuple[int, int]
 class Loader:
     """An endless iterator of batches. What comes next depends only on the dataset, the settings and the position.
 
+    batch_size: examples a batch. pad_id: the tokenizer's. shuffle: a new order every epoch, which depends on seed alone.
     num_workers: processes that fetch and pad ahead (for a stream, whose rows are read in order, at most 1). They change
     neither the order nor the position: batches fetched ahead do not count. In a stream, seek reads and drops what lies
     before. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the dataset; for a
@@ -144,6 +145,7 @@ class Loader:
 def batches(dataset: Dataset, batch_size: int, pad_id: int, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
     """The batches of one pass over a dataset in its own order, the last one kept: what validation reads.
 
+    batch_size: examples a batch. pad_id: the tokenizer's. rank, num_ranks: this process, of so many that share the batches.
     Of several processes each gets its share, all as many; where one has none left, its last is a batch without a label.
     """
     groups = _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size)

@@ -22,6 +22,7 @@ def text_completion_dataset(
 ) -> Dataset:
     """A dataset of texts, one an example, without any template; an empty text counts as untrainable.
 
+    column: the one with the text. add_eos: whether a text ends with the tokenizer's eos.
     A text begins with bos where transformers, under the tokenizer's files, begins it so.
 
     The rows of a text file are its lines. A text longer than the tokenizer's max_seq_len is cut there. The other

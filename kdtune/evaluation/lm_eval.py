@@ -70,6 +70,9 @@ def _manager(include_path: str | None, include_defaults: bool) -> "TaskManager":
 def load_tasks(names: Sequence[str], include_path: str | None = None, *, num_fewshot: int | None = None) -> list[Any]:
     """lm-eval's task and group objects with their documents, ready for `evaluate_tasks`. Reads no weight.
 
+    names: of tasks, groups, tags or task files. include_path: a folder of task files that is looked into first; None: lm-eval's
+    own alone. num_fewshot: solved examples before each question; None: as each task says.
+
     Raises:
         ConfigError: an unknown name, or a task that needs what is not supported here.
         DataError: a dataset or split that is missing, empty or cannot be read; task and split are named.

@@ -112,7 +112,16 @@ def text_perplexity(
     """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them.
 
     A bos that begins the text is what the text follows, and is not predicted (lm-eval's rolling tasks do predict it).
-    `world`: the processes that share the work, see `score`.
+
+    Args:
+        model: on its device.
+        tokenizer: the model's.
+        text: read as one.
+        max_length: of a window, in tokens.
+        stride: tokens that a window moves on; None: a whole window.
+        batch_size: as in `score`.
+        show_progress: on a terminal.
+        world: the processes that share the work, see `score`.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):

@@ -167,7 +167,15 @@ def evaluate_rouge(
 ) -> RougeResult:
     """Asks the model for an answer to each instruction and each seed, and scores the answers.
 
-    `world`: the processes that share the work, all of which call this with the same instructions and get all answers.
+    Args:
+        model: on its device.
+        tokenizer: the model's.
+        instruction_set: how they are asked and answered.
+        instructions: what is asked, as read by the set.
+        max_length: the longest prompt and answer together, in tokens.
+        batch_size: answers generated at a time.
+        on_answered: called with the number of answers as they come.
+        world: the processes that share the work, all of which call this with the same instructions and get all answers.
 
     Raises:
         ConfigError: max_new_tokens leaves no room for a prompt.

@@ -28,7 +28,7 @@ def generate(
     on_token: Callable[[int], object] | None = None,
     agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[int]:
-    """The new ids, ending with a stop id if the model gave one; without the prompt. See :func:`generate_batch`."""
+    """The new ids after prompt_ids, ending with a stop id if the model gave one. See generate_batch for the arguments."""
     (new_ids,) = generate_batch(
         model,
         [prompt_ids],

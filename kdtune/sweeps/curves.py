@@ -1,23 +1,28 @@
-"""Curves of a sweep: each row's losses over the steps, for every seed, from the metrics.jsonl of its training runs."""
+"""Curves of a sweep: each row's losses over the steps, for every seed, and which of them may stand on one pair of axes."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdtune.config.load import read_yaml
 from kdtune.sweeps.results import read_rows
 from kdtune.sweeps.tables import SEED, Row
+from kdtune.training import divergence_title
 
-# (metric of metrics.jsonl, title), in the order they are drawn.
-SERIES = (
-    ("kd_loss", "KD loss"),
-    ("class_loss", "Class loss"),
-    ("loss", "Total loss"),
-    ("val_kd_loss", "Held-out KL to the teacher"),
-    ("val_class_loss", "Held-out cross entropy"),
-    ("val_agreement", "Held-out agreement with the teacher"),
-)
-TRAINING = SERIES[:3]
+# What is drawn, in this order: the metric of metrics.jsonl, its title, and the config keys of a run that say what it is of.
+# Where these differ between rows, their curves mean different things and stand in different panels.
+_DATA, _HELD_OUT = ("dataset", "tokenizer"), ("dataset_val", "tokenizer")
+SERIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "kd_loss": ("{divergence} to the teacher", (*_DATA, "kd_loss")),
+    "class_loss": ("Cross entropy", _DATA),
+    "loss": ("Total loss", (*_DATA, "kd_loss", "kd_ratio")),
+    "val_kd_loss": ("Held-out {divergence} to the teacher", (*_HELD_OUT, "kd_loss")),
+    "val_class_loss": ("Held-out cross entropy", _HELD_OUT),
+    "val_agreement": ("Held-out top-1 agreement", _HELD_OUT),
+}
+TRAINING = ("kd_loss", "class_loss", "loss")
 MAX_POINTS = 1000
 
 
@@ -33,10 +38,21 @@ class Curve:
     bin_size: int
 
 
-def read_curves(rows: Sequence[Row], root: Path) -> list[Curve]:
-    """The curves of all rows; a cell whose folders are not where its results say has none.
+@dataclass(frozen=True)
+class TrainingRun:
+    """The run whose curves a cell has, of the row with this number; its config and start are empty where they are missing."""
 
-    Of a cell's training runs the last one is drawn that no other row has too: the others prepare it.
+    row: int
+    seed: Any
+    logged: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]
+    start: Mapping[str, Any]
+
+
+def read_training(rows: Sequence[Row], root: Path) -> list[TrainingRun]:
+    """The training runs of all rows; a cell whose folders are not where its results say has none.
+
+    Of a cell's training runs the last one counts that no other row has too: the others prepare it.
     """
     users: dict[str, set[int]] = {}
     for index, row in enumerate(rows):
@@ -46,16 +62,76 @@ def read_curves(rows: Sequence[Row], root: Path) -> list[Curve]:
     found = []
     for index, row in enumerate(rows):
         for cell in row.cells:
-            own = [root / folder / "metrics.jsonl" for folder in cell["folders"].values() if users[folder] == {index}]
-            existing = [path for path in own if path.exists()]
+            own = [root / folder for folder in cell["folders"].values() if users[folder] == {index}]
+            existing = [folder for folder in own if (folder / "metrics.jsonl").exists()]
             if existing:
-                found += _cell_curves(index, cell["axes"].get(SEED), read_rows(existing[-1]))
+                found.append(_training_run(index, cell["axes"].get(SEED), existing[-1]))
     return found
+
+
+def _training_run(row: int, seed: Any, folder: Path) -> TrainingRun:
+    config, runs = folder / "config.yaml", folder / "run.json"
+    starts = json.loads(runs.read_text(encoding="utf-8"))["starts"] if runs.is_file() else [{}]
+    return TrainingRun(
+        row, seed, read_rows(folder / "metrics.jsonl"), read_yaml(config) if config.is_file() else {}, starts[-1]
+    )
+
+
+def all_curves(runs: Sequence[TrainingRun]) -> list[Curve]:
+    """The curves of some training runs."""
+    return [curve for run in runs for curve in _cell_curves(run.row, run.seed, run.logged)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves that may stand on one pair of axes: those of a metric, in the rows with these numbers."""
+
+    metric: str
+    title: str
+    unit: str
+    rows: tuple[int, ...]
+
+
+def comparable_panels(runs: Sequence[TrainingRun], rows: Collection[int], metrics: Iterable[str]) -> list[Panel]:
+    """A panel for each metric and each group of rows in which it means the same: of the same data, divergence, mix.
+
+    A total loss of several kd_ratios is left out: each is another mix of the same two losses, which are drawn.
+    """
+    panels = []
+    for metric in metrics:
+        title, keys = SERIES[metric]
+        groups: dict[str, list[TrainingRun]] = {}
+        for run in runs:
+            if run.row in rows and any(row.get(metric) is not None for row in run.logged):
+                meaning = [_meaning(run, key) for key in keys]
+                groups.setdefault(json.dumps(meaning, sort_keys=True, default=str), []).append(run)
+        if (
+            metric == "loss"
+            and len({json.dumps(_meaning(run, "kd_ratio")) for one in groups.values() for run in one}) > 1
+        ):
+            continue
+        for number, group in enumerate(groups.values(), start=1):
+            name = title.format(divergence=divergence_title(group[0].config.get("kd_loss")))
+            suffix = f" ({number} of {len(groups)}: other data or divergence)" if len(groups) > 1 else ""
+            unit = "share of tokens" if metric == "val_agreement" else "nats per token"
+            if "{divergence}" in title and not name.removeprefix("Held-out ").startswith("KL "):
+                unit = "per token"
+            panels.append(Panel(metric, name + suffix, unit, tuple(dict.fromkeys(run.row for run in group))))
+    return panels
+
+
+def _meaning(run: TrainingRun, key: str) -> Any:
+    """What a key of a run's config says, by the fingerprint of the rows or tokenizer where the run has kept one."""
+    if not run.config:
+        return None
+    if key == "kd_ratio":
+        return run.config.get(key, 0.0)
+    return (run.start.get("inputs") or {}).get(key) or run.config.get(key)
 
 
 def _cell_curves(index: int, seed: Any, logged: Sequence[Mapping[str, Any]]) -> list[Curve]:
     found = []
-    for metric, _ in SERIES:
+    for metric in SERIES:
         points = [(row["step"], row[metric]) for row in logged if row.get(metric) is not None]
         if len(points) > 1:
             bin_size = -(-len(points) // MAX_POINTS)

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from kdtune.escape import printable
-from kdtune.sweeps.curves import SERIES, Curve
+from kdtune.sweeps.curves import Curve, Panel
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.results import DONE
 from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names
@@ -15,25 +15,28 @@ from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, ro
 
 def page(
     title: str,
+    facts: Sequence[tuple[str, str]],
     notes: Sequence[str],
     rows: Sequence[Row],
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[str],
     baseline: Row | None,
     curves: Sequence[Curve],
+    panels: Sequence[Panel],
 ) -> str:
-    """The page as HTML text: tables of rows and of cells, curves, failed cells."""
+    """The page as HTML text: what was run, tables of rows and of cells, curves in their panels, failed cells."""
     names = short_names(metrics)
     data = {
         "rows": [row.name for row in rows],
         "curves": [_curve_data(curve) for curve in curves],
-        "series": [{"metric": metric, "title": title} for metric, title in SERIES],
+        "panels": [vars(panel) | {"rows": list(panel.rows)} for panel in panels],
         "summary": _summary_data(rows, metrics, names, baseline),
         "cells": _cells_data(results, metrics, names),
     }
     parts = {
         "TITLE": quoted(title),
         "NOTES": "\n".join(f"<p>{quoted(note)}</p>" for note in notes),
+        "FACTS": _facts_html(facts),
         "FAILED": _failed_html(results),
         "STYLE": _part("report.css"),
         "DATA": embedded_json(data),
@@ -120,6 +123,11 @@ def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:
         return ["-", None, "", ""]
     value = values[axis]
     return [shown_value(value), value, "", ""]
+
+
+def _facts_html(facts: Sequence[tuple[str, str]]) -> str:
+    lines = [f"<tr><th scope=row>{quoted(name)}</th><td>{quoted(text)}</td></tr>" for name, text in facts]
+    return "\n".join(["<h2>What was run</h2>", '<table class="facts">', *lines, "</table>"]) if lines else ""
 
 
 def _failed_html(results: Sequence[Mapping[str, Any]]) -> str:

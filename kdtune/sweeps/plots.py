@@ -1,13 +1,15 @@
-"""PNG plots of a sweep's losses: one for all rows, and one for each axis with the rows that differ in it alone."""
+"""Plots of a sweep's losses: one for all rows, and one for each axis with the rows that differ in it alone."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdtune.escape import one_line
-from kdtune.sweeps.curves import TRAINING, Curve, running_mean
-from kdtune.sweeps.plan import shown_value
+from kdtune.sweeps.curves import SERIES, TRAINING, Curve, Panel, TrainingRun, comparable_panels, running_mean
+from kdtune.sweeps.plan import label, shown_value
 from kdtune.sweeps.statistics import summarize
 from kdtune.sweeps.tables import Row, axis_names
 
@@ -16,19 +18,34 @@ COLORS = ("#2563eb", "#d9480f", "#0a8f6c", "#b8408f", "#8a6d00", "#6b4fd8", "#17
 _STYLES = ("-", "--", ":", "-.")
 
 
-def plot_sweep(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> list[Path]:
-    """Draws losses.png and losses_by_AXIS.png into a folder and returns the files; none without curves."""
-    drawn = sorted({curve.row for curve in curves if curve.metric in dict(TRAINING)})
+# What LaTeX takes and what a page or a slide takes, beside the PNG.
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, in three files that differ in their suffix: `files[0]` is the PNG. The caption is plain text."""
+
+    files: tuple[Path, ...]
+    caption: str
+
+
+def plot_sweep(rows: Sequence[Row], runs: Sequence[TrainingRun], curves: Sequence[Curve], folder: Path) -> list[Plot]:
+    """Draws `losses` and `losses_by_AXIS` into a folder; none without curves."""
+    drawn = sorted({curve.row for curve in curves})
     if not drawn:
         return []
-    files = [_plot(rows, curves, drawn, folder / "losses.png", {index: rows[index].name for index in drawn})]
+    names = {index: rows[index].name for index in drawn}
+    plots = [_plot(rows, runs, curves, drawn, folder / "losses", names, "all rows")]
     for axis in axis_names(rows):
         family = one_axis_family(rows, drawn, axis)
         if 1 < len(family) < len(drawn):
             names = {index: f"{axis}={shown_value(rows[index].axes[axis])}" for index in family}
-            file_name = re.sub(r"\W", "_", f"losses_by_{axis}")
-            files.append(_plot(rows, curves, family, folder / f"{file_name}.png", names))
-    return files
+            others = label({name: value for name, value in rows[family[0]].axes.items() if name != axis})
+            what = f"rows that differ in {axis} alone" + (f", with {others}" if others else "")
+            stem = re.sub(r"\W", "_", f"losses_by_{axis}")
+            plots.append(_plot(rows, runs, curves, family, folder / stem, names, what))
+    return plots
 
 
 def one_axis_family(rows: Sequence[Row], candidates: Sequence[int], axis: str) -> list[int]:
@@ -53,47 +70,99 @@ def mean_and_band(curves: Sequence[Curve], window: int) -> tuple[list[float], li
 
 
 def _plot(
-    rows: Sequence[Row], curves: Sequence[Curve], family: Sequence[int], png: Path, names: dict[int, str]
-) -> Path:
+    rows: Sequence[Row],
+    runs: Sequence[TrainingRun],
+    curves: Sequence[Curve],
+    family: Sequence[int],
+    stem: Path,
+    names: Mapping[int, str],
+    what: str,
+) -> Plot:
+    """One figure of a page's width: a panel for each metric and group of comparable rows, the legend below."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(15, 4.2 + 0.22 * -(-len(family) // 3)), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
-    longest = max(len(curve.values) for curve in curves)
-    window = max(1, longest // 20)
-    handles: dict[int, Any] = {}
-    for axes, (metric, title) in zip(figure.subplots(1, len(TRAINING)), TRAINING, strict=True):
-        for place, index in enumerate(family):
-            own = [curve for curve in curves if curve.row == index and curve.metric == metric]
-            if own:
-                style = {
-                    "color": COLORS[place % len(COLORS)],
-                    "linestyle": _STYLES[place // len(COLORS) % len(_STYLES)],
-                }
-                steps, means, errors = mean_and_band(own, window)
-                lower = [mean - error for mean, error in zip(means, errors, strict=True)]
-                upper = [mean + error for mean, error in zip(means, errors, strict=True)]
-                handles.setdefault(index, axes.plot(steps, means, linewidth=1.6, **style)[0])
-                axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel="optimizer step", ylabel="nats per token")
-        axes.grid(alpha=0.3)
-    shown = [index for index in family if index in handles]
-    legend = figure.legend(
-        [handles[index] for index in shown], [one_line(names[index]) for index in shown], loc="outside lower center",
-        ncols=3, frameon=False, fontsize=9,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in a value is a dollar
-    figure.suptitle(_caption(rows, curves, family, window), fontsize=10)
-    figure.savefig(png, dpi=120)
-    return png
+    panels = comparable_panels(runs, family, SERIES)
+    panels = [panel for panel in panels if any(_curves_of(curves, panel, index) for index in panel.rows)]
+    lines = [group[start : start + 3]
+             for group in ([panel for panel in panels if (panel.metric in TRAINING) is training] for training in (True, False))
+             for start in range(0, len(group), 3)]  # fmt: skip
+    num_columns = max(map(len, lines))
+    styles = {index: {"color": COLORS[place % len(COLORS)], "linestyle": _STYLES[place // len(COLORS) % len(_STYLES)]}
+              for place, index in enumerate(family)}  # fmt: skip
+    window = max(1, max(len(curve.values) for curve in curves) // 20)
+    # Letters as letters, and the same file for the same numbers.
+    with matplotlib.rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "kdtune", "pdf.fonttype": 42}):
+        height = 2.1 * len(lines) + 0.18 * -(-len(family) // 3) + 0.2
+        figure = Figure(figsize=(7.5 * num_columns / 3 if num_columns < 3 else 7.5, height), layout="constrained")
+        FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
+        handles: dict[int, Any] = {}
+        grid = figure.subplots(len(lines), num_columns, squeeze=False)
+        for axes, panel in itertools.chain(*map(itertools.zip_longest, grid, lines)):
+            if panel is None:
+                axes.set_axis_off()
+                continue
+            for index in [index for index in family if index in panel.rows]:
+                if own := _curves_of(curves, panel, index):
+                    smooth = window if panel.metric in TRAINING else 1
+                    handles.setdefault(index, _draw(axes, own, smooth, styles[index]))
+            axes.set(xlabel="optimizer step", ylabel=panel.unit)
+            axes.set_title(panel.title, fontsize=8, parse_math=False)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+            axes.grid(alpha=0.3)
+        shown = [index for index in family if index in handles]
+        legend = figure.legend(
+            [handles[index] for index in shown], [one_line(names[index]) for index in shown], loc="outside lower center",
+            ncols=num_columns, frameon=False,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a value is a dollar
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, for all three
+        files = tuple(stem.with_name(f"{stem.name}{suffix}") for suffix in SUFFIXES)
+        for file in files:
+            dated = (
+                {}
+                if file.suffix == ".png"
+                else {"metadata": {"Date" if file.suffix == ".svg" else "CreationDate": None}}
+            )
+            figure.savefig(file, dpi=200, **dated)
+    return Plot(files, _caption(rows, curves, family, window, panels, what))
 
 
-def _caption(rows: Sequence[Row], curves: Sequence[Curve], family: Sequence[int], window: int) -> str:
-    most = max(len(rows[index].cells) for index in family)
-    parts = [f"mean over seeds, band: ± standard error (n up to {most})" if most > 1 else "one seed each"]
+def _curves_of(curves: Sequence[Curve], panel: Panel, row: int) -> list[Curve]:
+    return [curve for curve in curves if curve.row == row and curve.metric == panel.metric]
+
+
+def _draw(axes: Any, curves: Sequence[Curve], window: int, style: Mapping[str, str]) -> Any:
+    """A row's mean over its seeds with the band of its standard error; the line, for the legend."""
+    steps, means, errors = mean_and_band(curves, window)
+    lower = [mean - error for mean, error in zip(means, errors, strict=True)]
+    upper = [mean + error for mean, error in zip(means, errors, strict=True)]
+    axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.15, linewidth=0)
+    marker = "." if len(steps) <= 40 and window == 1 else ""
+    return axes.plot(steps, means, linewidth=1.2, marker=marker, **style)[0]
+
+
+def _caption(
+    rows: Sequence[Row], curves: Sequence[Curve], family: Sequence[int], window: int, panels: Sequence[Panel], what: str
+) -> str:
+    """What is drawn, over how many seeds, what the band is, how it is smoothed, and what is not drawn."""
+    counts = sorted({len(rows[index].cells) for index in family})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    parts = [f"Losses over the optimizer steps, {what}"]
+    parts.append(
+        f"lines are means over {n} seeds, bands ± one standard error (s / √n)"
+        if counts[-1] > 1
+        else "one seed each (n = 1)"
+    )
     bin_size = max(curve.bin_size for curve in curves)
     if window * bin_size > 1:
-        parts.append(f"running mean of {window * bin_size} logged steps")
-    return "; ".join(parts)
+        parts.append(
+            f"training curves are running means of {window * bin_size} logged steps, held-out values as measured"
+        )
+    if "loss" not in [panel.metric for panel in panels]:
+        parts.append("the total loss is not drawn: with another kd_ratio it is another mix of the two losses")
+    return f"{'; '.join(parts)}."

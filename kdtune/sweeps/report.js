@@ -74,9 +74,9 @@ function smooth(values, window) {
 }
 
 // Mean over the seeds of a row at every step that all of them have, and its standard error.
-function rowLines(metric) {
+function rowLines({ metric, rows }) {
   const training = !metric.startsWith("val_");
-  return drawnRows.filter((row) => !state.hidden.has(row)).map((row) => {
+  return drawnRows.filter((row) => rows.includes(row) && !state.hidden.has(row)).map((row) => {
     const seeds = data.curves.filter((curve) => curve.row === row && curve.metric === metric).map((curve) => {
       const values = training ? smooth(curve.values, state.window) : curve.values;
       return { seed: curve.seed, points: new Map(curve.steps.map((step, index) => [step, values[index]])) };
@@ -101,7 +101,7 @@ function ticks(low, high, count) {
 }
 
 function drawPanel(panel) {
-  const lines = rowLines(panel.metric);
+  const lines = rowLines(panel);
   const [x0, x1] = state.range || fullRange();
   const inside = ({ step }) => step >= x0 && step <= x1;
   const heights = lines.flatMap((line) => [
@@ -136,7 +136,7 @@ function drawPanel(panel) {
     const dots = few ? line.points.map((p) => `<circle class="point" fill="${color(line.row)}" r="3" cx="${x(p.step)}" cy="${y(p.mean)}"/>`) : [];
     return `${band}${thin}${dots.join("")}<path class="curve" ${style} data-row="${line.row}" d="${path(line.points.map((p) => [p.step, p.mean]))}"/>`;
   });
-  const clip = `clip-${panel.metric}`;
+  const clip = `clip-${panels.indexOf(panel)}`;
   panel.svg.innerHTML = `<clipPath id="${clip}"><rect x="${LEFT}" y="0" width="${WIDTH - LEFT - RIGHT}" height="${HEIGHT - BOTTOM}"/></clipPath>
     ${axis.join("")}<g clip-path="url(#${clip})">${curves.join("")}</g>
     <rect class="brush" y="${TOP}" height="${HEIGHT - TOP - BOTTOM}" width="0"/>
@@ -183,10 +183,10 @@ function showTooltip(panel, event) {
   tooltip.style.top = `${Math.max(4, Math.min(event.clientY + 14, innerHeight - box.height - 6))}px`;
 }
 
-function addPanel({ metric, title }) {
-  const box = element("div", { class: "panel" }, element("h3", {}, title));
+function addPanel({ metric, title, unit, rows }) {
+  const box = element("div", { class: "panel" }, element("h3", {}, `${title} (${unit})`));
   box.insertAdjacentHTML("beforeend", `<svg role="img" viewBox="0 0 ${WIDTH} ${HEIGHT}"></svg>`);
-  const panel = { metric, svg: box.querySelector("svg") };
+  const panel = { metric, rows, svg: box.querySelector("svg") };
   panel.svg.setAttribute("aria-label", `${title} over the optimizer steps, a line for each row; the tables hold the final values`);
   let start = null;
   panel.svg.addEventListener("pointerdown", (event) => {
@@ -262,7 +262,8 @@ function drawCurves() {
   byId("show-all").addEventListener("click", () => { state.hidden.clear(); drawLegend(); redraw(); });
   byId("show-none").addEventListener("click", () => { drawnRows.forEach((row) => state.hidden.add(row)); drawLegend(); redraw(); });
   byId("reset").addEventListener("click", resetZoom);
-  data.series.filter(({ metric }) => data.curves.some((curve) => curve.metric === metric)).forEach(addPanel);
+  data.panels.filter(({ metric, rows }) => data.curves.some((curve) => curve.metric === metric && rows.includes(curve.row)))
+    .forEach(addPanel);
   drawLegend();
   redraw();
 }

@@ -1,4 +1,4 @@
-"""The report of a sweep: report.md, report.csv, cells.csv, PNG plots and report.html from a results.jsonl."""
+"""The report of a sweep: report.md, report.csv, cells.csv, report.tex, plots and report.html from a results.jsonl."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
-from kdtune.escape import markdown_fence, markdown_text
+from kdtune.escape import markdown_fence, markdown_table, markdown_text
 from kdtune.log import get_logger
 from kdtune.paths import user_path
-from kdtune.sweeps.curves import Curve, read_curves
+from kdtune.sweeps.curves import SERIES, Curve, Panel, TrainingRun, all_curves, comparable_panels, read_training
+from kdtune.sweeps.latex import latex_report
 from kdtune.sweeps.page import page
-from kdtune.sweeps.plots import plot_sweep
+from kdtune.sweeps.plots import Plot, plot_sweep
 from kdtune.sweeps.results import DONE, finite_metrics, read_rows
 from kdtune.sweeps.tables import (
     Row,
@@ -26,8 +27,12 @@ from kdtune.sweeps.tables import (
     rows_over_seeds,
     summary_table,
 )
+from kdtune.training import run_facts
 
 log = get_logger(__name__)
+
+# Of a setting in which the runs differ, so many values are listed.
+MAX_VALUES = 6
 
 _CELL_KEYS = ("cell", "axes", "status", "metrics", "seconds", "folders")
 
@@ -81,20 +86,45 @@ def write_report(
         log.warning("report: %s", misfit)
     names = chosen_metrics(rows, metrics)
     base = baseline_row(rows, baseline)
-    curves = read_curves(rows, user_path(results_file).parent)
+    runs = read_training(rows, user_path(results_file).parent)
+    curves, facts = all_curves(runs), shared_facts(runs)
     folder = user_path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    plots = plot_sweep(rows, curves, folder)
+    plots = plot_sweep(rows, runs, curves, folder)
     notes = [*report_notes(results, rows, base, curves), *(f"Left out: {misfit}." for misfit in misfits)]
     texts = {
-        "report.md": markdown(title, notes, results, rows, names, base, [path.name for path in plots]),
+        "report.md": markdown(title, facts, notes, results, rows, names, base, plots),
         "report.csv": csv_table(rows, names, base),
         "cells.csv": csv_cells(results),
-        "report.html": page(title, notes, rows, results, names, base, curves),
+        "report.html": page(title, facts, notes, rows, results, names, base, curves, _page_panels(runs, rows)),
+        "report.tex": latex_report(title, facts, rows, names, base, plots),
     }
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
-    return [*(folder / name for name in texts), *plots]
+    return [*(folder / name for name in texts), *(file for plot in plots for file in plot.files)]
+
+
+def _page_panels(runs: Sequence[TrainingRun], rows: Sequence[Row]) -> list[Panel]:
+    return comparable_panels(runs, range(len(rows)), SERIES)
+
+
+def shared_facts(runs: Sequence[TrainingRun]) -> list[tuple[str, str]]:
+    """What was run, a name and a text each: what all training runs have in common, and the values where they differ.
+
+    Runs of recipes of the user's own, which have other keys, are left out.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        if not {"optimizer", "dataset", "tokenizer", "batch_size"} <= run.config.keys() or "versions" not in run.start:
+            continue
+        date = [("date", run.start["started"][:10])] if run.start.get("started") else []
+        for name, text in [*run_facts(run.config, run.start, run.logged), *date]:
+            found.setdefault(name, {})[text] = None
+    return [(name, _either(list(texts))) for name, texts in found.items()]
+
+
+def _either(texts: Sequence[str]) -> str:
+    return " | ".join(texts) if len(texts) <= MAX_VALUES else f"{len(texts)} different, such as {texts[0]}"
 
 
 def report_notes(
@@ -126,20 +156,26 @@ def report_notes(
 
 def markdown(
     title: str,
+    facts: Sequence[tuple[str, str]],
     notes: Sequence[str],
     results: Sequence[Mapping[str, Any]],
     rows: Sequence[Row],
     metrics: Sequence[str],
     baseline: Row | None,
-    plots: Sequence[str],
+    plots: Sequence[Plot],
 ) -> str:
     """The report as Markdown, its plots by file name."""
-    parts = [f"# {markdown_text(title)}", *map(markdown_text, notes)]
+    parts = [f"# {markdown_text(title)}"]
+    if facts:
+        lines = [[name, markdown_text(text)] for name, text in facts]
+        parts += ["## What was run", markdown_table(["", ""], lines, num_text=2)]
+    parts += ["## How to read it", *map(markdown_text, notes)]
     if rows:
         parts += ["## Results", summary_table(rows, metrics)]
     if baseline is not None and len(rows) > 1:
         parts += ["## Difference to the baseline", difference_table(rows, metrics, baseline)]
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
+    for plot in plots:
+        parts += [f"![{plot.files[0].stem}]({plot.files[0].name})", markdown_text(plot.caption)]
     failed = [cell for cell in results if cell["status"] != DONE]
     if failed:
         parts.append("## Failed cells")

@@ -8,7 +8,10 @@ from kdtune.tokenizers.gguf import GGUFTokenizer
 
 
 def byte_tokenizer(max_seq_len: int | None = None) -> GGUFTokenizer:
-    """One id a byte of UTF-8 (256), then <|im_start|> and <|im_end|>, with ChatML as its chat template."""
+    """One id a byte of UTF-8 (256), then <|im_start|> and <|im_end|>, with ChatML as its chat template.
+
+    max_seq_len: what datasets truncate to, in tokens; None: nothing is cut.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

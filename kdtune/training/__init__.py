@@ -22,6 +22,7 @@ from kdtune.training.loop import (
 )
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
+from kdtune.training.model_card import divergence_title, model_card, run_facts
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs
@@ -94,6 +95,7 @@ __all__ = [
     "device_problems",
     "divergence_of",
     "divergence_problems",
+    "divergence_title",
     "dtype_from_name",
     "enter_epoch",
     "example_lengths",
@@ -114,6 +116,7 @@ __all__ = [
     "lost_share",
     "memory_stats",
     "metrics_csv",
+    "model_card",
     "new_folder_problems",
     "output_dir_problems",
     "plan_on_paper",
@@ -128,6 +131,7 @@ __all__ = [
     "reset_peak_memory",
     "resolve_device",
     "resume_extra",
+    "run_facts",
     "samples_text",
     "set_seed",
     "set_step_seed",

@@ -11,6 +11,7 @@ from typing import Any
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
+from kdtune.training.model_card import divergence_title
 from kdtune.training.run_folder import differing_values, read_resolved_config
 
 VALIDATION = "val_class_loss"
@@ -102,8 +103,7 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
 def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
     """What the runs' `val_kd_loss` is called; comparable runs have the same, whose code need not be here."""
     losses = [run.config.get("kd_loss") for run in runs.values() if run.has_teacher]
-    name = str(losses[0].get("_component_", "")) if losses and isinstance(losses[0], Mapping) else ""
-    return "KL" if name in ("", "kdtune.losses.ForwardKLLoss") else name.rpartition(".")[2].removesuffix("Loss")
+    return divergence_title(losses[0] if losses else None)
 
 
 def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:

@@ -116,8 +116,9 @@ class TensorBoardLogger:
 
 
 class WandBLogger:
-    """Sends numbers to Weights & Biases; the arguments are `wandb.init`'s. Needs `pip install 'kdtune[wandb]'`.
+    """Sends numbers to Weights & Biases; needs `pip install 'kdtune[wandb]'`.
 
+    project, entity, group, name and the rest are `wandb.init`'s.
     `log_dir` is where wandb keeps its files; None: where wandb likes.
     """
 

@@ -67,7 +67,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
         ),
         "## Training",
         markdown_table(
-            ["", ""], [[name, markdown_text(value)] for name, value in _facts(config, start, rows)], num_text=2
+            ["", ""], [[name, markdown_text(value)] for name, value in run_facts(config, start, rows)], num_text=2
         ),
     ]
     if results := _results(rows, config):
@@ -122,10 +122,16 @@ def _folder(checkpointer: Any) -> Path | None:
     return path.parent if path.is_file() else path
 
 
-def _facts(
+def run_facts(
     config: Mapping[str, Any], start: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    """What made the model, a name and a text each."""
+    """What made a run's model, a name and a text each: models, data, loss, steps, optimizer, versions.
+
+    Args:
+        config: the run's config.yaml, of finetune or knowledge_distillation.
+        start: of its run.json, the start that it went to its end with.
+        rows: of its metrics.jsonl.
+    """
     trained = [row for row in rows if "loss" in row]
     tokens = sum(row.get("num_valid_tokens", 0) for row in trained)
     per_step = config["batch_size"] * start.get("batches_per_step", config["gradient_accumulation_steps"])
@@ -134,7 +140,8 @@ def _facts(
     if "kd_ratio" in config:
         found += [
             ("teacher", model_name(config.get("teacher_checkpointer")) or "random weights"),
-            ("loss", f"{1 - config['kd_ratio']:.4g} × cross entropy + {config['kd_ratio']:.4g} × divergence"),
+            ("loss", "(1 - kd_ratio) × cross entropy + kd_ratio × divergence"),
+            ("kd_ratio", f"{config['kd_ratio']:.4g}"),
             ("divergence from the teacher", component_text(config["kd_loss"])),
         ]
     else:
@@ -143,10 +150,13 @@ def _facts(
         ("data", _data_text(config["dataset"], inputs.get("dataset"))),
         ("held-out data", _data_text(config.get("dataset_val"), inputs.get("dataset_val"))),
         ("longest example", f"{config['tokenizer'].get('max_seq_len') or 'any number of'} tokens"),
-        ("steps", f"{trained[-1]['step'] if trained else 0}, of {per_step} examples each; {tokens:,.0f} tokens with a label"),
+        ("steps", str(trained[-1]["step"] if trained else 0)),
+        ("examples a step", str(per_step)),
+        ("tokens with a label", f"{tokens:,.0f}"),
         ("trained", "all parameters" if config.get("adapter") is None else component_text(config["adapter"])),
         ("optimizer", component_text(config["optimizer"])),
-        ("learning rate", f"{config['optimizer'].get('lr', 'default')}, {component_text(config.get('lr_scheduler')) or 'constant'}"),
+        ("learning rate", str(config["optimizer"].get("lr", "the optimizer's default"))),
+        ("schedule", component_text(config.get("lr_scheduler")) or "constant"),
         ("weights", config["dtype"]),
         ("seed", str(config["seed"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)),
@@ -172,6 +182,12 @@ def _value_text(value: Any) -> str:
         is_path = re.match(r"[/~.]|\S*/\S*$", value) and not _is_on_hub(value)
         return value.rstrip("/").rpartition("/")[2] if is_path else value
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def divergence_title(kd_loss: Any) -> str:
+    """What the divergence of a config's `kd_loss` is called: KL, or its own name, whose code need not be here."""
+    name = str(kd_loss.get("_component_", "")) if isinstance(kd_loss, Mapping) else ""
+    return "KL" if name in ("", "kdtune.losses.ForwardKLLoss") else name.rpartition(".")[2].removesuffix("Loss")
 
 
 def _data_text(node: Any, fingerprint: Any) -> str:
@@ -207,10 +223,7 @@ def _results(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> st
     header = ["model", "cross entropy", "perplexity"]
     is_distilled = any("val_kd_loss" in row for row in validated)
     if is_distilled:
-        is_kl = config["kd_loss"].get("_component_") == "kdtune.losses.ForwardKLLoss"
-        header += [
-            "KL to the teacher" if is_kl else f"{config['kd_loss']['_component_'].rpartition('.')[2]} to the teacher"
-        ]
+        header += [f"{divergence_title(config['kd_loss'])} to the teacher"]
         header += ["same top token"]
     cells = []
     for name, row in lines:

@@ -87,7 +87,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """`torch.optim.AdamW` that decays matrices only: norms and biases (fewer than two dimensions) keep their size.
 
-    `torch.optim.AdamW` itself, named in a config, decays every parameter, as torchtune's configs do.
+    `torch.optim.AdamW` itself, named in a config, decays every parameter, as torchtune's configs do. params: named
+    parameters, such as of `trainable_parameters`. lr, betas, eps, weight_decay and fused: as torch.optim.AdamW's.
     """
     return torch.optim.AdamW(decay_groups(params, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=fused)  # type: ignore[arg-type]
 

@@ -26,7 +26,16 @@ def get_cosine_schedule_with_warmup(
     *,
     min_lr_ratio: float = 0.0,
 ) -> LambdaLR:
-    """Warm-up, then `num_cycles` waves of a cosine (0.5: one fall from 1 to `min_lr_ratio`)."""
+    """Warm-up, then `num_cycles` waves of a cosine (0.5: one fall from 1 to `min_lr_ratio`).
+
+    Args:
+        optimizer: the schedule is a factor on each of its parameter groups' own learning rate.
+        num_warmup_steps: steps in which the factor rises to 1, from 1 / num_warmup_steps at the first.
+        num_training_steps: all steps, those of the warm-up too; a recipe gives it.
+        num_cycles: waves after the warm-up.
+        last_epoch: torch's: the last step made, -1 before the first.
+        min_lr_ratio: the factor that the shape falls to.
+    """
 
     def shape(progress: float) -> float:
         return max(0.0, 0.5 * (1.0 + math.cos(2.0 * math.pi * num_cycles * progress)))
@@ -42,7 +51,7 @@ def get_linear_schedule_with_warmup(
     *,
     min_lr_ratio: float = 0.0,
 ) -> LambdaLR:
-    """Warm-up, then a straight fall from 1 to `min_lr_ratio`."""
+    """Warm-up, then a straight fall from 1 to `min_lr_ratio`; the arguments are get_cosine_schedule_with_warmup's."""
     shape = _lift(lambda progress: 1.0 - progress, min_lr_ratio)
     return _with_warmup(optimizer, num_warmup_steps, num_training_steps, shape, last_epoch)
 
@@ -50,7 +59,7 @@ def get_linear_schedule_with_warmup(
 def get_constant_schedule_with_warmup(
     optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """Warm-up, then the full rate to the end."""
+    """Warm-up, then the full rate to the end; the arguments are get_cosine_schedule_with_warmup's."""
     return _with_warmup(optimizer, num_warmup_steps, num_training_steps, lambda progress: 1.0, last_epoch)
 
 
@@ -62,7 +71,10 @@ def get_exponential_schedule_with_warmup(
     *,
     min_lr_ratio: float = 0.01,
 ) -> LambdaLR:
-    """Warm-up, then min_lr_ratio ** progress: the same factor each step, down to `min_lr_ratio` (above 0)."""
+    """Warm-up, then min_lr_ratio ** progress: the same factor each step, down to `min_lr_ratio` (above 0).
+
+    The other arguments are get_cosine_schedule_with_warmup's.
+    """
     if not 0.0 < min_lr_ratio <= 1.0:
         raise ConfigError(
             f"lr_scheduler.min_lr_ratio={min_lr_ratio}: an exponential fall ends above 0 and at most at 1"
@@ -74,7 +86,10 @@ def get_exponential_schedule_with_warmup(
 def get_inverse_sqrt_schedule_with_warmup(
     optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """Warm-up, then sqrt(W / (k + 1)), W at least 1 (Vaswani et al. 2017, section 5.3, scaled to a peak of 1)."""
+    """Warm-up, then sqrt(W / (k + 1)), W at least 1 (Vaswani et al. 2017, section 5.3, scaled to a peak of 1).
+
+    The arguments are get_cosine_schedule_with_warmup's.
+    """
     _check_steps(num_warmup_steps, num_training_steps)
     peak = max(1, num_warmup_steps)
 
@@ -96,7 +111,8 @@ def get_wsd_schedule(
 ) -> LambdaLR:
     """Warm-up, stable, decay: the full rate until the last `num_decay_steps`, then a fall to `min_lr_ratio`.
 
-    `decay` is "linear", "cosine" or "sqrt" (1 - sqrt(progress), Hägele et al. 2024, arXiv 2405.18392).
+    `decay` is "linear", "cosine" or "sqrt" (1 - sqrt(progress), Hägele et al. 2024, arXiv 2405.18392). The other arguments
+    are get_cosine_schedule_with_warmup's.
     """
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda progress: 1.0 - progress,

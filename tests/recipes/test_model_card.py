@@ -75,13 +75,13 @@ def test_it_says_what_was_done_and_what_came_out(adapted: Path) -> None:
     card = ModelCard.load(adapted / "final/README.md")
     facts = dict(row for row in table(card, "Training")[1:])
     assert facts["base model"] == "acme/Tiny-Instruct" and facts["teacher"] == "random weights"
-    assert facts["loss"] == "0.25 × cross entropy + 0.75 × divergence"
+    assert facts["loss"] == "(1 - kd_ratio) × cross entropy + kd_ratio × divergence" and facts["kd_ratio"] == "0.75"
     assert facts["data"].startswith("kdtune.data.alpaca_dataset(source=my rows|<b>.jsonl, split=train[:6])")
     assert facts["held-out data"].startswith("kdtune.data.quickstart_dataset(split=test)")
     rows = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(row.get("num_valid_tokens", 0) for row in rows)
-    assert facts["steps"] == f"4, of 3 examples each; {tokens:,.0f} tokens with a label"
-    assert facts["learning rate"].startswith("0.01, kdtune.training.get_cosine_schedule_with_warmup(")
+    assert (facts["steps"], facts["examples a step"], facts["tokens with a label"]) == ("4", "3", f"{tokens:,.0f}")
+    assert facts["learning rate"] == "0.01" and "get_cosine_schedule_with_warmup(" in facts["schedule"]
     assert facts["seed"] == "3" and f"torch {torch.__version__}" in facts["versions"]
     header, before, after, teacher = table(card, "Held-out results")
     assert header == ["model", "cross entropy", "perplexity", "KL to the teacher", "same top token"]

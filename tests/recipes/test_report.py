@@ -243,6 +243,110 @@ def test_files_that_are_not_results(tmp_path: Path, text: str, words: str) -> No
         write_report(tmp_path / "results.jsonl", tmp_path, title="t")
 
 
+def trained_cell(folder: Path, axes: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A finished cell with a training run of six steps as finetune and knowledge_distillation leave it."""
+    run = folder / f"train-{len(list(folder.glob('train-*')))}"
+    run.mkdir()
+    config = {
+        "dataset": {"_component_": "kdtune.data.alpaca_dataset", "source": "/home/me/secret/rows.jsonl"},
+        "dataset_val": {"_component_": "kdtune.data.quickstart_dataset", "split": "test"},
+        "tokenizer": {"_component_": "kdtune.tokenizers.byte_tokenizer", "max_seq_len": 64},
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01}, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "kd_ratio": 0.5, "kd_loss": {"_component_": "kdtune.losses.ForwardKLLoss"}, "dtype": "fp32", "seed": 0,
+        "checkpointer": {"checkpoint_dir": "/models/Tiny-Instruct"},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(json.dumps(config | changes))
+    start = {
+        "started": "2026-11-29T18:00:00+00:00",
+        "versions": {"kdtune": "0.1.0", "torch": "2.13.0"},
+        "batches_per_step": 2,
+    }
+    (run / "run.json").write_text(json.dumps({"starts": [start]}))
+    rows: list[dict[str, Any]] = [
+        {"step": step, "loss": 3 / step, "class_loss": 4 / step, "kd_loss": 2 / step, "num_valid_tokens": 10}
+        for step in range(1, 7)
+    ]
+    rows[0] |= {"val_kd_loss": 2.0, "val_class_loss": 3.0}
+    rows[-1] |= {"val_kd_loss": 1.0, "val_class_loss": 2.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return cell(axes, {"train.val_kd_loss": 1.0}, folders={"train": run.name})
+
+
+def panels(folder: Path) -> dict[str, list[list[int]]]:
+    """The rows of each panel of the page, by metric."""
+    found: dict[str, list[list[int]]] = {}
+    for panel in page_data(folder)["panels"]:
+        found.setdefault(panel["metric"], []).append(panel["rows"])
+    return found
+
+
+def test_curves_that_mean_different_things_have_panels_of_their_own(tmp_path: Path) -> None:
+    skewed = {"_component_": "mine.SkewedLoss"}
+    other = {"_component_": "kdtune.data.quickstart_dataset", "split": "train"}
+    cells = [
+        trained_cell(tmp_path, {"a": 0}),
+        trained_cell(tmp_path, {"a": 1}, optimizer={"_component_": "torch.optim.SGD", "lr": 0.1}, seed=3),
+        trained_cell(tmp_path, {"a": 2}, kd_loss=skewed),
+        trained_cell(tmp_path, {"a": 3}, dataset_val=other),
+    ]
+    write(tmp_path, cells)
+    assert panels(tmp_path) == {
+        "kd_loss": [[0, 1, 3], [2]], "class_loss": [[0, 1, 2, 3]], "loss": [[0, 1, 3], [2]],
+        "val_kd_loss": [[0, 1], [2], [3]], "val_class_loss": [[0, 1, 2], [3]],
+    }  # fmt: skip
+    titles = [panel["title"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
+    assert titles[0].startswith("KL to the teacher (1 of 2") and titles[1].startswith("Skewed to the teacher (2 of 2")
+    units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
+    assert units == ["nats per token", "per token"]
+    drawn = (tmp_path / "report/losses.svg").read_text()
+    assert "Skewed to the teacher (2 of 2" in drawn and drawn.count("Held-out") == 5
+
+
+def test_total_losses_of_several_mixes_are_not_drawn(tmp_path: Path) -> None:
+    cells = [
+        trained_cell(tmp_path, {"kd_ratio": ratio, "lr": lr}, kd_ratio=ratio) for ratio in (0.0, 0.5) for lr in (1, 2)
+    ]
+    text = write(tmp_path, cells)
+    assert "loss" not in panels(tmp_path) and len(panels(tmp_path)["kd_loss"]) == 1
+    assert "Total loss" not in (tmp_path / "report/losses.svg").read_text()
+    assert "the total loss is not drawn" in text
+    assert "Total loss" in (tmp_path / "report/losses_by_lr.svg").read_text(), "of one kd_ratio it is"
+
+
+def test_the_report_says_what_was_run(tmp_path: Path) -> None:
+    cells = [
+        trained_cell(tmp_path, {"lr": lr}, optimizer={"_component_": "torch.optim.AdamW", "lr": lr})
+        for lr in (0.1, 0.2)
+    ]
+    text = write(tmp_path, cells)
+    page = (tmp_path / "report/report.html").read_text()
+    for name, value in (("base model", "Tiny-Instruct"), ("learning rate", "0.1 | 0.2"), ("steps", "6"), ("examples a step", "8"),
+                        ("data", "kdtune.data.alpaca_dataset(source=rows.jsonl, split=train)"), ("date", "2026-11-29"),
+                        ("versions", "kdtune 0.1.0, torch 2.13.0")):  # fmt: skip
+        assert f"<th scope=row>{name}</th><td>{value}</td>" in page
+        assert f"| {name} | {value.replace('|', chr(92) + '|')} |" in text
+    assert "secret" not in page + text, "no path of this machine"
+
+
+def test_latex_is_whole_and_says_n_and_what_the_error_is(tmp_path: Path) -> None:
+    cells = [
+        trained_cell(tmp_path, {"m_%": method, "seed": seed}, seed=seed) for method in ("a&b", "c") for seed in (0, 1)
+    ]
+    cells = [row | {"metrics": {"train.x_y": float(index) - 1}} for index, row in enumerate(cells)]
+    write(tmp_path, cells, baseline={"m_%": "c"})
+    text = (tmp_path / "report/report.tex").read_text()
+    assert r"a\&b & $2$ & $-0.5000$ $\pm$ $0.5000$ \\" in text and r"m\_\% & n & x\_y \\" in text
+    assert r"mean over n seeds $\pm$ its standard error $s/\sqrt{n}$" in text and "n = 2 seeds" in text
+    for kind in ("table", "figure", "tabular"):
+        assert text.count(rf"\begin{{{kind}}}") == text.count(rf"\end{{{kind}}}") > 0
+    assert text.count("{") == text.count("}") and r"\toprule" in text
+    for name in re.findall(r"includegraphics\[.*?\]\{(.*?)\}", text):
+        for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
+            assert (tmp_path / f"report/{name}{suffix}").read_bytes().startswith(magic)
+    outside = re.sub(r"\$[^$]*\$", "", re.sub(r"%.*", "", text, count=1))
+    assert not re.search(r"(?<!\\)[_#]", re.sub(r"\\(label|includegraphics\[.*?\])\{.*?\}", "", outside))
+
+
 UNSAFE = [
     "<script>alert(1)</script>",
     "[a](javascript:alert(1)) ![b](http://example.org/x.png)",

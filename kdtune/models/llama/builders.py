@@ -20,7 +20,22 @@ def llama(
     rope_scaling: RopeScaling | None = None,
     tie_embeddings: bool = False,
 ) -> Transformer:
-    """A Llama of any size. ``num_kv_heads`` None: as many as heads; ``head_dim`` None: ``embed_dim / num_heads``."""
+    """A Llama of any size, with random weights.
+
+    Args:
+        vocab_size: rows of the embedding and of the head.
+        embed_dim: width of the residual stream.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        intermediate_dim: width inside the feed-forward.
+        num_kv_heads: key and value heads; None: as many as query heads.
+        head_dim: width of a head; None: ``embed_dim / num_heads``.
+        max_seq_len: the context, in tokens.
+        norm_eps: of the RMS norms.
+        rope_base: theta of the rotary embedding.
+        rope_scaling: how Llama 3.1 stretches it to a longer context; None: not.
+        tie_embeddings: the head is the embedding.
+    """
     config = TransformerConfig(
         vocab_size=vocab_size,
         embed_dim=embed_dim,
