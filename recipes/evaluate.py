@@ -137,7 +137,7 @@ class Config:
         found += [
             f"rouge: the name {name!r} occurs twice; sets need different names" for name in evaluation.repeated(names)
         ]
-        return found + data.first_row_problems(self)
+        return found + training.divergence_problems(self.kd_loss) + data.first_row_problems(self)
 
     def _unused(self) -> list[str]:
         """Settings without the thing that they are for."""
@@ -324,8 +324,9 @@ def measure_held_out(
     dtype = cfg.teacher_dtype or cfg.dtype
     teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
     losses.check_head("teacher", teacher.output)
-    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size)
-    loss = losses.KDLoss(config.instantiate(cfg.kd_loss), kd_ratio=1.0)
+    kd_loss = config.instantiate(cfg.kd_loss)
+    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss.divergence)
+    loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
                                    progress=progress, total=world.sum)  # fmt: skip
     teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]

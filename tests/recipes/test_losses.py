@@ -66,9 +66,17 @@ def test_a_student_with_more_rows_than_its_teacher(
     assert rows(here / "alone")[0]["val_class_loss"] == before["val_class_loss"]
 
 
-@pytest.mark.parametrize("command", [("run", "knowledge_distillation", "--config"), ("validate",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"),
+        ("validate", "tiny/knowledge_distillation"),
+        ("run", "evaluate", "--config", "tiny/evaluate"),
+    ],
+    ids=["run", "validate", "evaluate"],
+)
 def test_a_divergence_of_the_wrong_shape_is_a_finding(command: tuple[str, ...], cli: CLI, here: Path) -> None:
-    done = cli(*command, "tiny/knowledge_distillation", "kd_loss=own_divergences.MeanKL", f"output_dir={here / 'out'}")
+    done = cli(*command, "kd_loss=own_divergences.MeanKL", f"output_dir={here / 'out'}")
     assert done.code == 2
     assert "kd_loss: the divergence own_divergences.MeanKL.divergence gives a tensor of shape []" in done.err
     assert "allowed is one value a token" in done.err
