@@ -1,6 +1,7 @@
 """The `kdtune` command line: which commands there are, and what the user sees when one fails."""
 
 import argparse
+import os
 import sys
 
 import kdtune
@@ -43,7 +44,18 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
     argv = sys.argv[1:] if argv is None else argv
     outlive_readers()
+    _fit_progress_bars()
     sys.exit(run_command(argv))
+
+
+def _fit_progress_bars() -> None:
+    """Bars of tqdm are as wide as the terminal, and in a log file they come every 15 seconds, not ten times a second.
+
+    tqdm reads these settings when it is imported, in the processes of a sweep too.
+    """
+    os.environ.setdefault("TQDM_DYNAMIC_NCOLS", "1")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "15")
 
 
 def run_command(argv: list[str]) -> int:

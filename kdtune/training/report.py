@@ -84,7 +84,7 @@ def print_results(output_dir: Path, *, trained: str, best_metric: str | None, di
 
 
 def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, divergence: str = "KL") -> str | None:
-    """Text table of held-out metrics: the teacher's, those before each run's first step, those after its last step.
+    """Text table of held-out metrics, per token: the teacher's, those before each run's first step, those after its last step.
 
     Args:
         runs: each run's metrics, by what the table calls the model it trains. The first row with a validation is "before",
@@ -123,7 +123,7 @@ def _starts(first_rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
     class_loss, kd_loss, agreement = row[_CLASS_LOSS], row.get("val_kd_loss"), row.get("val_agreement")
     return {
-        "held-out, nats/token": title,
+        "held-out (nats)": title,
         "cross entropy": class_loss,
         "perplexity": None if class_loss is None else f"{math.exp(min(class_loss, 700)):.4g}".rjust(10),
         "KL to teacher": kd_loss,
