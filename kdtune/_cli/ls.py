@@ -1,4 +1,4 @@
-"""`kdtune ls`: the shipped recipes and configs, those of a folder, or one recipe's keys."""
+"""`kdtune ls`: recipes and configs, those of a folder, one recipe's keys; components of a kind, or what one of them takes."""
 
 import argparse
 import textwrap
@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 from kdtune import _assets
 
 _WIDTH = 110
+# Written out, so that a listing of recipes does not import what lists components.
+_KINDS = (
+    "adapters", "checkpointers", "datasets", "loggers", "losses", "models", "optimizers", "parallelism", "profilers",
+    "schedules", "tokenizers",
+)  # fmt: skip
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,7 +19,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("ls", help="list recipes and configs, or a recipe's keys", description=__doc__)
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a recipe: show its summary, aliases, configs and keys; a folder of configs, "
-        "or a config: show which recipes they are for",
+        "or a config: show which recipes they are for; a kind of components (" + ", ".join(_KINDS) + "), or a component by its "
+        "dotted path",
     )  # fmt: skip
     parser.set_defaults(func=execute)
 
@@ -25,8 +31,23 @@ def execute(arguments: argparse.Namespace) -> None:
     if name is None:
         print(table(_assets.configs()))
         return
+    if text := components_text(name):
+        print(text)
+        return
     inside = [config for config in _assets.configs() if f"{config.name}/".startswith(f"{name.rstrip('/')}/")]
     print(table(inside, all_recipes=False) if inside else describe(_assets.find_recipe(name)))
+
+
+def components_text(name: str) -> str | None:
+    """What there is of a kind of components, or what one takes; None where the name is neither."""
+    is_component = (
+        name.count(".") > 0 and name.replace(".", "").isidentifier() and not name.endswith((".py", ".yaml", ".yml"))
+    )
+    if not is_component and name not in _KINDS:
+        return None
+    from kdtune._cli.components import component_text, kind_text
+
+    return component_text(name) if is_component else kind_text(name)
 
 
 def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str:

@@ -15,6 +15,8 @@ examples:
   kdtune ls                                     recipes and their configs
   kdtune ls knowledge_distillation              the keys of a recipe's config
   kdtune ls llama3_2                            the configs of a folder
+  kdtune ls datasets                            components of a kind
+  kdtune ls kdtune.data.instruct_dataset        what a component takes
   kdtune cp tiny/knowledge_distillation my.yaml
   kdtune validate my.yaml kd_ratio=0.75
   kdtune data my.yaml --rows 5                  its examples, with what is trained on marked

@@ -139,7 +139,7 @@ def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
         target = resolve(value[COMPONENT])
     except ConfigError:
         return []  # `bind` tells it
-    given = target if inspect.isclass(target) else _returned(target)
+    given = target if inspect.isclass(target) else returned_class(target)
     if not inspect.isclass(given) or given is object or issubclass(given, needed) or issubclass(needed, given):
         return []
     methods = [name for name in vars(needed) if not name.startswith("_")]
@@ -150,7 +150,7 @@ def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
     return [f"{key}: {value[COMPONENT]} {what} {given.__name__}; the recipe needs {needed.__name__} here"]
 
 
-def _returned(function: Any) -> Any:
+def returned_class(function: Any) -> Any:
     """The class that a function says it returns; None where it does not."""
     try:
         annotation = inspect.signature(function).return_annotation
@@ -180,7 +180,7 @@ def check_nodes(
 def _bind_arguments(
     target: Any, node: Mapping[str, Any], runtime: tuple[str, ...], offered: tuple[str, ...], key: str
 ) -> list[str]:
-    parameters = _parameters(target)
+    parameters = parameters_of(target)
     if parameters is None:
         return []
     label = node[COMPONENT]
@@ -228,13 +228,13 @@ def argument_type(dotted: Any, name: str) -> Any:
     if name == COMPONENT:
         return object
     try:
-        parameters = _parameters(resolve(dotted)) or {}
+        parameters = parameters_of(resolve(dotted)) or {}
     except ConfigError:
         return Any
     return parameters[name].annotation if name in parameters else Any
 
 
-def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
+def parameters_of(target: Any) -> dict[str, inspect.Parameter] | None:
     """The target's parameters, their annotations evaluated where possible; None where Python cannot tell (C code)."""
     try:
         signature = inspect.signature(target)
@@ -300,7 +300,7 @@ def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], i
             return {name: _build(item, runtime, optional, inherited) for name, item in node.items()}
         return node
     target = resolve(node[COMPONENT])
-    parameters = _parameters(target) or {}
+    parameters = parameters_of(target) or {}
     offered = {**inherited, **optional, **runtime}
     arguments = dict(runtime)
     for name, value in node.items():

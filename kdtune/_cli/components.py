@@ -1,0 +1,117 @@
+"""Components for `kdtune ls`: what there is of a kind, and what one of them takes. Their packages are imported here, and only here."""
+
+import inspect
+import textwrap
+from typing import Any
+
+from kdtune.config.check import MismatchError, conform
+from kdtune.config.check import describe as type_text
+from kdtune.config.component import parameters_of, resolve, returned_class
+from kdtune.errors import ConfigError
+
+_WIDTH = 110
+_TORCH_OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta", "Muon")
+# Kind -> package and the class of what it makes; or the components themselves.
+_FOUND = {
+    "datasets": ("kdtune.data", "kdtune.data.Dataset"),
+    "models": ("kdtune.models", "kdtune.models.Transformer"),
+    "schedules": ("kdtune.training", "torch.optim.lr_scheduler.LRScheduler"),
+    "tokenizers": ("kdtune.tokenizers", "kdtune.tokenizers.Tokenizer"),
+}
+_LISTED = {
+    "adapters": ["kdtune.models.apply_lora"],
+    "checkpointers": ["kdtune.checkpoint.Checkpointer"],
+    "loggers": ["kdtune.training.TensorBoardLogger", "kdtune.training.WandBLogger"],
+    "losses": ["kdtune.losses.ForwardKLLoss"],
+    "optimizers": ["kdtune.training.adamw", "kdtune.training.Muon"],
+    "parallelism": ["kdtune.distributed.Parallelism"],
+    "profilers": ["kdtune.training.Profiler"],
+}
+_MORE = {
+    "losses": "Any object with a function `divergence(student_logp_NV, teacher_logp_NV) -> [N]` serves too (docs/losses.md).",
+    "optimizers": "Any other optimizer whose step needs no closure serves too, such as torchao.optim.AdamW8bit.",
+    "schedules": "Any class of torch.optim.lr_scheduler that goes by the number of steps serves too.",
+}
+_GIVEN = ("tokenizer", "params", "optimizer", "num_training_steps", "model", "log_dir")
+KINDS = tuple(sorted([*_FOUND, *_LISTED]))
+
+
+def kind_text(kind: str) -> str:
+    """A line for each component of the kind: what to type in a config, and the first line of its docs."""
+    names = _LISTED.get(kind) or found(*_FOUND[kind])
+    if kind == "optimizers":
+        names = [
+            *names,
+            *(f"torch.optim.{name}" for name in _TORCH_OPTIMIZERS if hasattr(resolve("torch.optim"), name)),
+        ]
+    width = max(map(len, names))
+    lines = [f"{name:<{width}}  {_first_line(resolve(name))}".rstrip() for name in names]
+    more = [_MORE[kind]] if kind in _MORE else []
+    return "\n".join([*lines, "", *more, "`kdtune ls NAME` shows what one of them takes."])
+
+
+def found(package: str, made: str) -> list[str]:
+    """The package's public functions that make such an object from arguments alone, by their dotted paths."""
+    module, kind = resolve(package), resolve(made)
+    names = []
+    for name in module.__all__:
+        target = getattr(module, name)
+        given = returned_class(target) if inspect.isfunction(target) else None
+        takes_model = "model" in (parameters_of(target) or {}) if given else False
+        if inspect.isclass(given) and issubclass(given, kind) and not takes_model:
+            names.append(f"{package}.{name}")
+    return names
+
+
+def component_text(dotted: str) -> str:
+    """What a component takes, an argument a line with its type and default, and its docs.
+
+    Raises:
+        ConfigError: there is no such component.
+    """
+    target = resolve(dotted)
+    if not callable(target):
+        raise ConfigError(f"{dotted} is not a class or function that a config can name")
+    lines = [f"{dotted}: {_first_line(target)}", "", "arguments (* must be set):"]
+    parameters = parameters_of(target)
+    for name, parameter in (parameters or {}).items():
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            continue
+        is_given = name in _GIVEN and parameter.default is inspect.Parameter.empty
+        default = "" if parameter.default is inspect.Parameter.empty else _default_text(parameter)
+        mark = " " if default or is_given else "*"
+        kind = "" if parameter.annotation is Any else f": {type_text(parameter.annotation)}"
+        lines.append(f"{mark} {name}{kind}{default}{'  (the recipe gives it)' if is_given else ''}")
+    if not parameters:
+        lines.append("  none" if parameters is not None else "  not known: it is not written in Python")
+    docs = (_docs(target)).partition("\n")[2].strip("\n")
+    return "\n".join([*lines, "", textwrap.dedent(docs)]).rstrip()
+
+
+def _docs(target: Any) -> str:
+    """A class's docs, with those of its __init__ where it has any of its own."""
+    text = inspect.getdoc(target) or ""
+    if inspect.isclass(target) and vars(target).get("__init__") is not None:
+        own = target.__init__.__doc__
+        text += f"\n\n{inspect.cleandoc(own)}" if own and own != object.__init__.__doc__ else ""
+    return text.strip()
+
+
+def _first_line(target: Any) -> str:
+    line = (inspect.getdoc(target) or "").partition("\n")[0].strip()
+    return textwrap.shorten(line, _WIDTH, placeholder=" ...")
+
+
+def _default_text(parameter: inspect.Parameter) -> str:
+    value = parameter.default
+    if value is None and not _takes_null(parameter.annotation):
+        return "  (may be left out)"  # an option of a group, whose default only the function knows
+    return f" = {'null' if value is None else str(value).lower() if isinstance(value, bool) else repr(value)}"
+
+
+def _takes_null(annotation: Any) -> bool:
+    try:
+        conform(None, annotation)
+    except MismatchError:
+        return False
+    return True
