@@ -50,7 +50,9 @@ def save_state(
     extra: Mapping[str, Any],
     schedulers: Sequence[Stateful] = (),
 ) -> None:
-    """Writes the resume state as a new folder, atomically. `extra` is anything JSON can hold (step, loader position).
+    """Writes the resume state as a new folder, atomically: the model's weights, optimizers, schedulers and random numbers.
+
+    `extra` is anything JSON can hold (step, loader position).
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or a value is neither a tensor nor JSON.

@@ -55,6 +55,8 @@ def chat_messages(
 ) -> Callable[[Row], list[Message]]:
     """A function from a row to its conversation; new_system_prompt takes the place of the row's own system message.
 
+    conversation_column, conversation_style: as for chat_dataset.
+
     Raises:
         ConfigError: conversation_style is unknown.
     """

@@ -68,7 +68,8 @@ def conversation_encoder(
 ) -> Callable[[Row], EncodedRow | None]:
     """A function from a row to its token ids and training flags, through the tokenizer's chat template, cut to fit.
 
-    The arguments are those of TrainingOptions; `default` is train_on where neither key says it. None: it does not fit.
+    to_conversation: makes a conversation of a row.
+    The other arguments are those of TrainingOptions; `default` is train_on where neither key says it. None: it does not fit.
     The tokenizer is told that conversations are trained on: what is saved with it then says so.
 
     Raises:

@@ -233,7 +233,10 @@ class StreamDataset(Dataset):
 
 
 class RowStream(StreamDataset):
-    """The rows of a `datasets.IterableDataset`, tokenized on the way. The report counts from the start of the epoch."""
+    """The rows of a `datasets.IterableDataset`, tokenized on the way. The report counts from the start of the epoch.
+
+    encoder: makes examples of rows. source: what messages call them. shuffle_buffer: rows held for shuffling.
+    """
 
     def __init__(
         self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int

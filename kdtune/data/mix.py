@@ -67,6 +67,7 @@ class MixedDataset(MapDataset):
 
     Each dataset is gone through in its own order, from epoch to epoch where the last one stopped: no example comes back
     before all of its dataset have been used. Shuffled, the datasets follow each other at random; if not, evenly spaced.
+    datasets, shares: the parts of the mixture, and of which share an epoch is. epoch_length: examples of an epoch.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class MixedStream(StreamDataset):
     """Datasets mixed example by example, at least one of them a stream.
 
     Shuffled, the dataset of each next example is drawn at random by weight; otherwise it is the one furthest behind its
-    share. An epoch ends after epoch_length examples, where datasets that run out start over; without it, as soon as one
+    share (shares). An epoch ends after epoch_length examples, where datasets that run out start over; without it, as soon as one
     runs out.
     """
 

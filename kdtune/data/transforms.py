@@ -53,7 +53,7 @@ def is_trainable(trained: Sequence[bool]) -> bool:
 
 
 def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_ids: Collection[int]) -> Encoded:
-    """The first max_seq_len tokens, the last of them replaced by the sequence's own final end token (if it has one).
+    """The first max_seq_len of the ids, the last of them replaced by the sequence's own final end token (if it has one).
 
     The end token is the last id of the sequence that is in stop_ids. At the cut it is trained on only if the token it
     replaces was: a cut inside the prompt must not teach the model to answer with silence.

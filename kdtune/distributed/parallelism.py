@@ -109,7 +109,11 @@ def parallelize(
     compile: bool = False,
     activation_checkpointing: bool = False,
 ) -> Transformer:
-    """The model as a run uses it, in place: recomputation innermost, then torch.compile, then shards (`shard_model`)."""
+    """The model as a run uses it, in place: recomputation innermost, then torch.compile, then shards (`shard_model`).
+
+    parallelism: how the model is spread over the world's processes. compile: each layer. activation_checkpointing: recompute
+    activations in backward.
+    """
     if activation_checkpointing:
         apply_activation_checkpointing(model)
     if compile:
@@ -121,6 +125,7 @@ def parallelize(
 def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
     """The model, cut over `tp` processes, then every layer a unit of FSDP2 and what is left (embeddings, norm, head) another.
 
+    `parallelism` says how, over the processes of the `world`.
     Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
     factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
     In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
@@ -227,7 +232,11 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
 def layout_problems(
     parallelism: Parallelism, teacher: Parallelism | None, num_processes: int, *, teacher_processes: int = 0
 ) -> list[str]:
-    """Why these sizes do not fit so many processes, or each other, one sentence each; see `parallelism_problems`."""
+    """Why these sizes do not fit so many processes, or each other, one sentence each; see `parallelism_problems`.
+
+    parallelism: of the student. teacher: of the teacher; None: as the student's. num_processes: of the whole run.
+    teacher_processes: so many of them hold the teacher alone.
+    """
     parts = {"parallelism": (parallelism, num_processes - teacher_processes)}
     if teacher or teacher_processes:
         parts["teacher_parallelism"] = (teacher or parallelism, teacher_processes or num_processes)

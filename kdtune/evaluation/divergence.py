@@ -60,7 +60,7 @@ def evaluate_ce(
 ) -> dict[str, float]:
     """`class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
 
-    `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
+    `model` is on `device`. `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
     """
     loss = loss or KDLoss(kd_ratio=0.0)
     result = _evaluate(model, None, loss, batches, device=device, progress=progress, total=total)

@@ -123,7 +123,7 @@ def generate_batch(
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ConfigError for a number out of range, which it names."""
+    """Raises ConfigError for a number out of range, which it names; the arguments are generate_batch's."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
     if not 0.0 <= temperature < float("inf"):

@@ -59,6 +59,7 @@ class KVCache:
 
     It takes memory for what it holds, doubling when it is full: texts end long before what they may reach.
     Pass it to ``Transformer.forward`` with the new tokens only; forward appends them and moves ``length`` on.
+    ``config`` is the model's, ``batch_size`` how many sequences it holds.
     For inference: the writes are in place, so nothing can be differentiated through them.
     """
 

@@ -30,7 +30,8 @@ class LoRALinear(nn.Linear):
     It computes ``W x + alpha / rank * B A dropout(x)``. With a magnitude (DoRA, arXiv 2402.09353) each output is scaled
     by ``magnitude / |row of W + alpha / rank * B A|``, where the norm is a constant to the gradient (section 4.3 there).
     ``weight`` keeps its name and stays shared with whatever shared it; the parameters ``lora_a.weight`` [R, I],
-    ``lora_b.weight`` [O, R] and ``magnitude`` [O] have the weight's dtype and device.
+    ``lora_b.weight`` [O, R] and ``magnitude`` [O] have the weight's dtype and device. ``base`` is the layer that is adapted;
+    ``use_dora`` adds the magnitude, ``quantize_base`` holds the frozen weight in NF4.
     """
 
     def __init__(

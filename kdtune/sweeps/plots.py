@@ -123,12 +123,9 @@ def _plot(
         figure.set_layout_engine("none")  # laid out once, for all three
         files = tuple(stem.with_name(f"{stem.name}{suffix}") for suffix in SUFFIXES)
         for file in files:
-            dated = (
-                {}
-                if file.suffix == ".png"
-                else {"metadata": {"Date" if file.suffix == ".svg" else "CreationDate": None}}
-            )
-            figure.savefig(file, dpi=200, **dated)
+            # The time would make two files of the same numbers differ; a PNG has none.
+            stamp = {".svg": "Date", ".pdf": "CreationDate"}.get(file.suffix)
+            figure.savefig(file, dpi=200, metadata={stamp: None} if stamp else None)
     return Plot(files, _caption(rows, curves, family, window, panels, what))
 
 

@@ -81,7 +81,7 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
 
     What a stopped sweep left of it goes on where its recipe can resume, else it is removed and begun again. When `stop`
     answers true, the step is sent one Ctrl-C and waited for; whether it had time to finish cannot be told, so it is then
-    not recorded, and the next sweep finds out.
+    not recorded, and the next sweep finds out. `lock` is the descriptor of `locked`, which the step inherits.
     """
     if step.record.exists():
         _begin_again(step)

@@ -65,7 +65,7 @@ def check_vocabularies(
 ) -> None:
     """Compares the tokenizer with both heads, and says so where one head has rows that the other has not.
 
-    `divergence` is the loss's, see `kdtune.losses.covers_extra_ids`.
+    `student_vocab_size` and `teacher_vocab_size` are rows of the heads, `divergence` is the loss's, see `kdtune.losses.covers_extra_ids`.
 
     Raises:
         ConfigError: if the tokenizer can produce an id that a model has no row for.

@@ -88,6 +88,10 @@ class Tokenizer(ABC):
     """Text to token ids and back, and conversations to ids with their training targets.
 
     Subclasses give `_encode_text`, `_decode_ids` and `save`. `max_seq_len` is only kept: datasets truncate.
+
+    vocab_size: ids there are, with those no text becomes. bos_id, eos_id, pad_id: None where the model has none. control: the
+    control tokens by text. chat_template, tool_template: Jinja, of conversations without and with tools. extra_stop_ids: what ends
+    an answer beside eos. origin: where it was read, for messages.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model") -> None:
-    """Nothing, where the model has a row in its embedding for every id of the tokenizer.
+    """Nothing, where the model has a row in its embedding (of vocab_size rows) for every id of the tokenizer.
 
     Raises:
         ConfigError: naming both sizes.

@@ -29,6 +29,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Ids equal transformers' with `split_special_tokens=True`: special added tokens inside text stay text, while added
     tokens that are not special (words added to the vocabulary) are found in text as they are there.
+
+    backend: the `tokenizers` object. named: the ids of bos, eos and pad by name. folder: whose files `save` copies. The other
+    arguments are Tokenizer's.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Place
 def check_finite(
     loss: torch.Tensor | float, grad_norm: torch.Tensor | float, step: int, position: tuple[int, int]
 ) -> None:
-    """Pass if both are finite; call it before the optimizer step, so that no weight is touched by a bad gradient.
+    """Pass if loss and grad_norm are finite; call it before the optimizer step, so that no weight is touched by a bad gradient.
 
     `step` is the optimizer step about to be made, `position` the (epoch, batch) of its first micro-batch.
 

@@ -71,6 +71,8 @@ def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
 def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -> dict[str, str]:
     """The datasets' fingerprints, once all processes are known to have the same rows, and the models to have room for them.
 
+    cfg, datasets and world as for `check_inputs`.
+
     Raises:
         ConfigError: how long the examples are cannot be known, and tokenizer.max_seq_len does not say.
         DataError: the processes have different rows, or an example is longer than a model's context.

@@ -24,7 +24,7 @@ VALIDATION_PREFIX = "val_"
 def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw KD, class and total loss over the steps of a metrics.jsonl, with the validation points, and return the file.
 
-    `divergence` is what `kd_loss` is called.
+    `metrics_file` is a run's, `png` the file to write, `divergence` what `kd_loss` is called.
 
     Raises:
         DataError: if the file holds none of the three losses.

@@ -160,7 +160,10 @@ def samples_text(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps: int) -> str:
-    """What a run that was told to stop says: after which step, and how to go on."""
+    """What a run that was told to stop says: after which step of num_steps, and how to go on.
+
+    output_dir: of the run. signal_name: what told it to, None where another process got the signal.
+    """
     folder = output_dir / f"step_{step}"
     cause = signal_name or "a signal to another process"
     outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"

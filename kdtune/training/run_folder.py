@@ -95,6 +95,7 @@ def step_to_resume(
 ) -> Path | None:
     """The newest whole step folder of a run, once its config is known to be the same; None where there is nothing to resume.
 
+    `config_values`: the config now, key by key. `may_change`: keys that may differ from the one in `output_dir`.
     `batches_per_step`: micro-batches of a step, over all processes. What the config names in `resume_changes` may differ.
 
     Raises:
@@ -132,6 +133,7 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
+    `resolved_config` becomes config.yaml in `output_dir`, `record` an entry of run.json.
     The record has `step` and, of a run that goes on, `changed`: each key of the config that was otherwise before, with both values.
     Of several processes the main one does so, once all of them have read what they go on from.
 
@@ -166,6 +168,8 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
 
 def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Writes `config.yaml` (every value) and `run.json` (versions and command line, one entry per start) into a folder.
+
+    `resolved_config` is the text of the one, `record` this start's entry in the other.
 
     Raises:
         CheckpointError: a run.json that is there is damaged, or the files cannot be written.
@@ -361,7 +365,7 @@ def write_final(
     tokenizer: Any,
     save_weights: SaveWeights = "both",
 ) -> None:
-    """Writes `final/`, in place of the one of a shorter run where that was resumed with more steps.
+    """Writes `final/` into `output_dir`, in place of the one of a shorter run where that was resumed with more steps.
 
     `save_weights` says what of a model with adapters, see `save_model`: "both" is the merged model in `final/` and a PEFT
     folder in `final/adapter/`. Each has a model card, see `model_card`.

@@ -21,7 +21,11 @@ def record_samples(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Appends each model's answer to each prompt to samples.jsonl; all processes call it, the main one writes."""
+    """Appends each model's answer to each prompt to samples.jsonl; all processes call it, the main one writes.
+
+    output_dir: of the run. models: by the name that the file calls them. tokenizer: of all of them. prompts: questions. step: the
+    optimizer step they are asked after. progress: told what is done. max_new_tokens: the longest answer.
+    """
     if not prompts:
         return
     progress.phase(f"answering sample_prompts ({len(prompts)})")

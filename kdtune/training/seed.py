@@ -33,7 +33,7 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
 
 
 def set_step_seed(seed: int, step: int, micro_batch: int = 0) -> None:
-    """Seeds torch for one micro-batch of an optimizer step, so that dropout's draws depend on these numbers alone.
+    """Seeds torch by the run's seed for one micro_batch of an optimizer step, so that dropout's draws depend on these numbers alone.
 
     A resumed run then draws what the uninterrupted one drew, without a generator's state in its checkpoint, and several
     processes what one would, whichever of them has the micro-batch.

@@ -19,7 +19,10 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
 
 
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:
-    """What a step is made of, for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64"."""
+    """What a step is made of, for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64".
+
+    num_processes, gradient_accumulation_steps and batch_size are these three numbers.
+    """
     parts = [(num_processes, "processes"), (gradient_accumulation_steps, "micro-batches"), (batch_size, "examples")]
     shown = " x ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "examples")
     return f"a step is {shown} = {batch_size * gradient_accumulation_steps * num_processes}"

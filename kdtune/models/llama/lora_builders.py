@@ -28,7 +28,8 @@ def _adapted(builder: Callable[..., Transformer], *, quantized: bool = False) ->
         return apply_lora(model, **{name: given.arguments[name] for name in of_lora})
 
     build.__name__ = build.__qualname__ = f"{'q' if quantized else ''}lora_{builder.__name__}"
-    build.__doc__ = f"``apply_lora({builder.__name__}(), ...)``{' with an NF4 base' if quantized else ''}."
+    base = " with an NF4 base" if quantized else ""
+    build.__doc__ = f"``apply_lora({builder.__name__}(), ...)``{base}; the arguments are those of these two."
     build.__signature__ = signature  # type: ignore[attr-defined]
     return build
 
