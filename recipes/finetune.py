@@ -213,6 +213,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
         progress.start(num_steps, step)
         stopping = world.any(interrupt.requested)
         while step < num_steps and not stopping:
+            metrics.restart_clock()
             # Counted over all processes before the first backward: every gradient is normalized as it is computed.
             training.enter_epoch(loader, step // steps_per_epoch)
             position = loader.position
@@ -248,7 +249,6 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
                              base=base_folder(cfg), extra=training.resume_extra(cfg, loader.position))  # fmt: skip
             if profiler:
                 profiler.step()
-            metrics.restart_clock()
 
     if stopping:
         return world.print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
