@@ -70,7 +70,17 @@ def _load(file: Path) -> dict[str, Tensor]:
             f"{file}: refused, it holds more than tensors or is corrupt ({reason}); loading it could run code: "
             "use the model's safetensors, or download it again from its maker"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    # A damaged pickle calls torch's own functions, the only ones allowed, with whatever it holds.
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{file}: not a whole .pth file: {reason}; it is cut off or corrupt: download it again"

@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,21 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     return StoredAdapter(path, tensors, scaling, bool(config.get("use_dora")), copies)
 
 
+# Settings that say which modules are adapted, and how: the types that PEFT writes, and those of their members.
+_MODULES = "names of modules or a regular expression"
+_TARGETS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("target_modules", (str, list), _MODULES),
+    ("exclude_modules", (str, list), _MODULES),
+    ("layers_to_transform", (int, list), "numbers of layers"),
+    ("rank_pattern", (dict,), "whole numbers by regular expressions"),
+    ("alpha_pattern", (dict,), "numbers by regular expressions"),
+)
+_MEMBERS: dict[str, tuple[type, ...]] = {
+    "target_modules": (str,), "exclude_modules": (str,), "layers_to_transform": (int,), "rank_pattern": (int,),
+    "alpha_pattern": (int, float),
+}  # fmt: skip
+
+
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"adapter_dir={path}: no such folder; give one with {CONFIG} and {WEIGHTS}")
@@ -121,16 +137,38 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         if key in _PLAIN_VALUES:
             if value not in _PLAIN_VALUES[key]:
                 wanted = " or ".join(repr(one) for one in _PLAIN_VALUES[key])
-                raise CheckpointError(f"{path}: {key}={value!r} is not supported; want {wanted}")
+                raise CheckpointError(f"{path}: {key}={reprlib.repr(value)} is not supported; want {wanted}")
         elif key not in _READ | _SILENT and value:
-            raise CheckpointError(f"{path}: {key}={value!r} is not supported; want it unset (null, false or empty)")
+            raise CheckpointError(
+                f"{path}: {key}={reprlib.repr(value)} is not supported; want it unset (null, false or empty)"
+            )
     if config.get("peft_type") is None:
         raise CheckpointError(f"{path}: peft_type is missing; 'LORA' expected: this is no adapter config of PEFT")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{path}: r={rank!r}; a whole number of 1 or more expected")
-    if type(alpha) not in (int, float):
-        raise CheckpointError(f"{path}: lora_alpha={alpha!r}; a number expected")
+        raise CheckpointError(f"{path}: r={reprlib.repr(rank)}; a whole number of 1 or more expected")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha={reprlib.repr(alpha)}; a number expected")
+    for key, kinds, wanted in _TARGETS:
+        value = config.get(key)
+        each = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        is_known = isinstance(value, kinds) and all(type(one) in _MEMBERS[key] for one in each)
+        if value is not None and not (is_known and all(map(_is_pattern, _patterns(value)))):
+            raise CheckpointError(f"{path}: {key}={reprlib.repr(value)}; {wanted} expected")
+
+
+def _patterns(value: Any) -> list[str]:
+    """The regular expressions of a setting; a list has names."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+
+
+def _is_pattern(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _our_name(name: str, stored: StoredTensor) -> str:

@@ -6,6 +6,7 @@ header's metadata say under the weight's name how they belong together; torchao'
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,13 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
 
 def _scheme(document: Mapping[str, Any], path: Path) -> str:
     found = document.get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != _QUANT_METHOD or found.get("scheme") not in SCHEMES:
+    if (
+        not isinstance(found, dict)
+        or found.get("quant_method") != _QUANT_METHOD
+        or found.get("scheme") not in list(SCHEMES)
+    ):
         raise CheckpointError(
-            f"{path}: quantization_config={found!r}; quant_method {_QUANT_METHOD!r} and a scheme of "
+            f"{path}: quantization_config={reprlib.repr(found)}; quant_method {_QUANT_METHOD!r} and a scheme of "
             f"{', '.join(SCHEMES)} expected beside {WEIGHTS}: quantize the model again"
         )
     scheme: str = found["scheme"]

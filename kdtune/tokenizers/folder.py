@@ -1,6 +1,7 @@
 """What lies beside a tokenizer file: names of special tokens, ids that end a generation, files to copy."""
 
 import json
+import reprlib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -82,7 +83,9 @@ def generation_eos_ids(folder: Path) -> frozenset[int]:
     found = read_json_if_there(file).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id: found {found!r}; want an integer or a list of integers")
+        raise CheckpointError(
+            f"{file}: eos_token_id: found {reprlib.repr(found)}; want an integer or a list of integers"
+        )
     return frozenset(ids)
 
 

@@ -178,7 +178,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(read_text(file))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{file}: the tokenizers library cannot read it: {error}; the file may be truncated, fetch it again"
+            f"{file}: the tokenizers library cannot read it: {str(error)[:300]}; the file may be truncated, fetch it again"
         ) from error
     if (largest := max(backend.get_vocab().values(), default=0)) > _LARGEST_ID:
         raise CheckpointError(f"{file}: the largest id is {largest}; at most {_LARGEST_ID} expected: download it again")

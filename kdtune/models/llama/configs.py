@@ -45,11 +45,11 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
         not architectures and model_type != "llama"
     ):
         raise CheckpointError(
-            f"config.json: architectures={architectures}, model_type={model_type!r}; want LlamaForCausalLM"
+            f"config.json: architectures={reprlib.repr(architectures)}, model_type={reprlib.repr(model_type)}; want LlamaForCausalLM"
         )
     for key, plain in _HF_PLAIN_VALUES.items():
         if key in config and config[key] not in plain:
-            raise CheckpointError(f"config.json: {key}={config[key]!r} is not supported; want {plain[0]!r}")
+            raise CheckpointError(f"config.json: {key}={reprlib.repr(config[key])} is not supported; want {plain[0]!r}")
     embed_dim, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     max_seq_len = _or(_number(config, "max_position_embeddings"), 2048)
     rope_base, rope_scaling = _rope_from_hf(config, max_seq_len)
@@ -119,16 +119,18 @@ def _rope_from_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, R
     for key in old.keys() & new.keys():
         if old[key] != new[key]:
             raise CheckpointError(
-                f"config.json: rope_scaling.{key}={old[key]!r} and rope_parameters.{key}={new[key]!r} disagree"
+                f"config.json: rope_scaling.{key}={reprlib.repr(old[key])} and rope_parameters.{key}={reprlib.repr(new[key])} disagree"
             )
     rope = {**new, **old}
     base = _or(_number(rope, "rope_theta", kind=float), _or(_number(config, "rope_theta", kind=float), 10_000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise CheckpointError(f"config.json: rope_type={rope_type!r} is not supported; want 'default' or 'llama3'")
+        raise CheckpointError(
+            f"config.json: rope_type={reprlib.repr(rope_type)} is not supported; want 'default' or 'llama3'"
+        )
     if rope.get("partial_rotary_factor", 1.0) not in _HF_PLAIN_VALUES["partial_rotary_factor"]:
         raise CheckpointError(
-            f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; want 1.0"
+            f"config.json: partial_rotary_factor={reprlib.repr(rope['partial_rotary_factor'])} is not supported; want 1.0"
         )
     allowed = _ROPE_KEYS | set(_ROPE_SCALING_KEYS if rope_type == "llama3" else ())
     if unknown := sorted(rope.keys() - allowed):
@@ -308,14 +310,14 @@ def _number(config: Mapping[str, Any], key: str, source: str = "config.json", *,
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key, False)
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key}={value!r}; want true or false")
+        raise CheckpointError(f"config.json: {key}={reprlib.repr(value)}; want true or false")
     return value
 
 
 def _settings(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = config.get(key) or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"config.json: {key}={found!r}; want an object of settings, or null")
+        raise CheckpointError(f"config.json: {key}={reprlib.repr(found)}; want an object of settings, or null")
     return found
 
 
