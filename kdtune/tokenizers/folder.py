@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
+
+log = get_logger(__name__)
 
 # Names of the special tokens that transformers hands to a chat template.
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -58,6 +61,27 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_json_if_there(file: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no such file."""
     return read_json(file) if file.is_file() else {}
+
+
+def check_flags(folder: Path) -> None:
+    """Refuses the settings of tokenizer_config.json that change ids and are not followed here.
+
+    Raises:
+        CheckpointError: naming the file and the setting.
+    """
+    file = folder / TOKENIZER_CONFIG
+    config = read_json_if_there(file)
+    if config.get("add_eos_token"):
+        log.warning(
+            "%s: add_eos_token=true is left to the dataset: a text ends with eos where its add_eos says so (the default); "
+            "prompts and what is evaluated never do",
+            file,
+        )
+    if config.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{file}: split_special_tokens=true: a chat template's own control tokens would be cut into pieces of text, which is "
+            "not supported; set it to false, or take it out"
+        )
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

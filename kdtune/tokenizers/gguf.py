@@ -9,11 +9,14 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
 from kdtune.tokenizers.byte_level import byte_level_words
 from kdtune.tokenizers.gguf_metadata import read_metadata
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
 from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
+
+log = get_logger(__name__)
 
 _QWEN2_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -111,6 +114,15 @@ def _need(data: Mapping[str, Any], key: str, file: Path) -> Any:
 
 def _byte_level_bpe(data: Mapping[str, Any], tokens: Sequence[str], file: Path) -> Tokenizer:
     pre = data.get(Keys.Tokenizer.PRE, "default")
+    if pre == "default":
+        said = "says 'default'" if Keys.Tokenizer.PRE in data else "is missing"
+        log.warning(
+            "%s: %s %s: how this model's text was cut into words is not known, GPT-2's way is taken, and the ids may be wrong: THE "
+            "MODEL MAY SEEM MUCH WORSE THAN IT IS; convert the model anew, or take its Hugging Face folder as tokenizer.path",
+            file,
+            Keys.Tokenizer.PRE,
+            said,
+        )
     if pre not in _PRE_TOKENIZERS:
         raise CheckpointError(
             f"{file}: {Keys.Tokenizer.PRE}={pre!r}: this way to cut text into words is not supported; allowed: "

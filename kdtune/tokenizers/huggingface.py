@@ -52,6 +52,13 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.no_padding()
         check_control_tokens(named.values(), origin)
         _add_named(backend, named)
+        if whole_words := [
+            t.content for t in backend.get_added_tokens_decoder().values() if t.special and t.single_word
+        ]:
+            raise CheckpointError(
+                f"{origin}: the control token {whole_words[0]!r} has single_word=true, by which it would stay text beside a letter in "
+                "a chat template; this is not supported: set it to false"
+            )
         added = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
         super().__init__(
             ControlTokens(

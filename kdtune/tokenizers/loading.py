@@ -6,10 +6,11 @@ from pathlib import Path
 from kdtune.errors import CheckpointError
 from kdtune.paths import user_path
 from kdtune.tokenizers.base import Tokenizer
-from kdtune.tokenizers.folder import read_json
+from kdtune.tokenizers.folder import check_flags, read_json
 from kdtune.tokenizers.gguf import load_gguf
 from kdtune.tokenizers.huggingface import load_huggingface
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
+from kdtune.tokenizers.slow import lists_other_tokens, load_slow
 from kdtune.tokenizers.tiktoken import TiktokenTokenizer
 
 _LOOKED_FOR = (
@@ -34,6 +35,7 @@ def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None =
         ConfigError: max_seq_len is not positive, or date is no date.
     """
     path = user_path(path)
+    check_flags(path.parent if path.is_file() else path)
     tokenizer = _load_file(path if path.is_file() else _find(path), max_seq_len)
     tokenizer.date = date
     return tokenizer
@@ -57,6 +59,10 @@ def llama2_tokenizer(
     if _is_tiktoken(file):
         raise CheckpointError(f"{file}: a tiktoken file; want llama 2's sentencepiece tokenizer.model")
     tokenizer = SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+    if lists_other_tokens(tokenizer):
+        raise CheckpointError(
+            f"{file}: the files beside it add tokens to llama 2's, or name others as bos or eos; take kdtune.tokenizers.load"
+        )
     tokenizer.date = date
     return tokenizer
 
@@ -78,7 +84,8 @@ def _load_file(file: Path, max_seq_len: int | None) -> Tokenizer:
         return load_gguf(file, max_seq_len=max_seq_len)
     if _is_tiktoken(file):
         return TiktokenTokenizer(file, max_seq_len=max_seq_len)
-    return SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+    model = SentencePieceTokenizer(file, max_seq_len=max_seq_len)
+    return load_slow(model, max_seq_len=max_seq_len) if lists_other_tokens(model) else model
 
 
 def _find(folder: Path) -> Path:
@@ -111,8 +118,11 @@ def _is_tiktoken(file: Path) -> bool:
 
 
 def _has_own_tokens(json_file: Path, model: Path) -> bool:
-    """Whether tokenizer.json has added tokens that are not control tokens of the sentencepiece model beside it."""
-    control = SentencePieceTokenizer(model).control_tokens
+    """Whether tokenizer.json, or a file beside it, has added tokens that are not control tokens of the sentencepiece model."""
+    original = SentencePieceTokenizer(model)
+    if lists_other_tokens(original):
+        return True
+    control = original.control_tokens
     added = read_json(json_file).get("added_tokens") or []
     try:
         return any(control.get(token.get("content")) != token.get("id") for token in added)

@@ -1,6 +1,6 @@
 """Llama 2's tokenizer: a sentencepiece model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -120,20 +120,29 @@ class SentencePieceTokenizer(Tokenizer):
         copy_files(self.file.parent, folder, [self.file.name])
         if (folder / "tokenizer.json").is_file():
             return
-        backend = self._backend()
+        backend = self.backend()
         if backend is None:
             log.warning("%s: no tokenizer.json can be made for it; load it with the sentencepiece library", self.file)
         else:
             write_tokenizer(backend, folder, named=self._named, chat_template=self.chat_template)
 
-    def _backend(self) -> Tokenizers | None:
-        """The same tokenizer for the `tokenizers` library; None where it would give other ids."""
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and unk_token as the model has them; "" for one that it lacks."""
+        return dict(self._named)
+
+    def backend(self, control: Mapping[str, AddedToken] | None = None) -> Tokenizers | None:
+        """The same tokenizer for the `tokenizers` library; None where it would give other ids.
+
+        `control`: how the control tokens are added, where that is not as they stand.
+        """
         model, ids = self._model, range(self.vocab_size)
         pieces = [model.id_to_piece(i) for i in ids]
         backend = sentencepiece_bpe(
             pieces, [model.get_score(i) for i in ids], unknown=pieces[max(model.unk_id(), 0)], prefix=True
         )
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in self.control_tokens])
+        plain = {token: AddedToken(token, normalized=False) for token in self.control_tokens}
+        backend.add_special_tokens(list((control or plain).values()))
         backend.encode_special_tokens = True  # control tokens in a text are text, as in the sentencepiece library
         if any(backend.encode(text).ids != model.encode(text) for text in BATTERY):
             return None

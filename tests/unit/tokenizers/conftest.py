@@ -94,7 +94,7 @@ def gguf_file(tmp_path: Path) -> Path:
     return _write_gguf(tmp_path / "gguf" / "model.gguf")
 
 
-def _write_gguf(file: Path, *, model: str = "gpt2", pre: str = "gpt-2") -> Path:
+def _write_gguf(file: Path, *, model: str = "gpt2", pre: str | None = "gpt-2") -> Path:
     backend = byte_level_bpe()
     whole = json.loads(backend.to_str())
     tokens = [str(backend.id_to_token(i)) for i in range(backend.get_vocab_size())]
@@ -102,7 +102,8 @@ def _write_gguf(file: Path, *, model: str = "gpt2", pre: str = "gpt-2") -> Path:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(64)
     writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if t in SPECIALS else gguf.TokenType.NORMAL for t in tokens])
     writer.add_token_merges([" ".join(merge) for merge in whole["model"]["merges"]])

@@ -1,0 +1,156 @@
+"""tokenizer.model with tokens added beside it and no tokenizer.json, and settings that change ids. Witness: transformers."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers import SentencePieceTokenizer, llama2_tokenizer, load, same_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on the mat"}]
+# No runs of blanks: transformers 5 merges those in another order than sentencepiece does.
+TEXTS = [
+    "the cat",
+    " user",
+    "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|> how",
+    "mat <|im_end|> are</s>you",
+    "a<tok>b <tok> you",
+    "é↯",
+]
+CONFIG = {
+    "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "add_bos_token": True,
+    "legacy": False, "chat_template": CHATML,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(sentencepiece_file: Path) -> Callable[..., Path]:
+    """The model's folder with <|im_end|> and <|im_start|> added, and changes to tokenizer_config.json and to their flags."""
+    size = SentencePieceTokenizer(sentencepiece_file).vocab_size
+
+    def write(changes: dict[str, Any], flags: dict[str, Any], words: int = 0) -> Path:
+        added = {"<|im_end|>": size, "<|im_start|>": size + 1, **({"<tok>": size + 2} if words else {})}
+        listed = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
+        plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        decoder = {
+            str(i): {"content": token, **plain, "special": token != "<tok>", **(flags if i >= size else {})}
+            for token, i in listed.items()
+        }
+        (sentencepiece_file.parent / "added_tokens.json").write_text(json.dumps(added))
+        config = {
+            key: value
+            for key, value in {**CONFIG, "added_tokens_decoder": decoder, **changes}.items()
+            if value is not None
+        }
+        (sentencepiece_file.parent / "tokenizer_config.json").write_text(json.dumps(config))
+        return sentencepiece_file.parent
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({}, {}, 0),
+        ({"legacy": True}, {}, 0),
+        ({"legacy": None}, {}, 0),
+        ({"add_prefix_space": False}, {}, 0),
+        ({"add_bos_token": False}, {}, 0),
+        ({"add_eos_token": True}, {}, 0),
+        ({"do_lower_case": True}, {}, 0),
+        ({"eos_token": "</s>", "pad_token": {"content": "<pad>", "__type": "AddedToken"}}, {}, 0),
+        ({}, {"rstrip": True}, 0),
+        ({}, {"lstrip": True}, 0),
+        ({}, {"normalized": True}, 0),
+        ({}, {}, 1),
+        ({"additional_special_tokens": ["<|im_end|>", "<|new|>"]}, {}, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ids_equal_transformers(
+    folder: Callable[..., Path], changes: dict[str, Any], flags: dict[str, Any], words: int, tmp_path: Path
+) -> None:
+    place = folder(changes, flags, words)
+    reference, ours = transformers.AutoTokenizer.from_pretrained(place), load(place)
+    ours.save(tmp_path / "saved")
+    for tokenizer in (ours, load(tmp_path / "saved")):
+        for text in TEXTS:
+            assert tokenizer.encode_rendered(text) == reference(text, add_special_tokens=False).input_ids, text
+            split = reference(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            assert tokenizer.encode(text, add_bos=False, add_eos=False) == split, text
+        assert tokenizer.tokenize_messages(CHAT)[0] == reference.apply_chat_template(CHAT, return_dict=False)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, reference.eos_token_id, len(reference))
+        assert tokenizer.begins_with_bos == (reference("the").input_ids[0] == 1)
+        assert tokenizer.eos_id in tokenizer.stop_ids
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert [saved(text, add_special_tokens=False).input_ids for text in TEXTS] == [
+        ours.encode_rendered(text) for text in TEXTS
+    ]
+    assert saved.apply_chat_template(CHAT, tokenize=False) == reference.apply_chat_template(CHAT, tokenize=False)
+
+
+def test_added_tokens_that_one_file_lists_alone(folder: Callable[..., Path], tmp_path: Path) -> None:
+    both = load(folder({}, {}))
+    place = folder({"added_tokens_decoder": None}, {})
+    assert same_tokenizer(load(place), both) is None
+    (folder({}, {}) / "added_tokens.json").unlink()
+    assert same_tokenizer(load(place), both) is None
+
+
+def test_a_special_tokens_map_that_names_another_eos(sentencepiece_file: Path) -> None:
+    (sentencepiece_file.parent / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "pad_token": "<pad>"})
+    )
+    tokenizer = load(sentencepiece_file)
+    size = SentencePieceTokenizer(sentencepiece_file).vocab_size
+    assert {tokenizer.eos_id, tokenizer.pad_id} == {size, size + 1}
+
+
+def test_the_model_alone_stays_sentencepieces(sentencepiece_file: Path) -> None:
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (sentencepiece_file.parent / "tokenizer_config.json").write_text(json.dumps(named))
+    assert isinstance(load(sentencepiece_file), SentencePieceTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"split_special_tokens": True}, {}, r"tokenizer_config.json: split_special_tokens=true"),
+        ({}, {"single_word": True}, r"'<\|im_end\|>' has single_word=true"),
+        ({"added_tokens_decoder": {"9000": {"content": "<far>", "special": True}}}, {}, r"'<far>' is listed with the id 9000, but \d+ is"),
+        ({"added_tokens_decoder": {"x": {"content": "<far>"}}}, {}, r"'<far>' has the id 'x'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_followed_is_refused(
+    folder: Callable[..., Path], changes: dict[str, Any], flags: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        load(folder(changes, flags))
+
+
+def test_llama2_tokenizer_says_what_reads_added_tokens(folder: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"take kdtune.tokenizers.load$"):
+        llama2_tokenizer(folder({}, {}))
+
+
+def test_a_gguf_without_pre_tokenizer_is_told(
+    make_gguf: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "kdtune"):
+        load(make_gguf(tmp_path / "g" / "named.gguf"))
+        assert not caplog.records
+        load(make_gguf(tmp_path / "g" / "default.gguf", pre="default"))
+        assert "tokenizer.ggml.pre says 'default': how this model's text was cut into words is not known" in caplog.text
+        caplog.clear()
+        load(make_gguf(tmp_path / "g" / "none.gguf", pre=None))
+        assert "tokenizer.ggml.pre is missing" in caplog.text
