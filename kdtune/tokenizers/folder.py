@@ -101,6 +101,13 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return named
 
 
+def more_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """The special tokens that a tokenizer_config.json lists without a role of their own."""
+    lists = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
+    found = [token for one in lists if isinstance(one, list) for token in one]
+    return [str(token["content"]) if isinstance(token, Mapping) else str(token) for token in found]
+
+
 def generation_eos_ids(folder: Path) -> frozenset[int]:
     """The ids that generation_config.json lists as eos_token_id, none where the folder has no such file or entry."""
     file = folder / "generation_config.json"

@@ -12,8 +12,10 @@ from kdtune.errors import CheckpointError
 from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
+    TOKENIZER_CONFIG,
     copy_files,
     generation_eos_ids,
+    more_special_tokens,
     read_json_if_there,
     read_text,
     special_tokens,
@@ -196,7 +198,10 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
     """The tokenizer of a tokenizer.json, with what the config files beside it say on special tokens and chat."""
     folder = file.parent
     backend = read_backend(file)
-    _add_config_tokens(backend, folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / TOKENIZER_CONFIG)
+    _check_prefix(folder / TOKENIZER_CONFIG, config, backend)
+    _add_config_tokens(backend, folder / TOKENIZER_CONFIG)
+    backend.add_special_tokens([token for token in more_special_tokens(config) if backend.token_to_id(token) is None])
     return HuggingFaceTokenizer(
         backend,
         named=_named_tokens(folder, backend),
@@ -207,6 +212,19 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
         extra_stop_ids=generation_eos_ids(folder),
         origin=folder,
     )
+
+
+def _check_prefix(file: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Refuses an add_prefix_space that transformers' own classes go by, against tokenizer.json."""
+    said = config.get("add_prefix_space")
+    kind = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
+    has_prefix = _without_prefix(backend)[0] is not backend
+    if isinstance(said, bool) and said != has_prefix and kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        raise CheckpointError(
+            f"{file}: add_prefix_space={str(said).lower()}, but tokenizer.json {'puts a' if has_prefix else 'puts no'} space in front of "
+            f"a text, and {kind} goes by the former: the same text would be other ids; make the two agree (save the tokenizer with "
+            "transformers)"
+        )
 
 
 def _add_config_tokens(backend: tokenizers.Tokenizer, file: Path) -> None:

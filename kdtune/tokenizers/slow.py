@@ -8,7 +8,13 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
-from kdtune.tokenizers.folder import TOKENIZER_CONFIG, generation_eos_ids, read_json_if_there, special_tokens
+from kdtune.tokenizers.folder import (
+    TOKENIZER_CONFIG,
+    generation_eos_ids,
+    more_special_tokens,
+    read_json_if_there,
+    special_tokens,
+)
 from kdtune.tokenizers.gguf import GGUFTokenizer
 from kdtune.tokenizers.huggingface import put_bos_first
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -84,11 +90,9 @@ def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) 
                 f"{folder}: the added token {token!r} is listed with the id {i}, but {given} is the one it gets after "
                 f"{file.name}'s {model.vocab_size} tokens; the files do not belong together: fetch them again"
             )
-    more = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
-    for token in [token for one in more if isinstance(one, list) for token in one]:
-        text = token["content"] if isinstance(token, Mapping) else str(token)
-        if backend.token_to_id(text) is None:
-            _add(backend, added(text))
+    for token in more_special_tokens(config):
+        if backend.token_to_id(token) is None:
+            _add(backend, added(token))
     tokenizer = GGUFTokenizer(
         backend,
         named=named,

@@ -154,3 +154,27 @@ def test_a_gguf_without_pre_tokenizer_is_told(
         caplog.clear()
         load(make_gguf(tmp_path / "g" / "none.gguf", pre=None))
         assert "tokenizer.ggml.pre is missing" in caplog.text
+
+
+def test_more_special_tokens_beside_a_tokenizer_json(chatml_folder: Path) -> None:
+    file = chatml_folder / "tokenizer_config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "additional_special_tokens": ["<|im_end|>", "<|new|>"]})
+    )
+    ours, reference = load(chatml_folder), transformers.AutoTokenizer.from_pretrained(chatml_folder)
+    assert ours.vocab_size == len(reference)
+    assert ours.encode_rendered("the<|new|>cat") == reference("the<|new|>cat", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("GPT2Tokenizer", True), ("PreTrainedTokenizerFast", False)])
+def test_a_prefix_that_two_files_tell_differently(chatml_folder: Path, kind: str, refused: bool) -> None:
+    file = chatml_folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": kind, "add_prefix_space": True}))
+    if refused:
+        with pytest.raises(CheckpointError, match=r"add_prefix_space=true, but tokenizer.json puts no space"):
+            load(chatml_folder)
+    else:
+        reference = transformers.AutoTokenizer.from_pretrained(chatml_folder)
+        assert (
+            load(chatml_folder).encode_rendered("the cat") == reference("the cat", add_special_tokens=False).input_ids
+        )
