@@ -5,13 +5,15 @@ from typing import Any
 
 from kdtune import tokenizers
 from kdtune.config import instantiate
-from kdtune.errors import CheckpointError, ConfigError
+from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.log import get_logger
 from kdtune.losses import Divergence, covers_extra_ids, forward_kl
 from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 
 log = get_logger(__name__)
+
+_CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
 def check_tokenizer(
@@ -41,10 +43,24 @@ def check_tokenizer(
         log.warning("%s: its tokenizer could not be compared with the run's: %s", key, error)
         return
     if key == "teacher_checkpointer":
-        if difference := tokenizers.same_tokenizer(tokenizer, own):
+        if difference := tokenizers.same_ids(tokenizer, own):
             raise ConfigError(
                 f"tokenizer and {key}={folder}: teacher and student have different tokenizers: {difference}; "
                 "token by token distillation needs the same one; choose a teacher of the student's family"
+            )
+        if difference := tokenizers.same_tokenizer(tokenizer, own):
+            raise ConfigError(
+                f"tokenizer and {key}={folder}: teacher and student have the same ids, but {difference}, as an instruct model and "
+                f"a base model of one family do; train the student in the teacher's format: tokenizer.path={folder}"
+            )
+        own.date = tokenizer.date
+        if tokenizer.trains_chats and _rendered(tokenizer) != _rendered(own):
+            log.warning(
+                "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
+                "tokenizer.path=%s takes its format",
+                key,
+                folder,
+                folder,
             )
         return
     if difference := tokenizers.same_ids(tokenizer, own):
@@ -54,6 +70,14 @@ def check_tokenizer(
         )
     if difference := tokenizers.same_tokenizer(tokenizer, own):
         log.warning("tokenizer and %s=%s: %s; the run goes by its own tokenizer", key, folder, difference)
+
+
+def _rendered(tokenizer: Tokenizer) -> str | None:
+    """A short conversation under the tokenizer's chat template; None where that refuses it."""
+    try:
+        return tokenizer.render(_CHAT)
+    except DataError:
+        return None
 
 
 def _folder_of(path: Path) -> Path:

@@ -230,7 +230,7 @@ def _check_prefix(file: Path, config: Mapping[str, Any], backend: tokenizers.Tok
 def _add_config_tokens(backend: tokenizers.Tokenizer, file: Path) -> None:
     listed = read_json_if_there(file).get("added_tokens_decoder") or {}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for _, entry in _by_id(listed, file):
+    for _, entry in added_tokens_by_id(listed, file):
         if entry["content"] in known:
             continue
         flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
@@ -241,7 +241,7 @@ def _add_config_tokens(backend: tokenizers.Tokenizer, file: Path) -> None:
             backend.add_tokens([token])
 
 
-def _by_id(listed: Any, file: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def added_tokens_by_id(listed: Any, file: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """The entries of an added_tokens_decoder: id and AddedToken."""
     try:
         found = sorted((int(key), entry) for key, entry in listed.items() if isinstance(entry["content"], str))

@@ -16,7 +16,7 @@ from kdtune.tokenizers.folder import (
     special_tokens,
 )
 from kdtune.tokenizers.gguf import GGUFTokenizer
-from kdtune.tokenizers.huggingface import put_bos_first
+from kdtune.tokenizers.huggingface import added_tokens_by_id, put_bos_first
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -26,7 +26,7 @@ _ADDED = "added_tokens.json"
 def lists_other_tokens(model: SentencePieceTokenizer) -> bool:
     """Whether the files beside the model add tokens to it, or name others as bos, eos or unk."""
     folder = model.file.parent
-    named = special_tokens(folder)
+    named = {name: token for name, token in special_tokens(folder).items() if token}
     own = model.named_tokens
     differs = any(named.get(name, token) != token for name, token in own.items() if token)
     return differs or not {*_listed(folder).values(), *named.values()} <= model.control_tokens.keys()
@@ -40,9 +40,10 @@ def _listed(folder: Path) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     config = read_json_if_there(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
+    listed = added_tokens_by_id(config, folder / TOKENIZER_CONFIG)
     for file, pairs in (
         (_ADDED, [(i, token) for token, i in read_json_if_there(folder / _ADDED).items()]),
-        (TOKENIZER_CONFIG, [(i, entry["content"]) for i, entry in config.items()]),
+        (TOKENIZER_CONFIG, [(i, entry["content"]) for i, entry in listed]),
     ):
         for i, token in pairs:
             if not str(i).isdigit() or not isinstance(token, str) or found.get(int(i), token) != token:
@@ -65,8 +66,9 @@ def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) 
     file = model.file
     folder = file.parent
     config = read_json_if_there(folder / TOKENIZER_CONFIG)
-    named = {name: token for name, token in model.named_tokens.items() if token} | special_tokens(folder)
-    flags = {entry["content"]: entry for entry in (config.get("added_tokens_decoder") or {}).values()}
+    named = {name: token for name, token in (model.named_tokens | special_tokens(folder)).items() if token}
+    listed = added_tokens_by_id(config.get("added_tokens_decoder") or {}, folder / TOKENIZER_CONFIG)
+    flags = {entry["content"]: entry for _, entry in listed}
 
     def added(token: str) -> AddedToken:
         entry = flags.get(token, {})

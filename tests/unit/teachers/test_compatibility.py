@@ -52,10 +52,29 @@ def test_other_ids_are_refused_by_the_key(node, tmp_path):
 
 
 def test_another_eos_is_refused_of_a_teacher_and_told_of_another_model(node, warnings):
-    with pytest.raises(ConfigError, match="eos_id"):
+    with pytest.raises(
+        ConfigError, match=r"the same ids, but they differ in eos_id: None against 257, .*: tokenizer.path="
+    ):
         check_tokenizer(other_eos(), node)
     check_tokenizer(other_eos(), node, "checkpointer")
     assert "they differ in eos_id" in warnings.text
+
+
+def test_a_teacher_with_another_chat_template_is_told_in_one_line(node, warnings, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    base = byte_tokenizer()
+    check_tokenizer(base, node)
+    assert not warnings.text  # texts are trained on
+    base.trains_chats = True
+    check_tokenizer(base, node)
+    (record,) = warnings.records
+    assert f"tokenizer.path={tmp_path} takes its format" in record.getMessage()
+    theirs = tokenizers.load(tmp_path)
+    theirs.trains_chats = True
+    check_tokenizer(theirs, node)
+    assert len(warnings.records) == 1
 
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path, warnings):

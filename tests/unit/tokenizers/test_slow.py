@@ -128,7 +128,7 @@ def test_the_model_alone_stays_sentencepieces(sentencepiece_file: Path) -> None:
         ({"split_special_tokens": True}, {}, r"tokenizer_config.json: split_special_tokens=true"),
         ({}, {"single_word": True}, r"'<\|im_end\|>' has single_word=true"),
         ({"added_tokens_decoder": {"9000": {"content": "<far>", "special": True}}}, {}, r"'<far>' is listed with the id 9000, but \d+ is"),
-        ({"added_tokens_decoder": {"x": {"content": "<far>"}}}, {}, r"'<far>' has the id 'x'"),
+        ({"added_tokens_decoder": {"x": {"content": "<far>"}}}, {}, r"an object of AddedToken objects"),
     ],
 )  # fmt: skip
 def test_what_is_not_followed_is_refused(
