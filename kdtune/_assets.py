@@ -37,6 +37,38 @@ class ConfigFile:
     recipe: str | None
 
 
+# torchtune's names that are spelled otherwise here, or whose nearest spelling would be another thing.
+_TORCHTUNE_NAMES = {
+    "dev/generate_v2": "generate",
+    "generate_v2": "generate",
+    "llama2/generation_v2": "generation",
+    "llama3_1/8B_lora": "llama3_1/8B_lora_distributed",
+    "llama3_2/1B_full": "llama3_2/1B_full_distributed",
+    "llama3_2/1B_lora": "llama3_2/1B_lora_single_device",
+    "llama3_2/1B_qlora_single_device": "llama3_2/1B_lora_single_device",
+    "llama3_2/3B_lora": "llama3_2/3B_lora_single_device",
+    "llama3_2/8B_to_1B_KD_lora_distributed": "llama3_2/knowledge_distillation_distributed",
+    "llama3_2/8B_to_1B_KD_lora_single_device": "llama3_2/knowledge_distillation_single_device",
+}
+_NO_EQUIVALENT = {
+    r"(lora|full)_dpo_.*|ppo_.*|(dev/)?grpo_.*|.*_dpo(_single_device|_distributed)?": "kdtune distils and finetunes, it does not train on "
+    "preferences or rewards",
+    r"qat_.*|.*_qat_.*": "quantization is not trained for; finetune, then `kdtune run quantize`",
+    r"(code_llama2|gemma2?|llama3_2_vision|llama4|mistral|phi[34]|qwen2(_5)?|qwen3)/.*": "kdtune trains models of the Llama architecture; "
+    "`kdtune cp` a config of llama3_2 and change its paths",
+}
+
+
+def advice(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a name that there is not: torchtune's equivalent, or the nearest of those known."""
+    if name in _TORCHTUNE_NAMES:
+        return f"; torchtune's is {_TORCHTUNE_NAMES[name]!r} here"
+    for pattern, why in _NO_EQUIVALENT.items():
+        if re.fullmatch(pattern, name):
+            return f"; torchtune's has no equivalent: {why}"
+    return did_you_mean(name, known)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest choice, else an empty string."""
     nearest = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
@@ -119,6 +151,11 @@ def is_recipe(argument: str) -> bool:
     return (argument.endswith(".py") and user_path(argument).is_file()) or recipe_named(argument) is not None
 
 
+def is_config(argument: str) -> bool:
+    """Whether a command-line argument names a shipped config, or an existing file."""
+    return user_path(argument).is_file() or any(config.name == argument for config in configs())
+
+
 def find_recipe(source: str | Path) -> Recipe:
     """The shipped recipe of that name or alias, or the user's own recipe file at that path.
 
@@ -138,7 +175,7 @@ def find_recipe(source: str | Path) -> Recipe:
     known = recipes()
     spellings = [name for recipe in known for name in (recipe.name, *recipe.aliases)]
     raise ConfigError(
-        f"unknown recipe {str(source)!r}{did_you_mean(str(source), spellings)}\n"
+        f"unknown recipe {str(source)!r}{advice(str(source), spellings)}\n"
         f"  recipes: {', '.join(recipe.name for recipe in known) or 'none found'}\n"
         "  or give the path of your own recipe file (.py)"
     )
@@ -159,7 +196,7 @@ def find_config(source: str | Path) -> ConfigFile:
         shipped = assets_dir("configs") / f"{source}{suffix}"
         if shipped.is_file() and (config := read_config_header(shipped)).name == str(source):
             return config
-    nearest = did_you_mean(str(source), [config.name for config in configs()])
+    nearest = advice(str(source), [config.name for config in configs()])
     raise ConfigError(
         f"unknown config {str(source)!r}{nearest}\n  `kdtune ls` lists the configs; a path to a .yaml file works too"
     )

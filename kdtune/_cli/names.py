@@ -22,9 +22,7 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
     if user_path(name).is_file() or any(config.name == name for config in _assets.configs()):
         return _assets.find_config(name)
     known = [recipe.name for recipe in _assets.recipes()] + [config.name for config in _assets.configs()]
-    raise ConfigError(
-        f"unknown recipe or config {name!r}{_assets.did_you_mean(name, known)}\n  `kdtune ls` lists the names"
-    )
+    raise ConfigError(f"unknown recipe or config {name!r}{_assets.advice(name, known)}\n  `kdtune ls` lists the names")
 
 
 def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:

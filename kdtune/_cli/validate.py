@@ -5,12 +5,14 @@ from typing import Any
 
 from kdtune import _assets
 from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune.errors import ConfigError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `validate` to the command's parsers."""
     parser = subparsers.add_parser("validate", help="check a config without running it", description=__doc__)
-    parser.add_argument("config", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
+    parser.add_argument("config", nargs="?", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
+    parser.add_argument("--config", dest="named", metavar="NAME|PATH", help="the same, as `kdtune run` takes it")
     parser.add_argument("overrides", nargs="*", metavar="key=value|~key", help="changes to the config")
     parser.set_defaults(func=execute)
 
@@ -21,14 +23,35 @@ def execute(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: with every finding.
     """
-    config = _assets.find_config(arguments.config)
+    source, overrides = config_and_overrides(arguments)
+    config = _assets.find_config(source)
     recipe = partner_recipe(config)
-    cfg = validate(recipe, arguments.config, arguments.overrides)
+    cfg = validate(recipe, source, overrides)
     from kdtune.training import context_note
 
     if note := context_note(cfg):
         print(f"note: {note}")
-    print(f"OK: {arguments.config} is a valid config for {recipe.name} (files and device are looked at when it runs)")
+    print(f"OK: {source} is a valid config for {recipe.name} (files and device are looked at when it runs)")
+
+
+def config_and_overrides(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """The config and the overrides of `validate CONFIG ...`, `validate --config CONFIG ...` or `validate RECIPE --config CONFIG ...`.
+
+    Raises:
+        ConfigError: no config is named, or the config belongs to another recipe than the one named.
+    """
+    first, source, overrides = arguments.config, arguments.named, list(arguments.overrides)
+    if source is None:
+        if first is None or (_assets.is_recipe(first) and (first.endswith(".py") or not _assets.is_config(first))):
+            raise ConfigError("validate: no config is named; write kdtune validate NAME|PATH [key=value | ~key]...")
+        return first, overrides
+    if first is not None and _assets.is_recipe(first):
+        from kdtune.config.recipe import check_partner
+
+        check_partner(_assets.find_recipe(first).path, source)
+    elif first is not None:
+        overrides.insert(0, first)
+    return source, overrides
 
 
 def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
@@ -38,5 +61,8 @@ def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
         ConfigError: with every finding.
     """
     from kdtune.config import load
+    from kdtune.training import check_device_name
 
-    return load(source, overrides, import_recipe(recipe).frame)
+    cfg = load(source, overrides, import_recipe(recipe).frame)
+    check_device_name(getattr(cfg, "device", None))
+    return cfg

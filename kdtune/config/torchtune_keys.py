@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-_ONE_DEVICE = "this release trains on one device; remove it"
+_LAYERS_ARE_SHARDS = "every layer is a shard of its own; remove it"
 _ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpointing"
 _ALL_FILES = "list the files in checkpoint_files, or leave it out: every weight file of the folder is read"
 _FROM_FOLDER = "the architecture is read from the folder's own configuration; remove it"
@@ -32,10 +32,10 @@ REFUSED: dict[str, str] = {
     "checkpointer.safe_serialization": "weights are always written as safetensors; remove it",
     "checkpointer.should_load_recipe_state": "resume_from_checkpoint=true at the top level does it; remove it",
     "collate_fn": "the loader pads and the dataset shifts labels; for another layout write a dataset component",
-    "context_parallel_dim": _ONE_DEVICE,
-    "custom_sharded_layers": _ONE_DEVICE,
-    "data_parallel_replicate_dim": _ONE_DEVICE,
-    "data_parallel_shard_dim": _ONE_DEVICE,
+    "context_parallel_dim": "a sequence is not split over processes; use parallelism.dp_shard or parallelism.tp",
+    "custom_sharded_layers": _LAYERS_ARE_SHARDS,
+    "data_parallel_replicate_dim": "use parallelism.dp_replicate",
+    "data_parallel_shard_dim": "use parallelism.dp_shard",
     "dataset.new_system_prompt": "put the system turn into the data's messages; remove it",
     "dataset.packed": _NO_PACKING,
     "dataset.split_across_pack": _NO_PACKING,
@@ -44,9 +44,9 @@ REFUSED: dict[str, str] = {
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
     "enable_kv_cache": "the cache is always used; remove it",
     "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",
-    "fsdp_cpu_offload": _ONE_DEVICE,
-    "fsdp_reshard_after_forward": _ONE_DEVICE,
-    "fsdp_sharding_strategy": _ONE_DEVICE,
+    "fsdp_cpu_offload": "use parallelism.cpu_offload",
+    "fsdp_reshard_after_forward": "use parallelism.reshard_after_forward",
+    "fsdp_sharding_strategy": "use parallelism.reshard_after_forward (SHARD_GRAD_OP: false) and dp_replicate (HYBRID_SHARD: above 1)",
     "fused": "it is an argument of the optimizer: optimizer.fused=true",
     "kd_loss.ignore_index": "labels that are not trained on are always -100; remove it",
     "kd_loss.num_output_chunks": "the loss is cut by tokens, not into a number of chunks: use loss_chunk_size",
@@ -55,7 +55,7 @@ REFUSED: dict[str, str] = {
     "low_cpu_ram": "loading needs about one copy of the weights as it is; remove it",
     "max_seq_len": "it is an argument of the tokenizer: tokenizer.max_seq_len",
     "max_steps": "use max_steps_per_epoch and epochs",
-    "memory_efficient_fsdp_wrap": _ONE_DEVICE,
+    "memory_efficient_fsdp_wrap": _LAYERS_ARE_SHARDS,
     "metric_logger.log_dir": "every logger writes below output_dir; remove it",
     "model.apply_lora_to_mlp": _ADAPTERS,
     "model.apply_lora_to_output": _ADAPTERS,
@@ -74,8 +74,8 @@ REFUSED: dict[str, str] = {
     "resume": "use resume_from_checkpoint",
     "run_val_every_n_steps": _VALIDATION,
     "save_adapter_weights_only": "use save_weights: both, merged or adapter",
-    "tensor_parallel_dim": _ONE_DEVICE,
-    "tensor_parallel_plan": _ONE_DEVICE,
+    "tensor_parallel_dim": "use parallelism.tp",
+    "tensor_parallel_plan": "the plan is the model's own: use parallelism.tp",
     "tokenizer.merges_file": "set path to the folder that holds tokenizer.json, which has the merges",
     "tokenizer.prompt_template": "the folder's own chat template is used; remove it",
     "tokenizer.special_tokens_path": "set path to the folder that holds the tokenizer, which has its special tokens",

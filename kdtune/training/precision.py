@@ -26,6 +26,17 @@ def dtype_from_name(name: str) -> torch.dtype:
     raise ConfigError(f"dtype={name}: unknown; use fp32 or bf16")
 
 
+def check_device_name(name: str | None) -> None:
+    """Nothing, where a device can have that name, here or on another machine.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    kind, _, index = ("cpu" if name is None else name).partition(":")
+    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
+        raise ConfigError(f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here")
+
+
 def resolve_device(name: str | None) -> torch.device:
     """The device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first there is of cuda, mps, cpu.
 
@@ -36,9 +47,8 @@ def resolve_device(name: str | None) -> torch.device:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
+    check_device_name(name)
     kind, _, index = name.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
-        raise ConfigError(f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here")
     if kind == "cuda":
         count = torch.cuda.device_count()
         if count == 0:

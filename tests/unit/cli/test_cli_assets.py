@@ -67,3 +67,38 @@ def test_every_shipped_recipe_states_itself() -> None:
 def test_every_shipped_config_names_a_recipe() -> None:
     for config in _assets.configs():
         assert config.recipe and _assets.recipe_named(config.recipe), config.path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lora_dpo_single_device", "has no equivalent: kdtune distils and finetunes, it does not train on preferences"),
+        ("full_dpo_distributed", "has no equivalent"),
+        ("ppo_full_finetune_single_device", "has no equivalent"),
+        ("qat_distributed", "quantization is not trained for; finetune, then `kdtune run quantize`"),
+        ("dev/generate_v2", "torchtune's is 'generate' here"),
+    ],
+)
+def test_torchtunes_recipes_lead_to_what_there_is(name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        _assets.find_recipe(name)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["full_finetune_single_device", "full_finetune_distributed", "lora_finetune_single_device", "lora_finetune_distributed",
+     "knowledge_distillation_single_device", "knowledge_distillation_distributed", "eleuther_eval", "generate", "quantize"],
+)  # fmt: skip
+def test_torchtunes_recipe_names_are_known(name: str) -> None:
+    assert _assets.recipe_named(name) is not None
+
+
+def test_torchtunes_configs_lead_to_what_there_is() -> None:
+    for name, ours in _assets._TORCHTUNE_NAMES.items():
+        assert _assets.is_config(ours) or _assets.is_recipe(ours)
+        with pytest.raises(ConfigError, match=f"torchtune's is '{ours}' here"):
+            _assets.find_config(name)
+    for name in ("qwen2_5/0.5B_lora_single_device", "gemma/2B_full", "mistral/7B_lora", "phi3/mini_lora"):
+        with pytest.raises(ConfigError, match="kdtune trains models of the Llama architecture"):
+            _assets.find_config(name)

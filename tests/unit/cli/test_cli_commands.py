@@ -225,3 +225,32 @@ def test_completion_knows_every_command() -> None:
 
     actions = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert sorted(actions) == sorted(completion._COMMANDS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("tiny/add",), ("--config", "tiny/add"), ("--config=tiny/add",), ("add", "--config", "tiny/add"), ("--config", "tiny/add", "~left"),
+     ("--config", "tiny/add", "left=1", "right=2"), ("left=1", "--config", "tiny/add", "right=2"), ("tiny/add", "left=1", "~left")],
+)  # fmt: skip
+def test_validate_takes_its_config_as_run_does(
+    arguments: tuple[str, ...], assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "validate", *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("OK: tiny/add is a valid config for add")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "validate: no config is named; write kdtune validate NAME|PATH"),
+        (("add",), "validate: no config is named"),
+        (("subtract", "--config", "tiny/add"), "is a config for 'add_single_device', not for 'subtract'"),
+        (("--config", "tiny/add", "left=x"), "left: 'x' (str) is not allowed; must be int"),
+    ],
+)
+def test_validate_says_what_is_wrong_with_its_arguments(
+    arguments: tuple[str, ...], words: str, assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "validate", *arguments)
+    assert code == 2 and words in err

@@ -74,7 +74,7 @@ def test_gates_two_and_three_report_everything_at_once(findings: Callable[..., l
         "optimizer: 'a.B' cannot be found: no module named 'a'",
         "tokenizer.path: Interpolation key 'nope' not found",
         "log_dir: Interpolation key 'output_dir' not found",
-        "fsdp_cpu_offload: this release trains on one device; remove it",
+        "fsdp_cpu_offload: use parallelism.cpu_offload",
         "lr_scheduler: 3 is not a component",
     ):
         assert words in text
