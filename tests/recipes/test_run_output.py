@@ -112,6 +112,7 @@ def test_real_run(dtype: str, pruned: Path, smollm2_gguf: Path, cli: Callable[..
         f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: '{pruned}'}}",
         f"teacher_checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: '{smollm2_gguf}'}}",
         f"tokenizer.path={smollm2_gguf}", "tokenizer.max_seq_len=48", "batch_size=1", "gradient_accumulation_steps=1",
+        "dataset={_component_: kdtune.data.quickstart_dataset}",
         "dataset_val=null", "run_val_every_n_steps=null", "best_metric=null", "sample_prompts=[]", SGD,
         "sample_every_n_steps=null", "lr_scheduler=null", "epochs=1", "max_steps_per_epoch=2", "save_every_n_steps=1",
         "keep_last_n_checkpoints=1",
