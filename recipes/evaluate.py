@@ -304,7 +304,14 @@ def versions(cfg: Config) -> dict[str, Any]:
 
 def write_results(cfg: Config, measured: evaluation.Measured) -> None:
     """Prints the table, and makes the folder."""
-    print(training.format_table(measured.rows()))
+    prefix = "held_out/"
+    if held_out := {
+        name.removeprefix(prefix): value for name, value in measured.metrics.items() if name.startswith(prefix)
+    }:
+        divergence = losses.divergence_name(config.instantiate(cfg.kd_loss))
+        print(training.held_out_table(held_out, f"model, {held_out['tokens']:,} tokens", divergence=divergence))
+    if rows := [row for row in measured.rows() if row["task"] != prefix.rstrip("/")]:
+        print(training.format_table(rows))
     record = config.run_record(cfg) | {"versions": versions(cfg)}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
         training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)

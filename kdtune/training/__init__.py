@@ -31,6 +31,7 @@ from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
 from kdtune.training.report import (
     comparison_table,
+    held_out_table,
     print_results,
     samples_text,
     stopped_text,
@@ -107,6 +108,7 @@ __all__ = [
     "get_inverse_sqrt_schedule_with_warmup",
     "get_linear_schedule_with_warmup",
     "get_wsd_schedule",
+    "held_out_table",
     "holds_run",
     "is_due",
     "is_finished",

@@ -102,9 +102,27 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, diverge
     lines += _starts({name: rows[0] for name, rows in validated.items()})
     lines += [_line(f"{name}, step {rows[-1]['step']}", rows[-1]) for name, rows in validated.items()]
     lines = list({format_table([line]): line for line in lines}.values())  # teachers with the same numbers are one
+    return _table(lines, divergence) or None
+
+
+def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergence: str = "KL") -> str:
+    """Text table of one model's held-out metrics below its teacher's, in the columns of `comparison_table`.
+
+    Args:
+        values: class_loss and, with a teacher, kd_loss, agreement and teacher_class_loss.
+        model: what the table calls it.
+        divergence: what `kd_loss` is called.
+    """
+    lines = [_line(model, {f"val_{name}": value for name, value in values.items()})]
+    if (loss := values.get("teacher_class_loss")) is not None:
+        lines.insert(0, _line("teacher", {_CLASS_LOSS: loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
+    return _table(lines, divergence)
+
+
+def _table(lines: Sequence[Mapping[str, Any]], divergence: str) -> str:
     columns = [column for column in _line("", {_CLASS_LOSS: 0.0}) if any(line[column] is not None for line in lines)]
     renamed = {"KL to teacher": f"{divergence} to teacher"}
-    return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines]) or None
+    return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines])
 
 
 def _starts(first_rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
