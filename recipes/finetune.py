@@ -149,10 +149,13 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    with config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world:
+    device = training.resolve_device(cfg.device)
+    with (
+        config.instantiate(cfg.parallelism).start_world(device) as world,
+        training.Progress(silent=not world.is_main) as progress,
+    ):
         training.print_plan(cfg, world)
-        with training.Progress(silent=not world.is_main) as progress:
-            run(cfg, world, progress)
+        run(cfg, world, progress)
 
 
 def run(cfg: Config, world: distributed.World, progress: training.Progress) -> None:

@@ -176,10 +176,10 @@ def main(cfg: Config) -> None:
     with config.instantiate(cfg.parallelism).start_world(device, teacher_processes=cfg.teacher_processes) as world:
         get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
         training.set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
-        training.print_plan(cfg, world)
-        if world.is_teacher:
-            return teachers.serve(lambda: build_teacher(cfg, world), world, training.InterruptFlag())
         with training.Progress(silent=not world.is_main) as progress:
+            training.print_plan(cfg, world)
+            if world.is_teacher:
+                return teachers.serve(lambda: build_teacher(cfg, world), world, training.InterruptFlag())
             run(cfg, world, progress)
 
 

@@ -78,7 +78,8 @@ class Progress:
     def start(self, num_steps: int, step: int = 0) -> None:
         """Training begins: `step` of `num_steps` steps are done."""
         self._first, self._step, self._total = step, step, num_steps
-        self.phase(f"training: steps {step + 1:,} to {num_steps:,}")
+        if step < num_steps:  # else the run was killed after its last step, before final/ was whole
+            self.phase(f"training: steps {step + 1:,} to {num_steps:,}")
         self._started = time.monotonic()
         if not self._silent and _has_size(self._stream):
             self._bar = tqdm(
