@@ -1,19 +1,31 @@
 """What the training recipes have in common around their loops: which settings fit, what a resumed run may change, when."""
 
+import os
 from typing import Any
 
 from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
 from kdtune.data import first_row_problems
 from kdtune.errors import ConfigError, KDTuneError
+from kdtune.log import get_logger
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
 from kdtune.training.optim import optimizer_problems
 from kdtune.training.resume_changes import resume_changes_problems
 
+log = get_logger(__name__)
+
 _COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
            "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
            "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
+
+# Settings that only mean something beside another: a shipped config may be run without the other, and says so.
+_NEEDS = {
+    "run_val_every_n_steps": "dataset_val",
+    "batch_size_val": "dataset_val",
+    "sample_every_n_steps": "sample_prompts",
+    "keep_last_n_checkpoints": "save_every_n_steps",
+}
 
 _MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 
@@ -59,12 +71,12 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
     if cfg.save_weights != "both" and cfg.adapter is None and cfg.model is None:
         found.append(f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`")
-    if cfg.dataset_val is None and (cfg.run_val_every_n_steps or cfg.best_metric):
-        found.append("run_val_every_n_steps, best_metric: need dataset_val; give one, or set them to null")
-    if cfg.sample_every_n_steps and not cfg.sample_prompts:
-        found.append(f"sample_every_n_steps={cfg.sample_every_n_steps}: needs sample_prompts")
-    if cfg.keep_last_n_checkpoints and not cfg.save_every_n_steps:
-        found.append(f"keep_last_n_checkpoints={cfg.keep_last_n_checkpoints}: needs save_every_n_steps")
+    if cfg.dataset_val is None and cfg.best_metric:
+        found.append(f"best_metric={cfg.best_metric}: needs dataset_val; give one, or set it to null")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for key, needed in _NEEDS.items():
+            if getattr(cfg, key) is not None and not getattr(cfg, needed):
+                log.warning(f"{key}={getattr(cfg, key)}: has no effect without {needed}; to remove it too: ~{key}")
     if cfg.enable_async_checkpointing and not cfg.save_every_n_steps:
         found.append(
             "enable_async_checkpointing=true: needs save_every_n_steps; a run that ends has nothing else to do"

@@ -673,3 +673,26 @@ def test_components_of_another_kind_and_absurd_numbers(
     done = cli("validate", f"tiny/{config}", *overrides)
     assert done.code == 2
     assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("removed", "told"),
+    [
+        ("~dataset_val", "run_val_every_n_steps=5: has no effect without dataset_val; to remove it too: ~run_val_every_n_steps"),
+        ("~save_every_n_steps", "keep_last_n_checkpoints=2: has no effect without save_every_n_steps; to remove it too: ~keep"),
+        ("sample_prompts=[]", "sample_every_n_steps=5: has no effect without sample_prompts; to remove it too: ~sample_every_n_steps"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_loses_its_effect_is_told_and_does_not_stop_the_run(
+    removed: str, told: str, cli: Callable[..., Any]
+) -> None:
+    settings = [
+        "run_val_every_n_steps=5",
+        "save_every_n_steps=5",
+        "keep_last_n_checkpoints=2",
+        "sample_every_n_steps=5",
+    ]
+    done = cli("validate", "tiny/knowledge_distillation", *settings, "sample_prompts=[Hi]", removed)
+    assert done.code == 0, done.err
+    assert told in done.err
+    assert "has no effect" not in cli("validate", "tiny/knowledge_distillation", *settings, "sample_prompts=[Hi]").err
