@@ -159,7 +159,7 @@ def _record_path(folder: Path) -> Path:
 def downloaded_from(folder: Path) -> str | None:
     """What `kdtune download` filled a folder with, such as "meta-llama/Llama-3.2-1B-Instruct"; None where it did not."""
     try:
-        source = json.loads(_record_path(folder).read_text(encoding="utf-8"))["source"]
+        source = json.loads(_record_path(folder).read_text(encoding="utf-8-sig"))["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return source if isinstance(source, str) else None

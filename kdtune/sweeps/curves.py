@@ -71,7 +71,7 @@ def read_training(rows: Sequence[Row], root: Path) -> list[TrainingRun]:
 
 def _training_run(row: int, seed: Any, folder: Path) -> TrainingRun:
     config, runs = folder / "config.yaml", folder / "run.json"
-    starts = json.loads(runs.read_text(encoding="utf-8"))["starts"] if runs.is_file() else [{}]
+    starts = json.loads(runs.read_text(encoding="utf-8-sig"))["starts"] if runs.is_file() else [{}]
     return TrainingRun(
         row, seed, read_rows(folder / "metrics.jsonl"), read_yaml(config) if config.is_file() else {}, starts[-1]
     )

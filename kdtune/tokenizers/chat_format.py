@@ -14,6 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
+from kdtune.paths import user_path
 from kdtune.tokenizers.folder import TOKENIZER_CONFIG, read_json, read_text, write_tokenizer_config
 from kdtune.tokenizers.template_limits import METER, LimitedEnvironment, LimitError
 
@@ -126,7 +127,7 @@ def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None
 
 def template_file(origin: Path | str) -> str:
     """The file that the chat template of a tokenizer stands in, `origin` being the tokenizer's own file or folder."""
-    path = Path(origin)
+    path = user_path(origin)
     folder = path if path.is_dir() else path.parent
     for name in ("chat_template.jinja", TOKENIZER_CONFIG):
         if path.suffix != ".gguf" and (folder / name).is_file():

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from kdtune.config.load import read_yaml
 from kdtune.download import downloaded_from
 from kdtune.escape import markdown_table, markdown_text
+from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
 
 FILE_NAME = "README.md"
@@ -52,7 +53,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     go by what they were downloaded as, or by their own names.
     """
     config = read_yaml(output_dir / "config.yaml")
-    start = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["starts"][-1]
+    start = json.loads((output_dir / "run.json").read_text(encoding="utf-8-sig"))["starts"][-1]
     rows = read_metrics(output_dir / "metrics.jsonl")
     base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
     title = f"{base or 'A model of random weights'}, " + ("distilled" if "kd_ratio" in config else "finetuned")
@@ -118,7 +119,7 @@ def _folder(checkpointer: Any) -> Path | None:
     directory = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, Mapping) else None
     if not isinstance(directory, str):
         return None
-    path = Path(directory).expanduser()
+    path = user_path(directory)
     return path.parent if path.is_file() else path
 
 
