@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.checkpoint import from_main, is_main
+from kdtune.errors import CheckpointError
 from kdtune.generation import answer
 from kdtune.models import Transformer
 from kdtune.training.loggers import JSONLLogger
@@ -25,6 +26,9 @@ def record_samples(
 
     output_dir: of the run. models: by the name that the file calls them. tokenizer: of all of them. prompts: questions. step: the
     optimizer step they are asked after. progress: told what is done. max_new_tokens: the longest answer.
+
+    Raises:
+        CheckpointError: the logits of a model are not finite; the message names it.
     """
     if not prompts:
         return
@@ -32,5 +36,8 @@ def record_samples(
     with JSONLLogger(output_dir / "samples.jsonl" if is_main() else None) as samples:
         for prompt in progress.counted(prompts, "prompts"):
             for who, model in models.items():
-                text = answer(model, tokenizer, prompt, max_new_tokens, agree=from_main)
+                try:
+                    text = answer(model, tokenizer, prompt, max_new_tokens, agree=from_main)
+                except CheckpointError as error:  # its weights are not numbers
+                    raise CheckpointError(f"{who}: {error}") from error
                 samples.log({"model": who, "prompt": prompt, "answer": text}, step)

@@ -89,11 +89,11 @@ def checkpoint(folder: str, key: str = "checkpointer", files: str = "null") -> s
 
 
 def student(
-    damage: Callable[[Path], object], *, start: str = "model", files: str = "null", model: str = "model=null"
+    damage: Callable[[Path], object], *more: str, start: str = "model", files: str = "null", model: str = "model=null"
 ) -> Make:
     def make(given: Given) -> list[str]:
         damage(given.copy(start, "student"))
-        return kd(checkpoint("student", files=files), model)(given)
+        return kd(checkpoint("student", files=files), model, *more)(given)
 
     return make
 
@@ -579,7 +579,10 @@ SHORT = ("sample_prompts=[]", "max_steps_per_epoch=3", "save_every_n_steps=1", "
             kd(*SHORT, "optimizer.lr=1e30", "clip_grad_norm=null", "lr_scheduler=null"),
             ("step 2", "batch", "optimizer.lr"),
         ),
-        (student(tensors(lambda t: t[Q_PROJ].fill_(float("nan")))), ("step 1", "loss is nan")),
+        (
+            student(tensors(lambda t: t[Q_PROJ].fill_(float("nan"))), "sample_prompts=[]"),
+            ("step 1", "loss is nan"),
+        ),
     ],
     ids=["infinite learning rate", "huge learning rate", "NaN in the weights"],
 )
@@ -592,6 +595,12 @@ def test_a_diverged_run_fails_with_what_it_had_saved(
     check_message(ended.err, words)
     assert not (given.out / "final").exists()
     check_nothing_half_written(given.out)
+
+
+def test_a_model_that_cannot_answer_is_named(cli: Callable[..., Any], good: Path, tmp_path: Path) -> None:
+    ended = cli(*student(tensors(lambda t: t[Q_PROJ].fill_(float("nan"))))(Given(tmp_path, good)))
+    assert ended.code == 2
+    check_message(ended.err, ("student: ", "logits are not numbers"))
 
 
 @pytest.mark.parametrize("flushes", [1, 5, 11, 20, 31])
