@@ -24,8 +24,9 @@ def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: 
     num_processes, gradient_accumulation_steps and batch_size are these three numbers.
     """
     parts = [(num_processes, "processes"), (gradient_accumulation_steps, "micro-batches"), (batch_size, "examples")]
-    shown = " x ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "examples")
-    return f"a step is {shown} = {batch_size * gradient_accumulation_steps * num_processes}"
+    shown = [f"{count} {what}" for count, what in parts if count > 1 or what == "examples"]
+    total = f" = {batch_size * gradient_accumulation_steps * num_processes}" if len(shown) > 1 else ""
+    return f"a step is {' x '.join(shown)}{total}"
 
 
 def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
