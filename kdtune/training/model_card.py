@@ -56,14 +56,14 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     start = json.loads((output_dir / "run.json").read_text(encoding="utf-8-sig"))["starts"][-1]
     rows = read_metrics(output_dir / "metrics.jsonl")
     base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
-    title = f"{base or 'A model of random weights'}, " + ("distilled" if "kd_ratio" in config else "finetuned")
+    title = f"{base or 'A model of random weights'}, " + ("distilled" if is_distilled(config) else "finetuned")
     parts = [
         front_matter(config, kind),
         f"# {markdown_text(title)}",
         f"Trained with kdtune {markdown_text(start['versions']['kdtune'])}"
         + (
             f" to follow its teacher, {markdown_text(teacher or 'a model of random weights')}."
-            if "kd_ratio" in config
+            if is_distilled(config)
             else "."
         ),
         "## Training",
@@ -88,7 +88,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
 
 def front_matter(config: Mapping[str, Any], kind: Literal["model", "adapter"]) -> str:
     """The YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
-    methods = ["knowledge-distillation"] if "kd_ratio" in config else ["sft"]
+    methods = ["knowledge-distillation"] if is_distilled(config) else ["sft"]
     has_adapters = config.get("adapter") is not None or kind == "adapter"
     sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
     data = ModelCardData(
@@ -100,6 +100,11 @@ def front_matter(config: Mapping[str, Any], kind: Literal["model", "adapter"]) -
         tags=["kdtune", *methods, *(["lora"] if has_adapters else [])],
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def is_distilled(config: Mapping[str, Any]) -> bool:
+    """Return whether the run has trained on its teacher; with a kd_ratio of 0 it has only measured its distance to it."""
+    return (config.get("kd_ratio") or 0) > 0
 
 
 def model_name(checkpointer: Any) -> str | None:
@@ -138,7 +143,7 @@ def run_facts(
     per_step = config["batch_size"] * start.get("batches_per_step", config["gradient_accumulation_steps"])
     inputs = start.get("inputs") or {}
     found = [("base model", model_name(config.get("checkpointer")) or "random weights")]
-    if "kd_ratio" in config:
+    if is_distilled(config):
         found += [
             ("teacher", model_name(config.get("teacher_checkpointer")) or "random weights"),
             ("loss", "(1 - kd_ratio) × cross entropy + kd_ratio × divergence"),
@@ -147,6 +152,9 @@ def run_facts(
         ]
     else:
         found.append(("loss", "cross entropy"))
+        if any("val_kd_loss" in row for row in rows):
+            teacher = model_name(config.get("teacher_checkpointer")) or "random weights"
+            found.append(("teacher of the held-out results", teacher))
     found += [
         ("data", _data_text(config["dataset"], inputs.get("dataset"))),
         ("held-out data", _data_text(config.get("dataset_val"), inputs.get("dataset_val"))),
@@ -168,21 +176,33 @@ def run_facts(
 def component_text(node: Any) -> str:
     """A component of a config in a line, without its lr, paths as names: `torch.optim.AdamW(weight_decay=0.1)`."""
     if not isinstance(node, Mapping):
-        return "" if node is None else str(node)
+        return "" if node is None else _value_text(node)
     arguments = [f"{name}={_value_text(value)}" for name, value in node.items() if name not in ("_component_", "lr")]
     return f"{node.get('_component_', '')}({', '.join(arguments)})"
 
 
 def _value_text(value: Any) -> str:
-    if isinstance(value, Mapping) and "_component_" in value:
-        return component_text(value)
+    if isinstance(value, Mapping):
+        if "_component_" in value:
+            return component_text(value)
+        return f"{{{', '.join(f'{_value_text(name)}: {_value_text(one)}' for name, one in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_value_text, value))}]"
     if isinstance(value, str):
-        # A prompt may have a slash in it too.
-        is_path = re.match(r"[/~.]|\S*/\S*$", value) and not _is_on_hub(value)
-        return value.rstrip("/").rpartition("/")[2] if is_path else value
+        return value.rstrip("/").rpartition("/")[2] if _is_path(value) else value
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a setting's text is a path. A prompt may have a slash in it too, a path a blank."""
+    if "/" not in text or _is_on_hub(text):
+        return False
+    if re.match(r"[/~.]|\S*/\S*$", text) or re.search(r"\.\w{1,10}$", text):
+        return True
+    try:
+        return user_path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
 
 
 def divergence_title(kd_loss: Any) -> str:

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from kdtune.checkpoint import load_model
 from kdtune.training import write_final
-from kdtune.training.model_card import model_card
+from kdtune.training.model_card import component_text, model_card
 
 CHECKPOINTER = "checkpointer._component_=kdtune.checkpoint.Checkpointer"
 BASE_CARD = "---\nlicense: apache-2.0\ntags: [base]\n---\n# The base's own card\n"
@@ -132,3 +132,31 @@ def test_a_model_is_not_lost_for_want_of_its_card(good: Path, tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text("mine: 1\n")
     write_final(tmp_path, load_model(good / "model"), base=None, tokenizer=None)
     assert (tmp_path / "final/model.safetensors").is_file() and not (tmp_path / "final/README.md").exists()
+
+
+def test_a_teacher_that_was_only_measured_has_not_taught(good: Path, tmp_path: Path) -> None:
+    """As the quickstart's finetuned model, of knowledge_distillation with kd_ratio=0."""
+    run = shutil.copytree(good / "run", tmp_path / "run", ignore=shutil.ignore_patterns("step_*", "final"))
+    config = (run / "config.yaml").read_text()
+    assert "kd_ratio: 0.5\n" in config
+    (run / "config.yaml").write_text(config.replace("kd_ratio: 0.5\n", "kd_ratio: 0.0\n"))
+    card = ModelCard(model_card(run, "model"))
+    assert card.data.tags == ["kdtune", "sft"]
+    assert "# A model of random weights, finetuned" in card.text and "to follow its teacher" not in card.text
+    facts = dict(table(card, "Training")[1:])
+    assert facts["loss"] == "cross entropy" and "kd_ratio" not in facts and "teacher" not in facts
+    assert facts["teacher of the held-out results"] == "random weights"
+    assert table(card, "Held-out results")[0][3:] == ["KL to the teacher", "same top token"]
+
+
+def test_no_path_of_this_machine_stands_in_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data/of mine").mkdir(parents=True)
+    for value, shown in [
+        ({"train": "/home/me/a.jsonl", "test": ["~/b.jsonl"]}, "{train: a.jsonl, test: [b.jsonl]}"),
+        ("my private data/rows of mine.jsonl", "rows of mine.jsonl"),
+        ("my data/of mine", "of mine"),
+        ("acme/rows", "acme/rows"),
+        ("Answer with yes/no only", "Answer with yes/no only"),
+    ]:
+        assert component_text({"_component_": "mine.data", "x": value}) == f"mine.data(x={shown})"
