@@ -17,7 +17,7 @@ import torch
 
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
 from kdtune.log import get_logger
-from kdtune.models import Transformer
+from kdtune.models import Transformer, has_adapters
 
 ALIASES = (
     "lora_finetune_single_device",
@@ -200,7 +200,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 
     # Loop. Only from here on is anything written.
     profiler, second_logger = training.profiler_and_logger(cfg)
-    record = {**config.run_record(cfg), "batches_per_step": batches_per_step, **inputs}
+    record = {**config.run_record(cfg), "batches_per_step": batches_per_step, "adapters": has_adapters(model), **inputs}
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
 from kdtune.log import get_logger
-from kdtune.models import Transformer
+from kdtune.models import Transformer, has_adapters
 
 ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distributed")
 
@@ -225,14 +225,16 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 
     # Loop. Only from here on is anything written: what the profiler or the logger refuses is refused before.
     profiler, second_logger = training.profiler_and_logger(cfg)
-    record = {**config.run_record(cfg), "batches_per_step": batches_per_step, **inputs}
+    divergence_name = losses.divergence_name(divergence)
+    record = {**config.run_record(cfg), "batches_per_step": batches_per_step, "adapters": has_adapters(student),
+              "divergence": divergence_name, **inputs}  # fmt: skip
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
     metrics = training.Metrics(world.sum)
     with (
         training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
-                         every=cfg.log_every_n_steps, divergence=losses.divergence_name(divergence)) as log,
+                         every=cfg.log_every_n_steps, divergence=divergence_name) as log,
         training.InterruptFlag(progress.write) as interrupt, profiler or nullcontext(), manager,
     ):  # fmt: skip
         if step == 0:

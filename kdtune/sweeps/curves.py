@@ -111,7 +111,7 @@ def comparable_panels(runs: Sequence[TrainingRun], rows: Collection[int], metric
         ):
             continue
         for number, group in enumerate(groups.values(), start=1):
-            name = title.format(divergence=divergence_title(group[0].config.get("kd_loss")))
+            name = title.format(divergence=divergence_title(group[0].config, group[0].start))
             suffix = f" ({number} of {len(groups)}: other data or divergence)" if len(groups) > 1 else ""
             unit = "share of tokens" if metric == "val_agreement" else "nats per token"
             if "{divergence}" in title and not name.removeprefix("Held-out ").startswith("KL "):

@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kdtune.errors import ConfigError
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
 from kdtune.training.model_card import divergence_title
-from kdtune.training.run_folder import differing_values, read_resolved_config
+from kdtune.training.run_folder import differing_values, read_resolved_config, recorded_starts
 
 VALIDATION = "val_class_loss"
 # What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.
@@ -23,12 +23,13 @@ _TEACHER_METRICS = ("val_kd_loss", "val_agreement", "val_teacher_class_loss")
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a training run has left in its folder: its config, metrics and answers."""
+    """What a training run has left in its folder: its config, metrics and answers, and the record of its last start."""
 
     folder: Path
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]] = field(default=())
+    start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_teacher(self) -> bool:
@@ -38,7 +39,7 @@ class TrainingRun:
     def without_teacher(self) -> "TrainingRun":
         """The run without the metrics that say something about its teacher."""
         rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in self.rows]
-        return TrainingRun(self.folder, self.config, rows, self.samples)
+        return replace(self, rows=rows)
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
@@ -79,7 +80,9 @@ def _read_run(folder: Path) -> TrainingRun:
         raise ConfigError(
             f"runs: {folder}: has no validation to compare; train with dataset_val, and run_val_every_n_steps for a curve"
         )
-    return TrainingRun(folder, read_resolved_config(folder), rows, read_metrics(samples) if samples.is_file() else [])
+    start = (recorded_starts(folder) or [{}])[-1]
+    answers = read_metrics(samples) if samples.is_file() else []
+    return TrainingRun(folder, read_resolved_config(folder), rows, answers, start)
 
 
 def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun], list[str]]:
@@ -101,9 +104,8 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
 
 
 def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
-    """What the runs' `val_kd_loss` is called; comparable runs have the same, whose code need not be here."""
-    losses = [run.config.get("kd_loss") for run in runs.values() if run.has_teacher]
-    return divergence_title(losses[0] if losses else None)
+    """What the runs' `val_kd_loss` is called; comparable runs have the same."""
+    return next((divergence_title(run.config, run.start) for run in runs.values() if run.has_teacher), "KL")
 
 
 def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
     title = f"{base or 'A model of random weights'}, " + ("distilled" if is_distilled(config) else "finetuned")
     parts = [
-        front_matter(config, kind),
+        front_matter(config, start, kind),
         f"# {markdown_text(title)}",
         f"Trained with kdtune {markdown_text(start['versions']['kdtune'])}"
         + (
@@ -71,7 +71,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
             ["", ""], [[name, markdown_text(value)] for name, value in run_facts(config, start, rows)], num_text=2
         ),
     ]
-    if results := _results(rows, config):
+    if results := _results(rows, divergence_title(config, start)):
         parts += ["## Held-out results", "Means per token; losses in nats.", results]
     parts += [
         "## Use",
@@ -86,10 +86,9 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def front_matter(config: Mapping[str, Any], kind: Literal["model", "adapter"]) -> str:
+def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Literal["model", "adapter"]) -> str:
     """The YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
     methods = ["knowledge-distillation"] if is_distilled(config) else ["sft"]
-    has_adapters = config.get("adapter") is not None or kind == "adapter"
     sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
     data = ModelCardData(
         base_model=model_name(config.get("checkpointer")),
@@ -97,7 +96,7 @@ def front_matter(config: Mapping[str, Any], kind: Literal["model", "adapter"]) -
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         datasets=list(dict.fromkeys(sources)) or None,
-        tags=["kdtune", *methods, *(["lora"] if has_adapters else [])],
+        tags=["kdtune", *methods, *(["lora"] if _is_adapted(config, start) or kind == "adapter" else [])],
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -162,7 +161,7 @@ def run_facts(
         ("steps", str(trained[-1]["step"] if trained else 0)),
         ("examples a step", str(per_step)),
         ("tokens with a label", f"{tokens:,.0f}"),
-        ("trained", "all parameters" if config.get("adapter") is None else component_text(config["adapter"])),
+        ("trained", _trained_text(config, start)),
         ("optimizer", component_text(config["optimizer"])),
         ("learning rate", str(config["optimizer"].get("lr", "the optimizer's default"))),
         ("schedule", component_text(config.get("lr_scheduler")) or "constant"),
@@ -205,9 +204,28 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def divergence_title(kd_loss: Any) -> str:
-    """What the divergence of a config's `kd_loss` is called: KL, or its own name, whose code need not be here."""
-    name = str(kd_loss.get("_component_", "")) if isinstance(kd_loss, Mapping) else ""
+def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Whether adapters were trained. The builder in `model` can make them too, so the run's record counts, where it has it."""
+    return bool(start.get("adapters", config.get("adapter") is not None))
+
+
+def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    if not _is_adapted(config, start):
+        return "all parameters"
+    if config.get("adapter") is not None:
+        return component_text(config["adapter"])
+    return f"the adapters of {component_text(config.get('model')) or 'the checkpoint'}"
+
+
+def divergence_title(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """Return what a run's divergence is called: the name in its record, else one from its config.
+
+    `start` is of its run.json; runs of older versions have no name there. The divergence's code need not be here.
+    """
+    if isinstance(recorded := start.get("divergence"), str):
+        return recorded
+    node = config.get("kd_loss")
+    name = str(node.get("_component_", "")) if isinstance(node, Mapping) else ""
     return "KL" if name in ("", "kdtune.losses.ForwardKLLoss") else name.rpartition(".")[2].removesuffix("Loss")
 
 
@@ -232,7 +250,7 @@ def _is_on_hub(source: Any) -> bool:
     return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
 
 
-def _results(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:
     """The table of before, after and teacher; "" without a validation."""
     validated = [row for row in rows if "val_class_loss" in row]
     if not validated:
@@ -242,15 +260,15 @@ def _results(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> st
     if teacher_loss is not None:
         lines.append(("teacher", {"val_class_loss": teacher_loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
     header = ["model", "cross entropy", "perplexity"]
-    is_distilled = any("val_kd_loss" in row for row in validated)
-    if is_distilled:
-        header += [f"{divergence_title(config['kd_loss'])} to the teacher"]
+    has_teacher = any("val_kd_loss" in row for row in validated)
+    if has_teacher:
+        header += [f"{divergence} to the teacher"]
         header += ["same top token"]
     cells = []
     for name, row in lines:
         loss = row["val_class_loss"]
         cells.append([name, _number(loss), "-" if loss is None else f"{math.exp(min(loss, 700)):.4g}"])
-        if is_distilled:
+        if has_teacher:
             agreement = row.get("val_agreement")
             cells[-1] += [_number(row.get("val_kd_loss")), "-" if agreement is None else f"{agreement:.1%}"]
     return markdown_table(header, cells, num_text=1)

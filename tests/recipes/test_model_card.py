@@ -122,9 +122,38 @@ def test_another_divergence_goes_by_its_own_name(good: Path, tmp_path: Path) -> 
     )
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("kdtune.losses.ForwardKLLoss", "mine.Skewed"))
+    record = json.loads((run / "run.json").read_text())
+    del record["starts"][-1]["divergence"]  # as an older version left it
+    (run / "run.json").write_text(json.dumps(record))
     text = model_card(run, "model")
     assert "| Skewed to the teacher |" in text and "KL to" not in text
     assert "| step 0 | - | - | 1.5000 | - |" in text
+
+
+def test_what_the_config_alone_does_not_say_is_in_the_record(
+    cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder in `model` gives the adapters, and a function of the user's own the forward KL."""
+    (tmp_path / "own_losses.py").write_text(
+        "from kdtune.losses import ForwardKLLoss\n\n\ndef make_it():\n    return ForwardKLLoss()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = cli(
+        "run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={tmp_path}/run",
+        "model._component_=kdtune.models.lora_llama", "model.lora_attn_modules=[q_proj]", "model.lora_rank=2",
+        "kd_loss._component_=own_losses.make_it", "sample_prompts=[]", "max_steps_per_epoch=2",
+        "save_every_n_steps=null", "run_val_every_n_steps=null",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    start = json.loads((tmp_path / "run/run.json").read_text())["starts"][-1]
+    assert start["adapters"] is True and start["divergence"] == "KL"
+    card = ModelCard.load(tmp_path / "run/final/README.md")
+    assert "lora" in card.data.tags
+    trained = dict(table(card, "Training")[1:])["trained"]
+    assert trained.startswith("the adapters of kdtune.models.lora_llama(") and "lora_rank=2" in trained
+    assert table(card, "Held-out results")[0][3] == "KL to the teacher"
+    compared = cli("run", "compare", f"runs=[{tmp_path}/run]")
+    assert compared.code == 0 and "KL to teacher" in compared.out
 
 
 def test_a_model_is_not_lost_for_want_of_its_card(good: Path, tmp_path: Path) -> None:
