@@ -210,14 +210,15 @@ def run(cfg: Config, world: distributed.World) -> evaluation.Measured:
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
     held_out = None
     training.check_context(cfg, "max_seq_length")
-    if cfg.dataset_val is not None:
-        dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+    dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+    if dataset_val is not None:
         training.check_data(cfg, {"dataset_val": dataset_val}, world)
         held_out = list(
             data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
         )
     for key in ("checkpointer", "teacher_checkpointer"):
-        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
+        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"),
+                                 is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip
 
     # Model.
     parallelism = config.instantiate(cfg.parallelism)

@@ -204,6 +204,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
+    beside: dict[str, Any] = {"base": base_folder(cfg), "tokenizer": tokenizer, "is_chat": loader.dataset.is_chat}
     metrics = training.Metrics(world.sum)
     with (
         training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
@@ -248,15 +249,15 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
             stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 progress.phase(f"saving step_{step}")
-                manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=base_folder(cfg), extra=training.resume_extra(cfg, loader.position))  # fmt: skip
+                manager.save(step, model=model, optimizers=optimizer, schedulers=schedulers, metrics=row,
+                             extra=training.resume_extra(cfg, loader.position), **beside)  # fmt: skip
             if profiler:
                 profiler.step()
 
     if stopping:
         return world.print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
     progress.phase("saving final/")
-    training.write_final(output_dir, model, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
+    training.write_final(output_dir, model, save_weights=cfg.save_weights, **beside)
     finish(cfg, world)
 
 

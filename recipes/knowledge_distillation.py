@@ -231,6 +231,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     training.start_run(output_dir, step=step, resolved_config=config.resolved_yaml(cfg), record=record)
     manager = checkpoint.CheckpointManager(output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                            best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
+    beside: dict[str, Any] = {"base": base_folder(cfg), "tokenizer": tokenizer, "is_chat": loader.dataset.is_chat}
     metrics = training.Metrics(world.sum)
     with (
         training.StepLog(output_dir / "metrics.jsonl" if world.is_main else None, second_logger, progress,
@@ -276,15 +277,15 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
             stopping = world.any(interrupt.requested) and step < num_steps
             if training.is_due(step, cfg.save_every_n_steps) or stopping:
                 progress.phase(f"saving step_{step}")
-                manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row, tokenizer=tokenizer,
-                             base=base_folder(cfg), extra=training.resume_extra(cfg, loader.position))  # fmt: skip
+                manager.save(step, model=student, optimizers=optimizer, schedulers=schedulers, metrics=row,
+                             extra=training.resume_extra(cfg, loader.position), **beside)  # fmt: skip
             if profiler:
                 profiler.step()
 
     if stopping:
         return world.print(training.stopped_text(output_dir, interrupt.signal_name, step, num_steps))
     progress.phase("saving final/")
-    training.write_final(output_dir, student, base=base_folder(cfg), tokenizer=tokenizer, save_weights=cfg.save_weights)
+    training.write_final(output_dir, student, save_weights=cfg.save_weights, **beside)
     finish(cfg, world)
 
 
@@ -294,6 +295,10 @@ def load_data(
     """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
     dataset, dataset_val = (config.instantiate(node, tokenizer=tokenizer) for node in (cfg.dataset, cfg.dataset_val))
     inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
+    for key in ("checkpointer", "teacher_checkpointer"):
+        teachers.check_tokenizer(
+            tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat
+        )
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,
                          num_workers=cfg.num_workers, rank=world.dp_rank, num_ranks=world.dp_size)  # fmt: skip
     if dataset_val is None:
@@ -306,9 +311,7 @@ def load_data(
 def build_models(
     cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None, kd_loss: losses.DivergenceLoss
 ) -> tuple[Transformer, teachers.OnlineTeacher]:
-    """The student, from the step folder where a run is resumed, and the teacher; one of another tokenizer is refused first."""
-    for key in ("checkpointer", "teacher_checkpointer"):
-        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"))
+    """The student, from the step folder where a run is resumed, and the teacher."""
     parallelism = config.instantiate(cfg.parallelism)
     # The teacher first: random weights of it must be the same ones in a resumed run, where the student draws none.
     teacher = build_teacher(cfg, world)

@@ -90,7 +90,6 @@ def run(cfg: Config) -> None:
     tokenizer = training.load_tokenizer(cfg)
     dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
-    tokenizer.trains_chats = False  # nothing is trained: the student's files say what the model's do
     training.check_lengths(cfg, {"dataset": training.example_lengths(batches)})
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     num_tokens = sum(batch.num_valid_tokens() for batch in batches)

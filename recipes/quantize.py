@@ -103,7 +103,6 @@ def run(cfg: Config) -> None:
         dataset = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
         training.check_lengths(cfg, {"dataset_val": dataset.lengths})
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
-    tokenizer.trains_chats = False  # nothing is trained: the files say what the model's do
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)

@@ -105,11 +105,13 @@ class CheckpointManager:
         metrics: Mapping[str, float],
         base: str | Path | None = None,
         tokenizer: SavesItself | None = None,
+        is_chat: bool = False,
     ) -> Path:
         """Writes `step_N`, model and state in one atomic folder, then deletes what is too many. Returns the folder.
 
         Of a model with adapters only these are written, as a PEFT folder: the base does not change.
         `extra` and `metrics` are kept in the state; `metrics` of this step, from which the best one is told.
+        `base`, `tokenizer` and `is_chat`: as in `save_model`.
         With `async_save` the folder gets its name later; what the one before is still writing is waited for first.
 
         Raises:
@@ -120,7 +122,7 @@ class CheckpointManager:
         folder = self.output_dir / f"step_{step}"
         reshard(model)
         writer = adapter_writer if has_adapters(model) else model_writer
-        write_model = writer(model, base=base, tokenizer=tokenizer, staged=self.async_save)
+        write_model = writer(model, base=base, tokenizer=tokenizer, is_chat=is_chat, staged=self.async_save)
         write_state = state.state_writer(
             model=model,
             optimizers=optimizers,

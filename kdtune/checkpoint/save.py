@@ -39,10 +39,13 @@ class SavesItself(Protocol):
     eos_id: int | None
     pad_id: int
     stop_ids: frozenset[int]
-    trained_stop_ids: frozenset[int]
 
-    def save(self, folder: Path) -> None:
-        """Writes its files into a folder."""
+    def trained_stop_ids(self, *, is_chat: bool) -> frozenset[int]:
+        """Return the ids that end trained sequences: texts, or conversations where `is_chat`."""
+        ...
+
+    def save(self, folder: Path, *, is_chat: bool) -> None:
+        """Writes its files into a folder, with the chat template where `is_chat`."""
         ...
 
 
@@ -54,6 +57,7 @@ def save_model(
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 5 * 2**30,
     save_weights: SaveWeights = "merged",
+    is_chat: bool = False,
     card: Callable[[Literal["model", "adapter"]], str | None] | None = None,
 ) -> None:
     """Writes the model as a new folder, atomically; see `write_model` and `write_adapter`.
@@ -66,6 +70,7 @@ def save_model(
         max_shard_bytes: as in `write_model`.
         save_weights: of a model with adapters: "merged", one model; "adapter", a PEFT folder; "both", the merged model
             with the PEFT folder `adapter` in it. A model without adapters is written as it is.
+        is_chat: as in `write_model`.
         card: gives the text of README.md, of the model or of the adapter alone; None, or where it gives None: no README.md.
 
     Raises:
@@ -80,14 +85,14 @@ def save_model(
     reshard(model)
     with atomic_folder(folder) as hidden:
         if save_weights == "adapter":
-            write_adapter(model, hidden, base=base, tokenizer=tokenizer)
+            write_adapter(model, hidden, base=base, tokenizer=tokenizer, is_chat=is_chat)
             _write_card(hidden, card, "adapter")
             return
-        write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+        write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, is_chat=is_chat)
         if save_weights == "both" and adapted:
             with together(), writing(hidden):
                 (hidden / ADAPTER).mkdir(exist_ok=True)
-            write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer)
+            write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer, is_chat=is_chat)
             _write_card(hidden / ADAPTER, card, "adapter")
         _write_card(hidden, card, "model")
 
@@ -108,6 +113,7 @@ def write_model(
     base: str | Path | None = None,
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    is_chat: bool = False,
 ) -> None:
     """Writes weights, config, generation config, tokenizer and the base's licence files into a folder that exists.
 
@@ -119,11 +125,13 @@ def write_model(
         tokenizer: writes its own files. Where the base's files do not stop at what the tokenizer ends trained sequences
             with, or begin with another bos, its special ids take the place of theirs (their eos ids are kept beside).
         max_shard_bytes: a larger model is written in several files with an index.
+        is_chat: the model was trained on conversations (`Dataset.is_chat`): what is written carries the chat template, and
+            says that an answer ends with the token that the template puts there.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    model_writer(model, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)(folder, None)
+    model_writer(model, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, is_chat=is_chat)(folder, None)
 
 
 def model_writer(
@@ -132,6 +140,7 @@ def model_writer(
     base: str | Path | None = None,
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
     """What writes the model as `write_model` does, on all processes together, each its own shards.
@@ -146,7 +155,7 @@ def model_writer(
     )
     files = {file: {name: weights[name] for name in names} for file, names in split.filename_to_tensors.items()}
     write_weights = tensor_writer(files, planned, staged=staged)
-    describe = _description(model, base=base, tokenizer=tokenizer)
+    describe = _description(model, base=base, tokenizer=tokenizer, is_chat=is_chat)
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
@@ -177,24 +186,30 @@ def _description(
     *,
     base: str | Path | None,
     tokenizer: SavesItself | None,
+    is_chat: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[Path], None]:
     """What writes it. The model is read now: in a forward, its weights may be in another dtype for a while."""
     base = _folder_of(base)
-    config = _hf_config(model, base, tokenizer)
+    config = _hf_config(model, base, tokenizer, is_chat)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
 
     def write(folder: Path) -> None:
         _write_json(folder / CONFIG, config)
-        _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer))
-        _write_companions(folder, base, tokenizer)
+        _write_json(folder / GENERATION_CONFIG, _generation_config(base, tokenizer, is_chat))
+        _write_companions(folder, base, tokenizer, is_chat)
 
     return write
 
 
 def write_adapter(
-    model: Transformer, folder: Path, *, base: str | Path | None = None, tokenizer: SavesItself | None = None
+    model: Transformer,
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    tokenizer: SavesItself | None = None,
+    is_chat: bool = False,
 ) -> None:
     """Writes the adapters as a PEFT folder, with generation config, tokenizer and licence files, into a folder that exists.
 
@@ -203,12 +218,13 @@ def write_adapter(
         folder: such as the hidden folder of `atomic_folder`.
         base: folder or file the model came from: what `adapter_config.json` names as the adapter's base.
         tokenizer: writes its own files; its special ids come into the generation config as in `write_model`.
+        is_chat: as in `write_model`.
 
     Raises:
         ConfigError: the model has no adapters.
         CheckpointError: the disk is full or cannot be written.
     """
-    adapter_writer(model, base=base, tokenizer=tokenizer)(folder, None)
+    adapter_writer(model, base=base, tokenizer=tokenizer, is_chat=is_chat)(folder, None)
 
 
 def adapter_writer(
@@ -216,6 +232,7 @@ def adapter_writer(
     *,
     base: str | Path | None = None,
     tokenizer: SavesItself | None = None,
+    is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
     """What writes the adapters as `write_adapter` does, on all processes together; `staged` as in `model_writer`.
@@ -235,17 +252,17 @@ def adapter_writer(
         with together(group), writing(folder):
             if is_main():
                 _write_json(folder / peft.CONFIG, config)
-                _write_json(folder / GENERATION_CONFIG, _generation_config(_folder_of(base), tokenizer))
-                _write_companions(folder, _folder_of(base), tokenizer)
+                _write_json(folder / GENERATION_CONFIG, _generation_config(_folder_of(base), tokenizer, is_chat))
+                _write_companions(folder, _folder_of(base), tokenizer, is_chat)
 
     return write
 
 
-def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | None) -> None:
+def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> None:
     for file in _licence_files(base):
         shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, is_chat=is_chat)
 
 
 def _folder_of(base: str | Path | None) -> Path | None:
@@ -262,20 +279,22 @@ def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) ->
     return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
 
 
-def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None) -> dict[str, Any]:
+def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
     of_base = read_json(base / CONFIG) if base is not None and (base / CONFIG).is_file() else None
     if tokenizer is not None:
-        own = _special_ids(tokenizer)
-        of_base = own | {"eos_token_id": tokenizer.eos_id} if of_base is None else _with_trained_ids(of_base, tokenizer)
+        if of_base is None:
+            of_base = _special_ids(tokenizer) | {"eos_token_id": tokenizer.eos_id}
+        else:
+            of_base = _with_trained_ids(of_base, tokenizer, is_chat)
     return configs.config_to_hf(merged_config(model), base=of_base, dtype=dtype)
 
 
-def _generation_config(base: Path | None, tokenizer: SavesItself | None) -> dict[str, Any]:
+def _generation_config(base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:
     if base is not None and (base / GENERATION_CONFIG).is_file():
         kept = read_json(base / GENERATION_CONFIG)
         kept.pop("transformers_version", None)
-        return kept if tokenizer is None else _with_trained_ids(kept, tokenizer)
+        return kept if tokenizer is None else _with_trained_ids(kept, tokenizer, is_chat)
     return {"_from_model_config": False} | (_special_ids(tokenizer) if tokenizer is not None else {})
 
 
@@ -289,7 +308,7 @@ def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None
     }
 
 
-def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself) -> dict[str, Any]:
+def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself, is_chat: bool) -> dict[str, Any]:
     """The base's document, with the tokenizer's special ids where it does not say what was trained.
 
     A document that stops at the ids trained sequences end with, and whose bos is the tokenizer's, stays as it is. In
@@ -299,9 +318,10 @@ def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself) -> dict[
     stops = {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}
     bos = document.get("bos_token_id")
     other_bos = bos is not None and tokenizer.bos_id is not None and bos != tokenizer.bos_id
-    if tokenizer.trained_stop_ids <= stops and not other_bos:
+    trained = tokenizer.trained_stop_ids(is_chat=is_chat)
+    if trained <= stops and not other_bos:
         return document
-    own = _special_ids(tokenizer, stops | tokenizer.trained_stop_ids)
+    own = _special_ids(tokenizer, stops | trained)
     return {**document, **{key: value for key, value in own.items() if value is not None}}
 
 

@@ -110,7 +110,7 @@ def alpaca_dataset(
     )
     columns = [(column_map or {}).get(name, name) for name in _COLUMNS]
     suggest = suggest_question_columns(_COLUMNS)
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest, is_chat=True)
 
 
 def alpaca_cleaned_dataset(
@@ -150,4 +150,4 @@ def quickstart_dataset(
         raise ConfigError(f"quickstart_dataset: prompt={prompt!r}; allowed are {', '.join(_PROMPTS)}")
     to_messages = alpaca_messages(prompt=_PROMPTS[prompt])
     encode = conversation_encoder(tokenizer, lambda row: Conversation(to_messages(row)), default="all", **options)
-    return tokenize_rows(chosen, RowEncoder(encode, columns=_COLUMNS), label)
+    return tokenize_rows(chosen, RowEncoder(encode, columns=_COLUMNS, is_chat=True), label)

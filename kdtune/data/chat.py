@@ -103,7 +103,7 @@ def instruct_dataset(
     )
     columns = [(column_map or {}).get(name, name) for name in _INSTRUCT_COLUMNS]
     suggest = suggest_question_columns(_INSTRUCT_COLUMNS)
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest)
+    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest, is_chat=True)
 
 
 def chat_dataset(
@@ -139,7 +139,9 @@ def chat_dataset(
         truncation=truncation,
     )
     columns = (conversation_column, TOOLS, TEMPLATE_VARIABLES)
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest_chat_columns)
+    return build_dataset(
+        encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest_chat_columns, is_chat=True
+    )
 
 
 def _system(prompt: str | None) -> list[Message]:

@@ -70,7 +70,7 @@ def conversation_encoder(
 
     to_conversation: makes a conversation of a row.
     The other arguments are those of TrainingOptions; `default` is train_on where neither key says it. None: it does not fit.
-    The tokenizer is told that conversations are trained on: what is saved with it then says so.
+    A dataset made with it has `is_chat` True (see `Dataset`).
 
     Raises:
         ConfigError: train_on and train_on_input contradict each other, or a value is unknown.
@@ -80,7 +80,6 @@ def conversation_encoder(
         raise ConfigError(f"truncation={truncation}: unknown; allowed: turns, right, drop")
     cut = truncation or ("right" if chosen == "all" else "turns")
     room = tokenizer.max_seq_len
-    tokenizer.trains_chats = True
 
     def encode(row: Row) -> EncodedRow | None:
         conversation = to_conversation(row)

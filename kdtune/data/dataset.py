@@ -103,6 +103,9 @@ class Dataset(ABC):
     """Examples that can be handed out epoch by epoch, in an order that depends only on (seed, epoch)."""
 
     report: Report
+    is_chat: bool = False
+    """Whether examples are conversations in the tokenizer's chat template. What a recipe saves then carries the template and
+    stops after an answer. A class of your own whose examples are conversations sets it to True."""
 
     @abstractmethod
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
@@ -153,15 +156,20 @@ class MapDataset(Dataset):
 
 
 class TokenizedDataset(MapDataset):
-    """Examples held in memory as token ids (int32) and training flags, 5 bytes a token."""
+    """Examples held in memory as token ids (int32) and training flags, 5 bytes a token.
 
-    def __init__(self, encoded: Iterable[Encoded], report: Report) -> None:
+    encoded: ids and flags of each example, as `Tokenizer.tokenize_messages` gives them. report: what became of the rows they are
+    made of. is_chat: see `Dataset`.
+    """
+
+    def __init__(self, encoded: Iterable[Encoded], report: Report, *, is_chat: bool = False) -> None:
         ids, trained, ends = array("i"), bytearray(), array("q", [0])
         for example_ids, example_trained in encoded:
             ids.extend(example_ids)
             trained.extend(example_trained)
             ends.append(len(ids))
         self.report = report
+        self.is_chat = is_chat
         self._ids = np.frombuffer(ids, dtype=np.int32)
         self._trained = np.frombuffer(trained, dtype=np.bool_)
         self._ends = np.frombuffer(ends, dtype=np.int64)
@@ -191,13 +199,14 @@ class RowEncoder:
     """How the rows of a source become examples: which to keep, and how to tokenize them.
 
     encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads. suggest: what to
-    set for a row that lacks one of them.
+    set for a row that lacks one of them. is_chat: that of the dataset.
     """
 
     encode: Callable[[Row], EncodedRow | None]
     keep: FilterFn | None = None
     columns: Collection[str] | None = None
     suggest: Suggest | None = None
+    is_chat: bool = False
 
     def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
         """The rows that can be trained on, tokenized and cut; the report counts all of them on the way."""
@@ -242,6 +251,7 @@ class RowStream(StreamDataset):
         self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int
     ) -> None:
         self.report = Report(source)
+        self.is_chat = encoder.is_chat
         self._rows = rows
         self._encoder = encoder
         self._shuffle_buffer = shuffle_buffer
@@ -303,6 +313,7 @@ def build_dataset(
     *,
     columns: Collection[str] | None = None,
     suggest: Suggest | None = None,
+    is_chat: bool = False,
 ) -> Dataset:
     """The dataset of a source: in memory, or a stream where source.streaming. See RowEncoder for the other arguments.
 
@@ -310,7 +321,7 @@ def build_dataset(
         ConfigError: source or filter_fn cannot be used.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns, suggest)
+    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns, suggest, is_chat)
     rows = open_rows(source)
     if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
@@ -331,7 +342,7 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
         rows = islice(rows, preview.rows)
     total = len(rows) if isinstance(rows, Sized) else None
     with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
-        dataset = TokenizedDataset(encoder.encoded(progress, report), report)
+        dataset = TokenizedDataset(encoder.encoded(progress, report), report, is_chat=encoder.is_chat)
     if preview is None:
         check_not_empty(report)
         _log_left_out(report)

@@ -22,7 +22,6 @@ class _NoTokenizer:
     stop_ids: frozenset[int] = frozenset()
     max_seq_len = None
     begins_with_bos = False
-    trains_chats = False
 
     def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         return [0, 0]

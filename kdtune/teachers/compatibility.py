@@ -17,7 +17,12 @@ _CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, checkpointer: Any, key: str = "teacher_checkpointer", *, path: str | Path | None = None
+    tokenizer: Tokenizer,
+    checkpointer: Any,
+    key: str = "teacher_checkpointer",
+    *,
+    path: str | Path | None = None,
+    is_chat: bool = False,
 ) -> None:
     """Compares the run's tokenizer with the one in a model's folder; a warning where that folder has none.
 
@@ -27,6 +32,7 @@ def check_tokenizer(
         key: of the config, for the messages. A teacher must share bos and eos too; for another model they are the run's
             to choose (a base model is finetuned with the chat tokenizer), and a difference is a warning.
         path: where the run's tokenizer was read; a model in the same folder is not compared with.
+        is_chat: whether the examples are conversations (`Dataset.is_chat`): a teacher with another chat template is then told.
 
     Raises:
         ConfigError: if the same text becomes other ids, which then mean other tokens to the model.
@@ -38,7 +44,7 @@ def check_tokenizer(
     if path is not None and _folder_of(user_path(path)) == folder.resolve():
         return
     try:
-        own = tokenizers.load(folder)
+        own = tokenizers.load(folder, date=tokenizer.date)
     except CheckpointError as error:
         log.warning("%s: its tokenizer could not be compared with the run's: %s", key, error)
         return
@@ -53,8 +59,7 @@ def check_tokenizer(
                 f"tokenizer and {key}={folder}: teacher and student have the same ids, but {difference}, as an instruct model and "
                 f"a base model of one family do; train the student in the teacher's format: tokenizer.path={folder}"
             )
-        own.date = tokenizer.date
-        if tokenizer.trains_chats and _rendered(tokenizer) != _rendered(own):
+        if is_chat and _rendered(tokenizer) != _rendered(own):
             log.warning(
                 "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
                 "tokenizer.path=%s takes its format",

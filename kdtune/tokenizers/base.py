@@ -131,8 +131,6 @@ class Tokenizer(ABC):
         self._date: str | None = None
         self._answer_ends = self._find_answer_ends()
         self.stop_ids = frozenset(ends.union(extra_stop_ids, self._answer_ends))
-        self.trains_chats = False
-        """Whether conversations are trained on; set by the datasets of conversations."""
 
     @abstractmethod
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
@@ -146,13 +144,14 @@ class Tokenizer(ABC):
     def _save_files(self, folder: Path) -> None:
         """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, is_chat: bool = False) -> None:
         """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them.
 
-        Where conversations are trained on, the chat template is among them, also one that the tokenizer's own files lack.
+        is_chat: the model beside them was trained on conversations. The chat template is then among the files, even one that the
+        tokenizer's own files lack.
         """
         self._save_files(folder)
-        if self.trains_chats:
+        if is_chat:
             save_template(folder, self.chat_template, self._named)
 
     @property
@@ -169,11 +168,10 @@ class Tokenizer(ABC):
         """Whether the chat template may print the date, so that conversations are other ids on another day."""
         return any(map(asks_date, filter(None, (self.chat_template, self.tool_template))))
 
-    @property
-    def trained_stop_ids(self) -> frozenset[int]:
-        """The ids that end what is trained on: eos, and where that is conversations, the token after an answer."""
+    def trained_stop_ids(self, *, is_chat: bool) -> frozenset[int]:
+        """Return the ids that end trained sequences: eos, and for conversations (`is_chat`) the token after an answer."""
         eos = frozenset() if self.eos_id is None else frozenset({self.eos_id})
-        return eos | self._answer_ends if self.trains_chats else eos
+        return eos | self._answer_ends if is_chat else eos
 
     def _find_answer_ends(self) -> frozenset[int]:
         """The control token that the chat template puts after an answer, where there is one."""

@@ -364,11 +364,12 @@ def write_final(
     base: str | Path | None,
     tokenizer: Any,
     save_weights: SaveWeights = "both",
+    is_chat: bool = False,
 ) -> None:
     """Writes `final/` into `output_dir`, in place of the one of a shorter run where that was resumed with more steps.
 
     `save_weights` says what of a model with adapters, see `save_model`: "both" is the merged model in `final/` and a PEFT
-    folder in `final/adapter/`. Each has a model card, see `model_card`.
+    folder in `final/adapter/`. Each has a model card, see `model_card`. `is_chat`: as in `save_model`.
 
     Raises:
         CheckpointError: where it cannot be written.
@@ -385,4 +386,4 @@ def write_final(
             log.warning("%s has no README.md: it could not be made: %s: %s", final, type(error).__name__, error)
             return None
 
-    save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights, card=card)
+    save_model(model, final, base=base, tokenizer=tokenizer, save_weights=save_weights, is_chat=is_chat, card=card)

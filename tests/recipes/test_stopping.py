@@ -11,7 +11,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from kdtune.checkpoint import save_model
+from kdtune.checkpoint import load_model, save_model
+from kdtune.data import Report, TokenizedDataset
 from kdtune.models import llama
 from kdtune.tokenizers import load
 
@@ -150,23 +151,59 @@ def test_the_token_after_an_answer_is_read_from_the_template(train: Callable[...
     assert said_ids(final, "generation_config.json")["eos_token_id"] == [END_OF_TEXT, START]
 
 
-def test_texts_do_not_make_a_chat_model(train: Callable[..., Path], base: Path) -> None:
+@pytest.fixture
+def texts(base: Path) -> Path:
     (base.parent / "texts.txt").write_text("A text.\n\nAnother one.\n")
-    final = (
-        train(
-            "texts",
-            "dataset=kdtune.data.text_completion_dataset",
-            f"dataset.source={base.parent / 'texts.txt'}",
-            "epochs=1",
-            "save_every_n_steps=null",
-        )
-        / "final"
-    )
+    return base.parent / "texts.txt"
+
+
+@pytest.mark.parametrize("val", ["texts", "conversations"])
+def test_texts_do_not_make_a_chat_model(train: Callable[..., Path], base: Path, texts: Path, val: str) -> None:
+    """Whatever it is validated on."""
+    overrides = ["dataset=kdtune.data.text_completion_dataset", f"dataset.source={texts}"]
+    if val == "conversations":
+        rows = texts.with_name("val.jsonl")
+        rows.write_text(json.dumps({"input": "A?", "output": "B."}) + "\n")
+        overrides += ["dataset_val=kdtune.data.instruct_dataset", f"dataset_val.source={rows}"]
+    final = train(f"texts_{val}", *overrides, "epochs=1", "save_every_n_steps=null") / "final"
     assert transformers.AutoTokenizer.from_pretrained(final).chat_template is None
     for name in ("config.json", "generation_config.json"):
         assert said_ids(final, name) == said_ids(base, name)
     for name in OWN_FILES:
         assert (final / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize(("streaming", "mixed"), [("true", False), ("false", True), ("true", True)])
+def test_streamed_and_mixed_conversations_make_a_chat_model(
+    train: Callable[..., Path],
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    streaming: str,
+    mixed: bool,
+) -> None:
+    dataset = f"{{_component_: kdtune.data.instruct_dataset, source: rows.jsonl, streaming: {streaming}}}"
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps({"input": q, "output": a}) + "\n" for q, a in ROWS))
+    if mixed:
+        text_part = f"{{_component_: kdtune.data.text_completion_dataset, source: {texts}}}"
+        dataset = f"{{_component_: kdtune.data.mixed_dataset, weights: [1, 1], datasets: [{text_part}, {dataset}]}}"
+    out = train(tmp_path.name, f"dataset={dataset}", "epochs=1", "max_steps_per_epoch=1", "save_every_n_steps=1")
+    for folder in (out / "step_1", out / "final"):
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == load(folder).chat_template
+        assert said_ids(folder, "generation_config.json")["eos_token_id"] == [END_OF_TEXT, END]
+
+
+def test_rows_made_in_python_say_what_they_are(base: Path, tmp_path: Path) -> None:
+    tokenizer = load(base)
+    chat = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    for is_chat in (False, True):
+        rows = TokenizedDataset([tokenizer.tokenize_messages(chat)], Report("mine"), is_chat=is_chat)
+        folder = tmp_path / str(is_chat)
+        save_model(load_model(base), folder, base=base, tokenizer=tokenizer, is_chat=rows.is_chat)
+        assert (folder / "chat_template.jinja").exists() == is_chat
+        ends = said_ids(folder, "generation_config.json")["eos_token_id"]
+        assert ends == ([END_OF_TEXT, END] if is_chat else END_OF_TEXT)
 
 
 def test_pruning_on_conversations_trains_nothing(

@@ -23,9 +23,11 @@ class FakeTokenizer:
     eos_id: int | None = 2
     pad_id = 2
     stop_ids = frozenset({2, 7})
-    trained_stop_ids = frozenset({2, 7})
 
-    def save(self, folder: Path) -> None:
+    def trained_stop_ids(self, *, is_chat: bool) -> frozenset[int]:
+        return frozenset({2, 7} if is_chat else {2})
+
+    def save(self, folder: Path, *, is_chat: bool) -> None:
         (folder / "tokenizer.json").write_text("{}")
 
 
@@ -110,7 +112,7 @@ def test_what_the_base_does_not_say_of_the_tokens_trained_on_is_added(
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kept.pop(key, None)
         (base / name).write_text(json.dumps({**kept, **of_base}))
-    save_model(tiny_model(), out, base=base, tokenizer=FakeTokenizer())
+    save_model(tiny_model(), out, base=base, tokenizer=FakeTokenizer(), is_chat=True)
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in config if key in written or key in of_base} == written
     assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, **written}
@@ -143,7 +145,7 @@ def test_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_tokenizer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     class Failing(FakeTokenizer):
-        def save(self, folder: Path) -> None:
+        def save(self, folder: Path, *, is_chat: bool) -> None:
             raise CheckpointError(f"{folder / 'tokenizer.json'}: no")
 
     with pytest.raises(CheckpointError, match=f"^{tmp_path / 'm' / 'tokenizer.json'}: no$"):

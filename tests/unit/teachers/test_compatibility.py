@@ -67,13 +67,11 @@ def test_a_teacher_with_another_chat_template_is_told_in_one_line(node, warnings
     base = byte_tokenizer()
     check_tokenizer(base, node)
     assert not warnings.text  # texts are trained on
-    base.trains_chats = True
-    check_tokenizer(base, node)
+    check_tokenizer(base, node, is_chat=True)
     (record,) = warnings.records
     assert f"tokenizer.path={tmp_path} takes its format" in record.getMessage()
     theirs = tokenizers.load(tmp_path)
-    theirs.trains_chats = True
-    check_tokenizer(theirs, node)
+    check_tokenizer(theirs, node, is_chat=True)
     assert len(warnings.records) == 1
 
 
