@@ -2,7 +2,7 @@
 
 import errno
 
-from kdtune.log import printable
+from kdtune.escape import printable
 
 # What the machine, not the program, is to blame for: the disk is full, read-only or failing, a folder is gone.
 FILE_ERRORS = (

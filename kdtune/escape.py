@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 
-# What a browser, a terminal or an XML parser takes for more than a character: controls, and halves of surrogate pairs.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# What a browser, a terminal or an XML parser takes for more than a character: controls except tab and line feed, halves of
+# surrogate pairs, and characters that end a line or change the writing direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # A spreadsheet takes a field that begins with one of these for a formula.
 _FORMULA = re.compile(r"\s*[=+\-@]|[\t\r\n]")
 # Not between word characters, as in val_kd_loss: there an underscore is only itself.
@@ -17,13 +18,13 @@ _LATEX = {
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters and lone surrogates, which no file can hold, as `\x1b` and the like."""
+    r"""Escape (as in `\x1b`) control characters, lone surrogates and what changes lines or the writing direction."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(text: str) -> str:
-    """The text in one line, printable, every run of white space a space."""
-    return " ".join(printable(text).split())
+    """Return the text in one line, printable, with each run of white space as one space."""
+    return " ".join(printable(text.replace("\r", " ")).split())
 
 
 def markdown_text(text: str) -> str:

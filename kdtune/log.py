@@ -2,25 +2,19 @@
 outlives its reader.
 """
 
+import errno
 import io
 import logging
 import os
-import re
 import sys
 from contextlib import suppress
 from typing import Any, BinaryIO, TextIO, cast
 
-# Control characters but tab and line end, lone surrogates, and what changes lines or the direction of writing.
-_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """The text with what could move a terminal's cursor or change its state written as Python escapes it."""
-    return _UNFIT.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+from kdtune.escape import printable
 
 
 def fit_for_stdout(text: str) -> str:
-    """What a model or a file says, as standard output gets it: a terminal no control sequences, anything else all of it."""
+    """Escape a model's or a file's text where standard output is a terminal, which would act on control sequences."""
     return printable(text) if sys.stdout.isatty() else text
 
 
@@ -76,6 +70,10 @@ def outlive_readers() -> None:
 class _OutlivingFile(io.FileIO):
     """Standard output or error; once nobody reads it, it is the null device, for this process and those it starts."""
 
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._was_terminal = self.isatty()  # one that has been closed no longer says so
+
     def write(self, data: Any, /) -> int:
         """Writes all of the data, as a buffered file would: nothing of it is left to fail again when the process ends."""
         rest = memoryview(data).cast("B")
@@ -83,7 +81,11 @@ class _OutlivingFile(io.FileIO):
         while len(rest):
             try:
                 rest = rest[super().write(rest) or 0 :]
-            except (BrokenPipeError, ConnectionResetError):
+            except OSError as error:
+                # What a terminal that was closed answers is, of a file, a broken disk.
+                is_gone = isinstance(error, BrokenPipeError | ConnectionResetError)
+                if not is_gone and not (self._was_terminal and error.errno == errno.EIO):
+                    raise
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)
@@ -91,7 +93,7 @@ class _OutlivingFile(io.FileIO):
 
 
 def _outliving(descriptor: int, encoding: str, *, write_through: bool) -> io.TextIOWrapper:
-    raw = _OutlivingFile(descriptor, "w", closefd=False)
+    raw = _OutlivingFile(descriptor)
     return io.TextIOWrapper(
         cast("BinaryIO", raw), encoding, "backslashreplace", line_buffering=True, write_through=write_through
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtune import checkpoint, config, training
+from kdtune.log import fit_for_stdout
 
 
 @dataclass(kw_only=True)
@@ -50,8 +51,8 @@ def run(cfg: Config) -> None:
     checkpoint.atomic_write_text(table, training.metrics_csv(runs))
 
     samples = {name: found.samples for name, found in runs.items() if found.samples}
-    print(training.samples_text(samples), end="\n" if samples else "")
-    print(training.comparison_table(metrics, divergence=divergence))
+    print(fit_for_stdout(training.samples_text(samples)), end="\n" if samples else "")
+    print(fit_for_stdout(training.comparison_table(metrics, divergence=divergence) or ""))
     print("\n".join([*notes, f"plot:  {plot}", f"table: {table}"]))
 
 

@@ -9,8 +9,8 @@ Any checkpoint that kdtune reads will do: a Hugging Face folder, a GGUF file, Me
 """
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -164,14 +164,13 @@ def run(cfg: Config, world: distributed.World) -> None:
     # Each answer is kept as it comes, so that a run that is stopped has those before.
     rows: list[dict[str, Any]] = []
     file = Path(cfg.output_file) if cfg.output_file is not None and world.is_main else None
-    with nullcontext() if file is None else checkpoint.collected_rows(file) as keep:
+    prints = file is None and len(prompts) > 1 and world.is_main
+    with checkpoint.collected_rows(file) if file else printed_in_order() if prints else nullcontext() as keep:
 
         def on_answer(index: int, new_ids: list[int]) -> None:
             rows.append(as_row(conversations[index], prompts[index], new_ids, tokenizer))
             if keep is not None:
                 keep(index + 1, rows[-1])
-            elif len(prompts) > 1 and world.is_main:
-                tqdm.write(fit_for_stdout(f"> {rows[-1]['prompt']}\n{rows[-1]['answer']}\n"))
 
         answer(cfg, model, tokenizer, prompts, world, on_answer)
     seconds = time.perf_counter() - start
@@ -272,6 +271,29 @@ def answer_in_batches(
         distributed.spread_in_batches(
             answer, lengths, cfg.batch_size, model, world, on_done=bar.update, on_result=on_answer
         )
+
+
+@contextmanager
+def printed_in_order() -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Yield a function that takes a prompt's number, from 1, and its row, and prints the rows in the prompts' order.
+
+    A row that comes before its turn is held back; a run that is stopped prints those too.
+    """
+    held: dict[int, str] = {}
+    turn = 1
+
+    def show(number: int, row: Mapping[str, Any]) -> None:
+        nonlocal turn
+        held[number] = fit_for_stdout(f"> {row['prompt']}\n{row['answer']}\n")
+        while turn in held:
+            tqdm.write(held.pop(turn))
+            turn += 1
+
+    try:
+        yield show
+    finally:
+        for number in sorted(held):
+            tqdm.write(held[number])
 
 
 def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ CLI_MAY_IMPORT = {
     "errors",
     "log",
     "paths",
+    "escape",
     "_assets",
     "__init__",
     "config",

@@ -74,7 +74,8 @@ def _row_count(text: str) -> int:
 def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse.Namespace, count: int) -> None:
     from kdtune.config import instantiate
     from kdtune.data import previewed, show
-    from kdtune.log import fit_for_stdout, printable
+    from kdtune.escape import printable
+    from kdtune.log import fit_for_stdout
 
     with previewed(max(count, arguments.rows)):
         dataset = instantiate(dict(node), tokenizer=tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data.dataset import Report
 from kdtune.data.transforms import Example
-from kdtune.log import printable
+from kdtune.escape import printable
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer

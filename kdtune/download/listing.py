@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from kdtune.download.fetch import AnswerError, RemoteFile, TransportError, answer_to, is_transient, wait_before_retry
 from kdtune.errors import CheckpointError
-from kdtune.log import printable
+from kdtune.escape import printable
 
 _MAX_FAILURES = 3
 # The hub lists 1,000 files a page, in less than 1 MB.

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from kdtune.errors import CheckpointError
-from kdtune.log import printable
+from kdtune.escape import printable
 
 _STATE_DIR = ".kdtune-download"
 _LOCK_WAIT_S = 0.2

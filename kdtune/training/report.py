@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.checkpoint import CheckpointManager
+from kdtune.log import fit_for_stdout
 from kdtune.training.loggers import read_metrics
 from kdtune.training.plot import plot_losses
 from kdtune.training.table import format_table
@@ -74,7 +75,7 @@ def print_results(output_dir: Path, *, trained: str, best_metric: str | None, di
     """
     plot_losses(output_dir / _METRICS, output_dir / _PLOT, divergence=divergence)
     if (output_dir / _SAMPLES).exists():
-        print(samples_text({trained: read_metrics(output_dir / _SAMPLES)}))
+        print(fit_for_stdout(samples_text({trained: read_metrics(output_dir / _SAMPLES)})))
     table = comparison_table({trained: read_metrics(output_dir / _METRICS)}, divergence=divergence)
     print(table or "no validation: give dataset_val for a table")
     best = CheckpointManager(output_dir, best_metric=best_metric).best_step()

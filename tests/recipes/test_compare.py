@@ -1,6 +1,7 @@
 """Training runs side by side: what the table, plot and CSV say, and which runs are not compared."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +23,13 @@ AFTER = {
     "sft": {"step": 8, "loss": 2.0, "val_class_loss": 2.75, "val_kd_loss": 0.625, "val_agreement": 0.625},
     "kd": {"step": 8, "loss": 0.5, "val_class_loss": 2.875, "val_kd_loss": 0.3125, "val_agreement": 0.75},
 }
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def write_run(
@@ -69,6 +77,20 @@ def test_table_and_answers(runs: dict[str, Path], cli: Callable[..., Any], tmp_p
     answers = [line.strip() for line in done.out.splitlines() if line.startswith("  [")]
     assert answers == ["[teacher] It is Paris.", "[before training] ?", "[sft, step 8] sft", "[kd, step 8] kd"]
     assert all(len(line) <= 80 for line in done.out.splitlines() if str(tmp_path) not in line)
+
+
+def test_a_terminal_gets_no_control_sequences(
+    runs: dict[str, Path], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model answered is shown, not executed; a file gets it unchanged."""
+    (runs["kd"] / "samples.jsonl").write_text(
+        json.dumps({"step": 0, "model": "student", "prompt": "\x1b[2JCapital?", "answer": "\x1b]0;title\x07"}) + "\n"
+    )
+    assert "\x1b[2JCapital?" in cli("run", "compare", named(*runs.values())).out
+    monkeypatch.setattr("io.StringIO", Terminal)
+    done = cli("run", "compare", named(*runs.values()))
+    assert done.code == 0 and "\x1b" not in done.out and "\x07" not in done.out
+    assert "> \\x1b[2JCapital?" in done.out and "\\x1b]0;title\\x07" in done.out
 
 
 def test_csv_has_every_validation_unrounded(runs: dict[str, Path], cli: Callable[..., Any], tmp_path: Path) -> None:

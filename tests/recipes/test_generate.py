@@ -69,6 +69,30 @@ def test_many_prompts_without_a_file_are_printed(cli, good):
         assert f"> {prompt}\n{expected(good, prompt)}\n" in done.out
 
 
+def test_answers_are_printed_in_the_prompts_order(cli, good):
+    """Batches begin with the longest prompt."""
+    done = cli(*arguments(good, "~prompt", f"prompts={json.dumps(PROMPTS)}", "temperature=0", "batch_size=1"))
+    assert done.code == 0, done.err
+    text = "".join(f"> {prompt}\n{expected(good, prompt)}\n\n" for prompt in PROMPTS)
+    assert done.out.startswith(text)
+
+
+def test_a_stopped_run_prints_the_answers_it_has(cli, good, monkeypatch):
+    whole, calls = generation.generate_batch, []
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate_batch", stopped)
+    done = cli(*arguments(good, "~prompt", f"prompts={json.dumps(PROMPTS)}", "temperature=0", "batch_size=1"))
+    assert done.code == 1
+    text = "".join(f"> {PROMPTS[index]}\n{expected(good, PROMPTS[index])}\n\n" for index in (1, 3))
+    assert done.out == text, "the two longest, in the prompts' order"
+
+
 def write_prompts(path: Path, prompts: list[str]) -> None:
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 

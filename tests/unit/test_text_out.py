@@ -11,8 +11,9 @@ import pytest
 
 from kdtune._cli.main import run_command
 from kdtune.checkpoint import atomic_write_text, collected_rows, partial_of
-from kdtune.log import fit_for_stdout, get_logger, printable
-from kdtune.training import JSONLLogger, read_metrics
+from kdtune.escape import one_line, printable
+from kdtune.log import fit_for_stdout, get_logger
+from kdtune.training import JSONLLogger, print_results, read_metrics
 
 SURROGATE = "cut \ud83d emoji"
 
@@ -53,6 +54,22 @@ def test_a_terminal_gets_no_control_sequences(monkeypatch: pytest.MonkeyPatch) -
     assert fit_for_stdout("a\x1b[2J") == "a\x1b[2J"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert fit_for_stdout("a\x1b[2J") == "a\\x1b[2J"
+
+
+def test_a_runs_answers_reach_the_terminal_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    row = {"step": 0, "model": "student", "prompt": "\x1b[2JHi", "answer": "\x1b]0;title\x07"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    print_results(tmp_path, trained="student", best_metric=None)
+    out = capsys.readouterr().out
+    assert "> \\x1b[2JHi\n  [student, step 0] \\x1b]0;title\\x07\n" in out and "\x1b" not in out
+
+
+def test_one_line_has_no_line_ends_and_no_changes_of_direction() -> None:
+    assert one_line(" a\r\nb\tc \u202eevil\x1b") == "a b c \\u202eevil\\x1b"
 
 
 def test_lone_surrogates_are_written_as_json_has_them(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """A command whose output nobody reads goes on to its end, and ends as it would have."""
 
+import fcntl
+import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -82,3 +86,47 @@ def test_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     done = shell('"$PYTHON" -m kdtune ls >/dev/full', tmp_path)
     assert done.returncode == 1
     assert done.stderr == "error: output: No space left on device\n"
+
+
+def in_a_terminal(argv: list[str], folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
+    """A process whose controlling terminal is a new one, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+
+    def take() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        argv, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def close_when_told(terminal: int, word: bytes) -> None:
+    """Closes the terminal, as a lost connection does, when the word has been printed there."""
+    seen = b""
+    while word not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+
+
+def test_work_is_done_in_a_terminal_that_was_closed(tmp_path: Path) -> None:
+    """Reading a closed terminal's other end is EIO, as a broken disk is."""
+    head, tail = WORK.split("for number", 1)
+    wait = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nprint('ready')\n"
+    wait += "while Path('open').exists(): pass\n"
+    (tmp_path / "open").touch()
+    process, terminal = in_a_terminal([sys.executable, "-c", f"{head}{wait}for number{tail}"], tmp_path)
+    close_when_told(terminal, b"ready")
+    (tmp_path / "open").unlink()
+    assert process.wait(60) == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_output_that_is_broken_is_told(tmp_path: Path) -> None:
+    """EIO of what is no terminal: /proc/self/mem cannot be written at address 0."""
+    code = "import os; from kdtune.log import outlive_readers; os.dup2(os.open('/proc/self/mem', os.O_RDWR), 1); outlive_readers()"
+    done = shell(f'"$PYTHON" -c "{code}; print(1)"', tmp_path)
+    assert done.returncode == 1 and "Input/output error" in done.stderr
