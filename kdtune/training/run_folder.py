@@ -104,12 +104,24 @@ def step_to_resume(
     if not holds_run(output_dir):
         log.info("%s: holds no run; starting from step 0", output_dir)
         return None
-    before = read_resolved_config(output_dir)
+    before = _dated(output_dir, read_resolved_config(output_dir), config_values)
     check_unchanged(before, config_values, may_change=may_change, asked=config_values.get("resume_changes", ()))
     _check_same_steps(output_dir, before, config_values, batches_per_step)
     newest = newest_step(output_dir)
     log.info("%s: resuming from %s", output_dir, newest.name if newest else "step 0 (no checkpoint yet)")
     return newest
+
+
+def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Take over `tokenizer.date` where the run records none, as before it was written down."""
+    was, is_now = before.get("tokenizer"), now.get("tokenizer")
+    if not (isinstance(was, dict) and isinstance(is_now, Mapping) and "date" in is_now) or "date" in was:
+        return before
+    log.info(
+        "%s: records no tokenizer.date; it goes on with %s (tokenizer.date=YYYY-MM-DD sets the day on which it was started)",
+        output_dir, is_now["date"],
+    )  # fmt: skip
+    return {**before, "tokenizer": {**was, "date": is_now["date"]}}
 
 
 def read_resolved_config(output_dir: Path) -> dict[str, Any]:

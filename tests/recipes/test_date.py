@@ -99,6 +99,25 @@ def test_a_resumed_run_refuses_another_day(
         run("cut", "resume_from_checkpoint=true", "tokenizer.date=2026-11-30")
 
 
+def test_a_run_that_records_no_day_can_be_resumed(
+    run: Callable[..., list[float]], on: Callable[[str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One started by a version that wrote none down; its own day can be given, and another key is still refused."""
+    on("2026-11-29")
+    whole = run("whole")
+    run("cut", "max_steps_per_epoch=1")
+    config = tmp_path / "cut" / "config.yaml"
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if not line.startswith("  date:")) + "\n")
+    assert recorded(tmp_path / "cut") is None
+    on("2026-11-30")
+    with pytest.raises(AssertionError, match=r"tokenizer\.max_seq_len: was 128, is 64\n"):
+        run("cut", "resume_from_checkpoint=true", "tokenizer.max_seq_len=64")
+    assert run("cut", "resume_from_checkpoint=true", "tokenizer.date=2026-11-29") == whole
+    assert recorded(tmp_path / "cut") == "2026-11-29"
+    assert "records no tokenizer.date; it goes on with 2026-11-29" in caplog.text
+
+
 def test_no_word_of_a_date_where_the_template_prints_none(
     run: Callable[..., list[float]], on: Callable[[str], None], tmp_path: Path
 ) -> None:
