@@ -21,7 +21,7 @@ class Config:
     runs: list[config.PathText]
     """The output folders of training runs, in the order to show them."""
     output_dir: config.PathText | None = None
-    """Folder to write into; null: the folder that the runs lie in."""
+    """Folder to write into, in place of an earlier comparison there; null: the folder that the runs lie in."""
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
@@ -29,7 +29,12 @@ class Config:
 
     def machine_problems(self) -> list[str]:
         """What is missing, found before anything is written."""
-        return [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).is_dir()]
+        if found := [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).is_dir()]:
+            return found
+        folder = self.output_dir or shared_parent(self.runs)
+        if self.output_dir is None and os.path.dirname(os.path.abspath(folder)) == os.path.abspath(folder):
+            return ["output_dir: the runs lie in no folder together but the root; give a folder to write into"]
+        return training.writing_problems(folder)
 
 
 @config.entry_point(Config, default_config="comparison")

@@ -49,6 +49,7 @@ from kdtune.training.run_folder import (
     step_to_resume,
     write_final,
     write_run_files,
+    writing_problems,
 )
 from kdtune.training.samples import record_samples
 from kdtune.training.schedules import (
@@ -149,4 +150,5 @@ __all__ = [
     "warn_of_lost_updates",
     "write_final",
     "write_run_files",
+    "writing_problems",
 ]

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,8 +46,17 @@ def holds_run(output_dir: Path) -> bool:
 
 def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
     """Why a run could not write there, without writing anything."""
+    return _problems(output_dir, lambda folder: _run_problems(folder, resume=resume))
+
+
+def writing_problems(output_dir: str) -> list[str]:
+    """Return reasons why files cannot be written to the folder; it may hold other things, a run going on too."""
+    return _problems(output_dir, _writing_problems)
+
+
+def _problems(output_dir: str, look: Callable[[Path], list[str]]) -> list[str]:
     try:
-        return _folder_problems(user_path(output_dir), resume=resume)
+        return look(user_path(output_dir))
     except (OSError, ValueError) as error:  # a name that is too long, or has a null character
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return [f"output_dir={output_dir!r}: {reason}; choose another output_dir"]
@@ -69,24 +78,27 @@ def new_folder_problems(output_dir: str) -> list[str]:
     return [f"output_dir={output_dir}: {what}; choose another output_dir"]
 
 
-def _folder_problems(folder: Path, *, resume: bool) -> list[str]:
-    output_dir = str(folder)
-    if folder.exists() and not folder.is_dir():
-        return [f"output_dir={output_dir}: is a file; name a folder"]
-    if _is_locked(folder):
-        return [f"output_dir={output_dir}: {_IN_USE}"]
-    if not resume and holds_run(folder):
+def _run_problems(folder: Path, *, resume: bool) -> list[str]:
+    if folder.is_dir() and _is_locked(folder):
+        return [f"output_dir={folder}: {_IN_USE}"]
+    if folder.is_dir() and not resume and holds_run(folder):
         return [
-            f"output_dir={output_dir}: already holds a run; go on with it by resume_from_checkpoint=true, "
+            f"output_dir={folder}: already holds a run; go on with it by resume_from_checkpoint=true, "
             "or choose another output_dir"
         ]
+    return _writing_problems(folder)
+
+
+def _writing_problems(folder: Path) -> list[str]:
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir={folder}: is a file; name a folder"]
     parent = folder
     while not parent.exists():
         parent = parent.parent
     # What root may write to can still be mounted read-only.
     is_mounted_read_only = hasattr(os, "statvfs") and bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
     if is_mounted_read_only or not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        return [f"output_dir={output_dir}: {parent} is not a folder that can be written to; choose another output_dir"]
+        return [f"output_dir={folder}: {parent} is not a folder that can be written to; choose another output_dir"]
     return []
 
 

@@ -1,6 +1,7 @@
 """Training runs side by side: what the table, plot and CSV say, and which runs are not compared."""
 
 import csv
+import fcntl
 import io
 import json
 import math
@@ -132,11 +133,17 @@ def test_a_finetuned_model_stands_beside_a_distilled_one(runs: dict[str, Path], 
 
 def test_other_teachers_leave_cross_entropy_alone(runs: dict[str, Path], cli: Callable[..., Any]) -> None:
     teacher = CONFIG["teacher_checkpointer"] | {"checkpoint_dir": "models/other"}
-    other = write_run(runs["kd"].parent / "other", [BEFORE, AFTER["kd"]], teacher_checkpointer=teacher)
+    other = write_run(
+        runs["kd"].parent / "other",
+        [BEFORE, AFTER["kd"] | {"val_student_mass_outside": 0.25}],
+        teacher_checkpointer=teacher,
+    )
     done = cli("run", "compare", named(runs["kd"], other))
     assert done.code == 0, done.err
     assert "KL" not in done.out and "agreement  " not in done.out and "\nteacher" not in done.out
     assert "teacher_checkpointer.checkpoint_dir: 'models/teacher' in kd, 'models/other' in other" in done.out
+    (header, *_) = csv.reader((other.parent / "comparison.csv").open())
+    assert header == ["run", "step", "val_class_loss"]
     assert ["other,", "step", "8", "2.875", f"{math.exp(2.875):.4g}"] in [
         line.split() for line in done.out.splitlines()
     ]
@@ -194,6 +201,27 @@ def test_a_folder_without_a_validated_run_is_named(
         write_run(other, rows)
     done = cli("run", "compare", named(runs["kd"], other))
     assert done.code == 2 and str(other) in done.err and words in done.err
+
+
+def test_runs_in_different_trees_need_an_output_dir(
+    runs: dict[str, Path], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.path.commonpath", lambda paths: "/")
+    done = cli("run", "compare", named(*runs.values()))
+    assert done.code == 2 and "output_dir: the runs lie in no folder together but the root" in done.err
+    assert cli("run", "compare", named(*runs.values()), f"output_dir={tmp_path}/out").code == 0
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_finding(runs: dict[str, Path], cli: Callable[..., Any]) -> None:
+    file = runs["kd"] / "config.yaml"
+    done = cli("run", "compare", named(*runs.values()), f"output_dir={file}")
+    assert done.code == 2 and f"output_dir={file}: is a file; name a folder" in done.err
+
+
+def test_runs_of_a_sweep_that_goes_on_are_compared(runs: dict[str, Path], cli: Callable[..., Any]) -> None:
+    with (runs["kd"].parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli("run", "compare", named(*runs.values())).code == 0
 
 
 def test_a_folder_is_named_once(runs: dict[str, Path], cli: Callable[..., Any]) -> None:
