@@ -9,7 +9,7 @@ from typing import Any
 from kdtune.config.load import read_yaml
 from kdtune.sweeps.results import read_rows
 from kdtune.sweeps.tables import SEED, Row
-from kdtune.training import divergence_title
+from kdtune.training import divergence_title, recorded_starts, unit_of
 
 # What is drawn, in this order: the metric of metrics.jsonl, its title, and the config keys of a run that say what it is of.
 # Where these differ between rows, their curves mean different things and stand in different panels.
@@ -70,10 +70,10 @@ def read_training(rows: Sequence[Row], root: Path) -> list[TrainingRun]:
 
 
 def _training_run(row: int, seed: Any, folder: Path) -> TrainingRun:
-    config, runs = folder / "config.yaml", folder / "run.json"
-    starts = json.loads(runs.read_text(encoding="utf-8-sig"))["starts"] if runs.is_file() else [{}]
+    config = folder / "config.yaml"
+    start = (recorded_starts(folder) or [{}])[-1]
     return TrainingRun(
-        row, seed, read_rows(folder / "metrics.jsonl"), read_yaml(config) if config.is_file() else {}, starts[-1]
+        row, seed, read_rows(folder / "metrics.jsonl"), read_yaml(config) if config.is_file() else {}, start
     )
 
 
@@ -111,11 +111,10 @@ def comparable_panels(runs: Sequence[TrainingRun], rows: Collection[int], metric
         ):
             continue
         for number, group in enumerate(groups.values(), start=1):
-            name = title.format(divergence=divergence_title(group[0].config, group[0].start))
+            divergence = divergence_title(group[0].config, group[0].start)
+            name = title.format(divergence=divergence)
             suffix = f" ({number} of {len(groups)}: other data or divergence)" if len(groups) > 1 else ""
-            unit = "share of tokens" if metric == "val_agreement" else "nats per token"
-            if "{divergence}" in title and not name.removeprefix("Held-out ").startswith("KL "):
-                unit = "per token"
+            unit = "share of tokens" if metric == "val_agreement" else unit_of(metric, divergence)
             panels.append(Panel(metric, name + suffix, unit, tuple(dict.fromkeys(run.row for run in group))))
     return panels
 

@@ -27,7 +27,7 @@ from kdtune.sweeps.tables import (
     rows_over_seeds,
     summary_table,
 )
-from kdtune.training import run_facts
+from kdtune.training import has_facts, run_facts
 
 log = get_logger(__name__)
 
@@ -115,9 +115,9 @@ def shared_facts(runs: Sequence[TrainingRun]) -> list[tuple[str, str]]:
     """
     found: dict[str, dict[str, None]] = {}
     for run in runs:
-        if not {"optimizer", "dataset", "tokenizer", "batch_size"} <= run.config.keys() or "versions" not in run.start:
+        if not has_facts(run.config, run.start):
             continue
-        date = [("date", run.start["started"][:10])] if run.start.get("started") else []
+        date = [("date", str(run.start["started"])[:10])] if run.start.get("started") else []
         for name, text in [*run_facts(run.config, run.start, run.logged), *date]:
             found.setdefault(name, {})[text] = None
     return [(name, _either(list(texts))) for name, texts in found.items()]

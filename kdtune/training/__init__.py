@@ -22,10 +22,10 @@ from kdtune.training.loop import (
 )
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
-from kdtune.training.model_card import divergence_title, model_card, run_facts
+from kdtune.training.model_card import divergence_title, has_facts, model_card, run_facts
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from kdtune.training.plan_text import plan_on_paper, print_plan
-from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs
+from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs, unit_of
 from kdtune.training.precision import check_device_name, device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
@@ -45,6 +45,7 @@ from kdtune.training.run_folder import (
     is_finished,
     new_folder_problems,
     output_dir_problems,
+    recorded_starts,
     start_run,
     step_to_resume,
     write_final,
@@ -109,6 +110,7 @@ __all__ = [
     "get_inverse_sqrt_schedule_with_warmup",
     "get_linear_schedule_with_warmup",
     "get_wsd_schedule",
+    "has_facts",
     "held_out_table",
     "holds_run",
     "is_due",
@@ -132,6 +134,7 @@ __all__ = [
     "read_metrics",
     "read_runs",
     "record_samples",
+    "recorded_starts",
     "reset_peak_memory",
     "resolve_device",
     "resume_extra",
@@ -146,6 +149,7 @@ __all__ = [
     "take_micro_batches",
     "trainable_parameters",
     "truncate_metrics",
+    "unit_of",
     "validation_text",
     "warn_of_lost_updates",
     "write_final",

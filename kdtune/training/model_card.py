@@ -72,7 +72,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
         ),
     ]
     if results := _results(rows, divergence_title(config, start)):
-        parts += ["## Held-out results", "Means per token; losses in nats.", results]
+        parts += ["## Held-out results", _results_text(divergence_title(config, start)), results]
     parts += [
         "## Use",
         f"FOLDER is the folder of this file{', BASE that of the base model' if kind == 'adapter' else ''}. In Python:",
@@ -103,7 +103,8 @@ def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Lite
 
 def is_distilled(config: Mapping[str, Any]) -> bool:
     """Return whether the run has trained on its teacher; with a kd_ratio of 0 it has only measured its distance to it."""
-    return (config.get("kd_ratio") or 0) > 0
+    ratio = config.get("kd_ratio")
+    return isinstance(ratio, int | float) and ratio > 0
 
 
 def model_name(checkpointer: Any) -> str | None:
@@ -125,6 +126,18 @@ def _folder(checkpointer: Any) -> Path | None:
         return None
     path = user_path(directory)
     return path.parent if path.is_file() else path
+
+
+def has_facts(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Return whether a run has what `run_facts` reads; one of a recipe of the user's own may have other keys."""
+    per_step = start.get("batches_per_step", config.get("gradient_accumulation_steps"))
+    return (
+        {"dataset", "dtype", "seed", *(["kd_loss"] if is_distilled(config) else [])} <= config.keys()
+        and all(isinstance(config.get(key), Mapping) for key in ("tokenizer", "optimizer"))
+        and isinstance(start.get("versions"), Mapping)
+        and isinstance(config.get("batch_size"), int)
+        and isinstance(per_step, int)
+    )
 
 
 def run_facts(
@@ -248,6 +261,10 @@ def _nodes(node: Any) -> list[Mapping[str, Any]]:
 def _is_on_hub(source: Any) -> bool:
     """Whether a data set's source is a name of the hub, not a path: a file that is there is meant before such a name."""
     return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
+
+
+def _results_text(divergence: str) -> str:
+    return f"Means per token; cross entropy{' and KL' if divergence == 'KL' else ''} in nats."
 
 
 def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:

@@ -8,7 +8,7 @@ from kdtune.errors import DataError
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
 
-# (metric, title, what its axis measures); a validation point has the same name with this prefix.
+# (metric, title, what its axis measures); a validation point has the same name with VALIDATION_PREFIX.
 _PANELS = (
     ("kd_loss", "KD loss ({divergence} to the teacher)", "{divergence}"),
     ("class_loss", "Class loss (cross entropy)", "cross entropy"),
@@ -93,12 +93,21 @@ def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[An
     figure.subplots_adjust(left=0.7 / width, right=1 - 0.15 / width, bottom=0.14, top=0.9, wspace=0.2)
     FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (_, title, measured) in zip(all_axes, panels, strict=True):
+    for axes, (name, title, measured) in zip(all_axes, panels, strict=True):
         axes.set_title(title.format(divergence=divergence))
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"{measured.format(divergence=divergence)}, nats per token")
+        axes.set_ylabel(f"{measured.format(divergence=divergence)}, {unit_of(name, divergence)}")
         axes.grid(alpha=0.3)
     return figure, all_axes
+
+
+def unit_of(metric: str, divergence: str) -> str:
+    """Return the unit of a loss of metrics.jsonl: nats per token, or per token where a divergence other than the KL is in it.
+
+    `divergence` is what `kd_loss` is called.
+    """
+    is_in_nats = metric.removeprefix(VALIDATION_PREFIX) == "class_loss" or divergence == "KL"
+    return "nats per token" if is_in_nats else "per token"
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]], name: str) -> None:

@@ -203,7 +203,7 @@ def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, 
     atomic_write_text(folder / "run.json", json.dumps({"starts": [*starts, dict(record)]}, indent=1) + "\n")
 
 
-def recorded_starts(folder: Path) -> list[Any]:
+def recorded_starts(folder: Path) -> list[dict[str, Any]]:
     """What each start of a run has left in its run.json, the latest last; empty where there is no such file.
 
     Raises:
@@ -213,9 +213,12 @@ def recorded_starts(folder: Path) -> list[Any]:
     if not runs_file.exists():
         return []
     try:
-        return list(json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"])
+        starts = json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"]
+        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+            raise TypeError("starts must be a list of objects")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
+    return starts
 
 
 def _lock(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from kdtune.errors import ConfigError
+from kdtune.errors import CheckpointError, ConfigError
 from kdtune.sweeps import write_report
 from kdtune.sweeps.results import step_metrics
 
@@ -298,6 +298,8 @@ def test_curves_that_mean_different_things_have_panels_of_their_own(tmp_path: Pa
     assert titles[0].startswith("KL to the teacher (1 of 2") and titles[1].startswith("Skewed to the teacher (2 of 2")
     units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
     assert units == ["nats per token", "per token"]
+    units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "loss"]
+    assert units == ["nats per token", "per token"], "another divergence is in the total loss too"
     drawn = (tmp_path / "report/losses.svg").read_text()
     assert "Skewed to the teacher (2 of 2" in drawn and drawn.count("Held-out") == 5
 
@@ -326,6 +328,27 @@ def test_the_report_says_what_was_run(tmp_path: Path) -> None:
         assert f"<th scope=row>{name}</th><td>{value}</td>" in page
         assert f"| {name} | {value.replace('|', chr(92) + '|')} |" in text
     assert "secret" not in page + text, "no path of this machine"
+
+
+def test_runs_of_a_users_own_recipe_are_left_out_of_what_was_run(tmp_path: Path) -> None:
+    lacking = ["seed", "dtype", "kd_loss", "optimizer", "batch_size"]
+    cells = [trained_cell(tmp_path, {"a": number}) for number in range(len(lacking) + 1)]
+    for key, row in zip(lacking, cells[1:], strict=True):
+        file = tmp_path / row["folders"]["train"] / "config.yaml"
+        config = json.loads(file.read_text())
+        del config[key]
+        file.write_text(json.dumps(config))
+    text = write(tmp_path, cells)
+    assert "## What was run" in text and "| seed | 0 |" in text and len(panels(tmp_path)["class_loss"][0]) == len(cells)
+
+
+@pytest.mark.parametrize("content", ['{"starts": [{"ver', '{"starts": [1]}', "{}"])
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path, content: str) -> None:
+    row = trained_cell(tmp_path, {"a": 0})
+    file = tmp_path / row["folders"]["train"] / "run.json"
+    file.write_text(content)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: is no record of a run's starts"):
+        write(tmp_path, [row])
 
 
 def test_latex_is_whole_and_says_n_and_what_the_error_is(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_plot_draws_the_values_it_is_given(tmp_path, monkeypatch):
     plot_losses(tmp_path / "m.jsonl", tmp_path / "p.png", divergence="JensenShannon")
     kd, total = figures[1].axes
     assert kd.get_title() == "KD loss (JensenShannon to the teacher)"
-    assert [axes.get_ylabel() for axes in (kd, total)] == ["JensenShannon, nats per token", "loss, nats per token"]
+    assert [axes.get_ylabel() for axes in (kd, total)] == ["JensenShannon, per token", "loss, per token"]
 
 
 def test_plot_without_losses_is_an_error(tmp_path):
