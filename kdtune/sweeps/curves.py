@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtune.config.load import read_yaml
-from kdtune.sweeps.results import read_rows
 from kdtune.sweeps.tables import SEED, Row
-from kdtune.training import divergence_title, recorded_starts, unit_of
+from kdtune.training import TrainingRun, divergence_title, read_run, unit_of
 
 # What is drawn, in this order: the metric of metrics.jsonl, its title, and the config keys of a run that say what it is of.
 # Where these differ between rows, their curves mean different things and stand in different panels.
@@ -39,20 +37,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """The run whose curves a cell has, of the row with this number; its config and start are empty where they are missing."""
+class CellRun:
+    """The training run whose curves a cell has; the cell is of the row with this number."""
 
     row: int
     seed: Any
-    logged: Sequence[Mapping[str, Any]]
-    config: Mapping[str, Any]
-    start: Mapping[str, Any]
+    run: TrainingRun
 
 
-def read_training(rows: Sequence[Row], root: Path) -> list[TrainingRun]:
+def read_training(rows: Sequence[Row], root: Path) -> list[CellRun]:
     """The training runs of all rows; a cell whose folders are not where its results say has none.
 
     Of a cell's training runs the last one counts that no other row has too: the others prepare it.
+
+    Raises:
+        CheckpointError: a file of a run is damaged.
     """
     users: dict[str, set[int]] = {}
     for index, row in enumerate(rows):
@@ -65,21 +64,13 @@ def read_training(rows: Sequence[Row], root: Path) -> list[TrainingRun]:
             own = [root / folder for folder in cell["folders"].values() if users[folder] == {index}]
             existing = [folder for folder in own if (folder / "metrics.jsonl").exists()]
             if existing:
-                found.append(_training_run(index, cell["axes"].get(SEED), existing[-1]))
+                found.append(CellRun(index, cell["axes"].get(SEED), read_run(existing[-1])))
     return found
 
 
-def _training_run(row: int, seed: Any, folder: Path) -> TrainingRun:
-    config = folder / "config.yaml"
-    start = (recorded_starts(folder) or [{}])[-1]
-    return TrainingRun(
-        row, seed, read_rows(folder / "metrics.jsonl"), read_yaml(config) if config.is_file() else {}, start
-    )
-
-
-def all_curves(runs: Sequence[TrainingRun]) -> list[Curve]:
+def all_curves(runs: Sequence[CellRun]) -> list[Curve]:
     """The curves of some training runs."""
-    return [curve for run in runs for curve in _cell_curves(run.row, run.seed, run.logged)]
+    return [curve for one in runs for curve in _cell_curves(one.row, one.seed, one.run.rows)]
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class Panel:
     rows: tuple[int, ...]
 
 
-def comparable_panels(runs: Sequence[TrainingRun], rows: Collection[int], metrics: Iterable[str]) -> list[Panel]:
+def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: Iterable[str]) -> list[Panel]:
     """A panel for each metric and each group of rows in which it means the same: of the same data, divergence, mix.
 
     A total loss of several kd_ratios is left out: each is another mix of the same two losses, which are drawn.
@@ -100,32 +91,20 @@ def comparable_panels(runs: Sequence[TrainingRun], rows: Collection[int], metric
     panels = []
     for metric in metrics:
         title, keys = SERIES[metric]
-        groups: dict[str, list[TrainingRun]] = {}
-        for run in runs:
-            if run.row in rows and any(row.get(metric) is not None for row in run.logged):
-                meaning = [_meaning(run, key) for key in keys]
-                groups.setdefault(json.dumps(meaning, sort_keys=True, default=str), []).append(run)
-        if (
-            metric == "loss"
-            and len({json.dumps(_meaning(run, "kd_ratio")) for one in groups.values() for run in one}) > 1
-        ):
+        groups: dict[str, list[CellRun]] = {}
+        drawn = [one for one in runs if one.row in rows and any(row.get(metric) is not None for row in one.run.rows)]
+        for one in drawn:
+            meaning = [one.run.meaning(key) for key in keys]
+            groups.setdefault(json.dumps(meaning, sort_keys=True, default=str), []).append(one)
+        if metric == "loss" and len({json.dumps(one.run.meaning("kd_ratio")) for one in drawn}) > 1:
             continue
         for number, group in enumerate(groups.values(), start=1):
-            divergence = divergence_title(group[0].config, group[0].start)
+            divergence = divergence_title(group[0].run.config, group[0].run.start)
             name = title.format(divergence=divergence)
             suffix = f" ({number} of {len(groups)}: other data or divergence)" if len(groups) > 1 else ""
             unit = "share of tokens" if metric == "val_agreement" else unit_of(metric, divergence)
-            panels.append(Panel(metric, name + suffix, unit, tuple(dict.fromkeys(run.row for run in group))))
+            panels.append(Panel(metric, name + suffix, unit, tuple(dict.fromkeys(one.row for one in group))))
     return panels
-
-
-def _meaning(run: TrainingRun, key: str) -> Any:
-    """What a key of a run's config says, by the fingerprint of the rows or tokenizer where the run has kept one."""
-    if not run.config:
-        return None
-    if key == "kd_ratio":
-        return run.config.get(key, 0.0)
-    return (run.start.get("inputs") or {}).get(key) or run.config.get(key)
 
 
 def _cell_curves(index: int, seed: Any, logged: Sequence[Mapping[str, Any]]) -> list[Curve]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.escape import one_line
-from kdtune.sweeps.curves import SERIES, TRAINING, Curve, Panel, TrainingRun, comparable_panels, running_mean
+from kdtune.sweeps.curves import SERIES, TRAINING, CellRun, Curve, Panel, comparable_panels, running_mean
 from kdtune.sweeps.plan import label, shown_value
 from kdtune.sweeps.statistics import summarize
 from kdtune.sweeps.tables import Row, axis_names
@@ -30,7 +30,7 @@ class Plot:
     caption: str
 
 
-def plot_sweep(rows: Sequence[Row], runs: Sequence[TrainingRun], curves: Sequence[Curve], folder: Path) -> list[Plot]:
+def plot_sweep(rows: Sequence[Row], runs: Sequence[CellRun], curves: Sequence[Curve], folder: Path) -> list[Plot]:
     """Draws `losses` and `losses_by_AXIS` into a folder; none without curves."""
     drawn = sorted({curve.row for curve in curves})
     if not drawn:
@@ -71,7 +71,7 @@ def mean_and_band(curves: Sequence[Curve], window: int) -> tuple[list[float], li
 
 def _plot(
     rows: Sequence[Row],
-    runs: Sequence[TrainingRun],
+    runs: Sequence[CellRun],
     curves: Sequence[Curve],
     family: Sequence[int],
     stem: Path,

@@ -9,7 +9,7 @@ from kdtune.errors import ConfigError
 from kdtune.escape import markdown_fence, markdown_table, markdown_text
 from kdtune.log import get_logger
 from kdtune.paths import user_path
-from kdtune.sweeps.curves import SERIES, Curve, Panel, TrainingRun, all_curves, comparable_panels, read_training
+from kdtune.sweeps.curves import SERIES, CellRun, Curve, Panel, all_curves, comparable_panels, read_training
 from kdtune.sweeps.latex import latex_report
 from kdtune.sweeps.page import page
 from kdtune.sweeps.plots import Plot, plot_sweep
@@ -104,21 +104,21 @@ def write_report(
     return [*(folder / name for name in texts), *(file for plot in plots for file in plot.files)]
 
 
-def _page_panels(runs: Sequence[TrainingRun], rows: Sequence[Row]) -> list[Panel]:
+def _page_panels(runs: Sequence[CellRun], rows: Sequence[Row]) -> list[Panel]:
     return comparable_panels(runs, range(len(rows)), SERIES)
 
 
-def shared_facts(runs: Sequence[TrainingRun]) -> list[tuple[str, str]]:
+def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:
     """What was run, a name and a text each: what all training runs have in common, and the values where they differ.
 
     Runs of recipes of the user's own, which have other keys, are left out.
     """
     found: dict[str, dict[str, None]] = {}
-    for run in runs:
+    for run in [one.run for one in runs]:
         if not has_facts(run.config, run.start):
             continue
         date = [("date", str(run.start["started"])[:10])] if run.start.get("started") else []
-        for name, text in [*run_facts(run.config, run.start, run.logged), *date]:
+        for name, text in [*run_facts(run.config, run.start, run.rows), *date]:
             found.setdefault(name, {})[text] = None
     return [(name, _either(list(texts))) for name, texts in found.items()]
 

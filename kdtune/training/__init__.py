@@ -1,7 +1,7 @@
 """What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
 
 from kdtune.training.clip import check_finite, clip_grad_norm_
-from kdtune.training.comparison import TrainingRun, comparable, divergence_of, metrics_csv, read_runs
+from kdtune.training.comparison import comparable, divergence_of, metrics_csv, read_runs
 from kdtune.training.inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
 from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.loggers import (
@@ -45,7 +45,6 @@ from kdtune.training.run_folder import (
     is_finished,
     new_folder_problems,
     output_dir_problems,
-    recorded_starts,
     start_run,
     step_to_resume,
     write_final,
@@ -66,6 +65,7 @@ from kdtune.training.step_log import StepLog
 from kdtune.training.steps import count_steps, enter_epoch, step_text, take_micro_batches
 from kdtune.training.table import format_table
 from kdtune.training.tokenizer import load_tokenizer
+from kdtune.training.training_run import TrainingRun, read_run
 
 __all__ = [
     "MAY_CHANGE",
@@ -132,9 +132,9 @@ __all__ = [
     "print_results",
     "profiler_and_logger",
     "read_metrics",
+    "read_run",
     "read_runs",
     "record_samples",
-    "recorded_starts",
     "reset_peak_memory",
     "resolve_device",
     "resume_extra",

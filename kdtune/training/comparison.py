@@ -4,42 +4,19 @@ import csv
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
-from kdtune.training.loggers import read_metrics
 from kdtune.training.model_card import divergence_title
-from kdtune.training.run_folder import differing_values, read_resolved_config, recorded_starts
+from kdtune.training.training_run import TrainingRun, differences, read_run
 
 VALIDATION = "val_class_loss"
 # What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.
 _DATA_KEYS = ("dataset_val", "tokenizer")
 _TEACHER_KEYS = ("teacher_checkpointer", "teacher_model", "kd_loss")
 _TEACHER_METRICS = ("val_kd_loss", "val_agreement", "val_teacher_class_loss", "val_student_mass_outside")
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """What a training run has left in its folder: its config, metrics and answers, and the record of its last start."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-    samples: Sequence[Mapping[str, Any]] = field(default=())
-    start: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the validation has measured the distance to a teacher."""
-        return any("val_kd_loss" in row for row in self.rows)
-
-    def without_teacher(self) -> "TrainingRun":
-        """The run without the metrics that say something about its teacher."""
-        rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in self.rows]
-        return replace(self, rows=rows)
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
@@ -53,7 +30,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
     names = _short_names(paths)
     if len(set(names)) < len(names):
         raise ConfigError(f"runs: {', '.join(map(str, folders))}: name each folder once")
-    return {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
+    return {name: _validated_run(path) for name, path in zip(names, paths, strict=True)}
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -71,18 +48,26 @@ def _num_common(sequences: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _read_run(folder: Path) -> TrainingRun:
-    metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
-    if not metrics.is_file():
+def _validated_run(folder: Path) -> TrainingRun:
+    if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"runs: {folder}: holds no metrics.jsonl; name the output_dir of a training run")
-    rows = read_metrics(metrics)
-    if not any(row.get(VALIDATION) is not None for row in rows):
+    run = read_run(folder)
+    if not any(row.get(VALIDATION) is not None for row in run.rows):
         raise ConfigError(
             f"runs: {folder}: has no validation to compare; train with dataset_val, and run_val_every_n_steps for a curve"
         )
-    start = (recorded_starts(folder) or [{}])[-1]
-    answers = read_metrics(samples) if samples.is_file() else []
-    return TrainingRun(folder, read_resolved_config(folder), rows, answers, start)
+    return run
+
+
+def _has_teacher(run: TrainingRun) -> bool:
+    """Whether the validation has measured the distance to a teacher."""
+    return any("val_kd_loss" in row for row in run.rows)
+
+
+def _without_teacher(run: TrainingRun) -> TrainingRun:
+    """The run without the metrics that say something about its teacher."""
+    rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in run.rows]
+    return replace(run, rows=rows)
 
 
 def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun], list[str]]:
@@ -96,38 +81,28 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
             "runs: their held-out losses are not of the same tokens:\n" + found + "\n"
             "compare runs that have the same dataset_val and tokenizer"
         )
-    taught = {name: run for name, run in runs.items() if run.has_teacher}
+    taught = {name: run for name, run in runs.items() if _has_teacher(run)}
     if found := _conflicts(taught, _TEACHER_KEYS):
         note = f"left out: divergence and agreement, which are not to the same teacher by the same measure:\n{found}"
-        return {name: run.without_teacher() for name, run in runs.items()}, [note]
+        return {name: _without_teacher(run) for name, run in runs.items()}, [note]
     return dict(runs), []
 
 
 def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
     """What the runs' `val_kd_loss` is called; comparable runs have the same."""
-    return next((divergence_title(run.config, run.start) for run in runs.values() if run.has_teacher), "KL")
+    return next((divergence_title(run.config, run.start) for run in runs.values() if _has_teacher(run)), "KL")
 
 
 def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
-    """A line for each value below one of the keys in which a run differs from the first; "" where none does."""
+    """A line for each setting or fingerprint in which a run differs from the first in one of the keys; "" where none does."""
     (first, *others) = runs or [""]
     return "\n".join(
         f"  {setting}: {value} in {first}, {other} in {name}"
         for name in others
         for key in keys
-        for difference in differing_values(key, runs[first].config.get(key), runs[name].config.get(key))
+        for difference in differences(runs[first], runs[name], key)
         for setting, value, other in [difference.texts]
-        if not _is_one_file(value, other)
     )
-
-
-def _is_one_file(value: str, other: str) -> bool:
-    """Whether two values, as they are shown, are paths of one file or folder."""
-    paths = [Path(text.strip("'\"")) for text in (value, other)]
-    try:
-        return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
-    except (OSError, ValueError):
-        return False
 
 
 def metrics_csv(runs: Mapping[str, TrainingRun]) -> str:

@@ -160,6 +160,34 @@ def test_one_folder_by_two_paths_is_no_difference(
     assert done.code == 0 and "left out" not in done.out and "KL to teacher" in done.out
 
 
+def record_inputs(run: Path, **inputs: Any) -> None:
+    (run / "run.json").write_text(json.dumps({"starts": [{"inputs": {"tokenizer": {"ids": "1a"}} | inputs}]}))
+
+
+def test_the_same_rows_and_weights_under_other_names_are_compared(
+    runs: dict[str, Path], cli: Callable[..., Any]
+) -> None:
+    """As in runs of two machines: what was recorded of the inputs decides, not what they are called."""
+    other = write_run(
+        runs["kd"].parent / "other", [BEFORE, AFTER["kd"]],
+        dataset_val={"_component_": "mine.dataset", "source": "/there/rows.jsonl"},
+        tokenizer={"_component_": "kdtune.tokenizers.load", "path": "/there/teacher"},
+        teacher_checkpointer={"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": "/there/teacher"},
+    )  # fmt: skip
+    for run in (runs["kd"], other):
+        record_inputs(run, dataset_val="27 examples, 5e", teacher_checkpointer={"model.safetensors": "7f"})
+    done = cli("run", "compare", named(runs["kd"], other))
+    assert done.code == 0, done.err
+    assert "left out" not in done.out and "KL to teacher" in done.out
+
+
+def test_other_rows_under_the_same_name_are_refused(runs: dict[str, Path], cli: Callable[..., Any]) -> None:
+    record_inputs(runs["kd"], dataset_val="27 examples, 5e")
+    record_inputs(runs["sft"], dataset_val="28 examples, 6e")
+    done = cli("run", "compare", named(*runs.values()))
+    assert done.code == 2 and "dataset_val: '28 examples, 6e' in sft, '27 examples, 5e' in kd" in done.err
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
