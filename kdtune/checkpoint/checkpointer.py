@@ -17,10 +17,10 @@ from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.ranks import is_sharded
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json
 from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
 from kdtune.paths import user_path
-from kdtune.tokenizers.folder import read_json
 from kdtune.tokenizers.gguf_metadata import read_metadata
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}

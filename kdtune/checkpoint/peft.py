@@ -15,12 +15,12 @@ from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.ranks import is_sharded, local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json
 from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters
 from kdtune.models.llama import convert
 from kdtune.models.lora import merged
 from kdtune.models.lora_merge import untie_head
 from kdtune.paths import user_path
-from kdtune.tokenizers.folder import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -20,11 +20,11 @@ from kdtune.checkpoint.huggingface import CONFIG, open_safetensors
 from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json
 from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
 from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
 from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
-from kdtune.tokenizers.folder import read_json
 
 WEIGHTS = "model.quantized.safetensors"
 _QUANT_METHOD = "kdtune"

@@ -17,10 +17,10 @@ from kdtune.checkpoint.huggingface import CONFIG, INDEX
 from kdtune.checkpoint.ranks import is_main, reshard, together
 from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.errors import ConfigError
+from kdtune.model_files import read_json
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
 from kdtune.models.llama import configs, convert
 from kdtune.paths import user_path
-from kdtune.tokenizers.folder import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # The terms a model comes under travel with what is made from it.

@@ -23,8 +23,8 @@ from kdtune.checkpoint.ranks import is_main, to_cpu_copy, together
 from kdtune.checkpoint.sharded import Write
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
+from kdtune.model_files import read_json
 from kdtune.paths import user_path
-from kdtune.tokenizers.folder import read_json
 
 STATE_FILE = "state.json"
 _VERSION = 1

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json_if_there, read_text
 from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
@@ -16,8 +17,6 @@ from kdtune.tokenizers.folder import (
     copy_files,
     generation_eos_ids,
     more_special_tokens,
-    read_json_if_there,
-    read_text,
     special_tokens,
     write_tokenizer_config,
 )

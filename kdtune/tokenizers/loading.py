@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json
 from kdtune.paths import user_path
 from kdtune.tokenizers.base import Tokenizer
-from kdtune.tokenizers.folder import check_flags, read_json
+from kdtune.tokenizers.folder import check_flags
 from kdtune.tokenizers.gguf import load_gguf
 from kdtune.tokenizers.huggingface import load_huggingface
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer

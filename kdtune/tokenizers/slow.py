@@ -7,12 +7,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from kdtune.errors import CheckpointError
+from kdtune.model_files import read_json_if_there
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
     generation_eos_ids,
     more_special_tokens,
-    read_json_if_there,
     special_tokens,
 )
 from kdtune.tokenizers.gguf import GGUFTokenizer
