@@ -2,7 +2,14 @@
 
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
 from kdtune.checkpoint.checkpointer import Checkpointer, load_model
-from kdtune.checkpoint.manager import CheckpointManager, discard_steps_after, newest_step, step_folders, step_number
+from kdtune.checkpoint.manager import (
+    CheckpointManager,
+    best_step,
+    discard_steps_after,
+    newest_step,
+    step_folders,
+    step_number,
+)
 from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
 from kdtune.checkpoint.quantized import write_quantized
 from kdtune.checkpoint.ranks import from_main, is_main, local, together, wait_for_all
@@ -16,6 +23,7 @@ __all__ = [
     "SaveWeights",
     "atomic_folder",
     "atomic_write_text",
+    "best_step",
     "clean_leftovers",
     "collected_rows",
     "discard_steps_after",

@@ -43,6 +43,26 @@ def newest_step(output_dir: str | Path) -> Path | None:
     return next(reversed(step_folders(output_dir)), None)
 
 
+def best_step(output_dir: str | Path, metric: str | None) -> Path | None:
+    """Return the whole step folder with the best value of `metric`; None without a metric or a folder that has it.
+
+    Reads only: the folder may be that of a run that is still going on.
+    """
+    if metric is None:
+        return None
+    values = {folder: _metric(folder, metric) for folder in step_folders(output_dir)}
+    known = {folder: value for folder, value in values.items() if value is not None}
+    if not known:
+        return None
+    choose = max if metric.endswith(_HIGHER_IS_BETTER) else min
+    return choose(known, key=lambda folder: known[folder])
+
+
+def _metric(folder: Path, name: str) -> float | None:
+    value = state.read_state_file(folder / STATE_DIR)["extra"]["metrics"].get(name)
+    return None if value is None or math.isnan(value) else float(value)
+
+
 def step_number(folder: Path) -> int:
     """N of a folder named `step_N`."""
     match = _STEP.fullmatch(folder.name)
@@ -170,25 +190,10 @@ class CheckpointManager:
             except Exception as second:
                 get_logger(__name__).error("the last checkpoint was not written: %s", second)
 
-    def best_step(self) -> Path | None:
-        """The whole step folder with the best metric; None without a metric or a folder that has it."""
-        if self.best_metric is None:
-            return None
-        scored = [(self._metric(folder), folder) for folder in step_folders(self.output_dir)]
-        known = [(value, folder) for value, folder in scored if value is not None]
-        if not known:
-            return None
-        choose = max if self.best_metric.endswith(_HIGHER_IS_BETTER) else min
-        return choose(known, key=lambda pair: pair[0])[1]
-
-    def _metric(self, folder: Path) -> float | None:
-        value = state.read_state_file(folder / STATE_DIR)["extra"]["metrics"].get(self.best_metric)
-        return None if value is None or math.isnan(value) else float(value)
-
     def _delete_old(self) -> None:
         if self.keep_last_n is None:
             return
-        best = self.best_step()
+        best = best_step(self.output_dir, self.best_metric)
         for folder in step_folders(self.output_dir)[: -self.keep_last_n]:
             if folder != best:
                 remove_folder(folder)

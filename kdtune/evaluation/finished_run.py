@@ -82,6 +82,5 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _weights_folder(run: Path, weights: str, values: Mapping[str, Any]) -> Path:
     if weights == BEST:
-        manager = checkpoint.CheckpointManager(run, best_metric=values.get("best_metric"))
-        return manager.best_step() or run / BEST
+        return checkpoint.best_step(run, values.get("best_metric")) or run / BEST
     return run / weights

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtune.checkpoint import CheckpointManager
+from kdtune.checkpoint import best_step
 from kdtune.log import fit_for_stdout
 from kdtune.training.loggers import read_metrics
 from kdtune.training.plot import plot_losses
@@ -78,7 +78,7 @@ def print_results(output_dir: Path, *, trained: str, best_metric: str | None, di
         print(fit_for_stdout(samples_text({trained: read_metrics(output_dir / _SAMPLES)})))
     table = comparison_table({trained: read_metrics(output_dir / _METRICS)}, divergence=divergence)
     print(table or "no validation: give dataset_val for a table")
-    best = CheckpointManager(output_dir, best_metric=best_metric).best_step()
+    best = best_step(output_dir, best_metric)
     for label, path in (("model", output_dir / "final"), ("best step", best), ("loss plot", output_dir / _PLOT)):
         if path:
             print(f"{label + ':':<11}{path}")

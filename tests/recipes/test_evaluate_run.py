@@ -5,6 +5,7 @@ The witness is the run itself: the last validation in its metrics.jsonl.
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_steps_and_the_best_of_them(cli: CLI, kd: Path) -> None:
         done = cli("run", "evaluate", f"run={kd}", f"run_weights={weights}")
         assert done.code == 0, done.err
         assert measured(kd / f"evaluation_{weights}")["held_out/kd_loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_checking_a_config_leaves_the_run_as_it_is(cli: CLI, kd: Path, tmp_path: Path) -> None:
+    """What a killed run left half written is its own to remove when it goes on."""
+    run = shutil.copytree(kd, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*"))
+    left = run / f".step_9.partial-{socket.gethostname()}-999999999-0123abcd"
+    left.mkdir()
+    for command in (("validate", "evaluation"), ("run", "evaluate", "device=tpu")):
+        done = cli(*command, f"run={run}", "run_weights=best")
+        assert left.is_dir(), (command, done.out, done.err)
+    assert done.code == 2
 
 
 def test_an_adapter_alone_is_measured_on_its_base(cli: CLI, adapted: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_samples import assert_same_weights, tiny_model
 
-from kdtune.checkpoint import CheckpointManager, discard_steps_after, load_model, newest_step, step_folders
+from kdtune.checkpoint import CheckpointManager, best_step, discard_steps_after, load_model, newest_step, step_folders
 from kdtune.errors import CheckpointError, ConfigError
 
 
@@ -87,7 +87,7 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 1.5], start=1):
         save(manager, step, val_loss=loss)
     assert names(tmp_path) == ["step_2", "step_4", "step_5"]
-    assert manager.best_step() == tmp_path / "step_2"
+    assert best_step(tmp_path, "val_loss") == tmp_path / "step_2"
     # A new best lets go of the old one.
     save(manager, 6, val_loss=0.5)
     assert names(tmp_path) == ["step_5", "step_6"]
@@ -105,7 +105,7 @@ def test_nan_and_absent_metrics_are_never_best(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_last_n=1, best_metric="val_loss")
     save(manager, 1, val_loss=math.nan)
     save(manager, 2)
-    assert manager.best_step() is None
+    assert best_step(tmp_path, "val_loss") is None
     save(manager, 3, val_loss=2.0)
     save(manager, 4, val_loss=math.nan)
     assert names(tmp_path) == ["step_3", "step_4"]
