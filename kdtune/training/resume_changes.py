@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kdtune.checkpoint import load_state
 from kdtune.checkpoint.state import read_state_file
 from kdtune.config import instantiate
+from kdtune.errors import ConfigError
 from kdtune.training.optim import trainable_parameters
 
 _WHOLE = ("lr_scheduler", "kd_ratio", "clip_grad_norm")
@@ -68,9 +69,16 @@ def load_training_state(
 
     Raises:
         CheckpointError: as `load_state`.
+        ConfigError: `resume_changes` names a setting that the state does not have.
     """
-    now = _settings(cfg)
-    before = {**now, **read_state_file(folder)["extra"].get("settings", {})}
+    now, recorded = _settings(cfg), read_state_file(folder)["extra"].get("settings")
+    asked = [name for name in cfg.resume_changes if name.partition(".")[0] in now]
+    if recorded is None and asked:
+        raise ConfigError(
+            f"resume_changes={asked}: {folder} is of a version that did not record these settings, so a change cannot be told "
+            "from what it was saved with; resume without the change, and make it after the next checkpoint"
+        )
+    before = {**now, **(recorded or {})}
     if before == now:
         return load_state(folder, model=model, optimizers=optimizer, schedulers=schedulers)
     old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))

@@ -295,6 +295,9 @@ def check_unchanged(
     for difference in found:
         if is_asked_for(difference.key, asked):
             log.info("changed as asked for: %s", difference)
+    for name in asked:
+        if not any(is_asked_for(difference.key, [name]) for difference in found):
+            log.warning("resume_changes: %s is what the run already has; nothing is changed there", name)
     if left := [difference for difference in found if not is_asked_for(difference.key, asked)]:
         lines = "\n".join(f"  {difference}" for difference in left)
         possible = [difference.key for difference in left if is_changeable(difference.key)]

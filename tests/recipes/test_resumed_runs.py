@@ -108,6 +108,31 @@ def test_without_asking_it_is_refused_with_what_to_type(run: Callable[..., Any],
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
+def test_what_is_asked_for_and_the_same_is_told(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(tmp_path, SGD, "lr_scheduler=null", "max_steps_per_epoch=1")
+    again = (SGD, "lr_scheduler=null", RESUME, "clip_grad_norm=1", "resume_changes=[optimizer.lr,clip_grad_norm]")
+    told = "resume_changes: {} is what the run already has"
+    ended = run(tmp_path, *again, "max_steps_per_epoch=2")
+    assert told.format("optimizer.lr") in ended.err and told.format("clip_grad_norm") not in ended.err
+    assert "changed as asked for: clip_grad_norm: was None, is 1" in ended.err
+
+
+def test_a_state_without_settings_takes_no_change(run: Callable[..., Any], tmp_path: Path) -> None:
+    """As earlier versions wrote it. What would be ignored is refused, and recorded nowhere."""
+    run(tmp_path, SGD, "lr_scheduler=null", "max_steps_per_epoch=1")
+    file = tmp_path / "step_1" / "state" / "state.json"
+    state = json.loads(file.read_text())
+    del state["extra"]["settings"]
+    file.write_text(json.dumps(state))
+    before = [(tmp_path / name).read_bytes() for name in ("config.yaml", "run.json", "metrics.jsonl")]
+    again = (SGD, "lr_scheduler=null", "max_steps_per_epoch=2", RESUME)
+    refused = run(tmp_path, *again, "optimizer.lr=0.125", "resume_changes=[optimizer.lr]", code=2)
+    assert "did not record these settings" in refused.err and "resume without the change" in refused.err
+    assert before == [(tmp_path / name).read_bytes() for name in ("config.yaml", "run.json", "metrics.jsonl")]
+    run(tmp_path, *again)
+    assert [row["lr"] for row in rows(tmp_path)] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     "asked, found",
     [
