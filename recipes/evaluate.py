@@ -128,6 +128,7 @@ class Config:
             found.append(
                 "tasks, dataset_val, perplexity_files, rouge: all empty, so there is nothing to measure; give one"
             )
+        found += training.device_name_problems(self.device)
         found += self._unused()
         names = [Path(path).stem for path in self.perplexity_files]
         found += [
@@ -210,7 +211,7 @@ def run(cfg: Config, world: distributed.World) -> evaluation.Measured:
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
     held_out = None
     training.check_context(cfg, "max_seq_length")
-    dataset_val = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+    dataset_val = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
     if dataset_val is not None:
         training.check_data(cfg, {"dataset_val": dataset_val}, world)
         held_out = list(

@@ -86,7 +86,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = []
+        found = training.device_name_problems(self.device)
         given = [key for key in ("prompt", "prompts", "prompt_file") if getattr(self, key) is not None]
         if len(given) != 1:
             found.append(f"prompt, prompts, prompt_file: {', '.join(given) or 'none'} given; give one of them")

@@ -293,7 +293,7 @@ def load_data(
     cfg: Config, tokenizer: Any, world: distributed.World
 ) -> tuple[data.Loader, list[data.Batch] | None, dict[str, Any]]:
     """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
-    dataset, dataset_val = (config.instantiate(node, tokenizer=tokenizer) for node in (cfg.dataset, cfg.dataset_val))
+    dataset, dataset_val = (data.load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
     inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(

@@ -56,7 +56,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = []
+        found = training.device_name_problems(self.device)
         if (self.layers is None) == (self.num_layers is None):
             found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
         for key in ("num_calibration_tokens", "num_layers", "num_candidates"):
@@ -88,7 +88,7 @@ def run(cfg: Config) -> None:
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
     tokenizer = training.load_tokenizer(cfg)
-    dataset = config.instantiate(cfg.dataset, tokenizer=tokenizer)
+    dataset = data.load_dataset("dataset", cfg.dataset, tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
     training.check_lengths(cfg, {"dataset": training.example_lengths(batches)})
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))

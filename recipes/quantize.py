@@ -55,7 +55,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        found = []
+        found = training.device_name_problems(self.device)
         if self.batch_size_val < 1:
             found.append(f"batch_size_val={self.batch_size_val}: must be at least 1")
         if self.quantize_output and self.dataset_val is not None:
@@ -100,7 +100,7 @@ def run(cfg: Config) -> None:
     tokenizer = training.load_tokenizer(cfg)
     held_out = None
     if cfg.dataset_val is not None:
-        dataset = config.instantiate(cfg.dataset_val, tokenizer=tokenizer)
+        dataset = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
         training.check_lengths(cfg, {"dataset_val": dataset.lengths})
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))

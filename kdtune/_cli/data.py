@@ -44,8 +44,9 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--rows {arguments.rows}: must be at least 0")
     recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
 
-    from kdtune.config import instantiate, load
+    from kdtune.config import load
     from kdtune.data import dataset_nodes
+    from kdtune.training import load_tokenizer
 
     cfg = load(arguments.config, arguments.overrides, recipe.frame)
     nodes = dict(dataset_nodes(cfg))
@@ -57,7 +58,7 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--key {chosen}: {arguments.config} has no such dataset; it has {', '.join(dict.fromkeys(keys))}"
         )
-    tokenizer = instantiate(cfg.tokenizer)
+    tokenizer = load_tokenizer(cfg)
     for key, node in nodes.items():
         if key.partition(".")[0] == chosen:
             _show(key, node, tokenizer, arguments, count)
@@ -72,13 +73,12 @@ def _row_count(text: str) -> int:
 
 
 def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse.Namespace, count: int) -> None:
-    from kdtune.config import instantiate
-    from kdtune.data import previewed, show
+    from kdtune.data import load_dataset, previewed, show
     from kdtune.escape import printable
     from kdtune.log import fit_for_stdout
 
     with previewed(max(count, arguments.rows)):
-        dataset = instantiate(dict(node), tokenizer=tokenizer)
+        dataset = load_dataset(key, dict(node), tokenizer)
         examples = list(dataset.examples(seed=0, epoch=0, shuffle=False))
     report, colour = dataset.report, _has_colour()
     print(fit_for_stdout(f"{key}: {report.source}"))

@@ -14,7 +14,7 @@ from kdtune.data.dataset import Dataset, MapDataset, Report, RowStream, StreamDa
 from kdtune.data.first_row import dataset_nodes, first_row_problems
 from kdtune.data.loader import Loader, Position, batches
 from kdtune.data.messages import Conversation, Message, parse_conversation
-from kdtune.data.mix import MixedDataset, MixedStream, mixed_dataset
+from kdtune.data.mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
 from kdtune.data.sources import Source, open_rows, previewed
 from kdtune.data.text import text_completion_dataset
 from kdtune.data.transforms import EncodedRow, Example, make_example, truncate
@@ -50,6 +50,7 @@ __all__ = [
     "first_row_problems",
     "instruct_dataset",
     "instruct_messages",
+    "load_dataset",
     "make_example",
     "mixed_dataset",
     "open_rows",

@@ -37,9 +37,32 @@ def mixed_dataset(
     if epoch_length is not None and epoch_length < 1:
         raise ConfigError(f"epoch_length={epoch_length}: examples an epoch; at least 1, or null")
     built = [instantiate(node, tokenizer=tokenizer) if isinstance(node, Mapping) else node for node in datasets]
+    for number, dataset in enumerate(built):
+        _check_is_dataset(dataset, f"datasets.{number} is")
     if all(isinstance(dataset, MapDataset) for dataset in built):
         return MixedDataset(cast(list[MapDataset], built), shares, epoch_length)
     return MixedStream(built, shares, epoch_length)
+
+
+def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer") -> Any:
+    """Build the dataset that a config has under `key`: `node`, which is given the `tokenizer`; None for None.
+
+    Raises:
+        ConfigError: the builder returns something else than a `Dataset`.
+        DataError: what the builder raises.
+    """
+    found = instantiate(node, tokenizer=tokenizer)
+    if node is not None:
+        _check_is_dataset(found, f"{key}: {node['_component_']} returns")
+    return found
+
+
+def _check_is_dataset(found: Any, what: str) -> None:
+    if not isinstance(found, Dataset):
+        raise ConfigError(
+            f"{what} a {type(found).__name__}, not a dataset; a kdtune.data.TokenizedDataset is one, or an object of your own "
+            "subclass of kdtune.data.MapDataset or StreamDataset"
+        )
 
 
 def normalized_weights(weights: Sequence[float], num_datasets: int) -> list[float]:

@@ -58,7 +58,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model"
 
 
 def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
-    """What its ids, special tokens and chat template are, each as a hash: equal where two tokenizers encode alike.
+    """What its ids, special tokens and chat templates are, each as a hash: equal where two tokenizers encode alike.
 
     Ids are those of a fixed battery of texts in many scripts and of the control tokens.
     """
@@ -66,6 +66,7 @@ def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
         "ids": [tokenizer.control_tokens, [tokenizer.encode(text, add_bos=False, add_eos=False) for text in BATTERY]],
         "special_ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, sorted(tokenizer.stop_ids)],
         "chat_template": tokenizer.chat_template,
+        "tool_template": tokenizer.tool_template,
     }
     return {
         name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()

@@ -26,7 +26,7 @@ from kdtune.training.model_card import divergence_title, has_facts, model_card, 
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs, unit_of
-from kdtune.training.precision import check_device_name, device_problems, dtype_from_name, resolve_device
+from kdtune.training.precision import device_name_problems, device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
 from kdtune.training.report import (
@@ -84,7 +84,6 @@ __all__ = [
     "adamw",
     "check_context",
     "check_data",
-    "check_device_name",
     "check_finite",
     "check_inputs",
     "check_lengths",
@@ -96,6 +95,7 @@ __all__ = [
     "context_note",
     "count_steps",
     "decay_groups",
+    "device_name_problems",
     "device_problems",
     "divergence_of",
     "divergence_problems",

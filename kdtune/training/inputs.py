@@ -239,8 +239,10 @@ def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:
 
 def _known(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Any:
     """What is found now, without settings of a model that the version that started the run did not have."""
-    found = now[key]
-    if isinstance(found, dict) and "config" in found and isinstance(before.get(key), dict):
-        old = before[key].get("config", {})
-        return {**found, "config": {name: value for name, value in found["config"].items() if name in old}}
-    return found
+    found, old = now[key], before.get(key)
+    if not (isinstance(found, dict) and isinstance(old, dict)):
+        return found
+    if key == "tokenizer":
+        return {name: value for name, value in found.items() if name in old}
+    known = old.get("config", {})
+    return {**found, "config": {name: value for name, value in found["config"].items() if name in known}}

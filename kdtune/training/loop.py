@@ -11,6 +11,7 @@ from kdtune.log import get_logger
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
 from kdtune.training.optim import optimizer_problems
+from kdtune.training.precision import device_name_problems
 from kdtune.training.resume_changes import resume_changes_problems
 
 log = get_logger(__name__)
@@ -66,6 +67,7 @@ def loop_problems(cfg: Any) -> list[str]:
     ]
     if cfg.num_workers < 0:
         found.append(f"num_workers={cfg.num_workers}: must be 0 (the run itself prepares its batches) or more")
+    found += device_name_problems(cfg.device)
     found += resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")

@@ -26,15 +26,12 @@ def dtype_from_name(name: str) -> torch.dtype:
     raise ConfigError(f"dtype={name}: unknown; use fp32 or bf16")
 
 
-def check_device_name(name: str | None) -> None:
-    """Nothing, where a device can have that name, here or on another machine.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+def device_name_problems(name: str | None) -> list[str]:
+    """Return a sentence where no machine can have a device of that name."""
     kind, _, index = ("cpu" if name is None else name).partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
-        raise ConfigError(f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here")
+        return [f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here"]
+    return []
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -47,7 +44,8 @@ def resolve_device(name: str | None) -> torch.device:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    check_device_name(name)
+    if problems := device_name_problems(name):
+        raise ConfigError(*problems)
     kind, _, index = name.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count()

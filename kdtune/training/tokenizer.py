@@ -5,28 +5,35 @@ from typing import Any
 
 from kdtune.checkpoint import from_main
 from kdtune.config import instantiate
+from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.paths import user_path
+from kdtune.tokenizers import Tokenizer
 from kdtune.tokenizers.chat_format import today
 from kdtune.training.run_folder import read_resolved_config
 
 log = get_logger(__name__)
 
 
-def load_tokenizer(cfg: Any) -> Any:
+def load_tokenizer(cfg: Any) -> Tokenizer:
     """The config's tokenizer. Where its chat template prints the date, that is fixed, and written into `cfg`.
 
     The date is `tokenizer.date`; else, of a run that is resumed, the one that it records; else that of the run whose folder
     (final/ or step_N/) the tokenizer lies in; else today's. All processes get the same.
 
     Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be made, or a run's config.yaml is damaged.
+        CheckpointError, ConfigError: the tokenizer cannot be made, is no `Tokenizer`, or a run's config.yaml is damaged.
     """
     node: dict[str, Any] = cfg.tokenizer
     day = from_main(_recorded(cfg) or today())
     tokenizer = instantiate(node, optional={"date": day})
+    if not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(
+            f"tokenizer: {node['_component_']} returns a {type(tokenizer).__name__}, not a tokenizer; return what "
+            "kdtune.tokenizers.load gives, or an object of your own subclass of kdtune.tokenizers.Tokenizer"
+        )
     # A component of the user's own may take no date, and its template then be told what it likes.
-    if "date" not in node and getattr(tokenizer, "asks_date", False) and tokenizer.date == day:
+    if "date" not in node and tokenizer.asks_date and tokenizer.date == day:
         cfg.tokenizer = {**node, "date": day}
         log.info("the chat template prints the date: %s throughout this run (tokenizer.date)", day)
     return tokenizer

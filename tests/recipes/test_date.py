@@ -90,6 +90,20 @@ dtype: fp32
         assert recorded(tmp_path / f"{name}-measured") == recorded(tmp_path / name)
 
 
+def test_the_examples_shown_are_those_of_the_day_that_a_run_goes_by(
+    run: Callable[..., list[float]], on: Callable[[str], None], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    on("2026-11-29")
+    run("started", "max_steps_per_epoch=1")
+    on("2026-11-30")
+    config = str(tmp_path / "started" / "config.yaml")
+    final = tmp_path / "started" / "final"
+    days = {"device=cpu": "30", "resume_from_checkpoint=true": "29", f"tokenizer.path={final}": "29"}
+    for override, day in days.items():
+        shown = cli("data", config, "~tokenizer.date", override)
+        assert shown.code == 0 and f"{day} Nov 2026" in shown.out, shown.err + shown.out
+
+
 def test_a_resumed_run_refuses_another_day(
     run: Callable[..., list[float]], on: Callable[[str], None], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 from command_line import CLI, Outcome
@@ -118,6 +119,55 @@ def test_a_run_of_a_version_without_fingerprints_goes_on(run: Run, tmp_path: Pat
     done = run(2, "resume_from_checkpoint=true")
     assert done.code == 0
     assert "kept no fingerprints: whether rows and weights are still the same is not checked" in done.err
+
+
+def test_a_run_of_a_version_that_kept_less_of_the_tokenizer_goes_on(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "run.json"
+    record = json.loads(file.read_text())
+    del record["starts"][0]["inputs"]["tokenizer"]["tool_template"]
+    file.write_text(json.dumps(record))
+    done = run(2, "resume_from_checkpoint=true")
+    assert done.code == 0, done.err
+
+
+def a_list(tokenizer: Any = None) -> Any:
+    """A component that is neither a dataset nor a tokenizer, and whose annotations do not say so."""
+    return [1, 2]
+
+
+ROWS_OF_TEXT = "{_component_: kdtune.data.text_completion_dataset, source: short.jsonl, column: output}"
+MIXED = f"{{_component_: kdtune.data.mixed_dataset, weights: [1, 1], datasets: [{ROWS_OF_TEXT}, {{_component_: test_inputs.a_list}}]}}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((KD, "dataset=test_inputs.a_list"), "dataset: test_inputs.a_list returns a list, not a dataset"),
+        ((FINETUNE, "dataset_val=test_inputs.a_list"), "dataset_val: test_inputs.a_list returns a list, not a dataset"),
+        ((FINETUNE, f"dataset={MIXED}"), "datasets.1 is a list, not a dataset"),
+        (("evaluate", "dataset_val=test_inputs.a_list"), "dataset_val: test_inputs.a_list returns a list"),
+        (("quantize", "dataset_val=test_inputs.a_list"), "dataset_val: test_inputs.a_list returns a list"),
+        (("prune", "dataset=test_inputs.a_list"), "dataset: test_inputs.a_list returns a list"),
+        ((FINETUNE, "tokenizer=test_inputs.a_list"), "tokenizer: test_inputs.a_list returns a list, not a tokenizer"),
+    ],
+    ids=lambda value: value[0] + " " + value[1][:14] if isinstance(value, tuple) else "",
+)
+def test_what_a_builder_returns_is_looked_at(
+    argv: tuple[str, ...], said: str, cli: CLI, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copytree(good / "model", "model")
+    write_rows(Path("short.jsonl"), "x", 2)
+    recipe, *settings = argv
+    done = cli("run", recipe, "--config", f"tiny/{recipe}", "output_dir=out", *settings)
+    assert done.code == 2 and said in done.err, done.err
+    assert not Path("out").exists()
+
+
+def test_an_unknown_device_is_told_with_what_else_is_wrong(cli: CLI) -> None:
+    for recipe in (KD, FINETUNE, "evaluate", "quantize", "prune", "generate"):
+        done = cli("validate", f"tiny/{recipe}", "device=tpu", "model=null", "checkpointer=null")
+        assert done.code == 2 and "device=tpu: unknown" in done.err and "checkpointer: missing" in done.err, done.err
 
 
 LONG = "x" * 300  # with the template around it, more than the tiny models' 256 tokens
