@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,6 +129,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
 
 
+def read_resolved(path: Path) -> dict[str, Any]:
+    """The values that `to_yaml` has written to a file. Raises as `read_yaml`."""
+    return {key: _unescaped(value) for key, value in read_yaml(path).items()}
+
+
+def resolved_values(text: str) -> dict[str, Any]:
+    """The values that `to_yaml` has made a text of."""
+    return {str(key): _unescaped(value) for key, value in parse_yaml(text).items()}
+
+
 @lru_cache(maxsize=64)
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     """As `read_yaml`, of a text; `path` is for messages."""
@@ -239,11 +249,20 @@ def to_yaml(values: Mapping[str, Any], docs: Mapping[str, KeyDoc] | None = None)
 
 
 def _escaped(value: Any) -> Any:
+    return _with_texts(value, lambda text: text.replace("${", r"\${"))
+
+
+def _unescaped(value: Any) -> Any:
+    return _with_texts(value, lambda text: text.replace(r"\${", "${"))
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with each text inside it changed."""
     if isinstance(value, dict):
-        return {name: _escaped(item) for name, item in value.items()}
+        return {name: _with_texts(item, change) for name, item in value.items()}
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return re.sub(r"\$\{", r"\\${", value) if isinstance(value, str) else value
+        return [_with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def as_values(cfg: Any) -> dict[str, Any]:

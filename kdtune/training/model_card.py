@@ -10,11 +10,11 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from kdtune.config.load import read_yaml
 from kdtune.download import downloaded_from
 from kdtune.escape import markdown_table, markdown_text
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
+from kdtune.training.run_record import last_start, read_resolved_config
 
 FILE_NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -52,8 +52,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     It is told from the run's config.yaml, run.json and metrics.jsonl. No path of this machine stands in it: models and files
     go by what they were downloaded as, or by their own names.
     """
-    config = read_yaml(output_dir / "config.yaml")
-    start = json.loads((output_dir / "run.json").read_text(encoding="utf-8-sig"))["starts"][-1]
+    config, start = read_resolved_config(output_dir), last_start(output_dir)
     rows = read_metrics(output_dir / "metrics.jsonl")
     base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
     title = f"{base or 'A model of random weights'}, " + ("distilled" if is_distilled(config) else "finetuned")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from kdtune.checkpoint import (
     SaveWeights,
     atomic_write_text,
@@ -21,18 +19,19 @@ from kdtune.checkpoint import (
     wait_for_all,
     writing,
 )
-from kdtune.errors import CheckpointError, ConfigError
+from kdtune.config.load import resolved_values
+from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics, truncate_metrics
 from kdtune.training.model_card import model_card
 from kdtune.training.resume_changes import is_asked_for, is_changeable
+from kdtune.training.run_record import read_resolved_config, recorded_starts
 
 log = get_logger(__name__)
 
 _ABSENT = object()
-_NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
 _LOCK = ".lock"
@@ -136,24 +135,6 @@ def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> 
     return {**before, "tokenizer": {**was, "date": is_now["date"]}}
 
 
-def read_resolved_config(output_dir: Path) -> dict[str, Any]:
-    """The config a run was started with, key by key; empty where it was killed before it was written.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = output_dir / "config.yaml"
-    if not path.exists():
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: is not YAML: {' '.join(str(error).split())}; {_NOT_OURS}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, a mapping of keys expected; {_NOT_OURS}")
-    return found
-
-
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
@@ -169,7 +150,7 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
     with together():
         if not is_main():
             return
-        before, now = read_resolved_config(output_dir), yaml.safe_load(resolved_config)
+        before, now = read_resolved_config(output_dir), resolved_values(resolved_config)
         shared = [key for key in now if key in before and key != "resume_from_checkpoint"]
         changed = [one for key in shared for one in differing_values(key, before[key], now[key])]
         record = {
@@ -201,24 +182,6 @@ def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, 
     starts = recorded_starts(folder)
     atomic_write_text(folder / "config.yaml", resolved_config)
     atomic_write_text(folder / "run.json", json.dumps({"starts": [*starts, dict(record)]}, indent=1) + "\n")
-
-
-def recorded_starts(folder: Path) -> list[dict[str, Any]]:
-    """What each start of a run has left in its run.json, the latest last; empty where there is no such file.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    runs_file = folder / "run.json"
-    if not runs_file.exists():
-        return []
-    try:
-        starts = json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"]
-        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-            raise TypeError("starts must be a list of objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
-    return starts
 
 
 def _lock(folder: Path) -> None:

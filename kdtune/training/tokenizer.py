@@ -10,7 +10,7 @@ from kdtune.log import get_logger
 from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 from kdtune.tokenizers.chat_format import today
-from kdtune.training.run_folder import read_resolved_config
+from kdtune.training.run_record import read_resolved_config
 
 log = get_logger(__name__)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics
-from kdtune.training.run_folder import Difference, differing_values, read_resolved_config, recorded_starts
+from kdtune.training.run_folder import Difference, differing_values
+from kdtune.training.run_record import last_start, read_resolved_config
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_run(folder: Path) -> TrainingRun:
         read_resolved_config(folder),
         read_metrics(folder / "metrics.jsonl"),
         read_metrics(samples) if samples.is_file() else [],
-        (recorded_starts(folder) or [{}])[-1],
+        last_start(folder),
     )
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kdtune.errors import ConfigError
+from kdtune.config.load import to_yaml
+from kdtune.errors import CheckpointError, ConfigError
 from kdtune.training import MAY_CHANGE, check_unchanged, start_run, step_to_resume
+from kdtune.training.run_record import last_start, read_resolved_config
 
 CONFIG = "gradient_accumulation_steps: 4\nparallelism: {_component_: kdtune.distributed.Parallelism}\n"
 NODE = {"_component_": "kdtune.distributed.Parallelism"}
@@ -49,3 +51,20 @@ def test_only_what_differs_inside_a_component_is_named() -> None:
         "  optimizer.foreach: was not given, is True",
         "  adapter: was None, is {'lora_rank': 8}",
     ]
+
+
+def test_a_text_with_an_interpolations_sign_is_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    values = {"dataset": {"_component_": "mine.rows", "system": "costs ${amount}"}, "optimizer": {"lr": 1e-5}}
+    for _ in range(2):
+        start_run(tmp_path, step=0, resolved_config=to_yaml(values), record={})
+    assert read_resolved_config(tmp_path) == values and last_start(tmp_path)["changed"] == {}
+    check_unchanged(read_resolved_config(tmp_path), values, may_change=())
+
+
+def test_a_run_changed_by_hand_is_read_as_any_config(tmp_path: Path) -> None:
+    """YAML 1.1 alone takes 1e-5 for a text."""
+    (tmp_path / "config.yaml").write_text("optimizer: {lr: 1e-5}\n")
+    assert read_resolved_config(tmp_path) == {"optimizer": {"lr": 1e-5}}
+    (tmp_path / "config.yaml").write_text("- a\n")
+    with pytest.raises(CheckpointError, match="a config is a mapping of keys to values; it was cut off or changed"):
+        read_resolved_config(tmp_path)
