@@ -1,7 +1,6 @@
 """The README.md of a finished run's model: front matter for the Hugging Face hub, and on a page what made the model."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from kdtune.download import downloaded_from
 from kdtune.escape import markdown_table, markdown_text
 from kdtune.paths import user_path
+from kdtune.training.held_out import held_out, teacher_held_out, validated_rows
 from kdtune.training.loggers import read_metrics
 from kdtune.training.run_record import last_start, read_resolved_config
 
@@ -268,26 +268,19 @@ def _results_text(divergence: str) -> str:
 
 def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:
     """The table of before, after and teacher; "" without a validation."""
-    validated = [row for row in rows if "val_class_loss" in row]
+    validated = validated_rows(rows)
     if not validated:
         return ""
-    lines = [(f"step {row['step']}", row) for row in (validated[0], validated[-1])]
-    teacher_loss = next((row["val_teacher_class_loss"] for row in validated if "val_teacher_class_loss" in row), None)
-    if teacher_loss is not None:
-        lines.append(("teacher", {"val_class_loss": teacher_loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
-    header = ["model", "cross entropy", "perplexity"]
-    has_teacher = any("val_kd_loss" in row for row in validated)
-    if has_teacher:
-        header += [f"{divergence} to the teacher"]
-        header += ["same top token"]
-    cells = []
-    for name, row in lines:
-        loss = row["val_class_loss"]
-        cells.append([name, _number(loss), "-" if loss is None else f"{math.exp(min(loss, 700)):.4g}"])
-        if has_teacher:
-            agreement = row.get("val_agreement")
-            cells[-1] += [_number(row.get("val_kd_loss")), "-" if agreement is None else f"{agreement:.1%}"]
-    return markdown_table(header, cells, num_text=1)
+    lines = [(f"step {row['step']}", held_out(row)) for row in (validated[0], validated[-1])]
+    if (teacher := teacher_held_out(validated)) is not None:
+        lines.append(("teacher", teacher))
+    header = ["model", "cross entropy", "perplexity", f"{divergence} to the teacher", "same top token"]
+    cells = [
+        [name, _number(one.class_loss), one.perplexity_text or "-", _number(one.kd_loss), one.agreement_text or "-"]
+        for name, one in lines
+    ]
+    num_columns = len(header) if any("val_kd_loss" in row for row in validated) else 3
+    return markdown_table(header[:num_columns], [line[:num_columns] for line in cells], num_text=1)
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,6 @@
 teacher, before and after.
 """
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 from kdtune.checkpoint import best_step
 from kdtune.log import fit_for_stdout
+from kdtune.training.held_out import HeldOut, held_out, teacher_held_out, validated_rows
 from kdtune.training.loggers import read_metrics
 from kdtune.training.plot import plot_losses
 from kdtune.training.table import format_table
 
-_CLASS_LOSS = "val_class_loss"
 _SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 
 
@@ -95,13 +94,11 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, diverge
     Returns:
         None where no run has a validation.
     """
-    validated = {name: found for name, rows in runs.items() if (found := [row for row in rows if _CLASS_LOSS in row])}
-    lines: list[dict[str, Any]] = []
-    for row in (rows[0] for rows in validated.values()):
-        if (loss := row.get("val_teacher_class_loss")) is not None:
-            lines.append(_line("teacher", {_CLASS_LOSS: loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
+    validated = {name: found for name, rows in runs.items() if (found := validated_rows(rows))}
+    teachers = map(teacher_held_out, validated.values())
+    lines = [_line("teacher", teacher) for teacher in teachers if teacher is not None]
     lines += _starts({name: rows[0] for name, rows in validated.items()})
-    lines += [_line(f"{name}, step {rows[-1]['step']}", rows[-1]) for name, rows in validated.items()]
+    lines += [_line(f"{name}, step {rows[-1]['step']}", held_out(rows[-1])) for name, rows in validated.items()]
     lines = list({format_table([line]): line for line in lines}.values())  # teachers with the same numbers are one
     return _table(lines, divergence) or None
 
@@ -114,14 +111,14 @@ def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergenc
         model: what the table calls it.
         divergence: what `kd_loss` is called.
     """
-    lines = [_line(model, {f"val_{name}": value for name, value in values.items()})]
-    if (loss := values.get("teacher_class_loss")) is not None:
-        lines.insert(0, _line("teacher", {_CLASS_LOSS: loss, "val_kd_loss": 0.0, "val_agreement": 1.0}))
-    return _table(lines, divergence)
+    row = {f"val_{name}": value for name, value in values.items()}
+    teacher = teacher_held_out([row])
+    lines = [] if teacher is None else [_line("teacher", teacher)]
+    return _table([*lines, _line(model, held_out(row))], divergence)
 
 
 def _table(lines: Sequence[Mapping[str, Any]], divergence: str) -> str:
-    columns = [column for column in _line("", {_CLASS_LOSS: 0.0}) if any(line[column] is not None for line in lines)]
+    columns = [column for column in (lines[0] if lines else []) if any(line[column] is not None for line in lines)]
     renamed = {"KL to teacher": f"{divergence} to teacher"}
     return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines])
 
@@ -130,23 +127,23 @@ def _starts(first_rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     """A line for each start; runs whose numbers read the same have one start."""
     sharing: dict[str, list[str]] = {}
     for name, row in first_rows.items():
-        sharing.setdefault(format_table([_line("", row)]), []).append(name)
+        sharing.setdefault(format_table([_line("", held_out(row))]), []).append(name)
     if len(first_rows) > 1 and len(sharing) == 1:
-        return [_line("before training", next(iter(first_rows.values())))]
+        return [_line("before training", held_out(next(iter(first_rows.values()))))]
     return [
-        _line(f"{', '.join(names)}, step {first_rows[names[0]]['step']}", first_rows[names[0]])
+        _line(f"{', '.join(names)}, step {first_rows[names[0]]['step']}", held_out(first_rows[names[0]]))
         for names in sharing.values()
     ]
 
 
-def _line(title: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    class_loss, kd_loss, agreement = row[_CLASS_LOSS], row.get("val_kd_loss"), row.get("val_agreement")
+def _line(title: str, found: HeldOut) -> dict[str, Any]:
+    perplexity, agreement = found.perplexity_text, found.agreement_text
     return {
         "held-out (nats)": title,
-        "cross entropy": class_loss,
-        "perplexity": None if class_loss is None else f"{math.exp(min(class_loss, 700)):.4g}".rjust(10),
-        "KL to teacher": kd_loss,
-        "top-1 agreement": None if agreement is None else f"{agreement:.1%}".rjust(15),
+        "cross entropy": found.class_loss,
+        "perplexity": None if perplexity is None else perplexity.rjust(10),
+        "KL to teacher": found.kd_loss,
+        "top-1 agreement": None if agreement is None else agreement.rjust(15),
     }
 
 

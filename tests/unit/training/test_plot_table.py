@@ -1,5 +1,6 @@
 import doctest
 import json
+import math
 import struct
 
 import pytest
@@ -83,6 +84,16 @@ def test_a_table_that_is_too_wide_is_turned_and_then_cut_into_paragraphs():
     assert format_table(rows, width=27).splitlines() == [
         "held-out: before", "cross entropy: 7.250", "KL: -", "", "held-out: after", "cross entropy: 3.500", "KL: 0.500",
     ]  # fmt: skip
+
+
+def test_the_teacher_is_in_the_table_whichever_validation_has_measured_it():
+    """As in the model card: the first one may have been without it, or not finite."""
+    rows = [{"step": step, "val_class_loss": 2.0, "val_kd_loss": 1.0, "val_agreement": 0.5} for step in (0, 1)]
+    rows[0]["val_teacher_class_loss"] = None
+    assert "\nteacher" not in comparison_table({"student": rows})
+    rows[1]["val_teacher_class_loss"] = 1.5
+    line = next(line for line in comparison_table({"student": rows}).splitlines() if line.startswith("teacher"))
+    assert line.split() == ["teacher", "1.500", f"{math.exp(1.5):.4g}", "0.000", "100.0%"]
 
 
 def test_the_divergence_has_its_own_name_in_the_table():
