@@ -60,7 +60,7 @@ _NO_EQUIVALENT = {
 
 
 def advice(name: str, known: Iterable[str]) -> str:
-    """What to write instead of a name that there is not: torchtune's equivalent, or the nearest of those known."""
+    """Suggest a replacement for an unknown name: torchtune's equivalent, or the nearest known name."""
     if name in _TORCHTUNE_NAMES:
         return f"; torchtune's is {_TORCHTUNE_NAMES[name]!r} here"
     for pattern, why in _NO_EQUIVALENT.items():
@@ -147,12 +147,12 @@ def recipe_named(name: str) -> Recipe | None:
 
 
 def is_recipe(argument: str) -> bool:
-    """Whether a command-line argument names a recipe: a shipped name or alias, or an existing .py file."""
+    """Return whether a command-line argument names a recipe: a shipped name or alias, or an existing .py file."""
     return (argument.endswith(".py") and user_path(argument).is_file()) or recipe_named(argument) is not None
 
 
 def is_config(argument: str) -> bool:
-    """Whether a command-line argument names a shipped config, or an existing file."""
+    """Return whether a command-line argument names a shipped config, or an existing file."""
     return user_path(argument).is_file() or any(config.name == argument for config in configs())
 
 

@@ -54,7 +54,7 @@ def csv_value(value: object) -> object:
 
 
 def is_number(text: str) -> bool:
-    """Whether the text is a number as JSON or Python writes it."""
+    """Return whether the text is a number as JSON or Python writes it."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What goes to the terminal: one logger for the whole package, text from outside made fit to be shown, and output that
+"""Output to the terminal: one logger for the whole package, text from outside made fit to be shown, and output that
 outlives its reader.
 """
 

@@ -24,11 +24,11 @@ class Config:
     """Folder to write into, in place of an earlier comparison there; null: the folder that the runs lie in."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         return [] if self.runs else ["runs: is empty; name the output folders of training runs"]
 
     def machine_problems(self) -> list[str]:
-        """What is missing, found before anything is written."""
+        """Return machine problems, found before anything is written."""
         if found := [f"runs: {folder}: no such folder" for folder in self.runs if not Path(folder).is_dir()]:
             return found
         folder = self.output_dir or shared_parent(self.runs)

@@ -55,7 +55,7 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the weights."""
+    """Weight dtype."""
     parallelism: Any = config.component(
         default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
     )
@@ -66,7 +66,7 @@ class Config:
     max_seq_length: int | None = None
     """Longest input in tokens, cut on the left; null: the model's context."""
     seed: int = 1234
-    """Of few-shot examples and sampled tokens (1234 is lm-eval's own), and of random weights."""
+    """Seed of few-shot examples and sampled tokens (1234 is lm-eval's own), and of random weights."""
 
     # lm-eval
     tasks: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Config:
     teacher_parallelism: Any = config.component(default=None)
     """The same for the teacher; null: as parallelism."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
-    """Of the teacher; null: as dtype."""
+    """Teacher weight dtype; null: same as dtype."""
 
     # Texts and answers
     perplexity_files: list[config.PathText] = field(default_factory=list)
@@ -106,11 +106,11 @@ class Config:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the run says, of the keys that this config does not give."""
+        """Return the run's values for the keys that this config does not give."""
         return evaluation.run_settings(given)
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         if self.run is not None and evaluation.run_problems(self.run, self.run_weights):
             return []  # the machine's gate tells them; what follows from them is not told
         found = [
@@ -165,7 +165,7 @@ class Config:
         return found
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
@@ -299,7 +299,7 @@ def build_model(
 
 
 def versions(cfg: Config) -> dict[str, Any]:
-    """Of what has measured."""
+    """Versions of the packages used for measuring."""
     found: dict[str, Any] = config.run_record(cfg)["versions"]
     return found | ({name: version(name) for name in ("lm_eval", "rouge_score")} if cfg.tasks or cfg.rouge else {})
 

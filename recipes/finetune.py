@@ -52,7 +52,7 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of weights, gradients and optimizer state."""
+    """Dtype of weights, gradients and optimizer state."""
     parallelism: Any = config.component(default={"_component_": "kdtune.distributed.Parallelism"})
     """How the model is spread over the processes that torchrun starts; with one process it does nothing."""
     compile: bool = False
@@ -93,7 +93,7 @@ class Config:
     clip_grad_norm: float | None = None
     """Largest norm of a step's gradient; null: no clipping."""
     seed: int = 0
-    """Of the data order and of random weights."""
+    """Seed of the data order and of random weights."""
     cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
     """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
 
@@ -115,7 +115,7 @@ class Config:
     best_metric: Literal["val_class_loss"] | None = None
     """The validation metric whose best step_N is kept and named at the end."""
     save_weights: Literal["both", "merged", "adapter"] = "both"
-    """Of a model with adapters, what final/ holds: the merged model with the adapter in final/adapter/, or one of them."""
+    """What final/ holds for a model with adapters: the merged model with the adapter in final/adapter/, or one of them."""
 
     # Logging
     metric_logger: Any = config.component(optional=("log_dir",), default=None)
@@ -130,14 +130,14 @@ class Config:
     """kdtune.training.Profiler for a torch profiler trace."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         found = training.loop_problems(self)
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         return found
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += distributed.parallelism_problems(self.parallelism)
         found += training.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
@@ -264,7 +264,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 def load_data(
     cfg: Config, tokenizer: Any, world: distributed.World
 ) -> tuple[data.Loader, list[data.Batch] | None, dict[str, Any]]:
-    """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
+    """Return this process's share of the training data and the held-out batches, and the input fingerprints for run.json."""
     dataset, dataset_val = (data.load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
     inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     loader = data.Loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle, seed=cfg.seed, pad_id=tokenizer.pad_id,

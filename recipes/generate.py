@@ -44,7 +44,7 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Of the weights in memory; null: as they are stored."""
+    """Weight dtype in memory; null: as stored."""
     parallelism: Any = config.component(
         default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
     )
@@ -73,7 +73,7 @@ class Config:
     top_p: float | None = None
     """Draw among the fewest most likely tokens that hold this share of the probability; null: among all."""
     seed: int = 0
-    """Of the draws; prompt number i, from 0, draws with seed + i, whatever the batch size is."""
+    """Seed of the draws; prompt number i, from 0, draws with seed + i, whatever the batch size is."""
     batch_size: int = 8
     """Prompts a batch."""
 
@@ -85,7 +85,7 @@ class Config:
     """Whether an output_file that exists is replaced."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         found = training.device_name_problems(self.device)
         given = [key for key in ("prompt", "prompts", "prompt_file") if getattr(self, key) is not None]
         if len(given) != 1:
@@ -112,7 +112,7 @@ class Config:
         return found
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
         found += distributed.parallelism_problems(self.parallelism)
         parallelism = config.instantiate(self.parallelism)

@@ -53,15 +53,15 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the student: weights, gradients and optimizer state."""
+    """Dtype of the student's weights, gradients and optimizer state."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
-    """Of the teacher; null: as dtype."""
+    """Teacher weight dtype; null: same as dtype."""
     parallelism: Any = config.component(default={"_component_": "kdtune.distributed.Parallelism"})
     """How the student is spread over the processes that torchrun starts; with one process it does nothing."""
     teacher_parallelism: Any = config.component(default=None)
     """The same for the teacher, such as dp_shard 1 and dp_replicate -1 for a whole copy on each; null: as parallelism."""
     teacher_processes: int = 0
-    """Of the processes that torchrun starts, so many, the last ones, hold the teacher alone, and the others the student;
+    """Number of torchrun's processes, the last ones, that hold the teacher alone; the others hold the student;
     `parallelism` is about these, `teacher_parallelism` about those. 0: every process holds its part of both."""
     compile: bool = False
     """torch.compile each layer of both models."""
@@ -106,7 +106,7 @@ class Config:
     clip_grad_norm: float | None = None
     """Largest norm of a step's gradient; null: no clipping."""
     seed: int = 0
-    """Of the data order and of random weights."""
+    """Seed of the data order and of random weights."""
     cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
     """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
 
@@ -128,7 +128,7 @@ class Config:
     best_metric: Literal["val_class_loss", "val_kd_loss", "val_agreement"] | None = None
     """The validation metric whose best step_N is kept and named at the end."""
     save_weights: Literal["both", "merged", "adapter"] = "both"
-    """Of a student with adapters, what final/ holds: the merged model with the adapter in final/adapter/, or one of them."""
+    """What final/ holds for a student with adapters: the merged model with the adapter in final/adapter/, or one of them."""
 
     # Logging
     metric_logger: Any = config.component(optional=("log_dir",), default=None)
@@ -143,7 +143,7 @@ class Config:
     """kdtune.training.Profiler for a torch profiler trace."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         found = [*training.loop_problems(self), *training.divergence_problems(self.kd_loss)]
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
@@ -157,7 +157,7 @@ class Config:
         return found
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += distributed.parallelism_problems(
             self.parallelism, self.teacher_parallelism, teacher_processes=self.teacher_processes
@@ -292,7 +292,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
 def load_data(
     cfg: Config, tokenizer: Any, world: distributed.World
 ) -> tuple[data.Loader, list[data.Batch] | None, dict[str, Any]]:
-    """What is trained on, and the held-out batches: this process's share of both; and what run.json keeps of all inputs."""
+    """Return this process's share of the training data and the held-out batches, and the input fingerprints for run.json."""
     dataset, dataset_val = (data.load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
     inputs = training.check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     for key in ("checkpointer", "teacher_checkpointer"):

@@ -35,7 +35,7 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the weights, in the measurement and in the folder."""
+    """Weight dtype, in the measurement and in the folder."""
 
     layers: list[int] | None = None
     """The layers to keep, by index from 0; null: num_layers of them, chosen by `method`."""
@@ -52,10 +52,10 @@ class Config:
     num_calibration_tokens: int = 1024
     """Labels to measure with, from the start of the dataset; time grows with it."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         found = training.device_name_problems(self.device)
         if (self.layers is None) == (self.num_layers is None):
             found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
@@ -69,7 +69,7 @@ class Config:
         return found + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype)
         found += training.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):

@@ -37,9 +37,9 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps, where the model is to be used; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the arithmetic, and of the weights that stay as they are: embedding, norms, head."""
+    """Dtype of the arithmetic, and of the weights that stay as they are: embedding, norms, head."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""
 
     scheme: str
     """int8_weight_only, int8_dynamic, float8_weight_only, float8_dynamic, int4_weight_only, nf4 or intx_4bit."""
@@ -54,7 +54,7 @@ class Config:
     """Examples a batch."""
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
+        """Return config problems, one sentence each."""
         found = training.device_name_problems(self.device)
         if self.batch_size_val < 1:
             found.append(f"batch_size_val={self.batch_size_val}: must be at least 1")
@@ -67,7 +67,7 @@ class Config:
         return found + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the run, found without reading a weight."""
+        """Return machine problems, found without reading a weight."""
         if self.model is not None and is_adapted(self.model):
             return [
                 "model: this builder makes adapters, and adapters are not quantized; merge the adapters: use "

@@ -30,7 +30,7 @@ class Config:
     """Axis values of the row that the others are compared with; null: no comparison."""
 
     def machine_problems(self) -> list[str]:
-        """What is missing, found before anything is written."""
+        """Return machine problems, found before anything is written."""
         if not Path(self.results).is_file():
             return [f"results={self.results}: no such file; a sweep writes results.jsonl into its output_dir"]
         return []

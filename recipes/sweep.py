@@ -72,7 +72,7 @@ class Config:
         return Path(self.steps_dir) if self.steps_dir else Path(self.output_dir) / "steps"
 
     def problems(self) -> list[str]:
-        """What does not fit together, one sentence each; each step's config passes the gates of its own recipe."""
+        """Return config problems, one sentence each; each step's config passes the gates of its own recipe."""
         found = []
         if self.max_minutes is not None and self.max_minutes <= 0:
             found.append(f"max_minutes={self.max_minutes}: must be above 0; null sets no limit")
@@ -84,7 +84,7 @@ class Config:
         return found if plan.problems else found + sweeps.baseline_problems(plan, self.baseline)
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the steps that need no other step."""
+        """Return machine problems of the steps that need no other step."""
         found = training.output_dir_problems(self.output_dir, resume=True)
         if any((Path(self.output_dir) / name).exists() for name in ("metrics.jsonl", "final")):
             found.append(f"output_dir={self.output_dir}: holds a training run; choose another output_dir")

@@ -64,7 +64,7 @@ def found(package: str, made: str) -> list[str]:
 
 
 def component_text(dotted: str) -> str:
-    """What a component takes, an argument a line with its type and default, and its docs.
+    """Describe a component: one line for each argument with type and default, then its docs.
 
     Raises:
         ConfigError: there is no such component.

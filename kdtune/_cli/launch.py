@@ -84,7 +84,7 @@ def _with_signal(names: str, name: str) -> str:
 
 
 def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:
-    """What the processes are told beside the user's overrides, so that torchrun's restarts go on with the run.
+    """Return overrides to add to the user's, so that torchrun's restarts go on with the run.
 
     It is the same for every start, the first one too: which start it is, the hosts count each for themselves.
 

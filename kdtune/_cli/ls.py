@@ -39,7 +39,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def components_text(name: str) -> str | None:
-    """What there is of a kind of components, or what one takes; None where the name is neither."""
+    """List the components of a kind or the arguments of one; None if the name is neither."""
     is_component = (
         name.count(".") > 0 and name.replace(".", "").isidentifier() and not name.endswith((".py", ".yaml", ".yml"))
     )

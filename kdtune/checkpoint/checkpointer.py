@@ -216,7 +216,7 @@ class Checkpointer:
             )
 
     def _read(self) -> StoredModel:
-        """What lies there, with what the config says compared with what the files hold before anything is built by it."""
+        """Read the checkpoint's description and check it against the tensor headers."""
         files = self.files()
         stored = _READERS[_format(files[0])](files)
         check_tensors(stored.config, stored)

@@ -130,7 +130,7 @@ class CheckpointManager:
         """Writes `step_N`, model and state in one atomic folder, then deletes what is too many. Returns the folder.
 
         Of a model with adapters only these are written, as a PEFT folder: the base does not change.
-        `extra` and `metrics` are kept in the state; `metrics` of this step, from which the best one is told.
+        `extra` and `metrics` are kept in the state; `metrics` of this step, by which the best one is found.
         `base`, `tokenizer` and `is_chat`: as in `save_model`.
         With `async_save` the folder gets its name later; what the one before is still writing is waited for first.
 

@@ -15,7 +15,7 @@ _log = get_logger(__name__)
 
 
 def partial_of(path: str | Path) -> Path:
-    """What stands beside `path` until that is whole, and stays when the process is stopped before: `path`.partial."""
+    """Path that holds partial results until `path` is complete: `path`.partial."""
     return user_path(path).with_name(user_path(path).name + ".partial")
 
 

@@ -63,7 +63,7 @@ def conform(value: Any, annotation: Any) -> Any:
 
 
 def is_path(annotation: Any) -> bool:
-    """Whether a string that fits the annotation is a path."""
+    """Return whether a string of this annotation is a path."""
     if get_origin(annotation) is Annotated:
         return PATH_MARK in get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
@@ -72,7 +72,7 @@ def is_path(annotation: Any) -> bool:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether any string fits the annotation."""
+    """Return whether every string fits the annotation."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return is_text(get_args(annotation)[0])

@@ -128,7 +128,7 @@ def bind(
 def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
     """Findings of the nodes of one key, or a list of them, whose component gives something else than an object of that kind.
 
-    It is told by the class, or the function's return annotation; what has the kind's methods is of that kind. Where nothing
+    The kind is known from the class or the function's return annotation; what has the kind's methods is of that kind. Where nothing
     says what is returned there is no finding.
     """
     if isinstance(value, list):

@@ -141,7 +141,7 @@ def resolved_values(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    """As `read_yaml`, of a text; `path` is for messages."""
+    """Parse YAML text as `read_yaml` does; `path` is used in messages."""
     tree = parse_yaml(text)
     tree = {} if tree is None else tree
     if isinstance(tree, dict | list):
@@ -211,7 +211,7 @@ def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether a value is plain YAML without an interpolation, which OmegaConf would give back as it is."""
+    """Return whether a value is plain YAML without an interpolation, which OmegaConf would give back as it is."""
     if isinstance(value, dict):
         return all(type(name) is str and _is_literal(item) for name, item in value.items())
     if isinstance(value, list):

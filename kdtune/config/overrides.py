@@ -80,7 +80,7 @@ def read_value(text: str, annotation: Any, parse_value: Callable[[str], Any], *,
 
 
 def is_broken_interpolation(text: str, parse_value: Callable[[str], Any]) -> bool:
-    """Whether the text has a `${` that neither begins an interpolation nor is escaped."""
+    """Return whether the text has a `${` that neither begins an interpolation nor is escaped."""
     try:
         parse_value(json.dumps(text))
     except ConfigError:
@@ -89,7 +89,7 @@ def is_broken_interpolation(text: str, parse_value: Callable[[str], Any]) -> boo
 
 
 def _is_allowed(value: Any, annotation: Any) -> bool:
-    """Whether a value that is not a string fits the annotation."""
+    """Return whether a value that is not a string fits the annotation."""
     try:
         conform(value, annotation)
     except MismatchError:

@@ -214,7 +214,7 @@ def resolved_yaml(cfg: Any, docs: Mapping[str, KeyDoc] | None = None) -> str:
 
 
 def run_record(cfg: Any) -> dict[str, Any]:
-    """What `run.json` holds: the time, the command line, the config's source, versions, and the checkout's commit if any."""
+    """Return this start's entry of `run.json`: time, command line, the config's source, versions, and the checkout's commit if any."""
     source = origin(cfg)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -91,7 +91,7 @@ def _too_deep(mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _check_size(node: yaml.Node, depth: int, sizes: dict[int, int]) -> int:
-    """How many values the node has when its aliases are written out."""
+    """Count the node's values with all aliases expanded."""
     if depth > MAX_DEPTH:
         raise _too_deep(node.start_mark)
     if id(node) not in sizes:
@@ -105,7 +105,7 @@ def _check_size(node: yaml.Node, depth: int, sizes: dict[int, int]) -> int:
 
 
 def _advice(text: str) -> str:
-    """What to write instead of a value that is read in two ways."""
+    """Suggest an unambiguous spelling of a value that YAML 1.1 and 1.2 read differently."""
     choices = " or ".join(_readings(text))
     return f"{text} can be read in more than one way; write {choices}, or '{text}' in quotes where text is meant"
 

@@ -79,7 +79,7 @@ def any_column(row: Row, column: str) -> Any:
 
 
 def suggest_question_columns(columns: Sequence[str]) -> Suggest:
-    """What to set for a builder that reads these columns: the question's first, the answer's last."""
+    """Suggest settings for a builder that reads these columns: the question's first, the answer's last."""
     question, *context, answer = columns
 
     def suggest(row: Row) -> Suggestion:
@@ -99,7 +99,7 @@ def suggest_question_columns(columns: Sequence[str]) -> Suggest:
 
 
 def suggest_conversation_column(row: Row) -> Suggestion:
-    """What to set for chat_dataset: the column that holds a conversation, and its style."""
+    """Suggest settings for chat_dataset: the column that holds a conversation, and its style."""
     for column, value in row.items():
         if (style := conversation_style_of(value)) is not None:
             return {"conversation_column": _yaml(column), "conversation_style": style}
@@ -107,7 +107,7 @@ def suggest_conversation_column(row: Row) -> Suggestion:
 
 
 def suggest_chat_columns(row: Row) -> Suggestion:
-    """As suggest_conversation_column; for a row with a question and an answer, the builder that reads those."""
+    """Suggest settings for chat_dataset, or the builder to use for a row with a question and an answer."""
     if conversation := suggest_conversation_column(row):
         return conversation
     settings = suggest_question_columns(("input", "output"))(row)
@@ -115,7 +115,7 @@ def suggest_chat_columns(row: Row) -> Suggestion:
 
 
 def suggest_text_column(row: Row) -> Suggestion:
-    """What to set for a builder of plain text: the column of the longest text."""
+    """Suggest settings for a builder of plain text: the column of the longest text."""
     texts = {column: value for column, value in row.items() if isinstance(value, str)}
     return {"column": _yaml(max(texts, key=lambda column: len(texts[column])))} if texts else {}
 

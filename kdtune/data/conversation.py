@@ -17,7 +17,7 @@ Truncation: TypeAlias = Literal["turns", "right", "drop"]
 
 
 class TrainingOptions(TypedDict, total=False):
-    """What the builders of conversations take beside the source.
+    """Arguments of the conversation builders other than the source.
 
     train_on: the last answer, all of the assistant's answers, or everything; a masked turn is never trained on.
     train_on_input: torchtune's word for it: true is train_on=all, false train_on=answers.
@@ -38,7 +38,7 @@ class _Beside(TypedDict):
 
 
 def chosen_train_on(train_on: TrainOn | None, train_on_input: bool | None, default: TrainOn) -> TrainOn:
-    """What is trained on, from the two keys that may say it.
+    """Resolve which turns are trained on from the two keys that can set it.
 
     Raises:
         ConfigError: the two contradict each other, or train_on is unknown.

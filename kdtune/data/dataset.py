@@ -48,7 +48,7 @@ class Report:
     too_long: int = 0
     """Rows left out because they do not fit into max_seq_len."""
     remarks: Counter[str] = field(default_factory=Counter)
-    """What else is to be told of them, such as what the chat template leaves out, with the number of rows."""
+    """Further notes on the rows, such as what the chat template leaves out, with the number of rows."""
     unread: Counter[str] = field(default_factory=Counter)
     """Columns that the dataset does not read, with the number of rows that have them."""
 
@@ -70,7 +70,7 @@ class Report:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """What of the rows does not reach the model, one sentence each."""
+        """List row contents that do not reach the model, one sentence each."""
         found = [f"{remark} ({count} of {self.rows} rows)" for remark, count in self.remarks.most_common()]
         if self.unread:
             found.append(f"columns that are not read: {', '.join(map(str, self.unread))}")
@@ -190,13 +190,13 @@ class TokenizedDataset(MapDataset):
         return found
 
     def fingerprint(self) -> str:
-        """How many examples there are, and a hash of all their tokens and training flags."""
+        """Return the number of examples and a hash of all their tokens and training flags."""
         return f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained])}"
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """How the rows of a source become examples: which to keep, and how to tokenize them.
+    """Turn the rows of a source into examples: which to keep, and how to tokenize them.
 
     encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads. suggest: what to
     set for a row that lacks one of them. is_chat: that of the dataset.

@@ -28,7 +28,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is an address of the network or of another file system."""
+    """Return whether a path is an address of the network or of another file system."""
     return "://" in path
 
 
@@ -57,7 +57,7 @@ def local_folder(
 ) -> tuple[str | None, FilesOfSplits]:
     """The kind and the files of each split of a folder that is laid out like a hub dataset.
 
-    Splits are told by the files' names or the folder's README.md, as `datasets` does. (None, {}): a folder of other
+    Splits come from the files' names or the folder's README.md, as `datasets` does. (None, {}): a folder of other
     files, which is left to `datasets`.
 
     Raises:
@@ -104,7 +104,7 @@ def _matching(patterns: Iterable[str], root: str) -> list[str]:
 
 
 def _readme_patterns(folder: Path, name: str | None) -> dict[str, list[str]] | None:
-    """What the `configs:` of a folder's README.md say of its files; None where they say nothing."""
+    """Return the files that `configs:` in a folder's README.md lists; None if it lists none."""
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, DatasetCardData

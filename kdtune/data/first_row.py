@@ -52,7 +52,7 @@ def _unmixed(key: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[s
 
 
 def first_row_problems(cfg: Any) -> list[str]:
-    """What kdtune's own dataset builders cannot read in the first row of their source, with what to set instead.
+    """Return what kdtune's dataset builders cannot read in the first row of their source, with the settings that fit.
 
     Sources that are not on this machine are left alone: nothing is downloaded, and files may be looked at elsewhere.
     """

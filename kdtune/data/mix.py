@@ -129,7 +129,7 @@ class MixedDataset(MapDataset):
         return [length for lengths in known for length in lengths] if len(known) == len(found) else None
 
     def fingerprint(self) -> str:
-        """Those of the datasets, and how many examples an epoch takes of each."""
+        """Combine the datasets' fingerprints with the examples per epoch taken from each."""
         parts = zip(self._quotas, self._datasets, strict=True)
         return " + ".join(f"{quota} of {dataset.fingerprint()}" for quota, dataset in parts)
 

@@ -54,7 +54,7 @@ def _shortened(text: str, limit: int | None) -> str:
 
 
 def rows_table(report: Report, lengths: Sequence[int], num_trained: int, max_seq_len: int | None) -> str:
-    """What became of the rows, how many tokens they gave, and how many of those are trained on; 60 columns wide."""
+    """Summarize the rows: kept and left out, tokens, and tokens trained on; 60 columns wide."""
     total = sum(lengths)
     lines = [("rows read", f"{report.rows:,}")]
     for name, count in (
@@ -77,7 +77,7 @@ def rows_table(report: Report, lengths: Sequence[int], num_trained: int, max_seq
 
 
 def histogram(lengths: Sequence[int], *, width: int = 60) -> str:
-    """How many examples have how many tokens: at most eight bars of round bounds, `width` columns wide."""
+    """Histogram of example lengths in tokens: at most eight bars of round bounds, `width` columns wide."""
     if not lengths:
         return ""
     shortest, longest = min(lengths), max(lengths)

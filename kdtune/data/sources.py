@@ -115,7 +115,7 @@ def _open(source: Source, kind: str | None, files: FilesOfSplits) -> Any:
 
 @dataclass(frozen=True)
 class Preview:
-    """How much of each source is read: its first rows, and with local_only none that would have to be downloaded."""
+    """Limits on reading a source: only its first rows, and with local_only nothing that needs a download."""
 
     rows: int
     local_only: bool = False

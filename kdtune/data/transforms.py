@@ -23,9 +23,9 @@ class EncodedRow:
     ids: Sequence[int]
     trained: Sequence[bool]
     truncated: bool = False
-    """Whether it was cut to max_seq_len."""
+    """True if the example was cut to max_seq_len."""
     remarks: Sequence[str] = ()
-    """What else is to be told of it, such as what the chat template leaves out."""
+    """Further notes, such as what the chat template leaves out."""
 
 
 @dataclass(frozen=True)

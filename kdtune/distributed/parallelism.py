@@ -232,7 +232,7 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
 def layout_problems(
     parallelism: Parallelism, teacher: Parallelism | None, num_processes: int, *, teacher_processes: int = 0
 ) -> list[str]:
-    """Why these sizes do not fit so many processes, or each other, one sentence each; see `parallelism_problems`.
+    """Return why these sizes do not fit the number of processes or each other, one sentence each; see `parallelism_problems`.
 
     parallelism: of the student. teacher: of the teacher; None: as the student's. num_processes: of the whole run.
     teacher_processes: so many of them hold the teacher alone.

@@ -186,7 +186,7 @@ def is_under_torchrun() -> bool:
 
 
 def is_first_on_host() -> bool:
-    """Whether this is the first of this host's processes; a single process is."""
+    """True on the first process of each host, and in a single process."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -84,7 +84,7 @@ def fetch(
     headers: Mapping[str, str],
     advance: Callable[[int], object],
 ) -> None:
-    """Writes `file` to `target` by way of `part`, going on from what it holds; `advance` is told of bytes got (or lost).
+    """Writes `file` to `target` by way of `part`, going on from what it holds; `advance` is called with the bytes got (or lost).
 
     A whole file with the wrong hash is fetched once more from its first byte.
 

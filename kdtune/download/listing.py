@@ -1,4 +1,4 @@
-"""What a repository of a hub holds: the commit, and the files with their sizes and hashes.
+"""List a hub repository: the commit, and the files with their sizes and hashes.
 
 huggingface_hub's own client takes an answer of any size, parses it without looking, and follows a next page to any host
 with the token; hence this.

@@ -113,12 +113,12 @@ def target_in(folder: Path, name: str) -> Path:
 
 
 def part_in(folder: Path, digest: str) -> Path:
-    """Where bytes are gathered before they are known to be whole; beside no file of a repository, so it hides none."""
+    """Path for bytes that are not known to be complete yet; it collides with no file of a repository."""
     return folder / _STATE_DIR / f"{digest}.part"
 
 
 def is_case_blind(folder: Path) -> bool:
-    """Whether names that differ only by case are one file there."""
+    """Return whether the file system ignores case in names."""
     return (folder / _STATE_DIR.upper()).exists()
 
 
@@ -157,7 +157,7 @@ def _record_path(folder: Path) -> Path:
 
 
 def downloaded_from(folder: Path) -> str | None:
-    """What `kdtune download` filled a folder with, such as "meta-llama/Llama-3.2-1B-Instruct"; None where it did not."""
+    """Name of the repository that `kdtune download` put into a folder, such as "meta-llama/Llama-3.2-1B-Instruct", or None."""
     try:
         source = json.loads(_record_path(folder).read_text(encoding="utf-8-sig"))["source"]
     except (OSError, ValueError, KeyError, TypeError):

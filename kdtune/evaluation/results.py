@@ -1,4 +1,4 @@
-"""What an evaluation measures, as files: results.json, and the documents' answers; and as rows of a table."""
+"""Results of an evaluation: results.json, the documents' answers, and rows of a table."""
 
 import json
 import math
@@ -16,12 +16,12 @@ _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-sho
 
 @dataclass
 class Measured:
-    """What has been measured so far."""
+    """Values measured so far."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers by a flat name, such as held_out/kd_loss; those of lm-eval's tasks are in its document."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What is told beside them; under lm_eval its document."""
+    """Further details; under lm_eval its own results document."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Documents and answers by the name of their task or set."""
 

@@ -85,7 +85,7 @@ def sample_token(
 
 
 def _check_finite(best: Tensor) -> None:
-    """Of each sequence the largest logit, which is NaN where one of them is."""
+    """Return each sequence's largest logit, NaN if any of them is NaN."""
     if not best.isfinite().all():
         value = best[~best.isfinite()][0] if best.ndim else best
         raise CheckpointError(

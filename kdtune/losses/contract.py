@@ -1,4 +1,4 @@
-"""What a divergence must be, found by calling it on a few tokens, and which ids it is taken over."""
+"""Check divergences by calling them on a few tokens, and choose the ids they are taken over."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ _TOKENS, _IDS = 3, 4096
 
 
 def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
-    """Nothing, where the component's `divergence` gives one finite value a token, and a gradient to the student.
+    """Check that a divergence returns one finite value per token with a gradient.
 
     It is called on three tokens. What gives one number for all of them, or counts a token by the others beside it, would
     scale the loss or its gradient by the size of a batch, in silence.
@@ -59,7 +59,7 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
 
 
 def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:
-    """What the divergence gave for so many tokens: [N].
+    """Validate a divergence's output: one fp32 or fp64 value per token, shape [N].
 
     Raises:
         ConfigError: it is not one floating-point number, fp32 or wider, for each token.
@@ -79,7 +79,7 @@ def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:
 
 
 def covers_extra_ids(divergence: Divergence) -> bool:
-    """Whether value and gradient are finite where the student gives probability to an id to which the teacher gives none.
+    """Return whether value and gradient are finite where the student gives probability to an id to which the teacher gives none.
 
     So it is for forward KL and, written with care, for Jensen-Shannon; it cannot be for reverse KL.
     """

@@ -258,7 +258,7 @@ def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
 
 
 def _teacher_buffer(teacher: Projection, like: Tensor, rows: int, vocab_size: int) -> Tensor:
-    """For the teacher's logits [rows, V], -inf where it has no row; of a head in shards, [rows, this process's ids]."""
+    """Allocate the buffer for the teacher's logits, -inf beyond its vocabulary: [rows, V], or of a head in shards [rows, its ids here]."""
     if teacher.shards:
         return like.new_empty(rows, teacher.num_ids(min(teacher.vocab_size, vocab_size)))
     buffer = like.new_empty(rows, vocab_size)

@@ -60,7 +60,7 @@ class DivergenceLoss(Protocol):
 
 
 def divergence_name(loss: DivergenceLoss) -> str:
-    """What its divergence is called where numbers are shown: "KL" for the forward KL alone, else the class's name."""
+    """Display name of the divergence: "KL" for the forward KL alone, else the class's name."""
     if loss.divergence is forward_kl:
         return "KL"
     name = getattr(loss, "__name__", type(loss).__name__)

@@ -156,7 +156,7 @@ class Tokenizer(ABC):
 
     @property
     def date(self) -> str | None:
-        """The day (YYYY-MM-DD) that a chat template is told that asks for it; None: now, whenever that is."""
+        """The day (YYYY-MM-DD) given to a chat template that asks for it; None: the current time."""
         return self._date
 
     @date.setter
@@ -165,7 +165,7 @@ class Tokenizer(ABC):
 
     @property
     def asks_date(self) -> bool:
-        """Whether the chat template may print the date, so that conversations are other ids on another day."""
+        """True if the chat template may print the date, so that token ids depend on the day."""
         return any(map(asks_date, filter(None, (self.chat_template, self.tool_template))))
 
     def trained_stop_ids(self, *, is_chat: bool) -> frozenset[int]:
@@ -238,7 +238,7 @@ class Tokenizer(ABC):
         tools: Sequence[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """What of a conversation the chat template leaves out or changes, by name; see messages.left_out.
+        """List the parts of a conversation that the chat template leaves out or changes; see messages.left_out.
 
         Raises:
             DataError: as `render`.

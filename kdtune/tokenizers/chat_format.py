@@ -173,7 +173,7 @@ def check_date(date: str, key: str) -> str:
 
 
 def asks_date(source: str) -> bool:
-    """Whether a chat template may print the date."""
+    """Return whether a chat template may print the date."""
     return "strftime_now" in source
 
 
@@ -210,7 +210,7 @@ def check_template(source: str, *, origin: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception out of a template says; of Python's own, with its kind."""
+    """Message of an exception raised by a template; for Python's own exceptions, with the class name."""
     if isinstance(error, jinja2.TemplateError | LimitError):
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -230,7 +230,7 @@ def render_chat(
     """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
 
     `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` what else the template
-    may look at. `date` (YYYY-MM-DD) is the day, from midnight on, that a template is told that asks for it; None: now, as
+    may look at. `date` (YYYY-MM-DD) is the day given to a template that asks for it, at midnight; None: now, as
     in transformers. `origin` names the template's file, for the message.
 
     Raises:

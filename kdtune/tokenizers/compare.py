@@ -45,7 +45,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model") -> None:
-    """Nothing, where the model has a row in its embedding (of vocab_size rows) for every id of the tokenizer.
+    """Raise if the model's embedding (vocab_size rows) has fewer rows than the tokenizer has ids.
 
     Raises:
         ConfigError: naming both sizes.
@@ -58,7 +58,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model"
 
 
 def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
-    """What its ids, special tokens and chat templates are, each as a hash: equal where two tokenizers encode alike.
+    """Hash the tokenizer's ids, special ids and chat templates; equal if two tokenizers encode alike.
 
     Ids are those of a fixed battery of texts in many scripts and of the control tokens.
     """

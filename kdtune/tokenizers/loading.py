@@ -119,7 +119,7 @@ def _is_tiktoken(file: Path) -> bool:
 
 
 def _has_own_tokens(json_file: Path, model: Path) -> bool:
-    """Whether tokenizer.json, or a file beside it, has added tokens that are not control tokens of the sentencepiece model."""
+    """Return whether tokenizer.json, or a file beside it, has added tokens that are not control tokens of the sentencepiece model."""
     original = SentencePieceTokenizer(model)
     if lists_other_tokens(original):
         return True

@@ -7,7 +7,7 @@ from typing import Any
 from kdtune.errors import DataError
 
 MARKS = ("masked", "weight", "train")
-"""What a turn may say about training on it; the chat template does not see these."""
+"""Keys of a turn that say whether it is trained on; the chat template does not see them."""
 
 # transformers hands a turn's reasoning to the template under the first two names, whichever of the three the turn has.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def training_mark(turn: Mapping[str, Any]) -> bool | None:
-    """What a turn says of itself by `masked`, `train` or `weight`: trained on, not trained on, or nothing (None).
+    """Return whether a turn's `masked`, `train` or `weight` asks to train on it; None without them.
 
     Raises:
         DataError: a mark is neither yes nor no (weights between 0 and 1 are not supported), or two of them differ.
@@ -39,7 +39,7 @@ def training_mark(turn: Mapping[str, Any]) -> bool | None:
 
 
 def is_masked(message: Any) -> bool:
-    """Whether a message is kept out of training (False where it does not say)."""
+    """Return whether a message is kept out of training (False by default)."""
     if isinstance(message, Mapping):
         return training_mark(message) is False
     return bool(getattr(message, "masked", False))
@@ -100,7 +100,7 @@ def left_out(
     tools: Sequence[Any] | None,
     render: Callable[[Messages, Sequence[Any] | None], str],
 ) -> list[str]:
-    """What of a conversation its rendered text lacks, each named once, such as "tool_calls" or "text of system turns".
+    """List the parts of a conversation missing from its rendered text, each once, such as "tool_calls" or "text of system turns".
 
     A text counts as there where it stands in the rendering as it is (blanks around it aside) or as JSON. Any other
     field counts where the rendering without it differs.
@@ -146,7 +146,7 @@ def _is_printed(text: str, rendered: str) -> bool:
 def _lacks(
     key: str, messages: Messages, tools: Sequence[Any] | None, text: str, render: Callable[[Messages, Any], str]
 ) -> bool:
-    """Whether some message's `key` makes no difference to the text."""
+    """Return whether some message's `key` makes no difference to the text."""
     holders = [i for i, message in enumerate(messages) if message.get(key)]
     if not holders or not _makes_difference(key, holders, messages, tools, text, render):
         return bool(holders)

@@ -24,7 +24,7 @@ _ADDED = "added_tokens.json"
 
 
 def lists_other_tokens(model: SentencePieceTokenizer) -> bool:
-    """Whether the files beside the model add tokens to it, or name others as bos, eos or unk."""
+    """Return whether the files beside the model add tokens to it, or name others as bos, eos or unk."""
     folder = model.file.parent
     named = {name: token for name, token in special_tokens(folder).items() if token}
     own = model.named_tokens
@@ -119,7 +119,7 @@ def _add(backend: Tokenizer, token: AddedToken) -> None:
 
 
 def _set_prefix(backend: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Where text gets a space in front: at its start, with `legacy` after each control token too; or nowhere."""
+    """Configure where a leading space is added: at text start, with `legacy` after each control token too, or never."""
     if config.get("add_prefix_space") is False:
         backend.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
     else:

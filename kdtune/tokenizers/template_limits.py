@@ -19,7 +19,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 300_000
 MAX_CHARS = 2**24
-"""Of one text, and as many items of one list."""
+"""Largest length of one text, and of one list."""
 # All texts and lists that a template makes on the way, in MAX_CHARS. Templates that collect their output piece by piece make
 # each length of it once.
 _MAX_MADE = 16
@@ -60,7 +60,7 @@ class LimitError(Exception):
 
 
 class _Meter(threading.local):
-    """What the rendering that is going on in this thread has used."""
+    """Steps and characters used by the rendering under way in this thread."""
 
     def __init__(self) -> None:
         self.start(())
@@ -146,7 +146,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(_Limits().visit(source), *args, **options)
 
     def call(self, context: Any, function: Any, /, *args: Any, **options: Any) -> Any:
-        """What `function` gives, within the limits."""
+        """Call `function` within the limits and return its result."""
         METER.step(5 if isinstance(function, Macro) else 1)
         is_loop = isinstance(function, LoopContext)
         args = (_counted(args[0]), *args[1:]) if is_loop else _check_method(function, args, options)
@@ -299,7 +299,7 @@ def _check_method(function: Any, args: tuple[Any, ...], options: Mapping[str, An
 
 
 def _check_numbers(_: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Of widths, counts and indentations, which are how much comes out."""
+    """Check widths, counts and indentations, which set the size of the output."""
     for value in (*args, *options.values()):
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > _MANY:
             raise LimitError(f"it asks for a width or count of {value:,}; allowed: {_MANY:,}")
@@ -331,7 +331,7 @@ def _check_tabs(text: Any, args: Sequence[Any], options: Mapping[str, Any]) -> N
 
 
 def _check_format(text: Any, args: Sequence[Any], options: Mapping[str, Any] | None = None) -> None:
-    """Of a format string: no wide field, be the width in it or among the arguments."""
+    """Check a format string: no wide field, whether the width is in it or among the arguments."""
     given = args[0] if len(args) == 1 and isinstance(args[0], Mapping) else {}
     _check_numbers(text, args, {**(options or {}), **given})
     if isinstance(text, str) and _BIG_NUMBER.search(text):

@@ -17,7 +17,7 @@ class InterruptFlag:
     it must be entered in the main thread.
 
     Args:
-        tell: gets a line for the user when the first signal comes; None: nothing is told.
+        tell: called with a line for the user when the first signal comes; None: no message.
     """
 
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:

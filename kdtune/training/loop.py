@@ -93,7 +93,7 @@ def loop_problems(cfg: Any) -> list[str]:
 
 
 def divergence_problems(kd_loss: Any) -> list[str]:
-    """What is wrong with the divergence of a `kd_loss` node, found by calling it on a few tokens."""
+    """Return problems with the `kd_loss` divergence, found by calling it on a few tokens."""
     try:
         check_divergence(instantiate(kd_loss))
     except KDTuneError as error:

@@ -1,4 +1,4 @@
-"""What a step's loss was, per token, and how long it took, without stopping the device between micro-batches."""
+"""A step's loss per token and its time, without synchronizing the device between micro-batches."""
 
 import math
 import time

@@ -36,7 +36,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer_problems(optimizer: Any, scheduler: Any) -> list[str]:
-    """What is wrong with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters."""
+    """Return problems with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters."""
     matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
     try:
         made = instantiate(optimizer, params=[("layers.0.attn.wq.weight", matrix), ("norm.weight", vector)])

@@ -49,7 +49,7 @@ class Plan:
     moments: tuple[Moment, ...]
     volume: Volume
     dtype: str
-    """What is computed in."""
+    """Dtype of the computation."""
     save_weights: str
     apart: TeacherPlan | None = None
     """What a process of a teacher apart takes, where that is known."""

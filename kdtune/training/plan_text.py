@@ -35,7 +35,7 @@ def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
 
 
 def plan_summary(plan: Plan, gpu: GPU | None) -> str:
-    """What a run that starts will take, in three lines."""
+    """Summarize in three lines what a run will need."""
     unit, name = _unit([plan])
     disk, disk_name = (1e9, "GB") if plan.final_checkpoint >= 1e9 else (1e6, "MB")
     peak = f"{_digits(plan.peak.total / unit)} {name} a process at the peak, in {plan.peak.name}{_room(plan.peak.total, gpu)}"

@@ -27,7 +27,7 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 
 def device_name_problems(name: str | None) -> list[str]:
-    """Return a sentence where no machine can have a device of that name."""
+    """Return a sentence if no machine can have a device of that name."""
     kind, _, index = ("cpu" if name is None else name).partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
         return [f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here"]

@@ -1,4 +1,4 @@
-"""What a run tells on stderr while it goes on: a line for each phase, a bar in a terminal, lines elsewhere."""
+"""Progress of a run on stderr: a line for each phase, a bar in a terminal, lines elsewhere."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ _BAR = "{n_fmt}/{total_fmt} {bar:6} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
-    """Tells the phases and steps of a run, and is never silent for long: a phase that lasts is told again.
+    """Show the phases and steps of a run; a phase that takes long is shown again.
 
     In a terminal a bar shows the steps once `start` has said how many there are. Without one (a log file, a pipe, a terminal
     without a size) a line comes every few steps, at the first and last, and whenever `patience` has passed.
@@ -29,7 +29,7 @@ class Progress:
         silent: show nothing, as on the processes that are not the main one.
         stream: where to; None: stderr.
         every: without a terminal, steps between lines.
-        patience: seconds without a line after which the phase under way is told again, with how far it is.
+        patience: seconds without a line after which the current phase is shown again, with its progress.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Progress:
             self._begin(text)
 
     def counted(self, items: Iterable[T], unit: str, phase: str | None = None) -> Iterator[T]:
-        """The items; while they are worked through, the phase under way (or this one) tells at which one it is."""
+        """Yield the items and count them in the current phase, or in a new one."""
         if phase is not None:
             with self._lock:
                 self._begin(phase)
@@ -65,18 +65,18 @@ class Progress:
         self._count = ""
 
     def validating(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches of a validation."""
+        """Yield the batches of a validation and count them."""
         if self._total == 0:
             self.phase("validating before the first step")
             return self.counted(batches, "batches")
         return self.counted(batches, "batches", f"validating after step {self._step + 1}")
 
     def micro_batches(self, batches: Iterable[T]) -> Iterator[T]:
-        """The micro-batches of the next step."""
+        """Yield the micro-batches of the next step and count them."""
         return self.counted(batches, "micro-batches", f"step {self._step + 1}/{self._total}")
 
     def start(self, num_steps: int, step: int = 0) -> None:
-        """Training begins: `step` of `num_steps` steps are done."""
+        """Begin training with `step` of `num_steps` steps done."""
         self._first, self._step, self._total = step, step, num_steps
         if step < num_steps:  # else the run was killed after its last step, before final/ was whole
             self.phase(f"training: steps {step + 1:,} to {num_steps:,}")
@@ -88,7 +88,7 @@ class Progress:
             self._resources.enter_context(logging_redirect_tqdm([get_logger()]))
 
     def step(self, step: int, numbers: Sequence[str]) -> None:
-        """So many steps are done; the numbers are the last one's, such as "loss 2.310"."""
+        """Report that `step` steps are done; `numbers` are the last step's metrics, such as "loss 2.310"."""
         with self._lock:
             self._step, now = step, time.monotonic()
             self._numbers = ", ".join(numbers)
@@ -103,7 +103,7 @@ class Progress:
                 self._print("  ".join([f"step {step}/{self._total}", *numbers, f"{_clock(seconds)} left"]))
 
     def end_steps(self) -> None:
-        """No step follows: the bar stays as it is, and lines come after it."""
+        """End the steps: leave the bar as it is and print lines after it."""
         with self._lock:
             if self._bar is not None:
                 self._bar.close()
@@ -116,7 +116,7 @@ class Progress:
             self._print(text)
 
     def close(self) -> None:
-        """Say nothing any more."""
+        """Stop all output."""
         self._over.set()
         self.end_steps()
         self._silent = True
@@ -135,7 +135,7 @@ class Progress:
         self._last_line = time.monotonic()
 
     def _watch(self) -> None:
-        """In a thread of its own: tells what lasts."""
+        """Background thread: repeat the current phase when it takes long."""
         while not self._over.wait(min(1.0, self._patience / 4)):
             with self._lock:
                 if not self._silent:
@@ -165,7 +165,7 @@ class Progress:
 
 
 def _has_size(stream: TextIO) -> bool:
-    """Whether it is a terminal in which a bar can be drawn; some, such as those of containers, say that they have no lines."""
+    """Return whether a bar can be drawn: a terminal with a size, which those of some containers lack."""
     try:
         columns, lines = os.get_terminal_size(stream.fileno()) if stream.isatty() else (0, 0)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What runs show, made from their own metrics: each step and validation; at the end the answers, and the table of
+"""Text output of runs, made from their own metrics: each step and validation; at the end the answers, and the table of
 teacher, before and after.
 """
 
@@ -18,7 +18,7 @@ _SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 
 
 def step_numbers(row: Mapping[str, float], *, divergence: str = "KL") -> list[str]:
-    """What is shown of a step's row, what matters most first: "loss 2.310", "KL 0.520", "0.41 s/step" ..."""
+    """Format a step's metrics for display, most important first: "loss 2.310", "KL 0.520", "0.41 s/step" ..."""
     forms = {
         "loss": "loss {:.3f}",
         "kd_loss": f"{divergence} {{:.3f}}",
@@ -176,7 +176,7 @@ def samples_text(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps: int) -> str:
-    """What a run that was told to stop says: after which step of num_steps, and how to go on.
+    """Message for a run stopped by a signal: the last step of num_steps and how to resume.
 
     output_dir: of the run. signal_name: what told it to, None where another process got the signal.
     """

@@ -1,4 +1,4 @@
-"""Where the numbers of each step go, in one place: the files, the second logger, the terminal."""
+"""Step metrics for the files, the second logger and the terminal, in one place."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from kdtune.training.report import step_numbers, validation_text
 
 
 class StepLog:
-    """Where the numbers of a run's steps go: metrics.jsonl, the second logger at its steps, and what the run tells.
+    """Write step metrics to metrics.jsonl, the second logger and the terminal.
 
     Args:
         path: of metrics.jsonl, which a resumed run goes on with; None, as on the processes that are not the main one: none.

@@ -19,7 +19,7 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
 
 
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:
-    """What a step is made of, for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64".
+    """Describe a step's size for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64".
 
     num_processes, gradient_accumulation_steps and batch_size are these three numbers.
     """
