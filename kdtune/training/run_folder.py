@@ -44,7 +44,7 @@ def holds_run(output_dir: Path) -> bool:
 
 
 def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
-    """Why a run could not write there, without writing anything."""
+    """Return reasons why a run cannot write to the folder; write nothing."""
     return _problems(output_dir, lambda folder: _run_problems(folder, resume=resume))
 
 
