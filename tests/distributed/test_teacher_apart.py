@@ -247,7 +247,11 @@ def test_a_signal_stops_the_run_after_a_step(to: slice, launch, tmp_path: Path) 
     for rank in started[to]:
         os.kill(rank.process.pid, signal.SIGTERM)
     check_stopped(launch.wait(started, timeout=60), out)
-    assert started[2].text.startswith("memory a process of the teacher") and "Traceback" not in started[2].text
+    assert (
+        started[2].text.startswith("plan: ")
+        and "of the teacher" in started[2].text
+        and "Traceback" not in started[2].text
+    )
 
 
 def test_resumed_with_the_teacher_beside_and_apart_again(
