@@ -71,7 +71,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
         ),
     ]
     if results := _results(rows, divergence_title(config, start)):
-        parts += ["## Held-out results", _results_text(divergence_title(config, start)), results]
+        parts += ["## Held-out results", _results_text(results), results]
     parts += [
         "## Use",
         f"FOLDER is the folder of this file{', BASE that of the base model' if kind == 'adapter' else ''}. In Python:",
@@ -262,8 +262,8 @@ def _is_on_hub(source: Any) -> bool:
     return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
 
 
-def _results_text(divergence: str) -> str:
-    return f"Means per token; cross entropy{' and KL' if divergence == 'KL' else ''} in nats."
+def _results_text(table: str) -> str:
+    return f"Means per token; cross entropy{' and KL' if ' KL to the teacher ' in table else ''} in nats."
 
 
 def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:

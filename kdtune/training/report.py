@@ -120,6 +120,8 @@ def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergenc
 def _table(lines: Sequence[Mapping[str, Any]], divergence: str) -> str:
     columns = [column for column in (lines[0] if lines else []) if any(line[column] is not None for line in lines)]
     renamed = {"KL to teacher": f"{divergence} to teacher"}
+    if divergence != "KL":  # whose unit is not known
+        renamed |= {"held-out (nats)": "held-out", "cross entropy": "cross entropy (nats)"}
     return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines])
 
 

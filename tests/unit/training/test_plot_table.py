@@ -101,6 +101,7 @@ def test_the_divergence_has_its_own_name_in_the_table():
     assert "KL to teacher" in comparison_table({"student": rows})
     text = comparison_table({"student": rows}, divergence="JensenShannon")
     assert "JensenShannon to teacher" in text and "KL" not in text
+    assert text.split("  ")[0] == "held-out" and "cross entropy (nats)" in text, "only the KL is known to be in nats"
 
 
 def test_runs_that_are_compared_name_their_divergence(tmp_path):
