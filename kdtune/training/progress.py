@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from types import TracebackType
@@ -45,6 +46,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._over = threading.Event()
         self._resources = ExitStack()
+        _all.add(self)
 
     def phase(self, text: str) -> None:
         """Begin a phase, such as "reading the data", with a line; it lasts until the next one or the next step."""
@@ -162,6 +164,28 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+_all: weakref.WeakSet[Progress] = weakref.WeakSet()
+_held: list[Progress] = []
+_forking = threading.Lock()
+
+
+def _hold() -> None:
+    """Wait until no thread is writing: a child forked meanwhile, such as a data worker, would find tqdm's lock held for ever."""
+    _forking.acquire()
+    _held[:] = _all
+    for progress in _held:
+        progress._lock.acquire()
+
+
+def _release() -> None:
+    while _held:
+        _held.pop()._lock.release()
+    _forking.release()
+
+
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
 
 
 def _has_size(stream: TextIO) -> bool:

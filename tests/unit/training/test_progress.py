@@ -234,3 +234,31 @@ def test_a_resumed_run_remembers_its_best_validation_and_an_error_closes_all(tmp
     assert second.is_closed
     assert stream.getvalue().endswith("validation, step 3: cross entropy 1.500 (-0.500)\n")
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_child_forked_while_a_thread_writes_can_write(tmp_path: Path) -> None:
+    """As a data worker that logs; in a process of its own, as the one that forks here has threads."""
+    code = """
+import io, os, signal, threading, time
+from tqdm import tqdm
+from kdtune.training.progress import Progress
+
+writing = threading.Event()
+
+class Slow(io.StringIO):
+    def write(self, text):
+        writing.set()
+        time.sleep(0.2)
+
+progress = Progress(stream=Slow())
+threading.Thread(target=progress.write, args=("told",)).start()
+writing.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(3)
+    tqdm.write("from the worker")
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["from the worker", "0"]
