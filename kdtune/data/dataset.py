@@ -104,7 +104,7 @@ class Dataset(ABC):
 
     report: Report
     is_chat: bool = False
-    """Whether examples are conversations in the tokenizer's chat template. What a recipe saves then carries the template and
+    """True if examples are conversations in the tokenizer's chat template. What a recipe saves then carries the template and
     stops after an answer. A class of your own whose examples are conversations sets it to True."""
 
     @abstractmethod

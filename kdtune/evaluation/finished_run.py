@@ -46,7 +46,7 @@ def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_problems(run: str, weights: str) -> list[str]:
-    """Why a run cannot be measured, a sentence each: it is none, is not finished, or has not the weights that are asked for."""
+    """Return why a run cannot be measured, one sentence each: no run, not finished, or without the requested weights."""
     folder = user_path(run)
     if not folder.is_dir():
         return [f"run={run}: no such folder; give the output_dir of a finished run"]

@@ -146,7 +146,7 @@ def _draw(axes: Any, curves: Sequence[Curve], window: int, style: Mapping[str, s
 def _caption(
     rows: Sequence[Row], curves: Sequence[Curve], family: Sequence[int], window: int, panels: Sequence[Panel], what: str
 ) -> str:
-    """What is drawn, over how many seeds, what the band is, how it is smoothed, and what is not drawn."""
+    """Caption of a plot: what is drawn, over how many seeds, the band, the smoothing, and what is left out."""
     counts = sorted({len(rows[index].cells) for index in family})
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     parts = [f"Losses over the optimizer steps, {what}"]

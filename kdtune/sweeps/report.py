@@ -109,7 +109,7 @@ def _page_panels(runs: Sequence[CellRun], rows: Sequence[Row]) -> list[Panel]:
 
 
 def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:
-    """What was run, a name and a text each: what all training runs have in common, and the values where they differ.
+    """Return (name, text) pairs that describe the training runs: shared settings, and values where they differ.
 
     Runs of recipes of the user's own, which have other keys, are left out.
     """

@@ -43,7 +43,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _num_common(sequences: Sequence[Sequence[str]]) -> int:
-    """How many elements all of them start with."""
+    """Length of the common prefix."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -60,7 +60,7 @@ def _validated_run(folder: Path) -> TrainingRun:
 
 
 def _has_teacher(run: TrainingRun) -> bool:
-    """Whether the validation has measured the distance to a teacher."""
+    """Return whether the validation has measured the distance to a teacher."""
     return any("val_kd_loss" in row for row in run.rows)
 
 
@@ -89,7 +89,7 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
 
 
 def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
-    """What the runs' `val_kd_loss` is called; comparable runs have the same."""
+    """Display name of the runs' `val_kd_loss`, the same for comparable runs."""
     return next((divergence_title(run.config, run.start) for run in runs.values() if _has_teacher(run)), "KL")
 
 

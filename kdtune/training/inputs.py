@@ -1,4 +1,4 @@
-"""What a run starts from, its rows and its weights: do they fit the models, are they the same everywhere and on resume."""
+"""Checks of a run's rows and weights: they fit the models, and are the same on all processes and on resume."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _KEY = "inputs"
 def check_inputs(
     cfg: Any, tokenizer: Tokenizer, datasets: Mapping[str, Dataset | None], world: World
 ) -> dict[str, dict[str, Any]]:
-    """What a training run's run.json keeps of its inputs, once they are known to be those that the run needs.
+    """Check a training run's inputs and return their fingerprints for run.json.
 
     Rows as for `check_data`; weights and tokenizer must be the same on all hosts. A resumed run must have those that it was
     started with: fingerprints are compared with those in its run.json (see `Dataset.fingerprint`, `Checkpointer.fingerprint`).
@@ -99,7 +99,7 @@ def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
 
 
 def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
-    """Nothing, where every example fits into the context of every model of the config: no weight is read for this.
+    """Raise if an example is longer than the context of any model in the config; reads no weights.
 
     A run that goes on is told instead: it was started with them.
 
@@ -137,7 +137,7 @@ def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None
 
 
 def check_context(cfg: Any, key: str) -> None:
-    """Nothing, where a number of tokens in the config, such as max_seq_length, is null or within every model's context.
+    """Raise if the token count under a config key, such as max_seq_length, exceeds a model's context.
 
     Raises:
         ConfigError: it is above it.
@@ -239,7 +239,7 @@ def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:
 
 
 def _known(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Any:
-    """What is found now, without settings of a model that the version that started the run did not have."""
+    """Drop model settings that the version which started the run did not record."""
     found, old = now[key], before.get(key)
     if not (isinstance(found, dict) and isinstance(old, dict)):
         return found

@@ -107,7 +107,7 @@ def is_distilled(config: Mapping[str, Any]) -> bool:
 
 
 def model_name(checkpointer: Any) -> str | None:
-    """What a model goes by: what it was downloaded as, else its folder's name; None of random weights."""
+    """Name of a model: the repository it was downloaded from, else its folder's name; None for random weights."""
     folder = _folder(checkpointer)
     if folder is None:
         return None
@@ -142,7 +142,7 @@ def has_facts(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
 def run_facts(
     config: Mapping[str, Any], start: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    """What made a run's model, a name and a text each: models, data, loss, steps, optimizer, versions.
+    """Return (name, text) pairs that describe how a run's model was made: models, data, loss, steps, optimizer, versions.
 
     Args:
         config: the run's config.yaml, of finetune or knowledge_distillation.
@@ -205,7 +205,7 @@ def _value_text(value: Any) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a setting's text is a path. A prompt may have a slash in it too, a path a blank."""
+    """Return whether a setting's text is a path. A prompt may have a slash in it too, a path a blank."""
     if "/" not in text or _is_on_hub(text):
         return False
     if re.match(r"[/~.]|\S*/\S*$", text) or re.search(r"\.\w{1,10}$", text):
@@ -217,7 +217,7 @@ def _is_path(text: str) -> bool:
 
 
 def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
-    """Whether adapters were trained. The builder in `model` can make them too, so the run's record counts, where it has it."""
+    """Return whether adapters were trained. The builder in `model` can make them too, so the run's record counts, where it has it."""
     return bool(start.get("adapters", config.get("adapter") is not None))
 
 
@@ -230,7 +230,7 @@ def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
 
 
 def divergence_title(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    """Return what a run's divergence is called: the name in its record, else one from its config.
+    """Display name of a run's divergence: the name in its record, else one from its config.
 
     `start` is of its run.json; runs of older versions have no name there. The divergence's code need not be here.
     """
@@ -258,7 +258,7 @@ def _nodes(node: Any) -> list[Mapping[str, Any]]:
 
 
 def _is_on_hub(source: Any) -> bool:
-    """Whether a data set's source is a name of the hub, not a path: a file that is there is meant before such a name."""
+    """Return whether a data set's source is a name of the hub, not a path: a file that is there is meant before such a name."""
     return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
 
 

@@ -1,4 +1,4 @@
-"""What a resumed run may change when it is asked for by name (`resume_changes`), and how such a change takes effect."""
+"""Changes that a resumed run makes when they are asked for by name (`resume_changes`), and how such a change takes effect."""
 
 import copy
 import warnings
@@ -21,18 +21,18 @@ ALLOWED = "optimizer.ARGUMENT (such as optimizer.lr), lr_scheduler, kd_ratio and
 
 
 def is_changeable(key: str) -> bool:
-    """Whether a resumed run may change this key, such as "optimizer.lr", when it is asked for."""
+    """Return whether a resumed run may change this key, such as "optimizer.lr", when it is asked for."""
     node, _, argument = key.partition(".")
     return key in _WHOLE or node == "lr_scheduler" or (node == "optimizer" and argument not in ("", "_component_"))
 
 
 def is_asked_for(key: str, asked: Sequence[str]) -> bool:
-    """Whether the key, or a node that it belongs to, is among those asked for."""
+    """Return whether the key, or a node that it belongs to, is among those asked for."""
     return any(key == name or key.startswith(f"{name}.") for name in asked)
 
 
 def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
-    """Why these keys cannot be asked for, one sentence each."""
+    """Return why these keys cannot be asked for, one sentence each."""
     found = []
     if asked and not resume:
         found.append(f"resume_changes={list(asked)}: is about a resumed run; set resume_from_checkpoint=true too")
@@ -48,7 +48,7 @@ def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
 
 
 def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
-    """What goes into a resume state beside tensors: where the data stands, and the settings that a later run may change."""
+    """Return the non-tensor part of the resume state: data position and changeable settings."""
     return {"position": position, "settings": _settings(cfg)}
 
 
@@ -105,7 +105,7 @@ def _settings(cfg: Any) -> dict[str, Any]:
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of each parameter group what is not a parameter: copies."""
+    """Copy each parameter group without its parameters."""
     return [
         {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups

@@ -13,7 +13,7 @@ from kdtune.training.run_record import last_start, read_resolved_config
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a training run has left in its folder.
+    """Files of a training run.
 
     config: its config.yaml. rows: of metrics.jsonl. samples: of samples.jsonl. start: the last one in run.json. What the folder
     lacks is empty.
@@ -68,7 +68,7 @@ def differences(first: TrainingRun, other: TrainingRun, key: str) -> list[Differ
 
 
 def _is_one_file(difference: Difference) -> bool:
-    """Whether both values are paths of one file or folder."""
+    """Return whether both values are paths of one file or folder."""
     if not (isinstance(difference.was, str) and isinstance(difference.is_now, str)):
         return False
     paths = [user_path(difference.was), user_path(difference.is_now)]
