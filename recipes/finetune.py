@@ -115,7 +115,7 @@ class Config:
     best_metric: Literal["val_class_loss"] | None = None
     """The validation metric whose best step_N is kept and named at the end."""
     save_weights: Literal["both", "merged", "adapter"] = "both"
-    """What final/ holds for a model with adapters: the merged model with the adapter in final/adapter/, or one of them."""
+    """Content of final/ for a model with adapters: the merged model with the adapter in final/adapter/, or one of them."""
 
     # Logging
     metric_logger: Any = config.component(optional=("log_dir",), default=None)

@@ -1,4 +1,4 @@
-"""What a run has written down of itself: the config in config.yaml, and its starts in run.json."""
+"""A run's own record: the config in config.yaml, and its starts in run.json."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
 
 
 def recorded_starts(folder: Path) -> list[dict[str, Any]]:
-    """What each start of a run has left in its run.json, the latest last; empty where there is no such file.
+    """Return the start records from run.json, oldest first; empty if there is no such file.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -44,5 +44,5 @@ def recorded_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_start(folder: Path) -> dict[str, Any]:
-    """What a run's latest start has left in its run.json; empty without one. Raises as `recorded_starts`."""
+    """Return the latest start record from run.json; empty if there is none. Raises as `recorded_starts`."""
     return (recorded_starts(folder) or [{}])[-1]
