@@ -69,7 +69,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[st
 
 
 def check_launch(name: str, torchrun_options: list[str]) -> None:
-    """Nothing, where a recipe of this name may be started like this: the endings of its names say on how many processes.
+    """Raise if a recipe of this name cannot be started on this many processes, which the ending of the name tells.
 
     Raises:
         ConfigError: `..._single_device` under torchrun, or `..._distributed` without.

@@ -95,7 +95,7 @@ def check_machine(cfg: Any, source: str | Path) -> None:
 
 
 def raise_problems(source: str, problems: list[str]) -> None:
-    """Nothing where there are no findings.
+    """Raise if there are findings.
 
     Raises:
         ConfigError: one line a finding, after a line that names the config and counts them.

@@ -174,7 +174,7 @@ def _command(argv: list[str]) -> tuple[str, ...]:
 
 
 def check_partner(recipe: Path, source: str | Path) -> None:
-    """Nothing where the config's `recipe:` line names this recipe, or is missing, or the recipe is the user's own file.
+    """Raise if the config's `recipe:` line names another recipe; a missing line and a user's own recipe file pass.
 
     Raises:
         ConfigError: the config belongs to another recipe.

@@ -206,7 +206,7 @@ def _projection(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection
 
 
 def check_head(owner: str, output: nn.Module) -> None:
-    """Nothing, where the head can be fused with the loss: so it is known before the first batch.
+    """Raise, before the first batch, if the head cannot be fused with the loss.
 
     Args:
         owner: whose head it is, for the message, such as "student".

@@ -61,7 +61,7 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
 
 
 def check_layers(model: Transformer, layers: Sequence[int]) -> None:
-    """Nothing where the indices are strictly increasing within the model.
+    """Raise unless the indices are strictly increasing within the model.
 
     Raises:
         ConfigError: They are not, or there is none.

@@ -159,7 +159,7 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
 
 
 def check_sendable(head: nn.Module) -> None:
-    """Nothing, where a head is one weight.
+    """Raise unless a head is one weight.
 
     Raises:
         LayoutError: it has an adapter beside it.

@@ -102,7 +102,7 @@ def divergence_problems(kd_loss: Any) -> list[str]:
 
 
 def check_save_weights(model: Transformer, save_weights: str) -> None:
-    """Nothing, where the model can be written in this form.
+    """Raise if the model cannot be saved in this form.
 
     Raises:
         ConfigError: a model without adapters is to be written as one with them.

@@ -195,7 +195,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
 
 
 def check_trains(cfg: Any) -> None:
-    """Nothing, where the config is one of a recipe that trains.
+    """Raise if the config is not one of a recipe that trains.
 
     Raises:
         ConfigError: it is not.
