@@ -27,7 +27,7 @@ tell = shell=$$$$; (seconds=0; while sleep 15 && kill -0 $$shell 2>/dev/null; do
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo '== packages, into $(VENV): $(if $(CPU),0.4 GB to download and 1.5 GB of disk,3 GB to download and 6 GB of disk on Linux (CPU=1: 0.4 and 1.5))'
-	$(PYTHON) -m venv $(VENV)
+	@$(call tell,making the environment,$(VENV)) $(PYTHON) -m venv $(VENV)
 	@$(call tell,installing,$(VENV)) $(PIP_INSTALL) -e .
 	touch $@
 
