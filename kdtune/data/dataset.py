@@ -270,7 +270,7 @@ class RowStream(StreamDataset):
         for ids, trained in self._encoder.encoded(read_stream(rows, report.source), report):
             yield make_example(ids, trained)
         check_not_empty(report)
-        _log_left_out(report)
+        _log_report(report)
 
 
 def shuffled_shards(rows: "datasets.IterableDataset", random: np.random.Generator) -> Iterator[Row]:
@@ -345,7 +345,7 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
         dataset = TokenizedDataset(encoder.encoded(progress, report), report, is_chat=encoder.is_chat)
     if preview is None:
         check_not_empty(report)
-        _log_left_out(report)
+        _log_report(report, always=True)
     return dataset
 
 
@@ -364,8 +364,9 @@ def _kept(keep: FilterFn, row: Row) -> bool:
     return bool(answer)
 
 
-def _log_left_out(report: Report) -> None:
-    if report.rows > report.examples or report.truncated:
+def _log_report(report: Report, *, always: bool = False) -> None:
+    """Log what became of the rows; without `always` only where some were left out or cut, and what is not read of them."""
+    if always or report.rows > report.examples or report.truncated:
         log.info("%s", report)
     for note in report.notes():
         log.warning("%s: %s", report.source, note)

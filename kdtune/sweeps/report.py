@@ -111,20 +111,25 @@ def _page_panels(runs: Sequence[CellRun], rows: Sequence[Row]) -> list[Panel]:
 def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:
     """Return (name, text) pairs that describe the training runs: shared settings, and values where they differ.
 
-    Runs of recipes of the user's own, which have other keys, are left out.
+    Runs of recipes of the user's own, which have other keys, are left out. What only some runs have (a teacher, a
+    kd_ratio) says how many.
     """
-    found: dict[str, dict[str, None]] = {}
-    for run in [one.run for one in runs]:
-        if not has_facts(run.config, run.start):
-            continue
+    described = [one.run for one in runs if has_facts(one.run.config, one.run.start)]
+    found: dict[str, list[str]] = {}
+    for run in described:
         date = [("date", str(run.start["started"])[:10])] if run.start.get("started") else []
         for name, text in [*run_facts(run.config, run.start, run.rows), *date]:
-            found.setdefault(name, {})[text] = None
-    return [(name, _either(list(texts))) for name, texts in found.items()]
+            found.setdefault(name, []).append(text)
+    return [(name, _either(texts, len(described))) for name, texts in found.items()]
 
 
-def _either(texts: Sequence[str]) -> str:
-    return " | ".join(texts) if len(texts) <= MAX_VALUES else f"{len(texts)} different, such as {texts[0]}"
+def _either(texts: Sequence[str], num_runs: int) -> str:
+    """Join the different values of a setting, with the number of runs that have it where not all do."""
+    different = list(dict.fromkeys(texts))
+    shown = " | ".join(different)
+    if len(different) > MAX_VALUES:
+        shown = f"{len(different)} different, such as {different[0]}"
+    return shown if len(texts) == num_runs else f"{shown} ({len(texts)} of {num_runs} runs)"
 
 
 def report_notes(

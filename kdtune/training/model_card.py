@@ -158,7 +158,6 @@ def run_facts(
         found += [
             ("teacher", model_name(config.get("teacher_checkpointer")) or "random weights"),
             ("loss", "(1 - kd_ratio) × cross entropy + kd_ratio × divergence"),
-            ("kd_ratio", f"{config['kd_ratio']:.4g}"),
             ("divergence from the teacher", component_text(config["kd_loss"])),
         ]
     else:
@@ -166,10 +165,12 @@ def run_facts(
         if any("val_kd_loss" in row for row in rows):
             teacher = model_name(config.get("teacher_checkpointer")) or "random weights"
             found.append(("teacher of the held-out results", teacher))
+    if "kd_ratio" in config:
+        found.append(("kd_ratio", f"{config['kd_ratio']:.4g}"))
     found += [
         ("data", _data_text(config["dataset"], inputs.get("dataset"))),
         ("held-out data", _data_text(config.get("dataset_val"), inputs.get("dataset_val"))),
-        ("longest example", f"{config['tokenizer'].get('max_seq_len') or 'any number of'} tokens"),
+        ("max_seq_len", f"{config['tokenizer'].get('max_seq_len') or 'any number of'} tokens"),
         ("steps", str(trained[-1]["step"] if trained else 0)),
         ("examples a step", str(per_step)),
         ("tokens with a label", f"{tokens:,.0f}"),
@@ -189,7 +190,7 @@ def component_text(node: Any) -> str:
     if not isinstance(node, Mapping):
         return "" if node is None else _value_text(node)
     arguments = [f"{name}={_value_text(value)}" for name, value in node.items() if name not in ("_component_", "lr")]
-    return f"{node.get('_component_', '')}({', '.join(arguments)})"
+    return f"{node.get('_component_', '')}({', '.join(arguments)})" if arguments else str(node.get("_component_", ""))
 
 
 def _value_text(value: Any) -> str:

@@ -153,7 +153,11 @@ class Progress:
                 self._bar.set_postfix_str(what, refresh=False)
             self._bar.refresh()
         elif now - self._last_line >= self._patience:
-            self._print(f"{self._phase}{self._count}, {_clock(lasted)} so far")
+            if self._numbers and self._phase.startswith("step ") and lasted < self._patience:
+                # Steps are made, only not enough for a line of their own.
+                self._print(f"step {self._step}/{self._total}  {self._numbers}")
+            else:
+                self._print(f"{self._phase}{self._count}, {_clock(lasted)} so far")
 
     def __enter__(self) -> "Progress":
         if not self._silent:

@@ -174,7 +174,7 @@ def test_a_teacher_that_was_only_measured_has_not_taught(good: Path, tmp_path: P
     assert card.data.tags == ["kdtune", "sft"]
     assert "# A model of random weights, finetuned" in card.text and "to follow its teacher" not in card.text
     facts = dict(table(card, "Training")[1:])
-    assert facts["loss"] == "cross entropy" and "kd_ratio" not in facts and "teacher" not in facts
+    assert facts["loss"] == "cross entropy" and facts["kd_ratio"] == "0" and "teacher" not in facts
     assert facts["teacher of the held-out results"] == "random weights"
     assert table(card, "Held-out results")[0][3:] == ["KL to the teacher", "same top token"]
 

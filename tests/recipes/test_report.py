@@ -466,3 +466,10 @@ def test_the_command_needs_no_config(results: Path) -> None:
     )
     result = kdtune("run", "report", "results=/nowhere.jsonl")
     assert result.returncode == 2 and "results=/nowhere.jsonl: no such file" in result.stderr
+
+
+def test_what_was_run_names_every_ratio_and_what_only_some_runs_have(tmp_path: Path) -> None:
+    cells = [trained_cell(tmp_path, {"kd_ratio": ratio}, kd_ratio=ratio) for ratio in (0.0, 0.5)]
+    text = write(tmp_path, cells)
+    assert "| kd_ratio | 0 \\| 0.5 |" in text
+    assert "| divergence from the teacher | kdtune.losses.ForwardKLLoss (1 of 2 runs) |" in text
