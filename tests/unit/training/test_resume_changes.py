@@ -25,7 +25,7 @@ class Model(nn.Module):
 
 
 def prepare(optimizer: dict, lr_scheduler: dict | None) -> tuple[Any, Model, Any, list[Any]]:
-    cfg = SimpleNamespace(optimizer=optimizer, lr_scheduler=lr_scheduler)
+    cfg = SimpleNamespace(optimizer=optimizer, lr_scheduler=lr_scheduler, resume_changes=[])
     model = Model()
     made = instantiate(optimizer, params=trainable_parameters(model))
     scheduler = instantiate(lr_scheduler, optimizer=made)
