@@ -118,7 +118,8 @@ def test_what_is_given_comes_before_what_the_run_says(cli: CLI, kd: Path, tmp_pa
 def test_what_is_no_finished_run_is_told(cli: CLI, kd: Path, good: Path, tmp_path: Path) -> None:
     unfinished = shutil.copytree(kd, tmp_path / "unfinished", ignore=shutil.ignore_patterns("final", "evaluation*"))
     random_base = train(cli, "finetune", tmp_path / "random", "save_weights=adapter", "save_every_n_steps=null")
-    evaluated = shutil.copytree(kd / "evaluation", tmp_path / "evaluated")
+    evaluated = tmp_path / "evaluated"
+    assert cli("run", "evaluate", f"run={kd}", f"output_dir={evaluated}").code == 0
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/config.yaml").write_text("a: [")
     cases = {
