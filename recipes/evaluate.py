@@ -144,24 +144,28 @@ class Config:
         """Settings without the thing that they are for."""
         has_teacher = bool(self.teacher_checkpointer or self.teacher_model)
         found = [
-            f"{key}: has no effect without tasks; remove it, or give tasks"
+            f"{key}: has no effect without tasks; give tasks, or ~{key}"
             for key in ("include_path", "limit", "num_fewshot", "apply_chat_template")
             if getattr(self, key) and not self.tasks
         ]
         if self.log_samples and not (self.tasks or self.rouge):
-            found.append("log_samples=true: has no effect without tasks or rouge; remove it, or give one of them")
+            found.append("log_samples=true: has no effect without tasks or rouge; give one of them, or ~log_samples")
         if self.run is None and self.run_weights != "final":
-            found.append(f"run_weights={self.run_weights}: has no effect without run")
+            found.append(f"run_weights={self.run_weights}: has no effect without run; give run, or ~run_weights")
         if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKLLoss"}:
-            found.append("kd_loss: has no effect without a teacher; remove it")
+            found.append("kd_loss: has no effect without a teacher; give teacher_checkpointer, or ~kd_loss")
         if has_teacher and self.dataset_val is None:
-            found.append("teacher_checkpointer, teacher_model: need dataset_val, the examples to compare on")
+            given = " ".join(f"~{key}" for key in ("teacher_checkpointer", "teacher_model") if getattr(self, key))
+            found.append(f"dataset_val: missing, the examples to compare with the teacher on; give it, or {given}")
         if self.teacher_dtype and not has_teacher:
-            found.append(f"teacher_dtype={self.teacher_dtype}: has no effect without a teacher; remove it")
+            found.append(
+                f"teacher_dtype={self.teacher_dtype}: has no effect without a teacher; give one, or ~teacher_dtype"
+            )
         if self.teacher_parallelism and not has_teacher:
-            found.append("teacher_parallelism: has no effect without a teacher; remove it")
+            found.append("teacher_parallelism: has no effect without a teacher; give one, or ~teacher_parallelism")
         if self.perplexity_stride and not self.perplexity_files:
-            found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files")
+            found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files; "
+                         "give them, or ~perplexity_stride")  # fmt: skip
         return found
 
     def machine_problems(self) -> list[str]:

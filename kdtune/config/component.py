@@ -209,7 +209,7 @@ def _bind_arguments(
             )
     for name, parameter in named.items():
         if parameter.default is inspect.Parameter.empty and name not in node and name not in offered:
-            problems.append(f"{prefix}{name}: is missing; {label} requires it")
+            problems.append(f"{prefix}{name}: is missing; {label} requires it: give {prefix}{name}=...")
     return problems
 
 

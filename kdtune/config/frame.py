@@ -124,7 +124,7 @@ def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, An
     for name, field in fields.items():
         if name not in tree or _is_missing(tree[name]):
             if name in tree or not has_default(field):
-                problems.append(f"{name}: is missing; the recipe needs it (`kdtune ls RECIPE` describes the keys)")
+                problems.append(f"{name}: is missing; give {name}=... (`kdtune ls RECIPE` describes the keys)")
             continue
         try:
             values[name] = conform(tree[name], hints[name])
@@ -162,7 +162,8 @@ def _not_nodes(value: Any, key: str, *, nullable: bool) -> list[str]:
     if is_component(value):
         return []
     if isinstance(value, dict):
-        return [f"{key}: has no {COMPONENT}; name the class or function, such as {COMPONENT}: torch.optim.AdamW"]
+        whole = f", or remove it whole: ~{key}" if nullable else ""
+        return [f"{key}: has no {COMPONENT}; name the class or function: {key}.{COMPONENT}=dotted.path{whole}"]
     if isinstance(value, str) and value.lower() == "none":
         return [f"{key}: {shown(value)} is not a component; write null for none"]
     return [f"{key}: {shown(value)} is not a component; write {{{COMPONENT}: dotted.path, argument: value}}"]

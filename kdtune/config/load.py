@@ -225,7 +225,10 @@ def _resolved(container: Any, name: Any, key: str, problems: list[str]) -> Any:
     try:
         value = container[name]
     except OmegaConfBaseException as error:
-        problems.append(f"{key}: {_first_line(error)}")
+        text = _first_line(error)
+        if access := re.search(r"trying to access (\S+): node `\S+` is not a container", text):
+            text = f"Interpolation key '{access[1]}' not found"
+        problems.append(f"{key}: {text}" + (f"; give it, or {key}=..." if text.startswith("Interpolation key") else ""))
         return None
     if isinstance(value, DictConfig):
         return {item: _resolved(value, item, f"{key}.{item!s}", problems) for item in value}

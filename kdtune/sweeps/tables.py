@@ -138,7 +138,7 @@ def row_problems(rows: Sequence[Row], baseline: Mapping[str, Any] | None) -> lis
         return []
     names = "; ".join(row.name for row in (found or rows))
     count = "no row has" if not found else f"{len(found)} rows have"
-    return [f"baseline: {count} {label(baseline)}; name one row by its axes: {names}"]
+    return [f"baseline: {count} {label(baseline)}; name one row by its axes: {names}; or none: ~baseline"]
 
 
 def baseline_problems(plan: Plan, baseline: Mapping[str, Any] | None) -> list[str]:

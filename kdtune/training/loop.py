@@ -5,6 +5,7 @@ from typing import Any
 
 from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
+from kdtune.config.frame import frame_defaults
 from kdtune.data import first_row_problems
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
@@ -25,6 +26,7 @@ _NEEDS = {
     "run_val_every_n_steps": "dataset_val",
     "batch_size_val": "dataset_val",
     "sample_every_n_steps": "sample_prompts",
+    "sample_max_new_tokens": "sample_prompts",
     "keep_last_n_checkpoints": "save_every_n_steps",
 }
 
@@ -72,21 +74,25 @@ def loop_problems(cfg: Any) -> list[str]:
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
     if cfg.save_weights != "both" and cfg.adapter is None and cfg.model is None:
-        found.append(f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`")
+        found.append(
+            f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`; give one, or ~save_weights"
+        )
     if cfg.dataset_val is None and cfg.best_metric:
-        found.append(f"best_metric={cfg.best_metric}: needs dataset_val; give one, or set it to null")
+        found.append(f"best_metric={cfg.best_metric}: needs dataset_val; give one, or ~best_metric")
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        defaults = frame_defaults(type(cfg))
         for key, needed in _NEEDS.items():
-            if getattr(cfg, key) is not None and not getattr(cfg, needed):
+            if getattr(cfg, key) != defaults[key] and not getattr(cfg, needed):
                 log.warning(f"{key}={getattr(cfg, key)}: has no effect without {needed}; to remove it too: ~{key}")
     if cfg.enable_async_checkpointing and not cfg.save_every_n_steps:
         found.append(
-            "enable_async_checkpointing=true: needs save_every_n_steps; a run that ends has nothing else to do"
+            "enable_async_checkpointing=true: has no effect without save_every_n_steps; give it, or ~enable_async_checkpointing"
         )
     every, val = cfg.save_every_n_steps, cfg.run_val_every_n_steps
     if cfg.best_metric and not (every and val and every % val == 0):
         found.append(
-            f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}"
+            f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}; "
+            "give both, or ~best_metric"
         )
     found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler)
     return found + first_row_problems(cfg)

@@ -690,6 +690,7 @@ def test_components_of_another_kind_and_absurd_numbers(
         ("~dataset_val", "run_val_every_n_steps=5: has no effect without dataset_val; to remove it too: ~run_val_every_n_steps"),
         ("~save_every_n_steps", "keep_last_n_checkpoints=2: has no effect without save_every_n_steps; to remove it too: ~keep"),
         ("sample_prompts=[]", "sample_every_n_steps=5: has no effect without sample_prompts; to remove it too: ~sample_every_n_steps"),
+        ("sample_prompts=[]", "sample_max_new_tokens=8: has no effect without sample_prompts; to remove it too: ~sample_max_new"),
     ],
 )  # fmt: skip
 def test_a_setting_that_loses_its_effect_is_told_and_does_not_stop_the_run(

@@ -153,7 +153,10 @@ BAD = {
     "settings without tasks": (["perplexity_files=[a.txt]", "limit=3"], "limit: has no effect without tasks"),
     "stride without files": (["tasks=[own_texts]", "perplexity_stride=3"], "perplexity_stride=3"),
     "two files of one name": (["perplexity_files=[a/x.txt,b/x.txt]"], "x occurs twice"),
-    "teacher without examples": (["tasks=[own_texts]", f"teacher_checkpointer={TEACHER}"], "need dataset_val"),
+    "teacher without examples": (
+        ["tasks=[own_texts]", f"teacher_checkpointer={TEACHER}"],
+        "dataset_val: missing, the examples to compare with the teacher on; give it, or ~teacher_checkpointer",
+    ),
     "unknown task": (["tasks=[own_text]"], "'own_text' is not a task"),
     "missing split": (["tasks=[own_split]"], "needs the split 'validation'"),
     "missing file": (["perplexity_files=[/nowhere/x.txt]"], "/nowhere/x.txt"),

@@ -61,7 +61,7 @@ def test_bind_reports_every_finding_with_its_key() -> None:
         "did you mean 'source'?",
         "dataset.split: 'valid' (str) is not allowed; must be one of 'train', 'test'",
         "dataset.tokenizer: is given by the recipe; remove it",
-        "dataset.source: is missing; config_samples.Dataset requires it",
+        "dataset.source: is missing; config_samples.Dataset requires it: give dataset.source=...",
     ]
 
 
