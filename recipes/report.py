@@ -1,10 +1,11 @@
 """Tables with error bars, plots and a web page from a sweep's results.
 
-    kdtune run report results=runs/sweeps/tiny/results.jsonl
-    kdtune run report results=results.jsonl output_dir=report metrics=[evaluate.*] baseline.method=sft
+    kdtune run report results=runs/sweeps/tiny/results.jsonl overwrite=true
+    kdtune run report results=results.jsonl output_dir=by_method metrics=[evaluate.*] baseline.method=sft
 
 Writes report.md, report.csv (a line for each row of cells that differ in the seed alone), cells.csv, report.tex, plots of the losses
-(PNG, SVG, PDF) and report.html, one file that opens anywhere. A sweep calls the same at its end.
+(PNG, SVG, PDF) and report.html, one file that opens anywhere. A sweep does the same at its end, into
+report/ beside its results; a report that is there is replaced only with overwrite=true.
 """
 
 from dataclasses import dataclass
@@ -21,19 +22,29 @@ class Config:
     results: config.PathText
     """The results.jsonl of a sweep; the curves are read from the step folders beside it, where they still are."""
     output_dir: config.PathText | None = None
-    """Folder to write into; null: report, beside the results."""
+    """Folder to write into; null: report, beside the results, where a sweep writes its own."""
+    overwrite: bool = False
+    """Replace a report that the folder holds; else it is an error."""
     title: str | None = None
     """Heading of the report; null: the results' path."""
     metrics: list[str] | None = None
     """Metrics to show, STEP.NAME or patterns such as evaluate.*; null: all but standard errors."""
     baseline: dict[str, Any] | None = None
-    """Axis values of the row that the others are compared with; null: no comparison."""
+    """Axis values of what the rows are compared with; null: no comparison. Where one row has them, it is the baseline of all
+    others; where several have them, each other row is compared with the one that differs from it in these axes alone."""
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found before anything is written."""
         if not Path(self.results).is_file():
             return [f"results={self.results}: no such file; a sweep writes results.jsonl into its output_dir"]
+        folder = self.folder()
+        if (folder / "report.md").exists() and not self.overwrite:
+            return [f"output_dir={folder}: holds a report; overwrite=true replaces it, or choose another output_dir"]
         return []
+
+    def folder(self) -> Path:
+        """Where the report is written."""
+        return Path(self.output_dir) if self.output_dir else Path(self.results).parent / "report"
 
 
 @config.entry_point(Config, default_config="sweeps/report")
@@ -44,9 +55,8 @@ def main(cfg: Config) -> None:
 
 def run(cfg: Config) -> None:
     """Reads the results, writes the report and says where."""
-    output_dir = cfg.output_dir or Path(cfg.results).parent / "report"
     title = cfg.title or f"Sweep {cfg.results}"
-    files = sweeps.write_report(cfg.results, output_dir, title=title, metrics=cfg.metrics, baseline=cfg.baseline)
+    files = sweeps.write_report(cfg.results, cfg.folder(), title=title, metrics=cfg.metrics, baseline=cfg.baseline)
     print("\n".join(map(str, files)))
 
 

@@ -60,7 +60,8 @@ class Config:
     metrics: list[str] | None = None
     """Metrics to show, STEP.NAME or patterns such as evaluate.*; null: all but standard errors."""
     baseline: dict[str, Any] | None = None
-    """Axis values of the row that the report compares the others with."""
+    """Axis values of what the report compares the rows with. Where one row has them, it is the baseline of all others; where
+    several have them, each other row is compared with the one that differs from it in these axes alone."""
 
     def plan(self) -> sweeps.Plan:
         """The cells and their steps."""
@@ -109,7 +110,7 @@ def run(cfg: Config) -> None:
         rows = write_results(plan, output_dir, failures)
     problems = failure_lines(plan, rows)
     if cfg.report and any(row["status"] == sweeps.DONE for row in rows):
-        problems += report_problems(cfg)
+        problems += report_problems(cfg, plan)
     print(f"results: {output_dir / 'results.jsonl'}: {len(rows)} of {len(plan.whole)} cells")
     if reason:
         print(f"stopped {reason}; the same command goes on from here")
@@ -180,12 +181,13 @@ def failure_lines(plan: sweeps.Plan, rows: list[dict[str, Any]]) -> list[str]:
     return [head, *lines] if lines else []
 
 
-def report_problems(cfg: Config) -> list[str]:
+def report_problems(cfg: Config, plan: sweeps.Plan) -> list[str]:
     """Writes the report and says where; what kept it from being written, which must not hide what else is to be said."""
     output_dir = Path(cfg.output_dir)
     try:
         files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
-                                    metrics=cfg.metrics, baseline=cfg.baseline, strict=False)  # fmt: skip
+                                    metrics=cfg.metrics, baseline=cfg.baseline, strict=False,
+                                    planned=[cell.axes for cell in plan.whole])  # fmt: skip
     except KDTuneError as error:
         return [f"no report: {error}"]
     print("report:  " + "\n         ".join(map(str, files)))

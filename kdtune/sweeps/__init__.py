@@ -1,12 +1,12 @@
 """Sweeps: cells from axes, steps shared between them, results, statistics over seeds and the report."""
 
+from kdtune.sweeps.baseline import baseline_problems
 from kdtune.sweeps.check import step_problems
 from kdtune.sweeps.plan import Cell, Plan, Step, make_plan, shown_value
 from kdtune.sweeps.report import read_results, write_report
 from kdtune.sweeps.results import DONE, FAILED, cell_result, steps_to_run, write_rows
 from kdtune.sweeps.runner import STOPPED, discard, locked, run_step
 from kdtune.sweeps.statistics import Difference, Summary, difference, summarize
-from kdtune.sweeps.tables import baseline_problems
 
 __all__ = [
     "DONE",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtune.sweeps.tables import SEED, Row
+from kdtune.sweeps.rows import SEED, Row
 from kdtune.training import TrainingRun, divergence_title, read_run, unit_of
 
 # What is drawn, in this order: the metric of metrics.jsonl, its title, and the config keys of a run that say what it is of.

@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from kdtune.escape import latex_text
+from kdtune.sweeps.baseline import Baseline
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.plots import Plot
-from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names
+from kdtune.sweeps.rows import Row, axis_names
+from kdtune.sweeps.tables import difference_text, mean_text, short_names
 
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?![\w.]*\w)")
 # As wide as it is, and no wider than the text.
@@ -19,7 +21,7 @@ def latex_report(
     facts: Sequence[tuple[str, str]],
     rows: Sequence[Row],
     metrics: Sequence[str],
-    baseline: Row | None,
+    baseline: Baseline | None,
     plots: Sequence[Plot],
 ) -> str:
     """The settings, the results, the differences to the baseline and the plots, for a document to input."""
@@ -47,7 +49,7 @@ def latex_report(
         lines = (
             [*_axis_cells(row, axes), *(_difference_cell(row, baseline, metric) for metric in metrics)]
             for row in rows
-            if row is not baseline
+            if row not in baseline.rows
         )
         header = [*axes, *(names[metric] for metric in metrics)]
         caption = (
@@ -108,7 +110,7 @@ def _cell(text: str) -> str:
     return _NUMBER.sub(lambda number: f"${number[0]}$", text).replace("±", r"$\pm$")
 
 
-def _difference_cell(row: Row, baseline: Row, metric: str) -> str:
-    found = row_difference(row, baseline, metric)
+def _difference_cell(row: Row, baseline: Baseline, metric: str) -> str:
+    found = baseline.difference(row, metric)
     text = _cell(difference_text(found))
     return rf"\textbf{{\boldmath {text}}}" if found is not None and found.is_beyond_bound else text

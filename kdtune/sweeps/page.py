@@ -7,10 +7,12 @@ from importlib.resources import files
 from typing import Any
 
 from kdtune.escape import printable
+from kdtune.sweeps.baseline import Baseline
 from kdtune.sweeps.curves import Curve, Panel
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.results import DONE
-from kdtune.sweeps.tables import Row, axis_names, difference_text, mean_text, row_difference, short_names
+from kdtune.sweeps.rows import Row, axis_names
+from kdtune.sweeps.tables import difference_text, mean_text, short_names
 
 
 def page(
@@ -20,7 +22,7 @@ def page(
     rows: Sequence[Row],
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[str],
-    baseline: Row | None,
+    baseline: Baseline | None,
     curves: Sequence[Curve],
     panels: Sequence[Panel],
 ) -> str:
@@ -75,7 +77,7 @@ def _curve_data(curve: Curve) -> dict[str, Any]:
 
 
 def _summary_data(
-    rows: Sequence[Row], metrics: Sequence[str], names: Mapping[str, str], baseline: Row | None
+    rows: Sequence[Row], metrics: Sequence[str], names: Mapping[str, str], baseline: Baseline | None
 ) -> dict[str, Any]:
     """Header and lines of the table over seeds; a cell is [text, what it is sorted by, detail, class]."""
     axes = axis_names(rows)
@@ -84,9 +86,9 @@ def _summary_data(
         line: list[Any] = [_axis_cell(row.axes, axis) for axis in axes]
         line.append([str(len(row.cells)), len(row.cells), "", ""])
         for metric in metrics:
-            summary, found = row.summary(metric), row_difference(row, baseline, metric)
+            summary, found = row.summary(metric), baseline and baseline.difference(row, metric)
             strong = "strong" if found and found.is_beyond_bound else ""
-            detail = difference_text(found) if found else ("baseline" if row is baseline else "")
+            detail = difference_text(found) if found else ("baseline" if baseline and row in baseline.rows else "")
             line.append([mean_text(row, metric), summary and summary.mean, detail, strong])
         lines.append(line)
     return {"header": [*axes, "n", *(names[metric] for metric in metrics)], "num_text": len(axes), "lines": lines}

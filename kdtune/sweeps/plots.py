@@ -10,8 +10,8 @@ from typing import Any
 from kdtune.escape import one_line
 from kdtune.sweeps.curves import SERIES, TRAINING, CellRun, Curve, Panel, comparable_panels, running_mean
 from kdtune.sweeps.plan import label, shown_value
+from kdtune.sweeps.rows import Row, axis_names
 from kdtune.sweeps.statistics import summarize
-from kdtune.sweeps.tables import Row, axis_names
 
 # Told apart with the common forms of colour blindness too; after them the line style changes.
 COLORS = ("#2563eb", "#d9480f", "#0a8f6c", "#b8408f", "#8a6d00", "#6b4fd8", "#17849c", "#c02a3c")

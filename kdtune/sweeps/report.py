@@ -1,6 +1,6 @@
 """The report of a sweep: report.md, report.csv, cells.csv, report.tex, plots and report.html from a results.jsonl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,19 @@ from kdtune.errors import ConfigError
 from kdtune.escape import markdown_fence, markdown_table, markdown_text
 from kdtune.log import get_logger
 from kdtune.paths import user_path
+from kdtune.sweeps.baseline import Baseline, find_baseline, planned_rows, row_problems
 from kdtune.sweeps.curves import SERIES, CellRun, Curve, Panel, all_curves, comparable_panels, read_training
 from kdtune.sweeps.latex import latex_report
 from kdtune.sweeps.page import page
 from kdtune.sweeps.plots import Plot, plot_sweep
 from kdtune.sweeps.results import DONE, finite_metrics, read_rows
+from kdtune.sweeps.rows import Row, repeated_cells, rows_over_seeds
 from kdtune.sweeps.tables import (
-    Row,
-    baseline_row,
     chosen_metrics,
     csv_cells,
     csv_table,
     difference_table,
     metric_problems,
-    repeated_cells,
-    row_problems,
-    rows_over_seeds,
     summary_table,
 )
 from kdtune.training import has_facts, run_facts
@@ -60,6 +57,7 @@ def write_report(
     title: str,
     metrics: Sequence[str] | None = None,
     baseline: Mapping[str, Any] | None = None,
+    planned: Iterable[Mapping[str, Any]] | None = None,
     strict: bool = True,
 ) -> list[Path]:
     """Writes the report and returns its files, the Markdown first.
@@ -69,23 +67,25 @@ def write_report(
         output_dir: folder to write into; files of an earlier report are replaced.
         title: heading of the report.
         metrics: names or patterns of the metrics to show, in order; None: all but standard errors.
-        baseline: axis values of the row that the others are compared with; None: no comparison.
-        strict: whether a metric that fits nothing and a baseline that is not one row are errors; else the report is
+        baseline: axis values of what the rows are compared with (see `find_baseline`); None: no comparison.
+        planned: axis values of all cells of the sweep, finished or not; None: those of the results.
+        strict: whether a metric that fits nothing and a baseline that no row can be compared with are errors; else the report is
             written without them and says so, as does the log. If no metric fits, all are shown.
 
     Raises:
-        ConfigError: the results cannot be read; with `strict`, a metric fits nothing or the baseline is not one row.
+        ConfigError: the results cannot be read; with `strict`, a metric fits nothing or no row can be compared with the baseline.
         CheckpointError: a file cannot be written.
     """
     results = read_results(results_file)
     rows = rows_over_seeds(results)
-    misfits = [*repeated_cells(results), *metric_problems(rows, metrics), *row_problems(rows, baseline)]
+    to_come = planned_rows([cell["axes"] for cell in results] if planned is None else planned)
+    misfits = [*repeated_cells(results), *metric_problems(rows, metrics), *row_problems(rows, baseline, to_come)]
     if misfits and strict:
         raise ConfigError("\n".join(misfits))
     for misfit in misfits:
         log.warning("report: %s", misfit)
     names = chosen_metrics(rows, metrics)
-    base = baseline_row(rows, baseline)
+    base = find_baseline(rows, baseline, to_come)
     runs = read_training(rows, user_path(results_file).parent)
     curves, facts = all_curves(runs), shared_facts(runs)
     folder = user_path(output_dir)
@@ -133,7 +133,7 @@ def _either(texts: Sequence[str], num_runs: int) -> str:
 
 
 def report_notes(
-    results: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: Row | None, curves: Sequence[Curve]
+    results: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: Baseline | None, curves: Sequence[Curve]
 ) -> list[str]:
     """What the reader of the tables and plots has to know, a paragraph each."""
     done = sum(cell["status"] == DONE for cell in results)
@@ -145,8 +145,9 @@ def report_notes(
         "many values were finite, and the others are not in the mean.",
     ]
     if baseline is not None:
+        where = "; - where there is none" if baseline.matched else ""
         notes.append(
-            f"Baseline: {baseline.name}. Differences stand beside their size in standard errors of the difference: p paired "
+            f"Baseline: {baseline.name}{where}. Differences stand beside their size in standard errors of the difference: p paired "
             "by seed, where both rows have the same seeds; t of two samples, √(s₁²/n₁ + s₂²/n₂); - where a row has one seed; n is "
             "the number of seeds. Bold: beyond the two-sided 5 % bound of Student's t for so few (n = 3 paired: 4.3; n = 2: "
             "12.7), each comparison by itself: of twenty without any difference one is bold."
@@ -166,7 +167,7 @@ def markdown(
     results: Sequence[Mapping[str, Any]],
     rows: Sequence[Row],
     metrics: Sequence[str],
-    baseline: Row | None,
+    baseline: Baseline | None,
     plots: Sequence[Plot],
 ) -> str:
     """The report as Markdown, its plots by file name."""

@@ -1,102 +1,17 @@
-"""Results of a sweep as rows over seeds, and these as Markdown and CSV."""
+"""Rows over seeds as Markdown and CSV, and which metrics they show."""
 
 import csv
 import io
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from kdtune._assets import did_you_mean
 from kdtune.escape import csv_value, markdown_table, markdown_text
-from kdtune.sweeps.grid import is_listed
-from kdtune.sweeps.plan import Plan, label, shown_value
-from kdtune.sweeps.results import DONE
-from kdtune.sweeps.statistics import Difference, Summary, difference, summarize
-
-SEED = "seed"
-_STANDARD_ERROR = "_stderr"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The finished cells that differ in nothing but the seed."""
-
-    axes: Mapping[str, Any]
-    cells: tuple[Mapping[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        """The row's axis values in one line."""
-        return label(self.axes) or "all cells"
-
-    def values(self, metric: str) -> dict[Any, float]:
-        """The metric of each cell that has it as a finite number, by seed."""
-        found = {cell["axes"].get(SEED): cell["metrics"].get(metric) for cell in self.cells}
-        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
-
-    def counts(self, metric: str) -> tuple[int, int]:
-        """How many cells have the metric as a finite number, of how many; (0, 0) where none has measured it."""
-        measured = any(metric in cell["metrics"] for cell in self.cells)
-        return len(self.values(metric)), len(self.cells) if measured else 0
-
-    def document_error(self, metric: str) -> float | None:
-        """Of one seed: the task's own standard error of the metric, over its documents; None where it gives none."""
-        name, comma, answer_filter = metric.partition(",")
-        errors = self.values(f"{name}{_STANDARD_ERROR}{comma}{answer_filter}")
-        values = self.values(metric)
-        return errors.get(next(iter(values))) if len(values) == 1 else None
-
-    def summary(self, metric: str) -> Summary | None:
-        """Mean and standard error of a metric; None where no cell has it."""
-        values = self.values(metric)
-        return summarize(list(values.values())) if values else None
-
-
-def rows_over_seeds(results: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The finished cells of a results.jsonl, grouped by all axes but `seed`, in order of first appearance.
-
-    Of several cells of one row and seed, which would count a run twice, the first is kept (see `repeated_cells`).
-    """
-    groups: dict[str, dict[Any, Mapping[str, Any]]] = {}
-    for cell in results:
-        if cell["status"] == DONE:
-            groups.setdefault(_row_key(cell), {}).setdefault(cell["axes"].get(SEED), cell)
-    return [
-        Row(_without_seed(next(iter(of_seed.values()))["axes"]), tuple(of_seed.values())) for of_seed in groups.values()
-    ]
-
-
-def repeated_cells(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The finished cells that are of one row and seed, a sentence for each such row and seed with their line numbers."""
-    lines: dict[tuple[str, Any], list[int]] = {}
-    names: dict[tuple[str, Any], str] = {}
-    for number, cell in enumerate(results, start=1):
-        if cell["status"] == DONE:
-            key = (_row_key(cell), cell["axes"].get(SEED))
-            lines.setdefault(key, []).append(number)
-            names.setdefault(key, label(cell["axes"]) or "the only cell")
-    return [
-        f"results: lines {', '.join(map(str, found[:-1]))} and {found[-1]} are {'both' if len(found) == 2 else 'all'} of one "
-        f"row and seed, {names[key]}; keep one of them, or tell them apart by an axis"
-        for key, found in lines.items()
-        if len(found) > 1
-    ]
-
-
-def _row_key(cell: Mapping[str, Any]) -> str:
-    return json.dumps(_without_seed(cell["axes"]), sort_keys=True)
-
-
-def _without_seed(axes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in axes.items() if name != SEED}
-
-
-def axis_names(rows: Sequence[Row]) -> list[str]:
-    """The axes of the rows, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.axes))
+from kdtune.sweeps.baseline import Baseline
+from kdtune.sweeps.plan import shown_value
+from kdtune.sweeps.rows import STANDARD_ERROR, Row, axis_names
+from kdtune.sweeps.statistics import Difference
 
 
 def known_metrics(rows: Sequence[Row]) -> list[str]:
@@ -111,7 +26,7 @@ def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[
     """
     known = known_metrics(rows)
     found = [name for pattern in patterns or () for name in known if fnmatchcase(name, pattern)]
-    shown = [name for name in known if not name.partition(",")[0].endswith(_STANDARD_ERROR)]
+    shown = [name for name in known if not name.partition(",")[0].endswith(STANDARD_ERROR)]
     return list(dict.fromkeys(found)) or ([] if patterns == [] else shown)
 
 
@@ -123,44 +38,6 @@ def metric_problems(rows: Sequence[Row], patterns: Sequence[str] | None) -> list
         for pattern in patterns or ()
         if known and not any(fnmatchcase(name, pattern) for name in known)
     ]
-
-
-def baseline_row(rows: Sequence[Row], baseline: Mapping[str, Any] | None) -> Row | None:
-    """The one row whose axes have the baseline's values; None without a baseline, or where not exactly one has them."""
-    found = _fitting_rows(rows, baseline) if baseline else []
-    return found[0] if len(found) == 1 else None
-
-
-def row_problems(rows: Sequence[Row], baseline: Mapping[str, Any] | None) -> list[str]:
-    """Why the baseline is none of the rows, in a sentence; [] without a baseline, without rows, and where it is one."""
-    found = _fitting_rows(rows, baseline) if baseline else []
-    if not baseline or not rows or len(found) == 1:
-        return []
-    names = "; ".join(row.name for row in (found or rows))
-    count = "no row has" if not found else f"{len(found)} rows have"
-    return [f"baseline: {count} {label(baseline)}; name one row by its axes: {names}; or none: ~baseline"]
-
-
-def baseline_problems(plan: Plan, baseline: Mapping[str, Any] | None) -> list[str]:
-    """Why the baseline will be no row of the report, once every cell of a sweep is finished; [] where it will be one."""
-    cells = [{"axes": cell.axes, "status": DONE, "metrics": {}} for cell in plan.whole]
-    return row_problems(rows_over_seeds(cells), baseline)
-
-
-def _fitting_rows(rows: Sequence[Row], values: Mapping[str, Any]) -> list[Row]:
-    return [
-        row
-        for row in rows
-        if all(axis in row.axes and is_listed(value, [row.axes[axis]]) for axis, value in values.items())
-    ]
-
-
-def row_difference(row: Row, baseline: Row | None, metric: str) -> Difference | None:
-    """How a row differs from the baseline in a metric; None for the baseline itself and where either lacks it."""
-    if baseline is None or row is baseline:
-        return None
-    values, others = row.values(metric), baseline.values(metric)
-    return difference(values, others) if values and others else None
 
 
 def short_names(metrics: Sequence[str]) -> dict[str, str]:
@@ -178,13 +55,13 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     return markdown_table([*axes, "n", *(names[metric] for metric in metrics)], lines, num_text=len(axes))
 
 
-def difference_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row) -> str:
-    """Every row's difference to the baseline as Markdown (see `difference_text`), bold beyond the bound of Student's t."""
+def difference_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Baseline) -> str:
+    """Every row's difference to what it is compared with as Markdown (see `difference_text`), bold beyond the bound of Student's t."""
     axes, names = axis_names(rows), short_names(metrics)
     lines = [
-        [*_axis_cells(row, axes), *(_emphasized(row_difference(row, baseline, metric)) for metric in metrics)]
+        [*_axis_cells(row, axes), *(_emphasized(baseline.difference(row, metric)) for metric in metrics)]
         for row in rows
-        if row is not baseline
+        if row not in baseline.rows
     ]
     return markdown_table([*axes, *(names[metric] for metric in metrics)], lines, num_text=len(axes))
 
@@ -226,23 +103,28 @@ def _emphasized(found: Difference | None) -> str:
     return f"**{text}**" if found is not None and found.is_beyond_bound else text
 
 
-def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Row | None) -> str:
+def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Baseline | None) -> str:
     """The rows as CSV, numbers unrounded, an empty field where there is none.
 
     Columns: the axes, n (cells), and for each metric M: M, M:standard_error (over seeds), M:n (finite values; 0 where all
-    were not finite), M:document_error where a row of one seed has the task's own and, with a baseline, M:difference,
-    M:difference_in_standard_errors, M:bound (of that, Student's t, 5 %) and M:comparison (paired or two-sample).
+    were not finite), M:document_error where a row of one seed has the task's own. With a baseline also `baseline` (the
+    name of the row that this one is compared with), M:difference, M:difference_in_standard_errors, M:bound (of that,
+    Student's t, 5 %) and M:comparison (paired or two-sample).
     """
     axes = axis_names(rows)
     with_documents = [metric for metric in metrics if any(row.document_error(metric) is not None for row in rows)]
     lines = []
     for row in rows:
         line: dict[str, Any] = {
-            _axis_column(axis, "n"): shown_value(row.axes[axis]) if axis in row.axes else None for axis in axes
+            _axis_column(axis, ("n", "baseline")): shown_value(row.axes[axis]) if axis in row.axes else None
+            for axis in axes
         }
         line["n"] = len(row.cells)
+        if baseline is not None:
+            other = baseline.counterpart(row)
+            line["baseline"] = other and other.name
         for metric in metrics:
-            summary, found = row.summary(metric), row_difference(row, baseline, metric)
+            summary, found = row.summary(metric), baseline and baseline.difference(row, metric)
             line[metric] = summary and summary.mean
             line[f"{metric}:standard_error"] = summary and summary.standard_error
             num_finite, num_cells = row.counts(metric)
@@ -263,7 +145,7 @@ def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
     lines = [
         {
             "status": cell["status"],
-            **{_axis_column(axis, "status"): shown_value(value) for axis, value in cell["axes"].items()},
+            **{_axis_column(axis, ("status",)): shown_value(value) for axis, value in cell["axes"].items()},
             **cell["metrics"],
             **{f"{step}.seconds": value for step, value in cell["seconds"].items()},
         }
@@ -272,9 +154,9 @@ def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
     return _csv_text(lines)
 
 
-def _axis_column(axis: str, taken: str) -> str:
+def _axis_column(axis: str, taken: Sequence[str]) -> str:
     """The column of an axis, which must not be one that the table has of its own."""
-    return f"axis:{axis}" if axis == taken else axis
+    return f"axis:{axis}" if axis in taken else axis
 
 
 def _csv_text(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -4,21 +4,19 @@ import csv
 import html.parser
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run_here
 from markdown_it import MarkdownIt
 
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.sweeps import write_report
 from kdtune.sweeps.results import step_metrics
 
-ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
 NASTY = "</script><script>window.broken=1</script><!--"
 TRUE_MEANS = {"sft": 0.50, "kd": 0.55}
@@ -199,6 +197,61 @@ def test_only_what_passes_the_bound_of_t_is_strong(tmp_path: Path) -> None:
     assert [line[2][3] for line in page_data(tmp_path)["summary"]["lines"]] == ["", "", "strong"]
     rows = list(csv.DictReader((tmp_path / "report/report.csv").open()))
     assert [row["train.loss:bound"] for row in rows] == ["", "4.303", "4.303"]
+
+
+def compared(folder: Path) -> list[tuple[str, str, str]]:
+    """Of each row of report.csv: what it is compared with, the difference in train.loss, and how it was taken."""
+    rows = csv.DictReader((folder / "report/report.csv").open())
+    return [(row["baseline"], row["train.loss:difference"], row["train.loss:comparison"]) for row in rows]
+
+
+def test_a_baseline_of_several_rows_is_matched_by_the_other_axes(tmp_path: Path) -> None:
+    """KD against no KD at each learning rate: the differences are numpy's, of cells with the same lr and seed."""
+    draw = np.random.default_rng(1)
+    losses = {(ratio, lr): draw.normal(size=3) for ratio in (0.0, 0.5, 1.0) for lr in (0.1, 0.2)}
+    cells = [
+        cell({"kd_ratio": ratio, "lr": lr, "seed": seed}, {"train.loss": loss})
+        for (ratio, lr), of_seed in losses.items() for seed, loss in enumerate(of_seed)
+    ]  # fmt: skip
+    text = write(tmp_path, cells, baseline={"kd_ratio": 0})
+    found = compared(tmp_path)
+    for (ratio, lr), (name, value, kind) in zip(losses, found, strict=True):
+        if ratio == 0:
+            assert (name, value, kind) == ("", "", "")
+        else:
+            assert (name, kind) == (f"kd_ratio=0.0 lr={lr}", "paired")
+            assert float(value) == pytest.approx((losses[ratio, lr] - losses[0.0, lr]).mean(), rel=1e-12)
+    assert "Baseline: the row with kd_ratio=0 and otherwise the same axis values" in text
+    table = text.split("## Difference to the baseline")[1].strip().splitlines()
+    assert len(table) == 2 + 4 and all(line.startswith(("| 0.5", "| 1.0")) for line in table[2:])
+    details = [line[3][2] for line in page_data(tmp_path)["summary"]["lines"]]
+    assert details[:2] == ["baseline"] * 2 and all(" p, n 3)" in detail for detail in details[2:])
+    latex = (tmp_path / "report/report.tex").read_text()
+    assert r"difference to the row with kd\_ratio=0 and otherwise the same axis values" in latex
+
+
+def test_axes_that_do_not_matter_to_the_baseline_need_not_match(tmp_path: Path) -> None:
+    """As in a sweep whose rows without a teacher have no axis `teacher`."""
+    rows: list[dict[str, Any]] = [
+        {"m": "start"}, {"m": "sft", "lr": 1}, {"m": "sft", "lr": 2}, {"m": "kd", "lr": 1, "teacher": "a"},
+        {"m": "kd", "lr": 2, "teacher": "a"}, {"m": "kd", "lr": 2, "teacher": "b"}, {"m": "kd", "lr": 3, "teacher": "b"},
+    ]  # fmt: skip
+    write(
+        tmp_path, [cell(axes, {"train.loss": float(index)}) for index, axes in enumerate(rows)], baseline={"m": "sft"}
+    )
+    assert [(name, value) for name, value, _ in compared(tmp_path)] == [
+        ("", ""), ("", ""), ("", ""), ("m=sft lr=1", "2.0"), ("m=sft lr=2", "2.0"), ("m=sft lr=2", "3.0"), ("", ""),
+    ]  # fmt: skip
+
+
+def test_cells_to_come_decide_whether_a_baseline_is_one_row(tmp_path: Path) -> None:
+    """With the baseline of one learning rate finished alone, a row of the other one is not compared with it."""
+    planned = [{"r": ratio, "lr": lr} for ratio in (0, 1) for lr in (1, 2)]
+    cells = [cell(axes, {"train.loss": float(index)}) for index, axes in enumerate(planned) if index != 1]
+    write(tmp_path, cells, baseline={"r": 0}, planned=planned)
+    assert [name for name, *_ in compared(tmp_path)] == ["", "r=0 lr=1", ""]
+    write(tmp_path, cells, baseline={"r": 0})
+    assert [name for name, *_ in compared(tmp_path)] == ["", "r=0 lr=1", "r=0 lr=1"], "of these cells it is one row"
 
 
 def test_axis_values_of_different_types_are_different_rows(tmp_path: Path) -> None:
@@ -448,24 +501,24 @@ def test_plots_of_axes_with_any_names_and_values(tmp_path: Path) -> None:
     assert all(f"]({name})" in text for name in names)
 
 
-def kdtune(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "kdtune", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_the_command_needs_no_config(results: Path) -> None:
-    result = kdtune(
+    result = run_here(
         "run", "report", f"results={results}", "metrics=[evaluate.*acc]", f"output_dir={results.parent}/by_command"
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     header = (results.parent / "by_command/report.csv").read_text().splitlines()[0]
     assert (
         header
         == "method,n,evaluate.task/acc,evaluate.task/acc:standard_error,evaluate.task/acc:n,evaluate.task/acc:document_error"
     )
-    result = kdtune("run", "report", "results=/nowhere.jsonl")
-    assert result.returncode == 2 and "results=/nowhere.jsonl: no such file" in result.stderr
+    again = ("run", "report", f"results={results}", f"output_dir={results.parent}/by_command")
+    result = run_here(*again)
+    assert result.code == 2 and "by_command: holds a report; overwrite=true replaces it" in result.err
+    assert (results.parent / "by_command/report.csv").read_text().splitlines()[0] == header
+    assert run_here(*again, "overwrite=true").code == 0
+    assert (results.parent / "by_command/report.csv").read_text().splitlines()[0] != header
+    result = run_here("run", "report", "results=/nowhere.jsonl")
+    assert result.code == 2 and "results=/nowhere.jsonl: no such file" in result.err
 
 
 def test_what_was_run_names_every_ratio_and_what_only_some_runs_have(tmp_path: Path) -> None:

@@ -231,8 +231,13 @@ def test_a_baseline_is_one_row_of_the_whole_plan(baseline: dict[str, Any] | None
 
 def test_a_baseline_that_fits_several_rows() -> None:
     steps = {"train": {"config": KD, "overrides": ["kd_ratio={r}", "batch_size={b}"]}}
-    found = baseline_problems(plan(steps=steps, axes={"r": [0.5, 1.0], "b": [1, 2]}), {"r": 0.5})
-    assert found == ["baseline: 2 rows have r=0.5; name one row by its axes: r=0.5 b=1; r=0.5 b=2; or none: ~baseline"]
+    axes = {"r": [0.5, 1.0], "b": [1, 2]}
+    assert baseline_problems(plan(steps=steps, axes=axes), {"r": 0.5}) == []
+    alone = plan(steps=steps, axes=axes, grids=[{"r": [0.5], "b": [1, 2]}])
+    assert baseline_problems(alone, {"r": 0.5}) == [
+        "baseline: 2 rows have r=0.5, and no other row is equal to one of them in all other axes; name one row by its axes: "
+        "r=0.5 b=1; r=0.5 b=2; or none: ~baseline"
+    ]
 
 
 @pytest.mark.parametrize(
