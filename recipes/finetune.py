@@ -174,8 +174,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     progress.phase("reading the data")
     loader, held_out, inputs = load_data(cfg, tokenizer, world)
-    steps_per_epoch = training.count_steps(loader.batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
-    num_steps = cfg.epochs * steps_per_epoch
+    steps_per_epoch, num_steps = training.plan_steps(cfg, loader.batches_per_epoch, batches_per_step)
     get_logger().info(training.step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.dp_size))
     if cfg.resume_from_checkpoint and checkpoint.from_main(training.is_finished(output_dir, num_steps)):
         world.print(f"{output_dir}: all {num_steps} steps are done")

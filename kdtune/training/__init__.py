@@ -62,7 +62,7 @@ from kdtune.training.schedules import (
 )
 from kdtune.training.seed import set_seed, set_step_seed
 from kdtune.training.step_log import StepLog
-from kdtune.training.steps import count_steps, enter_epoch, step_text, take_micro_batches
+from kdtune.training.steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from kdtune.training.table import format_table
 from kdtune.training.tokenizer import load_tokenizer
 from kdtune.training.training_run import TrainingRun, read_run
@@ -126,6 +126,7 @@ __all__ = [
     "new_folder_problems",
     "output_dir_problems",
     "plan_on_paper",
+    "plan_steps",
     "plot_losses",
     "plot_runs",
     "print_plan",

@@ -94,7 +94,9 @@ def loop_problems(cfg: Any) -> list[str]:
             f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}; "
             "give both, or ~best_metric"
         )
-    found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler)
+    # At most so many steps; how many there are, the data will say.
+    most = cfg.epochs * cfg.max_steps_per_epoch if cfg.max_steps_per_epoch else None
+    found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler, most if most and most > 0 else None)
     return found + first_row_problems(cfg)
 
 

@@ -5,6 +5,8 @@ names, which torch's optimizers accept as they are and which tell Muon the hidde
 """
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +18,9 @@ from kdtune.errors import ConfigError, KDTuneError
 
 # Modules whose 2-D weight has one row a token: orthogonalizing its update makes no sense, so AdamW takes it.
 TOKEN_MODULES = frozenset({"tok_embeddings", "output"})
+
+# What a library raises about arguments beside TypeError and ValueError, which `instantiate` explains.
+_REFUSALS = (RuntimeError, AssertionError, ArithmeticError, LookupError, AttributeError)
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -35,13 +40,18 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def optimizer_problems(optimizer: Any, scheduler: Any) -> list[str]:
-    """Return problems with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters."""
+def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = None, *, walk: int = 2) -> list[str]:
+    """Return problems with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters.
+
+    num_steps: of the training; None: not known. walk: steps that the schedule is tried for.
+    """
     matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
     try:
         made = instantiate(optimizer, params=[("layers.0.attn.wq.weight", matrix), ("norm.weight", vector)])
     except KDTuneError as error:
         return [f"optimizer: {error}"]
+    except _REFUSALS as error:
+        return [f"optimizer: {optimizer['_component_']} refuses its arguments: {error}"]
     if not isinstance(made, torch.optim.Optimizer):
         return [f"optimizer: {optimizer['_component_']} gives a {type(made).__name__}; must be a torch.optim.Optimizer"]
     if isinstance(made, torch.optim.SparseAdam):
@@ -54,18 +64,51 @@ def optimizer_problems(optimizer: Any, scheduler: Any) -> list[str]:
             "needs nothing, such as torch.optim.AdamW"
         ]
     try:
-        schedule = instantiate(scheduler, optimizer=made, optional={"num_training_steps": 10**9})
+        schedule = instantiate(scheduler, optimizer=made, optional={"num_training_steps": num_steps or 10**9})
     except KDTuneError as error:
-        return [f"lr_scheduler: {error}"]
-    if schedule is None:
-        return []
+        return [str(error) if str(error).startswith("lr_scheduler") else f"lr_scheduler: {error}"]
+    except _REFUSALS as error:
+        return [f"lr_scheduler: {scheduler['_component_']} refuses its arguments: {type(error).__name__}: {error}"]
+    return [] if schedule is None else _schedule_problems(schedule, made, scheduler["_component_"], num_steps, walk)
+
+
+def check_schedule(cfg: Any, num_steps: int) -> None:
+    """Raise if the config's `lr_scheduler` cannot go through a training of so many steps; up to 100,000 of them are tried.
+
+    Raises:
+        ConfigError: it refuses the number (such as a warm-up that is longer), or a learning rate is negative or not finite.
+    """
+    problems = optimizer_problems(cfg.optimizer, cfg.lr_scheduler, num_steps, walk=min(num_steps, 100_000))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _schedule_problems(
+    schedule: Any, made: torch.optim.Optimizer, name: str, num_steps: int | None, walk: int
+) -> list[str]:
     if not callable(getattr(schedule, "step", None)):
-        return [f"lr_scheduler: {scheduler['_component_']} gives a {type(schedule).__name__}; must be an LRScheduler"]
+        return [f"lr_scheduler: {name} gives a {type(schedule).__name__}; must be an LRScheduler"]
     if needed := _step_arguments(schedule):
         return [
-            f"lr_scheduler: the step of {scheduler['_component_']} needs {needed}, and the recipe steps without; use one that "
+            f"lr_scheduler: the step of {name} needs {needed}, and the recipe steps without; use one that "
             "goes by the number of steps, such as kdtune.training.get_cosine_schedule_with_warmup"
         ]
+    # OneCycleLR's own length, beyond which it raises.
+    total = getattr(schedule, "total_steps", None)
+    if num_steps is not None and isinstance(total, int) and total < num_steps:
+        return [f"lr_scheduler.total_steps={total}: fewer than the {num_steps} training steps; set it to {num_steps}"]
+    for step in range(walk):
+        lr = float(made.param_groups[0]["lr"])
+        if not (math.isfinite(lr) and lr >= 0):
+            return [
+                f"lr_scheduler: {name} makes the learning rate of step {step + 1} {lr:g}; must be 0 or more, and finite"
+            ]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of schedules that step before the optimizer does
+                schedule.step()
+        except (*_REFUSALS, TypeError, ValueError, KDTuneError) as error:
+            return [f"lr_scheduler: {name} fails after step {step + 1}: {type(error).__name__}: {error}"]
     return []
 
 

@@ -1,7 +1,10 @@
 """How many optimizer steps a run has, and which micro-batches belong to one."""
 
+from typing import Any
+
 from kdtune.data import Batch, Loader
 from kdtune.errors import ConfigError
+from kdtune.training.optim import check_schedule
 
 
 def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_per_epoch: int | None) -> int:
@@ -16,6 +19,17 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
         return max_steps_per_epoch
     whole = -(-batches_per_epoch // batches_per_step)
     return whole if max_steps_per_epoch is None else min(whole, max_steps_per_epoch)
+
+
+def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -> tuple[int, int]:
+    """Optimizer steps an epoch, as `count_steps` has them, and of the whole training.
+
+    Raises:
+        ConfigError: as `count_steps`; or the schedule cannot go through so many, as `check_schedule`.
+    """
+    steps_per_epoch = count_steps(batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
+    check_schedule(cfg, cfg.epochs * steps_per_epoch)
+    return steps_per_epoch, cfg.epochs * steps_per_epoch
 
 
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:

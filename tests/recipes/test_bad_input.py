@@ -239,7 +239,7 @@ for override, words in {
     row(override, kd(override), *words)
 
 row("saving in the background without saving", kd("enable_async_checkpointing=true", "save_every_n_steps=null"),
-    "enable_async_checkpointing=true: needs save_every_n_steps")  # fmt: skip
+    "enable_async_checkpointing=true: has no effect without save_every_n_steps")  # fmt: skip
 row("several mistakes in one message", kd("batch_size=0.5", "kd_ratoi=1", "optimizer.lrr=1"),
     "3 problems", "batch_size", "kd_ratoi", "optimizer.lrr")  # fmt: skip
 
@@ -668,6 +668,7 @@ def test_a_disk_that_is_full_at_the_very_end(cli: Callable[..., Any], good: Path
         (["checkpointer=kdtune.models.llama"], "checkpointer: kdtune.models.llama gives Transformer"),
         (["optimizer=torch.optim.LBFGS"], "optimizer: the step of torch.optim.LBFGS needs closure"),
         (["lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"], "lr_scheduler: the step of"),
+        (["lr_scheduler.num_warmup_steps=11"], "lr_scheduler.num_warmup_steps=11: longer than the 10 training steps"),
         (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW: cannot be made with lr=-1"),
         (["batch_size=9223372036854775808"], "batch_size=9223372036854775808: must be at most 2,147,483,647"),
         (["num_workers=100000"], "num_workers=100000: must be at most 512"),
@@ -706,3 +707,20 @@ def test_a_setting_that_loses_its_effect_is_told_and_does_not_stop_the_run(
     assert done.code == 0, done.err
     assert told in done.err
     assert "has no effect" not in cli("validate", "tiny/knowledge_distillation", *settings, "sample_prompts=[Hi]").err
+
+
+@pytest.mark.parametrize("config", ["finetune", "knowledge_distillation"])
+def test_a_warmup_longer_than_the_training_is_told_before_a_model_is_built(
+    config: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr("kdtune.distributed.build_model", build)
+    monkeypatch.setattr("kdtune.teachers.build_teacher", build)
+    settings = ["max_steps_per_epoch=null", "lr_scheduler.num_warmup_steps=100000", f"output_dir={tmp_path / 'out'}"]
+    assert cli("validate", f"tiny/{config}", *settings).code == 0  # the data are not counted
+    done = cli("run", config, "--config", f"tiny/{config}", *settings)
+    assert done.code == 2
+    assert "lr_scheduler.num_warmup_steps=100000: longer than the" in done.err
+    assert not (tmp_path / "out").exists()
