@@ -1,8 +1,6 @@
 """Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``, read, checked and described."""
 
 import math
-import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint.huggingface import stored_tensors
+from kdtune.checkpoint.peft_config import check_config, is_target, value_for
 from kdtune.checkpoint.ranks import is_sharded, local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
@@ -35,23 +34,6 @@ _BASE_COPIES = {
     "model.embed_tokens.base_layer.weight": "tok_embeddings.weight",
     "lm_head.weight": "output.weight",
     "lm_head.base_layer.weight": "output.weight",
-}
-
-# Fields that are read here, that say nothing about the arithmetic, and those that must have one of some plain values.
-_READ = {
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern",
-}  # fmt: skip
-_SILENT = {
-    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size",
-}  # fmt: skip
-_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    # The others start from base weights that they have changed.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
 
@@ -89,7 +71,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     path = user_path(folder)
     _check_folder(path)
     config = read_json(path / CONFIG)
-    _check_config(path / CONFIG, config)
+    check_config(path / CONFIG, config)
     tensors: dict[str, StoredTensor] = {}
     copies: dict[str, StoredTensor] = {}
     for name, stored in stored_tensors([path / WEIGHTS]).items():
@@ -105,21 +87,6 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     return StoredAdapter(path, tensors, scaling, bool(config.get("use_dora")), copies)
 
 
-# Settings that say which modules are adapted, and how: the types that PEFT writes, and those of their members.
-_MODULES = "names of modules or a regular expression"
-_TARGETS: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("target_modules", (str, list), _MODULES),
-    ("exclude_modules", (str, list), _MODULES),
-    ("layers_to_transform", (int, list), "numbers of layers"),
-    ("rank_pattern", (dict,), "whole numbers by regular expressions"),
-    ("alpha_pattern", (dict,), "numbers by regular expressions"),
-)
-_MEMBERS: dict[str, tuple[type, ...]] = {
-    "target_modules": (str,), "exclude_modules": (str,), "layers_to_transform": (int,), "rank_pattern": (int,),
-    "alpha_pattern": (int, float),
-}  # fmt: skip
-
-
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"adapter_dir={path}: no such folder; give one with {CONFIG} and {WEIGHTS}")
@@ -130,45 +97,6 @@ def _check_folder(path: Path) -> None:
         elif (path / "config.json").is_file():
             what += "; this looks like a whole model: give it as checkpoint_dir"
         raise CheckpointError(what)
-
-
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    for key, value in config.items():
-        if key in _PLAIN_VALUES:
-            if value not in _PLAIN_VALUES[key]:
-                wanted = " or ".join(repr(one) for one in _PLAIN_VALUES[key])
-                raise CheckpointError(f"{path}: {key}={reprlib.repr(value)} is not supported; want {wanted}")
-        elif key not in _READ | _SILENT and value:
-            raise CheckpointError(
-                f"{path}: {key}={reprlib.repr(value)} is not supported; want it unset (null, false or empty)"
-            )
-    if config.get("peft_type") is None:
-        raise CheckpointError(f"{path}: peft_type is missing; 'LORA' expected: this is no adapter config of PEFT")
-    rank: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{path}: r={reprlib.repr(rank)}; a whole number of 1 or more expected")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: lora_alpha={reprlib.repr(alpha)}; a number expected")
-    for key, kinds, wanted in _TARGETS:
-        value = config.get(key)
-        each = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        is_known = isinstance(value, kinds) and all(type(one) in _MEMBERS[key] for one in each)
-        if value is not None and not (is_known and all(map(_is_pattern, _patterns(value)))):
-            raise CheckpointError(f"{path}: {key}={reprlib.repr(value)}; {wanted} expected")
-
-
-def _patterns(value: Any) -> list[str]:
-    """The regular expressions of a setting; a list has names."""
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
-
-
-def _is_pattern(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def _our_name(name: str, stored: StoredTensor) -> str:
@@ -196,8 +124,8 @@ def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, 
             )
     if not config.get("use_dora") and f"{module}.magnitude" in tensors:
         raise CheckpointError(f"{tensors[f'{module}.magnitude']}: unexpected; {CONFIG} says use_dora=false")
-    rank = _by_pattern(config.get("rank_pattern"), theirs, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), theirs, config["lora_alpha"])
+    rank = value_for(config.get("rank_pattern"), theirs, config["r"])
+    alpha = value_for(config.get("alpha_pattern"), theirs, config["lora_alpha"])
     for part, dimension in (("lora_a.weight", 0), ("lora_b.weight", 1)):
         stored = tensors[f"{module}.{part}"]
         if len(stored.shape) != 2 or stored.shape[dimension] != rank:
@@ -206,14 +134,6 @@ def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, 
                 "config and weights do not belong together: take both from the same folder"
             )
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _hf_module(module: str) -> str:
@@ -255,30 +175,12 @@ def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -
     config = read_json(adapter.folder / CONFIG)
     linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
     for module in [*linears, "output"]:
-        if _is_target(_hf_module(module), config) and module not in adapter.scaling:
+        if is_target(_hf_module(module), config) and module not in adapter.scaling:
             raise CheckpointError(
                 f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + _hf_module(module) + '.lora_A.weight'!r} missing; {CONFIG} "
                 f"adapts it (target_modules={config['target_modules']!r}) in each of the base's "
                 f"{model.config.num_layers} layers; {advice}"
             )
-
-
-def _is_target(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT would adapt the module (its name there) under this config."""
-    layers = config.get("layers_to_transform")
-    number = re.search(r"\.(\d+)\.", module)
-    if layers is not None and not (number and int(number[1]) in ([layers] if isinstance(layers, int) else layers)):
-        return False
-    if _matches(module, config.get("exclude_modules")):
-        return False
-    targets = config.get("target_modules")
-    return module != "lm_head" if targets == "all-linear" else _matches(module, targets)
-
-
-def _matches(module: str, targets: Any) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
 def _check_same_adapters(adapter: StoredAdapter, own: Mapping[str, LoRALinear]) -> None:
