@@ -3,7 +3,8 @@
     kdtune run prune --config smollm2/prune
     kdtune run prune --config smollm2/prune num_layers=16 method=block_influence output_dir=models/SmolLM2-16-layers
 
-Writes a Hugging Face folder. Which layers go matters more than how many: the loss of every choice is printed.
+Writes a Hugging Face folder. Which layers go matters more than how many: the loss of every choice is printed. A greedy search
+that is stopped (Ctrl-C, SIGTERM, a crash) keeps the removals decided so far in OUTPUT_DIR.partial: the same command continues it.
 """
 
 import json
@@ -11,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from kdtune import checkpoint, config, data, distributed, teachers, tokenizers, training
+from kdtune.errors import TrainingError
 from kdtune.models import Transformer, prune
 
 
@@ -80,25 +80,31 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Runs the recipe."""
-    run(cfg)
+    with training.Progress(every=1) as progress:
+        run(cfg, progress)
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, progress: training.Progress) -> None:
     """Calibration text, model, choice, folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
     tokenizer = training.load_tokenizer(cfg)
+    progress.phase("reading the data")
     dataset = data.load_dataset("dataset", cfg.dataset, tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
     training.check_lengths(cfg, {"dataset": training.example_lengths(batches)})
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     num_tokens = sum(batch.num_valid_tokens() for batch in batches)
+    is_searched = cfg.layers is None and cfg.method == "greedy"
+    record = training.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
 
+    progress.phase("loading the model")
     model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     print(f"calibrating on {num_tokens} labels of {dataset.report.source}")
-    kept, removals = choose_layers(cfg, model, batches)
+    kept, removals = choose_layers(cfg, model, batches, record, progress)
 
+    progress.phase("measuring this choice and others")
     choices = {"all layers": list(range(model.config.num_layers)), "this choice": kept}
     choices["evenly spaced"] = prune.evenly_spaced(model.config.num_layers, len(kept))
     choices["block influence"] = prune.most_influential(prune.block_influence(model, batches), len(kept))
@@ -106,6 +112,7 @@ def run(cfg: Config) -> None:
     print(training.format_table([{"layers": name, "number": len(choices[name]), "loss (nats/token)": cost,
                                   "kept": ranges(choices[name])} for name, cost in costs.items()]))  # fmt: skip
 
+    progress.phase(f"writing {cfg.output_dir}")
     student = prune.keep_layers(model, kept)
     report = {"kept": kept, "removals": removals, "num_calibration_tokens": num_tokens, "loss": costs}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
@@ -114,6 +121,8 @@ def run(cfg: Config) -> None:
         )
         training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
         (folder / "prune.json").write_text(json.dumps(report, indent=1) + "\n")
+    if record is not None:
+        record.remove()
     print(f"wrote {cfg.output_dir}: {len(kept)} of {model.config.num_layers} layers, "
           f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f}M parameters")  # fmt: skip
 
@@ -129,7 +138,11 @@ def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[
 
 
 def choose_layers(
-    cfg: Config, model: Transformer, batches: list[data.Batch]
+    cfg: Config,
+    model: Transformer,
+    batches: list[data.Batch],
+    record: training.RemovalRecord | None,
+    progress: training.Progress,
 ) -> tuple[list[int], list[dict[str, float]]]:
     """The layers to keep, and for the greedy choice each removal with the loss after it."""
     total = model.config.num_layers
@@ -139,21 +152,52 @@ def choose_layers(
     assert cfg.num_layers is not None
     if cfg.method == "even":
         return prune.evenly_spaced(total, cfg.num_layers), []
-    if cfg.method == "block_influence":
+    if record is None:
+        progress.phase("measuring the layers")
         influence = prune.block_influence(model, batches)
         rows: list[dict[str, Any]] = [
             {"layer": index, "block influence": value} for index, value in enumerate(influence)
         ]
         print(training.format_table(rows))
         return prune.most_influential(influence, cfg.num_layers), []
-    with tqdm(total=max(0, total - cfg.num_layers), desc="dropping layers", unit="layer") as bar:
-        removals = prune.greedy_removal(
-            model, batches, cfg.num_layers, num_candidates=cfg.num_candidates, progress=lambda _: bar.update()
-        )
+    removals = search(cfg, model, batches, record, progress)
     rows = [{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]
     print(training.format_table(rows))
     dropped = {step.layer for step in removals}
-    return [index for index in range(total) if index not in dropped], [vars(step) for step in removals]
+    layers = [index for index in range(total) if index not in dropped]
+    return layers, [{"layer": step.layer, "loss": step.loss} for step in removals]
+
+
+def search(
+    cfg: Config,
+    model: Transformer,
+    batches: list[data.Batch],
+    record: training.RemovalRecord,
+    progress: training.Progress,
+) -> list[prune.RemovalStep]:
+    """The greedy removals. Each is recorded when it is decided, and a search that was stopped continues from its record."""
+    assert cfg.num_layers is not None
+    num_removals = max(0, model.config.num_layers - cfg.num_layers)
+
+    def add(step: prune.RemovalStep) -> None:
+        record.add(step)
+        progress.step(len(record.removals), [f"layer {step.layer}", f"loss {step.loss:.3f}"])
+
+    def show(share: float) -> None:
+        progress.share(share)
+        if interrupt.requested:
+            num = len(record.removals)
+            outcome = f"kept in {record.path}; the same command continues" if num else "the same command starts again"
+            raise TrainingError(f"stopped by {interrupt.signal_name} after {num} of {num_removals} removals: {outcome}")
+
+    progress.start(num_removals, min(len(record.removals), num_removals), doing="dropping layers", unit="removal")
+    with training.InterruptFlag() as interrupt:
+        found = prune.greedy_removal(
+            model, batches, cfg.num_layers, num_candidates=cfg.num_candidates, done=tuple(record.removals), on_removal=add,
+            on_progress=show,
+        )  # fmt: skip
+    progress.end_steps()
+    return found
 
 
 def ranges(layers: list[int]) -> str:

@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, C candidates (stacks that lack one layer), 
 V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,13 +41,15 @@ class RemovalStep:
     """Its index in the original model."""
     loss: float
     """Nats per valid token after the removal."""
+    added: Mapping[int, float]
+    """By layer, of those tried: what leaving it out would add to the loss before this removal."""
 
 
 def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
     """A model of the given layers of ``model``, in order, that **shares** its weights.
 
     No copy is made, so that a large model fits in memory once: training one of the two changes the other. Use
-    ``copy.deepcopy`` where both go on living.
+    ``copy.deepcopy`` where both are needed.
 
     Raises:
         ConfigError: The indices are not strictly increasing within the model.
@@ -143,7 +145,9 @@ def greedy_removal(
     keep: int,
     *,
     num_candidates: int | None = None,
-    progress: Callable[[RemovalStep], object] | None = None,
+    done: Sequence[RemovalStep] = (),
+    on_removal: Callable[[RemovalStep], object] | None = None,
+    on_progress: Callable[[float], object] | None = None,
 ) -> list[RemovalStep]:
     """Drops layers one at a time, each time the one whose loss hurts least, until ``keep`` are left.
 
@@ -153,10 +157,12 @@ def greedy_removal(
         keep: Layers to be left, at least 1.
         num_candidates: After the first removal, measure only so many layers: those that added least to the loss when they
             were last measured. None: all of them, which is exact and takes several times as long.
-        progress: Called after each removal.
+        done: The first removals of an earlier call with these arguments, whatever its ``keep``: they are not measured again.
+        on_removal: Called after each new removal.
+        on_progress: Called often, with the share of the current removal's measurements that are made, up to 1.
 
     Returns:
-        The removals in order; the layers that none of them names are the ones to keep.
+        The removals in order, those done before first; the layers that none of them names are the ones to keep.
 
     Raises:
         ConfigError: ``keep`` or ``num_candidates`` is out of range, or the text has no valid label.
@@ -164,25 +170,44 @@ def greedy_removal(
     _check_keep(model.config.num_layers, keep)
     if num_candidates is not None and num_candidates < 1:
         raise ConfigError(f"num_candidates={num_candidates}: must be at least 1, or null for all layers")
-    layers = list(range(model.config.num_layers))
     batches = list(batches)
     texts = [_Text(model, batch) for batch in batches]
-    steps: list[RemovalStep] = []
+    steps = list(done)[: model.config.num_layers - keep]
+    removed = [step.layer for step in steps]
+    layers = [layer for layer in range(model.config.num_layers) if layer not in removed]
     # What leaving out each layer added to the loss when it was last measured; at first all are.
-    added = dict.fromkeys(layers, 0.0)
-    loss, removed_at = mean_loss(model, batches), 0
+    added = dict.fromkeys(range(model.config.num_layers), 0.0)
+    for step in steps:
+        added |= step.added
+    loss, removed_at = steps[-1].loss if steps else mean_loss(model, batches), 0
     while len(layers) > keep:
         tried = len(layers) if num_candidates is None or not steps else num_candidates
         candidates = sorted(sorted(range(len(layers)), key=lambda position: added[layers[position]])[:tried])
         stack = [model.layers[index] for index in layers]
-        losses = _mean_over_texts(text.losses_without(candidates, stack, removed_at) for text in texts)
-        for position, without in zip(candidates, losses, strict=True):
-            added[layers[position]] = without - loss
+        # Each candidate's stack goes through the layers above the one that it lacks.
+        size = sum(text.size for text in texts) * sum(len(layers) - 1 - position for position in candidates)
+        passed = _share_of(size, on_progress)
+        losses = _mean_over_texts(text.losses_without(candidates, stack, removed_at, passed) for text in texts)
+        measured = {layers[position]: without - loss for position, without in zip(candidates, losses, strict=True)}
+        added |= measured
         loss, removed_at = min(zip(losses, candidates, strict=True))
-        steps.append(RemovalStep(layers.pop(removed_at), loss))
-        if progress is not None:
-            progress(steps[-1])
+        steps.append(RemovalStep(layers.pop(removed_at), loss, measured))
+        if on_removal is not None:
+            on_removal(steps[-1])
     return steps
+
+
+def _share_of(size: int, tell: Callable[[float], object] | None) -> Callable[[int], None]:
+    """A function of the amounts of a work of this size, as they are done, that tells the share done so far."""
+    done = 0
+
+    def add(amount: int) -> None:
+        nonlocal done
+        done += amount
+        if tell is not None:
+            tell(done / size)
+
+    return add
 
 
 class _Text:
@@ -196,12 +221,18 @@ class _Text:
         self._model, self._batch = model, batch
         hidden_BSD, self._rope = _embed(model, batch)
         self._inputs = [hidden_BSD]
+        self.size = batch.tokens.numel()
 
     def losses_without(
-        self, candidates: Sequence[int], stack: Sequence[nn.Module], changed: int
+        self,
+        candidates: Sequence[int],
+        stack: Sequence[nn.Module],
+        changed: int,
+        passed: Callable[[int], object] = lambda num_tokens: None,
     ) -> tuple[list[float], int]:
         """For each candidate, an increasing position in the stack, the stack's summed loss without it; and the number
-        of valid tokens. ``changed`` is the first position where the stack differs from the last call's.
+        of valid tokens. ``changed`` is the first position where the stack differs from the last call's; ``passed`` is
+        called with the number of tokens that have gone through a layer.
         """
         del self._inputs[changed + 1 :]
         for layer in stack[len(self._inputs) - 1 : candidates[-1]]:
@@ -211,6 +242,7 @@ class _Text:
             if len(skipped_CBSD):
                 flat = _through(stack[position], skipped_CBSD.flatten(0, 1), self._rope)
                 skipped_CBSD = flat.view_as(skipped_CBSD)
+                passed(len(skipped_CBSD) * self.size)
             if position in candidates:
                 skipped_CBSD = torch.cat((skipped_CBSD, self._inputs[position][None]))
         losses = [_summed_loss(self._model, hidden_BSD, self._batch) for hidden_BSD in skipped_CBSD]

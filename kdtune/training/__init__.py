@@ -29,6 +29,7 @@ from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs, unit
 from kdtune.training.precision import device_name_problems, device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
+from kdtune.training.removal_record import RemovalRecord
 from kdtune.training.report import (
     comparison_table,
     held_out_table,
@@ -77,6 +78,7 @@ __all__ = [
     "Muon",
     "Profiler",
     "Progress",
+    "RemovalRecord",
     "StepLog",
     "TensorBoardLogger",
     "TrainingRun",

@@ -40,7 +40,7 @@ class Progress:
         self._silent = silent or self._stream is None
         self._every, self._patience = every, patience
         self._lock = threading.RLock()
-        self._phase, self._count, self._numbers = "starting", "", ""
+        self._phase, self._count, self._numbers, self._unit = "starting", "", "", "step"
         self._first = self._step = self._total = 0
         self._started = self._began = self._last_line = time.monotonic()
         self._bar: tqdm[Any] | None = None
@@ -77,11 +77,15 @@ class Progress:
         """Yield the micro-batches of the next step and count them."""
         return self.counted(batches, "micro-batches", f"step {self._step + 1}/{self._total}")
 
-    def start(self, num_steps: int, step: int = 0) -> None:
-        """Begin training with `step` of `num_steps` steps done."""
-        self._first, self._step, self._total = step, step, num_steps
+    def share(self, done: float) -> None:
+        """Show the share of the current phase or step that is done, from 0 to 1."""
+        self._count = f", {done:.0%}"
+
+    def start(self, num_steps: int, step: int = 0, *, doing: str = "training", unit: str = "step") -> None:
+        """Begin the steps, of training or of what `doing` says, with `step` of `num_steps` done; `unit` is what one is called."""
+        self._first, self._step, self._total, self._unit = step, step, num_steps, unit
         if step < num_steps:  # else the run was killed after its last step, before final/ was whole
-            self.phase(f"training: steps {step + 1:,} to {num_steps:,}")
+            self.phase(f"{doing}: {unit}s {step + 1:,} to {num_steps:,}")
         self._started = time.monotonic()
         if not self._silent and _has_size(self._stream):
             self._bar = tqdm(
@@ -94,7 +98,7 @@ class Progress:
         with self._lock:
             self._step, now = step, time.monotonic()
             self._numbers = ", ".join(numbers)
-            self._begin(f"step {step + 1}/{self._total}")
+            self._begin(f"{self._unit} {step + 1}/{self._total}")
             if self._bar is not None:
                 self._bar.set_postfix_str(self._numbers, refresh=False)
                 self._bar.update(step - self._bar.n)
@@ -102,7 +106,7 @@ class Progress:
             is_edge = step in (self._first + 1, self._total)
             if is_edge or step % self._every == 0 or now - self._last_line >= self._patience:
                 seconds = (now - self._started) / (step - self._first) * (self._total - step)
-                self._print("  ".join([f"step {step}/{self._total}", *numbers, f"{_clock(seconds)} left"]))
+                self._print("  ".join([f"{self._unit} {step}/{self._total}", *numbers, f"{_clock(seconds)} left"]))
 
     def end_steps(self) -> None:
         """End the steps: leave the bar as it is and print lines after it."""
@@ -147,17 +151,20 @@ class Progress:
         now = time.monotonic()
         lasted = now - self._began
         if self._bar is not None:
-            is_step = self._phase.startswith("step ")
+            is_step = self._is_step()
             if lasted > 2.0 and (self._count or not is_step):
                 what = self._numbers + self._count if is_step else self._phase + self._count
                 self._bar.set_postfix_str(what, refresh=False)
             self._bar.refresh()
         elif now - self._last_line >= self._patience:
-            if self._numbers and self._phase.startswith("step ") and lasted < self._patience:
+            if self._numbers and self._is_step() and lasted < self._patience:
                 # Steps are made, only not enough for a line of their own.
-                self._print(f"step {self._step}/{self._total}  {self._numbers}")
+                self._print(f"{self._unit} {self._step}/{self._total}  {self._numbers}")
             else:
                 self._print(f"{self._phase}{self._count}, {_clock(lasted)} so far")
+
+    def _is_step(self) -> bool:
+        return self._phase.startswith(f"{self._unit} ")
 
     def __enter__(self) -> "Progress":
         if not self._silent:

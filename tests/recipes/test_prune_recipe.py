@@ -1,7 +1,16 @@
-"""The prune recipe's checks before anything is measured; what it writes is in test_run_output.py."""
+"""The prune recipe: its checks before anything is measured, and a search that is stopped; what it writes is in test_run_output.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from command_line import ROOT
 
+from kdtune.checkpoint import load_model
 from kdtune.config import load
 from recipes.prune import Config
 
@@ -27,3 +36,66 @@ def test_models_dir_is_where_everything_lies():
     cfg = load("smollm2/prune", ["models_dir=/elsewhere"], Config)
     assert cfg.output_dir == "/elsewhere/SmolLM2-12-layers"
     assert cfg.checkpointer["checkpoint_dir"] == cfg.tokenizer["path"] == "/elsewhere/SmolLM2-135M-Instruct"
+
+
+SEARCH = ("model.num_layers=12", "num_layers=2", "num_candidates=6", "num_calibration_tokens=1500")
+
+
+def stopped(folder, number, num_removals):
+    """Starts the search in a process of its own, and sends it a signal when so many removals are decided."""
+    command = ["run", "prune", "--config", "tiny/prune", f"output_dir={folder}", *SEARCH]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdtune", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    record = folder.with_name(f"{folder.name}.partial")
+    deadline = time.monotonic() + 60
+    while not record.exists() or len(json.loads(record.read_text())["removals"]) < num_removals:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 1), err
+    assert not folder.exists(), "the signal came too late"
+    return err, json.loads(record.read_text())["removals"]
+
+
+def test_a_search_that_is_stopped_continues(cli, tmp_path):
+    """Witness: the same search, never stopped."""
+    whole, folder = tmp_path / "whole", tmp_path / "student"
+    assert prune(cli, whole, *SEARCH).code == 0
+    told, decided = stopped(folder, signal.SIGTERM, 2)
+    kept = f"{folder}.partial"
+    assert told.endswith(
+        f"error: stopped by SIGTERM after {len(decided)} of 10 removals: kept in {kept}; the same command continues\n"
+    )
+    assert "\r" not in told
+    told, more = stopped(folder, signal.SIGKILL, len(decided) + 2)
+    assert f"{kept}: continuing a search after {len(decided)} removals" in told
+    assert more[: len(decided)] == decided and len(more) < 10
+    done = prune(cli, folder, *SEARCH)
+    assert done.code == 0 and f"removal {len(more) + 1}/10  layer" in done.err, done.err
+    assert f"removal {len(more)}/10  layer" not in done.err
+    ours, theirs = (json.loads((one / "prune.json").read_text()) for one in (folder, whole))
+    assert ours == theirs and [step["layer"] for step in ours["removals"]][: len(more)] == [
+        one["layer"] for one in more
+    ]
+    ours, theirs = (load_model(one).state_dict() for one in (folder, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert not os.path.exists(kept)
+
+
+def test_a_record_of_another_search_is_refused(cli, tmp_path, monkeypatch):
+    record = tmp_path / "out.partial"
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    settings = {"model": {}, "dtype": "bf16", "seed": 0, "num_candidates": 7, "calibration text": ""}
+    record.write_text(json.dumps({"settings": settings, "removals": []}))
+    done = prune(cli, tmp_path / "out")
+    assert done.code == 2 and f"{record}: has a search that was stopped, with other settings:\n" in done.err
+    for line in ("dtype: was 'bf16', is 'fp32'", "num_candidates: was 7, is None", "calibration text: was ''"):
+        assert f"\n  {line}" in done.err
+    assert "seed: " not in done.err and "remove the file to start again" in done.err
+    for damaged in ('{"settings": {}', '{"settings": {}, "removals": [{"layer": 1}]}', "[]"):
+        record.write_text(damaged)
+        done = prune(cli, tmp_path / "out")
+        assert done.code == 2 and f"{record}: is no record of a search that was stopped (" in done.err

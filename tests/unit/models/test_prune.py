@@ -134,7 +134,7 @@ def test_greedy_removal_is_the_brute_force_choice(model, texts, seed, num_candid
             parameter.add_(torch.randn_like(parameter) * 0.2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = []
-    steps = prune.greedy_removal(model, iter(texts), 1, num_candidates=num_candidates, progress=seen.append)
+    steps = prune.greedy_removal(model, iter(texts), 1, num_candidates=num_candidates, on_removal=seen.append)
     expected = brute_force_greedy(model, texts, 1)
     assert [step.layer for step in steps] == [layer for layer, _ in expected]
     assert [step.loss for step in steps] == pytest.approx([loss for _, loss in expected], rel=1e-5)
@@ -157,6 +157,28 @@ def test_few_candidates_are_those_that_added_least_when_last_measured(model, tex
     steps = prune.greedy_removal(model, texts, 1, num_candidates=num_candidates)
     assert [step.layer for step in steps] == [layer for layer, _ in expected]
     assert [step.loss for step in steps] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_candidates", [None, 2])
+def test_a_search_continues_where_it_was_stopped(model, texts, num_candidates):
+    """To the bit, from each removal on, and with another number of layers to keep."""
+    whole = prune.greedy_removal(model, texts, 1, num_candidates=num_candidates)
+    for num_done in range(6):
+        new = []
+        steps = prune.greedy_removal(
+            model, texts, 1, num_candidates=num_candidates, done=whole[:num_done], on_removal=new.append
+        )
+        assert steps == whole and new == whole[num_done:]
+    assert prune.greedy_removal(model, texts, 3, num_candidates=num_candidates, done=whole) == whole[:3]
+
+
+def test_progress_is_the_share_of_what_a_removal_measures(model, texts):
+    shares, ends = [], []
+    prune.greedy_removal(model, texts, 4, on_progress=shares.append, on_removal=lambda step: ends.append(len(shares)))
+    for begin, end in zip([0, *ends], ends, strict=False):
+        assert shares[begin:end] == sorted(shares[begin:end]) and shares[begin] > 0 and shares[end - 1] == 1
+    # 3 x 9 and 2 x 14 tokens; the stacks without layers 0 to 5 go through 5, 4, ... of the six.
+    assert shares[0] == 27 / ((27 + 28) * 15)
 
 
 def test_no_candidates_are_refused(model, texts):

@@ -81,6 +81,21 @@ def test_what_lasts_is_told_again_with_how_far_it_is() -> None:
     assert max(later - earlier for earlier, later in pairwise([*stream.times, last])) < 0.3
 
 
+def test_steps_of_another_kind_and_how_far_one_is() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream, every=1, patience=0.1) as progress:
+        progress.start(5, 3, doing="dropping layers", unit="removal")
+        progress.share(0.257)
+        time.sleep(0.2)
+        progress.step(4, ["layer 3"])
+        progress.share(0.5)
+        time.sleep(0.2)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "dropping layers: removals 4 to 5"
+    assert lines[1] == "dropping layers: removals 4 to 5, 26%, 00:00 so far"
+    assert "removal 4/5  layer 3  00:00 left" in lines and "removal 5/5, 50%, 00:00 so far" in lines
+
+
 def test_nothing_is_told_by_the_other_processes_nor_after_the_end() -> None:
     stream = io.StringIO()
     with Progress(stream=stream, silent=True, patience=0.02) as progress:
