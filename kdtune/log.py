@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 from contextlib import suppress
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -18,9 +19,46 @@ def fit_for_stdout(text: str) -> str:
     return printable(text) if sys.stdout.isatty() else text
 
 
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Columns that text on a stream (None: standard output) has: COLUMNS where it is set, else the terminal's.
+
+    None, for any number: the stream is no terminal, or one without a size.
+    """
+    stream = stream or sys.stdout
+    if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given) > 0:
+        return int(given)
+    if stream is None or not stream.isatty():
+        return None
+    with suppress(OSError, ValueError):  # not all terminals of containers know
+        return os.get_terminal_size(stream.fileno()).columns or None
+    return None
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Lines that are told as a run goes, in a terminal fitted to its width by `wrap`; in a log file as they are."""
+    return wrap(text, terminal_width(stream), hang=2) if stream.isatty() else text
+
+
+def wrap(text: str, width: int | None, *, hang: int = 0) -> str:
+    """Fit each line of a text into a width (None: as it is), at blanks only: names, paths and commands without one stay whole.
+
+    What a line is continued with is indented as the line is, and by `hang` more.
+    """
+    if width is None:
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line.strip(), max(width, 1), initial_indent=indent, subsequent_indent=indent + " " * hang,
+            break_long_words=False, break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+    return "\n".join(lines)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return fitted(printable(super().format(record)), sys.stderr)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

@@ -1,6 +1,7 @@
 """Components for `kdtune ls`: what there is of a kind, and what one of them takes. Their packages are imported here, and only here."""
 
 import inspect
+import re
 import textwrap
 from typing import Any
 
@@ -8,6 +9,7 @@ from kdtune.config.check import MismatchError, conform
 from kdtune.config.check import describe as type_text
 from kdtune.config.component import parameters_of, resolve, returned_class
 from kdtune.errors import ConfigError
+from kdtune.log import terminal_width, wrap
 
 _WIDTH = 110
 _TORCH_OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta", "Muon")
@@ -44,10 +46,14 @@ def kind_text(kind: str) -> str:
             *names,
             *(f"torch.optim.{name}" for name in _TORCH_OPTIMIZERS if hasattr(resolve("torch.optim"), name)),
         ]
-    width = max(map(len, names))
+    width, columns = max(map(len, names)), terminal_width()
     lines = [f"{name:<{width}}  {_first_line(resolve(name))}".rstrip() for name in names]
+    if columns is not None and max(map(len, lines)) > columns:
+        lines = [wrap(f"{name}\n    {_first_line(resolve(name))}".rstrip(), columns) for name in names]
     more = [_MORE[kind]] if kind in _MORE else []
-    return "\n".join([*lines, "", *more, "`kdtune ls NAME` shows what one of them takes."])
+    return "\n".join(
+        [*lines, "", *(wrap(line, columns) for line in [*more, "`kdtune ls NAME` shows what one of them takes."])]
+    )
 
 
 def found(package: str, made: str) -> list[str]:
@@ -72,7 +78,8 @@ def component_text(dotted: str) -> str:
     target = resolve(dotted)
     if not callable(target):
         raise ConfigError(f"{dotted} is not a class or function that a config can name")
-    lines = [f"{dotted}: {_first_line(target)}", "", "arguments (* must be set):"]
+    width = terminal_width()
+    lines = [wrap(f"{dotted}: {_first_line(target)}", width, hang=2), "", "arguments (* must be set):"]
     parameters = parameters_of(target)
     for name, parameter in (parameters or {}).items():
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
@@ -81,11 +88,28 @@ def component_text(dotted: str) -> str:
         default = "" if parameter.default is inspect.Parameter.empty else _default_text(parameter)
         mark = " " if default or is_given else "*"
         kind = "" if parameter.annotation is Any else f": {type_text(parameter.annotation)}"
-        lines.append(f"{mark} {name}{kind}{default}{'  (the recipe gives it)' if is_given else ''}")
+        given = "  (the recipe gives it)" if is_given else ""
+        lines.append(f"{mark} " + wrap(f"{name}{kind}{default}{given}", width and width - 2, hang=6))
     if not parameters:
         lines.append("  none" if parameters is not None else "  not known: it is not written in Python")
     docs = (_docs(target)).partition("\n")[2].strip("\n")
-    return "\n".join([*lines, "", textwrap.dedent(docs)]).rstrip()
+    return "\n".join([*lines, "", _reflowed(textwrap.dedent(docs), width)]).rstrip()
+
+
+def _reflowed(docs: str, width: int | None) -> str:
+    """Docs whose paragraphs are filled anew where their lines are too long; lists, arguments and code keep their own lines."""
+    if width is None:
+        return docs
+    lines: list[str] = []
+    is_long = False
+    for line in docs.split("\n"):
+        starts = not line.strip() or re.match(r"\s*(\w+: |\w+:$|[-*] |>>> |`)", line)
+        if is_long and not starts:
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+        is_long = len(line) > width or (is_long and not starts)
+    return wrap("\n".join(lines), width)
 
 
 def _docs(target: Any) -> str:

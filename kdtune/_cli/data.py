@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -75,7 +74,7 @@ def _row_count(text: str) -> int:
 def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse.Namespace, count: int) -> None:
     from kdtune.data import load_dataset, previewed, show
     from kdtune.escape import printable
-    from kdtune.log import fit_for_stdout
+    from kdtune.log import fit_for_stdout, terminal_width
 
     with previewed(max(count, arguments.rows)):
         dataset = load_dataset(key, dict(node), tokenizer)
@@ -93,7 +92,7 @@ def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse
     if report.rows == count:
         print("(the first rows of the source; --count all reads every one)")
     if lengths:
-        print("\n" + show.histogram(lengths, width=min(shutil.get_terminal_size((60, 24)).columns, 80)))
+        print("\n" + show.histogram(lengths, width=min(terminal_width() or 60, 80)))
     for note in report.notes():
         print(printable(f"note: {note}"))
 

@@ -1,10 +1,10 @@
 """`kdtune ls`: recipes and configs, those of a folder, one recipe's keys; components of a kind, or what one of them takes."""
 
 import argparse
-import textwrap
 from collections.abc import Mapping, Sequence
 
 from kdtune import _assets
+from kdtune.log import terminal_width, wrap
 
 _WIDTH = 110
 # Written out, so that a listing of recipes does not import what lists components.
@@ -69,12 +69,15 @@ def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str
 
 
 def _rows(left: str, right: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Two columns with a heading: the group's name beside the first of its members."""
+    """Two columns with a heading: the group's name beside the first of its members; above them where that is too wide."""
     rows = [(left, right)]
     for name, members in groups.items():
         rows += zip((name, *[""] * (len(members) - 1)), members, strict=True)
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {member}" for name, member in rows)
+    lines = [f"{name:<{width}}  {member}" for name, member in rows]
+    if max(map(len, lines)) <= (terminal_width() or _WIDTH):
+        return "\n".join(lines)
+    return "\n".join(line for name, member in rows for line in (name, f"  {member}") if line)
 
 
 def describe(recipe: _assets.Recipe) -> str:
@@ -83,12 +86,14 @@ def describe(recipe: _assets.Recipe) -> str:
 
     names = (recipe.name, *recipe.aliases)
     partners = [config.name for config in _assets.configs() if config.recipe in names]
-    lines = [f"{recipe.name}: {recipe.summary}", f"file:    {recipe.path}"]
+    width = min(terminal_width() or _WIDTH, _WIDTH)
+    lines = [wrap(f"{recipe.name}: {recipe.summary}", width, hang=2), f"file:    {recipe.path}"]
     if recipe.aliases:
-        lines.append(f"aliases: {', '.join(recipe.aliases)}")
-    lines += [f"configs: {', '.join(partners) or 'none'}", "", "keys (* must be set):"]
+        lines.append(wrap(f"aliases: {', '.join(recipe.aliases)}", width, hang=9))
+    lines += [wrap(f"configs: {', '.join(partners) or 'none'}", width, hang=9), "", "keys (* must be set):"]
     for key in field_docs(recipe.path.read_text(encoding="utf-8-sig")).values():
         default = "" if key.default is None else f" = {key.default}"
-        lines.append(f"{'*' if key.default is None else ' '} {key.name}: {key.type}{default}")
-        lines += textwrap.wrap(key.doc, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+        head = f"{key.name}: {key.type}{default}"
+        lines.append(("* " if key.default is None else "  ") + wrap(head, width - 2, hang=8).lstrip())
+        lines.append(wrap(f"      {key.doc}", width))
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 from kdtune.config import instantiate
 from kdtune.distributed import World, fake_world, layout_problems
 from kdtune.errors import ConfigError, LayoutError
+from kdtune.log import terminal_width, wrap
 from kdtune.training.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu, gpu_of
 from kdtune.training.plan import Plan, check_trains, make_plan
 from kdtune.training.plan_teacher import TeacherPlan, make_teacher_plan
@@ -31,29 +32,36 @@ def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
         *_step_rows(plans, gpu),
         *_checkpoint_rows(plans),
     ]
-    return "\n".join([*_lines(rows), *_notes(plans, gpu)])
+    return "\n".join([*_lines(rows), *(wrap(note, terminal_width()) for note in _notes(plans, gpu))])
 
 
 def plan_summary(plan: Plan, gpu: GPU | None) -> str:
-    """Summarize in three lines what a run will need."""
+    """Summarize in three lines what a run will need; in a narrow terminal they take more."""
     unit, name = _unit([plan])
     disk, disk_name = (1e9, "GB") if plan.final_checkpoint >= 1e9 else (1e6, "MB")
     peak = f"{_digits(plan.peak.total / unit)} {name} a process at the peak, in {plan.peak.name}{_room(plan.peak.total, gpu)}"
     step = f"at most {plan.tokens:,} tokens, {_digits(plan.flops / 1e12)} teraFLOP a process"
     if gpu is not None:
         step += f", {_digits(plan.computing(gpu) + plan.communicating(gpu))} s by stated speeds"
-    return (
-        f"plan: {peak}\n"
-        f"      a step: {step}\n"
+    return _summary(
+        f"plan: {peak}",
+        f"      a step: {step}",
         f"      on disk: step_N {_digits(plan.step_checkpoint / disk)} {disk_name}, final {_digits(plan.final_checkpoint / disk)} "
-        f"{disk_name}; `kdtune plan` has the whole of it"
+        f"{disk_name}; `kdtune plan` has the whole of it",
     )
 
 
 def teacher_summary(plan: TeacherPlan, gpu: GPU | None) -> str:
     """The same for processes that hold the teacher alone, in one line."""
     unit, name = _unit([plan])
-    return f"plan: {_digits(plan.peak.total / unit)} {name} a process of the teacher at the peak{_room(plan.peak.total, gpu)}"
+    return _summary(
+        f"plan: {_digits(plan.peak.total / unit)} {name} a process of the teacher at the peak{_room(plan.peak.total, gpu)}"
+    )
+
+
+def _summary(first: str, *more: str) -> str:
+    width = terminal_width()
+    return "\n".join([wrap(first, width, hang=6), *(wrap(line, width, hang=2) for line in more)])
 
 
 def _room(needed: int, gpu: GPU | None) -> str:

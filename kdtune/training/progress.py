@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from kdtune.log import get_logger
+from kdtune.log import fitted, get_logger
 
 T = TypeVar("T")
 # A narrow terminal cuts the line on the right: what matters most comes first.
@@ -134,7 +134,7 @@ class Progress:
         if self._silent:
             return
         try:
-            tqdm.write(text, file=self._stream)
+            tqdm.write(fitted(text, self._stream), file=self._stream)
             self._stream.flush()
         except (OSError, ValueError):  # nobody reads any more (`2>&1 | head`): a run is no worse for that
             self._silent = True

@@ -1,8 +1,8 @@
 """Tables for the terminal."""
 
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
+
+from kdtune.log import terminal_width
 
 
 def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = None) -> str:
@@ -13,7 +13,7 @@ def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = No
 
     Args:
         rows: values by column.
-        width: characters; None: the terminal's, if standard output is one.
+        width: columns; None: those of the terminal, see `kdtune.log.terminal_width`.
 
     >>> print(format_table([{"student": "before", "KL": 7.25}, {"student": "after", "KL": 2.5, "steps": 10}]))
     student     KL  steps
@@ -24,7 +24,7 @@ def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = No
     names = list(dict.fromkeys(key for row in rows for key in row))
     table = [[name, *(_cell(row.get(name)) for row in rows)] for name in names]
     is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
-    width = _terminal_width() if width is None else width
+    width = terminal_width() if width is None else width
     text = _aligned(table, is_text)
     if width is None or _width(text) <= width or not rows:
         return text
@@ -35,12 +35,6 @@ def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = No
         return turned
     return "\n\n".join("\n".join(f"{name}: {cell.strip()}" for name, cell in zip(names, cells, strict=True))
                        for cells in list(zip(*table, strict=True))[1:])  # fmt: skip
-
-
-def _terminal_width() -> int | None:
-    if sys.stdout is None or not sys.stdout.isatty():
-        return None
-    return shutil.get_terminal_size().columns
 
 
 def _width(text: str) -> int:

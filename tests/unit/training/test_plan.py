@@ -23,7 +23,7 @@ from kdtune.training.hardware import GPUS, find_gpu, gpu_of
 from kdtune.training.plan import Plan, make_plan
 from kdtune.training.plan_sizes import state_shapes
 from kdtune.training.plan_teacher import make_teacher_plan
-from kdtune.training.plan_text import print_plan
+from kdtune.training.plan_text import plan_summary, print_plan
 
 CPU = torch.device("cpu")
 SMALL = ["model.vocab_size=500", "model.embed_dim=64", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=64",
@@ -364,6 +364,25 @@ def test_a_run_begins_with_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines[0] == f"plan: {plan.peak.total / 2**20:.3g} MiB a process at the peak, in {plan.peak.name}"
     assert f"at most {plan.tokens:,} tokens" in lines[1] and "`kdtune plan`" in lines[2]
     assert not lines[3].startswith(" ")
+
+
+def test_a_plan_fits_into_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config("finetune", *SMALL)
+    gpu = find_gpu("h100-80gb")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = [plan_summary(on_paper(cfg, 1), gpu), plan_on_paper(cfg, [1, 8])]
+    print_plan(cfg, World(CPU))
+    wide.append(capsys.readouterr().out)
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = [plan_summary(on_paper(cfg, 1), gpu), plan_on_paper(cfg, [1, 8])]
+    print_plan(cfg, World(CPU))
+    narrow.append(capsys.readouterr().out)
+    for one, other in zip(narrow, wide, strict=True):
+        assert max(map(len, one.splitlines())) <= 60 < max(map(len, other.splitlines()))
+        assert one.split() == other.split()
+    assert len(wide[0].splitlines()) == 3
 
 
 def test_a_run_goes_on_where_there_is_no_plan(capsys: pytest.CaptureFixture[str]) -> None:

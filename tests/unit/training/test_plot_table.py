@@ -115,8 +115,9 @@ def test_runs_that_are_compared_name_their_divergence(tmp_path):
 def test_the_last_table_of_a_run_fits_into_sixty_columns(monkeypatch):
     first = {"step": 0, "val_class_loss": 5.0, "val_kd_loss": 0.5, "val_agreement": 0.25, "val_teacher_class_loss": 4.0}
     last = {"step": 480, "val_class_loss": 4.5, "val_kd_loss": 0.25, "val_agreement": 0.5}
+    monkeypatch.delenv("COLUMNS", raising=False)
     wide = comparison_table({"student": [first, last]})
-    monkeypatch.setattr(kdtune.training.table, "_terminal_width", lambda: 60)
+    monkeypatch.setenv("COLUMNS", "60")
     narrow = comparison_table({"student": [first, last]})
     assert max(map(len, wide.splitlines())) > 60 >= max(map(len, narrow.splitlines()))
     assert narrow.splitlines()[0].split() == [
