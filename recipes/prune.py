@@ -119,7 +119,13 @@ def run(cfg: Config, progress: training.Progress) -> None:
         checkpoint.write_model(
             student, folder, base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer
         )
-        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+        made, start = f"{len(kept)} of the {model.config.num_layers} layers", config.run_record(cfg)
+        origin = training.origin_record(cfg.checkpointer, made)
+        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=start | origin)
+        card = training.origin_card(
+            cfg.checkpointer, f"{made} ({ranges(kept)})", tag="pruned", version=start["versions"]["kdtune"]
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "prune.json").write_text(json.dumps(report, indent=1) + "\n")
     if record is not None:
         record.remove()

@@ -129,7 +129,10 @@ def run(cfg: Config) -> None:
             model, folder, scheme=cfg.scheme, group_size=cfg.group_size,
             base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer,
         )  # fmt: skip
-        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+        origin = training.origin_record(cfg.checkpointer, f"{cfg.scheme} weights")
+        training.write_run_files(
+            folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg) | origin
+        )
     columns = ["weights", "size (MB)", "mean weight error", "largest weight error"]
     columns += ["held-out loss (nats/token)"] if held_out is not None else []
     print(training.format_table([{column: row.get(column) for column in columns} for row in (before, after)]))

@@ -24,6 +24,7 @@ from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
 from kdtune.training.model_card import divergence_title, has_facts, model_card, run_facts
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
+from kdtune.training.origin import origin_card, origin_record
 from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs, unit_of
 from kdtune.training.precision import device_name_problems, device_problems, dtype_from_name, resolve_device
@@ -126,6 +127,8 @@ __all__ = [
     "metrics_csv",
     "model_card",
     "new_folder_problems",
+    "origin_card",
+    "origin_record",
     "output_dir_problems",
     "plan_on_paper",
     "plan_steps",

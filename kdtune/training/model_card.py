@@ -6,28 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
-from kdtune.download import downloaded_from
 from kdtune.escape import markdown_table, markdown_text
 from kdtune.paths import user_path
 from kdtune.training.held_out import held_out, teacher_held_out, validated_rows
 from kdtune.training.loggers import read_metrics
+from kdtune.training.origin import base_model, checkpoint_folder, licence, licence_text, model_name
 from kdtune.training.run_record import last_start, read_resolved_config
 
-FILE_NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# What the first lines of a licence say, and the hub's name of it.
-_LICENCES = (
-    (r"apache license\s+version 2\.0", "apache-2.0"),
-    (r"\bmit license", "mit"),
-    (r"llama 3\.3 community license", "llama3.3"),
-    (r"llama 3\.2 community license", "llama3.2"),
-    (r"llama 3\.1 community license", "llama3.1"),
-    (r"meta llama 3 community license", "llama3"),
-    (r"llama 2 community license", "llama2"),
-)
 _USE = {
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,9 +66,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
         f"```python\n{_USE[kind]}\n```",
         "With kdtune:",
         f"```\n{_KDTUNE[kind]}\n```",
-        "## Licence",
-        "The terms of the base model and of the data hold for what was made from them"
-        + ("; see the licence files beside this one." if _licence_files(_folder(config.get("checkpointer"))) else "."),
+        licence_text(checkpoint_folder(config.get("checkpointer")), data=True),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -90,8 +76,8 @@ def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Lite
     methods = ["knowledge-distillation"] if is_distilled(config) else ["sft"]
     sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
     data = ModelCardData(
-        base_model=model_name(config.get("checkpointer")),
-        license=_licence(_folder(config.get("checkpointer"))),
+        base_model=base_model(config.get("checkpointer")),
+        license=licence(checkpoint_folder(config.get("checkpointer"))),
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         datasets=list(dict.fromkeys(sources)) or None,
@@ -104,27 +90,6 @@ def is_distilled(config: Mapping[str, Any]) -> bool:
     """Return whether the run has trained on its teacher; with a kd_ratio of 0 it has only measured its distance to it."""
     ratio = config.get("kd_ratio")
     return isinstance(ratio, int | float) and ratio > 0
-
-
-def model_name(checkpointer: Any) -> str | None:
-    """Name of a model: the repository it was downloaded from, else its folder's name; None for random weights."""
-    folder = _folder(checkpointer)
-    if folder is None:
-        return None
-    if (source := downloaded_from(folder)) is not None:
-        return source
-    # The folders of a run say nothing by their own name.
-    parts = folder.absolute().parts
-    name = "/".join(parts[-2:]) if re.fullmatch(r"final|adapter|step_\d+", folder.name) else folder.name
-    return f"{name} with {Path(checkpointer['adapter_dir']).name}" if checkpointer.get("adapter_dir") else name
-
-
-def _folder(checkpointer: Any) -> Path | None:
-    directory = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, Mapping) else None
-    if not isinstance(directory, str):
-        return None
-    path = user_path(directory)
-    return path.parent if path.is_file() else path
 
 
 def has_facts(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
@@ -286,28 +251,3 @@ def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _licence_files(folder: Path | None) -> list[Path]:
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if re.match(r"(licen[sc]e|copying)", path.name.lower()))
-
-
-def _licence(folder: Path | None) -> str | None:
-    """The hub's name of the base model's licence: what its own card says, else what its licence file begins with."""
-    if folder is None:
-        return None
-    try:
-        named = ModelCard.load(folder / FILE_NAME, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError, yaml.YAMLError):
-        named = None
-    if isinstance(named, str) and re.fullmatch(r"[\w.-]+", named):
-        return named
-    for path in filter(Path.is_file, _licence_files(folder)):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            begin = " ".join(file.read(2000).lower().split())
-        for pattern, name in _LICENCES:
-            if re.search(pattern, begin):
-                return name
-    return None

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from kdtune.checkpoint import load_model
 from kdtune.training import write_final
 from kdtune.training.model_card import component_text, model_card
+from kdtune.training.origin import base_model, model_name
 
 CHECKPOINTER = "checkpointer._component_=kdtune.checkpoint.Checkpointer"
 BASE_CARD = "---\nlicense: apache-2.0\ntags: [base]\n---\n# The base's own card\n"
@@ -108,6 +109,64 @@ def test_its_command_answers(cli: CLI, adapted: Path, base: Path) -> None:
         words = command.replace("FOLDER", str(folder)).replace("BASE", str(base)).split()
         done = cli(*words, "prompt=Hi", "max_new_tokens=2", "device=cpu")
         assert done.code == 0, done.err
+
+
+def test_the_model_that_a_pruned_one_was_made_from(cli: CLI, base: Path, tmp_path: Path) -> None:
+    """Pruned, then trained twice, the last time with the quantized base as teacher."""
+    own = [CHECKPOINTER, "model=null", "device=cpu"]
+    done = cli("run", "prune", "--config", "tiny/prune", f"output_dir={tmp_path}/Small", *own, "num_layers=1",
+               f"checkpointer.checkpoint_dir={base}", "method=even")  # fmt: skip
+    assert done.code == 0, done.err
+    done = cli("run", "quantize", "--config", "tiny/quantize", f"output_dir={tmp_path}/Quick", *own,
+               f"checkpointer.checkpoint_dir={base}", "dataset_val=null")  # fmt: skip
+    assert done.code == 0, done.err
+    card = ModelCard.load(tmp_path / "Small/README.md")
+    assert (card.data.base_model, card.data.license, card.data.tags) == (
+        "acme/Tiny-Instruct",
+        "apache-2.0",
+        ["kdtune", "pruned"],
+    )
+    assert "of 1 of the 2 layers (0) of acme/Tiny-Instruct, without training" in card.text
+    start = [
+        "sample_prompts=[]",
+        "max_steps_per_epoch=1",
+        "lr_scheduler=null",
+        "save_every_n_steps=null",
+        "run_val_every_n_steps=null",
+        *own,
+    ]
+    done = cli("run", "finetune", "--config", "tiny/finetune", f"output_dir={tmp_path}/first", *start,
+               f"checkpointer.checkpoint_dir={tmp_path}/Small")  # fmt: skip
+    assert done.code == 0, done.err
+    card = ModelCard.load(tmp_path / "first/final/README.md")
+    assert (card.data.base_model, card.data.license) == ("acme/Tiny-Instruct", "apache-2.0")
+    facts = dict(table(card, "Training")[1:])
+    assert facts["base model"] == "Small (1 of the 2 layers of acme/Tiny-Instruct)"
+    assert "# Small (1 of the 2 layers of acme/Tiny-Instruct), finetuned" in card.text
+    done = cli("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={tmp_path}/second",
+               *start, f"checkpointer.checkpoint_dir={tmp_path}/first/final", "teacher_model=null",
+               "teacher_checkpointer._component_=kdtune.checkpoint.Checkpointer",
+               f"teacher_checkpointer.checkpoint_dir={tmp_path}/Quick")  # fmt: skip
+    assert done.code == 0, done.err
+    card = ModelCard.load(tmp_path / "second/final/README.md")
+    assert (card.data.base_model, card.data.license) == ("acme/Tiny-Instruct", "apache-2.0")
+    facts = dict(table(card, "Training")[1:])
+    assert facts["base model"] == "first/final"
+    assert facts["teacher"] == "Quick (int8_weight_only weights of acme/Tiny-Instruct)"
+
+
+def test_a_model_of_a_python_package_goes_by_its_files_name(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    (folder / ".kdtune-download").mkdir(parents=True)
+    (folder / ".kdtune-download/record.json").write_text(json.dumps({"source": "pypi:acme-models==1.2", "files": {}}))
+    assert model_name({"checkpoint_dir": str(folder)}) == "acme-models"
+    (folder / "Acme-1.5B-Instruct.Q4_1.gguf").touch()
+    for given in (folder, folder / "Acme-1.5B-Instruct.Q4_1.gguf"):
+        assert model_name({"checkpoint_dir": str(given)}) == "Acme-1.5B-Instruct"
+        assert base_model({"checkpoint_dir": str(given)}) == "Acme-1.5B-Instruct"
+    for stored in ("IQ4_XS", "BF16", "F32", "Q4_K_M", "Q8_0"):
+        (next(folder.glob("*.gguf"))).rename(folder / f"Acme-1.5B-Q.{stored}.gguf")
+        assert model_name({"checkpoint_dir": str(folder)}) == "Acme-1.5B-Q"
 
 
 def test_of_random_weights(good: Path) -> None:
