@@ -198,18 +198,18 @@ def main(cfg: Config) -> None:
         config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
         world.one_voice(),
     ):
-        measured = run(cfg, world)
+        tokenizer, cfg = training.load_tokenizer(cfg)
+        measured = run(cfg, tokenizer, world)
     # Nobody waits for the main process while it writes.
     if world.is_main:
         write_results(cfg, measured)
 
 
-def run(cfg: Config, world: distributed.World) -> evaluation.Measured:
+def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) -> evaluation.Measured:
     """Data, model, measurements."""
     training.set_seed(cfg.seed)
 
     # Data. It comes first: no weight is read where a dataset or split is missing.
-    tokenizer = training.load_tokenizer(cfg)
     tasks = evaluation.load_tasks(cfg.tasks, cfg.include_path, num_fewshot=cfg.num_fewshot) if cfg.tasks else []
     texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]

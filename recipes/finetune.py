@@ -163,7 +163,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     output_dir = Path(cfg.output_dir)
     get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
-    tokenizer = training.load_tokenizer(cfg)
+    tokenizer, cfg = training.load_tokenizer(cfg)
     newest = None
     if cfg.resume_from_checkpoint:
         newest = training.step_to_resume(output_dir, config.as_values(cfg), may_change=training.MAY_CHANGE,

@@ -187,7 +187,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
     """Data, models, optimization, loop: from the config to final/."""
     output_dir = Path(cfg.output_dir)
     batches_per_step = cfg.gradient_accumulation_steps * world.dp_size
-    tokenizer = training.load_tokenizer(cfg)
+    tokenizer, cfg = training.load_tokenizer(cfg)
     newest = None
     if cfg.resume_from_checkpoint:
         newest = checkpoint.from_main(training.step_to_resume(

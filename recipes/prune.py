@@ -88,7 +88,7 @@ def run(cfg: Config, progress: training.Progress) -> None:
     """Calibration text, model, choice, folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
-    tokenizer = training.load_tokenizer(cfg)
+    tokenizer, cfg = training.load_tokenizer(cfg)
     progress.phase("reading the data")
     dataset = data.load_dataset("dataset", cfg.dataset, tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]

@@ -97,7 +97,7 @@ def main(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Held-out data, model, quantization, folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
-    tokenizer = training.load_tokenizer(cfg)
+    tokenizer, cfg = training.load_tokenizer(cfg)
     held_out = None
     if cfg.dataset_val is not None:
         dataset = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)

@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--key {chosen}: {arguments.config} has no such dataset; it has {', '.join(dict.fromkeys(keys))}"
         )
-    tokenizer = load_tokenizer(cfg)
+    tokenizer, _ = load_tokenizer(cfg)
     for key, node in nodes.items():
         if key.partition(".")[0] == chosen:
             _show(key, node, tokenizer, arguments, count)

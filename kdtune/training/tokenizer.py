@@ -1,7 +1,8 @@
 """The tokenizer of a run, whose data must not depend on the day on which it is read."""
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdtune.checkpoint import from_main
 from kdtune.config import instantiate
@@ -12,11 +13,13 @@ from kdtune.tokenizers import Tokenizer
 from kdtune.tokenizers.chat_format import today
 from kdtune.training.run_record import read_resolved_config
 
+Config = TypeVar("Config")
+
 log = get_logger(__name__)
 
 
-def load_tokenizer(cfg: Any) -> Tokenizer:
-    """The config's tokenizer. Where its chat template prints the date, that is fixed, and written into `cfg`.
+def load_tokenizer(cfg: Config) -> tuple[Tokenizer, Config]:
+    """Return the config's tokenizer, and the config; where the chat template prints the date, a copy with `tokenizer.date`.
 
     The date is `tokenizer.date`; else, of a run that is resumed, the one that it records; else that of the run whose folder
     (final/ or step_N/) the tokenizer lies in; else today's. All processes get the same.
@@ -24,7 +27,8 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be made, is no `Tokenizer`, or a run's config.yaml is damaged.
     """
-    node: dict[str, Any] = cfg.tokenizer
+    values: Any = cfg
+    node: dict[str, Any] = values.tokenizer
     day = from_main(_recorded(cfg) or today())
     tokenizer = instantiate(node, optional={"date": day})
     if not isinstance(tokenizer, Tokenizer):
@@ -34,9 +38,10 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
         )
     # A component of the user's own may take no date, and its template then be told what it likes.
     if "date" not in node and tokenizer.asks_date and tokenizer.date == day:
-        cfg.tokenizer = {**node, "date": day}
+        values = copy.copy(values)
+        values.tokenizer = {**node, "date": day}
         log.info("the chat template prints the date: %s throughout this run (tokenizer.date)", day)
-    return tokenizer
+    return tokenizer, values
 
 
 def _recorded(cfg: Any) -> str | None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from kdtune.sweeps import runner
 from kdtune.sweeps.plan import Step
 from kdtune.tokenizers import byte_tokenizer, chat_format, load
+from kdtune.training import load_tokenizer
 
 TEMPLATE = (
     "<|im_start|>{{ strftime_now('%d %b %Y, %H:%M') }}<|im_end|>{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>"
@@ -175,3 +177,19 @@ def test_a_given_date_is_printed_in_place_of_now(
     on("2026-11-29T13:00")
     assert "29 Nov 2026, 13:00" in load(folder).render(chat)
     assert "30 Jun 2020, 00:00" in load(folder, date="2020-06-30").render(chat)
+
+
+def test_the_config_is_left_as_it_is_and_its_dated_copy_keeps_what_it_came_from(
+    on: Callable[[str], None], tmp_path: Path
+) -> None:
+    on("2026-11-29T12:00")
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    node = {"_component_": "kdtune.tokenizers.load", "path": str(tmp_path / "tokenizer")}
+    cfg = SimpleNamespace(output_dir="", tokenizer=dict(node), seed=7)
+    tokenizer, dated = load_tokenizer(cfg)
+    assert cfg.tokenizer == node
+    assert dated.tokenizer == {**node, "date": "2026-11-29"} and dated.seed == 7
+    assert tokenizer.date == "2026-11-29"
+    plain = SimpleNamespace(output_dir="", tokenizer={"_component_": "kdtune.tokenizers.byte_tokenizer"})
+    assert load_tokenizer(plain)[1] is plain
