@@ -18,7 +18,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints OK, and a note where only the data will say whether the run can start.
+    """Prints OK, and a note where only the data will say whether the run can start, or where the held-out examples are of other data.
 
     Raises:
         ConfigError: with every finding.
@@ -27,9 +27,10 @@ def execute(arguments: argparse.Namespace) -> None:
     config = _assets.find_config(source)
     recipe = partner_recipe(config)
     cfg = validate(recipe, source, overrides)
+    from kdtune.config.overrides import held_out_note
     from kdtune.training import context_note
 
-    if note := context_note(cfg):
+    for note in filter(None, (context_note(cfg), held_out_note(cfg, overrides))):
         print(f"note: {note}")
     print(f"OK: {source} is a valid config for {recipe.name} (files and device are looked at when it runs)")
 

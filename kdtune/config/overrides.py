@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kdtune._assets import did_you_mean
@@ -13,6 +13,36 @@ from kdtune.errors import ConfigError
 
 FORMS = "overrides are key=value, a.b=value, ~key or node=dotted.Component"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+# What a dataset's rows come from, of its arguments; the others say which of them, and how they are read.
+_ROWS = (COMPONENT, "source", "data_files", "data_dir", "datasets")
+
+
+def held_out_note(cfg: Any, overrides: Sequence[str]) -> str | None:
+    """A sentence where overrides replace the training data, but the held-out examples are still the config's own; else None.
+
+    cfg: a frame's instance, of any recipe. overrides: those that it was loaded with.
+    """
+    dataset, dataset_val = getattr(cfg, "dataset", None), getattr(cfg, "dataset_val", None)
+    keys = [override.partition("=")[0].removeprefix("~").split(".") for override in overrides]
+    is_replaced = any(key[0] == "dataset" and (len(key) == 1 or set(key[1:]) & set(_ROWS)) for key in keys)
+    if not (is_replaced and is_component(dataset_val)) or any(key[0] == "dataset_val" for key in keys):
+        return None
+    if _rows(dataset) == _rows(dataset_val):
+        return None
+    rows = ", ".join(f"{name}={shown(value)}" for name, value in _rows(dataset_val).items() if name != COMPONENT)
+    return (
+        f"dataset was replaced on the command line; dataset_val is still {dataset_val[COMPONENT]}{f' with {rows}' if rows else ''}; "
+        "give dataset_val=..., or leave it out: ~dataset_val"
+    )
+
+
+def _rows(node: Any) -> Any:
+    """What says where a dataset's rows come from, those of a mixture's parts too."""
+    if isinstance(node, list):
+        return [_rows(part) for part in node]
+    return {name: _rows(node[name]) for name in _ROWS if name in node} if is_component(node) else node
 
 
 def apply_overrides(

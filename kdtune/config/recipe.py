@@ -21,11 +21,13 @@ import kdtune
 from kdtune import _assets
 from kdtune.config.frame import KeyDoc
 from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_frame, load, to_yaml
+from kdtune.config.overrides import held_out_note
 from kdtune.errors import FILE_ERRORS, ConfigError, KDTuneError, error_text
-from kdtune.log import outlive_readers
+from kdtune.log import get_logger, outlive_readers
 
 T = TypeVar("T")
 _ORIGIN = "_kdtune_origin"
+_log = get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,8 @@ def import_recipe(recipe: _assets.Recipe) -> EntryPoint:
 def _gates(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
     check_partner(recipe, source)
     cfg = load(source, overrides, frame)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (note := held_out_note(cfg, overrides)):
+        _log.warning(note)
     check_machine(cfg, source)
     name = _assets.find_config(source).recipe or recipe.stem
     object.__setattr__(cfg, _ORIGIN, Origin(name, source, tuple(overrides), _command(sys.argv)))

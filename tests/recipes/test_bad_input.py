@@ -724,3 +724,36 @@ def test_a_warmup_longer_than_the_training_is_told_before_a_model_is_built(
     assert done.code == 2
     assert "lr_scheduler.num_warmup_steps=100000: longer than the" in done.err
     assert not (tmp_path / "out").exists()
+
+
+NOTE = "dataset was replaced on the command line; dataset_val is still kdtune.data.quickstart_dataset"
+OTHER = ["dataset=kdtune.data.alpaca_dataset", "dataset.source={rows}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (OTHER, True),
+        (["dataset.source={rows}"], False),  # quickstart_dataset takes none: an error, and nothing else
+        ([*OTHER, "~dataset_val"], False),
+        ([*OTHER, "dataset_val=null"], False),
+        ([*OTHER, "dataset_val=kdtune.data.alpaca_dataset", "dataset_val.source={rows}"], False),
+        ([*OTHER, "dataset_val.split=test[:2]"], False),
+        (["dataset.train_on=all"], False),
+        (["dataset.split=train[:8]"], False),
+        (["dataset=kdtune.data.quickstart_dataset"], False),
+    ],
+)
+def test_held_out_examples_of_the_data_that_were_replaced_are_told(
+    overrides: list[str], is_told: bool, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "i", "input": "", "output": "o"}) + "\n")
+    settings = [override.format(rows=rows) for override in overrides]
+    done = cli("validate", "tiny/finetune", *settings)
+    assert (NOTE in done.out) is is_told
+    if is_told:
+        assert done.out.count("; give dataset_val=..., or leave it out: ~dataset_val") == 1
+        missing = ["tokenizer=kdtune.tokenizers.load", "tokenizer.path=/nowhere"]
+        done = cli("run", "finetune", "--config", "tiny/finetune", *settings, *missing)
+        assert done.code == 2 and done.err.count(NOTE) == 1

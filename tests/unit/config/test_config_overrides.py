@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdtune.config import ConfigError, PathText, as_values, component, load
 from kdtune.config.load import parse_value
-from kdtune.config.overrides import apply_overrides
+from kdtune.config.overrides import apply_overrides, held_out_note
 
 TREE = {
     "lr": 0.1,
@@ -239,3 +240,25 @@ def test_quoted_text_comes_through_unchanged(text: str) -> None:
     tree, problems = apply(f"new={quoted}")
     assert problems == []
     assert tree["new"] == text
+
+
+ALPACA = {"_component_": "a.alpaca", "source": "a.jsonl", "split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dataset", "told"),
+    [
+        (["dataset.source=b.jsonl"], {**ALPACA, "source": "b.jsonl"}, "is still a.alpaca with source='a.jsonl'"),
+        (["dataset.data_files=b.jsonl"], {**ALPACA, "data_files": "b.jsonl"}, "is still a.alpaca"),
+        (["dataset.datasets.0.source=b"], {"_component_": "a.mix", "datasets": [{**ALPACA, "source": "b"}]}, "is still a.alpaca"),
+        (["dataset=a.alpaca", "dataset.source=a.jsonl"], ALPACA, None),
+        (["dataset.split=test", "dataset.column_map={a: source}"], {**ALPACA, "split": "test"}, None),
+        (["dataset.source=b.jsonl", "~dataset_val.split"], {**ALPACA, "source": "b.jsonl"}, None),
+        (["output_dir=dataset.source", "dataset_seed=1"], {**ALPACA, "source": "b.jsonl"}, None),
+    ],
+)  # fmt: skip
+def test_held_out_note(overrides: list[str], dataset: dict[str, Any], told: str | None) -> None:
+    note = held_out_note(SimpleNamespace(dataset=dataset, dataset_val=ALPACA), overrides)
+    assert note is None if told is None else told in (note or "")
+    assert held_out_note(SimpleNamespace(dataset=dataset, dataset_val=None), overrides) is None
+    assert held_out_note(SimpleNamespace(dataset_val=ALPACA), ["dataset_val.source=b"]) is None
