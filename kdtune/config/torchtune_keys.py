@@ -13,6 +13,7 @@ _ADAPTERS = (
     "it is an argument of a builder with adapters (kdtune.models.lora_...), or of adapter=kdtune.models.apply_lora"
 )
 _NO_PACKING = "sequences are not packed in this release, a batch is padded to its own longest; remove it"
+_ACTIVITIES = "what the CPU does is traced, and the GPU's work where there is one; remove it"
 _VALIDATION = "this recipe does not validate while it trains; remove it"
 
 # Keys by their place in a torchtune config. The table answers only for keys that the recipe itself does not have.
@@ -36,21 +37,23 @@ REFUSED: dict[str, str] = {
     "custom_sharded_layers": _LAYERS_ARE_SHARDS,
     "data_parallel_replicate_dim": "use parallelism.dp_replicate",
     "data_parallel_shard_dim": "use parallelism.dp_shard",
-    "dataset.new_system_prompt": "put the system turn into the data's messages; remove it",
+    "dataset.new_system_prompt": "only kdtune.data.chat_dataset takes it; put a system turn into the rows, or use that one",
     "dataset.packed": _NO_PACKING,
     "dataset.split_across_pack": _NO_PACKING,
     "dataset_val": _VALIDATION,
-    "enable_activation_offloading": "nothing is offloaded; enable_activation_checkpointing saves memory here",
+    "enable_activation_offloading": "activations are not offloaded; use enable_activation_checkpointing",
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
     "enable_kv_cache": "the cache is always used; remove it",
     "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",
     "fsdp_cpu_offload": "use parallelism.cpu_offload",
     "fsdp_reshard_after_forward": "use parallelism.reshard_after_forward",
-    "fsdp_sharding_strategy": "use parallelism.reshard_after_forward (SHARD_GRAD_OP: false) and dp_replicate (HYBRID_SHARD: above 1)",
+    "fsdp_sharding_strategy": (
+        "use parallelism.reshard_after_forward (SHARD_GRAD_OP: false) and parallelism.dp_replicate (HYBRID_SHARD: above 1)"
+    ),
     "fused": "it is an argument of the optimizer: optimizer.fused=true",
     "kd_loss.ignore_index": "labels that are not trained on are always -100; remove it",
     "kd_loss.num_output_chunks": "the loss is cut by tokens, not into a number of chunks: use loss_chunk_size",
-    "loss": "the loss is cross entropy plus kd_loss, weighed by kd_ratio (0: cross entropy alone); remove it",
+    "loss": "the loss is cross entropy, in distillation mixed with kd_loss by kd_ratio; remove it",
     "loss.num_output_chunks": "the loss is cut by tokens, not into a number of chunks: use loss_chunk_size",
     "low_cpu_ram": "loading needs about one copy of the weights as it is; remove it",
     "max_seq_len": "it is an argument of the tokenizer: tokenizer.max_seq_len",
@@ -68,6 +71,9 @@ REFUSED: dict[str, str] = {
     "model_type": _FROM_FOLDER,
     "optimizer_in_bwd": "gradients are clipped and checked before the step, so they are kept until then; remove it",
     "packed": _NO_PACKING,
+    "profiler.cpu": _ACTIVITIES,
+    "profiler.cuda": _ACTIVITIES,
+    "profiler.enabled": "a profiler that is given is on: remove it, and for no profile set profiler=null",
     "quantizer": "write the quantized folder with `kdtune run quantize`, and set checkpointer.checkpoint_dir to it",
     "recipe_checkpoint": _NEWEST_STEP,
     "resize_token_embeddings": "heads of unequal size are cut to the ids both have, none is resized; remove it",
@@ -84,16 +90,22 @@ REFUSED: dict[str, str] = {
 
 _ROLES = ("teacher_", "student_")
 
+_CHECKPOINTER = "use kdtune.checkpoint.Checkpointer, which reads Hugging Face, Meta and GGUF files"
+_CROSS_ENTROPY = "the loss is cross entropy without a component; remove it"
+
 # Components whose counterpart has another name; those of the same name are found by looking (see component_hint).
 RENAMED: dict[str, str] = {
-    "AdamW": "torch.optim.AdamW",
-    "CEWithChunkedOutputLoss": "kdtune.losses.KDLoss (with kd_ratio 0 it is cross entropy alone)",
-    "ForwardKLWithChunkedOutputLoss": "kdtune.losses.ForwardKLLoss",
-    "FullModelHFCheckpointer": "kdtune.checkpoint.Checkpointer",
-    "FullModelMetaCheckpointer": "kdtune.checkpoint.Checkpointer",
-    "FullModelTorchTuneCheckpointer": "kdtune.checkpoint.Checkpointer (Hugging Face, Meta and GGUF files)",
-    "LinearCrossEntropyLoss": "kdtune.losses.KDLoss (with kd_ratio 0 it is cross entropy alone)",
-    "PagedAdamW8bit": "torch.optim.AdamW, or torchao.optim.AdamW8bit",
+    "AdamW": "use torch.optim.AdamW",
+    "CEWithChunkedOutputLoss": _CROSS_ENTROPY,
+    "DiskLogger": "every run writes metrics.jsonl; remove it",
+    "ForwardKLWithChunkedOutputLoss": "use kdtune.losses.ForwardKLLoss",
+    "FullModelHFCheckpointer": _CHECKPOINTER,
+    "FullModelMetaCheckpointer": _CHECKPOINTER,
+    "FullModelTorchTuneCheckpointer": _CHECKPOINTER,
+    "LinearCrossEntropyLoss": _CROSS_ENTROPY,
+    "PagedAdamW8bit": "use torch.optim.AdamW, or torchao.optim.AdamW8bit",
+    "StdoutLogger": "every run prints its steps and writes metrics.jsonl; remove it",
+    "setup_torch_profiler": "use kdtune.training.Profiler",
 }
 _PACKAGES = ("models", "tokenizers", "losses", "data", "checkpoint", "training")
 
@@ -110,7 +122,7 @@ def key_hint(key: str) -> str | None:
 def component_hint(name: str) -> str:
     """What to write for the torchtune component of that name: kdtune's own where there is one."""
     if name in RENAMED:
-        return f"use {RENAMED[name]}"
+        return RENAMED[name]
     for package in _PACKAGES:
         module = _package(f"kdtune.{package}")
         if module is not None and hasattr(module, name):

@@ -1,13 +1,20 @@
 """Frames read from source, and the table of torchtune's keys."""
 
+import inspect
 import re
 from pathlib import Path
 
 import config_samples
 import pytest
+import torch
 
-from kdtune.config import field_docs
-from kdtune.config.torchtune_keys import REFUSED, component_hint, key_hint
+from kdtune import models, tokenizers
+from kdtune.checkpoint import Checkpointer
+from kdtune.config import field_docs, resolve
+from kdtune.config.torchtune_keys import REFUSED, RENAMED, component_hint, key_hint
+from kdtune.distributed import Parallelism
+
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 SOURCE = '''
 from kdtune import config
@@ -64,11 +71,46 @@ def test_field_docs_agrees_with_the_imported_frame() -> None:
     assert list(keys) == [field.name for field in dataclasses.fields(config_samples.Config)]
 
 
+@pytest.fixture(scope="module")
+def known_keys() -> set[str]:
+    """Keys of all recipes, and the arguments of the components that the hints speak of."""
+    components = {"parallelism": Parallelism, "checkpointer": Checkpointer, "tokenizer": tokenizers.load,
+                  "optimizer": torch.optim.AdamW}  # fmt: skip
+    keys = {key for recipe in RECIPES.glob("*.py") for key in field_docs(recipe.read_text())}
+    for key, component in components.items():
+        names = inspect.signature(component).parameters
+        keys |= {*names, *(f"{key}.{name}" for name in names)}
+    return keys
+
+
+# What a hint names that is neither a key nor a component of ours.
+OTHER_NAMES = {
+    "HYBRID_SHARD", "SHARD_GRAD_OP", "adapter_model.safetensors", "metrics.jsonl",
+    "step_N", "tokenizer.json", "torch.distributed.checkpoint"
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("key", sorted(REFUSED))
-def test_each_refused_key_has_one_sentence_that_says_what_to_do(key: str) -> None:
+def test_each_refused_key_has_one_sentence_that_says_what_to_do(key: str, known_keys: set[str]) -> None:
     sentence = key_hint(key)
     assert sentence and "\n" not in sentence
-    assert re.search(r"remove it|use |set |list |is a top-level key|is an argument|write |saves memory", sentence)
+    assert re.search(r"remove it|use |set |list |is a top-level key|is an argument|write |or leave it out", sentence)
+    named = {name for name in re.findall(r"[A-Za-z]\w*(?:\.\w+)*", sentence) if re.search(r"[._]", name)} - OTHER_NAMES
+    for name in named:
+        if name == "kdtune.models.lora_":  # one of those that begin so
+            assert hasattr(models, "lora_llama3_2_1b")
+        elif name.startswith("kdtune."):
+            resolve(name)
+        else:
+            assert name in known_keys, f"{key}: its hint names {name!r}, which no recipe has"
+
+
+@pytest.mark.parametrize("name", sorted(RENAMED))
+def test_each_renamed_component_leads_to_one_that_exists(name: str) -> None:
+    hint = component_hint(name)
+    assert re.search(r"use |remove it", hint)
+    for dotted in re.findall(r"(?:kdtune|torch|torchao)(?:\.\w+)+", hint):
+        resolve(dotted)
 
 
 def test_roles_share_the_table() -> None:
