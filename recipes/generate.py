@@ -88,15 +88,21 @@ class Config:
         """Return config problems, one sentence each."""
         found = training.device_name_problems(self.device)
         given = [key for key in ("prompt", "prompts", "prompt_file") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found.append(f"prompt, prompts, prompt_file: {', '.join(given) or 'none'} given; give one of them")
+        if not given:
+            found.append("prompt, prompts, prompt_file: none given; give one of them, such as prompt=...")
+        if len(given) > 1:
+            found.append(
+                f"{', '.join(given)}: only one can be given; remove the rest: {' or '.join(f'~{key}' for key in given)}"
+            )
         if self.prompts == []:
             found.append("prompts=[]: holds no prompt; give at least one")
         if isinstance(self.prompt, dict):
             if unknown := sorted(self.prompt.keys() - {"user", "system"}):
                 found.append(f"prompt.{unknown[0]}: unknown; a prompt has user and system")
             if self.prompt.get("system") is not None and self.system_prompt is not None:
-                found.append("prompt.system, system_prompt: both given; they mean the same, give one of them")
+                found.append(
+                    "prompt.system, system_prompt: both given; they mean the same, remove one: ~prompt.system or ~system_prompt"
+                )
         if self.batch_size < 1:
             found.append(f"batch_size={self.batch_size}: must be at least 1")
         try:
@@ -108,7 +114,7 @@ class Config:
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         if self.output_file is None and self.overwrite:
-            found.append("overwrite=true: there is no output_file to replace; give one, or leave it out")
+            found.append("overwrite=true: there is no output_file to replace; give output_file=..., or ~overwrite")
         return found
 
     def machine_problems(self) -> list[str]:

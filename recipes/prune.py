@@ -57,13 +57,22 @@ class Config:
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
         found = training.device_name_problems(self.device)
-        if (self.layers is None) == (self.num_layers is None):
-            found.append("layers, num_layers: give one of them, the list to keep or the number to keep")
+        if self.layers is None and self.num_layers is None:
+            found.append("layers, num_layers: give one of them, the list to keep (layers=[0,1]) or the number to keep")
+        if self.layers is not None and self.num_layers is not None:
+            found.append(
+                "layers, num_layers: both given, the list to keep and the number to keep; remove one: ~layers or ~num_layers"
+            )
+        if self.layers is not None and self.method != "greedy":
+            found.append(
+                f"method={self.method}: has no effect with layers; remove one: ~method, or ~layers and give num_layers"
+            )
         for key in ("num_calibration_tokens", "num_layers", "num_candidates"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)}: must be at least 1")
         if self.num_candidates is not None and (self.layers is not None or self.method != "greedy"):
-            found.append(f"num_candidates={self.num_candidates}: only the greedy choice of num_layers has candidates")
+            found.append(f"num_candidates={self.num_candidates}: has no effect but in the greedy choice of num_layers; remove it: "
+                         "~num_candidates")  # fmt: skip
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         return found + data.first_row_problems(self)

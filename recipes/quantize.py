@@ -60,7 +60,7 @@ class Config:
             found.append(f"batch_size_val={self.batch_size_val}: must be at least 1")
         if self.quantize_output and self.dataset_val is not None:
             found.append(
-                "quantize_output=true, dataset_val: the held-out loss needs a plain head; leave one of them out"
+                "quantize_output=true, dataset_val: the held-out loss needs a plain head; remove one: ~quantize_output or ~dataset_val"
             )
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")

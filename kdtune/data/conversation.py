@@ -52,7 +52,7 @@ def chosen_train_on(train_on: TrainOn | None, train_on_input: bool | None, defau
     if train_on_input != (train_on == "all"):
         raise ConfigError(
             f"train_on={train_on}, train_on_input={str(train_on_input).lower()}: contradict each other (true is "
-            "train_on=all, false is train_on=answers); keep train_on"
+            "train_on=all, false is train_on=answers); remove one of the two, such as ~dataset.train_on"
         )
     return train_on
 

@@ -169,7 +169,8 @@ def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
     if source.source in LOCAL_KINDS:
         if source.name is not None:
             raise ConfigError(
-                f"name={source.name}: names a configuration of a hub dataset; '{source.source}' files have none"
+                f"name={source.name}: names a configuration of a hub dataset; '{source.source}' files have none: remove it, such as "
+                "by ~dataset.name"
             )
         return source.source, listed_files(source.source, source.data_files, source.data_dir)
     path = user_path(source.source)
@@ -182,7 +183,9 @@ def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
         return None, {}
     for key, value in (("data_files", source.data_files), ("data_dir", source.data_dir), ("name", source.name)):
         if value is not None:
-            raise ConfigError(f"{key}={value}: has no effect when source is a file ({source.source}); leave it out")
+            raise ConfigError(
+                f"{key}={value}: has no effect when source is a file ({source.source}); remove it, such as by ~dataset.{key}"
+            )
     if not path.is_file():
         raise ElsewhereError(f"source={source.source}: no such file")
     return kind, {"train": [str(path)]}

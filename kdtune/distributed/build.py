@@ -100,5 +100,9 @@ def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
 def _adapted(model: Transformer, adapter: Any) -> Transformer:
     if adapter is None:
         return model
+    if has_adapters(model):
+        raise ConfigError(
+            "model, adapter: the builder in `model` makes adapters already; remove one: ~model or ~adapter"
+        )
     adapted: Transformer = instantiate(adapter, model=model)
     return adapted

@@ -1,9 +1,11 @@
 """Every shipped config without any one of its keys: it is valid, or the message says what to type."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import CLI
 
 from kdtune import _assets
 from kdtune.config import is_component, load
@@ -78,3 +80,34 @@ def test_what_the_message_says_to_type_makes_the_config_valid(name: str, removed
         load(name, [removed], frame)
     assert told in str(error.value)
     load(name, [removed, *too.split()], frame)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "told", "too"),
+    [
+        ("quickstart_student", "num_layers=20", "remove one: ~layers or ~num_layers", "~layers"),
+        ("quickstart_student", "method=even", "remove one: ~method, or ~layers and give num_layers", "~layers num_layers=9"),
+        ("quickstart_student", "num_candidates=4", "~num_candidates", "~layers num_layers=20"),
+        ("smollm2/prune", "layers=[0,1]", "~num_candidates", "~num_layers ~num_candidates"),
+        ("smollm2/prune", "method=even", "remove it: ~num_candidates", "~num_candidates"),
+        ("generation", "prompts=[a]", "prompt, prompts: only one can be given; remove the rest: ~prompt or ~prompts", "~prompt"),
+        ("tiny/quantize", "quantize_output=true", "~quantize_output or ~dataset_val", "~dataset_val"),
+        ("quickstart", "dataset.train_on_input=true", "~dataset.train_on", "~dataset.train_on"),
+        ("tiny/generate", "overwrite=true", "give output_file=..., or ~overwrite", "output_file=answers.jsonl"),
+    ],
+)  # fmt: skip
+def test_of_two_keys_that_exclude_each_other_the_one_to_remove_is_named(
+    name: str, given: str, told: str, too: str
+) -> None:
+    frame = import_recipe(_assets.find_recipe(_assets.find_config(name).recipe or "")).frame
+    with pytest.raises(ConfigError) as error:
+        load(name, [given], frame)
+    assert told in str(error.value)
+    load(name, [given, *too.split()], frame)
+
+
+def test_a_builder_with_adapters_beside_an_adapter(cli: CLI, tmp_path: Path) -> None:
+    own = ["model._component_=kdtune.models.lora_llama", "model.lora_attn_modules=[q_proj]", "model.lora_rank=2"]
+    done = cli("run", "finetune", "--config", "tiny/finetune", f"output_dir={tmp_path}/run", *own,
+               "adapter=kdtune.models.apply_lora", "adapter.lora_attn_modules=[q_proj]")  # fmt: skip
+    assert done.code == 2 and "remove one: ~model or ~adapter" in done.err
