@@ -113,7 +113,7 @@ def run(cfg: Config) -> None:
         problems += report_problems(cfg, plan)
     print(f"results: {output_dir / 'results.jsonl'}: {len(rows)} of {len(plan.whole)} cells")
     if reason:
-        print(f"stopped {reason}; the same command goes on from here")
+        print(f"stopped {reason}; the same command continues from here")
     if problems:
         raise TrainingError("\n".join(problems))
 

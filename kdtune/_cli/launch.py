@@ -14,7 +14,7 @@ from kdtune._cli.names import import_recipe
 from kdtune._cli.validate import validate
 from kdtune.errors import ConfigError
 
-_ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true goes on from it"
+_ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true resumes from it"
 # Any of these says how the processes meet; without one, torchrun is told that this is a single machine.
 _RENDEZVOUS = ("--standalone", "--rdzv", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 _BACKEND = "kdtune_c10d"
@@ -84,7 +84,7 @@ def _with_signal(names: str, name: str) -> str:
 
 
 def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:
-    """Return overrides to add to the user's, so that torchrun's restarts go on with the run.
+    """Return overrides to add to the user's, so that torchrun's restarts resume the run.
 
     It is the same for every start, the first one too: which start it is, the hosts count each for themselves.
 
@@ -114,7 +114,7 @@ def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_r
         )
     if given or not can_resume:
         return []
-    text = f"{_RESUME}=true is set: every start goes on from the newest whole step_N of output_dir"
+    text = f"{_RESUME}=true is set: every start resumes from the newest whole step_N of output_dir"
     print(f"--max-restarts {restarts}: {text}", file=sys.stderr)
     return [f"{_RESUME}=true"]
 

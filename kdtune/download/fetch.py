@@ -84,7 +84,7 @@ def fetch(
     headers: Mapping[str, str],
     advance: Callable[[int], object],
 ) -> None:
-    """Writes `file` to `target` by way of `part`, going on from what it holds; `advance` is called with the bytes got (or lost).
+    """Writes `file` to `target` by way of `part`, continuing from what it holds; `advance` is called with the bytes got (or lost).
 
     A whole file with the wrong hash is fetched once more from its first byte.
 
@@ -210,7 +210,7 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
                 f"{file.path}: the server ends it at {content.size} of {file.size} bytes; try again later"
             )
         if not isinstance(broken, AnswerError):
-            _log.warning("%s: connection broke at %s; going on from there", file.path, size_text(content.size))
+            _log.warning("%s: connection broke at %s; continuing from there", file.path, size_text(content.size))
         wait_before_retry(failures, broken)
 
 

@@ -65,7 +65,7 @@ def run_problems(run: str, weights: str) -> list[str]:
         if weights != FINAL:
             return [f"run_weights={weights}: {run} has no such weights; there are {', '.join(choices) or 'none'}"]
         other = f", or measure what it has so far with run_weights={steps[-1]}" if steps else ""
-        return [f"run={run}: is not finished, it has no final/; go on with it by resume_from_checkpoint=true{other}"]
+        return [f"run={run}: is not finished, it has no final/; resume it with resume_from_checkpoint=true{other}"]
     if checkpoint.is_adapter_folder(wanted) and not values.get("checkpointer"):
         return [
             f"run={run}: {wanted.name}/ holds an adapter alone, for random weights that no file has; train with "

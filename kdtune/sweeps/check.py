@@ -22,12 +22,12 @@ def recipe_frame(recipe: str) -> type[Any]:
 
 
 def can_resume(step: Step) -> bool:
-    """Whether a step that was stopped half-way can go on; otherwise it starts again."""
+    """Whether a step that was stopped half-way can be resumed; otherwise it starts again."""
     return RESUME_KEY in frame_fields(recipe_frame(step.recipe))
 
 
 def step_overrides(step: Step) -> list[str]:
-    """All overrides a step is run with now: its own, its folder, and that it goes on where it has begun."""
+    """All overrides a step is run with now: its own, its folder, and that it resumes where it has begun."""
     resume = [f"{RESUME_KEY}=true"] if step.folder.exists() and can_resume(step) else []
     return [*step.overrides, f"output_dir={step.folder}", *resume]
 

@@ -79,7 +79,7 @@ def _is_running(pid: int) -> bool:
 def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
     """Runs a step to its end and writes its record; None if it is finished, else the last lines it printed.
 
-    What a stopped sweep left of it goes on where its recipe can resume, else it is removed and begun again. When `stop`
+    What a stopped sweep left of it is resumed where its recipe can, else it is removed and begun again. When `stop`
     answers true, the step is sent one Ctrl-C and waited for; whether it had time to finish cannot be told, so it is then
     not recorded, and the next sweep finds out. `lock` is the descriptor of `locked`, which the step inherits.
     """

@@ -82,5 +82,5 @@ def check_finite(
         raise TrainingError(
             f"step {step} (epoch {epoch}, from batch {batch}): {' and '.join(bad)}; both must be finite, so the "
             "weights were left as they are. Lower optimizer.lr, lengthen the warm-up, set clip_grad_norm=1.0, use "
-            "dtype=fp32 or look at these examples; then go on from the last checkpoint with resume_from_checkpoint=true"
+            "dtype=fp32 or look at these examples; then resume from the last checkpoint with resume_from_checkpoint=true"
         )

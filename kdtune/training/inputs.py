@@ -101,7 +101,7 @@ def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
 def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
     """Raise if an example is longer than the context of any model in the config; reads no weights.
 
-    A run that goes on is told instead: it was started with them.
+    A resumed run is told instead: it was started with them.
 
     Args:
         cfg: of any recipe.
@@ -133,7 +133,7 @@ def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None
             )
         if not (getattr(cfg, "resume_from_checkpoint", False) and holds_run(Path(cfg.output_dir))):
             raise error
-        log.warning("%s (the run was started with them and goes on)", error)
+        log.warning("%s (the run was started with them and keeps them)", error)
 
 
 def check_context(cfg: Any, key: str) -> None:

@@ -184,5 +184,5 @@ def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps
     """
     folder = output_dir / f"step_{step}"
     cause = signal_name or "a signal to another process"
-    outcome = f"saved in {folder}; go on" if folder.exists() else "nothing to save yet; start again"
+    outcome = f"saved in {folder}; resume" if folder.exists() else "nothing to save yet; start again"
     return f"stopped by {cause} after step {step} of {num_steps}: {outcome} with resume_from_checkpoint=true"

@@ -49,7 +49,7 @@ def output_dir_problems(output_dir: str, *, resume: bool) -> list[str]:
 
 
 def writing_problems(output_dir: str) -> list[str]:
-    """Return reasons why files cannot be written to the folder; it may hold other things, a run going on too."""
+    """Return reasons why files cannot be written to the folder; it may hold other things, a run in progress too."""
     return _problems(output_dir, _writing_problems)
 
 
@@ -82,7 +82,7 @@ def _run_problems(folder: Path, *, resume: bool) -> list[str]:
         return [f"output_dir={folder}: {_IN_USE}"]
     if folder.is_dir() and not resume and holds_run(folder):
         return [
-            f"output_dir={folder}: already holds a run; go on with it by resume_from_checkpoint=true, "
+            f"output_dir={folder}: already holds a run; resume it with resume_from_checkpoint=true, "
             "or choose another output_dir"
         ]
     return _writing_problems(folder)
@@ -129,7 +129,7 @@ def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> 
     if not (isinstance(was, dict) and isinstance(is_now, Mapping) and "date" in is_now) or "date" in was:
         return before
     log.info(
-        "%s: records no tokenizer.date; it goes on with %s (tokenizer.date=YYYY-MM-DD sets the day on which it was started)",
+        "%s: records no tokenizer.date; it continues with %s (tokenizer.date=YYYY-MM-DD sets the day on which it was started)",
         output_dir, is_now["date"],
     )  # fmt: skip
     return {**before, "tokenizer": {**was, "date": is_now["date"]}}
@@ -139,8 +139,8 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
     """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
 
     `resolved_config` becomes config.yaml in `output_dir`, `record` an entry of run.json.
-    The record has `step` and, of a run that goes on, `changed`: each key of the config that was otherwise before, with both values.
-    Of several processes the main one does so, once all of them have read what they go on from.
+    The record has `step` and, of a resumed run, `changed`: each key of the config that was otherwise before, with both values.
+    Of several processes the main one does so, once all of them have read what they resume from.
 
     Raises:
         CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
@@ -238,7 +238,7 @@ def _is_locked(folder: Path) -> bool:
 def check_unchanged(
     before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str], asked: Sequence[str] = ()
 ) -> None:
-    """Refuses to go on with a run under a config that would make it another run; tells what changes as asked for.
+    """Refuses to resume a run under a config that would make it another run; tells what changes as asked for.
 
     Args:
         before: the config that the run was started with, key by key.
@@ -267,7 +267,7 @@ def check_unchanged(
         advice = "take the changes back, or choose another output_dir for a new run"
         if possible:
             others = "" if len(possible) == len(left) else "; the others would make it another run"
-            advice += f"; to go on with {', '.join(possible)} changed: resume_changes=[{','.join([*asked, *possible])}]{others}"
+            advice += f"; to resume with {', '.join(possible)} changed: resume_changes=[{','.join([*asked, *possible])}]{others}"
         raise ConfigError(
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n{advice}"
         )
@@ -335,7 +335,7 @@ def is_finished(output_dir: Path, num_steps: int) -> bool:
     """Whether the run has made all its steps and written final/.
 
     Raises:
-        ConfigError: it has made fewer steps than are wanted now, and left no step folder to go on from.
+        ConfigError: it has made fewer steps than are wanted now, and left no step folder to resume from.
     """
     metrics = output_dir / "metrics.jsonl"
     if not ((output_dir / "final").is_dir() and metrics.exists()):

@@ -15,7 +15,7 @@ class StepLog:
     """Write step metrics to metrics.jsonl, the second logger and the terminal.
 
     Args:
-        path: of metrics.jsonl, which a resumed run goes on with; None, as on the processes that are not the main one: none.
+        path: of metrics.jsonl, which a resumed run continues; None, as on the processes that are not the main one: none.
         second: the config's `metric_logger`, closed at the end; it gets every `every`-th step and every validation.
         progress: shows the step, and a line for each validation.
         divergence: what `kd_loss` is called.

@@ -131,7 +131,7 @@ def test_a_run_that_records_no_day_can_be_resumed(
         run("cut", "resume_from_checkpoint=true", "tokenizer.max_seq_len=64")
     assert run("cut", "resume_from_checkpoint=true", "tokenizer.date=2026-11-29") == whole
     assert recorded(tmp_path / "cut") == "2026-11-29"
-    assert "records no tokenizer.date; it goes on with 2026-11-29" in caplog.text
+    assert "records no tokenizer.date; it continues with 2026-11-29" in caplog.text
 
 
 def test_no_word_of_a_date_where_the_template_prints_none(

@@ -127,7 +127,7 @@ def test_what_is_no_finished_run_is_told(cli: CLI, kd: Path, good: Path, tmp_pat
         f"run={good}/model": "is no training run: it has no config.yaml",
         f"run={evaluated}": "is no training run: its config.yaml is of evaluate",
         f"run={tmp_path}/damaged": "not valid YAML",
-        f"run={unfinished}": "is not finished, it has no final/; go on with it by resume_from_checkpoint=true, or measure "
+        f"run={unfinished}": "is not finished, it has no final/; resume it with resume_from_checkpoint=true, or measure "
         "what it has so far with run_weights=step_2",
         f"run={random_base}": "holds an adapter alone, for random weights that no file has",
         f"run={kd} run_weights=step_9": "has no such weights; there are final, step_1, step_2",

@@ -98,7 +98,7 @@ def test_without_asking_it_is_refused_with_what_to_type(run: Callable[..., Any],
     more = ("lr_scheduler=null", "max_steps_per_epoch=2", RESUME)
     refused = run(tmp_path, SGD, *more, "optimizer.lr=0.1", code=2)
     assert "optimizer.lr: was 0.25, is 0.1" in refused.err
-    assert refused.err.rstrip().endswith("to go on with optimizer.lr changed: resume_changes=[optimizer.lr]")
+    assert refused.err.rstrip().endswith("to resume with optimizer.lr changed: resume_changes=[optimizer.lr]")
     refused = run(tmp_path, SGD, *more, "optimizer.lr=0.1", "batch_size=1", "clip_grad_norm=1", code=2)
     assert "resume_changes=[optimizer.lr,clip_grad_norm]; the others would make it another run" in refused.err.replace(
         "clip_grad_norm,optimizer.lr", "optimizer.lr,clip_grad_norm"

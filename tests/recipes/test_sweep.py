@@ -222,7 +222,7 @@ def test_an_interrupt_reaches_the_step_and_stops_cleanly(sweep: Path) -> None:
 
 def test_max_minutes_starts_no_step_after_it(sweep: Path) -> None:
     output = run(sweep / "sweep.yaml", "max_minutes=0.00001")
-    assert "stopped after max_minutes=1e-05; the same command goes on from here" in output
+    assert "stopped after max_minutes=1e-05; the same command continues from here" in output
     assert results(sweep / "sweep") == []
     assert "max_minutes=-1.0: must be above 0" in run(sweep / "sweep.yaml", "max_minutes=-1", code=2)
 
