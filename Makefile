@@ -1,7 +1,8 @@
 # make quickstart   distil a real 135M-parameter model into a smaller one, on a CPU, in a few minutes
 #                   (CPU=1: with PyTorch's CPU build, a tenth of the download)
-# make test         the test suite (fetches the real model and tokenizer it compares with, about 100 MB, once)
-# make check        what CI runs: format, lint, types, tests
+# make test         the quick tests, at most 8 minutes on two cores (fetches a real model and tokenizer, about 100 MB, once)
+# make test-all     those and the slow ones: more sizes, more processes, kills at random moments
+# make check        what CI runs: format, lint, types, all tests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,11 +15,12 @@ PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt $(if $(CPU),--extr
 TEST_MODELS := models/test
 # Two processes of one thread each are faster than one of two on two cores, and the threads do not fight.
 TEST_JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 KDTUNE_TEST_MODELS=$(abspath $(TEST_MODELS)) $(BIN)/python -m pytest -n $(TEST_JOBS) --durations=10
 
-.PHONY: quickstart quickstart-intro quickstart-next test check format lint types test-models clean help
+.PHONY: quickstart quickstart-intro quickstart-next test test-all check format lint types test-models clean help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 # Pip is silent while it fetches and unpacks large packages: a line every 15 seconds says that it is at work. $(1): what is done,
 # $(2): the folder that it fills. Stands before a command in the same shell.
@@ -77,9 +79,12 @@ test-models: $(VENV)/.installed
 	-$(BIN)/kdtune download pypi:llama-models==0.3.0 --output-dir $(TEST_MODELS)/llama3-tokenizer
 
 test: $(VENV)/.installed-dev test-models
-	OMP_NUM_THREADS=1 KDTUNE_TEST_MODELS=$(abspath $(TEST_MODELS)) $(BIN)/python -m pytest -n $(TEST_JOBS) tests
+	$(PYTEST) -m 'not slow' tests
 
-check: format lint types test
+test-all: test
+	$(PYTEST) -m slow tests
+
+check: format lint types test-all
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

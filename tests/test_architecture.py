@@ -157,3 +157,20 @@ def test_what_starts_every_command_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'omegaconf', 'yaml', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_every_slow_test_says_why() -> None:
+    for path in ROOT.glob("tests/**/*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        marks = {
+            node.lineno for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.slow"
+        }
+        explained = {
+            node.lineno
+            for node in nodes
+            if isinstance(node, ast.Call)
+            and re.fullmatch(r"pytest\.mark\.slow\((['\"])(\S+ +){4,}\S+\1\)", ast.unparse(node))
+        }
+        assert marks == explained, (
+            f'{path}: @pytest.mark.slow("reason") says in a sentence why `make test` does without it'
+        )

@@ -13,7 +13,7 @@ import kdtune
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("builds the wheel, installs it and imports torch anew for each command")
 
 
 @pytest.fixture(scope="module")

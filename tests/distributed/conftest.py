@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# What runs import on their way is imported here once, not in every forked process.
+import matplotlib.backends.backend_agg  # noqa: F401
 import pytest
-import torch
+import torch._dynamo
+import torch.profiler
 from run_parts import SIZES
 
 from kdtune._cli.main import main
@@ -17,6 +20,7 @@ from kdtune.checkpoint import save_model
 from kdtune.models import llama
 from kdtune.models.transformer import INIT_STD
 from kdtune.tokenizers import byte_tokenizer
+from recipes import evaluate, finetune, generate, knowledge_distillation  # noqa: F401
 
 
 @dataclass(frozen=True)

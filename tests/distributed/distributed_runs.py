@@ -9,15 +9,17 @@ from safetensors.torch import load_file
 
 # Everything, which takes minutes more on two cores.
 FULL = bool(os.environ.get("KDTUNE_TEST_FULL"))
-KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation"]
-FINETUNE = ["run", "finetune", "--config", "tiny/finetune"]
+# 3 or 5 batches to validate on: no number of processes here has equal parts of them.
+HELD_OUT = "dataset_val.split=test[:9]"
+KD = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", HELD_OUT]
+FINETUNE = ["run", "finetune", "--config", "tiny/finetune", HELD_OUT]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]
 GENERATE = ["run", "generate", "--config", "tiny/generate"]
 # Of a row of metrics.jsonl, what a clock or the machine says.
 MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
 # Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
 PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
-         "sample_prompts=[]", "save_every_n_steps=null"]  # fmt: skip
+         "sample_prompts=[]", "save_every_n_steps=null", "max_steps_per_epoch=5", "tokenizer.max_seq_len=96"]  # fmt: skip
 ADAPTERS = {
     "full": ["adapter=null"],
     "lora": ["adapter=kdtune.models.apply_lora", "adapter.lora_dropout=0.1", "optimizer.lr=3.0"],

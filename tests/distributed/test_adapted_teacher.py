@@ -6,7 +6,15 @@ import pytest
 from distributed_runs import FINETUNE, KD, check_same_rows, rows
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "use_dora",
+    [
+        pytest.param(
+            False, id="lora", marks=pytest.mark.slow("11 processes; DoRA's merge is LoRA's and a norm of whole rows")
+        ),
+        pytest.param(True, id="dora"),
+    ],
+)
 def test_an_adapter_merged_into_shards(use_dora: bool, launch, small_model: Path, tmp_path: Path) -> None:
     node = f"{{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}"
     ended = launch.kdtune(

@@ -95,7 +95,14 @@ def model_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("full", "dora, bf16") else pytest.mark.slow(
+            "15 processes; the quick tests have both dtypes, both heads and adapters"))
+        for kind in KINDS
+    ],
+)  # fmt: skip
 def test_folders_are_those_of_one_process(kind: str, launch, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     model = odd_model(kind)
@@ -255,7 +262,9 @@ def wait_until(condition: Callable[[], bool], started: list) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow("two whole runs; what two processes do holds for one")), 2]
+)
 def test_training_goes_on_while_a_folder_is_written(
     size: int, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +285,7 @@ def test_training_goes_on_while_a_folder_is_written(
         assert model_files(out / name) == model_files(tmp_path / "sync" / name)
 
 
+@pytest.mark.slow("six starts of two processes; test_resume.py kills one of four once")
 def test_killed_while_a_folder_is_written(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process is killed at every stage: no folder is half visible, and the run goes on from the last whole one."""
     run = [*KD, "adapter=null", *EVERY_2, "save_every_n_steps=1", "gradient_accumulation_steps=1", ASYNC]

@@ -17,7 +17,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a C++ compiler works for minutes, on each process anew")
 @pytest.mark.skipif(not FULL, reason="compiling takes minutes: KDTUNE_TEST_FULL=1")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import torch
 from torch import distributed as dist
@@ -16,6 +18,7 @@ with start_world(torch.device("cpu")) as world:
 """
 
 
+@pytest.mark.slow("six imports of torch on two cores; fewer processes do not show the race")
 def test_processes_end_well_after_their_last_message(tmp_path: Path) -> None:
     """More processes than cores: some are interrupted right after it. Without a pause, most runs end with SIGABRT."""
     (tmp_path / "script.py").write_text(SCRIPT)

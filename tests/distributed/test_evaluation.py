@@ -64,11 +64,20 @@ def measure_all(folder: Path, model: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_everything_that_one_process_measures(launch, loud_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["1", "2 by 2, cut"], id="both cut"),
+        pytest.param(
+            list(LAYOUTS), id="every layout", marks=pytest.mark.slow("14 processes that measure everything there is")
+        ),
+    ],
+)
+def test_everything_that_one_process_measures(names: list[str], launch, loud_model: Path, tmp_path: Path) -> None:
     command = measure_all(tmp_path, loud_model)
     found = {}
-    for name, (ranks, layout) in LAYOUTS.items():
-        out = tmp_path / name
+    for name in names:
+        (ranks, layout), out = LAYOUTS[name], tmp_path / name
         ended = launch.kdtune(*command, *layout, f"output_dir={out}", ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
         assert not any(rank.text for rank in ended[1:]), ended[1].text

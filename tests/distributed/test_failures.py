@@ -88,7 +88,7 @@ def test_what_the_main_process_alone_finds_ends_all_alike(damage: str, launch, t
     assert not ended[1].text  # what one has said
 
 
-@pytest.mark.slow
+@pytest.mark.slow("torchrun imports torch three times; without it the quick tests see each error")
 def test_a_rank_that_is_killed_under_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kdtune", "run", "--nproc_per_node", "2", *arguments(tmp_path, "SIGKILL")[1:]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.slow("a real model on four processes; tiny ones are run in every layout")
 @pytest.mark.parametrize("kind", KINDS if FULL else ["full"])
 def test_the_numbers_of_one_process(kind: str, launch, smollm2_gguf: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"

@@ -28,7 +28,7 @@ def kdtune(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow("torchrun starts four processes one after another for each case")
 @pytest.mark.parametrize(("at", "saved"), [(3, "step 0 (no checkpoint yet)"), (6, "step_4")])
 def test_a_killed_process_is_restarted_and_the_run_goes_on(
     at: int, saved: str, launch, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +120,7 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two starts of torchrun by a script, and 100 steps")
 def test_the_slurm_script(tmp_path: Path) -> None:
     """Slurm played by scripts of a line: SIGTERM before the limit saves and requeues, and the next start resumes."""
     bash = shutil.which("bash")

@@ -8,7 +8,7 @@ import pytest
 from distributed_runs import KD, check_same_change, check_same_rows, rows
 from two_hosts import TwoHosts, two_hosts, wait_until, why_not
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("waits until a link that is cut has timed out; two whole runs")
 TORCHRUN = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29400",
             "--rdzv_id", "two"]  # fmt: skip
 PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.1", "~lr_scheduler", "batch_size=2", "sample_prompts=[]",

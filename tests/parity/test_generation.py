@@ -39,7 +39,7 @@ QUESTIONS = [
     "Which is heavier, a kilogram of feathers or a kilogram of iron?",
 ]
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow("a real model on 4 prompts; test_models.py generates with a tiny one")]
 
 
 @pytest.fixture(scope="module")

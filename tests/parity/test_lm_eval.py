@@ -99,7 +99,7 @@ def test_a_tokenizer_that_puts_bos_before_a_text(llama3_tokenizer_file, tmp_path
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.slow("a real model on 30 documents; tiny ones get every kind of request")
 def test_a_real_model_on_thirty_documents(smollm2_gguf, tmp_path):
     """Ours reads the GGUF, theirs the Hugging Face folder that we make of it."""
     folder = tmp_path / "model"

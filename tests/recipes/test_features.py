@@ -45,7 +45,7 @@ def losses(found: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in found]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a C++ compiler works for a minute before the first step")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compile_gives_the_same_losses(run: Callable[..., Path], plain: list[dict[str, Any]]) -> None:
     # Without validation there are fewer kinds of forward to compile.

@@ -330,7 +330,7 @@ def test_bad_input_is_refused_before_anything_runs(sweep: Path, overrides: list[
     assert not (sweep / "sweep").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("three sweeps of real trainings; the quick tests kill one of toys")
 def test_a_real_training_killed_half_way_ends_with_the_same_table(tmp_path: Path) -> None:
     """tiny/knowledge_distillation from a shared tiny/prune, SIGKILL to the sweep while a student trains."""
     text = """recipe: sweep

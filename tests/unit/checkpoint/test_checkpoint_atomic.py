@@ -175,7 +175,7 @@ for n in itertools.count():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("twelve processes killed at random moments; the others fail at chosen ones")
 def test_sigkill_at_random_moments_leaves_only_whole_folders(tmp_path: Path) -> None:
     moments = random.Random(0)
     found = cut_short = 0

@@ -199,7 +199,7 @@ for step in itertools.count(1):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("twelve processes killed at random moments; a whole run is killed once in tests/recipes")
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_sigkill_while_saving_steps_leaves_only_folders_that_load(how: str, tmp_path: Path) -> None:
     """Killed in the middle of model files, resume state, renames and deletions."""
