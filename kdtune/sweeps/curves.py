@@ -1,6 +1,7 @@
 """Curves of a sweep: each row's losses over the steps, for every seed, and which of them may stand on one pair of axes."""
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_training(rows: Sequence[Row], root: Path) -> list[CellRun]:
 
 def all_curves(runs: Sequence[CellRun]) -> list[Curve]:
     """The curves of some training runs."""
-    return [curve for one in runs for curve in _cell_curves(one.row, one.seed, one.run.rows)]
+    return [curve for one in runs for curve in _cell_curves(one)]
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ class Panel:
 def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: Iterable[str]) -> list[Panel]:
     """A panel for each metric and each group of rows in which it means the same: of the same data, divergence, mix.
 
-    A total loss of several kd_ratios is left out: each is another mix of the same two losses, which are drawn.
+    A total loss of several kd_ratios is left out: each is another mix.
     """
     panels = []
     for metric in metrics:
         title, keys = SERIES[metric]
         groups: dict[str, list[CellRun]] = {}
-        drawn = [one for one in runs if one.row in rows and any(row.get(metric) is not None for row in one.run.rows)]
+        drawn = [one for one in runs if one.row in rows and _shows(one.run, metric)]
         for one in drawn:
             meaning = [one.run.meaning(key) for key in keys]
             groups.setdefault(json.dumps(meaning, sort_keys=True, default=str), []).append(one)
@@ -107,14 +108,30 @@ def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: I
     return panels
 
 
-def _cell_curves(index: int, seed: Any, logged: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def _shows(run: TrainingRun, metric: str) -> bool:
+    """Whether a metric is logged and says something of its own: a total loss that the other curves add up to does not."""
+    logged = [row for row in run.rows if row.get(metric) is not None]
+    return bool(logged) and not (metric == "loss" and all(_is_mix(row, run.meaning("kd_ratio")) for row in logged))
+
+
+def _is_mix(row: Mapping[str, Any], kd_ratio: Any) -> bool:
+    """Whether a row's loss is (1 - kd_ratio) * class_loss + kd_ratio * kd_loss."""
+    if row.get("class_loss") is None:
+        return False
+    ratio = kd_ratio if isinstance(kd_ratio, int | float) and row.get("kd_loss") is not None else 0.0
+    mix = (1 - ratio) * row["class_loss"] + (ratio * row["kd_loss"] if ratio else 0.0)
+    return math.isclose(row["loss"], mix, rel_tol=1e-3)
+
+
+def _cell_curves(one: CellRun) -> list[Curve]:
     found = []
     for metric in SERIES:
-        points = [(row["step"], row[metric]) for row in logged if row.get(metric) is not None]
+        shown = one.run.rows if _shows(one.run, metric) else []
+        points = [(row["step"], row[metric]) for row in shown if row.get(metric) is not None]
         if len(points) > 1:
             bin_size = -(-len(points) // MAX_POINTS)
             steps, values = (_binned([point[part] for point in points], bin_size) for part in (0, 1))
-            found.append(Curve(index, seed, metric, steps, values, bin_size))
+            found.append(Curve(one.row, one.seed, metric, steps, values, bin_size))
     return found
 
 

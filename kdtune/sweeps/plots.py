@@ -12,11 +12,10 @@ from kdtune.sweeps.curves import SERIES, TRAINING, CellRun, Curve, Panel, compar
 from kdtune.sweeps.plan import label, shown_value
 from kdtune.sweeps.rows import Row, axis_names
 from kdtune.sweeps.statistics import summarize
+from kdtune.training import curve_look
 
-# Told apart with the common forms of colour blindness too; after them the line style changes.
+# Told apart with the common forms of colour blindness too. Dashes and marker change with them.
 COLORS = ("#2563eb", "#d9480f", "#0a8f6c", "#b8408f", "#8a6d00", "#6b4fd8", "#17849c", "#c02a3c")
-_STYLES = ("-", "--", ":", "-.")
-
 
 # What LaTeX takes and what a page or a slide takes, beside the PNG.
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -90,8 +89,7 @@ def _plot(
              for group in ([panel for panel in panels if (panel.metric in TRAINING) is training] for training in (True, False))
              for start in range(0, len(group), 3)]  # fmt: skip
     num_columns = max(map(len, lines))
-    styles = {index: {"color": COLORS[place % len(COLORS)], "linestyle": _STYLES[place // len(COLORS) % len(_STYLES)]}
-              for place, index in enumerate(family)}  # fmt: skip
+    places = {index: place for place, index in enumerate(family)}
     window = max(1, max(len(curve.values) for curve in curves) // 20)
     # Letters as letters, and the same file for the same numbers.
     with matplotlib.rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "kdtune", "pdf.fonttype": 42}):
@@ -107,7 +105,7 @@ def _plot(
             for index in [index for index in family if index in panel.rows]:
                 if own := _curves_of(curves, panel, index):
                     smooth = window if panel.metric in TRAINING else 1
-                    handles.setdefault(index, _draw(axes, own, smooth, styles[index]))
+                    handles.setdefault(index, _draw(axes, own, smooth, places[index]))
             axes.set(xlabel="optimizer step", ylabel=panel.unit)
             axes.set_title(panel.title, fontsize=8, parse_math=False)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -115,7 +113,7 @@ def _plot(
         shown = [index for index in family if index in handles]
         legend = figure.legend(
             [handles[index] for index in shown], [one_line(names[index]) for index in shown], loc="outside lower center",
-            ncols=num_columns, frameon=False,
+            ncols=num_columns, frameon=False, handlelength=4,
         )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)  # a $ in a value is a dollar
@@ -133,14 +131,14 @@ def _curves_of(curves: Sequence[Curve], panel: Panel, row: int) -> list[Curve]:
     return [curve for curve in curves if curve.row == row and curve.metric == panel.metric]
 
 
-def _draw(axes: Any, curves: Sequence[Curve], window: int, style: Mapping[str, str]) -> Any:
+def _draw(axes: Any, curves: Sequence[Curve], window: int, place: int) -> Any:
     """A row's mean over its seeds with the band of its standard error; the line, for the legend."""
     steps, means, errors = mean_and_band(curves, window)
     lower = [mean - error for mean, error in zip(means, errors, strict=True)]
     upper = [mean + error for mean, error in zip(means, errors, strict=True)]
-    axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.15, linewidth=0)
-    marker = "." if len(steps) <= 40 and window == 1 else ""
-    return axes.plot(steps, means, linewidth=1.2, marker=marker, **style)[0]
+    look = curve_look(place, len(steps), COLORS)
+    axes.fill_between(steps, lower, upper, color=look["color"], alpha=0.15, linewidth=0)
+    return axes.plot(steps, means, **look)[0]
 
 
 def _caption(
@@ -160,6 +158,7 @@ def _caption(
         parts.append(
             f"training curves are running means of {window * bin_size} logged steps, held-out values as measured"
         )
-    if "loss" not in [panel.metric for panel in panels]:
-        parts.append("the total loss is not drawn: with another kd_ratio it is another mix of the two losses")
+    metrics = {panel.metric for panel in panels}
+    if {"kd_loss", "class_loss"} <= metrics and "loss" not in metrics:
+        parts.append("the total loss, a mix of the two by kd_ratio, is not drawn")
     return f"{'; '.join(parts)}."

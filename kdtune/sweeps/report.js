@@ -3,7 +3,14 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const WIDTH = 480, HEIGHT = 270, LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 40;
-const NUM_COLORS = 8, DASHES = ["", "7 4", "2 4", "9 3 2 3"];
+// From dense to sparse: of curves that coincide the sparser one is drawn on top, the first and solid one is the widest. Their number
+// and that of the markers have no divisor in common, so that 35 rows differ.
+const NUM_COLORS = 8, DASHES = ["", "14 4", "9 4 2 4", "6 5", "2 4"];
+const MARKERS = [
+  "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0Z", "M-3.2 -3.2H3.2V3.2H-3.2Z", "M0 -4L4 3H-4Z", "M0 -4.5L4.5 0L0 4.5L-4.5 0Z",
+  "M0 4L4 -3H-4Z", "M-3.5 -3.5L3.5 3.5M-3.5 3.5L3.5 -3.5", "M0 -4.5V4.5M-4.5 0H4.5",
+];
+const FEW_POINTS = 16, NUM_MARKERS = 8;
 const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes = {}, ...children) {
@@ -63,7 +70,15 @@ const place = new Map(drawnRows.map((row, index) => [row, index]));
 const panels = [];
 
 const color = (row) => `var(--c${place.get(row) % NUM_COLORS})`;
-const dash = (row) => DASHES[Math.floor(place.get(row) / NUM_COLORS) % DASHES.length];
+const level = (row) => place.get(row) % DASHES.length;
+const shape = (row) => place.get(row) % MARKERS.length;
+const stroke = (row) => `stroke="${color(row)}" stroke-dasharray="${DASHES[level(row)]}"`;
+const mark = (row, x, y) => `<path class="mark" stroke="${color(row)}" transform="translate(${x} ${y})" d="${MARKERS[shape(row)]}"/>`;
+// A curve of many points has a few markers, at other steps than the next curve's.
+function marked(points, row) {
+  const every = points.length > FEW_POINTS ? Math.ceil(points.length / NUM_MARKERS) : 1;
+  return points.filter((_, index) => index % every === Math.floor((shape(row) * every) / MARKERS.length));
+}
 
 function smooth(values, window) {
   let sum = 0;
@@ -126,15 +141,15 @@ function drawPanel(panel) {
     `<path class="frame" fill="none" d="M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}"/>
      <text x="${(LEFT + WIDTH - RIGHT) / 2}" y="${HEIGHT - 5}" text-anchor="middle">optimizer step</text>`,
   ];
-  const curves = lines.map((line) => {
-    const style = `stroke="${color(line.row)}" stroke-dasharray="${dash(line.row)}"`;
+  const curves = [...lines].sort((a, b) => level(a.row) - level(b.row)).map((line) => {
+    const style = stroke(line.row), width = level(line.row) ? 1.8 : 3;
     const upper = line.points.map(({ step, mean, error }) => [step, mean + error]);
     const lower = line.points.map(({ step, mean, error }) => [step, mean - error]).reverse();
     const band = line.seeds.length > 1 ? `<path class="band" fill="${color(line.row)}" d="${path([...upper, ...lower])}Z"/>` : "";
     const thin = state.seeds ? line.seeds.map((one) => `<path class="thin" ${style} d="${path([...one.points])}"/>`).join("") : "";
-    const few = line.points.length <= 40 && panel.metric.startsWith("val_");
-    const dots = few ? line.points.map((p) => `<circle class="point" fill="${color(line.row)}" r="3" cx="${x(p.step)}" cy="${y(p.mean)}"/>`) : [];
-    return `${band}${thin}${dots.join("")}<path class="curve" ${style} data-row="${line.row}" d="${path(line.points.map((p) => [p.step, p.mean]))}"/>`;
+    const marks = marked(line.points, line.row).map((p) => mark(line.row, x(p.step).toFixed(1), y(p.mean).toFixed(1))).join("");
+    const points = path(line.points.map((p) => [p.step, p.mean]));
+    return `${band}${thin}<path class="curve" ${style} stroke-width="${width}" data-row="${line.row}" d="${points}"/>${marks}`;
   });
   const clip = `clip-${panels.indexOf(panel)}`;
   panel.svg.innerHTML = `<clipPath id="${clip}"><rect x="${LEFT}" y="0" width="${WIDTH - LEFT - RIGHT}" height="${HEIGHT - BOTTOM}"/></clipPath>
@@ -228,8 +243,8 @@ function resetZoom() {
 function drawLegend() {
   byId("legend").replaceChildren(...drawnRows.map((row) => {
     const button = element("button", { type: "button", "aria-pressed": String(!state.hidden.has(row)) });
-    button.innerHTML = `<svg viewBox="0 0 26 10" aria-hidden="true"><line x1="0" x2="26" y1="5" y2="5" stroke-width="3"
-      stroke="${color(row)}" stroke-dasharray="${dash(row)}"/></svg>`;
+    button.innerHTML = `<svg viewBox="0 0 38 10" aria-hidden="true"><line x1="0" x2="38" y1="5" y2="5"
+      stroke-width="${level(row) ? 1.8 : 3}" ${stroke(row)}/>${mark(row, 19, 5)}</svg>`;
     button.append(data.rows[row]);
     button.addEventListener("click", () => {
       if (!state.hidden.delete(row)) state.hidden.add(row);

@@ -26,7 +26,7 @@ from kdtune.training.model_card import divergence_title, has_facts, model_card, 
 from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from kdtune.training.origin import origin_card, origin_record
 from kdtune.training.plan_text import plan_on_paper, print_plan
-from kdtune.training.plot import VALIDATION_PREFIX, plot_losses, plot_runs, unit_of
+from kdtune.training.plot import VALIDATION_PREFIX, curve_look, plot_losses, plot_runs, unit_of
 from kdtune.training.precision import device_name_problems, device_problems, dtype_from_name, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
@@ -97,6 +97,7 @@ __all__ = [
     "comparison_table",
     "context_note",
     "count_steps",
+    "curve_look",
     "decay_groups",
     "device_name_problems",
     "device_problems",

@@ -20,6 +20,11 @@ _COMPARED = (
 )
 VALIDATION_PREFIX = "val_"
 
+# From dense to sparse: of curves that coincide the sparser one is drawn on top, the first and solid one is the widest. Their number
+# and that of the markers have no divisor in common, so that 35 curves differ.
+_DASHES: tuple[Any, ...] = ("-", (0, (10, 2)), (0, (7, 2, 1.5, 2)), (0, (4, 3)), (0, (1.2, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+
 
 def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw KD, class and total loss over the steps of a metrics.jsonl, with the validation points, and return the file.
@@ -54,7 +59,8 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, 
     """
     from matplotlib import style
 
-    looks = [look for line in ("-", "--", ":") for look in _looks(style.library["tableau-colorblind10"], line)]
+    # Told apart with the common forms of colour blindness too.
+    colors = [look["color"] for look in style.library["tableau-colorblind10"]["axes.prop_cycle"]]
     panels = [
         panel for panel in _COMPARED if any(row.get(panel[0]) is not None for rows in runs.values() for row in rows)
     ]
@@ -63,7 +69,7 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, 
         for index, (run, rows) in enumerate(runs.items()):
             steps, values = _series(rows, name)
             if values:
-                axes.plot(steps, values, marker="o", markersize=4, label=run, **looks[index % len(looks)])
+                axes.plot(steps, values, label=run, **curve_look(index, len(values), colors))
         teachers = {} if name != "val_class_loss" else dict.fromkeys(
             value for rows in runs.values() for value in _series(rows, "val_teacher_class_loss")[1]
         )  # fmt: skip
@@ -77,9 +83,26 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, 
     return target
 
 
-def _looks(styles: Any, line: str) -> list[dict[str, Any]]:
-    """Colours that are told apart with the common forms of colour blindness too, in one style of line."""
-    return [{"color": look["color"], "linestyle": line} for look in styles["axes.prop_cycle"]]
+def curve_look(place: int, num_points: int, colors: Sequence[str]) -> dict[str, Any]:
+    """Settings of matplotlib's `plot` for one of several curves, so that curves that coincide can all be seen.
+
+    Args:
+        place: the curve's place in the legend; it decides colour, dashes and marker.
+        num_points: of the curve. Of few each has a marker, of many about eight, at other steps in the next curve.
+        colors: to choose from.
+    """
+    dash, marker = place % len(_DASHES), place % len(_MARKERS)
+    every = -(-num_points // 8) if num_points > 16 else 1
+    return {
+        "color": colors[place % len(colors)],
+        "linestyle": _DASHES[dash],
+        "linewidth": 1.2 if dash else 2.0,
+        "marker": _MARKERS[marker],
+        "markersize": 4,
+        "markerfacecolor": "none",
+        "markevery": (marker * every // len(_MARKERS), every),
+        "zorder": 2 + 0.1 * dash,
+    }
 
 
 def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[Any, Sequence[Any]]:

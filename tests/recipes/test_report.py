@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from markdown_it import MarkdownIt
 
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.sweeps import write_report
+from kdtune.sweeps.plots import COLORS
 from kdtune.sweeps.results import step_metrics
+from kdtune.training import curve_look
 
 SEEDS = (0, 1, 2)
 NASTY = "</script><script>window.broken=1</script><!--"
@@ -344,28 +347,64 @@ def test_curves_that_mean_different_things_have_panels_of_their_own(tmp_path: Pa
     ]
     write(tmp_path, cells)
     assert panels(tmp_path) == {
-        "kd_loss": [[0, 1, 3], [2]], "class_loss": [[0, 1, 2, 3]], "loss": [[0, 1, 3], [2]],
+        "kd_loss": [[0, 1, 3], [2]], "class_loss": [[0, 1, 2, 3]],
         "val_kd_loss": [[0, 1], [2], [3]], "val_class_loss": [[0, 1, 2], [3]],
     }  # fmt: skip
     titles = [panel["title"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
     assert titles[0].startswith("KL to the teacher (1 of 2") and titles[1].startswith("Skewed to the teacher (2 of 2")
     units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
     assert units == ["nats per token", "per token"]
-    units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "loss"]
-    assert units == ["nats per token", "per token"], "another divergence is in the total loss too"
     drawn = (tmp_path / "report/losses.svg").read_text()
     assert "Skewed to the teacher (2 of 2" in drawn and drawn.count("Held-out") == 5
 
 
-def test_total_losses_of_several_mixes_are_not_drawn(tmp_path: Path) -> None:
+def with_another_term(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The cell, its total loss with a term of the user's own in it."""
+    file = folder / row["folders"]["train"] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(one | {"loss": one["loss"] + 0.1}) + "\n" for one in rows))
+    return row
+
+
+def test_a_total_loss_is_drawn_where_it_is_more_than_the_two_that_are_drawn(tmp_path: Path) -> None:
     cells = [
-        trained_cell(tmp_path, {"kd_ratio": ratio, "lr": lr}, kd_ratio=ratio) for ratio in (0.0, 0.5) for lr in (1, 2)
-    ]
+        trained_cell(tmp_path, {"ratio": ratio, "lr": lr}, kd_ratio=ratio, dataset={"_component_": "d", "lr": lr})
+        for ratio in (0.5, 0.75) for lr in (1, 2)
+    ]  # fmt: skip
+    for row in cells[2:]:
+        file = tmp_path / row["folders"]["train"] / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(one | {"loss": 2.5 / one["step"]}) + "\n" for one in rows))
     text = write(tmp_path, cells)
-    assert "loss" not in panels(tmp_path) and len(panels(tmp_path)["kd_loss"]) == 1
+    assert "loss" not in panels(tmp_path) and len(panels(tmp_path)["kd_loss"]) == 2
+    assert not any(curve["metric"] == "loss" for curve in page_data(tmp_path)["curves"])
     assert "Total loss" not in (tmp_path / "report/losses.svg").read_text()
-    assert "the total loss is not drawn" in text
+    assert "the total loss, a mix of the two by kd_ratio, is not drawn" in text
+    cells = [with_another_term(tmp_path, row) for row in cells]
+    write(tmp_path, cells)
+    assert "loss" not in panels(tmp_path), "of several kd_ratios"
     assert "Total loss" in (tmp_path / "report/losses_by_lr.svg").read_text(), "of one kd_ratio it is"
+
+
+def test_curves_that_coincide_can_be_told_apart(tmp_path: Path) -> None:
+    """Six runs with the same numbers: each has dashes and a marker that no other has, whatever the colour."""
+    cells = [trained_cell(tmp_path, {"a": number}) for number in range(6)]
+    write(tmp_path, cells)
+    drawing = ElementTree.fromstring((tmp_path / "report/losses.svg").read_bytes())
+    lines = [list(group) for group in drawing.findall(".//{*}g") if group.get("id", "").startswith("line2d")]
+    # A curve is its line, the definition of its marker, and the places of that; a tick of an axis has no line.
+    curves = [
+        (line[0].get("style"), line[1][0].get("d"))
+        for line in lines
+        if len(line) == 3 and any(color in (line[0].get("style") or "") for color in COLORS)
+    ]
+    patterns = {(re.sub("stroke: #[0-9a-f]{6}", "", style or ""), marker) for style, marker in curves}
+    assert len(patterns) == len(set(curves)) == len(cells)
+    every = [curve_look(place, 100, COLORS) for place in range(35)]
+    assert len({(str(look["linestyle"]), look["marker"]) for look in every}) == 35
+    assert len({look["markevery"][0] for look in every[:7]}) == 7, "and their markers stand at other steps"
+    solid = [look for look in every if look["linestyle"] == "-"]
+    assert max(look["zorder"] for look in solid) < min(look["zorder"] for look in every if look not in solid)
 
 
 def test_the_report_says_what_was_run(tmp_path: Path) -> None:
