@@ -23,7 +23,6 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
-from kdtune.errors import ConfigError
 from kdtune.models import Transformer
 
 ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
@@ -101,7 +100,7 @@ class Config:
     """Text files; each is one text, predicted window by window (max_seq_length)."""
     perplexity_stride: int | None = None
     """Tokens a window moves on; less gives more context and takes longer; null: a whole window, as in lm-eval."""
-    rouge: Any = config.component(default=[])
+    rouge: Any = config.component(default=[], returns=evaluation.InstructionSet)
     """Instruction sets whose answers are scored: a list of kdtune.evaluation.InstructionSet."""
 
     @classmethod
@@ -134,11 +133,8 @@ class Config:
         found += [
             f"perplexity_files: {name} occurs twice; files need different names" for name in evaluation.repeated(names)
         ]
-        names = [node.get("name", "") for node in self.rouge]
-        found += [
-            f"rouge: the name {name!r} occurs twice; sets need different names" for name in evaluation.repeated(names)
-        ]
-        return found + training.divergence_problems(self.kd_loss) + data.first_row_problems(self)
+        found += training.divergence_problems(self.kd_loss) + data.first_row_problems(self)
+        return found + evaluation.rouge_problems(self.rouge)
 
     def _unused(self) -> list[str]:
         """Settings without the thing that they are for."""
@@ -184,10 +180,6 @@ class Config:
         found += evaluation.task_problems(self.tasks, self.include_path)
         if self.rouge and (problem := evaluation.missing_extra("rouge")):
             found.append(problem)
-        try:
-            config.instantiate(self.rouge)
-        except ConfigError as error:
-            found.append(str(error))
         return found
 
 

@@ -11,7 +11,7 @@ from kdtune.data.batch import Batch, collate
 from kdtune.data.chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
 from kdtune.data.conversation import TrainingOptions, conversation_encoder
 from kdtune.data.dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
-from kdtune.data.first_row import dataset_nodes, first_row_problems
+from kdtune.data.first_row import dataset_nodes, first_row_problems, read_problems
 from kdtune.data.loader import Loader, Position, batches
 from kdtune.data.messages import Conversation, Message, parse_conversation
 from kdtune.data.mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
@@ -57,6 +57,7 @@ __all__ = [
     "parse_conversation",
     "previewed",
     "quickstart_dataset",
+    "read_problems",
     "text_completion_dataset",
     "truncate",
 ]

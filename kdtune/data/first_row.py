@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kdtune.config import instantiate, is_component, resolve
@@ -56,14 +56,26 @@ def first_row_problems(cfg: Any) -> list[str]:
 
     Sources that are not on this machine are left alone: nothing is downloaded, and files may be looked at elsewhere.
     """
+
+    def read(node: Mapping[str, Any]) -> None:
+        instantiate(dict(node), tokenizer=_NoTokenizer())
+
+    return read_problems(dict(dataset_nodes(cfg)), read)
+
+
+def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> list[str]:
+    """Return what is wrong with the first row of these nodes' sources, as `first_row_problems`; nodes by key of the config.
+
+    read: makes a node's component, and with it opens its source. Components that are not kdtune's are left alone.
+    """
     found = []
-    for key, node in dataset_nodes(cfg):
+    for key, node in nodes.items():
         name = json.dumps(node, sort_keys=True, default=str)
         if name in _IN_ORDER or not _is_ours(node):
             continue
         try:
             with previewed(1, local_only=True):
-                instantiate(dict(node), tokenizer=_NoTokenizer())
+                read(node)
         except ElsewhereError:
             continue
         except MissingColumnError as error:
@@ -76,4 +88,4 @@ def first_row_problems(cfg: Any) -> list[str]:
 
 
 def _is_ours(node: Mapping[str, Any]) -> bool:
-    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.data.")
+    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")

@@ -12,7 +12,7 @@ from kdtune.evaluation.lm_eval import (
 )
 from kdtune.evaluation.results import Measured, repeated
 from kdtune.evaluation.rolling import TextPerplexity, read_text, text_perplexity
-from kdtune.evaluation.rouge import InstructionSet, RougeResult, evaluate_rouge, rouge_l
+from kdtune.evaluation.rouge import InstructionSet, RougeResult, evaluate_rouge, rouge_l, rouge_problems
 from kdtune.evaluation.scoring import Score, score
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "repeated",
     "results_rows",
     "rouge_l",
+    "rouge_problems",
     "run_problems",
     "run_settings",
     "score",

@@ -14,7 +14,8 @@ from itertools import islice
 from typing import Any, Literal
 
 from kdtune import generation
-from kdtune.data import Message, Source, alpaca_prompt, open_rows
+from kdtune.config import instantiate
+from kdtune.data import Message, Source, alpaca_prompt, open_rows, read_problems
 from kdtune.data.columns import (
     MissingColumnError,
     any_column,
@@ -25,6 +26,7 @@ from kdtune.data.columns import (
 from kdtune.data.files import DataFiles
 from kdtune.distributed import World, spread_in_batches
 from kdtune.errors import ConfigError, DataError
+from kdtune.evaluation.results import repeated
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
 
@@ -106,6 +108,7 @@ class InstructionSet:
                 instructions.append(self._instruction(row))
             except MissingColumnError as error:
                 settings = suggest_question_columns(_COLUMNS)(row)
+                settings = {} if "_component_" in settings else settings  # that of a dataset
                 place = f"rouge.{self.name}: {source.label}: row {number}"
                 raise MissingColumnError(f"{place}: {error.problem}", settings) from error
             except DataError as error:
@@ -132,6 +135,18 @@ class InstructionSet:
             messages = [Message("user", instruction.prompt)]
             return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
         return tokenizer.encode(instruction.prompt, add_bos=tokenizer.begins_with_bos, add_eos=False)
+
+
+def rouge_problems(nodes: Any) -> list[str]:
+    """Return problems with the `rouge` nodes of a config: their arguments, and the first row of sources on this machine."""
+    if not isinstance(nodes, list):
+        return [
+            "rouge: must be a list of sets; write rouge=[{_component_: kdtune.evaluation.InstructionSet, name: ..., source: ...}]"
+        ]
+    names = [node.get("name", "") for node in nodes]
+    found = [f"rouge: the name {name!r} occurs twice; sets need different names" for name in repeated(names)]
+    sets = {f"rouge.{number}": node for number, node in enumerate(nodes)}
+    return found + read_problems(sets, lambda node: instantiate(node).read())
 
 
 @dataclass(frozen=True)

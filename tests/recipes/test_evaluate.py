@@ -161,6 +161,11 @@ BAD = {
     "missing split": (["tasks=[own_split]"], "needs the split 'validation'"),
     "missing file": (["perplexity_files=[/nowhere/x.txt]"], "/nowhere/x.txt"),
     "samples without tasks": (["perplexity_files=[a.txt]", "log_samples=true"], "log_samples=true: has no effect"),
+    "sets that are no list": ([f"rouge={BAD_SET}"], "rouge: must be a list of sets; write rouge=[{_component_: "),
+    "another kind of set": (
+        ["rouge=[{_component_: kdtune.data.quickstart_dataset}]"],
+        "the recipe needs InstructionSet here",
+    ),
     "sampling of a set": ([f"rouge=[{BAD_SET}]"], "rouge.a.top_k=0"),
     "unknown argument of a set": ([f"rouge=[{WRONG_SET}]"], "rouge.0.max_tokens"),
 }
@@ -239,3 +244,34 @@ def test_a_quantized_head_is_refused_before_the_examples(cli, tmp_path, monkeypa
     done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", f"~{key}model",
                f"{key}checkpointer={checkpointer}")  # fmt: skip
     assert done.code == 2 and f"the {'teacher' if key else 'model'}'s output head cannot be fused" in done.err
+
+
+OWN_SET = "rouge=[{{_component_: kdtune.evaluation.InstructionSet, name: own, source: {source}}}]"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"instruction": "i", "output": "o"}, None),
+        ({"prompt": "i", "response": ["o", "p"]}, "row 1: column 'instruction' is missing; found: prompt, response"),
+        ({"question": "i", "answer": "o"}, "set 'rouge.0.column_map={instruction: question, output: answer}'"),
+        ({"messages": [{"role": "user", "content": "i"}]}, "name the columns in the dataset's config"),
+        ({"instruction": "i", "output": 3}, "row 1: column 'output' must hold text: found int (3)"),
+    ],
+)
+def test_validate_looks_at_the_first_row_of_a_set_of_instructions(cli, tmp_path, row, told):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    done = cli("validate", "tiny/evaluate", OWN_SET.format(source=rows))
+    assert done.code == (0 if told is None else 2), done.err
+    assert "rouge.own: " not in done.err if told is None else told in done.err
+    # What is not on this machine may be where the evaluation runs, as with training data.
+    assert cli("validate", "tiny/evaluate", OWN_SET.format(source=tmp_path / "elsewhere.jsonl")).code == 0
+    assert cli("validate", "tiny/evaluate", OWN_SET.format(source="databricks/databricks-dolly-15k")).code == 0
+
+
+def test_a_set_whose_file_is_missing_is_told_before_a_weight_is_read(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    missing = OWN_SET.format(source=tmp_path / "missing.jsonl")
+    done = cli("run", "evaluate", "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", missing)
+    assert done.code == 2 and "missing.jsonl: no such file" in done.err
