@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from kdtune.checkpoint import load_state
 from kdtune.checkpoint.state import read_state_file
 from kdtune.config import instantiate
+from kdtune.config.component import parameters_of, resolve
 from kdtune.errors import ConfigError
 from kdtune.training.optim import trainable_parameters
 
 _WHOLE = ("lr_scheduler", "kd_ratio", "clip_grad_norm")
+_NUM_STEPS = "num_training_steps"
 _RATES = ("lr", "initial_lr")
 ALLOWED = "optimizer.ARGUMENT (such as optimizer.lr), lr_scheduler, kd_ratio and clip_grad_norm"
 
@@ -45,6 +47,13 @@ def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
         elif not is_changeable(name):
             found.append(f"resume_changes: {name} would make it another run; allowed are {ALLOWED}")
     return found
+
+
+def goes_by_length(lr_scheduler: Any) -> bool:
+    """Return whether the recipe tells the schedule of this config node how many steps there are, so that its rates depend on it."""
+    if not isinstance(lr_scheduler, Mapping) or _NUM_STEPS in lr_scheduler:
+        return False
+    return _NUM_STEPS in (parameters_of(resolve(lr_scheduler["_component_"])) or {})
 
 
 def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:

@@ -26,12 +26,13 @@ from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.training.loggers import read_metrics, truncate_metrics
 from kdtune.training.model_card import model_card
-from kdtune.training.resume_changes import is_asked_for, is_changeable
+from kdtune.training.resume_changes import goes_by_length, is_asked_for, is_changeable
 from kdtune.training.run_record import read_resolved_config, recorded_starts
 
 log = get_logger(__name__)
 
 _ABSENT = object()
+_LENGTH = ("epochs", "max_steps_per_epoch")
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
 _LOCK = ".lock"
@@ -116,10 +117,22 @@ def step_to_resume(
         log.info("%s: holds no run; starting from step 0", output_dir)
         return None
     before = _dated(output_dir, read_resolved_config(output_dir), config_values)
-    check_unchanged(before, config_values, may_change=may_change, asked=config_values.get("resume_changes", ()))
+    asked = config_values.get("resume_changes", ())
+    changed = check_unchanged(before, config_values, may_change=may_change, asked=asked)
     _check_same_steps(output_dir, before, config_values, batches_per_step)
     newest = newest_step(output_dir)
     log.info("%s: resuming from %s", output_dir, newest.name if newest else "step 0 (no checkpoint yet)")
+    length = [
+        one for key in _LENGTH if key in before for one in differing_values(key, before[key], config_values.get(key))
+    ]
+    first = int(newest.name.removeprefix("step_")) + 1 if newest else 1
+    for one in [*changed, *length]:
+        log.info("%s %s -> %s from step %d", *one.texts, first)
+    if length and goes_by_length(config_values.get("lr_scheduler")):
+        log.info(
+            "lr_scheduler goes by the number of steps: from step %d its rates are those of a run of the new length",
+            first,
+        )
     return newest
 
 
@@ -237,8 +250,8 @@ def _is_locked(folder: Path) -> bool:
 
 def check_unchanged(
     before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str], asked: Sequence[str] = ()
-) -> None:
-    """Refuses to resume a run under a config that would make it another run; tells what changes as asked for.
+) -> list["Difference"]:
+    """Refuses to resume a run under a config that would make it another run; returns what changes as asked for.
 
     Args:
         before: the config that the run was started with, key by key.
@@ -255,9 +268,6 @@ def check_unchanged(
         if key not in may_change and key in before
         for difference in differing_values(key, before[key], now[key])
     ]
-    for difference in found:
-        if is_asked_for(difference.key, asked):
-            log.info("changed as asked for: %s", difference)
     for name in asked:
         if not any(is_asked_for(difference.key, [name]) for difference in found):
             log.warning("resume_changes: %s is what the run already has; nothing is changed there", name)
@@ -271,6 +281,7 @@ def check_unchanged(
         raise ConfigError(
             f"the run in output_dir was started with another config; a resumed run keeps these keys:\n{lines}\n{advice}"
         )
+    return [difference for difference in found if is_asked_for(difference.key, asked)]
 
 
 class Difference(NamedTuple):

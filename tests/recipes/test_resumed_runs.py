@@ -114,7 +114,29 @@ def test_what_is_asked_for_and_the_same_is_told(run: Callable[..., Any], tmp_pat
     told = "resume_changes: {} is what the run already has"
     ended = run(tmp_path, *again, "max_steps_per_epoch=2")
     assert told.format("optimizer.lr") in ended.err and told.format("clip_grad_norm") not in ended.err
-    assert "changed as asked for: clip_grad_norm: was None, is 1" in ended.err
+    assert "clip_grad_norm None -> 1.0 from step 2\n" in ended.err
+
+
+def test_what_changes_is_told_with_the_step_from_which_it_counts(run: Callable[..., Any], tmp_path: Path) -> None:
+    """The rates are those of the run's own log."""
+    begun, length = (
+        tmp_path / "begun",
+        "lr_scheduler goes by the number of steps: from step 3 its rates are those of a run",
+    )
+    by_length = LINEAR.replace(", num_training_steps: 4", "")
+    run(begun, SGD, by_length, "max_steps_per_epoch=2")
+    same = run(begun, SGD, by_length, "max_steps_per_epoch=2", RESUME)
+    assert "->" not in same.err and length not in same.err
+    ended = run(
+        begun, SGD, by_length, "max_steps_per_epoch=4", RESUME, "optimizer.lr=0.125", "resume_changes=[optimizer.lr]"
+    )
+    for line in ("optimizer.lr 0.25 -> 0.125 from step 3", "max_steps_per_epoch 2 -> 4 from step 3"):
+        assert f"\n{line}\n" in ended.err
+    assert length in ended.err and rows(begun)[2]["lr"] == pytest.approx(0.125 * 2 / 3, rel=1e-12)
+    constant = tmp_path / "constant"
+    run(constant, SGD, "lr_scheduler=null", "max_steps_per_epoch=1", "epochs=2")
+    ended = run(constant, SGD, "lr_scheduler=null", "max_steps_per_epoch=1", "epochs=3", RESUME)
+    assert "\nepochs 2 -> 3 from step 3\n" in ended.err and length not in ended.err
 
 
 def test_a_state_without_settings_takes_no_change(run: Callable[..., Any], tmp_path: Path) -> None:
