@@ -20,6 +20,7 @@ same; on one machine a case gives the same bits every time. `--keep FOLDER` keep
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -156,11 +157,11 @@ def quickstart_cases(models: Path) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def run_case(case: Case, folder: Path) -> Iterator[tuple[str, Run]]:
+def run_case(repo: Path, case: Case, folder: Path) -> Iterator[tuple[str, Run]]:
     """Run a case in an empty folder; yield its name and numbers, then those of the resumed run where there is one."""
     output_dir = folder / "run"
     command = ["run", *case.arguments, f"output_dir={output_dir}"]
-    run_processes(command, case.processes, folder / "output")
+    run_processes(repo, command, case.processes, folder / "output")
     yield case.name, read_run(output_dir)
     if case.resumed_at is not None:
         # What a run leaves that was killed after it had saved this step.
@@ -168,12 +169,12 @@ def run_case(case: Case, folder: Path) -> Iterator[tuple[str, Run]]:
         for step in output_dir.glob("step_*"):
             if int(step.name.removeprefix("step_")) > case.resumed_at:
                 shutil.rmtree(step)
-        run_processes([*command, "resume_from_checkpoint=true"], case.processes, folder / "output-resumed")
+        run_processes(repo, [*command, "resume_from_checkpoint=true"], case.processes, folder / "output-resumed")
         yield f"{case.name}, resumed", read_run(output_dir)
 
 
-def run_processes(command: Sequence[str], count: int, output: Path) -> None:
-    """Run `python -m kdtune COMMAND` in `count` processes, with the environment that torchrun gives them.
+def run_processes(repo: Path, command: Sequence[str], count: int, output: Path) -> None:
+    """Run the checkout's `python -m kdtune COMMAND` in `count` processes, with the environment that torchrun gives them.
 
     Raises:
         RuntimeError: one of them failed or did not end in time; the message ends with what it printed.
@@ -187,7 +188,9 @@ def run_processes(command: Sequence[str], count: int, output: Path) -> None:
     for rank in range(count):
         env = {**several, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
         printed = output.with_name(f"{output.name}-{rank}.txt")
-        process = forkserver.Process(target=run_kdtune, args=(command, {k: str(v) for k, v in env.items()}, printed))
+        process = forkserver.Process(
+            target=run_kdtune, args=(repo, command, {k: str(v) for k, v in env.items()}, printed)
+        )
         process.start()
         started.append((process, printed))
     end = time.monotonic() + TIMEOUT
@@ -206,12 +209,17 @@ def run_processes(command: Sequence[str], count: int, output: Path) -> None:
             raise RuntimeError(f"exit code {process.exitcode}: {' '.join(command)}\n{printed.read_text()[-2000:]}")
 
 
-def run_kdtune(command: Sequence[str], env: dict[str, str], printed: Path) -> None:
+def run_kdtune(repo: Path, command: Sequence[str], env: dict[str, str], printed: Path) -> None:
     os.environ |= env
     with printed.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(printed.parent)
+    # Before an installed kdtune, which may be another one.
+    sys.path.insert(0, str(repo))
+    found = importlib.util.find_spec("kdtune")
+    if found is None or found.origin is None or not Path(found.origin).is_relative_to(repo):
+        sys.exit(f"kdtune would be imported from {found and found.origin}, not from {repo}")
     sys.argv = ["kdtune", *command]
     runpy.run_module("kdtune", run_name="__main__")
 
@@ -238,7 +246,8 @@ def read_run(output_dir: Path) -> Run:
 
 def record(out: Path, repo: Path, only: str, quickstart: Path | None, rename: Rename, keep: Path | None) -> int:
     """Run the cases and write their numbers; return the number of cases that failed."""
-    os.environ |= {"PYTHONPATH": str(repo.resolve()), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    repo = repo.resolve()
+    os.environ |= {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     all_cases = [*tiny_cases(), *(quickstart_cases(quickstart) if quickstart else ())]
     cases = [case for case in all_cases if re.search(only, case.name)]
@@ -252,7 +261,7 @@ def record(out: Path, repo: Path, only: str, quickstart: Path | None, rename: Re
             folder.mkdir(parents=True, exist_ok=True)
             renamed = Case(case.name, tuple(map(rename, case.arguments)), case.processes, case.resumed_at)
             try:
-                recorded["runs"].update(run_case(renamed, folder))
+                recorded["runs"].update(run_case(repo, renamed, folder))
             except (RuntimeError, OSError) as error:
                 num_failed += 1
                 print(f"FAILED {case.name}: {error}")

@@ -136,6 +136,38 @@ def test_a_name_is_replaced_as_a_whole() -> None:
     assert rename("adapter=kdtune.models.apply_lora") == "adapter=kdtune.apply_lora"
 
 
+FAKE = """
+import json, sys
+from pathlib import Path
+import numpy
+from safetensors.numpy import save_file
+output_dir = Path(sys.argv[-1].removeprefix("output_dir="))
+(output_dir / "final").mkdir(parents=True)
+(output_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": LOSS}))
+save_file({"norm": numpy.ones(1)}, output_dir / "final" / "model.safetensors")
+"""
+
+
+def test_the_checkout_that_is_named_is_run_and_no_other(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # where the processes find the script
+    monkeypatch.setattr(same_numbers, "PRELOADED", [])
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED"):
+        monkeypatch.setenv(name, "1")  # so that they are put back
+    only, records = "^kd full, 1 process, bf16$", []
+    for loss in (1.5, 2.5):
+        package = tmp_path / f"checkout-{loss}" / "kdtune"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(FAKE.replace("LOSS", str(loss)))
+        out = tmp_path / f"{loss}.json"
+        assert same_numbers.record(out, package.parent, only, None, str, None) == 0
+        records.append(json.loads(out.read_text()))
+    assert same_numbers.compare(*records)[0][1] == "step 1 loss: 1.5 and 2.5, relative 4.0e-01"
+    (tmp_path / "nothing").mkdir()
+    assert same_numbers.record(tmp_path / "nothing.json", tmp_path / "nothing", only, None, str, None) == 1
+    assert f"not from {tmp_path / 'nothing'}" in capfd.readouterr().out
+
+
 def test_the_cases_cover_what_has_to_stay_equal() -> None:
     cases = list(same_numbers.tiny_cases())
     names = [case.name for case in cases]
