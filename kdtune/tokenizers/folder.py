@@ -17,13 +17,15 @@ log = get_logger(__name__)
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    SPECIAL_TOKENS_MAP,
+    ADDED_TOKENS,
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
@@ -49,30 +51,6 @@ def check_flags(folder: Path) -> None:
             f"{file}: split_special_tokens=true: a chat template's own control tokens would be cut into pieces of text, which is "
             "not supported; set it to false, or take it out"
         )
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens by name (bos_token, eos_token, ...) as the folder's transformers files set them.
-
-    tokenizer_config.json comes before special_tokens_map.json; an entry may be a string or an AddedToken object.
-    """
-    named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", TOKENIZER_CONFIG):
-        config = read_json_if_there(folder / file)
-        for key in SPECIAL_TOKEN_KEYS:
-            found = config.get(key)
-            if isinstance(found, dict):
-                found = found.get("content")
-            if isinstance(found, str):
-                named[key] = found
-    return named
-
-
-def more_special_tokens(config: Mapping[str, Any]) -> list[str]:
-    """The special tokens that a tokenizer_config.json lists without a role of their own."""
-    lists = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
-    found = [token for one in lists if isinstance(one, list) for token in one]
-    return [str(token["content"]) if isinstance(token, Mapping) else str(token) for token in found]
 
 
 def generation_eos_ids(folder: Path) -> frozenset[int]:

@@ -1,7 +1,6 @@
 """Tokenizers in a tokenizer.json, run by the `tokenizers` library."""
 
 import json
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,19 @@ from typing import Any
 import tokenizers
 
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
 from kdtune.model_files import read_json_if_there, read_text
+from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
 from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
     copy_files,
     generation_eos_ids,
-    more_special_tokens,
-    special_tokens,
     write_tokenizer_config,
 )
+
+log = get_logger(__name__)
 
 # The library walks over all ids up to the largest, and a model has a row for each.
 _LARGEST_ID = 2**24
@@ -108,11 +109,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _add_named(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:
-    # As in transformers, a token named as bos, eos, ... is special even where tokenizer.json does not say so.
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    missing = [token for token in dict.fromkeys(named.values()) if token not in special]
-    if missing:
-        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
+    # A token named as bos, eos, ... is a control token even where tokenizer.json does not say so.
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in dict.fromkeys(named.values()):
+        token = known.get(text) or tokenizers.AddedToken(text, normalized=False)
+        if not token.special:
+            token.special = True
+            backend.add_tokens([token])
 
 
 def _without_prefix(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
@@ -197,13 +200,12 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
     """The tokenizer of a tokenizer.json, with what the config files beside it say on special tokens and chat."""
     folder = file.parent
     backend = read_backend(file)
-    config = read_json_if_there(folder / TOKENIZER_CONFIG)
-    _check_prefix(folder / TOKENIZER_CONFIG, config, backend)
-    _add_config_tokens(backend, folder / TOKENIZER_CONFIG)
-    backend.add_special_tokens([token for token in more_special_tokens(config) if backend.token_to_id(token) is None])
+    files = read_tokens(folder)
+    _check_prefix(folder / TOKENIZER_CONFIG, files.settings, backend)
+    backend = _add_tokens(backend, files, folder)
     return HuggingFaceTokenizer(
         backend,
-        named=_named_tokens(folder, backend),
+        named=_named_tokens(files, folder, backend),
         folder=folder,
         chat_template=folder_template(folder),
         tool_template=folder_tool_template(folder),
@@ -226,38 +228,33 @@ def _check_prefix(file: Path, config: Mapping[str, Any], backend: tokenizers.Tok
         )
 
 
-def _add_config_tokens(backend: tokenizers.Tokenizer, file: Path) -> None:
-    listed = read_json_if_there(file).get("added_tokens_decoder") or {}
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for _, entry in added_tokens_by_id(listed, file):
-        if entry["content"] in known:
-            continue
-        flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
-        token = tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
-        if token.special:
-            backend.add_special_tokens([token])
-        else:
-            backend.add_tokens([token])
+def _add_tokens(backend: tokenizers.Tokenizer, files: TokenFiles, folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer with the tokens that are not there yet.
+
+    The flags in tokenizer_config.json's added_tokens_decoder go before tokenizer.json's.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    stand = {token.content for token in files.listed.values()} if "added_tokens_decoder" in files.settings else set()
+    more = [token for token in files.all() if token.content in stand or token.content not in known]
+    backend.add_tokens(more)
+    for i, token in files.listed.items():
+        if (given := backend.token_to_id(token.content)) != i:
+            log.warning(
+                "%s: the token %r is listed with the id %d and gets %s, as in transformers",
+                folder,
+                token.content,
+                i,
+                given,
+            )
+    if any(token.content in known and known[token.content].special and not token.special for token in more):
+        # The library goes on to take a token for a special one until it is read anew.
+        return tokenizers.Tokenizer.from_str(backend.to_str())
+    return backend
 
 
-def added_tokens_by_id(listed: Any, file: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """The entries of an added_tokens_decoder: id and AddedToken."""
-    try:
-        found = sorted((int(key), entry) for key, entry in listed.items() if isinstance(entry["content"], str))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        found = []
-    if len(found) != len(listed if isinstance(listed, Mapping) else [listed]):
-        raise CheckpointError(
-            f"{file}: added_tokens_decoder={reprlib.repr(listed)}; an object of AddedToken objects (with content, a text) "
-            "by their ids expected"
-        )
-    check_control_tokens((entry["content"] for _, entry in found), file)
-    return found
-
-
-def _named_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
+def _named_tokens(files: TokenFiles, folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
     """Special tokens by name; bos, eos and pad that no tokenizer file names are looked up by config.json's ids."""
-    named = special_tokens(folder)
+    named = files.names
     config = read_json_if_there(folder / "config.json")
     for name in ("bos_token", "eos_token", "pad_token"):
         found = config.get(f"{name}_id")

@@ -32,6 +32,8 @@ CONFIG = {
     "legacy": False, "chat_template": CHATML,
 }  # fmt: skip
 
+PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
 
 @pytest.fixture
 def folder(sentencepiece_file: Path) -> Callable[..., Path]:
@@ -41,9 +43,8 @@ def folder(sentencepiece_file: Path) -> Callable[..., Path]:
     def write(changes: dict[str, Any], flags: dict[str, Any], words: int = 0) -> Path:
         added = {"<|im_end|>": size, "<|im_start|>": size + 1, **({"<tok>": size + 2} if words else {})}
         listed = {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
-        plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         decoder = {
-            str(i): {"content": token, **plain, "special": token != "<tok>", **(flags if i >= size else {})}
+            str(i): {**PLAIN, "content": token, "special": token != "<tok>", **(flags if i >= size else {})}
             for token, i in listed.items()
         }
         (sentencepiece_file.parent / "added_tokens.json").write_text(json.dumps(added))
@@ -74,6 +75,7 @@ def folder(sentencepiece_file: Path) -> Callable[..., Path]:
         ({}, {"normalized": True}, 0),
         ({}, {}, 1),
         ({"additional_special_tokens": ["<|im_end|>", "<|new|>"]}, {}, 1),
+        ({"additional_special_tokens": ["<|new|>"], "pad_token": "<pad>"}, {}, 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -116,6 +118,16 @@ def test_a_special_tokens_map_that_names_another_eos(sentencepiece_file: Path) -
     assert {tokenizer.eos_id, tokenizer.pad_id} == {size, size + 1}
 
 
+def test_flags_of_the_models_own_control_tokens(sentencepiece_file: Path) -> None:
+    decoder = {"2": {**PLAIN, "content": "</s>", "lstrip": True, "rstrip": True}}
+    (sentencepiece_file.parent / "tokenizer_config.json").write_text(
+        json.dumps({**CONFIG, "eos_token": "</s>", "added_tokens_decoder": decoder})
+    )
+    reference = transformers.AutoTokenizer.from_pretrained(sentencepiece_file.parent)
+    text = "the cat </s> sat"
+    assert load(sentencepiece_file).encode_rendered(text) == reference(text, add_special_tokens=False).input_ids
+
+
 def test_the_model_alone_stays_sentencepieces(sentencepiece_file: Path) -> None:
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     (sentencepiece_file.parent / "tokenizer_config.json").write_text(json.dumps(named))
@@ -128,7 +140,7 @@ def test_the_model_alone_stays_sentencepieces(sentencepiece_file: Path) -> None:
         ({"split_special_tokens": True}, {}, r"tokenizer_config.json: split_special_tokens=true"),
         ({}, {"single_word": True}, r"'<\|im_end\|>' has single_word=true"),
         ({"added_tokens_decoder": {"9000": {"content": "<far>", "special": True}}}, {}, r"'<far>' is listed with the id 9000, but \d+ is"),
-        ({"added_tokens_decoder": {"x": {"content": "<far>"}}}, {}, r"an object of AddedToken objects"),
+        ({"added_tokens_decoder": {"x": {"content": "<far>"}}}, {}, r"tokens by id \(whole numbers\), each an AddedToken object"),
     ],
 )  # fmt: skip
 def test_what_is_not_followed_is_refused(
@@ -156,14 +168,86 @@ def test_a_gguf_without_pre_tokenizer_is_told(
         assert "tokenizer.ggml.pre is missing" in caplog.text
 
 
-def test_more_special_tokens_beside_a_tokenizer_json(chatml_folder: Path) -> None:
-    file = chatml_folder / "tokenizer_config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "additional_special_tokens": ["<|im_end|>", "<|new|>"]})
-    )
+def write_beside(folder: Path, config: dict[str, Any], mapped: dict[str, Any] | None, added: dict[str, int]) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    for name, content in (("special_tokens_map.json", mapped), ("added_tokens.json", added)):
+        if content:
+            (folder / name).write_text(json.dumps(content))
+
+
+BESIDE = ["the<|new|>cat", "the <|new|>  cat", "you <|pad|> are", "the <|im_end|>\n\n cat", "a<|im_end|>b"]
+STRIPPED = {"__type": "AddedToken", "content": "<|new|>", "lstrip": True, "rstrip": True, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "mapped", "added"),
+    [
+        ({"additional_special_tokens": ["<|im_end|>", "<|new|>"]}, None, {}),
+        ({"additional_special_tokens": ["<|new|>"], "pad_token": "<|pad|>"}, None, {}),
+        ({"extra_special_tokens": ["<|new|>"], "pad_token": "<|pad|>"}, None, {}),
+        ({"extra_special_tokens": {"image_token": "<|new|>"}}, None, {}),
+        ({"image_token": "<|new|>"}, None, {}),
+        ({"extra_special_tokens": [STRIPPED]}, None, {}),
+        ({"eos_token": STRIPPED}, None, {}),
+        ({"eos_token": {**STRIPPED, "content": "<|im_end|>"}}, None, {}),
+        ({}, {"additional_special_tokens": ["<|new|>"]}, {}),
+        ({"additional_special_tokens": ["<|pad|>"]}, {"additional_special_tokens": ["<|new|>"]}, {}),
+        ({"extra_special_tokens": ["<|pad|>"]}, {"extra_special_tokens": ["<|new|>"]}, {}),
+        ({}, {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}, {}),
+        ({"added_tokens_decoder": {"2": {**PLAIN, "content": "<|im_end|>"}}}, {"pad_token": "<|pad|>"}, {}),
+        ({}, None, {"<|new|>": -1}),
+        ({"added_tokens_decoder": {"2": {**PLAIN, "content": "<|im_end|>"}}}, None, {"<|new|>": -1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_beside_a_tokenizer_json(
+    chatml_folder: Path, config: dict[str, Any], mapped: dict[str, Any] | None, added: dict[str, int]
+) -> None:
+    size = load(chatml_folder).vocab_size
+    write_beside(chatml_folder, config, mapped, {text: size for text in added})
     ours, reference = load(chatml_folder), transformers.AutoTokenizer.from_pretrained(chatml_folder)
-    assert ours.vocab_size == len(reference)
-    assert ours.encode_rendered("the<|new|>cat") == reference("the<|new|>cat", add_special_tokens=False).input_ids
+    assert (ours.vocab_size, ours.eos_id) == (len(reference), reference.eos_token_id)
+    for text in BESIDE:
+        assert ours.encode_rendered(text) == reference(text, add_special_tokens=False).input_ids, text
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized", "single_word", "special"])
+def test_flags_of_tokenizer_config_go_before_those_of_tokenizer_json(
+    chatml_folder: Path, flag: str, special: bool, there: bool
+) -> None:
+    """`there`: whether the flag is set in tokenizer.json, and not in tokenizer_config.json, or the other way round."""
+    file = chatml_folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    token = {**PLAIN, "content": "<|new|>", "special": special}
+    content["added_tokens"].append({**token, "id": load(chatml_folder).vocab_size, flag: there})
+    file.write_text(json.dumps(content))
+    decoder = {str(content["added_tokens"][-1]["id"]): {**token, flag: not there}}
+    write_beside(chatml_folder, {"added_tokens_decoder": decoder}, None, {})
+    if flag == "single_word" and special and not there:
+        with pytest.raises(CheckpointError, match=r"'<\|new\|>' has single_word=true"):
+            load(chatml_folder)
+        return
+    ours, reference = load(chatml_folder), transformers.AutoTokenizer.from_pretrained(chatml_folder)
+    for text in BESIDE:
+        assert ours.encode_rendered(text) == reference(text, add_special_tokens=False).input_ids, text
+    is_text = (not there) if flag == "special" else special
+    assert (
+        (ours.control_tokens["<|new|>"] not in ours.encode("a<|new|>b"))
+        if is_text
+        else "<|new|>" not in ours.control_tokens
+    )
+
+
+def test_an_id_that_the_token_does_not_get_is_told(chatml_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_beside(chatml_folder, {"added_tokens_decoder": {"9000": {**PLAIN, "content": "<|new|>"}}}, None, {})
+    with caplog.at_level(logging.WARNING, "kdtune"):
+        ours = load(chatml_folder)
+    reference = transformers.AutoTokenizer.from_pretrained(chatml_folder)
+    assert ours.control_tokens["<|new|>"] == reference.convert_tokens_to_ids("<|new|>")
+    assert "the token '<|new|>' is listed with the id 9000 and gets" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("GPT2Tokenizer", True), ("PreTrainedTokenizerFast", False)])
