@@ -48,33 +48,66 @@ def check_tokenizer(
     except CheckpointError as error:
         log.warning("%s: its tokenizer could not be compared with the run's: %s", key, error)
         return
-    if key == "teacher_checkpointer":
-        if difference := tokenizers.same_ids(tokenizer, own):
+    if key != "teacher_checkpointer":
+        _check_model(tokenizer, own, f"tokenizer and {key}={folder}", folder)
+        return
+    _check_teacher(tokenizer, own, f"tokenizer and {key}={folder}", folder)
+    if is_chat and _rendered(tokenizer) != _rendered(own):
+        log.warning(
+            "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
+            "tokenizer.path=%s takes its format",
+            key,
+            folder,
+            folder,
+        )
+
+
+def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) -> None:
+    if difference := tokenizers.same_ids(tokenizer, own):
+        beyond, lacking = (tokenizers.lacking_control_tokens(*pair) for pair in ((own, tokenizer), (tokenizer, own)))
+        if beyond is None or lacking is None:
             raise ConfigError(
-                f"tokenizer and {key}={folder}: teacher and student have different tokenizers: {difference}; "
+                f"{keys}: teacher and student have different tokenizers: {difference}; "
                 "token by token distillation needs the same one; choose a teacher of the student's family"
             )
-        if difference := tokenizers.same_tokenizer(tokenizer, own):
+        if len(beyond) >= len(lacking):
             raise ConfigError(
-                f"tokenizer and {key}={folder}: teacher and student have the same ids, but {difference}, as an instruct model and "
-                f"a base model of one family do; train the student in the teacher's format: tokenizer.path={folder}"
+                f"{keys}: teacher and student have the same ids for text, but the teacher has control tokens that the run's tokenizer "
+                f"lacks ({_listed(beyond)}), as an instruct model and a base model of one family do; train the student in the teacher's "
+                f"format: tokenizer.path={folder}"
             )
-        if is_chat and _rendered(tokenizer) != _rendered(own):
-            log.warning(
-                "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
-                "tokenizer.path=%s takes its format",
-                key,
-                folder,
-                folder,
-            )
-        return
-    if difference := tokenizers.same_ids(tokenizer, own):
         raise ConfigError(
-            f"tokenizer and {key}={folder}: the tokenizer is not this model's: {difference}; its ids would be other "
-            f"tokens to the model; set tokenizer.path={folder}"
+            f"{keys}: teacher and student have the same ids for text, but the run's tokenizer has control tokens that the teacher lacks "
+            f"({_listed(lacking)}), as an instruct model and a base model of one family do: the teacher knows nothing of them; choose an "
+            f"instruct teacher, or train in the teacher's format: tokenizer.path={folder}"
         )
     if difference := tokenizers.same_tokenizer(tokenizer, own):
-        log.warning("tokenizer and %s=%s: %s; the run goes by its own tokenizer", key, folder, difference)
+        raise ConfigError(
+            f"{keys}: teacher and student have the same ids, but {difference}, as an instruct model and "
+            f"a base model of one family do; train the student in the teacher's format: tokenizer.path={folder}"
+        )
+
+
+def _check_model(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) -> None:
+    difference = tokenizers.same_ids(tokenizer, own)
+    if difference and (beyond := tokenizers.lacking_control_tokens(tokenizer, own)) is not None:
+        what = (
+            f"the run's tokenizer has control tokens that the model's lacks ({_listed(beyond)})"
+            if beyond
+            else difference
+        )
+        log.warning("%s: the same ids for text, but %s; the run goes by its own tokenizer", keys, what)
+    elif difference:
+        raise ConfigError(
+            f"{keys}: the tokenizer is not this model's: {difference}; its ids would be other "
+            f"tokens to the model; set tokenizer.path={folder}"
+        )
+    elif difference := tokenizers.same_tokenizer(tokenizer, own):
+        log.warning("%s: %s; the run goes by its own tokenizer", keys, difference)
+
+
+def _listed(tokens: list[str]) -> str:
+    return ", ".join(tokens[:4]) + (f", ... {len(tokens)} in all" if len(tokens) > 4 else "")
 
 
 def _rendered(tokenizer: Tokenizer) -> str | None:

@@ -2,7 +2,7 @@
 
 from kdtune.tokenizers.base import Tokenizer
 from kdtune.tokenizers.byte import byte_tokenizer
-from kdtune.tokenizers.compare import check_vocabulary, fingerprint, same_ids, same_tokenizer
+from kdtune.tokenizers.compare import check_vocabulary, fingerprint, lacking_control_tokens, same_ids, same_tokenizer
 from kdtune.tokenizers.gguf import GGUFTokenizer
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer
 from kdtune.tokenizers.loading import llama2_tokenizer, llama3_tokenizer, load
@@ -18,6 +18,7 @@ __all__ = [
     "byte_tokenizer",
     "check_vocabulary",
     "fingerprint",
+    "lacking_control_tokens",
     "llama2_tokenizer",
     "llama3_tokenizer",
     "load",

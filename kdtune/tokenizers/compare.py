@@ -36,12 +36,36 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
         left, right = a.control_tokens.get(token), b.control_tokens.get(token)
         if left != right:
             return f"they differ in the control token {token!r}: id {left} against {right}"
+    return same_text_ids(a, b)
+
+
+def same_text_ids(a: Tokenizer, b: Tokenizer) -> str | None:
+    """The same for texts without control tokens."""
     for text in BATTERY:
         left_ids = a.encode(text, add_bos=False, add_eos=False)
         right_ids = b.encode(text, add_bos=False, add_eos=False)
         if left_ids != right_ids:
             return f"they differ on {text[:40]!r}: {left_ids[:8]}... against {right_ids[:8]}..."
     return None
+
+
+def lacking_control_tokens(tokenizer: Tokenizer, other: Tokenizer) -> list[str] | None:
+    """Return the control tokens that `tokenizer` has and `other` lacks; None where the two use an id for different texts.
+
+    A base model and its instruct model differ so: what is text has the same ids, and the latter has further control tokens, or
+    names for those that the former reserves.
+    """
+    if same_text_ids(tokenizer, other) is not None:
+        return None
+    for one, its in ((tokenizer, other), (other, tokenizer)):
+        free = set(its.control_tokens.values())
+        for token, i in one.control_tokens.items():
+            taken = i < its.vocab_size and i not in free and its.decode([i], skip_special=False) != token
+            if its.control_tokens.get(token, i) != i or taken:
+                return None
+    return sorted(
+        tokenizer.control_tokens.keys() - other.control_tokens.keys(), key=tokenizer.control_tokens.__getitem__
+    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model") -> None:
@@ -53,7 +77,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model"
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"tokenizer: has {tokenizer.vocab_size} ids, but the {model}'s vocabulary is {vocab_size}; "
-            f"a token would have no row in its embedding; use the {model}'s own tokenizer"
+            f"a token would have no row in its embedding; use the {model}'s own tokenizer, or a {model} with that many rows"
         )
 
 

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kdtune import tokenizers
 from kdtune.errors import ConfigError
@@ -58,6 +59,63 @@ def test_another_eos_is_refused_of_a_teacher_and_told_of_another_model(node, war
         check_tokenizer(other_eos(), node)
     check_tokenizer(other_eos(), node, "checkpointer")
     assert "they differ in eos_id" in warnings.text
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Folders of a base model and an instruct model: the same pieces, <|name|> where the former reserves an id, and one more."""
+    ids = {"<|end|>": 256, "<|reserved_0|>": 257}
+    for name, control in (("base", ids), ("instruct", {"<|end|>": 256, "<|user|>": 257, "<|tool|>": 258})):
+        backend = byte_level_tokenizer(control)
+        (tmp_path / name).mkdir()
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return tmp_path / "base", tmp_path / "instruct"
+
+
+def byte_level_tokenizer(control):
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(control))
+    assert {token: backend.token_to_id(token) for token in control} == control
+    return backend
+
+
+def checkpointer(folder):
+    return {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(folder)}
+
+
+def test_an_instruct_teacher_of_a_base_student_leads_to_its_tokenizer(pair, warnings):
+    base, instruct = pair
+    with pytest.raises(
+        ConfigError,
+        match=rf"the teacher has control tokens that the run's tokenizer lacks \(<\|user\|>, <\|tool\|>\), .*: tokenizer.path={instruct}$",
+    ):
+        check_tokenizer(tokenizers.load(base), checkpointer(instruct))
+    # What the message asks for is then taken, with the base model as the student.
+    check_tokenizer(tokenizers.load(instruct), checkpointer(instruct))
+    assert not warnings.text
+    check_tokenizer(tokenizers.load(instruct), checkpointer(base), "checkpointer")
+    assert "has control tokens that the model's lacks (<|user|>, <|tool|>); the run goes by its own" in warnings.text
+
+
+def test_a_base_teacher_of_an_instruct_student_is_told(pair):
+    base, instruct = pair
+    with pytest.raises(
+        ConfigError, match=r"the teacher lacks \(<\|user\|>, <\|tool\|>\), .* choose an instruct teacher"
+    ):
+        check_tokenizer(tokenizers.load(instruct), checkpointer(base))
+
+
+def test_control_tokens_at_the_ids_of_text_are_another_tokenizer(pair):
+    base, _ = pair
+    other = tokenizers.load(base)
+    other.control_tokens["<|user|>"] = 65
+    for key, words in (("checkpointer", "not this model's"), ("teacher_checkpointer", "different tokenizers")):
+        with pytest.raises(ConfigError, match=words):
+            check_tokenizer(other, checkpointer(base), key)
 
 
 def test_a_teacher_with_another_chat_template_is_told_in_one_line(node, warnings, tmp_path):
