@@ -124,8 +124,8 @@ def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, 
             )
     if not config.get("use_dora") and f"{module}.magnitude" in tensors:
         raise CheckpointError(f"{tensors[f'{module}.magnitude']}: unexpected; {CONFIG} says use_dora=false")
-    rank = value_for(config.get("rank_pattern"), theirs, config["r"])
-    alpha = value_for(config.get("alpha_pattern"), theirs, config["lora_alpha"])
+    rank = value_for(config.get("rank_pattern"), theirs, config["r"], path / CONFIG)
+    alpha = value_for(config.get("alpha_pattern"), theirs, config["lora_alpha"], path / CONFIG)
     for part, dimension in (("lora_a.weight", 0), ("lora_b.weight", 1)):
         stored = tensors[f"{module}.{part}"]
         if len(stored.shape) != 2 or stored.shape[dimension] != rank:
@@ -172,10 +172,11 @@ def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
 
 def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -> None:
     """A module that the config means to adapt but that has no tensors is the sign of another base, or of lost tensors."""
-    config = read_json(adapter.folder / CONFIG)
+    path = adapter.folder / CONFIG
+    config = read_json(path)
     linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
     for module in [*linears, "output"]:
-        if is_target(_hf_module(module), config) and module not in adapter.scaling:
+        if is_target(_hf_module(module), config, path) and module not in adapter.scaling:
             raise CheckpointError(
                 f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + _hf_module(module) + '.lora_A.weight'!r} missing; {CONFIG} "
                 f"adapts it (target_modules={config['target_modules']!r}) in each of the base's "

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from kdtune.errors import CheckpointError
+
+_LONGEST_MATCH_S = 1.0
 
 # Fields that are read here, that say nothing about the arithmetic, and those that must have one of some plain values.
 _READ = {
@@ -74,33 +78,48 @@ def _patterns(value: Any) -> list[str]:
 
 def _is_pattern(pattern: str) -> bool:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
+        regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError):
         return False
     return True
 
 
-def value_for(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of the module's name in PEFT, or the default."""
+def _is_match(pattern: str, module: str, path: Path) -> bool:
+    """Return whether the expression, which the file's author chose, matches the whole name of a module.
+
+    Raises:
+        CheckpointError: it takes more than a second to tell, as expressions such as (a|a)+ can.
+    """
+    try:
+        return regex.fullmatch(pattern, module, timeout=_LONGEST_MATCH_S) is not None
+    except TimeoutError:
+        raise CheckpointError(
+            f"{path}: the regular expression {reprlib.repr(pattern)} takes more than {_LONGEST_MATCH_S:g} s on "
+            f"{module!r}; list the modules' names instead"
+        ) from None
+
+
+def value_for(patterns: Mapping[str, Any] | None, module: str, default: Any, path: Path) -> Any:
+    """Return the value of the first pattern of the config at `path` that matches the end of the module's name in PEFT, or the default."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _is_match(rf"(.*\.)?({pattern})$", module, path):
             return value
     return default
 
 
-def is_target(module: str, config: Mapping[str, Any]) -> bool:
-    """Return whether PEFT adapts the module of that name (PEFT's own) under this config."""
+def is_target(module: str, config: Mapping[str, Any], path: Path) -> bool:
+    """Return whether PEFT adapts the module of that name (PEFT's own) under the config read from `path`."""
     layers = config.get("layers_to_transform")
     number = re.search(r"\.(\d+)\.", module)
     if layers is not None and not (number and int(number[1]) in ([layers] if isinstance(layers, int) else layers)):
         return False
-    if _matches(module, config.get("exclude_modules")):
+    if _matches(module, config.get("exclude_modules"), path):
         return False
     targets = config.get("target_modules")
-    return module != "lm_head" if targets == "all-linear" else _matches(module, targets)
+    return module != "lm_head" if targets == "all-linear" else _matches(module, targets, path)
 
 
-def _matches(module: str, targets: Any) -> bool:
+def _matches(module: str, targets: Any, path: Path) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return _is_match(targets, module, path)
     return any(module == target or module.endswith(f".{target}") for target in targets or ())

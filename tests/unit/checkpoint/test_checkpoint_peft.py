@@ -280,6 +280,9 @@ BAD = {
     "excluded by a number": (edit_config(exclude_modules=1.5), ["exclude_modules=1.5; names of modules"]),
     "a list of alphas": (edit_config(alpha_pattern=["q_proj"]), ["alpha_pattern=['q_proj']; numbers by regular"]),
     "no rank by pattern": (edit_config(rank_pattern={"q_proj": "4"}), ["rank_pattern={'q_proj': '4'}; whole numbers by"]),
+    "endless expression": (edit_config(target_modules="(.|.)+[0-9]"), ["expression '(.|.)+[0-9]' takes more than", "list the"]),
+    "endless exception": (edit_config(exclude_modules="(.|.)+[0-9]"), ["expression '(.|.)+[0-9]' takes more than"]),
+    "endless pattern": (edit_config(alpha_pattern={"(.|.)+[0-9]": 4}), ["(.|.)+[0-9]", "takes more than"]),
     "bad pattern": (edit_config(rank_pattern={"*": 4}), ["rank_pattern={'*': 4}; whole numbers by"]),
     "layers by name": (edit_config(layers_to_transform="0"), ["layers_to_transform='0'; numbers of layers"]),
     "rank mismatch": (edit_config(r=8), ["lora_A.weight", "shape [4, 32] found, rank 8"]),
@@ -323,6 +326,7 @@ def test_bad_folders_are_refused_before_weights_are_read(
 ) -> None:
     spoil, expected = BAD[case]
     spoil(adapter)
+    monkeypatch.setattr("kdtune.checkpoint.peft_config._LONGEST_MATCH_S", 0.02)
     checkpointer = Checkpointer(base, adapter_dir=adapter)
     (problem,) = checkpointer.problems()
     for part in (*expected, str(adapter)):
