@@ -8,10 +8,19 @@ import logging
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, BinaryIO, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar, cast
 
 from kdtune.escape import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
+# In a log file: seconds from line to line, and what one says.
+_LINE_SECONDS = 15.0
+_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left"
 
 
 def fit_for_stdout(text: str) -> str:
@@ -54,6 +63,36 @@ def wrap(text: str, width: int | None, *, hang: int = 0) -> str:
             break_long_words=False, break_on_hyphens=False,
         ) or [""]  # fmt: skip
     return "\n".join(lines)
+
+
+def progress_bar(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
+    """A tqdm bar on standard error, of some items or of a `total`; in a log file a line at times instead, without carriage returns.
+
+    items: what is iterated over. settings: those of tqdm, such as `total`, `desc` and `unit`.
+    """
+    from tqdm import tqdm
+
+    if sys.stderr is None or sys.stderr.isatty():
+        return tqdm(items, **settings)
+    lines = cast("TextIO", _Lines(sys.stderr))
+    return tqdm(items, file=lines, mininterval=_LINE_SECONDS, miniters=1, bar_format=_LINE, **settings)
+
+
+class _Lines:
+    """Where a bar is drawn anew, each state of it is a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._stream.write(line + "\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class _Formatter(logging.Formatter):

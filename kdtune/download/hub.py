@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ from kdtune.download.record import (
     writing_to,
 )
 from kdtune.errors import CheckpointError
-from kdtune.log import get_logger
+from kdtune.log import get_logger, progress_bar
 from kdtune.paths import user_path
 
 DUPLICATE_WEIGHTS = (
@@ -163,13 +162,12 @@ def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
 
 
 def _progress(repo: str, missing: list[RemoteFile]) -> "tqdm[Any]":
-    """One bar over the bytes of all files; where stderr is no terminal, a line every half minute."""
-    return tqdm(
+    """One bar over the bytes of all files; where stderr is no terminal, a line every 15 seconds."""
+    return progress_bar(
         total=sum(file.size for file in missing),
         desc=repo.rsplit("/", 1)[-1],
         unit="B",
         unit_scale=True,
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
         disable=not missing,
     )
 

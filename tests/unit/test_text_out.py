@@ -12,7 +12,7 @@ import pytest
 from kdtune._cli.main import run_command
 from kdtune.checkpoint import atomic_write_text, collected_rows, partial_of
 from kdtune.escape import one_line, printable
-from kdtune.log import fit_for_stdout, get_logger
+from kdtune.log import fit_for_stdout, get_logger, progress_bar
 from kdtune.training import JSONLLogger, print_results, read_metrics
 
 SURROGATE = "cut \ud83d emoji"
@@ -98,3 +98,26 @@ def test_an_old_file_stays_until_all_rows_are_there(tmp_path: Path) -> None:
         add(1, {"text": "new"})
         raise ZeroDivisionError
     assert path.read_text() == "old" and json.loads(partial_of(path).read_text()) == {"number": 1, "text": "new"}
+
+
+def test_a_bar_in_a_log_file_is_lines(monkeypatch, capsys):
+    monkeypatch.setattr("kdtune.log._LINE_SECONDS", 0.0)
+    with progress_bar(total=3, desc="quantizing", unit="linear") as bar:
+        for _ in range(3):
+            bar.update()
+    assert list(progress_bar([1, 2], desc="held-out examples", disable=True)) == [1, 2]
+    text = capsys.readouterr().err
+    assert "\r" not in text and "\n\n" not in text
+    lines = text.splitlines()
+    assert (
+        lines[0].startswith("quantizing: 0 of 3, 00:00 so far")
+        and lines[-1] == "quantizing: 3 of 3, 00:00 so far, 00:00 left"
+    )
+    assert len(lines) == len(set(lines)) == 4
+
+
+def test_a_bar_in_a_log_file_is_a_line_at_times(capsys):
+    for _ in progress_bar(range(1000), desc="scoring"):
+        pass
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("scoring: 0 of 1000") and last.startswith("scoring: 1000 of 1000")
