@@ -202,7 +202,7 @@ def test_an_existing_file_is_replaced_only_when_told(cli, good, tmp_path):
         (["prompt={user: null}"], "prompt 1: the prompt is empty"),
         (["prompt=" + "x" * 300], r"prompt 1: 3\d\d tokens; the model's context is 256"),
         (["~prompt"], "prompt, prompts, prompt_file: none given"),
-        (["prompts=[a]"], "prompt, prompts, prompt_file: prompt, prompts given"),
+        (["prompts=[a]"], "prompt, prompts: only one can be given"),
         (["prompt={user: a, assistant: b}"], "prompt.assistant: unknown"),
         (["~prompt", "prompt_file=nowhere.txt"], "prompt_file=nowhere.txt: no such file"),
         (["~prompt", "prompts=[]"], "prompts=\\[\\]: holds no prompt"),
