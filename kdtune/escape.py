@@ -1,6 +1,7 @@
 """Text that comes from data (names, config values, what a failed run printed) as each kind of file has to quote it."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 # What a browser, a terminal or an XML parser takes for more than a character: controls except tab and line feed, halves of
@@ -13,8 +14,16 @@ _MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$",
+    '"': r"{\ttfamily\char34}", "`": r"\textasciigrave{}", "±": r"$\pm$", "×": r"$\times$",
+    "√": r"$\surd$",
 }  # fmt: skip
+# What pdfLaTeX sets without a package beside ASCII and letters with an accent above.
+_LATEX_KNOWS = frozenset("ßÆæØøŁłŒœı–—‘’“”…€§©®™°µ·¡¿")
+_OGONEK = "\u0328"
+# Where a long word may be broken: behind what joins its parts, else every so many characters.
+_PIECES = re.compile(r"[^/,=(._-]{1,16}[/,=(._-]?|[/,=(._-]")
+# Two of these become one sign in LaTeX's text fonts.
+_LIGATURES = re.compile(r"([-,'])(?=\1)")
 
 
 def printable(text: str) -> str:
@@ -63,5 +72,20 @@ def is_number(text: str) -> bool:
 
 
 def latex_text(text: str) -> str:
-    """The text in one line of LaTeX's text mode, every special character quoted."""
-    return "".join(_LATEX.get(character, character) for character in one_line(text))
+    """The text in one line of LaTeX's text mode: every special character quoted, what pdfLaTeX has no sign for as U+4E2D."""
+    whole = unicodedata.normalize("NFC", one_line(text))
+    return _LIGATURES.sub(r"\1{}", "".join(map(_latex_character, whole)))
+
+
+def latex_breakable(text: str) -> str:
+    """The text as `latex_text` gives it, with places in its long words where a line may end."""
+    words = (_PIECES.findall(word) if len(word) > 20 else [word] for word in one_line(text).split())
+    return " ".join(r"\allowbreak{}".join(map(latex_text, pieces)) for pieces in words)
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    base, *marks = unicodedata.normalize("NFD", character)
+    is_letter = base.isascii() and marks and _OGONEK not in marks
+    return character if character.isascii() or is_letter or character in _LATEX_KNOWS else f"U+{ord(character):04X}"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from kdtune.escape import latex_text
+from kdtune.escape import latex_breakable, latex_text
 from kdtune.sweeps.baseline import Baseline
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.plots import Plot
@@ -29,7 +29,9 @@ def latex_report(
     parts = [_HEAD]
     if facts:
         body = _tabular(
-            ["setting", "value"], ([latex_text(name), latex_text(value)] for name, value in facts), "lp{0.7\\linewidth}"
+            ["setting", "value"],
+            ([latex_text(name), latex_breakable(value)] for name, value in facts),
+            "lp{0.56\\linewidth}",
         )
         parts.append(_table(body, f"{title}: what was run.", "settings", fit=False))
     if rows:
@@ -97,7 +99,7 @@ def _figure(plot: Plot, title: str) -> str:
 
 def latex_caption(text: str) -> str:
     """A sentence of ours, with names from data in it, as LaTeX."""
-    return latex_text(text).replace("s / √n", r"$s/\sqrt{n}$").replace("√n", r"$\sqrt{n}$")
+    return latex_text(text).replace(r"s / $\surd$n", r"$s/\sqrt{n}$")
 
 
 def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:

@@ -93,8 +93,12 @@ def _plot(
     window = max(1, max(len(curve.values) for curve in curves) // 20)
     # Letters as letters, and the same file for the same numbers.
     with matplotlib.rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "kdtune", "pdf.fonttype": 42}):
-        height = 2.1 * len(lines) + 0.18 * -(-len(family) // 3) + 0.2
-        figure = Figure(figsize=(7.5 * num_columns / 3 if num_columns < 3 else 7.5, height), layout="constrained")
+        width = 7.5 * num_columns / 3 if num_columns < 3 else 7.5
+        # Of 8 points some 15 letters go into an inch; beside a name stands its line.
+        longest = max(len(one_line(names[index])) for index in family)
+        legend_columns = max(1, min(num_columns, int(15 * width / (longest + 10))))
+        height = 2.2 * len(lines) + 0.18 * -(-len(family) // legend_columns) + 0.2
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)  # no pyplot: no global state, no window system
         handles: dict[int, Any] = {}
         grid = figure.subplots(len(lines), num_columns, squeeze=False)
@@ -107,13 +111,13 @@ def _plot(
                     smooth = window if panel.metric in TRAINING else 1
                     handles.setdefault(index, _draw(axes, own, smooth, places[index]))
             axes.set(xlabel="optimizer step", ylabel=panel.unit)
-            axes.set_title(panel.title, fontsize=8, parse_math=False)
+            axes.set_title(panel.title.replace(" (", "\n("), fontsize=8, parse_math=False)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             axes.grid(alpha=0.3)
         shown = [index for index in family if index in handles]
         legend = figure.legend(
             [handles[index] for index in shown], [one_line(names[index]) for index in shown], loc="outside lower center",
-            ncols=num_columns, frameon=False, handlelength=4,
+            ncols=legend_columns, frameon=False, handlelength=4,
         )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)  # a $ in a value is a dollar

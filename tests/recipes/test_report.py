@@ -4,6 +4,8 @@ import csv
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -355,7 +357,7 @@ def test_curves_that_mean_different_things_have_panels_of_their_own(tmp_path: Pa
     units = [panel["unit"] for panel in page_data(tmp_path)["panels"] if panel["metric"] == "kd_loss"]
     assert units == ["nats per token", "per token"]
     drawn = (tmp_path / "report/losses.svg").read_text()
-    assert "Skewed to the teacher (2 of 2" in drawn and drawn.count("Held-out") == 5
+    assert "Skewed to the teacher" in drawn and "(2 of 2: other data" in drawn and drawn.count("Held-out") == 5
 
 
 def with_another_term(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
@@ -460,6 +462,46 @@ def test_latex_is_whole_and_says_n_and_what_the_error_is(tmp_path: Path) -> None
             assert (tmp_path / f"report/{name}{suffix}").read_bytes().startswith(magic)
     outside = re.sub(r"\$[^$]*\$", "", re.sub(r"%.*", "", text, count=1))
     assert not re.search(r"(?<!\\)[_#]", re.sub(r"\\(label|includegraphics\[.*?\])\{.*?\}", "", outside))
+
+
+LATEX_NAMES = [
+    "a&b_c%d#e$f~g^h\\i{j}k<l>m", "Größe ß éàøå çŁš ąę “quoted” ‘x’ – — … €", "Ω 中文 😀 √2 ₁ ≤ ×±·½",
+    "--flag ``x'' \"q\" a|b ?`!` <<x>> ,,",
+]  # fmt: skip
+
+
+def report_with_hard_names(folder: Path) -> Path:
+    """A report whose names, values, title and settings have what LaTeX reads as more than a character."""
+    cells = []
+    for number, name in enumerate(LATEX_NAMES):
+        long = {"_component_": "a.dataset", "source": "x" * 300, "name": name.replace("😀", "")}
+        row = trained_cell(folder, {"größe": name, "l_%&": number % 2}, dataset=long)
+        cells.append(row | {"metrics": {"train.x_^y<ü": float(number)}})
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cells))
+    baseline = {"größe": LATEX_NAMES[0]}
+    write_report(folder / "results.jsonl", folder / "report", title=f"T {LATEX_NAMES[0]} √n", baseline=baseline)
+    return folder / "report"
+
+
+def test_latex_has_only_what_every_engine_sets(tmp_path: Path) -> None:
+    """Beside accented letters and a few signs all is ASCII, and no quoted character is left bare."""
+    text = (report_with_hard_names(tmp_path) / "report.tex").read_text().partition("\n")[2]
+    letters = {c for c in text if not c.isascii()}
+    assert letters <= set("öüßéàøåçŁš“”‘’–—…€·"), letters
+    for shown in (r"a\&b\_c\%d\#e\$f\textasciitilde{}g\textasciicircum{}h\textbackslash{}i\{j\}k\textless{}l\textgreater{}m",
+                  "U+03A9 U+4E2DU+6587 U+1F600", r"-{}-flag", r"{\ttfamily\char34}q", "U+0105U+0119", r"$\surd$n"):  # fmt: skip
+        assert shown in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+def test_pdflatex_compiles_the_report(tmp_path: Path) -> None:
+    folder = report_with_hard_names(tmp_path)
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{report}\end{document}"
+    (folder / "main.tex").write_text(document)
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "main.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout and (folder / "main.pdf").read_bytes().startswith(b"%PDF")
 
 
 UNSAFE = [
