@@ -26,6 +26,9 @@ from kdtune.log import get_logger
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30.0
+# A server that sends less than this many bytes in that time has stalled, however steadily they drip.
+_STALL_S = 60.0
+_STALL_BYTES = 16_384
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_FAILURES = 5
 _BACKOFF_S = 1.0
@@ -47,6 +50,10 @@ class RemoteFile:
     path: str
     size: int
     digest: str
+
+
+class StalledError(TransportError):
+    """A server sends next to nothing."""
 
 
 class AnswerError(Exception):
@@ -74,6 +81,23 @@ def answer_to(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
             code, wait = response.headers.get("X-Error-Code", ""), response.headers.get("Retry-After", "")
             raise AnswerError(response.status_code, code, _seconds(wait))
         yield response
+
+
+def received(response: Any) -> Iterator[bytes]:
+    """Yield the body of an answer as it comes: a chunk size would lose what it had not filled when the body breaks.
+
+    Raises:
+        StalledError: it comes too slowly.
+        TransportError: it breaks off.
+    """
+    start, num_bytes = time.monotonic(), 0
+    for chunk in response.iter_bytes():
+        num_bytes += len(chunk)
+        if time.monotonic() - start > _STALL_S:
+            if num_bytes < _STALL_BYTES:
+                raise StalledError(f"it sends too slowly: {num_bytes} bytes in {_STALL_S:g} s")
+            start, num_bytes = time.monotonic(), 0
+        yield chunk
 
 
 def fetch(
@@ -190,7 +214,7 @@ class _Content:
 
 
 def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, str]) -> None:
-    """Receives until all bytes are there; five failures in a row that bring nothing new end it."""
+    """Receives until all bytes are there; five failures in a row that bring next to nothing new end it."""
     failures = 0
     while content.size < file.size:
         before, broken = content.size, None
@@ -202,7 +226,8 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
             broken = error
         if content.size >= file.size:
             return
-        failures = 0 if content.size > before else failures + 1
+        # Any byte is new, but a file does not come a few bytes an answer.
+        failures = 0 if content.size - before > _STALL_BYTES else failures + 1
         if failures >= _MAX_FAILURES:
             if broken is not None:
                 raise broken
@@ -210,7 +235,8 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
                 f"{file.path}: the server ends it at {content.size} of {file.size} bytes; try again later"
             )
         if not isinstance(broken, AnswerError):
-            _log.warning("%s: connection broke at %s; continuing from there", file.path, size_text(content.size))
+            what = f"the connection is dropped, {broken}" if isinstance(broken, StalledError) else "connection broke"
+            _log.warning("%s: %s at %s; continuing from there", file.path, what, size_text(content.size))
         wait_before_retry(failures, broken)
 
 
@@ -226,8 +252,7 @@ def _receive(content: _Content, url: str, file: RemoteFile, headers: Mapping[str
                 content.restart()
                 if response.status_code == 206:
                     return
-            # As received: a chunk size would lose what it had not filled when the body breaks.
-            for chunk in response.iter_bytes():
+            for chunk in received(response):
                 content.append(chunk[: file.size + 1 - content.size])
                 if content.size > file.size:
                     return

@@ -13,7 +13,15 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from kdtune.download.fetch import AnswerError, RemoteFile, TransportError, answer_to, is_transient, wait_before_retry
+from kdtune.download.fetch import (
+    AnswerError,
+    RemoteFile,
+    TransportError,
+    answer_to,
+    is_transient,
+    received,
+    wait_before_retry,
+)
 from kdtune.errors import CheckpointError
 from kdtune.escape import printable
 
@@ -83,7 +91,7 @@ def _answer(url: str, headers: Mapping[str, str]) -> tuple[Any, str | None]:
 def _read(url: str, headers: Mapping[str, str]) -> tuple[Any, str | None]:
     body = bytearray()
     with answer_to(url, headers) as response:
-        for chunk in response.iter_bytes():
+        for chunk in received(response):
             body += chunk
             if len(body) > _MOST_BYTES:
                 raise _no_hub(url, f"more than {_MOST_BYTES} bytes")

@@ -37,6 +37,8 @@ class Hub:
     statuses: dict[str, list[int]] = field(default_factory=dict)  # path -> statuses to answer first
     ranges: bool = True
     seconds_per_page: float = 0.0
+    page_bytes: int = PAGE_BYTES
+    drips_lists: bool = False  # what the API answers comes in such pages too
     redirect_to: str | None = None
     retry_after: str | None = None  # beside each of the statuses
     endless: bool = False  # files go on after their end, and so does what the API answers
@@ -80,6 +82,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._json({"error": "Invalid credentials in Authorization header"}, 401, message)
         if path.startswith("/api/") and hub.statuses.get("api"):
             return self._status(hub.statuses["api"].pop(0))
+        if path.startswith("/api/") and hub.drips_lists:
+            return self._head(200, {"Connection": "close"}) or self._write(b" " * 10_000, request)
         if path.startswith("/api/") and hub.answer is not None:
             return self._head(200, {"Connection": "close"}) or self._endless(request, hub.answer)
         if match := re.fullmatch(r"/api/models/[^/]+/[^/]+(?:/revision/([^/]+))?", path):
@@ -131,11 +135,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._head(206 if asked else 200, headers)
         cut = hub.cuts[name].pop(0) if hub.cuts.get(name) else None
         body = body[start:][:cut]
-        for at in range(0, len(body), PAGE_BYTES):
-            self.wfile.write(body[at : at + PAGE_BYTES])
-            request.sent += len(body[at : at + PAGE_BYTES])
-            time.sleep(hub.seconds_per_page)
+        self._write(body, request)
         self.close_connection = cut is not None
+
+    def _write(self, body: bytes, request: Request) -> None:
+        hub = self.server.hub
+        for at in range(0, len(body), hub.page_bytes):
+            self.wfile.write(body[at : at + hub.page_bytes])
+            request.sent += len(body[at : at + hub.page_bytes])
+            time.sleep(hub.seconds_per_page)
 
     def _endless(self, request: Request, body: bytes) -> None:
         """The body, again and again for 400 MB if the hub is endless: more than anyone should take."""

@@ -184,3 +184,37 @@ def test_names_that_the_file_system_does_not_have(hub: Hub, tmp_path: Path, name
 def test_an_endpoint_that_is_no_address(hub: Hub, tmp_path: Path, endpoint: str) -> None:
     hub.url = endpoint
     assert "is no address of a hub" in error_of(hub, tmp_path / "m")
+
+
+@pytest.mark.parametrize("drips_lists", [False, True])
+def test_a_server_that_drips_is_given_up_and_what_came_is_kept(
+    hub: Hub, tmp_path: Path, drips_lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdtune.download.fetch._STALL_S", 0.15)
+    hub.page_bytes, hub.seconds_per_page, hub.drips_lists = 50, 0.01, drips_lists
+    hub.files = {WEIGHTS: hub.files[WEIGHTS]}
+    start = time.monotonic()
+    message = error_of(hub, tmp_path)
+    assert time.monotonic() - start < 10  # a minute and more at that pace
+    assert "it sends too slowly: " in message and " bytes in 0.15 s); check the network" in message
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*.part"))
+    assert kept == 0 if drips_lists else 0 < kept < 5 * 16_384
+    hub.page_bytes, hub.seconds_per_page, hub.drips_lists = 1 << 14, 0.0, False
+    hub.requests.clear()
+    get(hub, tmp_path)
+    assert held(tmp_path) == hub.files
+    assert hub.sent(WEIGHTS) == len(hub.files[WEIGHTS]) - kept
+
+
+def test_a_slow_server_that_goes_on_is_waited_for(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdtune.download.fetch._STALL_S", 0.2)
+    hub.seconds_per_page = 0.03
+    get(hub, tmp_path)
+    assert held(tmp_path)[WEIGHTS] == hub.files[WEIGHTS]
+    assert len(hub.bodies(WEIGHTS)) == 1
+
+
+def test_an_answer_of_a_few_bytes_each_time_is_given_up(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts[WEIGHTS] = [10] * 1000
+    error_of(hub, tmp_path)
+    assert len(hub.bodies(WEIGHTS)) == 5
