@@ -8,16 +8,11 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from kdtune.escape import printable
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-T = TypeVar("T")
 # In a log file: seconds from line to line, and what one says.
 _LINE_SECONDS = 15.0
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left"
@@ -65,17 +60,11 @@ def wrap(text: str, width: int | None, *, hang: int = 0) -> str:
     return "\n".join(lines)
 
 
-def progress_bar(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
-    """A tqdm bar on standard error, of some items or of a `total`; in a log file a line at times instead, without carriage returns.
-
-    items: what is iterated over. settings: those of tqdm, such as `total`, `desc` and `unit`.
-    """
-    from tqdm import tqdm
-
+def bar_settings() -> dict[str, Any]:
+    """Settings of a tqdm bar on standard error: in a log file it is a line at times, without carriage returns."""
     if sys.stderr is None or sys.stderr.isatty():
-        return tqdm(items, **settings)
-    lines = cast("TextIO", _Lines(sys.stderr))
-    return tqdm(items, file=lines, mininterval=_LINE_SECONDS, miniters=1, bar_format=_LINE, **settings)
+        return {}
+    return {"file": _Lines(sys.stderr), "mininterval": _LINE_SECONDS, "miniters": 1, "bar_format": _LINE}
 
 
 class _Lines:

@@ -20,8 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
-from kdtune.log import progress_bar
+from kdtune.log import bar_settings
 from kdtune.models import Transformer
 
 ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
@@ -254,7 +256,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
         keep()
     for one, instructions in rouge_sets:
         total = len(instructions) * len(one.seeds)
-        with progress_bar(total=total, desc=f"answering {one.name}", unit="answer") as bar:
+        with tqdm(total=total, desc=f"answering {one.name}", unit="answer", **bar_settings()) as bar:
             scored = evaluation.evaluate_rouge(
                 model,
                 tokenizer,
@@ -321,7 +323,7 @@ def measure_held_out(
     cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: distributed.World
 ) -> dict[str, float]:
     """Cross entropy in nats a token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
-    progress = lambda batches: progress_bar(batches, desc="held-out examples", unit="batch")  # noqa: E731
+    progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
         return evaluation.evaluate_ce(model, held_out, device=world.device, progress=progress, total=world.sum)
     parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)

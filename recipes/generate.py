@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kdtune import checkpoint, config, distributed, generation, teachers, tokenizers, training
 from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
-from kdtune.log import fit_for_stdout, progress_bar
+from kdtune.log import bar_settings, fit_for_stdout
 from kdtune.models import Transformer
 
 OnAnswer = Callable[[int, list[int]], None]
@@ -273,7 +273,7 @@ def answer_in_batches(
             model, [prompts[index] for index in batch], **sampling(cfg, tokenizer), seed=seeds
         )
 
-    with progress_bar(total=len(prompts), unit="prompt", desc="generating") as bar:
+    with tqdm(total=len(prompts), unit="prompt", desc="generating", **bar_settings()) as bar:
         distributed.spread_in_batches(
             answer, lengths, cfg.batch_size, model, world, on_done=bar.update, on_result=on_answer
         )

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, distributed, evaluation, teachers, tokenizers, training
-from kdtune.log import progress_bar
+from kdtune.log import bar_settings
 from kdtune.models import Transformer, has_adapters, quantization
 
 
@@ -115,7 +116,7 @@ def run(cfg: Config) -> None:
 
     before = {"weights": cfg.dtype, "size (MB)": megabytes(model), "held-out loss (nats/token)": held_out_loss()}
     linears = quantization.target_linears(model, quantize_output=cfg.quantize_output)
-    with progress_bar(total=len(linears), desc="quantizing", unit="linear") as bar:
+    with tqdm(total=len(linears), desc="quantizing", unit="linear", **bar_settings()) as bar:
         errors = quantization.quantize(
             model, cfg.scheme, group_size=cfg.group_size, quantize_output=cfg.quantize_output,
             progress=lambda _: bar.update(),

@@ -34,7 +34,7 @@ from kdtune.download.record import (
     writing_to,
 )
 from kdtune.errors import CheckpointError
-from kdtune.log import get_logger, progress_bar
+from kdtune.log import bar_settings, get_logger
 from kdtune.paths import user_path
 
 DUPLICATE_WEIGHTS = (
@@ -163,12 +163,13 @@ def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
 
 def _progress(repo: str, missing: list[RemoteFile]) -> "tqdm[Any]":
     """One bar over the bytes of all files; where stderr is no terminal, a line every 15 seconds."""
-    return progress_bar(
+    return tqdm(
         total=sum(file.size for file in missing),
         desc=repo.rsplit("/", 1)[-1],
         unit="B",
         unit_scale=True,
         disable=not missing,
+        **bar_settings(),
     )
 
 

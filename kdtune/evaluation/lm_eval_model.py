@@ -14,7 +14,7 @@ from kdtune.evaluation.generation_settings import GenerationSettings, read_gener
 from kdtune.evaluation.rolling import score_texts
 from kdtune.evaluation.scoring import ROW_TOKENS, score
 from kdtune.evaluation.stopping import StopStrings, cut_at_stops
-from kdtune.log import progress_bar
+from kdtune.log import bar_settings
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
 
@@ -144,4 +144,6 @@ class KDTuneLM(LM):
         return [cut_at_stops(self._text_tokenizer.decode(ids, skip_special=True), settings.until) for ids in answers]
 
     def _bar(self, total: int, what: str, disable: bool) -> "tqdm[Any]":
-        return progress_bar(total=total, desc=what, unit="request", disable=disable or not self._show_progress)
+        return tqdm(
+            total=total, desc=what, unit="request", disable=disable or not self._show_progress, **bar_settings()
+        )

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from kdtune.distributed import World
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.divergence import perplexity
 from kdtune.evaluation.encoding import encode_text, prefix_id
 from kdtune.evaluation.scoring import ROW_TOKENS, Pair, score
-from kdtune.log import progress_bar
+from kdtune.log import bar_settings
 from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
@@ -55,7 +57,9 @@ def score_texts(
     """
     windows = [list(rolling_windows(ids, prefix_id(tokenizer), max_length, stride)) for ids in texts]
     pairs = [pair for of_text in windows for pair in of_text]
-    with progress_bar(total=len(pairs), desc="scoring texts", unit="window", disable=not show_progress) as bar:
+    with tqdm(
+        total=len(pairs), desc="scoring texts", unit="window", disable=not show_progress, **bar_settings()
+    ) as bar:
         scores = iter(
             score(model, pairs, max_length=max_length, batch_tokens=batch_tokens, on_scored=bar.update, world=world)
         )

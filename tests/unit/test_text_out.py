@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from kdtune._cli.main import run_command
 from kdtune.checkpoint import atomic_write_text, collected_rows, partial_of
 from kdtune.escape import one_line, printable
-from kdtune.log import fit_for_stdout, get_logger, progress_bar
+from kdtune.log import bar_settings, fit_for_stdout, get_logger
 from kdtune.training import JSONLLogger, print_results, read_metrics
 
 SURROGATE = "cut \ud83d emoji"
@@ -102,10 +103,10 @@ def test_an_old_file_stays_until_all_rows_are_there(tmp_path: Path) -> None:
 
 def test_a_bar_in_a_log_file_is_lines(monkeypatch, capsys):
     monkeypatch.setattr("kdtune.log._LINE_SECONDS", 0.0)
-    with progress_bar(total=3, desc="quantizing", unit="linear") as bar:
+    with tqdm(total=3, desc="quantizing", unit="linear", **bar_settings()) as bar:
         for _ in range(3):
             bar.update()
-    assert list(progress_bar([1, 2], desc="held-out examples", disable=True)) == [1, 2]
+    assert list(tqdm([1, 2], desc="held-out examples", disable=True, **bar_settings())) == [1, 2]
     text = capsys.readouterr().err
     assert "\r" not in text and "\n\n" not in text
     lines = text.splitlines()
@@ -117,7 +118,7 @@ def test_a_bar_in_a_log_file_is_lines(monkeypatch, capsys):
 
 
 def test_a_bar_in_a_log_file_is_a_line_at_times(capsys):
-    for _ in progress_bar(range(1000), desc="scoring"):
+    for _ in tqdm(range(1000), desc="scoring", **bar_settings()):
         pass
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("scoring: 0 of 1000") and last.startswith("scoring: 1000 of 1000")
