@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import textwrap
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TextIO, cast
 
 from kdtune.escape import printable
@@ -169,3 +170,23 @@ def _descriptor(stream: TextIO) -> int | None:
     with suppress(OSError, ValueError):  # a stream in memory has none
         return stream.fileno()
     return None
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Show a message that comes several times once, as where many configs that differ little are checked."""
+    get_logger()
+    (handler, *_) = logging.getLogger("kdtune").handlers
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        known = message in seen
+        seen.add(message)
+        return not known
+
+    handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        handler.removeFilter(is_new)

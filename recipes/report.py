@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtune import config, sweeps
+from kdtune import config, sweeps, training
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,9 @@ def main(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Reads the results, writes the report and says where."""
     title = cfg.title or f"Sweep {cfg.results}"
-    files = sweeps.write_report(cfg.results, cfg.folder(), title=title, metrics=cfg.metrics, baseline=cfg.baseline)
+    with training.Progress() as progress:
+        progress.phase("writing the report")
+        files = sweeps.write_report(cfg.results, cfg.folder(), title=title, metrics=cfg.metrics, baseline=cfg.baseline)
     print("\n".join(map(str, files)))
 
 

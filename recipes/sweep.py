@@ -8,13 +8,10 @@ Every step is a `kdtune run` of its own, with a log. What is finished is never r
 on where it was. Equal steps of several cells (the same recipe, config and overrides) are one step.
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from kdtune import config, sweeps, training
 from kdtune.errors import KDTuneError, TrainingError
@@ -124,7 +121,12 @@ def run_cells(
     """Runs what is not finished, cell by cell; why it stopped before the end (None: it did not) and the failed steps."""
     deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else None
     failures: dict[str, str] = {}
-    with tqdm(total=len(plan.cells), unit="cell", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    with sweeps.SweepProgress(len(plan.cells)) as progress:
+
+        def is_stopped() -> bool:
+            progress.running()
+            return interrupt.requested
+
         for number, cell in enumerate(plan.cells, start=1):
             for step in sweeps.steps_to_run(cell):
                 if step.id in failures:
@@ -133,26 +135,18 @@ def run_cells(
                     return f"by {interrupt.signal_name}", failures
                 if deadline and time.monotonic() > deadline:
                     return f"after max_minutes={cfg.max_minutes:g}", failures
-                bar.set_postfix_str(step.id)
-                tqdm.write(f"cell {number}/{len(plan.cells)} {cell.name}: {step.id} ({step.log})", file=sys.stderr)
-                error = sweeps.run_step(step, lock=lock, stop=lambda: is_stopped(bar, interrupt))
+                progress.begin(number, cell, step)
+                error = sweeps.run_step(step, lock=lock, stop=is_stopped)
                 if error == sweeps.STOPPED:
                     return f"by {interrupt.signal_name} in {step.id}", failures
                 if error is not None:
                     failures[step.id] = error
-                    tqdm.write(f"  failed: {error}", file=sys.stderr)
+                    progress.write(f"  failed: {error}")
                     break
             write_results(plan, Path(cfg.output_dir), failures)
             discard_unneeded(plan)
-            bar.update()
+            progress.cell_done()
     return None, failures
-
-
-def is_stopped(bar: Any, interrupt: training.InterruptFlag) -> bool:
-    """Whether the running step should stop; asked all the while it runs, so the bar's clock is kept going here."""
-    if not bar.disable:
-        bar.refresh()
-    return interrupt.requested
 
 
 def discard_unneeded(plan: sweeps.Plan) -> None:
@@ -185,9 +179,11 @@ def report_problems(cfg: Config, plan: sweeps.Plan) -> list[str]:
     """Writes the report and says where; what kept it from being written, which must not hide what else is to be said."""
     output_dir = Path(cfg.output_dir)
     try:
-        files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
-                                    metrics=cfg.metrics, baseline=cfg.baseline, strict=False,
-                                    planned=[cell.axes for cell in plan.whole])  # fmt: skip
+        with training.Progress() as progress:
+            progress.phase("writing the report")
+            files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
+                                        metrics=cfg.metrics, baseline=cfg.baseline, strict=False,
+                                        planned=[cell.axes for cell in plan.whole])  # fmt: skip
     except KDTuneError as error:
         return [f"no report: {error}"]
     print("report:  " + "\n         ".join(map(str, files)))

@@ -3,6 +3,7 @@
 from kdtune.sweeps.baseline import baseline_problems
 from kdtune.sweeps.check import step_problems
 from kdtune.sweeps.plan import Cell, Plan, Step, make_plan, shown_value
+from kdtune.sweeps.progress import SweepProgress
 from kdtune.sweeps.report import read_results, write_report
 from kdtune.sweeps.results import DONE, FAILED, cell_result, steps_to_run, write_rows
 from kdtune.sweeps.runner import STOPPED, discard, locked, run_step
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "Step",
     "Summary",
+    "SweepProgress",
     "baseline_problems",
     "cell_result",
     "difference",

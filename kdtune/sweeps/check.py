@@ -1,5 +1,6 @@
 """Every step of a sweep through its recipe's config gates, in this process, before anything is run."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from kdtune.config.frame import frame_fields
 from kdtune.config.load import check_machine, load
 from kdtune.config.recipe import check_partner, import_recipe
 from kdtune.errors import KDTuneError
+from kdtune.log import bar_settings, told_once
 from kdtune.sweeps.plan import Plan, Step
 
 RESUME_KEY = "resume_from_checkpoint"
@@ -38,9 +40,14 @@ def step_problems(plan: Plan, *, machine: bool) -> list[str]:
     `machine` adds the gate that looks at files and devices, for the steps that use no other step's folder: what the
     others need may not be there yet.
     """
+    with told_once():
+        return list(dict.fromkeys(_problems(plan.steps, machine=machine)))
+
+
+def _problems(steps: Sequence[Step], *, machine: bool) -> list[str]:
     found = []
-    # Dozens of configs take a while. Shown on a terminal only (disable=None), and where it takes more than a second.
-    for step in tqdm(plan.steps, desc="checking the steps", unit="step", delay=1, leave=False, disable=None):
+    # Dozens of configs take a while.
+    for step in tqdm(steps, desc="checking the steps", unit="step", delay=1, leave=False, **bar_settings()):
         if step.record.exists():
             continue
         try:
@@ -55,4 +62,4 @@ def step_problems(plan: Plan, *, machine: bool) -> list[str]:
             found += [
                 f"{step.name}: {line}" for line in (lines[1:] if lines[0].endswith(("problem", "problems")) else lines)
             ]
-    return list(dict.fromkeys(found))
+    return found
