@@ -34,6 +34,7 @@ class SweepProgress:
     def begin(self, number: int, cell: Cell, step: Step) -> None:
         """Say that a step of a cell (counted from 1) begins."""
         self._step, self._began = step, time.monotonic()
+        self._bar.set_postfix_str("", refresh=False)
         self.write(f"cell {number}/{self._num_cells} {cell.name}: {step.id} ({step.log})")
 
     def running(self) -> None:
@@ -56,6 +57,7 @@ class SweepProgress:
 
     def cell_done(self) -> None:
         """Count a cell, finished or failed."""
+        self._bar.set_postfix_str("", refresh=False)
         self._bar.update()
 
     def __enter__(self) -> "SweepProgress":

@@ -152,7 +152,7 @@ function drawPanel(panel) {
     return `${band}${thin}<path class="curve" ${style} stroke-width="${width}" data-row="${line.row}" d="${points}"/>${marks}`;
   });
   const clip = `clip-${panels.indexOf(panel)}`;
-  panel.svg.innerHTML = `<clipPath id="${clip}"><rect x="${LEFT}" y="0" width="${WIDTH - LEFT - RIGHT}" height="${HEIGHT - BOTTOM}"/></clipPath>
+  panel.svg.innerHTML = `<clipPath id="${clip}"><rect x="${LEFT - 5}" y="0" width="${WIDTH - LEFT - RIGHT + 10}" height="${HEIGHT - BOTTOM + 5}"/></clipPath>
     ${axis.join("")}<g clip-path="url(#${clip})">${curves.join("")}</g>
     <rect class="brush" y="${TOP}" height="${HEIGHT - TOP - BOTTOM}" width="0"/>
     <line class="cursor" y1="${TOP}" y2="${HEIGHT - BOTTOM}" visibility="hidden"/>`;
