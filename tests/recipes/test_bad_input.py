@@ -550,8 +550,14 @@ def test_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     "name",
-    ["optimzer.lr=1", "unknown config", "truncated safetensors", "output_dir that nobody may make", "state cut off"],
-)  # fmt: skip
+    [
+        "truncated safetensors",
+        *(
+            pytest.param(name, marks=pytest.mark.slow("imports torch anew; the row itself is tried in this process"))
+            for name in ("optimzer.lr=1", "unknown config", "output_dir that nobody may make", "state cut off")
+        ),
+    ],
+)
 def test_a_process_ends_the_same_way(name: str, process: Callable[..., Any], good: Path, tmp_path: Path) -> None:
     make, words = ROWS[name]
     given = Given(tmp_path, good)
@@ -626,7 +632,15 @@ def test_a_disk_that_is_full_at_any_moment(
     check_nothing_half_written(given.out)
 
 
-@pytest.mark.parametrize(("kilobytes", "file"), [(60, "step_1"), (150, "step_1")], ids=["weights", "state"])
+@pytest.mark.parametrize(
+    ("kilobytes", "file"),
+    [
+        pytest.param(
+            60, "step_1", id="weights", marks=pytest.mark.slow("a process of its own; the state is written alike")
+        ),
+        pytest.param(150, "step_1", id="state"),
+    ],
+)
 def test_files_that_may_not_grow(
     kilobytes: int, file: str, process: Callable[..., Any], good: Path, tmp_path: Path
 ) -> None:

@@ -114,9 +114,18 @@ def test_a_base_in_four_bits_learns(cli, base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "adapter", [(DROPOUT,), ("adapter.use_dora=true",), ("adapter=null",)], ids=["lora", "dora", "full"]
-)
-def test_killed_and_resumed_is_bit_identical(base: str, tmp_path: Path, adapter: tuple[str, ...]) -> None:
+    ("num_kills", "adapter"),
+    [
+        pytest.param(1, (DROPOUT,), id="once"),
+        *(
+            pytest.param(2, adapter, id=kind, marks=pytest.mark.slow("two kills of a process for every kind of adapter"))
+            for kind, adapter in {"lora": (DROPOUT,), "dora": ("adapter.use_dora=true",), "full": ("adapter=null",)}.items()
+        ),
+    ],
+)  # fmt: skip
+def test_killed_and_resumed_is_bit_identical(
+    cli, base: str, tmp_path: Path, num_kills: int, adapter: tuple[str, ...]
+) -> None:
     """Dropout draws the same after a resume, and adapters come back from the step folder."""
     settings = (base, *adapter, "save_every_n_steps=1", "run_val_every_n_steps=null", "resume_from_checkpoint=true")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -127,10 +136,10 @@ def test_killed_and_resumed_is_bit_identical(base: str, tmp_path: Path, adapter:
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
-    assert start(tmp_path / "whole").wait() == 0
+    assert cli(*arguments(tmp_path / "whole", *settings)).code == 0
     expected, output_dir = losses(tmp_path / "whole"), tmp_path / "killed"
     draw = random.Random(0)
-    for _ in range(2):
+    for _ in range(num_kills):
         before, process = len(step_folders(output_dir)), start(output_dir)
         while process.poll() is None and len(step_folders(output_dir)) <= before:
             time.sleep(0.005)
@@ -139,7 +148,7 @@ def test_killed_and_resumed_is_bit_identical(base: str, tmp_path: Path, adapter:
         process.wait()
         assert step_folders(output_dir)
     assert len(step_folders(output_dir)) < len(expected), "the run ended before it was killed"
-    assert start(output_dir).wait() == 0
+    assert cli(*arguments(output_dir, *settings)).code == 0
     assert losses(output_dir) == expected
     ours, whole = (load_model(tmp_path / name / "final").state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)

@@ -11,31 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import ROOT, run_here
 from transformers import AutoModelForCausalLM
 
 from kdtune.checkpoint import load_model, step_folders
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 10
 
 
-def command(output_dir: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable, "-m", "kdtune", "run", "knowledge_distillation_single_device",
-        "--config", "tiny/knowledge_distillation", f"output_dir={output_dir}", "sample_prompts=[]", *overrides,
-    ]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def arguments(output_dir: Path, *overrides: str) -> list[str]:
+    return ["run", "knowledge_distillation_single_device", "--config", "tiny/knowledge_distillation",
+            f"output_dir={output_dir}", "sample_prompts=[]", *overrides]  # fmt: skip
 
 
 def run(output_dir: Path, *overrides: str, code: int = 0) -> str:
-    result = subprocess.run(
-        command(output_dir, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == code, result.stderr[-2000:]
-    return result.stdout + result.stderr
+    """What a run in this process prints."""
+    done = run_here(*arguments(output_dir, *overrides))
+    assert done.code == code, done.err[-2000:]
+    return done.out + done.err
+
+
+def start(output_dir: Path, *overrides: str, **streams: int) -> "subprocess.Popen[str]":
+    """A run in a process of its own, to be killed or told to stop."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kdtune", *arguments(output_dir, *overrides)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
 
 
 def losses(output_dir: Path) -> list[tuple[int, float]]:
@@ -69,26 +69,31 @@ def test_final_loads_in_transformers_bit_for_bit(finished: Path) -> None:
     assert torch.equal(ours.tok_embeddings.weight, theirs.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("how", [(), ("enable_async_checkpointing=true",)], ids=["sync", "async"])
-def test_killed_and_resumed_is_bit_identical(how: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_kills", "how"),
+    [
+        pytest.param(1, (), id="once"),
+        pytest.param(6, (), id="sync", marks=pytest.mark.slow("six starts of a process, killed at other moments")),
+        pytest.param(3, ("enable_async_checkpointing=true",), id="async",
+                     marks=pytest.mark.slow("three starts of a process; test_async_save.py fails at every file")),
+    ],
+)  # fmt: skip
+def test_killed_and_resumed_is_bit_identical(num_kills: int, how: tuple[str, ...], tmp_path: Path) -> None:
     """SIGKILL at random moments; a step is short beside its save, so many of them fall inside one."""
-    num_kills = int(os.environ.get("KDTUNE_TEST_KILLS", "3" if how else "6"))
-    settings = ("save_every_n_steps=1", "epochs=4", "run_val_every_n_steps=null", "resume_from_checkpoint=true")
+    epochs = 2 if num_kills == 1 else 4  # so that a run outlasts its kills
+    settings = ("save_every_n_steps=1", f"epochs={epochs}", "run_val_every_n_steps=null", "resume_from_checkpoint=true")
     run(tmp_path / "whole", *settings)
     settings += how
     expected = losses(tmp_path / "whole")
-    assert len(expected) == 40
+    assert len(expected) == epochs * NUM_STEPS
     draw, output_dir, resumed_from = random.Random(0), tmp_path / "killed", []
     for _ in range(num_kills):
-        start = len(step_folders(output_dir))
-        process = subprocess.Popen(
-            command(output_dir, *settings),
-            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        made = len(step_folders(output_dir))
+        process = start(output_dir, *settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Past the start-up, which writes nothing: until this run has written its first step.
-        while process.poll() is None and len(step_folders(output_dir)) <= start:
+        while process.poll() is None and len(step_folders(output_dir)) <= made:
             time.sleep(0.005)
-        time.sleep(draw.uniform(0.0, 0.3 if num_kills < 10 else 0.1))
+        time.sleep(draw.uniform(0.0, 0.3))
         assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -104,7 +109,10 @@ def test_killed_and_resumed_is_bit_identical(how: tuple[str, ...], tmp_path: Pat
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow("three runs; SIGTERM is handled alike"))],
+)
 def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     output_dir = tmp_path / "stopped"
     settings = (
@@ -113,10 +121,7 @@ def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path
         "max_steps_per_epoch=24",
         "run_val_every_n_steps=2",
     )
-    process = subprocess.Popen(
-        command(output_dir, *settings),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(output_dir, *settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = output_dir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
         time.sleep(0.005)

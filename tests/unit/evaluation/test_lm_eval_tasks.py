@@ -33,12 +33,16 @@ def test_groups_and_task_files_by_path(folder):
 def test_an_unknown_task_is_named_with_the_nearest_and_where_it_was_looked_for(folder):
     (problem,) = task_problems(["own_ending"], str(folder))
     assert "'own_ending'" in problem and "'own_endings'" in problem and str(folder) in problem
-    (problem,) = task_problems(["hellaswagg"], None)
-    assert "hellaswag" in problem and "lm-eval's own tasks" in problem
     with pytest.raises(ConfigError, match="own_ending"):
         load_tasks(["own_ending"], str(folder))
     (problem,) = task_problems(["own_endings"], str(folder / "nowhere"))
     assert "include_path" in problem and "no such folder" in problem
+
+
+@pytest.mark.slow("reads lm-eval's 14,000 task files once more, without a folder of one's own")
+def test_an_unknown_task_of_lm_evals_own():
+    (problem,) = task_problems(["hellaswagg"], None)
+    assert "hellaswag" in problem and "lm-eval's own tasks" in problem
 
 
 def test_without_the_extra_the_install_command_is_named(folder, monkeypatch):

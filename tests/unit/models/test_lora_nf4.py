@@ -165,6 +165,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         assert torch.equal(twin.get_parameter(name).grad, parameter.grad), name
 
 
+@pytest.mark.slow("torch.compile traces every layer for half a minute")
 def test_compiled_layers_compute_the_same() -> None:
     model = spoiled(quantized())
     expected = model(TOKENS)
