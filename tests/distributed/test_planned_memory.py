@@ -55,6 +55,7 @@ LAYOUTS = {
 }
 # With real processes; with a fake backend every kind is tried in every layout.
 EVERYWHERE = ("full", "dora")
+QUICK = (("full", "1"), ("full", "HSDP 2x2"), ("dora", "2"), ("qlora", "2"), ("recomputed", "2"))
 
 
 def planned(cfg: Any, ranks: int, rank: int = 0) -> Plan:
@@ -79,8 +80,12 @@ def measured(launch: Any, cfg: Any, ranks: int, folder: Path) -> list[dict[str, 
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [(kind, layout) for kind in KINDS for layout in LAYOUTS if kind in EVERYWHERE or layout == "2"],
-)
+    [
+        pytest.param(kind, layout, marks=[] if (kind, layout) in QUICK else pytest.mark.slow(
+            "every kind of weights once more in other processes"))
+        for kind in KINDS for layout in LAYOUTS if kind in EVERYWHERE or layout == "2"
+    ],
+)  # fmt: skip
 def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path) -> None:
     """Parameters, gradients and optimizer state to the byte, on every rank; the peak to 10 %."""
     ranks, own = LAYOUTS[layout]

@@ -8,7 +8,10 @@ from distributed_runs import COPY, KD, PLAIN, check_same_rows, rows
 QUANTIZE = ["run", "quantize", "--config", "tiny/quantize"]
 
 
-@pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["int8_weight_only", pytest.param("nf4", marks=pytest.mark.slow("nine processes, as for the other scheme"))],
+)
 def test_a_copy_on_each_process(scheme: str, launch, tmp_path: Path) -> None:
     ended = launch.kdtune(*QUANTIZE, f"scheme={scheme}", f"output_dir={tmp_path / 'teacher'}", ranks=1)
     assert ended[0].code == 0, ended[0].text

@@ -36,10 +36,21 @@ def layout_arguments(name: str, out: Path) -> tuple[list[str], int]:
             f"output_dir={out}"], students + teacher  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_numbers_of_one_process(kind: str, launch, small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        pytest.param("full", ["1 of both", "2 + 1"], id="full, 2 + 1"),
+        *(
+            pytest.param(
+                kind, list(LAYOUTS), id=kind, marks=pytest.mark.slow("18 processes, seven at once on two cores")
+            )
+            for kind in ("full", "lora")
+        ),
+    ],
+)
+def test_the_numbers_of_one_process(kind: str, names: list[str], launch, small_model: Path, tmp_path: Path) -> None:
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
-    for name in LAYOUTS:
+    for name in names:
         arguments, ranks = layout_arguments(name, tmp_path / name)
         ended = launch.kdtune(*KD, *PLAIN, *ADAPTERS[kind], base, *arguments, ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
@@ -47,12 +58,23 @@ def test_the_numbers_of_one_process(kind: str, launch, small_model: Path, tmp_pa
         assert said == ([0, LAYOUTS[name][0]] if LAYOUTS[name][1] else [0]), ended[1].text
         check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"))
         check_same_change(tmp_path / name / "final", tmp_path / "1 of both" / "final", small_model)
-    assert "the teacher is on 3 of the run's 7 processes" in ended[0].text
+    on = {"2 + 1": "1 of the run's 3", "4 + 3, copies": "3 of the run's 7"}
+    assert f"the teacher is on {on[names[-1]]} processes" in ended[0].text
     trained = [row for row in rows(tmp_path / "1 of both") if "loss" in row]
     assert len(trained) == 5 and trained[-1]["loss"] < trained[0]["loss"] - 0.01
 
 
-def test_random_weights_answers_and_steps_without_a_batch_for_all(launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1 of both", "2 + 1"],
+        pytest.param(
+            ["1 of both", "1 + 2, sharded", "4 + 3, copies"], marks=pytest.mark.slow("seven processes on two cores")
+        ),
+    ],
+    ids=["2 + 1", "others"],
+)
+def test_random_weights_answers_and_steps_without_a_batch_for_all(names: list[str], launch, tmp_path: Path) -> None:
     """21 examples are 11 batches: the last of 3 steps has 3, and validation 5. Both models draw what they draw together."""
     short = [
         "dataset.split=train[:21]",
@@ -61,14 +83,14 @@ def test_random_weights_answers_and_steps_without_a_batch_for_all(launch, tmp_pa
         "sample_prompts=[What is a prime number?]",
     ]
     answers = {}
-    for name in ("1 of both", "2 + 1", "1 + 2, sharded", "4 + 3, copies"):
+    for name in names:
         arguments, ranks = layout_arguments(name, tmp_path / name)
         ended = launch.kdtune(*KD, *PLAIN, *short, *arguments, ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
         check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"))
         answers[name] = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
-    assert [row["model"] for row in answers["2 + 1"]] == ["student", "teacher", "student"]
-    assert all(one == answers["1 of both"] for one in answers.values()) and answers["2 + 1"][1]["answer"]
+    assert [row["model"] for row in answers[names[-1]]] == ["student", "teacher", "student"]
+    assert all(one == answers["1 of both"] for one in answers.values()) and answers[names[-1]][1]["answer"]
 
 
 def float64_model(*, width: int, seed: int) -> Transformer:
@@ -181,7 +203,14 @@ def test_the_students_processes_do_not_read_the_teachers_weights(launch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("how", "first"), [("raise", "ValueError: it went wrong"), ("SIGKILL", ""), ("hang", "parallelism.timeout_minutes")]
+    ("how", "first"),
+    [
+        ("raise", "ValueError: it went wrong"),
+        ("SIGKILL", ""),
+        pytest.param(
+            "hang", "parallelism.timeout_minutes", marks=pytest.mark.slow("waits for a timeout of 12 seconds")
+        ),
+    ],
 )
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_a_process_that_fails(whose: str, how: str, first: str, launch, tmp_path: Path) -> None:

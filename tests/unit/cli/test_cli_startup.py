@@ -1,9 +1,9 @@
 """What the command imports before it has to, and how long it takes to answer."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,9 +59,15 @@ def test_import_kdtune_imports_nothing() -> None:
 
 @pytest.mark.parametrize("command", ["ls", "--help"])
 def test_answers_in_half_a_second(command: str) -> None:
+    """Of the processor's time, which does not depend on what else the machine is at."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = spent()
         subprocess.run([sys.executable, "-m", "kdtune", command], capture_output=True, env=ENVIRONMENT, check=True)
-        times.append(time.perf_counter() - start)
+        times.append(spent() - start)
     assert min(times) < 0.5
