@@ -17,6 +17,8 @@ BATTERY = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ________________________________ ................",
     "<|im_start|> <|im_end|> <|eot_id|> <s> </s> <unk> [INST]",
 )
+PLAIN_BATTERY = BATTERY[:-1]
+"""Those without the names of control tokens."""
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:

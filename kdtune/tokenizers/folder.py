@@ -78,6 +78,20 @@ def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILE
         shutil.copytree(extra, target / extra.name, dirs_exist_ok=True)
 
 
+def take_tokenizer_json_as_it_stands(folder: Path, named: Mapping[str, str]) -> None:
+    """Name, in tokenizer_config.json, the class by which transformers reads tokenizer.json and builds nothing anew.
+
+    Its classes for sentencepiece models (LlamaTokenizer, ...) go by rules of their own, and give other ids. The special tokens in
+    `named` are added where the file does not speak of them.
+    """
+    file = folder / TOKENIZER_CONFIG
+    given = {name: token for name, token in named.items() if token}
+    config = {**given, **read_json_if_there(file), "tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(
+        json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
+
+
 def write_tokenizer_config(folder: Path, named: Mapping[str, str], model_max_length: int | None = None) -> None:
     """Writes a tokenizer_config.json beside a tokenizer.json: its special tokens by name (those that are "" are left out)."""
     config: dict[str, Any] = {

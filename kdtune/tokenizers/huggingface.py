@@ -17,6 +17,7 @@ from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
     copy_files,
     generation_eos_ids,
+    take_tokenizer_json_as_it_stands,
     write_tokenizer_config,
 )
 
@@ -103,9 +104,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def _save_files(self, folder: Path) -> None:
-        """Copies the folder's tokenizer files."""
+        """Copies the folder's tokenizer files; a tokenizer.json made of a sentencepiece model is marked to be taken as it stands."""
         assert self.folder is not None
         copy_files(self.folder, folder)
+        if "\u2581" in f"{self._backend.normalizer}{self._backend.pre_tokenizer}":
+            take_tokenizer_json_as_it_stands(folder, self._named)
 
 
 def _add_named(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:

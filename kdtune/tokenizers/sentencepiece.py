@@ -12,9 +12,9 @@ from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.tokenizers.base import ControlTokens, Tokenizer
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
-from kdtune.tokenizers.compare import BATTERY
-from kdtune.tokenizers.folder import copy_files, generation_eos_ids
-from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
+from kdtune.tokenizers.compare import BATTERY, PLAIN_BATTERY
+from kdtune.tokenizers.folder import copy_files, generation_eos_ids, take_tokenizer_json_as_it_stands
+from kdtune.tokenizers.huggingface import put_bos_first, read_backend, write_tokenizer
 from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 
 log = get_logger(__name__)
@@ -95,8 +95,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._control_strings = dict(zip(self.control_tokens.values(), self.control_tokens, strict=True))
 
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
-        # Meta's reference starts a sentence, dummy space included, after each bos.
-        starts_sentence = previous is None or previous == self.bos_id
+        # Meta's reference starts a sentence, dummy space included, after each bos; Llama 2's tokenizer.json after each control token.
+        starts_sentence = previous is None or previous in self._control_strings
         return list((self._model if starts_sentence else self._continuing).encode(text))
 
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
@@ -111,20 +111,40 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(parts)
 
     def _save_files(self, folder: Path) -> None:
-        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those.
+        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it and give the same ids; else makes those.
 
         Without a tokenizer.json transformers 5 would read tokenizer.model itself, and give other ids. For a model that
         the `tokenizers` library cannot follow (a unigram model, another normalizer) none is made, and a warning says so.
         """
         copy_files(self.file.parent, folder)
         copy_files(self.file.parent, folder, [self.file.name])
-        if (folder / "tokenizer.json").is_file():
-            return
-        backend = self.backend()
-        if backend is None:
-            log.warning("%s: no tokenizer.json can be made for it; load it with the sentencepiece library", self.file)
-        else:
-            write_tokenizer(backend, folder, named=self._named, chat_template=self.chat_template)
+        file = folder / "tokenizer.json"
+        was_there = file.is_file()
+        if not was_there or self._differs(file):
+            backend = self.backend()
+            if backend is None:
+                log.warning(
+                    "%s: no tokenizer.json can be made for it; load it with the sentencepiece library", self.file
+                )
+                return
+            if was_there:
+                file.write_text(backend.to_str(pretty=True), encoding="utf-8")
+            else:
+                write_tokenizer(backend, folder, named=self._named, chat_template=self.chat_template)
+        take_tokenizer_json_as_it_stands(folder, self._named)
+
+    def _differs(self, file: Path) -> bool:
+        """Whether a tokenizer.json is broken or gives other ids, also after a control token."""
+        try:
+            backend = read_backend(file)
+        except CheckpointError:
+            return True
+        begin = self._named["bos_token"] or next(iter(self.control_tokens))
+        return any(
+            backend.encode(before + text, add_special_tokens=False).ids != [*ids, *self._model.encode(text)]
+            for text in (*PLAIN_BATTERY, " x", "  x", "   ")
+            for before, ids in (("", []), (begin, [self.control_tokens[begin]]))
+        )
 
     @property
     def named_tokens(self) -> dict[str, str]:
@@ -139,7 +159,10 @@ class SentencePieceTokenizer(Tokenizer):
         model, ids = self._model, range(self.vocab_size)
         pieces = [model.id_to_piece(i) for i in ids]
         backend = sentencepiece_bpe(
-            pieces, [model.get_score(i) for i in ids], unknown=pieces[max(model.unk_id(), 0)], prefix=True
+            pieces,
+            [model.get_score(i) for i in ids],
+            unknown=pieces[max(model.unk_id(), 0)],
+            prefix=model.encode("a") != self._continuing.encode("a"),
         )
         plain = {token: AddedToken(token, normalized=False) for token in self.control_tokens}
         backend.add_special_tokens(list((control or plain).values()))

@@ -288,3 +288,12 @@ def test_a_unigram_model_is_saved_without_a_conversion(tmp_path: Path, caplog: p
     load(file).save(tmp_path / "saved")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["tokenizer.model"]
     assert "no tokenizer.json can be made for it" in caplog.text
+
+
+def test_a_broken_conversion_beside_a_sentencepiece_model_is_made_anew(
+    sentencepiece_file: Path, tmp_path: Path
+) -> None:
+    (sentencepiece_file.parent / "tokenizer.json").write_text('{"version": "1.0"}')
+    ours = SentencePieceTokenizer(sentencepiece_file)
+    ours.save(tmp_path / "saved")
+    assert same_tokenizer(load(tmp_path / "saved" / "tokenizer.json"), ours) is None
