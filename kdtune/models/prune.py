@@ -184,8 +184,8 @@ def greedy_removal(
         tried = len(layers) if num_candidates is None or not steps else num_candidates
         candidates = sorted(sorted(range(len(layers)), key=lambda position: added[layers[position]])[:tried])
         stack = [model.layers[index] for index in layers]
-        # Each candidate's stack goes through the layers above the one that it lacks.
-        size = sum(text.size for text in texts) * sum(len(layers) - 1 - position for position in candidates)
+        # Each candidate's stack goes through the layers above the one that it lacks, and the head.
+        size = sum(text.size for text in texts) * sum(len(layers) - position for position in candidates)
         passed = _share_of(size, on_progress)
         losses = _mean_over_texts(text.losses_without(candidates, stack, removed_at, passed) for text in texts)
         measured = {layers[position]: without - loss for position, without in zip(candidates, losses, strict=True)}
@@ -232,7 +232,7 @@ class _Text:
     ) -> tuple[list[float], int]:
         """For each candidate, an increasing position in the stack, the stack's summed loss without it; and the number
         of valid tokens. ``changed`` is the first position where the stack differs from the last call's; ``passed`` is
-        called with the number of tokens that have gone through a layer.
+        called with the number of tokens that have gone through a layer or the head.
         """
         del self._inputs[changed + 1 :]
         for layer in stack[len(self._inputs) - 1 : candidates[-1]]:
@@ -245,7 +245,10 @@ class _Text:
                 passed(len(skipped_CBSD) * self.size)
             if position in candidates:
                 skipped_CBSD = torch.cat((skipped_CBSD, self._inputs[position][None]))
-        losses = [_summed_loss(self._model, hidden_BSD, self._batch) for hidden_BSD in skipped_CBSD]
+        losses = []
+        for hidden_BSD in skipped_CBSD:
+            losses.append(_summed_loss(self._model, hidden_BSD, self._batch))
+            passed(self.size)
         return losses, int(_valid(self._batch).sum())
 
 

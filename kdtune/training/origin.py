@@ -86,10 +86,8 @@ def origin_card(checkpointer: Any, made: str, *, tag: str, version: str) -> str:
     data = ModelCardData(base_model=base, license=licence(folder), library_name="transformers",
                          pipeline_tag="text-generation", tags=["kdtune", tag])  # fmt: skip
     source = markdown_text(base or "a model of random weights")
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {source}, {tag}\n\nMade with kdtune {markdown_text(version)} of {markdown_text(made)} of "
-        f"{source}, without training.\n\n{licence_text(folder)}\n"
-    )
+    text = f"It has {markdown_text(made)} of {source}, and was not trained since. Made with kdtune {markdown_text(version)}."
+    return f"---\n{data.to_yaml()}\n---\n\n# {source}, {tag}\n\n{text}\n\n{licence_text(folder)}\n"
 
 
 def licence_text(folder: Path | None, *, data: bool = False) -> str:

@@ -39,7 +39,8 @@ class RemovalRecord:
         self._settings = _settings(cfg, batches)
         if path.exists():
             self._read()
-            log.info("%s: continuing a search after %d removals", path, len(self.removals))
+            num = len(self.removals)
+            log.info("%s: continuing a search after %d removal%s", path, num, "" if num == 1 else "s")
 
     def add(self, step: RemovalStep) -> None:
         """Keep one more removal; the file is replaced in one step.

@@ -126,7 +126,7 @@ def test_the_model_that_a_pruned_one_was_made_from(cli: CLI, base: Path, tmp_pat
         "apache-2.0",
         ["kdtune", "pruned"],
     )
-    assert "of 1 of the 2 layers (0) of acme/Tiny-Instruct, without training" in card.text
+    assert "It has 1 of the 2 layers (0) of acme/Tiny-Instruct, and was not trained since." in card.text
     start = [
         "sample_prompts=[]",
         "max_steps_per_epoch=1",

@@ -177,8 +177,8 @@ def test_progress_is_the_share_of_what_a_removal_measures(model, texts):
     prune.greedy_removal(model, texts, 4, on_progress=shares.append, on_removal=lambda step: ends.append(len(shares)))
     for begin, end in zip([0, *ends], ends, strict=False):
         assert shares[begin:end] == sorted(shares[begin:end]) and shares[begin] > 0 and shares[end - 1] == 1
-    # 3 x 9 and 2 x 14 tokens; the stacks without layers 0 to 5 go through 5, 4, ... of the six.
-    assert shares[0] == 27 / ((27 + 28) * 15)
+    # 3 x 9 and 2 x 14 tokens; the stacks without layers 0 to 5 go through 5, 4, ... of the six, and the head.
+    assert shares[0] == 27 / ((27 + 28) * (15 + 6))
 
 
 def test_no_candidates_are_refused(model, texts):
