@@ -134,7 +134,8 @@ class Config:
         found += [
             f"perplexity_files: {name} occurs twice; files need different names" for name in evaluation.repeated(names)
         ]
-        found += training.divergence_problems(self.kd_loss) + data.first_row_problems(self)
+        found += training.builder_problems(self) + training.divergence_problems(self.kd_loss)
+        found += data.first_row_problems(self)
         return found + evaluation.rouge_problems(self.rouge)
 
     def _unused(self) -> list[str]:

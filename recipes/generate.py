@@ -115,7 +115,7 @@ class Config:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
         if self.output_file is None and self.overwrite:
             found.append("overwrite=true: there is no output_file to replace; give output_file=..., or ~overwrite")
-        return found
+        return found + training.builder_problems(self)
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading a weight."""

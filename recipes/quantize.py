@@ -65,7 +65,7 @@ class Config:
             )
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
-        return found + data.first_row_problems(self)
+        return found + training.builder_problems(self) + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading a weight."""

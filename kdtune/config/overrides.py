@@ -24,7 +24,8 @@ def held_out_note(cfg: Any, overrides: Sequence[str]) -> str | None:
 
     cfg: a frame's instance, of any recipe. overrides: those that it was loaded with.
     """
-    dataset, dataset_val = getattr(cfg, "dataset", None), getattr(cfg, "dataset_val", None)
+    dataset: Any = getattr(cfg, "dataset", None)
+    dataset_val: Any = getattr(cfg, "dataset_val", None)
     keys = [override.partition("=")[0].removeprefix("~").split(".") for override in overrides]
     is_replaced = any(key[0] == "dataset" and (len(key) == 1 or set(key[1:]) & set(_ROWS)) for key in keys)
     if not (is_replaced and is_component(dataset_val)) or any(key[0] == "dataset_val" for key in keys):

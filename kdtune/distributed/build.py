@@ -1,5 +1,6 @@
 """Builds a model for a run: builder and checkpoint in, weights on the device out."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def build_model(
     if source is None:
         if builder is None:
             raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
+        _check_room(model_config(builder, None), device)
         with device:
             model: Transformer = instantiate(builder)
         model = _adapted(model.to(dtype), adapter)
@@ -95,6 +97,23 @@ def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
     with torch.device("meta"):
         model: Transformer = instantiate(builder)
     return model.config
+
+
+def _check_room(config: Any, device: torch.device) -> None:
+    """Raise if random weights, which are drawn in fp32, are larger than all of the device's memory."""
+    if not isinstance(config, TransformerConfig):
+        return  # of a model of the user's own
+    needed = 4 * config.num_parameters
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise ConfigError(
+            f"a model of {config.num_parameters:,} parameters (embed_dim={config.embed_dim}, num_layers={config.num_layers}, "
+            f"vocab_size={config.vocab_size}) starts from random weights of {needed / 1e9:,.1f} GB, and {device} has "
+            f"{room / 1e9:,.1f} GB of memory; give smaller sizes, or a checkpointer"
+        )
 
 
 def _adapted(model: Transformer, adapter: Any) -> Transformer:

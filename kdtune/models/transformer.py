@@ -21,6 +21,7 @@ INIT_STD = 0.02
 
 _MOST = {"num_layers": 10_000, "head_dim": 2**16, "max_seq_len": 2**48, "norm_eps": 1e6, "rope_base": 1e30}
 _MOST_OF_THE_REST = 2**28
+_MOST_PARAMETERS = 10**16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class TransformerConfig:
             raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
+        if self.num_parameters > _MOST_PARAMETERS:
+            names = ("embed_dim", "num_layers", "num_heads", "head_dim", "intermediate_dim", "vocab_size")
+            raise ConfigError(
+                f"{', '.join(f'{name}={getattr(self, name)}' for name in names)}: {self.num_parameters:.2g} parameters; must be "
+                f"at most {_MOST_PARAMETERS:.0e}; check the sizes"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of a model of these sizes, a tied head counted once."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2)
+        return self.embed_dim * ((1 if self.tie_embeddings else 2) * self.vocab_size + 1) + self.num_layers * layer
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
 
+from kdtune.training.builders import builder_problems
 from kdtune.training.clip import check_finite, clip_grad_norm_
 from kdtune.training.comparison import comparable, divergence_of, metrics_csv, read_runs
 from kdtune.training.inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
@@ -85,6 +86,7 @@ __all__ = [
     "TrainingRun",
     "WandBLogger",
     "adamw",
+    "builder_problems",
     "check_context",
     "check_data",
     "check_finite",

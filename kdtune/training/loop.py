@@ -11,6 +11,7 @@ from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
+from kdtune.training.builders import builder_problems
 from kdtune.training.optim import optimizer_problems
 from kdtune.training.precision import device_name_problems
 from kdtune.training.resume_changes import resume_changes_problems
@@ -97,7 +98,7 @@ def loop_problems(cfg: Any) -> list[str]:
     # At most so many steps; how many there are, the data will say.
     most = cfg.epochs * cfg.max_steps_per_epoch if cfg.max_steps_per_epoch else None
     found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler, most if most and most > 0 else None)
-    return found + first_row_problems(cfg)
+    return found + builder_problems(cfg) + first_row_problems(cfg)
 
 
 def divergence_problems(kd_loss: Any) -> list[str]:

@@ -683,6 +683,13 @@ def test_a_disk_that_is_full_at_the_very_end(cli: Callable[..., Any], good: Path
         (["optimizer=torch.optim.LBFGS"], "optimizer: the step of torch.optim.LBFGS needs closure"),
         (["lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"], "lr_scheduler: the step of"),
         (["lr_scheduler.num_warmup_steps=11"], "lr_scheduler.num_warmup_steps=11: longer than the 10 training steps"),
+        (["model.num_layers=2147483648"], "model: num_layers=2147483648: must be above 0 and at most 10000"),
+        (["model.embed_dim=2147483648"], "model: embed_dim=2147483648: must be above 0 and at most 268435456"),
+        (
+            ["model.embed_dim=262144", "model.intermediate_dim=268435456", "model.num_layers=10000"],
+            "parameters; must be at most 1e+16; check the sizes",
+        ),
+        (["model.num_kv_heads=3"], "model: num_kv_heads=3: must divide num_heads=4"),
         (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW: cannot be made with lr=-1"),
         (["batch_size=9223372036854775808"], "batch_size=9223372036854775808: must be at most 2,147,483,647"),
         (["num_workers=100000"], "num_workers=100000: must be at most 512"),
@@ -771,3 +778,28 @@ def test_held_out_examples_of_the_data_that_were_replaced_are_told(
         missing = ["tokenizer=kdtune.tokenizers.load", "tokenizer.path=/nowhere"]
         done = cli("run", "finetune", "--config", "tiny/finetune", *settings, *missing)
         assert done.code == 2 and done.err.count(NOTE) == 1
+
+
+@pytest.mark.parametrize("config", ["finetune", "evaluate", "generate", "prune", "quantize"])
+def test_sizes_that_no_model_has_are_told_by_validate(config: str, cli: Callable[..., Any]) -> None:
+    done = cli("validate", f"tiny/{config}", "model.intermediate_dim=99999999999")
+    assert done.code == 2
+    assert "model: intermediate_dim=99999999999: must be above 0 and at most" in done.err
+
+
+def test_a_model_larger_than_the_memory_is_told_before_it_is_built(cli: Callable[..., Any], tmp_path: Path) -> None:
+    done = cli(
+        "run",
+        "finetune",
+        "--config",
+        "tiny/finetune",
+        "model.embed_dim=262144",
+        "model.num_layers=40",
+        f"output_dir={tmp_path / 'out'}",
+    )
+    assert done.code == 2
+    assert (
+        "starts from random weights of" in done.err
+        and "GB of memory; give smaller sizes, or a checkpointer" in done.err
+    )
+    assert not (tmp_path / "out").exists()

@@ -255,3 +255,12 @@ def test_float64_is_not_rounded():
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(tiny().config, **changes)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_number_of_parameters_is_that_of_the_model(tie: bool) -> None:
+    model = models.llama(
+        vocab_size=33, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_dim=20, max_seq_len=8,
+        tie_embeddings=tie,
+    )  # fmt: skip
+    assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters())

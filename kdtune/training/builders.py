@@ -1,0 +1,35 @@
+"""Models that a config's builders would give, looked at without their weights."""
+
+import json
+from typing import Any
+
+from kdtune.config import resolve
+from kdtune.distributed import model_config
+from kdtune.errors import KDTuneError
+
+# Nodes that were found to be in order: a sweep asks for the same ones hundreds of times.
+_IN_ORDER: set[str] = set()
+
+
+def builder_problems(cfg: Any) -> list[str]:
+    """Return problems with kdtune's builders in `model` and `teacher_model`, such as sizes that no model has.
+
+    They are built without weights. cfg: of any recipe.
+    """
+    found = []
+    for key in ("model", "teacher_model"):
+        node = getattr(cfg, key, None)
+        name = json.dumps(node, sort_keys=True, default=str)
+        if node is None or name in _IN_ORDER or not _is_ours(node):
+            continue
+        try:
+            model_config(node, None)
+        except KDTuneError as error:
+            found.append(f"{key}: {error}")
+        else:
+            _IN_ORDER.add(name)
+    return found
+
+
+def _is_ours(node: Any) -> bool:
+    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")
