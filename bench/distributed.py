@@ -96,14 +96,14 @@ def make_step(arguments: argparse.Namespace, world: distributed.World) -> Step:
     teacher = build(arguments.teacher_layers, 0).requires_grad_(False)
     distributed.parallelize(teacher, parallelism, world)
     student = distributed.parallelize(build(arguments.layers, 1), parallelism, world)
-    kd_loss = losses.KDLoss(losses.ForwardKLLoss(), kd_ratio=0.5)
+    kd_loss = losses.KDLoss(losses.ForwardKL(), kd_ratio=0.5)
     optimizer = torch.optim.AdamW(training.trainable_parameters(student), lr=1e-5)
     generator = torch.Generator().manual_seed(world.rank)
 
     def step() -> float:
         tokens, labels = torch.randint(49152, (2, arguments.batch_size, arguments.tokens), generator=generator)
-        batch = Batch(tokens, labels)
-        (num_valid_tokens,) = world.sum([batch.num_valid_tokens()])
+        batch = Batch.from_labels(tokens, labels)
+        (num_valid_tokens,) = world.sum([batch.num_valid_tokens])
         loss, _ = kd_step(student, teachers.OnlineTeacher(teacher), kd_loss, batch.to(world.device))
         (loss / num_valid_tokens).backward()
         training.clip_grad_norm_(student.parameters(), 1.0).item()

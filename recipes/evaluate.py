@@ -85,7 +85,7 @@ class Config:
     # Held-out examples
     dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples: cross entropy, and with a teacher KL and agreement."""
-    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKLLoss"})
+    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence from the teacher."""
     teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The teacher's weights."""
@@ -150,7 +150,7 @@ class Config:
             found.append("log_samples=true: has no effect without tasks or rouge; give one of them, or ~log_samples")
         if self.run is None and self.run_weights != "final":
             found.append(f"run_weights={self.run_weights}: has no effect without run; give run, or ~run_weights")
-        if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKLLoss"}:
+        if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKL"}:
             found.append("kd_loss: has no effect without a teacher; give teacher_checkpointer, or ~kd_loss")
         if has_teacher and self.dataset_val is None:
             given = " ".join(f"~{key}" for key in ("teacher_checkpointer", "teacher_model") if getattr(self, key))
@@ -332,7 +332,7 @@ def measure_held_out(
     teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
     losses.check_head("teacher", teacher.output)
     kd_loss = config.instantiate(cfg.kd_loss)
-    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss.divergence)
+    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss)
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
                                    progress=progress, total=world.sum)  # fmt: skip

@@ -221,7 +221,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
             training.enter_epoch(loader, step // steps_per_epoch)
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
-            (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
+            (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens for batch in micro_batches)])
             for index, batch in enumerate(progress.micro_batches(micro_batches)):
                 training.set_step_seed(cfg.seed, step, index * world.dp_size + world.dp_rank)
                 loss, parts = ce_step(model, ce_loss, batch.to(world.device))
@@ -297,7 +297,7 @@ def ce_step(
     model: Transformer, ce_loss: losses.KDLoss, batch: data.Batch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over the micro-batch's valid tokens of the cross entropy, and its named parts."""
-    return ce_loss(model(batch.tokens, return_hidden=True), model.output, None, batch.labels)
+    return ce_loss(model(**batch.inputs, return_hidden=True), model.output, None, batch.targets)
 
 
 def validate(

@@ -83,7 +83,7 @@ class Config:
     """Processes that prepare batches."""
 
     # Loss
-    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKLLoss"})
+    kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence between teacher and student."""
     kd_ratio: float = 0.5
     """Weight of the divergence; cross entropy has 1 - kd_ratio."""
@@ -249,7 +249,7 @@ def run(cfg: Config, world: distributed.World, progress: training.Progress) -> N
             position = loader.position
             micro_batches = training.take_micro_batches(loader, cfg.gradient_accumulation_steps)
             teacher.expect(micro_batches)
-            (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens() for batch in micro_batches)])
+            (num_valid_tokens,) = world.sum([sum(batch.num_valid_tokens for batch in micro_batches)])
             for index, batch in enumerate(progress.micro_batches(micro_batches)):
                 training.set_step_seed(cfg.seed, step, index * world.dp_size + world.dp_rank)
                 loss, parts = kd_step(student, teacher, kd_loss, batch.to(world.device))
@@ -308,7 +308,7 @@ def load_data(
 
 
 def build_models(
-    cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None, kd_loss: losses.DivergenceLoss
+    cfg: Config, tokenizer: Any, world: distributed.World, newest: Path | None, divergence: Any
 ) -> tuple[Transformer, teachers.OnlineTeacher]:
     """The student, from the step folder where a run is resumed, and the teacher."""
     parallelism = config.instantiate(cfg.parallelism)
@@ -319,7 +319,7 @@ def build_models(
         device=parallelism.home(world), prepare=lambda model: distributed.parallelize(
             model, parallelism, world, compile=cfg.compile, activation_checkpointing=cfg.enable_activation_checkpointing))  # fmt: skip
     training.check_save_weights(student, cfg.save_weights)
-    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size, kd_loss.divergence)
+    teachers.check_vocabularies(tokenizer, student.config.vocab_size, teacher.config.vocab_size, divergence)
     losses.check_head("student", student.output)
     return student, teachers.OnlineTeacher(teacher)
 
@@ -336,8 +336,8 @@ def kd_step(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over the micro-batch's valid tokens of the loss, and its named parts."""
     signal = teacher(batch) if kd_loss.kd_ratio > 0 else None
-    hidden_BSD = student(batch.tokens, return_hidden=True)
-    return kd_loss(hidden_BSD, student.output, signal, batch.labels)
+    hidden_BSD = student(**batch.inputs, return_hidden=True)
+    return kd_loss(hidden_BSD, student.output, signal, batch.targets)
 
 
 def validate(

@@ -103,7 +103,7 @@ def run(cfg: Config, progress: training.Progress) -> None:
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
     training.check_lengths(cfg, {"dataset": training.example_lengths(batches)})
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
-    num_tokens = sum(batch.num_valid_tokens() for batch in batches)
+    num_tokens = sum(batch.num_valid_tokens for batch in batches)
     is_searched = cfg.layers is None and cfg.method == "greedy"
     record = training.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
 
@@ -148,7 +148,7 @@ def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[
     for batch in data.batches(dataset, 1, pad_id):
         if count >= num_tokens:
             return
-        count += batch.num_valid_tokens()
+        count += batch.num_valid_tokens
         yield batch
 
 

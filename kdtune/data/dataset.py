@@ -152,7 +152,11 @@ class MapDataset(Dataset):
 
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         """The examples of one epoch, in that epoch's order."""
-        return (self[int(index)] for index in self.order(seed=seed, epoch=epoch, shuffle=shuffle))
+        return (self.numbered(int(index)) for index in self.order(seed=seed, epoch=epoch, shuffle=shuffle))
+
+    def numbered(self, index: int) -> Example:
+        """The example at an index below `size`, which knows its index."""
+        return replace(self[index], index=index)
 
 
 class TokenizedDataset(MapDataset):

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
 
 from kdtune.data.batch import Batch, collate
 from kdtune.data.dataset import Dataset, MapDataset, Report, StreamDataset, report_copy
@@ -137,7 +138,7 @@ class Loader:
         if isinstance(self.dataset, MapDataset):
             indices = _IndexBatches(self.dataset, self._settings, self._position)
             pad = partial(collate, pad_id=self._settings.pad_id)
-            return DataLoader(self.dataset, batch_sampler=indices, collate_fn=pad, **common)  # type: ignore[arg-type]
+            return DataLoader(_Numbered(self.dataset), batch_sampler=indices, collate_fn=pad, **common)
         stream = _StreamBatches(self.dataset, self._settings, self._position)
         return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **common)
 
@@ -165,6 +166,16 @@ class _Settings:
 
     def batches(self, num_examples: int) -> int:
         return num_examples // self.batch_size if self.drop_last else -(-num_examples // self.batch_size)
+
+
+class _Numbered(TorchDataset[Example]):
+    """The examples of a dataset, each with its index."""
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Example:
+        return self._dataset.numbered(index)
 
 
 class _IndexBatches:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -189,7 +190,7 @@ class MixedStream(StreamDataset):
                 passes[number] += 1
                 running[number] = self._pass(number, passes[number], seed, epoch, shuffle)
                 example = next(running[number])
-            yield example
+            yield replace(example, index=None)  # of one of the datasets: not unique here
 
     def _pass(self, number: int, repeat: int, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         own_seed = _own_seed(seed, number, repeat)

@@ -34,6 +34,14 @@ class Example:
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    index: int | None = None
+    """Of the example in its dataset; None in a stream."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first one that is trained on; all of them where none is."""
+        has_label = self.labels != IGNORE_INDEX
+        return int(has_label.argmax()) + 1 if has_label.any() else len(self.tokens)
 
 
 def make_example(ids: Sequence[int] | npt.NDArray[Any], trained: Sequence[bool] | npt.NDArray[Any]) -> Example:

@@ -90,10 +90,10 @@ def _evaluate(
     num_tokens: float = 0
     with eval_mode(model):
         for held_out in progress(batches) if progress else batches:
-            num_tokens += held_out.num_valid_tokens()
+            num_tokens += held_out.num_valid_tokens
             batch = held_out.to(device)
             signal = None if teacher is None else teacher(batch)
-            _, parts = loss(model(batch.tokens, return_hidden=True), model.output, signal, batch.labels)
+            _, parts = loss(model(**batch.inputs, return_hidden=True), model.output, signal, batch.targets)
             for name, value in parts.items():
                 sums[name] += float(value)
     *totals, num_tokens = total([*sums.values(), num_tokens])

@@ -20,22 +20,20 @@ _TOKENS, _IDS = 3, 4096
 def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
     """Check that a divergence returns one finite value per token with a gradient.
 
-    It is called on three tokens. What gives one number for all of them, or counts a token by the others beside it, would
-    scale the loss or its gradient by the size of a batch, in silence.
+    The divergence (see `divergence_of`) is called on three tokens. What gives one number for all of them, or counts a token
+    by the others beside it, would scale the loss or its gradient by the size of a batch, in silence.
 
     Args:
-        kd_loss: the component, an object with the divergence as its attribute.
+        kd_loss: the component: a divergence, or an object that has one.
         key: of the config, for the messages.
 
     Raises:
         ConfigError: naming the component, what was found and what is allowed.
     """
-    divergence = getattr(kd_loss, "divergence", None)
-    if not callable(divergence):
-        raise ConfigError(
-            f"{key}: {_name(type(kd_loss))} has no divergence; allowed is an object with a function "
-            "divergence(student_logp, teacher_logp) -> one value a token, such as kdtune.losses.ForwardKLLoss"
-        )
+    try:
+        divergence = divergence_of(kd_loss)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
     name = f"{key}: the divergence {_name(divergence)}"
     student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
     try:
@@ -56,6 +54,44 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
             f"{name} gives {torch.cat(alone).tolist()} for tokens that come alone, {values.tolist()} for the same ones "
             "together; allowed is a function in which a token's value depends on its own row alone"
         )
+
+
+def divergence_of(kd_loss: Any) -> Divergence:
+    """Return the divergence that a `kd_loss` component stands for: itself, or its attribute `divergence`.
+
+    Raises:
+        ConfigError: it is neither a function of two arguments nor has one.
+    """
+    own = getattr(kd_loss, "divergence", None)
+    if callable(own):
+        return own  # type: ignore[no-any-return]
+    if callable(kd_loss) and not isinstance(kd_loss, type) and _takes_two(kd_loss):
+        return kd_loss  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"{_name(type(kd_loss))} has no divergence; allowed is a function (student_logp, teacher_logp) -> one value a token, "
+        "such as kdtune.losses.ForwardKL, or an object with one as its attribute `divergence`"
+    )
+
+
+def divergence_name(kd_loss: Any) -> str:
+    """Display name of a divergence: its `name`, such as "KL" for the forward KL alone, else its class's name."""
+    divergence = divergence_of(kd_loss)
+    own = getattr(divergence, "name", None)
+    if isinstance(own, str):
+        return own
+    named = kd_loss if hasattr(kd_loss, "__name__") else type(kd_loss)
+    return str(named.__name__).removesuffix("Loss") or str(named.__name__)
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether it can be called with two positional arguments, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature, such as a builtin's
+        return True
+    return True
 
 
 def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:

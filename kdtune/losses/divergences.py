@@ -1,13 +1,18 @@
 """Divergences between next-token distributions: pure functions of log-probabilities, one value a token.
 
 Shapes: N tokens, V vocabulary. A divergence is any `f(student_logp_NV, teacher_logp_NV) -> [N]` that autograd can
-differentiate with respect to its first argument; the losses take care of masks, vocabularies, chunks and the softmax.
+differentiate with respect to its first argument: a function, or an object that holds its own settings, such as the temperature,
+and is called. The losses take care of masks, vocabularies, chunks and the softmax.
 A teacher whose head has fewer rows than the student's gives -inf for the ids that it lacks: a divergence that is finite there,
 in value and gradient, counts the student's probability for them; any other is given the shared ids alone, renormalized.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from kdtune.errors import ConfigError
 
 
 def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
@@ -28,3 +33,46 @@ def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     # Masked before the product: 0 * inf would be NaN, in the value and in its gradient.
     log_ratio_NV = (teacher_logp_NV - student_logp_NV).masked_fill(teacher_p_NV == 0, 0.0)
     return (teacher_p_NV * log_ratio_NV).sum(-1)
+
+
+class ForwardKL:
+    """KL(teacher || student) in nats a token, see `forward_kl`; the distillation loss of a config's `kd_loss`.
+
+    Args:
+        temperature: both distributions are softmax(logits / temperature). 1: as the models give them. The value is not
+            multiplied by temperature squared, which arXiv 1503.02531 does to keep the gradient's size.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = check_temperature(temperature)
+
+    @property
+    def name(self) -> str:
+        """What tables and plots call it."""
+        return "KL" if self.temperature == 1 else f"KL (T={self.temperature:g})"
+
+    def __call__(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+        """[N]; the arguments are natural log-probabilities, fp32 or wider."""
+        student_logp_NV, teacher_logp_NV = tempered(self.temperature, student_logp_NV, teacher_logp_NV)
+        return forward_kl(student_logp_NV, teacher_logp_NV)
+
+
+def check_temperature(temperature: float) -> float:
+    """Return the temperature.
+
+    Raises:
+        ConfigError: it is not a finite number above 0.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(
+            f"temperature={temperature}: must be a number above 0; 1 leaves the distributions as they are"
+        )
+    return temperature
+
+
+def tempered(temperature: float, *logp: Tensor) -> tuple[Tensor, ...]:
+    """The log-probabilities [N, V] at a temperature; at 1 the tensors themselves.
+
+    A softmax ignores a shift of its logits, so log-probabilities / T give what the logits / T would.
+    """
+    return logp if temperature == 1 else tuple((one / temperature).log_softmax(-1) for one in logp)

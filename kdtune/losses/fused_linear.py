@@ -23,6 +23,8 @@ from torch import Tensor
 
 from kdtune.errors import TrainingError
 from kdtune.losses.contract import Divergence, one_a_token
+from kdtune.losses.heads import Projection
+from kdtune.losses.signal import Signal
 from kdtune.losses.vocab_shards import VocabShards
 
 # The sizes below were chosen with bench/loss.py.
@@ -35,30 +37,12 @@ TILE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Projection:
-    """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T."""
-
-    hidden_TD: Tensor
-    weight_VD: Tensor  # of a head in shards, this process's rows
-    shards: VocabShards | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the whole head."""
-        return self.shards.vocab_size if self.shards else len(self.weight_VD)
-
-    def num_ids(self, limit: int) -> int:
-        """Rows here among the first `limit` of the whole head."""
-        return self.shards.own_num_ids(limit) if self.shards else limit
-
-
-@dataclass(frozen=True)
 class Task:
     """What to compare the student with, and how: everything that is not differentiated."""
 
     positions_N: Tensor  # the valid tokens among the T positions
     labels_N: Tensor  # their targets, ids that both heads have
-    teacher: Projection | None  # None: cross entropy only, with kd_ratio 0
+    teacher: Projection | Signal | None  # None: cross entropy only, with kd_ratio 0
     divergence: Divergence  # of log-probabilities of the student's ids; the teacher's are -inf where it has no row
     kd_ratio: float
     chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
@@ -135,7 +119,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     rows = min(chunk_size, num_tokens)
     student_buffer = student.hidden_TD.new_empty(rows, student.num_ids(vocab_size), dtype=dtype)
     teacher_buffer = None
-    if task.teacher is not None:
+    if isinstance(task.teacher, Projection):
         # A whole head beside a student's in shards is used for this process's share of the tokens alone.
         rows = -(-rows // shards.group.size()) if shards and not task.teacher.shards else rows
         teacher_buffer = _teacher_buffer(task.teacher, student_buffer, rows, vocab_size)
@@ -149,8 +133,10 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
         logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
         teacher_CV = None
-        if task.teacher is not None and teacher_buffer is not None:
+        if isinstance(task.teacher, Projection) and teacher_buffer is not None:
             teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
+        elif isinstance(task.teacher, Signal):
+            teacher_CV = _signal_rows(task.teacher, positions_C[own], vocab_size).to(dtype)
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
         for block in _slices(len(logits_CV), _block_size(logits_CV)):
             teacher_RV = None if teacher_CV is None else teacher_CV[block]
@@ -275,6 +261,12 @@ def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Ten
         return buffer[: len(hidden_RD)]
     logits_RV = head.shards.to_rows(_project(head.hidden_TD[positions_C], head.weight_VD, buffer), num_ids)
     return logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf)
+
+
+def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int) -> Tensor:
+    """Log-probabilities [R, V] of a signal, cut to the student's ids or -inf for those that the teacher lacks."""
+    logp_RV = signal.log_probs(positions_R)
+    return F.pad(logp_RV[:, :vocab_size], (0, max(0, vocab_size - signal.vocab_size)), value=-torch.inf)
 
 
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:

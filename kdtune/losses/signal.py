@@ -1,9 +1,30 @@
-"""What a teacher gives for a batch. Shapes: B batch, S sequence, D the teacher's embedding width."""
+"""What a teacher gives for a batch: its next-token distributions, in one of several forms.
+
+Shapes: B batch, S sequence, T = B * S positions, C positions of a chunk, V the teacher's vocabulary, D its embedding width,
+K ids that are kept of each position.
+"""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """A teacher's log-probabilities for the positions of a batch, made where the loss asks for them.
+
+    The loss asks for a chunk of positions at a time, so a form that computes them on demand never holds [T, V].
+    """
+
+    shape: tuple[int, ...]
+    """(B, S), the positions that it has."""
+    vocab_size: int
+    """V: ids from 0 that it may give probability to."""
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Natural log-probabilities [C, V], fp32 or wider; -inf where there is none. positions_C index the flattened [B, S]."""
 
 
 @dataclass(frozen=True)
@@ -11,12 +32,75 @@ class HiddenSignal:
     """A teacher's last hidden states (after its final norm) and its output head, from which the loss makes the logits.
 
     The whole vocabulary's distribution at a fraction of the memory: [B, S, V] logits are never stored. Both are
-    constants to the loss: no gradient reaches the teacher.
+    constants to the loss: no gradient reaches the teacher. The fused loss projects them into its own buffers.
     """
 
     hidden_BSD: Tensor
     output: nn.Linear
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S)."""
+        return tuple(self.hidden_BSD.shape[:-1])
 
-# The kinds of signal that the losses understand.
-Signal: TypeAlias = HiddenSignal
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.output.out_features
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Natural log-probabilities [C, V], fp32 or wider."""
+        logits_CV = self.output(self.hidden_BSD.flatten(0, 1)[positions_C])
+        return _log_softmax(logits_CV)
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """Log-probabilities, or logits, of every position as they are."""
+
+    logits_BSV: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S)."""
+        return tuple(self.logits_BSV.shape[:-1])
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.logits_BSV.shape[-1]
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Natural log-probabilities [C, V], fp32 or wider."""
+        return _log_softmax(self.logits_BSV.flatten(0, -2)[positions_C])
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The K most likely ids of every position with their log-probabilities, as a cache stores them.
+
+    Renormalized: the K ids share the whole probability, all other ids have none. Divergences that are infinite where only
+    the student gives probability, such as reverse KL, are infinite on it.
+    """
+
+    ids_BSK: Tensor
+    """int64."""
+    logp_BSK: Tensor
+    """Natural log-probabilities, or logits, of these ids."""
+    vocab_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S)."""
+        return tuple(self.ids_BSK.shape[:-1])
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Natural log-probabilities [C, V], fp32 or wider; -inf for ids that are not among the K."""
+        ids_CK = self.ids_BSK.flatten(0, -2)[positions_C]
+        logp_CK = _log_softmax(self.logp_BSK.flatten(0, -2)[positions_C])
+        dense_CV = logp_CK.new_full((len(ids_CK), self.vocab_size), -torch.inf)
+        return dense_CV.scatter(1, ids_CK, logp_CK)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
@@ -41,10 +42,9 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout, self.quantize_base = rank, alpha, dropout, quantize_base
         self.drop: Callable[[Tensor, float, bool], Tensor] = functional.dropout
+        self.lora_a = _empty_linear(base.in_features, rank, base.weight)
+        self.lora_b = _empty_linear(rank, base.out_features, base.weight)
         device, dtype = base.weight.device, base.weight.dtype
-        # By way of the meta device: the values that nn.Linear would draw are not wanted.
-        self.lora_a = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=dtype).to_empty(device=device)
-        self.lora_b = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=dtype).to_empty(device=device)
         self.magnitude = nn.Parameter(torch.empty(base.out_features, device=device, dtype=dtype)) if use_dora else None
         self.train(base.training)
         self.set_base(self.weight)
@@ -202,10 +202,17 @@ def _listed(attn_modules: Sequence[AttnModule] | None, apply_to_mlp: bool | None
     return ((), True) if apply_to_mlp else (USUAL_ATTN_MODULES, apply_to_mlp is None)
 
 
+def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linear:
+    """A linear layer with a weight of `like`'s dtype and device, whose values are not set: those that nn.Linear draws are not wanted."""
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=like.device, dtype=like.dtype))
+    return linear
+
+
 def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
     base = model.get_submodule(name)
     weight = getattr(base, "weight", None)
-    if type(base) is not nn.Linear or type(weight) is not nn.Parameter:
+    if type(base) is not nn.Linear or type(weight) not in (nn.Parameter, FakeTensor):
         raise ConfigError(
             f"{name}: is a {type(base).__name__} whose weight is a {type(weight).__name__}; adapters go on a plain "
             "torch.nn.Linear: load unquantized weights"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
@@ -147,7 +148,7 @@ def quantize(
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether the weight is held by torchao and not as plain numbers."""
-    return type(weight) not in (Tensor, nn.Parameter)
+    return type(weight) not in (Tensor, nn.Parameter, FakeTensor)
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens_BS: Tensor,
+        tokens: Tensor,
         *,
         input_pos: Tensor | None = None,
         mask: Tensor | None = None,
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         """Logits [B, S, V], or with ``return_hidden`` the hidden states [B, S, D] after the final norm.
 
         Args:
-            tokens_BS: Token ids. Right-padded batches need no mask: attention is causal.
+            tokens: Token ids. Right-padded batches need no mask: attention is causal.
             input_pos: Position of each token, [S] or [B, S]; None counts on from what the cache holds, or from 0.
             mask: Bool, [B, S, T] or broadcastable to it, True where a token may attend; None is causal. T is S, plus
                 the tokens the cache already holds.
@@ -194,13 +194,13 @@ class Transformer(nn.Module):
         """
         num_held = 0
         if kv_cache is not None:
-            kv_cache.check_room(tokens_BS)
+            kv_cache.check_room(tokens)
             num_held = kv_cache.length
-        num_new = tokens_BS.shape[1]
+        num_new = tokens.shape[1]
         if input_pos is None:
-            input_pos = torch.arange(num_held, num_held + num_new, device=tokens_BS.device)
-        mask = _attention_mask(mask, num_held, num_new, tokens_BS.device)
-        hidden_BSD = self.tok_embeddings(tokens_BS)
+            input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
+        mask = _attention_mask(mask, num_held, num_new, tokens.device)
+        hidden_BSD = self.tok_embeddings(tokens)
         rope = self.rope(input_pos, hidden_BSD.dtype)
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache.layers[index]

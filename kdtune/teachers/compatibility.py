@@ -7,7 +7,7 @@ from kdtune import tokenizers
 from kdtune.config import instantiate
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.log import get_logger
-from kdtune.losses import Divergence, covers_extra_ids, forward_kl
+from kdtune.losses import ForwardKL, covers_extra_ids, divergence_of
 from kdtune.paths import user_path
 from kdtune.tokenizers import Tokenizer
 
@@ -123,11 +123,12 @@ def _folder_of(path: Path) -> Path:
 
 
 def check_vocabularies(
-    tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int, divergence: Divergence = forward_kl
+    tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int, kd_loss: Any = None
 ) -> None:
     """Compares the tokenizer with both heads, and says so where one head has rows that the other has not.
 
-    `student_vocab_size` and `teacher_vocab_size` are rows of the heads, `divergence` is the loss's, see `kdtune.losses.covers_extra_ids`.
+    `student_vocab_size` and `teacher_vocab_size` are rows of the heads, `kd_loss` is the divergence (None: forward KL), see
+    `kdtune.losses.covers_extra_ids`.
 
     Raises:
         ConfigError: if the tokenizer can produce an id that a model has no row for.
@@ -140,7 +141,7 @@ def check_vocabularies(
     elif student_vocab_size > teacher_vocab_size:
         what = (
             "cross entropy and divergence are over all of the student's"
-            if covers_extra_ids(divergence)
+            if covers_extra_ids(ForwardKL() if kd_loss is None else divergence_of(kd_loss))
             else f"cross entropy is over all of the student's, the divergence over the first {teacher_vocab_size} ids, "
             "renormalized (for the others it would be infinite)"
         )

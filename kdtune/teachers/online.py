@@ -31,4 +31,4 @@ class OnlineTeacher:
         """The teacher's last hidden states [B, S, D] on the batch's tokens, and its output head."""
         # Whoever generates or evaluates with the model may have switched its mode.
         self.model.eval()
-        return HiddenSignal(self.model(batch.tokens, return_hidden=True), self.model.output)
+        return HiddenSignal(self.model(**batch.inputs, return_hidden=True), self.model.output)

@@ -63,13 +63,13 @@ class RemoteModel(nn.Module):
             sent = [self._bridge.send(rank, _HIDDEN, share) for rank, share in zip(partners, shares, strict=True)]
             self._asked.append((tokens_BS, sent))
 
-    def forward(self, tokens_BS: Tensor, *, kv_cache: KVCache | None = None, return_hidden: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, *, kv_cache: KVCache | None = None, return_hidden: bool = False) -> Tensor:
         """The model's hidden states [B, S, D] for these tokens with `return_hidden`, else its logits [B, S, V].
 
         With a cache they are those of tokens that follow the ones before. It counts them only: nothing is kept where the
         model is, and all of them go there again, which is good enough for an answer or two.
         """
-        held = 0
+        held, tokens_BS = 0, tokens
         if kv_cache is not None:
             kv_cache.check_room(tokens_BS)
             held = kv_cache.length

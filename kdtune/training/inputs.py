@@ -190,7 +190,7 @@ def _contexts(cfg: Any) -> dict[str, int]:
 
 def example_lengths(batches: Sequence[Batch]) -> list[int]:
     """Tokens of the examples of some batches."""
-    return [length for batch in batches for length in batch.lengths or [batch.tokens.shape[1]] * len(batch.tokens)]
+    return [length for batch in batches for length in batch.lengths]
 
 
 def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:

@@ -54,7 +54,7 @@ class Metrics:
         values = _fetch([value for values in self._sums.values() for value in values])
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in self._sums]
         counts = [
-            sum(batch.num_valid_tokens() for batch in self._batches),
+            sum(batch.num_valid_tokens for batch in self._batches),
             sum(batch.num_tokens for batch in self._batches),
             sum(batch.num_padded_tokens for batch in self._batches),
         ]

@@ -204,7 +204,9 @@ def divergence_title(config: Mapping[str, Any], start: Mapping[str, Any]) -> str
         return recorded
     node = config.get("kd_loss")
     name = str(node.get("_component_", "")) if isinstance(node, Mapping) else ""
-    return "KL" if name in ("", "kdtune.losses.ForwardKLLoss") else name.rpartition(".")[2].removesuffix("Loss")
+    if name in ("", "kdtune.losses.ForwardKL", "kdtune.losses.ForwardKLLoss"):
+        return "KL"
+    return name.rpartition(".")[2].removesuffix("Loss")
 
 
 def _data_text(node: Any, fingerprint: Any) -> str:

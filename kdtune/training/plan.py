@@ -13,6 +13,7 @@ from torch import Tensor
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, meta_model
 from kdtune.errors import ConfigError
+from kdtune.losses import divergence_of
 from kdtune.models import has_adapters
 from kdtune.training.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.training.meta_run import Cost
@@ -162,7 +163,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
     teacher, divergence = None, _no_divergence
     if hasattr(cfg, "teacher_model"):
         teacher = teacher_afar(cfg, world.size, batch) if apart else teacher_beside(cfg, world, batch)
-        divergence = instantiate(cfg.kd_loss).divergence
+        divergence = divergence_of(instantiate(cfg.kd_loss))
     asked = teacher if kd_ratio > 0 else None
     loss = loss_cost(
         ours.pieces,

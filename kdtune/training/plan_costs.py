@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kdtune.losses import Divergence
 from kdtune.losses.contract import over_student_ids
-from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Projection, Task, fused_linear_kd
-from kdtune.losses.kd_loss import FactoredHead
+from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Task, fused_linear_kd
+from kdtune.losses.heads import FactoredHead, Projection
 from kdtune.models import Transformer
 from kdtune.training.meta_run import Cost, kept_bytes, measure
 

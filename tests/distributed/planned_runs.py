@@ -64,7 +64,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 
     def micro_batch() -> None:
         tokens = torch.randint(64, shape)
-        batch = data.Batch(tokens, tokens.clone())
+        batch = data.Batch.from_labels(tokens, tokens.clone())
         signal = teacher(batch)
         hidden = student(batch.tokens, return_hidden=True)
         loss, _ = kd_loss(hidden, student.output, signal, batch.labels)

@@ -121,7 +121,7 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
         total, _ = kd_loss(model(batch.tokens, return_hidden=True), model.output, teacher(batch), batch.labels)
         (total / num_valid_tokens).backward()
 
-    backward(whole, teachers.OnlineTeacher(teacher), Batch(tokens, labels))
+    backward(whole, teachers.OnlineTeacher(teacher), Batch.from_labels(tokens, labels))
     with distributed.start_world(torch.device("cpu"), teacher_processes=num_teachers) as world:
         if world.is_teacher:
             sharded = distributed.shard_model(teacher, distributed.Parallelism(), world)
@@ -134,7 +134,7 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
         start = world.rank * share
         # Of unequal size: with one process of the student, 3 of the teacher share 10 rows, and then 2.
         cuts = [start, start + share - 2, start + share]
-        batches = [Batch(tokens[a:b], labels[a:b]) for a, b in pairwise(cuts)]
+        batches = [Batch.from_labels(tokens[a:b], labels[a:b]) for a, b in pairwise(cuts)]
         if ahead:
             remote.expect(batches)
         for batch in batches:
@@ -171,7 +171,7 @@ def holds_the_head_alone() -> None:
         before = matrices()  # what tests before this one have left to the forked process
         teacher = teachers.OnlineTeacher(teachers.RemoteModel(config, world.bridge, world.device))
         tokens = torch.randint(64, (2, 8))
-        assert teacher(Batch(tokens, tokens)).hidden_BSD.shape == (2, 8, 48)
+        assert teacher(Batch.from_labels(tokens, tokens)).hidden_BSD.shape == (2, 8, 48)
         assert [(name, tuple(one.shape)) for name, one in teacher.model.state_dict().items()] == [
             ("output.weight", (64, 48))
         ]

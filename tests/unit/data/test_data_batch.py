@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import torch
 
 from kdtune.constants import IGNORE_INDEX as I
-from kdtune.data import Batch, collate, make_example
+from kdtune.data import Batch, Loader, Report, TokenizedDataset, batches, collate, make_example
 
 
 def test_collate_pads_on_the_right_to_the_longest():
@@ -10,11 +12,36 @@ def test_collate_pads_on_the_right_to_the_longest():
     assert batch.labels.tolist() == [[5, 3, I], [3, I, I]]
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
     assert batch.num_tokens == 5  # padding is not counted, although the pad id occurs as a real token
-    assert batch.num_valid_tokens() == 3
+    assert batch.num_valid_tokens == 3
     moved = batch.to("cpu")
     assert torch.equal(moved.tokens, batch.tokens)
     assert moved.num_tokens == 5
 
 
 def test_a_batch_made_by_hand_has_no_padding():
-    assert Batch(torch.ones(2, 3, dtype=torch.int64), torch.full((2, 3), I)).num_tokens == 6
+    assert Batch.from_labels(torch.ones(2, 3, dtype=torch.int64), torch.full((2, 3), I)).num_tokens == 6
+
+
+def test_a_row_knows_its_example_and_where_its_answer_starts():
+    rows = [
+        replace(make_example([1, 5, 3, 2], [False, False, True, True]), index=7),
+        make_example([1, 3], [False, False]),
+    ]
+    assert collate(rows[:1], pad_id=0).example_ids == (7,)
+    batch = collate(rows, pad_id=0)
+    assert batch.example_ids is None  # the second comes from a stream
+    assert batch.prompt_lengths == (2, 2)
+    assert [len(row.tokens[: row.prompt_length]) for row in rows] == [2, 2]
+
+
+def test_loaders_number_the_examples_of_a_dataset_and_not_those_of_a_stream():
+    encoded = [([1, 10 + i, 2], [False, True, True]) for i in range(5)]
+    dataset = TokenizedDataset(encoded, Report("rows"))
+    for num_workers in (0, 1):
+        loader = Loader(dataset, batch_size=2, pad_id=0, shuffle=True, seed=3, num_workers=num_workers)
+        for _ in range(3):
+            batch = next(loader)
+            assert [10 + index for index in batch.example_ids] == batch.tokens[:, 1].tolist()
+    held_out = list(batches(dataset, 2, 0))
+    assert [batch.example_ids for batch in held_out] == [(0, 1), (2, 3), (4,)]
+    assert held_out[0].prompt_lengths == (1, 1)

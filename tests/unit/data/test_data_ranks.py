@@ -23,7 +23,7 @@ def rounds(
         found += [next(loader) for loader in loaders]
         (position,) = {loader.position for loader in loaders}
         positions.append(position)
-    return [batch for batch in found if batch.num_valid_tokens()], positions
+    return [batch for batch in found if batch.num_valid_tokens], positions
 
 
 def same(found: list[Batch], expected: list[Batch]) -> bool:
@@ -59,7 +59,7 @@ def test_a_rank_without_a_batch_computes_on_one_without_a_label() -> None:
     last = make(numbered(), rank=6, num_ranks=7)
     batch = next(last)
     assert batch.tokens.shape == (1, 1) and batch.labels.tolist() == [[IGNORE_INDEX]]
-    assert batch.num_tokens == batch.num_valid_tokens() == 0
+    assert batch.num_tokens == batch.num_valid_tokens == 0
 
 
 def test_validation_gives_every_rank_as_many() -> None:
@@ -67,4 +67,4 @@ def test_validation_gives_every_rank_as_many() -> None:
     shares = [list(data.batches(numbered(), 4, 0, rank=rank, num_ranks=4)) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 2, 2, 2]
     assert same([shares[0][0], shares[1][0], shares[2][0], shares[3][0], shares[0][1], shares[1][1]], alone)
-    assert shares[2][1].num_valid_tokens() == shares[3][1].num_valid_tokens() == 0
+    assert shares[2][1].num_valid_tokens == shares[3][1].num_valid_tokens == 0

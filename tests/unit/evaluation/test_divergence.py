@@ -31,7 +31,7 @@ def ragged_batches():
         tokens = torch.randint(0, 20, (rows, length), generator=generator)
         labels = torch.randint(0, 20, (rows, length), generator=generator)
         labels[torch.rand(rows, length, generator=generator) < 0.4] = IGNORE_INDEX
-        batches.append(Batch(tokens, labels))
+        batches.append(Batch.from_labels(tokens, labels))
     return batches
 
 
@@ -108,7 +108,7 @@ def test_mode_and_gradients_are_left_alone_and_progress_sees_every_batch():
 
 
 def test_nothing_valid_is_an_error_that_says_so():
-    batch = Batch(torch.ones(1, 3, dtype=torch.int64), torch.full((1, 3), IGNORE_INDEX))
+    batch = Batch.from_labels(torch.ones(1, 3, dtype=torch.int64), torch.full((1, 3), IGNORE_INDEX))
     for batches in ([], [batch]):
         with pytest.raises(DataError, match="validation: 0 valid tokens"):
             evaluate_ce(tiny(1), batches, device="cpu")

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError
-from kdtune.losses import ForwardKLLoss, HiddenSignal, KDLoss, check_divergence, covers_extra_ids, forward_kl
+from kdtune.losses import (
+    DivergenceLoss,
+    ForwardKLLoss,
+    HiddenSignal,
+    KDLoss,
+    check_divergence,
+    covers_extra_ids,
+    forward_kl,
+)
 from kdtune.losses.contract import over_student_ids
 
 Function = Callable[[Tensor, Tensor], object]
@@ -82,16 +90,13 @@ def test_the_losses_refuse_it_too(mean_of: Callable[[Tensor], Tensor]) -> None:
     def scalar(student: Tensor, teacher: Tensor) -> Tensor:
         return mean_of(unmasked(student, teacher))
 
-    class Plain(ForwardKLLoss):
-        divergence = staticmethod(scalar)
-
     logits, labels = torch.randn(3, 5, 7, requires_grad=True), torch.ones(3, 5, dtype=torch.int64)
     head = nn.Linear(7, 7, bias=False)
     message = r"scalar gives a tensor of shape \[\] for 15 tokens"
     with pytest.raises(ConfigError, match=message):
-        Plain()(logits, logits.detach(), labels)
+        DivergenceLoss(scalar)(logits, logits.detach(), labels)
     with pytest.raises(ConfigError, match=message):
-        KDLoss(Plain())(logits, head, HiddenSignal(logits, head), labels)
+        KDLoss(scalar)(logits, head, HiddenSignal(logits, head), labels)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +153,7 @@ def test_against_plain_logits_in_float64(function: Function, kd_ratio: float) ->
     outside = q[:, 6:].sum().item()
     assert values == pytest.approx({"class_loss": ce.item(), "kd_loss": kd.item(), "student_mass_outside": outside})
 
-    class Plain(ForwardKLLoss):
-        divergence = staticmethod(function)
-
-    mean = Plain()(hidden @ ours.weight.T, theirs @ head.weight.T, labels)
+    mean = DivergenceLoss(function)(hidden @ ours.weight.T, theirs @ head.weight.T, labels)
     assert mean.item() == pytest.approx(kd.item() / int(valid.sum()), rel=1e-12)
 
 

@@ -16,7 +16,7 @@ def test_gives_the_models_hidden_states_and_head_without_a_graph():
     model = tiny().train()
     teacher = OnlineTeacher(model)
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    signal = teacher(Batch(tokens, torch.full_like(tokens, -100)))
+    signal = teacher(Batch.from_labels(tokens, torch.full_like(tokens, -100)))
     assert not signal.hidden_BSD.requires_grad
     assert signal.output is model.output
     torch.testing.assert_close(model.output(signal.hidden_BSD), tiny().eval()(tokens))
@@ -29,6 +29,6 @@ def test_is_frozen_and_stays_in_eval_mode():
     assert not any(module.training for module in model.modules())
     model.train()  # somebody else's doing
     tokens = torch.tensor([[1, 2]])
-    teacher(Batch(tokens, tokens))
+    teacher(Batch.from_labels(tokens, tokens))
     assert not any(module.training for module in model.modules())
     assert torch.is_grad_enabled()

@@ -12,7 +12,7 @@ def batch(valid: int, tokens: int | None = None, padded: int = 0) -> Batch:
     tokens = valid if tokens is None else tokens
     labels = torch.full((1, tokens + padded), IGNORE_INDEX)
     labels[0, :valid] = 1
-    return Batch(torch.zeros_like(labels), labels, (tokens,))
+    return Batch.from_labels(torch.zeros_like(labels), labels, (tokens,))
 
 
 def test_means_are_over_tokens_not_over_micro_batches():

@@ -1,0 +1,77 @@
+"""The labelled positions of a batch, found once on the CPU. Shapes: B batch, S sequence, T = B * S positions, N labelled ones."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdtune.constants import IGNORE_INDEX
+from kdtune.errors import DataError, TrainingError
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which positions of a batch have a target, and which token that is.
+
+    A loss reads these, not a [B, S] tensor of labels: a search for the labelled positions on a GPU would make the host wait
+    for the device in every micro-batch, since the size of its result is not known before.
+    """
+
+    positions_N: Tensor
+    """int64 indices into the flattened [B, S] positions, ascending."""
+    labels_N: Tensor
+    """int64 target ids of these positions."""
+    shape: tuple[int, ...]
+    """(B, S), or the leading shape of the hidden states in general."""
+    id_range: tuple[int, int]
+    """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without a look at the device."""
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> "Targets":
+        """Find the targets of int64 labels [B, S] that are already shifted, IGNORE_INDEX where there is none.
+
+        On an accelerator this waits for the device.
+        """
+        flat_T = labels.flatten()
+        positions_N = (flat_T != IGNORE_INDEX).nonzero().squeeze(1)
+        labels_N = flat_T[positions_N]
+        id_range = (int(labels_N.min()), int(labels_N.max())) if len(labels_N) else (0, -1)
+        return cls(positions_N, labels_N, tuple(labels.shape), id_range)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def to_labels(self) -> Tensor:
+        """Return the labels of `shape`, IGNORE_INDEX at positions without a target."""
+        labels_T = torch.full(self.shape, IGNORE_INDEX, device=self.labels_N.device).flatten()
+        return labels_T.index_copy(0, self.positions_N, self.labels_N).view(self.shape)
+
+
+def check_target_ids(id_range: tuple[int, int], vocab_size: int) -> None:
+    """Raise unless targets from the smallest to the largest of id_range are below vocab_size.
+
+    Raises:
+        DataError: one of them is not an id of the vocabulary.
+    """
+    smallest, largest = id_range
+    if smallest < 0 or largest >= vocab_size:
+        raise DataError(
+            f"a label is not an id of the vocabulary: {smallest if smallest < 0 else largest}; allowed are 0 to "
+            f"{vocab_size - 1}, which all models of this loss have, and {IGNORE_INDEX} (ignored); use the tokenizer that "
+            "belongs to the models"
+        )
+
+
+def check_positions(name: str, shape: tuple[int, ...], labels_shape: tuple[int, ...]) -> None:
+    """Raise unless a tensor has values for the positions of the labels.
+
+    `name` says what it is, `shape` is its shape without the last dimension.
+
+    Raises:
+        TrainingError: the two shapes differ.
+    """
+    if tuple(shape) != labels_shape:
+        raise TrainingError(
+            f"{name} do not belong to the labels: positions {tuple(shape)} for labels of {labels_shape}; both shapes must "
+            "be the same; make both from the same batch"
+        )
