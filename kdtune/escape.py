@@ -86,6 +86,6 @@ def latex_breakable(text: str) -> str:
 def _latex_character(character: str) -> str:
     if character in _LATEX:
         return _LATEX[character]
-    base, *marks = unicodedata.normalize("NFD", character)
+    base, *marks = list(unicodedata.normalize("NFD", character))
     is_letter = base.isascii() and marks and _OGONEK not in marks
     return character if character.isascii() or is_letter or character in _LATEX_KNOWS else f"U+{ord(character):04X}"

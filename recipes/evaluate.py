@@ -288,12 +288,9 @@ def build_model(
     builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
 ) -> Transformer:
     """A model to be measured, spread over the processes."""
-
-    def prepare(model: Transformer) -> Transformer:
-        return distributed.parallelize(model.requires_grad_(False), parallelism, world)
-
-    return distributed.build_model(builder, checkpointer, dtype=training.dtype_from_name(dtype),
-                                   device=parallelism.home(world), prepare=prepare).eval()  # fmt: skip
+    return distributed.distributed_model(
+        builder, checkpointer, parallelism, world, dtype=training.dtype_from_name(dtype), trainable=False
+    ).eval()
 
 
 def versions(cfg: Config) -> dict[str, Any]:
@@ -335,10 +332,8 @@ def measure_held_out(
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss)
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
-                                   progress=progress, total=world.sum)  # fmt: skip
-    teacher_loss = evaluation.evaluate_ce(teacher, held_out, device=world.device, total=world.sum)["class_loss"]
-    return {**found, "perplexity": evaluation.perplexity(found["class_loss"]),
-            "teacher_class_loss": teacher_loss}  # fmt: skip
+                                   progress=progress, total=world.sum, with_teacher_loss=True)  # fmt: skip
+    return {**found, "perplexity": evaluation.perplexity(found["class_loss"])}
 
 
 if __name__ == "__main__":

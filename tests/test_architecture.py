@@ -17,8 +17,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["config", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
     **dict.fromkeys(["distributed", "generation"], 3),
-    **dict.fromkeys(["teachers", "training", "evaluation"], 4),
-    **dict.fromkeys(["sweeps"], 5),
+    **dict.fromkeys(["teachers"], 4),
+    **dict.fromkeys(["training", "evaluation"], 5),
+    **dict.fromkeys(["sweeps"], 6),
 }
 CLI_MAY_IMPORT = {
     "constants",

@@ -1,7 +1,7 @@
 """Configs: YAML and overrides to a recipe's typed dataclass, and component nodes to objects."""
 
 from kdtune.config.check import MISSING, is_component
-from kdtune.config.component import bind, component, instantiate, resolve
+from kdtune.config.component import bind, component, instantiate, key, resolve
 from kdtune.config.frame import KeyDoc, field_docs
 from kdtune.config.load import as_values, check_machine, load, to_yaml
 from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
@@ -23,6 +23,7 @@ __all__ = [
     "field_docs",
     "instantiate",
     "is_component",
+    "key",
     "load",
     "origin",
     "resolve",

@@ -17,17 +17,33 @@ from kdtune.errors import ConfigError
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def key(default: Any = MISSING, *, at_least: int | None = None, may_change: bool = False) -> Any:
+    """A dataclass field that holds a plain value; without a default the config must set it.
+
+    `at_least` is the smallest number allowed; `may_change`: a resumed run may have another value than before.
+    """
+    return _field(default, {"at_least": at_least, "may_change": may_change})
+
+
 def component(
-    *runtime: str, optional: Iterable[str] = (), default: Any = MISSING, returns: type[Any] | None = None
+    *runtime: str,
+    optional: Iterable[str] = (),
+    default: Any = MISSING,
+    returns: type[Any] | None = None,
+    may_change: bool = False,
 ) -> Any:
     """A dataclass field that holds a component node (or a list of them).
 
     `runtime` are the arguments that the recipe gives when it instantiates the node, so the config must not; `optional`
     are those it gives only where the component takes them and the config does not set them. Without a default the
     config must set the field, and null is refused. `returns` is what the recipe needs here: a component that is or says it
-    returns another kind of object is a finding.
+    returns another kind of object is a finding. `may_change`: as in `key`.
     """
     metadata = {"component": True, "runtime": runtime, "optional": tuple(optional), "returns": returns}
+    return _field(default, {**metadata, "may_change": may_change})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -140,9 +156,13 @@ def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
     except ConfigError:
         return []  # `bind` tells it
     given = target if inspect.isclass(target) else returned_class(target)
-    if not inspect.isclass(given) or given is object or issubclass(given, needed) or issubclass(needed, given):
+    if not inspect.isclass(given) or given is object:
         return []
-    methods = [name for name in vars(needed) if not name.startswith("_")]
+    is_protocol = getattr(needed, "_is_protocol", False)  # whose attributes a class may set when it is made
+    if not is_protocol and (issubclass(given, needed) or issubclass(needed, given)):
+        return []
+    public = {name: member for name, member in vars(needed).items() if not name.startswith("_")}
+    methods = [name for name, member in public.items() if callable(member) or not is_protocol]
     missing = [name for name in methods if not hasattr(given, name)]
     if not missing:
         return []

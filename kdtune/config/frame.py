@@ -5,9 +5,10 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+import kdtune
 from kdtune._assets import did_you_mean
 from kdtune.config.check import (
     COMPONENT,
@@ -172,14 +173,38 @@ def _not_nodes(value: Any, key: str, *, nullable: bool) -> list[str]:
 def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
     """The keys of the frame in a recipe's source text, in order, read from its syntax tree: nothing is imported.
 
-    `frame` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names.
+    `frame` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names. Keys that it
+    inherits from a dataclass of kdtune come first.
     """
     tree = ast.parse(source)
     name = frame or _frame_name(tree)
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
-            return {doc.name: doc for doc in _key_docs(statement.body)}
+            inherited = [_inherited(tree, ast.unparse(base)) for base in statement.bases]
+            return {
+                key: doc
+                for docs in [*inherited, {doc.name: doc for doc in _key_docs(statement.body)}]
+                for key, doc in docs.items()
+            }
     return {}
+
+
+def _inherited(tree: ast.Module, base: str) -> dict[str, KeyDoc]:
+    """The keys of a base class such as `training.TrainingConfig`, from the file of kdtune that defines it."""
+    package, _, name = base.rpartition(".")
+    imported = {
+        alias.asname or alias.name: f"{statement.module}.{alias.name}"
+        for statement in tree.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    parts = (f"{imported.get(package, package)}.{name}" if package else imported.get(name, "")).split(".")
+    if parts[0] != "kdtune":
+        return {}
+    path = Path(kdtune.__file__).parent.joinpath(*parts[1:-1])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    source = file.read_text(encoding="utf-8")
+    return field_docs(source, name) or _inherited(ast.parse(source), name)
 
 
 def _frame_name(tree: ast.Module) -> str:
@@ -205,7 +230,10 @@ def _key_docs(body: list[ast.stmt]) -> typing.Iterator[KeyDoc]:
             and isinstance(following.value.value, str)
         ):
             doc = " ".join(following.value.value.split())
-        kind, default = ast.unparse(statement.annotation).replace("config.PathText", "path"), None
+        kind, default = (
+            ast.unparse(statement.annotation).replace("config.PathText", "path").replace("PathText", "path"),
+            None,
+        )
         if statement.value is not None:
             default = _default_text(statement.value)
             if _call_name(statement.value) == "component":
@@ -220,10 +248,12 @@ def _call_name(value: ast.expr) -> str:
 def _default_text(value: ast.expr) -> str | None:
     if ast.unparse(value).rpartition(".")[2] == "MISSING":
         return None
-    if _call_name(value) not in ("field", "component"):
+    if _call_name(value) not in ("field", "component", "key"):
         return "null" if isinstance(value, ast.Constant) and value.value is None else ast.unparse(value)
     assert isinstance(value, ast.Call)
     keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+    if _call_name(value) == "key":
+        return _default_text(value.args[0]) if value.args else None
     if "default" in keywords:
         return _default_text(keywords["default"])
     if "default_factory" not in keywords:

@@ -98,7 +98,7 @@ RENAMED: dict[str, str] = {
     "AdamW": "use torch.optim.AdamW",
     "CEWithChunkedOutputLoss": _CROSS_ENTROPY,
     "DiskLogger": "every run writes metrics.jsonl; remove it",
-    "ForwardKLWithChunkedOutputLoss": "use kdtune.losses.ForwardKLLoss",
+    "ForwardKLWithChunkedOutputLoss": "use kdtune.losses.ForwardKL",
     "FullModelHFCheckpointer": _CHECKPOINTER,
     "FullModelMetaCheckpointer": _CHECKPOINTER,
     "FullModelTorchTuneCheckpointer": _CHECKPOINTER,

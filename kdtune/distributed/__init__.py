@@ -2,7 +2,7 @@
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.bridge import END, Bridge
-from kdtune.distributed.build import build_model, meta_model, model_config
+from kdtune.distributed.build import build_model, distributed_model, meta_model, model_config
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
 from kdtune.distributed.parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
@@ -17,6 +17,7 @@ __all__ = [
     "apply_activation_checkpointing",
     "apply_compile",
     "build_model",
+    "distributed_model",
     "fake_world",
     "in_step",
     "is_first_on_host",

@@ -9,6 +9,8 @@ import torch
 
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.config import instantiate
+from kdtune.distributed.parallelism import Parallelism, parallelize
+from kdtune.distributed.world import World
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
 
@@ -67,6 +69,45 @@ def build_model(
             model = prepare(model.to(dtype))
         model = source.load(model, dtype=dtype, device=device)
     return load_adapter(model, resumed) if resumed else model
+
+
+def distributed_model(
+    builder: Any,
+    checkpointer: Any,
+    parallelism: Parallelism,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    adapter: Any = None,
+    weights: Path | None = None,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    trainable: bool = True,
+) -> Transformer:
+    """`build_model` for a model that is spread over processes, where its shards are placed before the weights are read.
+
+    Args:
+        builder: as for `build_model`.
+        checkpointer: as for `build_model`.
+        parallelism: how it is spread over the processes.
+        world: the processes.
+        dtype: of the weights.
+        adapter: as for `build_model`.
+        weights: as for `build_model`.
+        compile: torch.compile each layer.
+        activation_checkpointing: recompute activations in backward.
+        trainable: False freezes all parameters first.
+    """
+
+    def prepare(model: Transformer) -> Transformer:
+        if not trainable:
+            model.requires_grad_(False)
+        return parallelize(
+            model, parallelism, world, compile=compile, activation_checkpointing=activation_checkpointing
+        )
+
+    return build_model(builder, checkpointer, adapter=adapter, dtype=dtype, weights=weights, device=parallelism.home(world),
+                       prepare=prepare)  # fmt: skip
 
 
 def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: torch.dtype) -> Transformer:

@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from kdtune.data import Batch
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.losses import KDLoss, Signal
+from kdtune.losses import KDLoss, Signal, signal_cross_entropy
 from kdtune.models import Transformer
 
 # Wraps the batches to show progress, such as tqdm.
@@ -26,6 +27,7 @@ def evaluate_kd(
     device: torch.device | str,
     progress: Progress | None = None,
     total: Total = list,
+    with_teacher_loss: bool = False,
 ) -> dict[str, float]:
     """`class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
 
@@ -42,11 +44,19 @@ def evaluate_kd(
         device: where the batches are moved.
         progress: wraps `batches`.
         total: of numbers, their sums over the processes that share the work, each with its own batches.
+        with_teacher_loss: measure `teacher_class_loss` too, the teacher's cross entropy.
 
     Raises:
         DataError: if no token of the batches is valid.
     """
-    return _evaluate(student, teacher, loss, batches, device=device, progress=progress, total=total)
+
+    def parts_of(batch: Batch) -> dict[str, Tensor]:
+        signal = teacher(batch)
+        _, parts = loss(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
+        own = {"teacher_class_loss": signal_cross_entropy(signal, batch.targets)} if with_teacher_loss else {}
+        return parts | own
+
+    return _means(student, parts_of, batches, device=device, progress=progress, total=total)
 
 
 def evaluate_ce(
@@ -63,7 +73,11 @@ def evaluate_ce(
     `model` is on `device`. `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
     """
     loss = loss or KDLoss(kd_ratio=0.0)
-    result = _evaluate(model, None, loss, batches, device=device, progress=progress, total=total)
+
+    def parts_of(batch: Batch) -> dict[str, Tensor]:
+        return loss(model(**batch.inputs, return_hidden=True), model.output, None, batch.targets)[1]
+
+    result = _means(model, parts_of, batches, device=device, progress=progress, total=total)
     return {
         "class_loss": result["class_loss"],
         "perplexity": perplexity(result["class_loss"]),
@@ -76,25 +90,22 @@ def perplexity(class_loss: float) -> float:
     return math.exp(class_loss) if class_loss < 709.0 else math.inf
 
 
-def _evaluate(
+def _means(
     model: Transformer,
-    teacher: Callable[[Batch], Signal] | None,
-    loss: KDLoss,
+    parts_of: Callable[[Batch], dict[str, Tensor]],
     batches: Iterable[Batch],
     *,
     device: torch.device | str,
     progress: Progress | None,
     total: Total,
 ) -> dict[str, float]:
+    """Means per valid token of the sums that parts_of gives for each batch, moved to `device`; and `tokens`, their number."""
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(model):
         for held_out in progress(batches) if progress else batches:
             num_tokens += held_out.num_valid_tokens
-            batch = held_out.to(device)
-            signal = None if teacher is None else teacher(batch)
-            _, parts = loss(model(**batch.inputs, return_hidden=True), model.output, signal, batch.targets)
-            for name, value in parts.items():
+            for name, value in parts_of(held_out.to(device)).items():
                 sums[name] += float(value)
     *totals, num_tokens = total([*sums.values(), num_tokens])
     if num_tokens == 0:

@@ -3,7 +3,7 @@
 from kdtune.losses.contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of
 from kdtune.losses.divergences import ForwardKL, forward_kl
 from kdtune.losses.heads import FactoredHead, check_head
-from kdtune.losses.kd_loss import KDLoss
+from kdtune.losses.kd_loss import KDLoss, signal_cross_entropy
 from kdtune.losses.plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss
 from kdtune.losses.signal import DenseSignal, HiddenSignal, Signal, TopKSignal
 from kdtune.losses.targets import Targets
@@ -27,4 +27,5 @@ __all__ = [
     "divergence_name",
     "divergence_of",
     "forward_kl",
+    "signal_cross_entropy",
 ]

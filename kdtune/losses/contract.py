@@ -64,9 +64,9 @@ def divergence_of(kd_loss: Any) -> Divergence:
     """
     own = getattr(kd_loss, "divergence", None)
     if callable(own):
-        return own  # type: ignore[no-any-return]
+        return own
     if callable(kd_loss) and not isinstance(kd_loss, type) and _takes_two(kd_loss):
-        return kd_loss  # type: ignore[no-any-return]
+        return kd_loss
     raise ConfigError(
         f"{_name(type(kd_loss))} has no divergence; allowed is a function (student_logp, teacher_logp) -> one value a token, "
         "such as kdtune.losses.ForwardKL, or an object with one as its attribute `divergence`"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, divergence_of, over_student_ids
 from kdtune.losses.divergences import ForwardKL
-from kdtune.losses.fused_linear import Task, fused_linear_kd
+from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.plain import DivergenceLoss
 from kdtune.losses.signal import HiddenSignal, Signal
@@ -117,3 +117,20 @@ class KDLoss:
         if sizes not in self._over:
             self._over[sizes] = over_student_ids(self.divergence, vocab_size, num_shared)
         return self._over[sizes]
+
+
+@torch.no_grad()
+def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | None = None) -> Tensor:
+    """Cross entropy of a teacher with the labels, summed over valid tokens; over all of its own ids.
+
+    Args:
+        signal: the teacher's.
+        targets: of the batch.
+        chunk_size: tokens whose logits exist at a time; None: as `KDLoss` chooses it.
+    """
+    if isinstance(signal, HiddenSignal):
+        return KDLoss(kd_ratio=0.0, chunk_size=chunk_size)(signal.hidden_BSD, signal.output, None, targets)[0]
+    size = chunk_size or max(1, CHUNK_BYTES // (signal.vocab_size * torch.float32.itemsize))
+    pieces = zip(targets.positions_N.split(size), targets.labels_N.split(size), strict=True)
+    losses = [-signal.log_probs(positions_C).gather(1, labels_C[:, None]).sum() for positions_C, labels_C in pieces]
+    return torch.stack(losses).sum()

@@ -18,10 +18,13 @@ class Signal(Protocol):
     The loss asks for a chunk of positions at a time, so a form that computes them on demand never holds [T, V].
     """
 
-    shape: tuple[int, ...]
-    """(B, S), the positions that it has."""
-    vocab_size: int
-    """V: ids from 0 that it may give probability to."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S), the positions that it has."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids from 0 that it may give probability to."""
 
     def log_probs(self, positions_C: Tensor) -> Tensor:
         """Natural log-probabilities [C, V], fp32 or wider; -inf where there is none. positions_C index the flattened [B, S]."""

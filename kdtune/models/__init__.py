@@ -1,5 +1,6 @@
 """Decoders in plain PyTorch, their published sizes, adapters, and student initialization by pruning."""
 
+from kdtune.models.dtypes import dtype_from_name
 from kdtune.models.kv_cache import KVCache
 from kdtune.models.llama.builders import (
     llama,
@@ -61,6 +62,7 @@ __all__ = [
     "adapted_linears",
     "adapter_parameters",
     "apply_lora",
+    "dtype_from_name",
     "has_adapters",
     "llama",
     "llama2_7b",

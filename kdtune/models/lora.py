@@ -218,7 +218,7 @@ def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
             "torch.nn.Linear: load unquantized weights"
         )
     if quantize:
-        check_nf4_shape(name, weight.shape)
+        check_nf4_shape(name, base.weight.shape)
     return base
 
 

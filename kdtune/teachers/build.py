@@ -2,58 +2,67 @@
 
 from typing import Any
 
-import torch
-
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, build_model, meta_model, model_config, parallelize
+from kdtune.distributed import World, distributed_model, meta_model
 from kdtune.log import get_logger
 from kdtune.losses import check_head
-from kdtune.models import Transformer
-from kdtune.teachers.remote import RemoteModel, check_sendable
+from kdtune.models import Transformer, dtype_from_name
+from kdtune.teachers.online import OnlineTeacher
+from kdtune.teachers.remote import RemoteTeacher, check_sendable
 
 log = get_logger(__name__)
 
 
-def build_teacher(
-    builder: Any,
-    checkpointer: Any,
-    world: World,
-    *,
-    dtype: torch.dtype,
-    parallelism: Parallelism,
-    compile: bool = False,
-) -> Transformer | RemoteModel:
-    """The frozen teacher, spread over the processes of this world; where it has its own, what the student's see of it.
+def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
+    """The frozen teacher, spread over the processes of this world; where it has its own, the connection to them.
+
+    See `build_teacher_model` for the keys and the errors.
+    """
+    if world.bridge is None:
+        return OnlineTeacher(build_teacher_model(cfg, world))
+    log.info("the teacher is on %d of the run's %d processes", world.bridge.num_teachers, world.bridge.num_processes)
+    if cfg.teacher_checkpointer is None:
+        # Drawn and dropped: the student's random weights come after the teacher's, as they do where both are together.
+        with instantiate(cfg.teacher_parallelism or cfg.parallelism).home(world):
+            instantiate(cfg.teacher_model)
+    return RemoteTeacher(world.bridge, world.device)
+
+
+def build_teacher_model(cfg: Any, world: World) -> Transformer:
+    """The frozen teacher's model, spread over the processes of this world.
 
     Args:
-        builder: component node of a builder, or None for the checkpoint's own config.
-        checkpointer: component node, or None for random weights.
+        cfg: with the keys teacher_model, teacher_checkpointer, teacher_dtype, teacher_parallelism, dtype, parallelism, compile.
         world: this process's.
-        dtype: of the weights.
-        parallelism: how they are spread over the processes that hold them.
-        compile: torch.compile each layer.
 
     Raises:
         ConfigError: its head cannot be used by the loss.
         CheckpointError: the files cannot be read or do not fit the builder.
     """
-    if world.bridge is not None and not world.is_teacher:
-        bridge = world.bridge
-        log.info("the teacher is on %d of the run's %d processes", bridge.num_teachers, bridge.num_processes)
-        if checkpointer is None:
-            # Drawn and dropped: the student's random weights come after the teacher's, as they do where both are together.
-            with parallelism.home(world):
-                instantiate(builder)
-        return RemoteModel(model_config(builder, checkpointer), bridge, world.device)
-
+    dtype = dtype_from_name(cfg.teacher_dtype or cfg.dtype)
     if world.is_teacher:
         # Before its weights are read.
-        check_sendable(meta_model(builder, checkpointer, dtype=dtype).output)
-
-    def prepare(model: Transformer) -> Transformer:
-        return parallelize(model.requires_grad_(False), parallelism, world, compile=compile)
-
-    home = parallelism.home(world)
-    teacher = build_model(builder, checkpointer, dtype=dtype, device=home, prepare=prepare)
+        check_sendable(meta_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype).output)
+    parallelism = instantiate(cfg.teacher_parallelism or cfg.parallelism)
+    teacher = distributed_model(cfg.teacher_model, cfg.teacher_checkpointer, parallelism, world, dtype=dtype,
+                                compile=cfg.compile, trainable=False)  # fmt: skip
     check_head("teacher", teacher.output)
     return teacher
+
+
+def problems(cfg: Any) -> list[str]:
+    """Return problems with a distillation config's teacher, one sentence each."""
+    found = []
+    if cfg.teacher_processes > 0 and cfg.kd_ratio == 0:
+        found.append(f"teacher_processes={cfg.teacher_processes}: with kd_ratio=0 no step asks the teacher; set 0")
+    if cfg.teacher is not None:
+        given = [key for key in ("teacher_model", "teacher_checkpointer", "teacher_processes") if getattr(cfg, key)]
+        found += [
+            f"{key}: has no effect beside teacher, which stands in place of a model; ~{key}, or ~teacher"
+            for key in given
+        ]
+    elif cfg.teacher_model is None and cfg.teacher_checkpointer is None:
+        found.append(
+            "teacher_checkpointer: missing, and no teacher_model to start from random weights; give one of them"
+        )
+    return found

@@ -1,34 +1,47 @@
-"""A teacher that is asked for every batch: beside the student, or on processes of its own."""
+"""A teacher beside the student: its forward runs when the batch is asked for."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from kdtune.data import Batch
+from kdtune.generation import generate
 from kdtune.losses import HiddenSignal
 from kdtune.models import Transformer
-from kdtune.teachers.remote import RemoteModel
 
 
 class OnlineTeacher:
     """Gives a batch's signal by running the teacher on it; the model is frozen and stays in eval mode.
 
     Args:
-        model: the teacher, or what this process sees of one on other processes; its parameters stop taking gradients.
+        model: the teacher; its parameters stop taking gradients.
     """
 
-    def __init__(self, model: Transformer | RemoteModel) -> None:
-        self.model: Any = model.requires_grad_(False).eval()
+    def __init__(self, model: Transformer) -> None:
+        self.model = model.requires_grad_(False).eval()
 
-    def expect(self, batches: Iterable[Batch]) -> None:
-        """Says what it will be asked for next, in this order: on processes of its own it starts at once."""
-        if isinstance(self.model, RemoteModel):
-            self.model.request(batch.tokens for batch in batches)
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its output head."""
+        return self.model.config.vocab_size
+
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Does nothing: it computes on the devices that the student needs meanwhile."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenSignal:
-        """The teacher's last hidden states [B, S, D] on the batch's tokens, and its output head."""
+        """The teacher's last hidden states [B, S, D] on the batch's inputs, and its output head."""
         # Whoever generates or evaluates with the model may have switched its mode.
         self.model.eval()
         return HiddenSignal(self.model(**batch.inputs, return_hidden=True), self.model.output)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        agree: Callable[[list[int]], list[int]] | None = None,
+    ) -> list[int]:
+        """The most likely ids after a prompt, see `kdtune.generation.generate`."""
+        return generate(self.model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=agree)

@@ -6,30 +6,32 @@ because a sharded model computes on all of its processes together.
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kdtune.checkpoint import from_main
+from kdtune.data import Batch
 from kdtune.distributed import END, Bridge, World
 from kdtune.distributed.bridge import Sent
 from kdtune.errors import LayoutError
-from kdtune.losses import FactoredHead
-from kdtune.models import KVCache, Transformer, TransformerConfig
+from kdtune.generation import generate
+from kdtune.losses import FactoredHead, HiddenSignal
+from kdtune.models import Transformer
 
 # What a process of the student asks for; END is the last that it says.
-_START, _HEAD, _HIDDEN = END + 1, END + 2, END + 3
-_Asked = tuple[Tensor, list[Sent]]
+_START, _HEAD, _HIDDEN, _GENERATE = END + 1, END + 2, END + 3, END + 4
+_Request = tuple[torch.Size, list[Sent]]
 
 
-class RemoteModel(nn.Module):
-    """What a student's process sees of a model on other processes: hidden states and the output head, no other weight.
+class RemoteTeacher:
+    """A teacher on other processes: this one has its output head, and fetches the hidden states.
 
     Made and called by all of the student's processes alike, as often and in the same order.
 
     Args:
-        config: of the model, for those who ask for it.
         bridge: to the processes that hold it.
         device: where the head and the hidden states are wanted.
 
@@ -37,67 +39,71 @@ class RemoteModel(nn.Module):
         TrainingError: one of those processes is gone, or keeps this one waiting for too long.
     """
 
-    def __init__(self, config: TransformerConfig, bridge: Bridge, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, bridge: Bridge, device: torch.device) -> None:
         self._bridge = bridge
         self._device = device
-        self._asked: deque[_Asked] = deque()
+        self._requested: deque[_Request] = deque()
         self._interrupted = False
-        self._so_far = torch.empty(0)
         first, *others = bridge.partners
         sent = [bridge.send(first, _HEAD), *(bridge.send(rank, _START) for rank in others)]
         _, head_VD = bridge.receive(first)
         _wait(sent)
-        self.output = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False, device="meta")
-        self.output.weight = nn.Parameter(head_VD.to(device), requires_grad=False)
+        self._head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False, device="meta")
+        self._head.weight = nn.Parameter(head_VD.to(device), requires_grad=False)
 
-    def request(self, batches_of_tokens: Iterable[Tensor]) -> None:
-        """Asks for the hidden states of these tokens, each [B, S], so that they are computed before they are waited for.
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its output head."""
+        return self._head.out_features
 
-        They are then fetched by `forward` with the same tokens in the same order. On the CPU the tokens cost no wait.
+    def prefetch(self, batches: Sequence[Batch]) -> None:
+        """Asks for the batches' hidden states, so that they are computed before they are waited for.
+
+        With the tokens on the CPU this does not wait for the device.
         """
         partners = self._bridge.partners
-        for tokens_BS in batches_of_tokens:
-            shares = tokens_BS.cpu().tensor_split(len(partners))
+        for batch in batches:
+            shares = batch.tokens.cpu().tensor_split(len(partners))
             sent = [self._bridge.send(rank, _HIDDEN, share) for rank, share in zip(partners, shares, strict=True)]
-            self._asked.append((tokens_BS, sent))
+            self._requested.append((batch.tokens.shape, sent))
 
-    def forward(self, tokens: Tensor, *, kv_cache: KVCache | None = None, return_hidden: bool = False) -> Tensor:
-        """The model's hidden states [B, S, D] for these tokens with `return_hidden`, else its logits [B, S, V].
+    def __call__(self, batch: Batch) -> HiddenSignal:
+        """The hidden states [B, S, D] of the batch that was asked for first, and the head.
 
-        With a cache they are those of tokens that follow the ones before. It counts them only: nothing is kept where the
-        model is, and all of them go there again, which is good enough for an answer or two.
+        Raises:
+            RuntimeError: the batch is not the next one that `prefetch` was given.
         """
-        held, tokens_BS = 0, tokens
-        if kv_cache is not None:
-            kv_cache.check_room(tokens_BS)
-            held = kv_cache.length
-            tokens_BS = self._so_far = tokens_BS if held == 0 else torch.cat([self._so_far, tokens_BS], dim=1)
-            kv_cache.length = tokens_BS.shape[1]
-        if not self._asked:
-            self.request([tokens_BS])
-        asked_BS, sent = self._asked.popleft()
-        if asked_BS.shape != tokens_BS.shape:
-            raise RuntimeError(f"tokens {tuple(tokens_BS.shape)}: those asked for next are {tuple(asked_BS.shape)}")
-        hidden_BSD = self._fetch(len(tokens_BS))[:, held:]
+        if not self._requested:
+            self.prefetch([batch])
+        shape, sent = self._requested.popleft()
+        if shape != batch.tokens.shape:
+            raise RuntimeError(f"tokens {tuple(batch.tokens.shape)}: those asked for next are {tuple(shape)}")
+        hidden = [self._receive(rank) for rank, _ in zip(self._bridge.partners, range(shape[0]), strict=False)]
         _wait(sent)
-        return hidden_BSD if return_hidden else self.output(hidden_BSD)
+        return HiddenSignal((hidden[0] if len(hidden) == 1 else torch.cat(hidden)).to(self._device), self._head)
 
-    def _fetch(self, num_rows: int) -> Tensor:
-        """The hidden states of the batch that was asked for first: its rows, each part from another process."""
-        answers = [self._bridge.receive(rank) for rank, _ in zip(self._bridge.partners, range(num_rows), strict=False)]
-        if any(interrupted for interrupted, _ in answers) and not self._interrupted:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        agree: Callable[[list[int]], list[int]] | None = None,
+    ) -> list[int]:
+        """The most likely ids after a prompt, computed by the teacher's processes, which agree on them themselves."""
+        request = torch.tensor([max_new_tokens, len(stop_ids), *sorted(stop_ids), *prompt_ids])
+        sent = [self._bridge.send(rank, _GENERATE, request) for rank in self._bridge.partners]
+        answers = [self._receive(rank) for rank in self._bridge.partners]
+        _wait(sent)
+        return list(answers[0].tolist())
+
+    def _receive(self, rank: int) -> Tensor:
+        interrupted, answer = self._bridge.receive(rank)
+        if interrupted and not self._interrupted:
             # A signal to any process stops the run after the step; the teacher's processes have no other way to say so.
             self._interrupted = True
             signal.raise_signal(signal.SIGTERM)
-        hidden = [hidden_BSD for _, hidden_BSD in answers]
-        return (hidden[0] if len(hidden) == 1 else torch.cat(hidden)).to(self._device)
-
-    @property
-    def tok_embeddings(self) -> nn.Module:
-        """What has the dtype and the device of the model's embeddings, for those who ask; the embeddings are not here."""
-        return self.output
+        return answer
 
 
 class Interrupt(Protocol):
@@ -112,7 +118,7 @@ class Interrupt(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-def serve(build: Callable[[], Transformer | RemoteModel], world: World, interrupt: Interrupt) -> None:
+def serve(build: Callable[[], Transformer], world: World, interrupt: Interrupt) -> None:
     """Answers the student's processes until they say that they have ended; called by all of the teacher's.
 
     Args:
@@ -148,6 +154,11 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
         batches = [bridge.receive(rank) for rank in bridge.partners]
         if any(asked == END for asked, _ in batches):
             return _wait(before)
+        if batches[0][0] == _GENERATE:  # all of the student's processes ask for the same
+            _wait(before)
+            new_ids = torch.tensor(_generated(model, batches[0][1].tolist()))
+            before = [bridge.send(rank, int(interrupt.requested), new_ids) for rank in bridge.partners]
+            continue
         for turn in range(bridge.turns):
             tokens_BS = batches[turn][1] if turn < len(batches) else nothing_BS[:0]
             hidden_BSD = model(tokens_BS.to(device) if len(tokens_BS) else nothing_BS, return_hidden=True)
@@ -156,6 +167,13 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
             # The answer before must have been fetched: answers that nobody fetches would fill the memory.
             _wait(before)
             before = [bridge.send(bridge.partners[turn], int(interrupt.requested), hidden_BSD)]
+
+
+def _generated(model: Transformer, request: list[int]) -> list[int]:
+    """The new ids for what `RemoteTeacher.generate` has sent."""
+    max_new_tokens, num_stop_ids, *ids = request
+    stop_ids, prompt_ids = ids[:num_stop_ids], ids[num_stop_ids:]
+    return generate(model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=from_main)
 
 
 def check_sendable(head: nn.Module) -> None:

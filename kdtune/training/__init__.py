@@ -1,8 +1,10 @@
 """What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
 
+from kdtune.models import dtype_from_name
 from kdtune.training.builders import builder_problems
 from kdtune.training.clip import check_finite, clip_grad_norm_
 from kdtune.training.comparison import comparable, divergence_of, metrics_csv, read_runs
+from kdtune.training.config import TrainingConfig
 from kdtune.training.inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
 from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.loggers import (
@@ -14,12 +16,8 @@ from kdtune.training.loggers import (
     truncate_metrics,
 )
 from kdtune.training.loop import (
-    MAY_CHANGE,
-    check_save_weights,
     divergence_problems,
-    is_due,
-    loop_problems,
-    profiler_and_logger,
+    may_change,
 )
 from kdtune.training.memory import memory_stats, reset_peak_memory
 from kdtune.training.metrics import Metrics
@@ -28,7 +26,7 @@ from kdtune.training.optim import Muon, adamw, decay_groups, is_muon_weight, tra
 from kdtune.training.origin import origin_card, origin_record
 from kdtune.training.plan_text import plan_on_paper, print_plan
 from kdtune.training.plot import VALIDATION_PREFIX, curve_look, plot_losses, plot_runs, unit_of
-from kdtune.training.precision import device_name_problems, device_problems, dtype_from_name, resolve_device
+from kdtune.training.precision import device_name_problems, device_problems, resolve_device
 from kdtune.training.profiling import Profiler
 from kdtune.training.progress import Progress
 from kdtune.training.removal_record import RemovalRecord
@@ -42,6 +40,7 @@ from kdtune.training.report import (
 )
 from kdtune.training.resume_changes import load_training_state, resume_extra
 from kdtune.training.rounding import lost_share, warn_of_lost_updates
+from kdtune.training.run import Run, Step, show_results
 from kdtune.training.run_folder import (
     check_unchanged,
     holds_run,
@@ -64,6 +63,7 @@ from kdtune.training.schedules import (
     get_wsd_schedule,
 )
 from kdtune.training.seed import set_seed, set_step_seed
+from kdtune.training.start import Inputs, build_optimizer, build_trained_model, load_inputs, start
 from kdtune.training.step_log import StepLog
 from kdtune.training.steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from kdtune.training.table import format_table
@@ -71,8 +71,8 @@ from kdtune.training.tokenizer import load_tokenizer
 from kdtune.training.training_run import TrainingRun, read_run
 
 __all__ = [
-    "MAY_CHANGE",
     "VALIDATION_PREFIX",
+    "Inputs",
     "InterruptFlag",
     "JSONLLogger",
     "MetricLogger",
@@ -81,18 +81,22 @@ __all__ = [
     "Profiler",
     "Progress",
     "RemovalRecord",
+    "Run",
+    "Step",
     "StepLog",
     "TensorBoardLogger",
+    "TrainingConfig",
     "TrainingRun",
     "WandBLogger",
     "adamw",
+    "build_optimizer",
+    "build_trained_model",
     "builder_problems",
     "check_context",
     "check_data",
     "check_finite",
     "check_inputs",
     "check_lengths",
-    "check_save_weights",
     "check_unchanged",
     "clip_grad_norm_",
     "comparable",
@@ -119,13 +123,13 @@ __all__ = [
     "has_facts",
     "held_out_table",
     "holds_run",
-    "is_due",
     "is_finished",
     "is_muon_weight",
+    "load_inputs",
     "load_tokenizer",
     "load_training_state",
-    "loop_problems",
     "lost_share",
+    "may_change",
     "memory_stats",
     "metrics_csv",
     "model_card",
@@ -139,7 +143,6 @@ __all__ = [
     "plot_runs",
     "print_plan",
     "print_results",
-    "profiler_and_logger",
     "read_metrics",
     "read_run",
     "read_runs",
@@ -151,6 +154,8 @@ __all__ = [
     "samples_text",
     "set_seed",
     "set_step_seed",
+    "show_results",
+    "start",
     "start_run",
     "step_text",
     "step_to_resume",

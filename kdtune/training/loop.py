@@ -1,6 +1,7 @@
 """What the training recipes have in common around their loops: which settings fit, what a resumed run may change, when."""
 
 import os
+from dataclasses import fields
 from typing import Any
 
 from kdtune.checkpoint import is_main, together
@@ -18,10 +19,6 @@ from kdtune.training.resume_changes import resume_changes_problems
 
 log = get_logger(__name__)
 
-_COUNTS = ("batch_size", "batch_size_val", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "loss_chunk_size",
-           "run_val_every_n_steps", "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps",
-           "keep_last_n_checkpoints", "log_every_n_steps")  # fmt: skip
-
 # Settings that only mean something beside another: a shipped config may be run without the other, and says so.
 _NEEDS = {
     "run_val_every_n_steps": "dataset_val",
@@ -33,14 +30,13 @@ _NEEDS = {
 
 _MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 
-# What a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, and how long it goes
-# on. What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
-MAY_CHANGE = ("resume_from_checkpoint", "resume_changes", "output_dir", "device", "parallelism", "teacher_parallelism", "teacher_processes",
-              "compile", "enable_activation_checkpointing", "num_workers", "gradient_accumulation_steps", "loss_chunk_size",
-              "epochs", "max_steps_per_epoch", "batch_size_val", "run_val_every_n_steps", "sample_prompts",
-              "sample_every_n_steps", "sample_max_new_tokens", "save_every_n_steps", "keep_last_n_checkpoints",
-              "enable_async_checkpointing", "best_metric", "metric_logger", "log_every_n_steps", "log_peak_memory_stats",
-              "log_level", "profiler")  # fmt: skip
+
+def may_change(frame: type[Any]) -> list[str]:
+    """Keys that a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, how long.
+
+    What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
+    """
+    return [field.name for field in fields(frame) if field.metadata.get("may_change")]
 
 
 def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
@@ -58,14 +54,17 @@ def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
 
 def loop_problems(cfg: Any) -> list[str]:
     """What does not fit together in a training recipe's config, one sentence each; only keys that all of them have."""
+    least = {
+        field.name: field.metadata["at_least"] for field in fields(cfg) if field.metadata.get("at_least") is not None
+    }
     found = [
-        f"{key}={getattr(cfg, key)}: must be at least 1"
-        for key in _COUNTS
-        if getattr(cfg, key) is not None and getattr(cfg, key) < 1
+        f"{key}={getattr(cfg, key)}: must be at least {number}"
+        for key, number in least.items()
+        if getattr(cfg, key) is not None and getattr(cfg, key) < number
     ]
     found += [
         f"{key}={getattr(cfg, key)}: must be at most {most:,}"
-        for key, most in {**dict.fromkeys(_COUNTS, 2**31 - 1), "num_workers": _MAX_WORKERS, "seed": 2**63 - 1}.items()
+        for key, most in {**dict.fromkeys(least, 2**31 - 1), "num_workers": _MAX_WORKERS, "seed": 2**63 - 1}.items()
         if (getattr(cfg, key) or 0) > most
     ]
     if cfg.num_workers < 0:
@@ -78,6 +77,9 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(
             f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`; give one, or ~save_weights"
         )
+    if cfg.best_metric in ("val_kd_loss", "val_agreement") and not hasattr(cfg, "kd_loss"):
+        found.append(f"best_metric={cfg.best_metric}: is measured against a teacher, and this recipe has none; allowed is "
+                     "val_class_loss")  # fmt: skip
     if cfg.dataset_val is None and cfg.best_metric:
         found.append(f"best_metric={cfg.best_metric}: needs dataset_val; give one, or ~best_metric")
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -31,8 +31,7 @@ class Metrics:
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._batches: list[Batch] = []
-        self._num_tokens = 0.0
-        self._started = clock()
+        self._since = clock()
 
     def add(self, parts: Mapping[str, torch.Tensor], batch: Batch) -> None:
         """Add a micro-batch, with its tensors on the CPU: 0-d sums over its valid tokens."""
@@ -41,47 +40,55 @@ class Metrics:
         self._batches.append(batch)
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what went by until now (a validation, a save)."""
-        self._started = self._clock()
+        """Begin to count the time of the next step from now."""
+        self._since = self._clock()
 
-    def pop(self) -> dict[str, float]:
-        """Mean per valid token of every part, `num_valid_tokens` and `num_padded_tokens`; then starts anew.
+    def leave_out(self, seconds: float) -> None:
+        """Leave so much out of the next step's time: that of a validation, a save."""
+        self._since += seconds
+
+    def pop(self, **scalars: torch.Tensor) -> dict[str, float]:
+        """Mean per valid token of every part, the scalars as they are, counts and speed; then starts anew.
+
+        This waits for the device, the only time in a step. A step's time, `step_seconds`, is that since the last such wait: it
+        has the optimizer's step before in it, so that `tokens_per_second`, without padding, counts all that a step takes.
+
+        Args:
+            scalars: 0-d tensors that are the same on all processes, such as the gradient norm; fetched in the same transfer.
 
         Raises:
             TrainingError: if there was no valid token to average over.
         """
-        names = [name for name, values in self._sums.items() for _ in values]
-        values = _fetch([value for values in self._sums.values() for value in values])
-        own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in self._sums]
+        names = [*(name for name, values in self._sums.items() for _ in values), *scalars]
+        values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
+        now, parts = self._clock(), list(self._sums)
+        own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in parts]
         counts = [
             sum(batch.num_valid_tokens for batch in self._batches),
             sum(batch.num_tokens for batch in self._batches),
             sum(batch.num_padded_tokens for batch in self._batches),
         ]
-        *sums, num_valid_tokens, self._num_tokens, num_padded_tokens = self._total([*own, *counts])
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._total([*own, *counts])
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
-        result = {name: total / num_valid_tokens for name, total in zip(self._sums, sums, strict=True)}
-        result |= {"num_valid_tokens": int(num_valid_tokens), "num_padded_tokens": int(num_padded_tokens)}
+        seconds = max(now - self._since, 1e-9)
+        self._since = now
         self._sums.clear()
         self._batches.clear()
-        return result
-
-    def speed(self, device: torch.device | str) -> dict[str, float]:
-        """`step_seconds` since the clock was started, and `tokens_per_second`, without padding, of the step popped last.
-
-        It waits for the device, so that an optimizer's step that was made before counts.
-        """
-        if torch.device(device).type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds = max(self._clock() - self._started, 1e-9)
-        return {"step_seconds": seconds, "tokens_per_second": self._num_tokens / seconds}
+        return {
+            **{name: total / num_valid_tokens for name, total in zip(parts, sums, strict=True)},
+            "num_valid_tokens": int(num_valid_tokens),
+            "num_padded_tokens": int(num_padded_tokens),
+            **dict(zip(scalars, values[len(values) - len(scalars) :], strict=True)),
+            "step_seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
+        }
 
 
 def _fetch(scalars: list[torch.Tensor]) -> list[float]:
-    """The 0-d tensors as Python floats, by one transfer per dtype."""
+    """The 0-d tensors as Python floats, by one transfer per dtype and device."""
     found: dict[int, float] = {}
-    for dtype in {scalar.dtype for scalar in scalars}:
-        indices = [i for i, scalar in enumerate(scalars) if scalar.dtype == dtype]
+    for kind in {(scalar.dtype, scalar.device) for scalar in scalars}:
+        indices = [i for i, scalar in enumerate(scalars) if (scalar.dtype, scalar.device) == kind]
         found.update(zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True))
     return [found[i] for i in range(len(scalars))]

@@ -13,8 +13,8 @@ from torch import Tensor
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, meta_model
 from kdtune.errors import ConfigError
-from kdtune.losses import divergence_of
-from kdtune.models import has_adapters
+from kdtune.losses import Divergence, divergence_of
+from kdtune.models import dtype_from_name, has_adapters
 from kdtune.training.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.training.meta_run import Cost
 from kdtune.training.plan_costs import (
@@ -29,7 +29,6 @@ from kdtune.training.plan_costs import (
 from kdtune.training.plan_moments import Moment, Taught, Trained, Volume, moments, volume
 from kdtune.training.plan_sizes import Unit, model_sizes, update_bytes
 from kdtune.training.plan_teacher import TeacherPlan, teacher_afar, teacher_beside
-from kdtune.training.precision import dtype_from_name
 
 # What the configs of recipes that train have.
 _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
@@ -160,8 +159,9 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
         fixed_bytes(ours.pieces, batch),
         recomputes=cfg.enable_activation_checkpointing,
     )
-    teacher, divergence = None, _no_divergence
-    if hasattr(cfg, "teacher_model"):
+    teacher: Taught | None = None
+    divergence: Divergence = _no_divergence
+    if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
         teacher = teacher_afar(cfg, world.size, batch) if apart else teacher_beside(cfg, world, batch)
         divergence = divergence_of(instantiate(cfg.kd_loss))
     asked = teacher if kd_ratio > 0 else None

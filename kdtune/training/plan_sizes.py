@@ -14,11 +14,10 @@ from torch.distributed.tensor import DTensor
 from kdtune.checkpoint import local
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, shard_model
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
 from kdtune.models.quantization import num_bytes
 from kdtune.training.meta_run import LiveBytes
-from kdtune.training.precision import dtype_from_name
 
 # Sizes that no optimizer has of its own, so that what has them in its state has them from the parameter.
 _PROBE = (29, 31, 37, 41)

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdtune.checkpoint import from_main, is_main
 from kdtune.errors import CheckpointError
-from kdtune.generation import answer
+from kdtune.generation import Generator, answer
 from kdtune.models import Transformer
 from kdtune.training.loggers import JSONLLogger
 from kdtune.training.progress import Progress
@@ -14,7 +14,7 @@ from kdtune.training.progress import Progress
 
 def record_samples(
     output_dir: Path,
-    models: Mapping[str, Transformer],
+    models: Mapping[str, Transformer | Generator],
     tokenizer: Any,
     prompts: Sequence[str],
     step: int,
@@ -24,7 +24,8 @@ def record_samples(
 ) -> None:
     """Appends each model's answer to each prompt to samples.jsonl; all processes call it, the main one writes.
 
-    output_dir: of the run. models: by the name that the file calls them. tokenizer: of all of them. prompts: questions. step: the
+    output_dir: of the run. models: by the name that the file calls them, models or what
+    generates with one, such as a teacher. tokenizer: of all of them. prompts: questions. step: the
     optimizer step they are asked after. progress: told what is done. max_new_tokens: the longest answer.
 
     Raises:

@@ -22,7 +22,7 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
 
 
 def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -> tuple[int, int]:
-    """Optimizer steps an epoch, as `count_steps` has them, and of the whole training.
+    """Optimizer steps an epoch, as `count_steps` has them, and of the whole training; `cfg` is a training recipe's.
 
     Raises:
         ConfigError: as `count_steps`; or the schedule cannot go through so many, as `check_schedule`.

@@ -48,7 +48,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     parallelism, dtype = instantiate(cfg.parallelism), training.dtype_from_name(cfg.dtype)
 
     plan = make_plan(cfg, world)
-    teacher = teachers.OnlineTeacher(build_teacher(cfg, world))
+    teacher = teachers.build_teacher(cfg, world)
     student = distributed.build_model(
         cfg.model, None, adapter=cfg.adapter, dtype=dtype, device=world.device,
         prepare=lambda model: distributed.parallelize(
@@ -92,17 +92,11 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
     """What a process of a teacher apart holds while the student's make their steps, and what a plan says of it, in bytes."""
     plan = make_teacher_plan(cfg, world, world.bridge.num_students)
-    model = build_teacher(cfg, world)
+    model = teachers.build_teacher_model(cfg, world)
     weights, before = _bytes(model.parameters()), live_bytes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         teachers.serve(lambda: model, world, training.InterruptFlag())
     return {"weights": weights, "peak": before + peak_growth(profile), "planned": plan.peak.total}
-
-
-def build_teacher(cfg: Any, world: distributed.World) -> Any:
-    parallelism = instantiate(cfg.teacher_parallelism) or instantiate(cfg.parallelism)
-    dtype = training.dtype_from_name(cfg.dtype)
-    return teachers.build_teacher(cfg.teacher_model, None, world, dtype=dtype, parallelism=parallelism)
 
 
 def _bytes(tensors: Any) -> int:

@@ -117,7 +117,7 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
     labels[0], labels[5:8] = -100, -100
     num_valid_tokens = (labels != -100).sum()
 
-    def backward(model: Transformer, teacher: teachers.OnlineTeacher, batch: Batch) -> None:
+    def backward(model: Transformer, teacher: teachers.Teacher, batch: Batch) -> None:
         total, _ = kd_loss(model(batch.tokens, return_hidden=True), model.output, teacher(batch), batch.labels)
         (total / num_valid_tokens).backward()
 
@@ -129,22 +129,23 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
             return
         assert (world.size, dist.get_world_size()) == (int(os.environ["WORLD_SIZE"]) - num_teachers,) * 2
         distributed.shard_model(student, distributed.Parallelism(), world)
-        remote = teachers.OnlineTeacher(teachers.RemoteModel(teacher.config, world.bridge, world.device))
+        remote = teachers.RemoteTeacher(world.bridge, world.device)
         share = 12 // world.size
         start = world.rank * share
         # Of unequal size: with one process of the student, 3 of the teacher share 10 rows, and then 2.
         cuts = [start, start + share - 2, start + share]
         batches = [Batch.from_labels(tokens[a:b], labels[a:b]) for a, b in pairwise(cuts)]
         if ahead:
-            remote.expect(batches)
+            remote.prefetch(batches)
         for batch in batches:
             backward(student, remote, batch)
         for name, expected in whole.named_parameters():
             found = student.get_parameter(name).grad
             torch.testing.assert_close(found.full_tensor(), expected.grad, rtol=1e-9,
                                        atol=1e-9 * expected.grad.abs().max().item())  # fmt: skip
-        # Teacher and head are those of the teacher's processes, and logits can be had, too.
-        torch.testing.assert_close(remote.model(tokens), teacher(tokens), rtol=1e-12, atol=1e-12)
+        # Hidden states and head are those of the teacher's processes.
+        logp = remote(Batch.from_labels(tokens, labels)).log_probs(torch.arange(tokens.numel()))
+        torch.testing.assert_close(logp.view(12, 9, -1), teacher(tokens).log_softmax(-1), rtol=1e-12, atol=1e-12)
         dist.barrier()
 
 
@@ -166,18 +167,15 @@ def holds_the_head_alone() -> None:
         if world.is_teacher:
             teachers.serve(teacher_model, world, training.InterruptFlag())
             return
-        with torch.device("meta"):
-            config = teacher_model().config
         before = matrices()  # what tests before this one have left to the forked process
-        teacher = teachers.OnlineTeacher(teachers.RemoteModel(config, world.bridge, world.device))
+        teacher = teachers.RemoteTeacher(world.bridge, world.device)
         tokens = torch.randint(64, (2, 8))
-        assert teacher(Batch.from_labels(tokens, tokens)).hidden_BSD.shape == (2, 8, 48)
-        assert [(name, tuple(one.shape)) for name, one in teacher.model.state_dict().items()] == [
-            ("output.weight", (64, 48))
-        ]
+        signal = teacher(Batch.from_labels(tokens, tokens))
+        assert signal.hidden_BSD.shape == (2, 8, 48) and signal.output.weight.shape == (64, 48)
+        assert teacher.vocab_size == 64 and not signal.output.weight.requires_grad
+        del signal
         new = [one for name, one in matrices().items() if name not in before]
         assert sum(one.untyped_storage().nbytes() for one in new) == 64 * 48 * 8 + tokens.nbytes
-        assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
 def test_a_process_of_the_student_holds_the_head_alone(launch) -> None:

@@ -52,17 +52,22 @@ def test_speed_counts_all_tokens_of_the_whole_step_and_leaves_out_what_is_told()
     now[0] += 2.0
     metrics.add({"loss": torch.tensor(1.0)}, batch(5, 50, 7))
     now[0] += 1.0
-    row = metrics.pop()
-    assert row == {"loss": 0.2, "num_valid_tokens": 10, "num_padded_tokens": 9}
-    now[0] += 1.0  # the optimizer
-    assert metrics.speed("cpu") == {"step_seconds": 4.0, "tokens_per_second": 20.0}
+    row = metrics.pop(grad_norm=torch.tensor(1.5))
+    counts = {"num_valid_tokens": 10, "num_padded_tokens": 9}
+    assert row == {"loss": 0.2, **counts, "grad_norm": 1.5, "step_seconds": 3.0, "tokens_per_second": 80 / 3}
+    now[0] += 1.0  # the optimizer, whose time is the next step's
     now[0] += 1000.0  # a validation
-    metrics.restart_clock()
+    metrics.leave_out(1000.0)
     now[0] += 1.0
     metrics.add({"loss": torch.tensor(1.0)}, batch(1, 7))
     row = metrics.pop()
     assert row["num_valid_tokens"] == 1  # the first step is gone
-    assert metrics.speed("cpu") == {"step_seconds": 1.0, "tokens_per_second": 7.0}
+    assert (row["step_seconds"], row["tokens_per_second"]) == (2.0, 3.5)
+    now[0] += 5.0
+    metrics.restart_clock()
+    now[0] += 1.0
+    metrics.add({"loss": torch.tensor(1.0)}, batch(1, 7))
+    assert metrics.pop()["step_seconds"] == 1.0
 
 
 def test_the_batch_of_a_process_without_examples_pads_nothing():
@@ -91,5 +96,5 @@ def test_means_are_over_all_processes():
     metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, batch(6, 10, 1))
     found = metrics.pop()
     assert seen == [[12.0, 3.0, 6, 10, 1]]
-    assert found == {"loss": 2.0, "kd_loss": 0.5, "num_valid_tokens": 12, "num_padded_tokens": 2}
-    assert metrics.speed("cpu") == {"step_seconds": 2.0, "tokens_per_second": 10.0}
+    counts = {"num_valid_tokens": 12, "num_padded_tokens": 2}
+    assert found == {"loss": 2.0, "kd_loss": 0.5, **counts, "step_seconds": 2.0, "tokens_per_second": 10.0}

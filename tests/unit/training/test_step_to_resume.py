@@ -6,7 +6,7 @@ import pytest
 
 from kdtune.config.load import to_yaml
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.training import MAY_CHANGE, check_unchanged, start_run, step_to_resume
+from kdtune.training import TrainingConfig, check_unchanged, may_change, start_run, step_to_resume
 from kdtune.training.run_record import last_start, read_resolved_config
 
 CONFIG = "gradient_accumulation_steps: 4\nparallelism: {_component_: kdtune.distributed.Parallelism}\n"
@@ -15,7 +15,9 @@ NODE = {"_component_": "kdtune.distributed.Parallelism"}
 
 def resume(folder: Path, accumulation: int, processes: int, **parallelism: object) -> Path | None:
     values = {"gradient_accumulation_steps": accumulation, "parallelism": NODE | parallelism}
-    return step_to_resume(folder, values, may_change=MAY_CHANGE, batches_per_step=accumulation * processes)
+    return step_to_resume(
+        folder, values, may_change=may_change(TrainingConfig), batches_per_step=accumulation * processes
+    )
 
 
 @pytest.mark.parametrize("record", [{"batches_per_step": 4}, {}], ids=["recorded", "of an older version"])

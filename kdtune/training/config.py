@@ -1,0 +1,141 @@
+"""The keys that every training recipe has."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from kdtune import checkpoint, data, distributed, tokenizers
+from kdtune.config import PathText, component, instantiate, key
+from kdtune.models import Transformer
+from kdtune.training.loop import loop_problems
+from kdtune.training.precision import device_problems
+from kdtune.training.run_folder import output_dir_problems
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Keys of a recipe that trains a model; a recipe's own `Config` inherits them and adds its own.
+
+    `at_least` and `may_change` beside a key say which values it takes, and that a resumed run may have another value.
+    """
+
+    output_dir: PathText = key(may_change=True)
+    """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
+    models_dir: PathText = "/tmp"
+    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    resume_from_checkpoint: bool = key(False, may_change=True)
+    """Resume from the latest complete step_N in output_dir; start from scratch if there is none."""
+    resume_changes: list[str] = key([], may_change=True)
+    """Keys that a resumed run has otherwise than before: optimizer.lr or another of its arguments, lr_scheduler,
+    clip_grad_norm; in distillation also kd_ratio."""
+
+    # The trained model: the student, in distillation
+    checkpointer: Any = component(default=None, returns=checkpoint.Checkpointer)
+    """The trained model's weights (kdtune.checkpoint.Checkpointer); null: random weights, with a builder in `model`."""
+    model: Any = component(default=None, returns=Transformer)
+    """The trained model's builder, checked against its checkpoint; null: built from the checkpoint's own config."""
+    adapter: Any = component("model", default=None)
+    """Adapters for the trained model, such as kdtune.models.apply_lora; null: as the builder says, else all parameters
+    are trained."""
+    tokenizer: Any = component(returns=tokenizers.Tokenizer)
+    """The tokenizer, such as kdtune.tokenizers.load; max_seq_len is the longest example, in tokens."""
+    device: str | None = key(None, may_change=True)
+    """cpu, cuda, cuda:N or mps; null: the best one there is."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """dtype of the trained model's weights, gradients and optimizer state."""
+    parallelism: Any = component(default={"_component_": "kdtune.distributed.Parallelism"}, may_change=True)
+    """How the trained model is spread over the processes that torchrun starts; with one process it does nothing."""
+    compile: bool = key(False, may_change=True)
+    """torch.compile each layer of every model."""
+    enable_activation_checkpointing: bool = key(False, may_change=True)
+    """Recompute the trained model's activations in backward: less memory, about a third more time."""
+
+    # Data
+    dataset: Any = component("tokenizer", returns=data.Dataset)
+    """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
+    dataset_val: Any = component("tokenizer", default=None, returns=data.Dataset)
+    """Held-out examples for the validation and the table at the end."""
+    batch_size: int = key(4, at_least=1)
+    """Examples a micro-batch."""
+    batch_size_val: int | None = key(None, at_least=1, may_change=True)
+    """Examples a batch in validation; null: as batch_size."""
+    shuffle: bool = True
+    """A new order every epoch, from the seed alone."""
+    num_workers: int = key(0, may_change=True)
+    """Processes that prepare batches."""
+
+    # Optimization
+    optimizer: Any = component("params", returns=torch.optim.Optimizer)
+    """Any torch optimizer, or kdtune.training.Muon."""
+    lr_scheduler: Any = component(
+        "optimizer", optional=("num_training_steps",), default=None, returns=torch.optim.lr_scheduler.LRScheduler
+    )
+    """Such as kdtune.training.get_cosine_schedule_with_warmup; null: a constant learning rate."""
+    epochs: int = key(1, at_least=1, may_change=True)
+    """Passes over the data."""
+    max_steps_per_epoch: int | None = key(None, at_least=1, may_change=True)
+    """Steps after which an epoch is cut; needed when the dataset is streamed."""
+    gradient_accumulation_steps: int = key(1, at_least=1, may_change=True)
+    """Micro-batches a step."""
+    clip_grad_norm: float | None = None
+    """Largest norm of a step's gradient; null: no clipping."""
+    loss_chunk_size: int | None = key(None, at_least=1, may_change=True)
+    """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
+    seed: int = 0
+    """Seed of the data order and of random weights."""
+    cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
+    """torch.use_deterministic_algorithms and cuDNN's counterpart: default (off), warn or error."""
+
+    # Validation, samples, checkpoints
+    run_val_every_n_steps: int | None = key(None, at_least=1, may_change=True)
+    """Steps between validations; null: before the first step and after the last one only."""
+    sample_prompts: list[str] = key([], may_change=True)
+    """Questions put to the trained model before and after, and to a teacher."""
+    sample_every_n_steps: int | None = key(None, at_least=1, may_change=True)
+    """Steps between samples in between."""
+    sample_max_new_tokens: int = key(64, at_least=1, may_change=True)
+    """Longest answer, in tokens."""
+    save_every_n_steps: int | None = key(None, at_least=1, may_change=True)
+    """Steps between checkpoints; null: a checkpoint only when the run is interrupted, and final/ at the end."""
+    keep_last_n_checkpoints: int | None = key(None, at_least=1, may_change=True)
+    """Older step_N folders are deleted (never the best); null: all are kept."""
+    enable_async_checkpointing: bool = key(False, may_change=True)
+    """Continue training while a step_N is written, from a copy in the CPU's memory; false: wait for it."""
+    best_metric: Literal["val_class_loss", "val_kd_loss", "val_agreement"] | None = key(None, may_change=True)
+    """The validation metric whose best step_N is kept and named at the end; the last two need a teacher."""
+    save_weights: Literal["both", "merged", "adapter"] = "both"
+    """Content of final/ for a model with adapters: the merged model with the adapter in final/adapter/, or one of them."""
+
+    # Logging
+    metric_logger: Any = component(optional=("log_dir",), default=None, may_change=True)
+    """A second logger beside metrics.jsonl: kdtune.training.TensorBoardLogger or WandBLogger."""
+    log_every_n_steps: int = key(1, at_least=1, may_change=True)
+    """Steps between lines of the second logger (metrics.jsonl has every step)."""
+    log_peak_memory_stats: bool = key(True, may_change=True)
+    """Log the peak memory so far."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = key("INFO", may_change=True)
+    """What is printed beside the progress bar."""
+    profiler: Any = component(optional=("output_dir",), default=None, may_change=True)
+    """kdtune.training.Profiler for a torch profiler trace."""
+
+    def problems(self) -> list[str]:
+        """Return config problems, one sentence each."""
+        found = loop_problems(self)
+        if self.model is None and self.checkpointer is None:
+            found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        return found
+
+    def machine_problems(self) -> list[str]:
+        """Return machine problems, found without reading a weight."""
+        found = device_problems(self.device, self.dtype, distributed=True)
+        found += distributed.parallelism_problems(
+            self.parallelism,
+            getattr(self, "teacher_parallelism", None),
+            teacher_processes=getattr(self, "teacher_processes", 0),
+        )
+        found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
+        for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
+            if node := instantiate(getattr(self, name)):
+                found += [f"{name}: {problem}" for problem in node.problems()]
+        return found

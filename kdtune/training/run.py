@@ -1,0 +1,226 @@
+"""A run's bookkeeping around the training step: resume, epochs, seeds, metrics, samples, checkpoints, signals.
+
+It never calls the recipe. The recipe iterates over `Run.steps()` and makes each step itself; without `Run` its loop would train
+the same weights in silence.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kdtune import config
+from kdtune.checkpoint import CheckpointManager
+from kdtune.data import Batch
+from kdtune.distributed import World
+from kdtune.generation import Generator
+from kdtune.models import Transformer, has_adapters
+from kdtune.training.clip import check_finite
+from kdtune.training.interrupt import InterruptFlag
+from kdtune.training.loop import is_due, profiler_and_logger
+from kdtune.training.memory import memory_stats
+from kdtune.training.metrics import Metrics
+from kdtune.training.progress import Progress
+from kdtune.training.report import print_results, stopped_text
+from kdtune.training.resume_changes import load_training_state, resume_extra
+from kdtune.training.run_folder import start_run, write_final
+from kdtune.training.samples import record_samples
+from kdtune.training.seed import set_step_seed
+from kdtune.training.start import Inputs
+from kdtune.training.step_log import StepLog
+from kdtune.training.steps import enter_epoch, take_micro_batches
+
+
+class Step:
+    """One optimizer step: its micro-batches, and the numbers that it leaves.
+
+    `num_valid_tokens` are the labels of the whole step, over all processes, by which each gradient is divided as it is
+    computed; `is_validated` says whether a validation is due after it.
+
+    Args:
+        run: that yields it.
+        number: steps made before.
+        batches: this process's micro-batches, on the CPU.
+        position: of the first of them in the data, (epoch, batch).
+    """
+
+    def __init__(self, run: "Run", number: int, batches: list[Batch], position: tuple[int, int]) -> None:
+        self.batches, self.position = batches, position
+        self.row: dict[str, float] = {}
+        self._run, self._number = run, number
+        (self.num_valid_tokens,) = run.world.sum([sum(batch.num_valid_tokens for batch in batches)])
+        self.is_validated = is_due(number + 1, run.cfg.run_val_every_n_steps) or number + 1 == run.inputs.num_steps
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """Each micro-batch on the device, with torch seeded for it: dropout draws the same on any number of processes."""
+        run, world = self._run, self._run.world
+        for index, batch in enumerate(run.progress.micro_batches(self.batches)):
+            set_step_seed(run.cfg.seed, self._number, index * world.dp_size + world.dp_rank)
+            yield batch.to(world.device)
+
+    def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
+        """Record a micro-batch's loss and its parts, sums over its valid tokens; does not wait for the device."""
+        self._run.metrics.add({"loss": loss, **parts}, batch)
+
+    def check_finite(self, grad_norm: Tensor) -> None:
+        """Fetch the step's numbers from the device, the only time in a step that it is waited for, and refuse bad ones.
+
+        Raises:
+            TrainingError: loss or gradient norm is not finite; no weight has been changed by it.
+        """
+        self.row = self._run.metrics.pop(grad_norm=grad_norm)
+        check_finite(self.row["loss"], self.row["grad_norm"], self._number + 1, self.position)
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Add values, such as a validation's, to the step's row of metrics.jsonl."""
+        self.row |= values
+
+
+class Run:
+    """The context of a training loop; all processes make the same calls in the same order.
+
+    On entry the resume state is loaded and the output folder made ready; only from here on is anything written.
+
+    Args:
+        inputs: from `load_inputs`.
+        world: the processes.
+        progress: what the user sees meanwhile.
+        model: what is trained, with the weights of `inputs.resume_from`.
+        optimizer: of its parameters.
+        scheduler: of the learning rate; None: it is constant.
+        trained: what tables call the model, such as "student".
+        divergence: what `kd_loss` is called; None without a teacher.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        world: World,
+        progress: Progress,
+        *,
+        model: Transformer,
+        optimizer: Optimizer,
+        scheduler: Any = None,
+        trained: str = "model",
+        divergence: str | None = None,
+    ) -> None:
+        self.inputs, self.world, self.progress = inputs, world, progress
+        self.cfg = cfg = inputs.cfg
+        self.metrics = Metrics(world.sum)
+        self._model, self._optimizer, self._schedulers = model, optimizer, [] if scheduler is None else [scheduler]
+        self._trained, self._divergence = trained, divergence
+        self._output_dir = Path(cfg.output_dir)
+        base = cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
+        # What stands beside the weights in a model folder: licence and generation config of the base, tokenizer, chat template.
+        self._beside: dict[str, Any] = {
+            "base": base,
+            "tokenizer": inputs.tokenizer,
+            "is_chat": inputs.loader.dataset.is_chat,
+        }
+        self._step, self._is_stopped = 0, False
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        cfg, inputs = self.cfg, self.inputs
+        if inputs.resume_from is not None:
+            saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self._optimizer,
+                                        schedulers=self._schedulers)  # fmt: skip
+            self._step = saved["step"]
+            inputs.loader.seek(saved["position"])
+        self._profiler, second_logger = profiler_and_logger(cfg)
+        record = {**config.run_record(cfg), "batches_per_step": inputs.batches_per_step, "adapters": has_adapters(self._model),
+                  **({"divergence": self._divergence} if self._divergence else {}), **inputs.fingerprints}  # fmt: skip
+        start_run(self._output_dir, step=self._step, resolved_config=config.resolved_yaml(cfg), record=record)
+        self._manager = CheckpointManager(self._output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
+                                          best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
+        path = self._output_dir / "metrics.jsonl" if self.world.is_main else None
+        enter = self._resources.enter_context
+        self._log = enter(StepLog(path, second_logger, self.progress, every=cfg.log_every_n_steps,
+                                  divergence=self._divergence or "KL"))  # fmt: skip
+        self._interrupt = enter(InterruptFlag(self.progress.write))
+        enter(self._profiler or nullcontext())
+        enter(self._manager)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._resources.__exit__(kind, error, traceback)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no step has been made: False where the run is resumed from a checkpoint."""
+        return self._step == 0
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Record the numbers of the validation before the first step."""
+        self._log.log(values, self._step)
+
+    def sample(self, models: Mapping[str, Any]) -> None:
+        """Append each model's answer to each of `sample_prompts` to samples.jsonl; one that cannot generate is left out."""
+        able = {name: model for name, model in models.items() if isinstance(model, Transformer | Generator)}
+        record_samples(self._output_dir, able, self.inputs.tokenizer, self.cfg.sample_prompts, self._step, self.progress,
+                       max_new_tokens=self.cfg.sample_max_new_tokens)  # fmt: skip
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose time is not the steps': validation, samples, checkpoints."""
+        since = time.perf_counter()
+        yield
+        self.metrics.leave_out(time.perf_counter() - since)
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left. After each: log, sample and save what is due; ends early on a signal, which is saved first."""
+        self.progress.start(self.inputs.num_steps, self._step)
+        self.metrics.restart_clock()
+        self._is_stopped = self.world.any(self._interrupt.requested)
+        while self._step < self.inputs.num_steps and not self._is_stopped:
+            loader = self.inputs.loader
+            enter_epoch(loader, self._step // self.inputs.steps_per_epoch)
+            position = loader.position
+            step = Step(self, self._step, take_micro_batches(loader, self.cfg.gradient_accumulation_steps), position)
+            lr = self._optimizer.param_groups[0]["lr"]
+            yield step
+            with self.paused():
+                self._end(step, lr)
+
+    def _end(self, step: Step, lr: float) -> None:
+        cfg, num_steps = self.cfg, self.inputs.num_steps
+        self._step += 1
+        row = {"epoch": step.position[0], **step.row, "lr": lr}
+        if cfg.log_peak_memory_stats:
+            row |= memory_stats(self.world.device)
+        self._log.log(row, self._step)
+        if is_due(self._step, cfg.sample_every_n_steps) or self._step == num_steps:
+            self.sample({self._trained: self._model})
+        # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
+        self._is_stopped = self.world.any(self._interrupt.requested) and self._step < num_steps
+        if is_due(self._step, cfg.save_every_n_steps) or self._is_stopped:
+            self.progress.phase(f"saving step_{self._step}")
+            self._manager.save(self._step, model=self._model, optimizers=self._optimizer, schedulers=self._schedulers,
+                               metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
+        if self._profiler:
+            self._profiler.step()
+
+    def finish(self) -> None:
+        """Write final/, loss.png and the table of before and after; of an interrupted run, say how to resume it."""
+        if self._is_stopped:
+            text = stopped_text(self._output_dir, self._interrupt.signal_name, self._step, self.inputs.num_steps)
+            return self.world.print(text)
+        self.progress.phase("saving final/")
+        write_final(self._output_dir, self._model, save_weights=self.cfg.save_weights, **self._beside)
+        show_results(self.cfg, self.world, trained=self._trained, divergence=self._divergence)
+
+
+def show_results(cfg: Any, world: World, *, trained: str, divergence: str | None = None) -> None:
+    """Draw loss.png of a finished run and print its answers, its table, and where everything is.
+
+    `cfg` is the recipe's, `world` the processes; for `trained` and `divergence` see `Run`.
+    """
+    if world.is_main:
+        print_results(Path(cfg.output_dir), trained=trained, best_metric=cfg.best_metric, divergence=divergence or "KL")

@@ -1,0 +1,171 @@
+"""From a config to a run that can begin: the processes, and the data that no weight is read without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from kdtune import config, teachers
+from kdtune.checkpoint import from_main
+from kdtune.config import instantiate
+from kdtune.data import Batch, Loader, batches, load_dataset
+from kdtune.distributed import World, distributed_model
+from kdtune.log import get_logger
+from kdtune.losses import check_head
+from kdtune.models import Transformer, dtype_from_name
+from kdtune.tokenizers import Tokenizer
+from kdtune.training.inputs import check_inputs
+from kdtune.training.loop import check_save_weights, may_change
+from kdtune.training.optim import trainable_parameters
+from kdtune.training.plan_text import print_plan
+from kdtune.training.precision import resolve_device
+from kdtune.training.progress import Progress
+from kdtune.training.rounding import warn_of_lost_updates
+from kdtune.training.run_folder import is_finished, step_to_resume
+from kdtune.training.seed import set_seed
+from kdtune.training.steps import plan_steps, step_text
+from kdtune.training.tokenizer import load_tokenizer
+
+log = get_logger(__name__)
+
+
+@contextmanager
+def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
+    """The processes of a training recipe with their device, seed and log level; prints what the run will take.
+
+    cfg: the recipe's, a `TrainingConfig`.
+    """
+    device, teacher_processes = resolve_device(cfg.device), getattr(cfg, "teacher_processes", 0)
+    with instantiate(cfg.parallelism).start_world(device, teacher_processes=teacher_processes) as world:
+        get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
+        set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
+        with Progress(silent=not world.is_main) as progress:
+            print_plan(cfg, world)
+            yield world, progress
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains on and where it begins; known before a weight is read."""
+
+    cfg: Any
+    """The recipe's, in which the date that the chat template prints is fixed."""
+    tokenizer: Tokenizer
+    loader: Loader
+    """This process's share of the training data."""
+    held_out: list[Batch] | None
+    """This process's share of dataset_val."""
+    fingerprints: dict[str, Any]
+    """Of rows, weights and tokenizer, for run.json."""
+    batches_per_step: int
+    """Micro-batches of a step, over all processes."""
+    steps_per_epoch: int
+    num_steps: int
+    resume_from: Path | None
+    """The step folder that the run continues from; None: it starts from scratch."""
+    is_finished: bool
+    """The run in output_dir has made all its steps and written final/."""
+
+
+def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
+    """Read and check the tokenizer, the data and, of a resumed run, what it was started with.
+
+    Args:
+        cfg: the recipe's, a `TrainingConfig`.
+        world: all of its processes call this.
+        progress: told what is done.
+
+    Raises:
+        ConfigError: the run in output_dir was started with another config, other weights or another tokenizer.
+        DataError: the data cannot be read, or has nothing to train on.
+    """
+    output_dir, batches_per_step = Path(cfg.output_dir), cfg.gradient_accumulation_steps * world.dp_size
+    tokenizer, cfg = load_tokenizer(cfg)
+    resume_from = None
+    if cfg.resume_from_checkpoint:
+        values = config.as_values(cfg)
+        resume_from = from_main(
+            step_to_resume(output_dir, values, may_change=may_change(type(cfg)), batches_per_step=batches_per_step)
+        )
+    progress.phase("reading the data")
+    dataset, dataset_val = (load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
+    fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
+    for key in ("checkpointer", "teacher_checkpointer"):
+        node = getattr(cfg, key, None)
+        teachers.check_tokenizer(tokenizer, node, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat)
+    share: dict[str, Any] = {"rank": world.dp_rank, "num_ranks": world.dp_size}
+    loader = Loader(
+        dataset,
+        batch_size=cfg.batch_size,
+        shuffle=cfg.shuffle,
+        seed=cfg.seed,
+        pad_id=tokenizer.pad_id,
+        num_workers=cfg.num_workers,
+        **share,
+    )
+    held_out = None
+    if dataset_val is not None:
+        held_out = list(batches(dataset_val, cfg.batch_size_val or cfg.batch_size, tokenizer.pad_id, **share))
+    steps_per_epoch, num_steps = plan_steps(cfg, loader.batches_per_epoch, batches_per_step)
+    log.info(step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.dp_size))
+    finished = cfg.resume_from_checkpoint and from_main(is_finished(output_dir, num_steps))
+    if finished:
+        world.print(f"{output_dir}: all {num_steps} steps are done")
+    return Inputs(
+        cfg,
+        tokenizer,
+        loader,
+        held_out,
+        fingerprints,
+        batches_per_step=batches_per_step,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        resume_from=resume_from,
+        is_finished=finished,
+    )
+
+
+def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:
+    """The trained model, with the weights of the step folder where the run is resumed.
+
+    Args:
+        cfg: the recipe's, a `TrainingConfig`.
+        world: the processes that it is spread over.
+        inputs: from `load_inputs`.
+        name: what messages call it, such as "student".
+
+    Raises:
+        CheckpointError: the files cannot be read or do not fit the builder or the adapter.
+        ConfigError: the adapter does not fit, there is none for save_weights, or the loss cannot use the output head.
+    """
+    model = distributed_model(
+        cfg.model,
+        cfg.checkpointer,
+        instantiate(cfg.parallelism),
+        world,
+        dtype=dtype_from_name(cfg.dtype),
+        adapter=cfg.adapter,
+        weights=inputs.resume_from,
+        compile=cfg.compile,
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+    )
+    check_save_weights(model, cfg.save_weights)
+    check_head(name, model.output)
+    return model
+
+
+def build_optimizer(cfg: Any, model: Transformer, num_steps: int) -> tuple[Optimizer, Any]:
+    """The optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
+
+    Args:
+        cfg: the recipe's, a `TrainingConfig`.
+        model: what is trained.
+        num_steps: that the schedule goes over.
+    """
+    optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
+    scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
+    warn_of_lost_updates(optimizer)
+    return optimizer, scheduler
