@@ -109,7 +109,14 @@ def check_peak(plan: Plan | TeacherPlan, late: int, found: list[int]) -> None:
     assert 0.9 * (max(found) - late) <= plan.peak.total <= 1.1 * min(found)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("2", marks=pytest.mark.slow("HSDP plans all that FSDP alone does, and copies too")),
+        pytest.param("4", marks=pytest.mark.slow("HSDP plans all that FSDP alone does, and copies too")),
+        "HSDP 2x2",
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_without_a_backend_of_its_own(kind: str, layout: str) -> None:
     """The same steps, FSDP's work among them, with collectives that do nothing: the peak is the step's alone, to 10 %."""
@@ -134,7 +141,13 @@ def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
         assert plan < 0.9 * fewer_plan and real < 0.9 * fewer_real
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("lora", 2), ("full", 4), ("dora", 4)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("lora", 2),
+        *(pytest.param(kind, 4, marks=pytest.mark.slow("four processes on two cores")) for kind in ("full", "dora")),
+    ],
+)
 def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path: Path) -> None:
     """To the byte too; what is sent falls with nothing but the layers' sums and the logits."""
     cut = ["parallelism.tp=2", "model.vocab_size=1004", "teacher_model.vocab_size=1004"]
@@ -147,7 +160,15 @@ def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path:
     assert planned(config(*KINDS[kind], *cut[1:]), ranks).volume.tensor_parallel == 0
 
 
-@pytest.mark.parametrize(("students", "num_teachers"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("students", "num_teachers"),
+    [
+        (2, 1),
+        (1, 2),
+        pytest.param(1, 1, marks=pytest.mark.slow("one of both; the quick tests have two of either")),
+        pytest.param(2, 2, marks=pytest.mark.slow("four processes on two cores")),
+    ],
+)
 def test_memory_of_a_teacher_apart(students: int, num_teachers: int, launch, tmp_path: Path) -> None:
     """Weights, gradients and state to the byte on both sides, the peaks to 10 %."""
     cfg = config("adapter=null", f"teacher_processes={num_teachers}", "batch_size=2", "teacher_model.num_layers=9")
