@@ -64,7 +64,15 @@ def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
         os._exit(0)  # nothing can be shut down in order
 
 
-@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"tp": 2}], ids=["HSDP 2x2", "FSDP 2 x TP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"dp_replicate": 2}, id="HSDP 2x2"),
+        pytest.param(
+            {"tp": 2}, id="FSDP 2 x TP 2", marks=pytest.mark.slow("waits for a timeout as for the other layout")
+        ),
+    ],
+)
 def test_the_groups_of_a_mesh_wait_as_long_as_the_run(layout: dict[str, int], launch) -> None:
     launch.call(wait_in_a_group_of_the_mesh, layout, ranks=4)
 

@@ -127,6 +127,7 @@ def test_peak_without_a_backend_of_its_own(kind: str, layout: str) -> None:
     assert planned(cfg, ranks).peak.total == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.slow("seven processes; the other tests compare each size of run with its plan")
 def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
     cfg = config("adapter=null", "model.embed_dim=128", "tokenizer.max_seq_len=16")
     peaks = []

@@ -69,46 +69,36 @@ def test_restarts_that_could_not_work(options: list[str], message: str, capsys: 
     assert message in capsys.readouterr().err
 
 
+ONE_MORE = pytest.mark.slow("imports torch anew; the quick tests have a wrong option and a host that is missing")
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--nproc_per_node", "many"], 2, "torchrun refuses its options (--nproc_per_node many): Unsupported"),
-        (["--nproc_per_node", "0"], 2, "(--nproc_per_node 0): --nproc_per_node and --nnodes must be above 0"),
-        (
-            [
-                "--nnodes=2",
-                "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0",
-                "--rdzv_conf=join_timeout=1",
-                "--rdzv_id=x",
-            ],
-            1,
-            "not all of 2 hosts came to the rendezvous 'x' at localhost:0 in time",
+        pytest.param(
+            ["--nproc_per_node", "many"], 2, "torchrun refuses its options (--nproc_per_node many): Unsupported",
+            id="wrong option",
         ),
-        (
-            [
-                "--nnodes=2",
-                "--rdzv_backend=c10d",
-                "--rdzv_endpoint=127.0.0.1:1",
-                "--rdzv_conf=read_timeout=1,is_host=0",
-            ],
-            1,
-            "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
+        pytest.param(
+            ["--nproc_per_node", "0"], 2, "(--nproc_per_node 0): --nproc_per_node and --nnodes must be above 0",
+            id="no process", marks=ONE_MORE,
         ),
-        (
+        pytest.param(
+            ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_conf=join_timeout=1", "--rdzv_id=x"],
+            1, "not all of 2 hosts came to the rendezvous 'x' at localhost:0 in time", id="a host is missing",
+        ),
+        pytest.param(
+            ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:1", "--rdzv_conf=read_timeout=1,is_host=0"],
+            1, "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
+            id="no c10d rendezvous", marks=ONE_MORE,
+        ),
+        pytest.param(
             ["--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", "--master_port=1", "--rdzv_conf=timeout=1"],
-            1,
-            "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
+            1, "no answer from the rendezvous at 127.0.0.1:1: its host has ended, or the network is cut",
+            id="no static rendezvous", marks=ONE_MORE,
         ),
     ],
-    ids=[
-        "wrong option",
-        "no process",
-        "a host is missing",
-        "no c10d rendezvous",
-        "no static rendezvous",
-    ],
-)
+)  # fmt: skip
 def test_torchruns_own_errors(options: list[str], code: int, message: str, tmp_path: Path) -> None:
     done = kdtune(*options, *SHORT, f"output_dir={tmp_path / 'out'}", folder=tmp_path)
     assert done.returncode == code, done.stderr

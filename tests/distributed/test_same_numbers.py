@@ -49,8 +49,19 @@ LAYOUTS = {
         ),
     ],
 )
-@pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("recipe", [KD, FINETUNE], ids=["kd", "finetune"])
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        *(pytest.param(KD, kind, id=f"kd-{kind}") for kind in ADAPTERS),
+        pytest.param(FINETUNE, "dora", id="finetune-dora"),
+        *(
+            pytest.param(
+                FINETUNE, kind, id=f"finetune-{kind}", marks=pytest.mark.slow("the student's part of the same steps")
+            )
+            for kind in ("full", "lora", "qdora")
+        ),
+    ],
+)
 def test_however_a_step_is_cut(
     recipe: list[str], kind: str, names: list[str], launch, small_model: Path, tmp_path: Path
 ) -> None:

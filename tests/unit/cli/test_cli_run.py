@@ -127,7 +127,6 @@ def test_a_bad_config_stops_before_torchrun(
     assert "did you mean 'left'?" in capsys.readouterr().err
 
 
-@pytest.mark.slow("two starts of torchrun, each of which imports torch three times")
 def test_two_processes_under_torchrun(assets: Path) -> None:
     own = assets / "recipes" / "add.py"
     config = assets / "configs/tiny/add.yaml"

@@ -30,6 +30,7 @@ def test_groups_and_task_files_by_path(folder):
     assert task.task_name == "own_texts"
 
 
+@pytest.mark.slow("reads lm-eval's 14,000 task files; tests/recipes asks for an unknown task once")
 def test_an_unknown_task_is_named_with_the_nearest_and_where_it_was_looked_for(folder):
     (problem,) = task_problems(["own_ending"], str(folder))
     assert "'own_ending'" in problem and "'own_endings'" in problem and str(folder) in problem
@@ -73,6 +74,7 @@ def test_an_empty_or_missing_dataset(folder):
         load_tasks(["own_endings"], str(folder))
 
 
+@pytest.mark.slow("reads lm-eval's 14,000 task files")
 def test_a_hub_task_offline_says_so():
     with pytest.raises(DataError, match=r"hellaswag: .*the hub cannot be reached.*include_path"):
         load_tasks(["hellaswag"])

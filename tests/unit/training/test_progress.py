@@ -157,7 +157,9 @@ def in_terminal(columns: int, lines: int) -> list[str]:
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.decode().split("\n")]
 
 
-@pytest.mark.parametrize("columns", [60, 160])
+@pytest.mark.parametrize(
+    "columns", [60, pytest.param(160, marks=pytest.mark.slow("imports torch anew for a terminal of another width"))]
+)
 def test_a_terminal_has_a_bar_that_lines_do_not_break(columns: int) -> None:
     seen = in_terminal(columns, 24)
     assert [line for line in seen if line and "/3 " not in line] == [
