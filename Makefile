@@ -59,7 +59,7 @@ quickstart: quickstart-intro $(VENV)/.installed
 
 quickstart-intro:
 	@echo 'SmolLM2-135M loses 5 of its 30 layers and is trained again: by itself (SFT), and with the whole model as'
-	@echo 'teacher (KD). On two CPU cores that takes about 6 minutes and the downloads, 3.5 GiB of memory, and 1.6 GB of'
+	@echo 'teacher (KD). On two CPU cores that takes about 6 minutes and the downloads, 3.5 GiB of memory, and 1.5 GB of'
 	@echo 'disk beside the packages. Stop it with Ctrl-C: the same command continues.'
 
 quickstart-next:

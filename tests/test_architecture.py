@@ -38,10 +38,10 @@ CLI_MAY_IMPORT = {
 
 # Lines of a file, and of a function without its docstring.
 FILE_LINES, FUNCTION_LINES = 400, 60
-# The training recipes are to be read in a few minutes: 150 lines for knowledge_distillation.py and 120 for finetune.py, all
-# of it counted, with no function longer than any other's. Until then these are their sizes, and they only go down.
-RECIPE_LINES = {"knowledge_distillation.py": 391, "finetune.py": 338}
-RUN_LINES = {"knowledge_distillation.py": 103, "finetune.py": 100, "evaluate.py": 83}
+# The training recipes are read in a few minutes: all of a file is counted. evaluate.py's `run` is still longer than a function
+# should be; the number only goes down.
+RECIPE_LINES = {"knowledge_distillation.py": 150, "finetune.py": 120}
+RUN_LINES = {"evaluate.py": 83}
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "_recipes" not in p.parts)
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
