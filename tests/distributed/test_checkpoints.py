@@ -98,8 +98,8 @@ def model_files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[] if kind in ("full", "dora, bf16") else pytest.mark.slow(
-            "15 processes; the quick tests have both dtypes, both heads and adapters"))
+        pytest.param(kind, marks=[] if kind == "dora, bf16" else pytest.mark.slow(
+            "15 processes; one kind, with adapters, is in the quick tests"))
         for kind in KINDS
     ],
 )  # fmt: skip
@@ -285,7 +285,7 @@ def test_training_goes_on_while_a_folder_is_written(
         assert model_files(out / name) == model_files(tmp_path / "sync" / name)
 
 
-@pytest.mark.slow("six starts of two processes; test_resume.py kills one of four once")
+@pytest.mark.slow("six starts of two processes; tests/recipes kills and resumes one")
 def test_killed_while_a_folder_is_written(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process is killed at every stage: no folder is half visible, and the run goes on from the last whole one."""
     run = [*KD, "adapter=null", *EVERY_2, "save_every_n_steps=1", "gradient_accumulation_steps=1", ASYNC]

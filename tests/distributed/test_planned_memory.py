@@ -55,7 +55,7 @@ LAYOUTS = {
 }
 # With real processes; with a fake backend every kind is tried in every layout.
 EVERYWHERE = ("full", "dora")
-QUICK = (("full", "1"), ("full", "HSDP 2x2"), ("dora", "2"), ("qlora", "2"), ("recomputed", "2"))
+QUICK = (("full", "1"), ("full", "HSDP 2x2"), ("dora", "2"), ("qlora", "2"))
 
 
 def planned(cfg: Any, ranks: int, rank: int = 0) -> Plan:
@@ -165,8 +165,10 @@ def test_sizes_under_tensor_parallelism(kind: str, ranks: int, launch, tmp_path:
     ("students", "num_teachers"),
     [
         (2, 1),
-        (1, 2),
-        pytest.param(1, 1, marks=pytest.mark.slow("one of both; the quick tests have two of either")),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow("the same with other numbers of processes"))
+            for one in ((1, 1), (1, 2))
+        ),
         pytest.param(2, 2, marks=pytest.mark.slow("four processes on two cores")),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from distributed_runs import KD, check_same_rows, rows
 
 from kdtune._cli.main import main
@@ -19,6 +20,7 @@ def wait_for(folder: Path, started: list) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow("six starts of up to four processes; tests/recipes kills and resumes one")
 def test_killed_on_4_processes_resumed_on_2_and_then_on_1(launch, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended = launch.kdtune(*RUN, "gradient_accumulation_steps=1", f"output_dir={whole}", ranks=4)

@@ -281,7 +281,7 @@ def test_a_signal_stops_the_run_after_a_step(to: slice, launch, tmp_path: Path) 
     )
 
 
-@pytest.mark.slow("five starts of up to three processes; test_resume.py goes on on other numbers of them")
+@pytest.mark.slow("five starts of up to three processes, as in test_resume.py")
 def test_resumed_with_the_teacher_beside_and_apart_again(
     launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

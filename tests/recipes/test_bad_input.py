@@ -636,9 +636,11 @@ def test_a_disk_that_is_full_at_any_moment(
     ("kilobytes", "file"),
     [
         pytest.param(
-            60, "step_1", id="weights", marks=pytest.mark.slow("a process of its own; the state is written alike")
+            60, "step_1", id="weights", marks=pytest.mark.slow("a process of its own; others fail in this process")
         ),
-        pytest.param(150, "step_1", id="state"),
+        pytest.param(
+            150, "step_1", id="state", marks=pytest.mark.slow("a process of its own; others fail in this process")
+        ),
     ],
 )
 def test_files_that_may_not_grow(

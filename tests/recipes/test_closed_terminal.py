@@ -9,9 +9,11 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
 from command_line import ROOT
 
 
+@pytest.mark.slow("imports torch anew; test_cli_streams.py closes a terminal too")
 def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
 

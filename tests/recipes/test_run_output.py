@@ -134,6 +134,7 @@ def test_real_run(dtype: str, pruned: Path, smollm2_gguf: Path, cli: Callable[..
     assert not (out / "step_1").exists()
 
 
+@pytest.mark.slow("imports torch anew; test_cli_streams.py has every kind of closed stream")
 def test_a_run_whose_reader_leaves_trains_to_the_end(cli: Callable[..., Any], tmp_path: Path) -> None:
     """Witness: the same run with a reader that stays."""
     run = ["run", "finetune", "--config", "tiny/finetune", "max_steps_per_epoch=2"]

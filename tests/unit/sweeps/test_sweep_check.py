@@ -3,12 +3,15 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from kdtune.sweeps import make_plan, step_problems
 from kdtune.sweeps.check import recipe_frame
 
 KD = "tiny/knowledge_distillation"
 
 
+@pytest.mark.slow("checks five hundred configs, which is its point")
 def test_five_hundred_cells_are_checked_in_seconds(tmp_path: Path) -> None:
     """Their own processor time: ten seconds is what a user waits, and this takes two or three."""
     axes = {"kd_ratio": [i / 10 for i in range(10)], "lr": [(i + 1) / 1000 for i in range(10)], "seed": [0, 1, 2, 3, 4]}
