@@ -1,4 +1,4 @@
-"""Where the shipped recipes and configs are, and what they are called. The folders are the only list there is."""
+"""Find the shipped recipes and configs by name. The folders are the only list of them."""
 
 import ast
 import difflib
@@ -109,7 +109,7 @@ def read_recipe(path: Path) -> Recipe:
 
 @cache
 def _parse_recipe(path: Path, changed_ns: int) -> Recipe:
-    """As `read_recipe`. A sweep's plan asks hundreds of times, and a recipe takes some milliseconds to parse."""
+    """Parse a recipe file for `read_recipe`. Cached: parsing takes milliseconds, and planning a sweep asks hundreds of times."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:

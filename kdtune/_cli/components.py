@@ -1,4 +1,4 @@
-"""Components for `kdtune ls`: what there is of a kind, and what one of them takes. Their packages are imported here, and only here."""
+"""Components for `kdtune ls`: which ones exist of a kind, and the arguments of one. Only this module imports their packages."""
 
 import inspect
 import re
@@ -39,7 +39,7 @@ KINDS = tuple(sorted([*_FOUND, *_LISTED]))
 
 
 def kind_text(kind: str) -> str:
-    """A line for each component of the kind: what to type in a config, and the first line of its docs."""
+    """List the components of a kind, one a line: what to write in a config, and the first line of its docs."""
     names = _LISTED.get(kind) or found(*_FOUND[kind])
     if kind == "optimizers":
         names = [
@@ -57,7 +57,7 @@ def kind_text(kind: str) -> str:
 
 
 def found(package: str, made: str) -> list[str]:
-    """The package's public functions that make such an object from arguments alone, by their dotted paths."""
+    """Return the package's public functions that build such an object, by dotted path; they need nothing but config arguments."""
     module, kind = resolve(package), resolve(made)
     names = []
     for name in module.__all__:
@@ -97,7 +97,7 @@ def component_text(dotted: str) -> str:
 
 
 def _reflowed(docs: str, width: int | None) -> str:
-    """Docs whose paragraphs are filled anew where their lines are too long; lists, arguments and code keep their own lines."""
+    """Rewrap paragraphs whose lines are too long; lists, arguments and code keep their own lines."""
     if width is None:
         return docs
     lines: list[str] = []
@@ -113,7 +113,7 @@ def _reflowed(docs: str, width: int | None) -> str:
 
 
 def _docs(target: Any) -> str:
-    """A class's docs, with those of its __init__ where it has any of its own."""
+    """Return a class's docs, followed by those of its __init__ if it has any."""
     text = inspect.getdoc(target) or ""
     if inspect.isclass(target) and vars(target).get("__init__") is not None:
         own = target.__init__.__doc__

@@ -1,4 +1,4 @@
-"""`kdtune cp`: copies a shipped recipe or config, so that it is yours to change."""
+"""`kdtune cp`: copies a shipped recipe or config so that you can change it."""
 
 import argparse
 import shutil
@@ -50,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def target_path(source: Path, destination: Path) -> Path:
-    """Where a copy goes: into an existing folder under the file's own name, else to the path with the file's suffix."""
+    """Return the path of the copy: in an existing folder under the file's own name, else the given path with the file's suffix."""
     if destination.is_dir():
         return destination / source.name
     suffixes = _assets.CONFIG_SUFFIXES if source.suffix in _assets.CONFIG_SUFFIXES else (source.suffix,)

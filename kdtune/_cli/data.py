@@ -1,4 +1,4 @@
-"""`kdtune data`: the first rows of a config's dataset as the model sees them, with what is trained on; no weight is read."""
+"""`kdtune data`: shows the first rows of a config's dataset as the model sees them and marks the trained tokens; reads no weights."""
 
 import argparse
 import os

@@ -65,7 +65,7 @@ def _refuse(args: argparse.Namespace, *names: str, why: str) -> None:
 
 
 def _report(result: "Download") -> str:
-    """What is in the folder, its sizes, and the next step."""
+    """Print the files in the folder, their sizes, and the next step."""
     from kdtune.download.record import size_text
 
     width = max(len(name) for name in result.files)

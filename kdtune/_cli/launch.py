@@ -1,4 +1,4 @@
-"""A recipe under torchrun: its command line, restarts that resume, and one clear message for each way it can end."""
+"""Run a recipe under torchrun: its command line, restarts that resume, and one clear message for each way it can end."""
 
 import argparse
 import os
@@ -22,14 +22,14 @@ _RESUME = "resume_from_checkpoint"
 
 
 def torchrun_arguments(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> list[str]:
-    """Torchrun's command line: the user's options, then this same command without them, which each process runs."""
+    """Build torchrun's arguments: the user's torchrun options, then this command without them, which each process runs."""
     spelled = [option.replace("_", "-") for option in options]
     standalone = [] if any(option.startswith(_RENDEZVOUS) for option in spelled) else ["--standalone"]
     return [*standalone, *options, "-m", "kdtune", "run", str(recipe.path.resolve()), *rest]
 
 
 def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
-    """The exit code of the recipe under torchrun: that of the process that failed first, 0 if none did.
+    """Run the recipe under torchrun and return its exit code: that of the process that failed first, 0 if none did.
 
     Raises:
         ConfigError: the config is not valid, restarts are asked for where they cannot work, or torchrun refuses its options.
@@ -86,7 +86,7 @@ def _with_signal(names: str, name: str) -> str:
 def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:
     """Return overrides to add to the user's, so that torchrun's restarts resume the run.
 
-    It is the same for every start, the first one too: which start it is, the hosts count each for themselves.
+    The overrides are the same for every start, including the first: each host counts the restarts by itself.
 
     Args:
         parsed: torchrun's options.
@@ -120,7 +120,7 @@ def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_r
 
 
 def lost_text(error: Exception, parsed: argparse.Namespace) -> str:
-    """What became of the processes that meet at the rendezvous, in words: which host says so, and what one can do."""
+    """Describe a lost rendezvous for the user: which host reports it, and what to do."""
     from torch.distributed.elastic import rendezvous
 
     endpoint = parsed.rdzv_endpoint or f"{parsed.master_addr}:{parsed.master_port}"
@@ -137,7 +137,7 @@ def lost_text(error: Exception, parsed: argparse.Namespace) -> str:
 
 
 def _ending(exit_code: int) -> str:
-    """How a process ended, in words: its exit code, or the signal that a negative one stands for."""
+    """Describe how a process ended: its exit code, or the signal that a negative one stands for."""
     if exit_code >= 0:
         return f"exit code {exit_code}, its error is above"
     hint = " (the system was out of memory, perhaps)" if exit_code == -signal.SIGKILL else ""
@@ -145,9 +145,9 @@ def _ending(exit_code: int) -> str:
 
 
 def _bounded_backend() -> str:
-    """The name of torchrun's c10d rendezvous with one change: its connections end when nothing is heard for read_timeout.
+    """Return the name of torchrun's c10d rendezvous, changed so that connections fail after `read_timeout` without an answer.
 
-    Without it, some of its calls wait for a host that is cut off until the system gives the connection up, after 15 minutes.
+    Unchanged, some of its calls wait for an unreachable host until the system drops the connection, after 15 minutes.
     """
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
@@ -165,7 +165,7 @@ def _bounded_handler(parameters: Any) -> Any:
 
 
 def _end_silent_connections(milliseconds: int) -> None:
-    """Every TCP connection of this process ends with an error when what it sent stays unacknowledged for so long."""
+    """Make every TCP connection of this process fail once sent data stays unacknowledged for this long."""
     if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
         return
     for name in os.listdir("/proc/self/fd"):

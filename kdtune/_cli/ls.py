@@ -1,4 +1,4 @@
-"""`kdtune ls`: recipes and configs, those of a folder, one recipe's keys; components of a kind, or what one of them takes."""
+"""`kdtune ls`: lists recipes and configs, a folder's configs, a recipe's keys, the components of a kind, or a component's arguments."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,9 @@ def components_text(name: str) -> str | None:
 
 
 def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str:
-    """Every recipe beside its configs, then the configs that name no recipe, then the recipes' other names.
+    """Format every recipe beside its configs, then the configs that name no recipe, then the recipes' aliases.
 
-    Without `all_recipes` those recipes only that one of the configs is for, without their other names.
+    Without `all_recipes`, list only the recipes that these configs are for, without aliases.
     """
     groups: dict[str, list[str]] = {}
     for recipe in _assets.recipes():
@@ -69,7 +69,7 @@ def table(configs: list[_assets.ConfigFile], *, all_recipes: bool = True) -> str
 
 
 def _rows(left: str, right: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Two columns with a heading: the group's name beside the first of its members; above them where that is too wide."""
+    """Format two columns with a heading: the group's name beside its first member, or above it if the name is too wide."""
     rows = [(left, right)]
     for name, members in groups.items():
         rows += zip((name, *[""] * (len(members) - 1)), members, strict=True)
@@ -81,7 +81,7 @@ def _rows(left: str, right: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def describe(recipe: _assets.Recipe) -> str:
-    """A recipe's summary, aliases, configs, and its keys with type, default and meaning."""
+    """Describe a recipe: summary, aliases, configs, and its keys with type, default and meaning."""
     from kdtune.config.frame import field_docs
 
     names = (recipe.name, *recipe.aliases)

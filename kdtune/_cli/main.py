@@ -1,4 +1,4 @@
-"""The `kdtune` command line: which commands there are, and what the user sees when one fails."""
+"""The `kdtune` command line: its commands, and what the user sees when one fails."""
 
 import argparse
 import os
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fit_progress_bars() -> None:
-    """Bars of tqdm are as wide as the terminal, and in a log file they come every 15 seconds, not ten times a second.
+    """Make tqdm bars as wide as the terminal; in a log file, print them every 15 seconds instead of ten times a second.
 
-    tqdm reads these settings when it is imported, in the processes of a sweep too.
+    tqdm reads these settings at import, also in the processes that a sweep starts.
     """
     os.environ.setdefault("TQDM_DYNAMIC_NCOLS", "1")
     if sys.stderr is None or not sys.stderr.isatty():
@@ -61,7 +61,7 @@ def _fit_progress_bars() -> None:
 
 
 def run_command(argv: list[str]) -> int:
-    """The exit code of a command line; errors meant for the user are printed without a traceback."""
+    """Run a command line and return its exit code; print errors meant for the user without a traceback."""
     arguments = parse(argv)
     try:
         return arguments.func(arguments) or 0
@@ -81,7 +81,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line as its command's function wants it."""
+    """Parse the command line for its command's function."""
     before = argv[: argv.index("run")] if "run" in argv else argv
     if (
         len(before) < len(argv)

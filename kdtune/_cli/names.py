@@ -28,7 +28,7 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
 def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
     """The recipe that a config's `recipe:` line names.
 
-    A line on stderr says so where that is not a shipped one: its caller imports it, which runs what is in the file.
+    Prints a notice on stderr if it is not a shipped recipe, because the caller imports it and thereby runs its code.
 
     Raises:
         ConfigError: there is no such line, or no such recipe.
@@ -51,7 +51,7 @@ def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
 
 
 def import_recipe(recipe: _assets.Recipe) -> "EntryPoint":
-    """The `main` of a recipe file, imported from its path; it must be made by `kdtune.config.entry_point`.
+    """Import a recipe file from its path and return its `main`, which must be made by `kdtune.config.entry_point`.
 
     Raises:
         ConfigError: the file has no such main, or imports something that is not installed.

@@ -1,4 +1,4 @@
-"""`kdtune plan`: what a run will take on each process, before it runs: memory, communication, time; from its config alone."""
+"""`kdtune plan`: estimates a run's memory, communication and time on each process, from its config alone."""
 
 import argparse
 

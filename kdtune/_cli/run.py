@@ -1,7 +1,6 @@
 """`kdtune run`: runs a recipe, here or under torchrun.
 
-The command line is split at the recipe: what stands before it goes to torchrun as it is, what stands after it to the
-recipe.
+The command line is split at the recipe: options before it go to torchrun unchanged, arguments after it go to the recipe.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Runs the recipe; the exit code is the run's.
+    """Run the recipe and return the run's exit code.
 
     Raises:
         ConfigError: no recipe is named, its name does not fit the way it is started, or under torchrun the config is not
@@ -69,7 +68,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[st
 
 
 def check_launch(name: str, torchrun_options: list[str]) -> None:
-    """Raise if a recipe of this name cannot be started on this many processes, which the ending of the name tells.
+    """Raise if the recipe's name, by its ending, does not allow this number of processes.
 
     Raises:
         ConfigError: `..._single_device` under torchrun, or `..._distributed` without.

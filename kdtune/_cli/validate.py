@@ -18,7 +18,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints OK, and a note where only the data will say whether the run can start, or where the held-out examples are of other data.
+    """Print OK, with a note if only the data can tell whether the run can start, or if the held-out examples come from other data.
 
     Raises:
         ConfigError: with every finding.
@@ -56,7 +56,7 @@ def config_and_overrides(arguments: argparse.Namespace) -> tuple[str, list[str]]
 
 
 def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
-    """The config, after gates 1 to 4 under a recipe; nothing of the machine is looked at.
+    """Load the config through the first four validation stages of a recipe; the machine is not looked at.
 
     Raises:
         ConfigError: with every finding.

@@ -1,4 +1,4 @@
-"""Models and resume state, to and from files."""
+"""Read and write models and resume state."""
 
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
 from kdtune.checkpoint.checkpointer import Checkpointer, load_model

@@ -1,4 +1,4 @@
-"""Folders and files that are either whole or not there, whenever the process is killed."""
+"""Write folders and files atomically: they are complete or absent, whenever the process is killed."""
 
 import os
 import re
@@ -30,9 +30,9 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
     """Yields an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
 
     Everything in it is flushed to disk before the rename, so `path` never exists half written. An error removes the
-    hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made. Several processes enter it
-    together, on a file system they share: the folder is one, and it gets its name when all of them have left the block. What
-    fails on one of them fails on all. They talk in `group` (None: the run's).
+    hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made. On
+    several processes that share a file system, all of them enter the block; the folder is renamed when all have left it, and an
+    error on one is raised on all. They communicate in the process group `group` (None: the run's).
 
     Raises:
         CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
@@ -65,7 +65,7 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file; a reader sees the old content or the new, never a part. Replaces an existing file.
+    """Write a UTF-8 text file atomically: a reader sees the old content or the new, never a part. Replaces an existing file.
 
     Lone surrogates, which UTF-8 does not have, are written as JSON escapes them.
 
@@ -89,7 +89,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def remove_folder(path: str | Path) -> None:
-    """Deletes a folder and its content. It is renamed first: a killed deletion leaves no half of it under its name."""
+    """Delete a folder and its content. It is renamed first, so that a killed deletion leaves no partial folder under its name."""
     target = user_path(path).absolute()
     hidden = _hidden_sibling(target, "deleted")
     with writing(target):
@@ -100,8 +100,8 @@ def remove_folder(path: str | Path) -> None:
 def clean_leftovers(parent: str | Path) -> list[Path]:
     """Removes the hidden folders and files that killed processes left in `parent`, and returns what it removed.
 
-    What a living process of this machine is writing stays, and what another machine has changed within a day. A missing
-    `parent` has nothing to clean.
+    Keeps what a running process of this machine is writing, and what another machine has changed within a day. A missing
+    `parent` is not an error.
     """
     folder = user_path(parent).absolute()
     removed = []
@@ -122,7 +122,7 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the errors of a full, read-only or failing disk into a CheckpointError that names `path`."""
+    """Turn the errors of a full, read-only or failing disk into a CheckpointError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -166,7 +166,7 @@ def _host() -> str:
 
 
 def _is_fresh(entry: Path) -> bool:
-    """Whether anything in a folder, or a file, has changed lately."""
+    """Return whether the file, or anything in the folder, has changed lately."""
     paths = [entry, *entry.rglob("*")] if entry.is_dir() else [entry]
     with suppress(FileNotFoundError):  # its owner has just finished it
         return max(path.lstat().st_mtime for path in paths) > time.time() - _STALE_SECONDS
@@ -174,7 +174,7 @@ def _is_fresh(entry: Path) -> bool:
 
 
 def _is_other_process(pid: int) -> bool:
-    """Whether a process other than this one has this id. Ids are reused, so our own id marks an earlier life."""
+    """Return whether a process other than this one has this id. Ids are reused, so our own id marks an earlier process."""
     if pid == os.getpid():
         return False
     try:
@@ -195,7 +195,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once the file or folder is on disk."""
+    """Flush the file or folder to disk and wait until it is there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

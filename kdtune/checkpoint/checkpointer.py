@@ -1,4 +1,4 @@
-"""A model's folder, or GGUF file, in whichever format it is: what is missing, its config, its weights."""
+"""Read a model from a folder or GGUF file in any supported format: problems, config, weights."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,11 +29,11 @@ _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
 def load_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """The model of a Hugging Face folder, a folder of Meta's files, or a GGUF file (or a folder with one).
+    """Load the model of a Hugging Face folder, a folder of Meta's files, or a GGUF file (or a folder with one).
 
     Args:
         folder: The folder or file.
-        dtype: Of the weights in memory; None: as most of them are stored (float32 for a quantized GGUF).
+        dtype: dtype of the weights in memory; None: the stored dtype of most of them (float32 for a quantized GGUF).
         device: Where the weights go, one tensor at a time.
 
     Raises:
@@ -49,8 +49,8 @@ class Checkpointer:
         checkpoint_dir: The folder, or a single file in it.
         checkpoint_files: Names of the weight files in it, of one format. None: found by looking, safetensors before
             GGUF before Meta's consolidated.NN.pth.
-        adapter_dir: A PEFT folder with an adapter for that model. `load` merges it into the weights, or, where the model
-            that is given has adapters, fills these.
+        adapter_dir: A PEFT folder with an adapter for that model. `load` merges it into the weights; if the given model has
+            adapters, `load` fills those instead.
 
     Nothing is read until a method asks for it.
     """
@@ -136,7 +136,7 @@ class Checkpointer:
         )
 
     def model_config(self) -> TransformerConfig:
-        """The config of the model that lies there; reads no weights. Those that lie there too are of these shapes.
+        """Return the config of the stored model; reads no weights. Weights stored beside it must have its shapes.
 
         Raises:
             CheckpointError: it is missing, damaged, of an unsupported model, or of another one than the weights.
@@ -149,7 +149,7 @@ class Checkpointer:
         return self._read().config
 
     def fingerprint(self) -> dict[str, Any]:
-        """The model's config, and size and hash of each weight file: equal where the same weights lie there.
+        """Return the model's config, and size and hash of each weight file: equal for equal weights.
 
         See `kdtune.checkpoint.fingerprint` for what is read of large files.
 
@@ -171,11 +171,11 @@ class Checkpointer:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Transformer:
-        """The model with the weights that lie there, in `dtype` (None: as stored) on `device`.
+        """Load the stored weights in `dtype` (None: as stored) on `device` and return the model.
 
-        A given `model` is filled in place; on the meta device it costs no memory before. It must be the model that the
-        folder describes (the context length apart). Adapters on it are filled from `adapter_dir`, else they begin anew;
-        into a model without, that adapter is merged (where it adapts a tied head, the head is untied).
+        A given `model` is filled in place; on the meta device it takes no memory until then. It must be the model that the
+        folder describes, except for the context length. Its adapters are loaded from `adapter_dir`, or freshly initialized
+        without one. If the model has no adapters, that adapter is merged; a tied head that it adapts is then untied.
 
         Raises:
             CheckpointError: model, folder and adapter disagree, or a file is missing or damaged; field, file or tensor
@@ -281,7 +281,7 @@ def _refuse_other_weights(folder: Path) -> None:
 
 @contextmanager
 def _in_file(path: Path) -> Iterator[None]:
-    """Puts the path before the message of an error that knows only the tensor or setting."""
+    """Prefix the path to the message of an error that knows only the tensor or setting."""
     try:
         yield
     except CheckpointError as error:
@@ -360,7 +360,7 @@ def _by_our_names(tensors: dict[str, StoredTensor], names: convert.KeyMap) -> di
 
 
 def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> dict[str, StoredTensor]:
-    """The same with q and k in our row order: Meta and GGUF keep the two halves of each rotary pair side by side."""
+    """Return the tensors with q and k in our row order; Meta and GGUF interleave the two halves of each rotary pair."""
     result = {}
     for name, stored in tensors.items():
         heads = convert.rotary_heads(name, config)

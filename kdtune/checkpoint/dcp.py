@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint for tensors only, with or without a process group: nothing that is read can run code."""
+"""Read and write tensors by torch.distributed.checkpoint, with or without a process group; reading never executes code."""
 
 import pickle
 import warnings
@@ -20,7 +20,7 @@ from kdtune.checkpoint.ranks import is_distributed
 from kdtune.errors import CheckpointError
 
 MARK = ".metadata"
-"""Written last by torch.distributed.checkpoint: without it a folder is not whole."""
+"""Written last by torch.distributed.checkpoint: a folder without it is incomplete."""
 
 # What the metadata of plain tensors is made of. It is a pickle, and torch reads it with the unrestricted unpickler.
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -29,7 +29,7 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> None:
-    """Writes the tensors into a folder; several processes do so together, talking in `group` (None: the run's).
+    """Write the tensors into a folder; several processes do so together in the process group `group` (None: the run's).
 
     Raises:
         CheckpointError: the disk is full or cannot be written.

@@ -1,4 +1,4 @@
-"""Fingerprints of files: whether weights are still what they were, without reading all of a large model."""
+"""Fingerprints of files: detect changed weights without reading all of a large model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _CHUNK_BYTES = 2**20
 
 
 def file_fingerprints(files: Sequence[Path]) -> list[str]:
-    """Size and SHA-256 (the first 64 bits) of each file; of large ones, of blocks spread over them.
+    """Return size and SHA-256 (the first 64 bits) of each file; of a large file, only blocks spread over it are hashed.
 
-    Blocks find another model, another finetuning of it and another quantization; a few numbers changed by hand in a model
-    of more than WHOLE_BYTES they may miss.
+    Blocks detect another model, another finetune of it and another quantization. They may miss a few numbers changed by
+    hand in a model of more than WHOLE_BYTES.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -24,12 +24,12 @@ _DTYPES = {
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The folder's GGUF files in order, maybe none."""
+    """Return the folder's GGUF files in order; the list may be empty."""
     return sorted(folder.glob("*.gguf"))
 
 
 class _TensorReader(GGUFReader):
-    """The gguf package's reader, less the arrays in the metadata: it makes a NumPy view of every vocabulary entry.
+    """The gguf package's reader without the arrays in the metadata, for which it makes a NumPy view of every vocabulary entry.
 
     Opening SmolLM2 takes 0.1 s instead of 4 s. `kdtune.tokenizers.gguf_metadata` reads the metadata.
     """
@@ -52,7 +52,7 @@ class _TensorReader(GGUFReader):
 
 
 def _open(file: Path) -> GGUFReader:
-    """The file's tensor table; tensor data stays on disk.
+    """Open a file's tensor table; the tensor data stays on disk.
 
     Raises:
         CheckpointError: the file is missing, cut off, not a GGUF file, or one part of a split model.
@@ -77,7 +77,7 @@ def _open(file: Path) -> GGUFReader:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The file's tensors by GGUF's names, unread. Quantized ones read as float32.
+    """Return the file's tensors by their GGUF names, unread. Quantized ones read as float32.
 
     Raises:
         CheckpointError: the file is missing, cut off, not a GGUF file, or one part of a split model.

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors files: which ones a folder holds, and their tensors, unread."""
+"""Hugging Face safetensors files: find a folder's weight files and their tensors, unread."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the folder's model: `model.safetensors`, else those of the index; maybe none.
+    """Return the safetensors files of the folder's model: `model.safetensors`, else those of the index; the list may be empty.
 
     Raises:
         CheckpointError: the index cannot be read, or names a file outside the folder.
@@ -72,7 +72,7 @@ def read_index(folder: Path) -> dict[str, str]:
 def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -> dict[str, StoredTensor]:
     """The tensors of safetensors files by the names in the files, unread.
 
-    Where an index is given, the files must hold exactly what it lists.
+    If an index is given, the files must hold exactly the tensors that it lists.
 
     Raises:
         CheckpointError: a file is missing, cut off or corrupt; two hold the same tensor; index and files disagree.
@@ -135,7 +135,7 @@ def _read_part(file: Path, name: str, region: tuple[slice, ...]) -> Tensor:
 
 
 def open_safetensors(file: Path, device: str = "cpu") -> Any:
-    """What `safetensors.safe_open` gives; its tensors come out on `device`.
+    """Open a file by `safetensors.safe_open`, with its tensors on `device`.
 
     Raises:
         CheckpointError: the file is missing, cut off or corrupt.

@@ -1,4 +1,4 @@
-"""The step folders of a run: written whole, found again, and deleted when there are too many.
+"""The step folders of a run: write them atomically, find the complete ones, delete the surplus ones.
 
 A step folder `step_N/` is a Hugging Face model folder, or of a model with adapters a PEFT folder, with the resume state in
 `step_N/state/`.
@@ -32,21 +32,21 @@ _HIGHER_IS_BETTER = ("agreement", "accuracy")
 
 
 def step_folders(output_dir: str | Path) -> list[Path]:
-    """The whole step folders of a run, oldest first. One without weights, config or state is not whole."""
+    """Return the complete step folders of a run, oldest first. One without weights, config or state is incomplete."""
     folder = user_path(output_dir)
     found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)] if folder.is_dir() else []
     return sorted((path for path in found if _is_whole(path)), key=step_number)
 
 
 def newest_step(output_dir: str | Path) -> Path | None:
-    """The newest whole step folder, or None."""
+    """Return the newest complete step folder, or None."""
     return next(reversed(step_folders(output_dir)), None)
 
 
 def best_step(output_dir: str | Path, metric: str | None) -> Path | None:
-    """Return the whole step folder with the best value of `metric`; None without a metric or a folder that has it.
+    """Return the complete step folder with the best value of `metric`; None without a metric or a folder that has it.
 
-    Reads only: the folder may be that of a run that is still going on.
+    Only reads, so the run may still be in progress.
     """
     if metric is None:
         return None
@@ -83,16 +83,16 @@ def _is_whole(folder: Path) -> bool:
 
 
 class CheckpointManager:
-    """Writes the step folders of one run and keeps as many as it should.
+    """Write the step folders of one run and keep the configured number of them.
 
-    A context, at whose end what is still being written is waited for; only Ctrl-C leaves it at once.
+    A context manager: on exit it waits for a save in the background, except after Ctrl-C.
 
     Args:
-        output_dir: of the run. What a killed run left half written in it is removed.
-        keep_last_n: whole step folders to keep, apart from the best one; None: all.
-        best_metric: name of the metric that decides which is the best; None: none is.
-        async_save: `save` returns once everything is copied to the CPU's memory, and a thread writes the copy; one at a
-            time. Every process has such a thread, and they talk in a process group of their own.
+        output_dir: the run's folder. Incomplete saves that a killed run left in it are removed.
+        keep_last_n: number of complete step folders to keep besides the best one; None: all.
+        best_metric: name of the metric that decides which step is the best; None: no step is.
+        async_save: `save` returns once everything is copied to CPU memory, and a background thread writes the copy, one
+            save at a time. The threads of all processes communicate in their own process group.
     """
 
     def __init__(
@@ -127,16 +127,16 @@ class CheckpointManager:
         tokenizer: SavesItself | None = None,
         is_chat: bool = False,
     ) -> Path:
-        """Writes `step_N`, model and state in one atomic folder, then deletes what is too many. Returns the folder.
+        """Write `step_N`, model and state in one atomic folder, delete the surplus ones, and return the folder.
 
-        Of a model with adapters only these are written, as a PEFT folder: the base does not change.
+        Of a model with adapters, only the adapters are written, as a PEFT folder: the base does not change.
         `extra` and `metrics` are kept in the state; `metrics` of this step, by which the best one is found.
         `base`, `tokenizer` and `is_chat`: as in `save_model`.
-        With `async_save` the folder gets its name later; what the one before is still writing is waited for first.
+        With `async_save`, waits for the previous save first; the folder gets its final name later.
 
         Raises:
-            CheckpointError: the folder exists already, or the disk is full or cannot be written; with `async_save` of
-                the save before, and of this one in the next `save` or `wait`.
+            CheckpointError: the folder exists already, or the disk is full or cannot be written. With `async_save`, an
+                error of the background write is raised by the next `save` or `wait`.
         """
         self.wait()
         folder = self.output_dir / f"step_{step}"
@@ -166,10 +166,10 @@ class CheckpointManager:
         return folder
 
     def wait(self) -> None:
-        """Returns once nothing is being written any more.
+        """Wait until no save is in progress.
 
         Raises:
-            CheckpointError: what a background save failed with.
+            CheckpointError: a background save failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -200,7 +200,7 @@ class CheckpointManager:
 
 
 def _in_background(function: Callable[[], None]) -> Future[None]:
-    """Whether and how a thread has done it; the thread does not keep the process from ending.
+    """Run `write` in a thread and record its error, if any. The thread does not keep the process from ending.
 
     Not dcp.async_save: weights, resume state and the rename are one unit here.
     """
@@ -222,7 +222,7 @@ def _in_background(function: Callable[[], None]) -> Future[None]:
 
 
 def discard_steps_after(output_dir: str | Path, step: int) -> None:
-    """Removes step folders later than `step` that are not whole, which a resumed run will write again."""
+    """Remove incomplete step folders later than `step`, which a resumed run will write again."""
     for path in user_path(output_dir).glob("step_*"):
         if _STEP.fullmatch(path.name) and step_number(path) > step:
             if _is_whole(path):

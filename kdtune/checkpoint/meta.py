@@ -16,12 +16,12 @@ PARAMS = "params.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's consolidated.NN.pth files in order, maybe none."""
+    """Return the folder's consolidated.NN.pth files in order; the list may be empty."""
     return sorted(folder.glob("consolidated.*.pth"))
 
 
 def load_parts(files: Sequence[Path]) -> list[dict[str, Tensor]]:
-    """Each file's tensors by Meta's names, mapped from disk: only what is used is read.
+    """Return each file's tensors by Meta's names, memory-mapped: only the tensors used are read.
 
     Raises:
         CheckpointError: a file is missing, corrupt, or holds anything but tensors.
@@ -32,10 +32,10 @@ def load_parts(files: Sequence[Path]) -> list[dict[str, Tensor]]:
 def stored_tensors(
     files: Sequence[Path], parts: Sequence[dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, StoredTensor]:
-    """The tensors of one model by Meta's names.
+    """Return the tensors of one model by Meta's names, unread.
 
-    Several files are the parts of a model-parallel run: each tensor is put together along the one dimension in which
-    the parts are too short for `shapes` (those of the whole model, by Meta's names). Norms are the same in every part.
+    Several files are the shards of a model-parallel run: each tensor is concatenated along the one dimension in which
+    its shards are shorter than in `shapes` (the full shapes, by Meta's names). Every shard holds the same norms.
 
     Raises:
         CheckpointError: the parts hold different names or cannot be put together.
@@ -93,7 +93,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...] | None) -> int | None:
-    """Dimension along which the parts join to `shape`; None where each part is the whole tensor."""
+    """Return the dimension along which the parts concatenate to `shape`; None if each part is the full tensor."""
     found = tuple(parts[0].shape)
     if shape is None or found == shape:
         return None

@@ -1,4 +1,4 @@
-"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``, read, checked and described."""
+"""Adapters as PEFT folders (``adapter_config.json`` and ``adapter_model.safetensors``): read, check and describe them."""
 
 import math
 from collections.abc import Mapping
@@ -39,30 +39,30 @@ _BASE_COPIES = {
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter that still lies in files."""
+    """An adapter stored in files, unread."""
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     """By the names of the parameters in a model with adapters, such as "layers.0.attn.q_proj.lora_a.weight"."""
     scaling: Mapping[str, float]
-    """What the update of each adapted module is multiplied by, by module name; the adapted modules, in order."""
+    """Scaling of each adapted module's update, by module name; its keys are the adapted modules, in order."""
     use_dora: bool
     base_copies: Mapping[str, StoredTensor]
     """Weights of the base that are stored beside the adapter, by the model's names."""
 
     def named(self, module: str) -> dict[str, StoredTensor]:
-        """The tensors of one adapted module, by "lora_a.weight", "lora_b.weight" and "magnitude"."""
+        """Return the tensors of one adapted module, as "lora_a.weight", "lora_b.weight" and "magnitude"."""
         return {part: self.tensors[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in self.tensors}
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter rather than a model of its own."""
+    """Return whether the folder holds an adapter instead of a full model."""
     path = user_path(folder)
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
-    """The adapter of a PEFT folder; reads its config and the names and shapes of its tensors.
+    """Describe the adapter of a PEFT folder; reads its config and the names and shapes of its tensors.
 
     Raises:
         CheckpointError: the folder or a file is missing or damaged, a setting is not supported, or config and tensors
@@ -113,7 +113,7 @@ def _our_name(name: str, stored: StoredTensor) -> str:
 
 
 def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> float:
-    """The module's scaling, once its tensors are known to agree with the config and with each other."""
+    """Check that a module's tensors agree with the config and with each other, and return its scaling."""
     theirs = _hf_module(module)
     parts = ["lora_a.weight", "lora_b.weight"] + (["magnitude"] if config.get("use_dora") else [])
     for part in parts:
@@ -141,7 +141,7 @@ def _hf_module(module: str) -> str:
 
 
 def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
-    """Checks that the adapter belongs to this base, and to the model's own adapters where it has some; reads no weight.
+    """Check that the adapter fits this base, and the model's own adapters if it has any; reads no weights.
 
     Raises:
         CheckpointError: a module, shape, rank or setting differs; what was found and what is expected are named.
@@ -171,7 +171,7 @@ def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
 
 
 def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -> None:
-    """A module that the config means to adapt but that has no tensors is the sign of another base, or of lost tensors."""
+    """Raise if a module that the config adapts has no tensors: the base is another one, or tensors are lost."""
     path = adapter.folder / CONFIG
     config = read_json(path)
     linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
@@ -209,7 +209,7 @@ def _check_same_adapters(adapter: StoredAdapter, own: Mapping[str, LoRALinear]) 
 
 @torch.no_grad()
 def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
-    """Puts the adapter's weights into a model that holds its base: into the model's adapters, else merged.
+    """Load the adapter's weights into a model that holds its base: into the model's adapters if it has any, else merged.
 
     Raises:
         CheckpointError: the adapter does not fit the model, see `check_adapter`, or was trained beside embeddings or a
@@ -253,13 +253,13 @@ def _check_can_be_untied(model: Transformer, adapter: StoredAdapter) -> None:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether both are the same numbers, each in the coarser of their dtypes."""
+    """Return whether both hold the same numbers, each compared in the coarser of the two dtypes."""
     dtype = min(one.dtype, other.dtype, key=lambda found: found.itemsize)
     return torch.equal(one.to(dtype), other.to(dtype))
 
 
 def peft_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The adapters' parameters by PEFT's names."""
+    """Return the adapters' parameters by PEFT's names."""
     tensors = {}
     for name, parameter in adapter_parameters(model).items():
         module, part = next((name.removesuffix(f".{part}"), part) for part in _PARTS if name.endswith(f".{part}"))
@@ -268,7 +268,7 @@ def peft_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
-    """An ``adapter_config.json`` for the model's adapters. `base`: where its base model lies."""
+    """Return an ``adapter_config.json`` for the model's adapters. `base` is the location of the base model."""
     linears = adapted_linears(model)
     first = next(iter(linears.values()))
     alpha = first.alpha
@@ -293,12 +293,12 @@ def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
 
 
 def _target_modules(linears: Mapping[str, LoRALinear]) -> list[str]:
-    """The last parts of the adapted modules' names, which stand for all layers."""
+    """Return the last parts of the adapted modules' names; each stands for all layers."""
     return sorted({_hf_module(name).rpartition(".")[2] for name in linears})
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
-    """Puts the adapter of a PEFT folder into a model that holds its base, in place: into its adapters, else merged.
+    """Load the adapter of a PEFT folder into a model that holds its base, in place: into its adapters if any, else merged.
 
     Raises:
         CheckpointError: the folder is missing or damaged, or does not belong to the model; see `Checkpointer`.

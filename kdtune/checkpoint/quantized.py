@@ -1,8 +1,8 @@
-"""Models with quantized weights as folders: torchao's tensors in a safetensors file, the scheme in config.json.
+"""Quantized models as folders: torchao's tensors in a safetensors file, the scheme in config.json.
 
-File name and `quant_method` are our own: transformers finds no weights in such a folder, and so cannot take packed
-numbers for a model's. In the file a weight `a.b.weight` is several tensors, `a.b._weight_qdata` and so on, and the
-header's metadata say under the weight's name how they belong together; torchao's own layout, which for NF4 it lacks.
+File name and `quant_method` are our own: transformers finds no weights in such a folder, so it cannot mistake packed
+numbers for a model's weights. In the file a weight `a.b.weight` is several tensors, `a.b._weight_qdata` and so on; the
+header's metadata under the weight's name say how to reassemble it. This is torchao's own layout, extended to NF4.
 """
 
 import json
@@ -40,9 +40,9 @@ def write_quantized(
     base: str | Path | None = None,
     tokenizer: SavesItself | None = None,
 ) -> None:
-    """Writes a quantized model into a folder that exists, with its config, tokenizer and licence, as `write_model` does.
+    """Write a quantized model into an existing folder, with its config, tokenizer and licence, as `write_model` does.
 
-    scheme, group_size: what the model was quantized with, which its config then says. The other arguments are write_model's.
+    scheme, group_size: how the model was quantized, recorded in its config. The other arguments are write_model's.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -63,15 +63,15 @@ def write_quantized(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's file of quantized weights; none where it holds another kind of model."""
+    """Return the folder's file of quantized weights; empty if it holds another kind of model."""
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """The config of the quantized model that lies there.
+    """Return the config of the quantized model in the folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, or states no scheme that is known here.
+        CheckpointError: it is missing or damaged, or its scheme is unknown.
     """
     document = read_json(folder / CONFIG)
     _scheme(document, folder / CONFIG)
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def check(file: Path) -> TransformerConfig:
-    """The config, when the file holds what it describes, by name; reads no weights.
+    """Check that the file holds the tensors that the config describes, by name, and return the config; reads no weights.
 
     Raises:
         CheckpointError: file or config is damaged, or a tensor is missing or unexpected.
@@ -95,7 +95,7 @@ def check(file: Path) -> TransformerConfig:
 
 
 def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> Transformer:
-    """Gives the model (on the meta device or not) the file's weights, frozen, on `device`; returns it.
+    """Load the file's weights, frozen, into the model (on the meta device or not) on `device` and return it.
 
     Raises:
         CheckpointError: `dtype` is another than the stored one, the device lacks the scheme, the model has adapters,
@@ -153,18 +153,18 @@ def _scheme(document: Mapping[str, Any], path: Path) -> str:
 
 
 def _names(config: TransformerConfig) -> list[str]:
-    """Of the parameters of such a model, a tied one once."""
+    """Return the parameter names of such a model, a tied one once."""
     return [name for name in weight_shapes(config) if not (config.tie_embeddings and name == "output.weight")]
 
 
 def _prefix(hf_name: str) -> str:
-    """How the names of a quantized weight's parts begin."""
+    """Return the prefix of the names of a quantized weight's parts."""
     module, _, weight = hf_name.rpartition(".")
     return f"{module}._{weight}_"
 
 
 def _keys_by_weight(file: Path, handle: Any, names: list[str]) -> dict[str, list[str]]:
-    """The tensors in the file that make up each weight (our name); there must be no others."""
+    """Return the file's tensor names for each weight (our name); there must be no others."""
     keys = list(handle.keys())
     metadata = handle.metadata() or {}
     by_weight = {}
@@ -182,13 +182,13 @@ def _keys_by_weight(file: Path, handle: Any, names: list[str]) -> dict[str, list
 
 
 def _stored_dtype(handle: Any) -> torch.dtype:
-    """What the weights were quantized from; the final norm is never quantized."""
+    """Return the dtype that the weights were quantized from, read from the final norm, which is never quantized."""
     dtype: torch.dtype = handle.get_tensor(convert.kdtune_to_hf("norm.weight")).dtype
     return dtype
 
 
 def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
-    """The parts of a quantized weight by name, and the metadata that put them together again."""
+    """Split a quantized weight into parts by name, and the metadata to reassemble them."""
     if is_nf4(weight):
         scales: int = weight.scaler_block_size  # type: ignore[attr-defined]
         about = {"_type": _NF4, "shape": list(weight.shape), "dtype": _name(weight.dtype), "scaler_block_size": scales}

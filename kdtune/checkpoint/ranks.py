@@ -1,7 +1,7 @@
-"""What several processes do together to read and write one model; for a single process everything here is the identity.
+"""Collective operations to read and write one model on several processes; the identity for a single process.
 
-One process, the main one (rank 0), names and renames folders and writes what is not sharded. All of them call the same
-functions in the same order, because a sharded tensor is made whole by all of them together.
+Rank 0 names and renames folders and writes what is not sharded. All processes call the same functions in the same order,
+because all-gathering a sharded tensor takes all of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,24 +22,24 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a group, be it a group of one."""
+    """Return whether this process is in a process group, even a group of one."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
-    """Whether this process writes what only one may write."""
+    """Return whether this process is rank 0, which writes what only one process may write."""
     return not is_distributed() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Returns once every process is here."""
+    """Wait for all processes (barrier)."""
     if is_distributed():
         dist.barrier()
 
 
 @contextmanager
 def together(group: ProcessGroup | None = None) -> Iterator[None]:
-    """A block that no process leaves before all have; an error of ours in one of them is raised by all.
+    """A block that ends on all processes together; a KDTuneError in one of them is raised on all.
 
     Raises:
         KDTuneError: of the same kind and text as in the process where the block failed.
@@ -61,9 +61,9 @@ def together(group: ProcessGroup | None = None) -> Iterator[None]:
 
 
 def background_group() -> ProcessGroup | None:
-    """A group of all processes for a thread beside training, whose messages never mix with training's; None for one process.
+    """Return a group of all processes for a background thread, separate from training's messages; None for one process.
 
-    Called by all of them. It waits as long as the run's own group.
+    Called by all processes. It has the timeout of the run's own group.
     """
     if not is_distributed():
         return None
@@ -74,7 +74,7 @@ def background_group() -> ProcessGroup | None:
 
 
 def from_main(value: T, group: ProcessGroup | None = None) -> T:
-    """The main process's value, on every process. It is pickled, by processes that trust each other."""
+    """Broadcast rank 0's value to every process. It is pickled; the processes trust each other."""
     if not is_distributed():
         return value
     box = [value]
@@ -83,7 +83,7 @@ def from_main(value: T, group: ProcessGroup | None = None) -> T:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all of its shards, on every process; called by all of them."""
+    """Return the full tensor, all-gathered from its shards, on every process; called by all of them."""
     if not isinstance(tensor, DTensor):
         return tensor
     # One mesh dimension after the other: tensor parallelism cuts first and FSDP cuts its parts, and torch, asked for all
@@ -95,12 +95,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard, sharing its memory; a plain tensor is its own."""
+    """Return this process's shard, sharing its memory; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_region(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this process's shard lies in the whole tensor, a slice a dimension; empty slices where it has none of it."""
+    """Return the slices of the full tensor that this process's shard covers, one per dimension; empty slices if it covers none."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, length) for length in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -108,7 +108,7 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """The Euclidean norms of the rows of which this process has a part, in fp32 or wider; called by all that share them."""
+    """Return the Euclidean norms of the rows of which this process has a part, in fp32 or wider; called by all that share them."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     norms = torch.linalg.vector_norm(local(matrix), dim=1, dtype=wide)
     if isinstance(matrix, DTensor):
@@ -121,9 +121,9 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 
 def holds_first(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold the same shard on the tensor's mesh: the one that writes it.
+    """Return whether this process is the first replica of its shard on the tensor's mesh: the one that writes it.
 
-    Norms are not on the mesh of tensor parallelism: there each of its processes writes them, the same bytes to the same place.
+    The norms of a tensor-parallel model are not on its mesh: each of its processes writes them, the same bytes to the same place.
     """
     if not isinstance(tensor, DTensor):
         return is_main()
@@ -134,7 +134,7 @@ def holds_first(tensor: Tensor) -> bool:
 
 
 def to_cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory that shares nothing with the tensor; of a sharded one this process's shard, still a shard.
+    """Return a copy in CPU memory that shares nothing with the tensor; of a DTensor, a DTensor with a copy of this shard.
 
     `clone` and `to` will not do: torchao's optimizer states have no clone, and hand out the same memory for `to`.
     """
@@ -148,14 +148,14 @@ def to_cpu_copy(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
-    """Whether any of them is a shard of a larger one."""
+    """Return whether any of the tensors is a DTensor, a shard of a larger one."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts a model's parameters back into shards: FSDP leaves the root's whole after a forward without gradients.
+    """Reshard a model's parameters: FSDP leaves the root unsharded after a forward without gradients.
 
-    Until then `model.parameters()` are other objects than the optimizer's.
+    While it is unsharded, `model.parameters()` are not the optimizer's parameters.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""JSONL files whose rows come one by one, and in any order."""
+"""Write JSONL files whose rows arrive one by one, in any order."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +15,16 @@ _log = get_logger(__name__)
 
 
 def partial_of(path: str | Path) -> Path:
-    """Path that holds partial results until `path` is complete: `path`.partial."""
+    """Return the path that holds partial results until `path` is complete: `path`.partial."""
     return user_path(path).with_name(user_path(path).name + ".partial")
 
 
 @contextmanager
 def collected_rows(path: str | Path) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Yields what takes a row and its number; when the block ends without an error, `path` has the rows in order.
+    """Yield a function that takes a row and its number; when the block ends without an error, `path` has the rows in order.
 
-    Until then they are in `partial_of(path)`, each with its number, from the moment that they come: what is stopped,
-    or even killed, keeps them there. An existing `path` is replaced in one step when all rows are there.
+    Until then each row is in `partial_of(path)` with its number, written as soon as it arrives, so a stopped or killed
+    process keeps its rows there. An existing `path` is replaced atomically when all rows are there.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.

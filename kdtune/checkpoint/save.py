@@ -33,7 +33,7 @@ ADAPTER = "adapter"
 
 
 class SavesItself(Protocol):
-    """What a tokenizer offers here."""
+    """The tokenizer's methods that are used here."""
 
     bos_id: int | None
     eos_id: int | None
@@ -60,7 +60,7 @@ def save_model(
     is_chat: bool = False,
     card: Callable[[Literal["model", "adapter"]], str | None] | None = None,
 ) -> None:
-    """Writes the model as a new folder, atomically; see `write_model` and `write_adapter`.
+    """Write the model as a new folder, atomically; see `write_model` and `write_adapter`.
 
     Args:
         model: stays as it is.
@@ -71,7 +71,7 @@ def save_model(
         save_weights: of a model with adapters: "merged", one model; "adapter", a PEFT folder; "both", the merged model
             with the PEFT folder `adapter` in it. A model without adapters is written as it is.
         is_chat: as in `write_model`.
-        card: gives the text of README.md, of the model or of the adapter alone; None, or where it gives None: no README.md.
+        card: returns the text of README.md, for the model or for the adapter alone; no README.md without it or if it returns None.
 
     Raises:
         CheckpointError: the folder exists and holds something, or cannot be written.
@@ -115,7 +115,7 @@ def write_model(
     max_shard_bytes: int = 5 * 2**30,
     is_chat: bool = False,
 ) -> None:
-    """Writes weights, config, generation config, tokenizer and the base's licence files into a folder that exists.
+    """Write weights, config, generation config, tokenizer and the base's licence files into an existing folder.
 
     Args:
         model: its weights are written bit for bit, in their dtype; a tied head is not written twice. Adapters are merged
@@ -143,10 +143,10 @@ def model_writer(
     is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
-    """What writes the model as `write_model` does, on all processes together, each its own shards.
+    """Return a function that writes the model as `write_model` does, on all processes together, each its own shards.
 
-    The arguments are those of `write_model`. With `staged`, what the model is now is copied to the CPU's memory, and the model
-    may change before that is written.
+    The arguments are those of `write_model`. With `staged`, the current weights are copied to CPU memory, so the model may
+    change before they are written.
     """
     weights = {convert.kdtune_to_hf(name): compute for name, compute in merged_weights(model).items()}
     planned = _planned(model, weights)
@@ -177,7 +177,7 @@ def write_description(
     tokenizer: SavesItself | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes all of `write_model` but the weights. `quantization` becomes the config's `quantization_config`."""
+    """Write everything of `write_model` except the weights. `quantization` becomes the config's `quantization_config`."""
     _description(model, base=base, tokenizer=tokenizer, quantization=quantization)(folder)
 
 
@@ -189,7 +189,7 @@ def _description(
     is_chat: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[Path], None]:
-    """What writes it. The model is read now: in a forward, its weights may be in another dtype for a while."""
+    """Return a function that writes it. The model is read now: during a forward its weights may have another dtype."""
     base = _folder_of(base)
     config = _hf_config(model, base, tokenizer, is_chat)
     if quantization is not None:
@@ -211,7 +211,7 @@ def write_adapter(
     tokenizer: SavesItself | None = None,
     is_chat: bool = False,
 ) -> None:
-    """Writes the adapters as a PEFT folder, with generation config, tokenizer and licence files, into a folder that exists.
+    """Write the adapters as a PEFT folder, with generation config, tokenizer and licence files, into an existing folder.
 
     Args:
         model: has adapters; they are written bit for bit.
@@ -235,7 +235,7 @@ def adapter_writer(
     is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
-    """What writes the adapters as `write_adapter` does, on all processes together; `staged` as in `model_writer`.
+    """Return a function that writes the adapters as `write_adapter` does, on all processes; `staged` as in `model_writer`.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -273,7 +273,7 @@ def _folder_of(base: str | Path | None) -> Path | None:
 
 
 def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
-    """Tensors of the weights' shapes and dtypes that take no memory: merging is put off until a shard is written."""
+    """Return tensors of the weights' shapes and dtypes that take no memory: merging is deferred until a shard is written."""
     state = model.state_dict()
     shapes = {name: state[convert.hf_to_kdtune(name)] for name in weights}
     return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
@@ -309,10 +309,10 @@ def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None
 
 
 def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself, is_chat: bool) -> dict[str, Any]:
-    """The base's document, with the tokenizer's special ids where it does not say what was trained.
+    """Return the base's document with the tokenizer's special ids if its own differ from what was trained.
 
-    A document that stops at the ids trained sequences end with, and whose bos is the tokenizer's, stays as it is. In
-    another the ids that it stops at already are kept beside those.
+    A document with the tokenizer's bos that already stops at the ids that end trained sequences is unchanged. Otherwise
+    the ids that it stops at are kept in addition.
     """
     listed = document.get("eos_token_id")
     stops = {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}

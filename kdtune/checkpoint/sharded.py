@@ -1,9 +1,9 @@
-"""Safetensors files that all processes write together, each its own shards at their place: no tensor is made whole.
+"""Safetensors files that all processes write together, each its own shards in place: no tensor is all-gathered.
 
 The layout is that of https://huggingface.co/docs/safetensors: 8 bytes with the header's length, the header (JSON), the
-data. torch's own HuggingFaceStorageWriter is not used: as of 2.13 it writes every byte twice, first a file a process, which
-the first process alone then copies into the final ones and leaves behind, and the header lacks the `format` that
-transformers asks for.
+data. torch's own HuggingFaceStorageWriter is not used: as of 2.13 it writes every byte twice (first one file per process,
+which rank 0 alone copies into the final ones and leaves behind), and its header lacks the `format` that transformers
+asks for.
 """
 
 import json
@@ -32,12 +32,12 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", t
 def tensor_writer(
     files: Mapping[str, Mapping[str, Callable[[], Tensor]]], like: Mapping[str, Tensor], *, staged: bool = False
 ) -> Write:
-    """What writes the tensors as safetensors files, the same as `save_file(..., metadata={"format": "pt"})` would, to the bit.
+    """Return a function that writes the tensors as safetensors files, bit-identical to `save_file(..., metadata={"format": "pt"})`.
 
     Args:
-        files: by file, the tensors in it by name, each computed when called; all processes call them, in this order.
-        like: by name, a tensor of the same shape and dtype, such as one on the meta device.
-        staged: compute them now, and keep copies of this process's shards in the CPU's memory until they are written;
+        files: for each file, functions that compute its tensors, by name; all processes call them, in this order.
+        like: for each name, a tensor of the same shape and dtype, such as one on the meta device.
+        staged: compute the tensors now and keep copies of this process's shards in CPU memory until they are written;
             otherwise each is computed when it is written.
 
     Writing raises CheckpointError on all processes when it fails on one.
@@ -64,20 +64,20 @@ class _Layout:
     begins: dict[str, int]
     """The byte of the file where each tensor begins."""
     num_bytes: int
-    """Of the whole file."""
+    """Bytes of the whole file."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """What one process writes of a tensor."""
+    """One process's shard of a tensor, to be written."""
 
     file: str
     begin: int
     """The byte of the file where the whole tensor begins."""
     shape: torch.Size
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     region: tuple[slice, ...]
-    """Where the values lie in it."""
+    """Slices of the full tensor that the values cover."""
     values: Tensor
 
 
@@ -99,7 +99,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
 def _shards(
     files: Mapping[str, Mapping[str, Callable[[], Tensor]]], layouts: Mapping[str, _Layout]
 ) -> Iterator[_Shard]:
-    """Those that this process writes, one at a time."""
+    """Yield the shards that this process writes, one at a time."""
     for file, tensors in files.items():
         for name, compute in tensors.items():
             tensor = compute()
@@ -111,7 +111,7 @@ def _shards(
 
 
 def _create(path: Path, layout: _Layout) -> None:
-    """A file with the header and room for the data."""
+    """Create a file with the header and room for the data."""
     with path.open("wb") as file:
         file.write(layout.header)
         file.truncate(layout.num_bytes)
@@ -147,18 +147,18 @@ def _write_shard(path: Path, shard: _Shard) -> None:
 
 
 def _num_outer(shape: torch.Size, region: tuple[slice, ...]) -> int:
-    """How many dimensions come before the last one that the region has not all of."""
+    """Return how many dimensions precede the last one that the region covers only partly."""
     cut = [dim for dim, part in enumerate(region) if part.stop - part.start < shape[dim]]
     return cut[-1] if cut else 0
 
 
 def _stretch(shape: torch.Size, region: tuple[slice, ...]) -> int:
-    """How many elements of the region follow each other in the whole tensor too."""
+    """Return how many consecutive elements of the region are also consecutive in the full tensor."""
     return math.prod(part.stop - part.start for part in region[_num_outer(shape, region) :])
 
 
 def _firsts(shape: torch.Size, region: tuple[slice, ...]) -> Iterator[int]:
-    """The index of the first element of each such stretch in the whole tensor, in the region's order."""
+    """Return the index in the full tensor of the first element of each such stretch, in the region's order."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     outer = _num_outer(shape, region)
     inner = sum(part.start * stride for part, stride in zip(region[outer:], strides[outer:], strict=True))

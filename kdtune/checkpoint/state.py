@@ -1,6 +1,6 @@
 """Resume state: optimizers, schedulers and random number generators. The weights lie beside it, in the model files.
 
-Tensors go through torch.distributed.checkpoint, keyed by parameter names, so that a later run may load them at another
+Tensors go through torch.distributed.checkpoint, keyed by parameter names, so that a later run can load them at another
 world size; everything else is one readable JSON file, written last.
 """
 
@@ -31,14 +31,14 @@ _VERSION = 1
 
 
 class Stateful(Protocol):
-    """What a learning-rate scheduler offers."""
+    """The methods of a learning-rate scheduler that are used here."""
 
     def state_dict(self) -> dict[str, Any]:
         """Its state as plain values."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes that state back."""
+        """Restore that state."""
         ...
 
 
@@ -50,7 +50,7 @@ def save_state(
     extra: Mapping[str, Any],
     schedulers: Sequence[Stateful] = (),
 ) -> None:
-    """Writes the resume state as a new folder, atomically: the model's weights, optimizers, schedulers and random numbers.
+    """Write the resume state as a new folder, atomically: the model's weights, optimizers, schedulers and RNG states.
 
     `extra` is anything JSON can hold (step, loader position).
 
@@ -69,9 +69,9 @@ def state_writer(
     schedulers: Sequence[Stateful] = (),
     staged: bool = False,
 ) -> Write:
-    """What writes the resume state as it is now into a folder that exists, such as a part of an atomic folder.
+    """Return a function that writes the current resume state into an existing folder, such as a part of an atomic folder.
 
-    Tensors are those of the moment when it writes, or copies made now in the CPU's memory where `staged`.
+    Tensors are read when the function writes; with `staged`, they are copied to CPU memory now.
 
     Raises:
         CheckpointError: a value is neither a tensor nor JSON.
@@ -113,13 +113,13 @@ def load_state(
     optimizers: Optimizer | Sequence[Optimizer],
     schedulers: Sequence[Stateful] | None = (),
 ) -> dict[str, Any]:
-    """Fills optimizers, schedulers and random number generators in place; returns the `extra` that was saved.
+    """Restore optimizers, schedulers and random number generators in place; return the `extra` that was saved.
 
-    Load the weights first. Gradients are cleared. `schedulers` None: those that were saved are left out.
+    Load the weights first. Gradients are cleared. With `schedulers` None, saved schedulers are ignored.
 
     Raises:
-        CheckpointError: the folder is missing or not whole, or was saved by other optimizers, schedulers or for
-            another model; what differs is named.
+        CheckpointError: the folder is missing or incomplete, or was saved with other optimizers or schedulers or for
+            another model; the message names the difference.
     """
     path = user_path(folder)
     listed = _as_list(optimizers)
@@ -143,7 +143,7 @@ def load_state(
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
-    """The JSON part of a resume state: `extra` and what else is no tensor.
+    """Return the JSON part of a resume state: `extra` and everything else that is not a tensor.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version of this format.
@@ -158,7 +158,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 
 
 def is_whole_state(folder: Path) -> bool:
-    """Whether the folder holds both parts of a resume state."""
+    """Return whether the folder holds both parts of a resume state."""
     return (folder / STATE_FILE).is_file() and (folder / dcp.MARK).is_file()
 
 
@@ -178,7 +178,7 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
-    """State by parameter name and key. The tensors are the optimizers' own, so that loading can fill them in place."""
+    """Return the state by parameter name and key. The tensors are the optimizers' own, so loading can fill them in place."""
     if not optimizers:
         return {}
     # strict=False: a parameter without state (plain SGD) is no error here; what must be there is checked by name below.
@@ -238,7 +238,7 @@ def _check_same_kind(
 def _targets(
     folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> dict[str, Tensor]:
-    """The optimizers' tensors that the saved ones go into, after filling in the scalars; both sides must agree."""
+    """Fill in the saved scalars and return the optimizers' tensors that the saved ones go into; both sides must agree."""
     saved_tensors, saved_scalars = document["optimizer_tensors"], document["optimizer_scalars"]
     has_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in (*saved_tensors, *saved_scalars)}
     names = _parameter_names(model)
@@ -275,7 +275,7 @@ def _targets(
 
 
 def _set_learning_rates(scheduler: Stateful) -> None:
-    """What this run's schedule has at the saved step: the saved rate is the old schedule's, which may have been shorter."""
+    """Set this run's scheduled rates at the saved step: the saved rates follow the old schedule, which may have been shorter."""
     if isinstance(scheduler, LambdaLR):
         rates = [
             base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -285,21 +285,21 @@ def _set_learning_rates(scheduler: Stateful) -> None:
 
 
 def _like(current: Any, value: Any) -> Any:
-    """A JSON value in the kind of container that the optimizer holds it in."""
+    """Convert a JSON value to the kind of container that the optimizer holds it in."""
     if isinstance(current, Tensor):
         return current.fill_(value)
     return tuple(value) if isinstance(current, tuple) else value
 
 
 def _scalar_tensor(value: Any) -> dict[str, Any]:
-    """JSON for a tensor of one element, such as a learning rate that a compiled optimizer reads."""
+    """Return JSON for a one-element tensor, such as a learning rate that a compiled optimizer reads."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return {"scalar tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     raise TypeError(f"{type(value).__name__} found")
 
 
 def _with_tensors(value: Any) -> Any:
-    """The inverse, anywhere in a JSON value."""
+    """Turn such JSON back into tensors, anywhere in a JSON value."""
     if isinstance(value, dict):
         if value.keys() == {"scalar tensor", "dtype"}:
             return torch.tensor(value["scalar tensor"], dtype=getattr(torch, value["dtype"]))
@@ -308,7 +308,7 @@ def _with_tensors(value: Any) -> Any:
 
 
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
-    """States of torch's generators by device, and of Python's."""
+    """Return the states of torch's generators by device, and of Python's."""
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"rng.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -1,4 +1,4 @@
-"""Tensors that still lie in a file, and how a model is filled with them one at a time."""
+"""Tensors stored in files, and how to fill a model with them one at a time."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -29,17 +29,17 @@ class StoredTensor:
     dtype: torch.dtype
     """The dtype that reading gives (float32 for quantized formats)."""
     pieces: Callable[[], Iterator[Tensor]]
-    """Reads it as consecutive pieces along dimension 0, so that a large one need not be in memory twice."""
+    """Read the tensor as consecutive pieces along dimension 0, so that a large one is never in memory twice."""
     part: Callable[[tuple[slice, ...]], Tensor] | None = None
-    """Reads a region of it alone, where the format can."""
+    """Read only a region of the tensor, if the format can."""
 
     def read(self) -> Tensor:
-        """The whole tensor."""
+        """Read the full tensor."""
         found = list(self.pieces())
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def fill(self, target: Tensor) -> None:
-        """Copies it into `target`, converted; of a sharded one only this process's part is read, where the format can."""
+        """Copy it into `target`, converted; for a DTensor, only this process's shard is read if the format allows."""
         shard = local(target)
         if shard is not target:
             region = local_region(target)
@@ -58,17 +58,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that still lies in files."""
+    """A model stored in files, unread."""
 
     config: TransformerConfig
     tensors: Mapping[str, StoredTensor]
-    """By kdtune's names, rows in kdtune's order."""
+    """Tensors by kdtune's names, rows in kdtune's order."""
     name_in_file: Callable[[str], str]
-    """The files' name for one of kdtune's."""
+    """Maps one of kdtune's names to the name in the files."""
 
 
 def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The dtype that most of the weights are stored in, counted in elements."""
+    """Return the dtype in which most weights are stored, counted in elements."""
     counts: Counter[torch.dtype] = Counter()
     for stored in tensors.values():
         counts[stored.dtype] += torch.Size(stored.shape).numel()
@@ -80,15 +80,15 @@ def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
 def fill_model(
     model: Transformer, stored: StoredModel, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> Transformer:
-    """Fills `model` (allocated here if it is on the meta device) in place and returns it, on `device` in `dtype`.
+    """Fill `model` (allocated here if it is on the meta device) in place on `device` in `dtype` and return it.
 
-    Of a sharded model, which has its dtype already, every process reads and holds its own shards alone.
+    A sharded model already has its dtype; every process reads and holds only its own shards.
 
     The tensors are checked against the model before any is read, then read, converted and copied one by one, so that
     about one copy of the weights is in memory. None as dtype: as stored.
 
-    Adapters on the model begin anew, beside the weights read: drawn from torch's seed as `LoRALinear.set_base` says. A
-    base that they want in NF4 is quantized tensor by tensor.
+    Adapters on the model are freshly initialized from torch's seed, see `LoRALinear.set_base`. A base that they need in
+    NF4 is quantized tensor by tensor.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point, or a head that
@@ -126,10 +126,10 @@ def fill_model(
 
 
 def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | str) -> None:
-    """Refuses a config of more layers than there are tensors, before a name is made for each of them.
+    """Raise if a config has more layers than there are tensors, before a name is made for each of them.
 
     Raises:
-        CheckpointError: there are.
+        CheckpointError: it has.
     """
     if config.num_layers > num_tensors:
         raise CheckpointError(
@@ -139,7 +139,7 @@ def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | 
 
 
 def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
-    """Checks names, shapes and dtypes of all tensors against the model of the config; reads none, and builds nothing.
+    """Check names, shapes and dtypes of all tensors against the model of the config, without reading or building anything.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
@@ -182,7 +182,7 @@ def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
 
 
 def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
-    """`LoRALinear.set_base` for a sharded layer: every process draws the whole of A, as a single one would, and keeps its part."""
+    """Apply `LoRALinear.set_base` to a sharded layer: every process draws all of A, as a single one would, and keeps its shard."""
     if linear.quantize_base:
         fill_rows(local(linear.weight), quantize_nf4(base), local_region(linear.weight)[0])
     whole_a = draw_a_(torch.empty(linear.lora_a.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device))
