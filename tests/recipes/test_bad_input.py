@@ -229,7 +229,7 @@ for override, words in {
     "metric_logger={_component_: kdtune.training.WandBLogger, project: x}": ("metric_logger", "kdtune[wandb]"),
     "profiler={_component_: kdtune.training.Profiler, wait: 1}": ("profiler.wait", "wait_steps"),
     "profiler={_component_: kdtune.training.Profiler, active_steps: 0}": ("profiler", "active_steps=0"),
-    "kd_loss=kdtune.losses.ForwardKL": ("kd_loss", "did you mean 'ForwardKLLoss'"),
+    "kd_loss=kdtune.losses.ForwardKl": ("kd_loss", "did you mean 'ForwardKL'"),
     "output_dir=${nowhere}/x": ("output_dir", "nowhere"),
     "output_dir=" + "x" * 300: ("output_dir", "too long"),
     "batch_size": ("batch_size", "key=value"),

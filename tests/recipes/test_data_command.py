@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kdtune._cli.main import run_command
 from kdtune.data import Report, show
 from kdtune.data.transforms import make_example
+from kdtune.models import Transformer
 from kdtune.tokenizers import byte_tokenizer
 
 
@@ -87,7 +89,13 @@ def test_a_terminal_gets_colour_unless_no_color(
 
 
 def test_configs_of_every_kind_and_no_weight(shown: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdtune.models.Transformer.__init__", lambda *args, **kwargs: pytest.fail("a model is built"))
+    build = Transformer.__init__
+
+    def build_without_weights(self: Transformer, *args: Any, **kwargs: Any) -> None:
+        assert torch.get_default_device().type == "meta", "a model is built with weights"
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "__init__", build_without_weights)
     for name, key in (
         ("tiny/knowledge_distillation", "dataset"),
         ("tiny/evaluate", "dataset_val"),
