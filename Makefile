@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 TEACHER := models/SmolLM2-135M-Instruct
 STUDENT := models/SmolLM2-25-layers
 RUNS := runs/quickstart
+PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
 # A CPU needs none of the CUDA libraries that PyTorch has on PyPI for Linux. Of one version, pip takes 2.13.0+cpu before 2.13.0.
-PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+# Nothing but torch is looked for there: where that host is blocked, pip retries for each package.
+CPU_TORCH = --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch
 TEST_MODELS := models/test
 # Two processes of one thread each are faster than one of two on two cores, and the threads do not fight.
 TEST_JOBS ?= 2
@@ -30,6 +32,7 @@ tell = shell=$$$$; (seconds=0; while sleep 15 && kill -0 $$shell 2>/dev/null; do
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo '== packages, into $(VENV): $(if $(CPU),0.4 GB to download and 1.5 GB of disk,3 GB to download and 6 GB of disk on Linux (CPU=1: 0.4 and 1.5))'
 	@$(call tell,making the environment,$(VENV)) $(PYTHON) -m venv $(VENV)
+	$(if $(CPU),@$(call tell,installing torch,$(VENV)) $(PIP_INSTALL) $(CPU_TORCH))
 	@$(call tell,installing,$(VENV)) $(PIP_INSTALL) -e .
 	touch $@
 
@@ -60,7 +63,7 @@ quickstart: quickstart-intro $(VENV)/.installed
 quickstart-intro:
 	@echo 'SmolLM2-135M loses 5 of its 30 layers and is trained again: by itself (SFT), and with the whole model as'
 	@echo 'teacher (KD). On two CPU cores that takes about 6 minutes and the downloads, 3.5 GiB of memory, and 1.5 GB of'
-	@echo 'disk beside the packages. Stop it with Ctrl-C: the same command continues.'
+	@echo 'disk beside the packages. Stopped by Ctrl-C, it resumes when it is started again.'
 
 quickstart-next:
 	@echo

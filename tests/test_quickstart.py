@@ -62,9 +62,20 @@ def test_loss_and_table_are_of_the_answers() -> None:
         assert tokenizer.decode(trained, skip_special=True).strip() == row["output"]
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], False), (["CPU=1"], True)])
-def test_a_cpu_user_takes_the_cpu_wheels(words: list[str], expected: bool) -> None:
-    (line,) = [line for line in make("-n", "-W", "pyproject.toml", "quickstart", *words).splitlines() if "pip install" in line
-               and "transformers" not in line]  # fmt: skip
-    assert ("--extra-index-url https://download.pytorch.org/whl/cpu" in line) is expected
-    assert "-c constraints.txt" in line and "--quiet" not in line
+def installs(*words: str) -> list[list[str]]:
+    """What `make quickstart` gives to `pip install` for the environment, one list a call."""
+    lines = make("-n", "-W", "pyproject.toml", "quickstart", *words).splitlines()
+    return [shlex.split(line.partition("pip install ")[2]) for line in lines if "pip install" in line
+            and "transformers" not in line]  # fmt: skip
+
+
+def readme_installs() -> list[list[str]]:
+    (block,) = re.findall(r"The same in plain commands.*?\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [shlex.split(line)[2:] for line in block.splitlines() if line.strip().startswith("pip install")]
+
+
+def test_a_cpu_user_looks_for_torch_alone_at_the_cpu_wheels_and_the_readme_says_the_same() -> None:
+    everything = ["-c", "constraints.txt", "-e", "."]
+    torch = ["-c", "constraints.txt", "--no-deps", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch"]
+    assert installs() == [everything]
+    assert installs("CPU=1") == readme_installs() == [torch, everything]
