@@ -1,4 +1,4 @@
-"""Numbers and names that every layer shares."""
+"""Numbers and names shared by every layer."""
 
 # The label of a position that is not trained on (the value torch.nn.functional.cross_entropy ignores by default).
 IGNORE_INDEX = -100

@@ -1,4 +1,4 @@
-"""Configs: YAML and overrides to a recipe's typed dataclass, and component nodes to objects."""
+"""Configs: load YAML and overrides into a recipe's typed dataclass, and instantiate component nodes."""
 
 from kdtune.config.check import MISSING, is_component
 from kdtune.config.component import bind, component, instantiate, key, resolve

@@ -1,4 +1,4 @@
-"""Values against type annotations: the one check behind config frames and component arguments."""
+"""Check values against type annotations; config dataclasses and component arguments share this check."""
 
 import collections.abc
 import types
@@ -21,16 +21,16 @@ class MismatchError(ValueError):
 
 
 def is_component(value: Any) -> bool:
-    """Whether a config value is a component node: a mapping with a `_component_` key."""
+    """Return whether a config value is a component node: a mapping with a `_component_` key."""
     return isinstance(value, dict) and COMPONENT in value
 
 
 def conform(value: Any, annotation: Any) -> Any:
-    """The value as its annotation wants it: an int becomes a float, a string a Path, a list a tuple or set.
+    """Convert the value to its annotation: an int to a float, a string to a Path, a list to a tuple or set.
 
-    In a string that is meant as a path (PathText, or beside Path in a union), a leading `~` becomes the home folder.
+    In a string that is a path (PathText, or beside Path in a union), a leading `~` becomes the home folder.
 
-    Component nodes are left as they are, and so are values whose annotation says nothing that a YAML value could break.
+    Component nodes are unchanged, and so are values whose annotation no YAML value can violate.
 
     Raises:
         MismatchError: the value does not fit.
@@ -84,7 +84,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def item_annotation(annotation: Any) -> Any:
-    """The annotation of what a list or mapping of this annotation holds; Any where it does not say."""
+    """Return the annotation of the items of a list or mapping of this annotation; Any if it has none."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return item_annotation(get_args(annotation)[0])
@@ -141,7 +141,7 @@ def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], an
 
 
 def _conform_union(value: Any, annotation: Any) -> Any:
-    """The value under the member that changes it least: `int | float` keeps 3 an int, `float | None` makes it 3.0."""
+    """Convert the value to the member that changes it least: `int | float` keeps 3 an int, `float | None` makes it 3.0."""
     converted = []
     for member in get_args(annotation):
         try:
@@ -173,7 +173,7 @@ def _mismatch(value: Any, annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: short, spelled as in YAML, with its type where that is not plain to see."""
+    """Format a value for messages: short, spelled as in YAML, with its type if that is not obvious."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -185,7 +185,7 @@ def shown(value: Any) -> str:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words a config's author can act on."""
+    """Describe an annotation in words that a config's author can act on."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return describe(get_args(annotation)[0])

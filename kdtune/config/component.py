@@ -1,4 +1,4 @@
-"""Component nodes: `{_component_: dotted.path, argument: value, ...}` to objects, with the arguments checked first."""
+"""Component nodes: turn `{_component_: dotted.path, argument: value, ...}` into objects, after checking the arguments."""
 
 import dataclasses
 import importlib
@@ -20,7 +20,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 def key(default: Any = MISSING, *, at_least: int | None = None, may_change: bool = False) -> Any:
     """A dataclass field that holds a plain value; without a default the config must set it.
 
-    `at_least` is the smallest number allowed; `may_change`: a resumed run may have another value than before.
+    `at_least` is the smallest number allowed. `may_change`: a resumed run may use another value than before.
     """
     return _field(default, {"at_least": at_least, "may_change": may_change})
 
@@ -34,10 +34,10 @@ def component(
 ) -> Any:
     """A dataclass field that holds a component node (or a list of them).
 
-    `runtime` are the arguments that the recipe gives when it instantiates the node, so the config must not; `optional`
-    are those it gives only where the component takes them and the config does not set them. Without a default the
-    config must set the field, and null is refused. `returns` is what the recipe needs here: a component that is or says it
-    returns another kind of object is a finding. `may_change`: as in `key`.
+    `runtime` are the arguments that the recipe passes when it instantiates the node, so the config must not set them;
+    `optional` are those it passes only if the component accepts them and the config does not set them. Without a default
+    the config must set the field, and null is refused. `returns` is the type that the recipe needs: a component that is,
+    or by its annotation returns, another kind of object is an error. `may_change`: as in `key`.
     """
     metadata = {"component": True, "runtime": runtime, "optional": tuple(optional), "returns": returns}
     return _field(default, {**metadata, "may_change": may_change})
@@ -56,7 +56,7 @@ def _copied(value: Any) -> Any:
 
 
 def resolve(dotted: str) -> Any:
-    """The object at a dotted path, such as `torch.optim.AdamW`.
+    """Return the object at a dotted path, such as `torch.optim.AdamW`.
 
     Raises:
         ConfigError: the path is malformed, a module cannot be imported, or has no such name (with the nearest one).
@@ -120,11 +120,11 @@ def bind(
     key: str = "",
     inherited: Iterable[str] = (),
 ) -> list[str]:
-    """Findings of a component node: its path, its arguments' names and types, and those of the nodes inside it.
+    """Return the errors of a component node: its path, its arguments' names and types, and those of nested nodes.
 
-    `runtime` and `optional` as in `component`; `inherited` are names that an enclosing node was given: a nested
-    component gets one of them where it requires an argument of that name and the config gives none. `key` begins
-    each finding.
+    `runtime` and `optional` as in `component`. `inherited` are argument names of an enclosing node: a nested component
+    receives one of them if it requires an argument of that name and the config gives none. Each error begins with
+    `key`.
     """
     here = f"{key}: " if key else ""
     runtime, optional = tuple(runtime), tuple(optional)
@@ -142,10 +142,10 @@ def bind(
 
 
 def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
-    """Findings of the nodes of one key, or a list of them, whose component gives something else than an object of that kind.
+    """Return the errors of one key's node, or list of nodes, whose components do not return an object of that kind.
 
-    The kind is known from the class or the function's return annotation; what has the kind's methods is of that kind. Where nothing
-    says what is returned there is no finding.
+    The kind is known from the class or the function's return annotation; an object with the kind's methods is of that
+    kind. Without an annotation there is no error.
     """
     if isinstance(value, list):
         return [problem for index, item in enumerate(value) for problem in check_kind(item, needed, f"{key}.{index}")]
@@ -171,7 +171,7 @@ def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
 
 
 def returned_class(function: Any) -> Any:
-    """The class that a function says it returns; None where it does not."""
+    """Return the class in a function's return annotation; None if it has none."""
     try:
         annotation = inspect.signature(function).return_annotation
     except (TypeError, ValueError):
@@ -184,7 +184,7 @@ def returned_class(function: Any) -> Any:
 def check_nodes(
     value: Any, key: str, runtime: Iterable[str] = (), *, optional: Iterable[str] = (), inherited: Iterable[str] = ()
 ) -> list[str]:
-    """Findings of every component node in a config value, at any depth."""
+    """Return the errors of every component node in a config value, at any depth."""
     if is_component(value):
         return bind(value, runtime, optional=optional, key=key, inherited=inherited)
     if isinstance(value, dict | list):
@@ -244,7 +244,7 @@ def _type_problem(value: Any, parameter: inspect.Parameter, key: str) -> list[st
 
 
 def argument_type(dotted: Any, name: str) -> Any:
-    """The annotation of a component's argument; Any where there is none, or no such component or argument."""
+    """Return the annotation of a component's argument; Any if there is none, or no such component or argument."""
     if name == COMPONENT:
         return object
     try:
@@ -255,7 +255,7 @@ def argument_type(dotted: Any, name: str) -> Any:
 
 
 def parameters_of(target: Any) -> dict[str, inspect.Parameter] | None:
-    """The target's parameters, their annotations evaluated where possible; None where Python cannot tell (C code)."""
+    """Return the target's parameters, with evaluated annotations where possible; None if Python cannot tell (C code)."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
@@ -273,7 +273,7 @@ def parameters_of(target: Any) -> dict[str, inspect.Parameter] | None:
 
 
 def _unpacked(options: Any) -> dict[str, inspect.Parameter]:
-    """The arguments that `**options: Unpack[SomeTypedDict]` takes, by name; those that may be left out have a default."""
+    """Return the arguments that `**options: Unpack[SomeTypedDict]` takes, by name; optional ones have a default."""
     return {
         name: inspect.Parameter(
             name,
@@ -286,7 +286,7 @@ def _unpacked(options: Any) -> dict[str, inspect.Parameter]:
 
 
 def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
-    """The annotation with its names looked up; Any where there is none, or a name exists only under TYPE_CHECKING."""
+    """Return the annotation with its names resolved; Any if there is none, or a name exists only under TYPE_CHECKING."""
     if annotation is inspect.Parameter.empty:
         return Any
     holder = types.SimpleNamespace(__annotations__={"value": annotation})
@@ -297,13 +297,13 @@ def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
 
 
 def instantiate(node: Any, *, optional: Mapping[str, Any] | None = None, **runtime: Any) -> Any:
-    """The object a component node describes; a list of nodes gives a list, None and other values stay themselves.
+    """Build the object that a component node describes; a list of nodes gives a list, None and other values are unchanged.
 
-    `runtime` and `optional` are the arguments the recipe gives (see `component`).
+    `runtime` and `optional` are the arguments that the recipe passes (see `component`).
 
     Raises:
-        ConfigError: the node does not bind, with every finding (for a config's nodes `load` has seen to this already),
-            or the component refuses a value.
+        ConfigError: the node does not bind, with every error (`load` has already checked a config's nodes), or the
+            component refuses a value.
     """
     optional = optional or {}
     problems = check_nodes(node, "", runtime, optional=optional)

@@ -1,4 +1,4 @@
-"""Config frames: a recipe's dataclass as its list of keys, with types, defaults and the docs written below each."""
+"""Config schemas ("frames"): a recipe's dataclass as its list of keys, with types, defaults and the docs below each."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ from kdtune.config.torchtune_keys import key_hint
 
 @dataclasses.dataclass(frozen=True)
 class KeyDoc:
-    """One key of a frame as its source states it: type, default (None: must be set) and docs, as text."""
+    """One key of a schema as its source states it: type, default (None: must be set) and docs, as text."""
 
     name: str
     type: str
@@ -35,19 +35,19 @@ class KeyDoc:
 
 
 def frame_fields(frame: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """A frame's keys: its dataclass fields by name, those that are not set by the caller left out."""
+    """Return the schema's keys: its dataclass fields by name, except those that the caller does not set."""
     return {field.name: field for field in dataclasses.fields(frame) if field.init}
 
 
 def frame_hints(frame: type[Any]) -> dict[str, Any]:
-    """The types of a frame's keys."""
+    """Return the types of the schema's keys."""
     return typing.get_type_hints(frame, include_extras=True)
 
 
 def declared_type(parts: list[str], tree: Mapping[str, Any], frame: type[Any]) -> Any:
-    """The annotation of the key or component argument at a dotted path of the tree; Any where nothing declares one.
+    """Return the annotation of the key or component argument at a dotted path of the tree; Any if nothing declares one.
 
-    That of a component's own key is `object`: it takes no text.
+    A component's own key has the annotation `object`, which no text fits.
     """
     field = frame_fields(frame).get(parts[0])
     if field is None:
@@ -66,7 +66,7 @@ def declared_type(parts: list[str], tree: Mapping[str, Any], frame: type[Any]) -
 
 
 def expand_paths(tree: Mapping[str, Any], frame: type[Any]) -> dict[str, Any]:
-    """The tree with `~` as the home folder in the frame's keys that are paths, so that what refers to them has it too."""
+    """Return the tree with `~` expanded in the schema's path keys, so that interpolations see the expanded path."""
     hints = frame_hints(frame)
     return {key: _expanded(value, hints.get(key)) for key, value in tree.items()}
 
@@ -79,7 +79,7 @@ def _expanded(value: Any, annotation: Any) -> Any:
 
 
 def frame_defaults(frame: type[Any]) -> dict[str, Any]:
-    """Defaults of the keys that have one, as plain YAML values."""
+    """Return the defaults of the keys that have one, as plain YAML values."""
     defaults = {}
     for name, field in frame_fields(frame).items():
         if field.default is not NO_DEFAULT and not _is_missing(field.default):
@@ -90,7 +90,7 @@ def frame_defaults(frame: type[Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML has it: tuples and sets become lists, paths strings."""
+    """Convert a value to plain YAML: tuples and sets become lists, paths strings."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
 
 
 def has_default(field: dataclasses.Field[Any]) -> bool:
-    """Whether the config may leave the field out."""
+    """Return whether the config may omit the field."""
     return field.default_factory is not NO_DEFAULT or not (field.default is NO_DEFAULT or _is_missing(field.default))
 
 
@@ -108,12 +108,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def is_component_field(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field was made by `component(...)`."""
+    """Return whether the field was made by `component(...)`."""
     return bool(field.metadata.get("component"))
 
 
 def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values for the frame's keys, converted to their types; and unknown, missing and wrongly typed keys."""
+    """Convert the values to the types of the schema's keys; also return the unknown, missing and wrongly typed keys."""
     fields = frame_fields(frame)
     hints = frame_hints(frame)
     values: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, An
 
 
 def check_components(values: Mapping[str, Any], frame: type[Any]) -> list[str]:
-    """Findings of the component nodes in a frame's values: paths that do not resolve, arguments that do not bind."""
+    """Return the errors of the component nodes in the schema's values: unresolved paths, arguments that do not bind."""
     problems = []
     for name, field in frame_fields(frame).items():
         if name not in values:
@@ -171,7 +171,7 @@ def _not_nodes(value: Any, key: str, *, nullable: bool) -> list[str]:
 
 
 def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
-    """The keys of the frame in a recipe's source text, in order, read from its syntax tree: nothing is imported.
+    """Return the keys of the schema in a recipe's source text, in order, read from its syntax tree without importing it.
 
     `frame` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names. Keys that it
     inherits from a dataclass of kdtune come first.
@@ -190,7 +190,7 @@ def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
 
 
 def _inherited(tree: ast.Module, base: str) -> dict[str, KeyDoc]:
-    """The keys of a base class such as `training.TrainingConfig`, from the file of kdtune that defines it."""
+    """Return the keys of a base class such as `training.TrainingConfig`, from the file of kdtune that defines it."""
     package, _, name = base.rpartition(".")
     imported = {
         alias.asname or alias.name: f"{statement.module}.{alias.name}"

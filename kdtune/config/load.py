@@ -1,4 +1,4 @@
-"""YAML and overrides to a recipe's dataclass, through the config gates. The only importer of OmegaConf."""
+"""Load YAML and overrides into a recipe's dataclass, in five validation stages. The only importer of OmegaConf."""
 
 import copy
 import dataclasses
@@ -34,16 +34,16 @@ RECIPE_KEY = "recipe"
 
 
 def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
-    """The frame filled from a shipped config's name or a path, and overrides; component nodes stay plain data.
+    """Fill the schema from a config (a shipped one's name, or a path) and overrides; component nodes stay plain data.
 
-    A frame may have a class method `inherited(given)`: the values of keys that the config leaves out, told from those it
-    gives (such as a run's own, of the key `run`). Overrides change them as if the config had them.
+    A schema may have a class method `inherited(given)`: it derives values for keys that the config omits from those that it
+    sets (such as a run's own settings, from the key `run`). Overrides apply to them as if the config had set them.
 
-    Gates: the text parses; keys, types and values fit the frame, components import and their arguments bind; the
-    frame's own `problems()`, if it has that method. The fifth gate, the machine, is `check_machine`.
+    Validation stages: the text parses; keys, types and values fit the schema; components import and their arguments bind;
+    the schema's own `problems()`, if it has that method. The fifth stage, the machine, is `check_machine`.
 
     Raises:
-        ConfigError: with every finding of the gate that failed, one a line.
+        ConfigError: with every error of the stage that failed, one per line.
     """
     config = find_config(source)
     given = read_yaml(config.path)
@@ -84,7 +84,7 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
 
 
 def check_machine(cfg: Any, source: str | Path) -> None:
-    """The fifth gate: the frame's own `machine_problems()`, if it has that method (files exist, the device is there).
+    """Run the fifth stage: the schema's own `machine_problems()`, if any (do the files and the device exist?).
 
     Raises:
         ConfigError: with every finding, one a line.
@@ -95,10 +95,10 @@ def check_machine(cfg: Any, source: str | Path) -> None:
 
 
 def raise_problems(source: str, problems: list[str]) -> None:
-    """Raise if there are findings.
+    """Raise if there are errors.
 
     Raises:
-        ConfigError: one line a finding, after a line that names the config and counts them.
+        ConfigError: one line per error, after a line that names the config and counts them.
     """
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -107,7 +107,7 @@ def raise_problems(source: str, problems: list[str]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as plain data, interpolations untouched; 1e-4 is a float, a key given twice is an error.
+    """Read a YAML file as plain data, with interpolations unresolved; 1e-4 is a float, a repeated key is an error.
 
     Raises:
         ConfigError: naming file and line.
@@ -130,12 +130,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_resolved(path: Path) -> dict[str, Any]:
-    """The values that `to_yaml` has written to a file. Raises as `read_yaml`."""
+    """Read the values that `to_yaml` has written to a file. Raises as `read_yaml`."""
     return {key: _unescaped(value) for key, value in read_yaml(path).items()}
 
 
 def resolved_values(text: str) -> dict[str, Any]:
-    """The values that `to_yaml` has made a text of."""
+    """Return the values in a text that `to_yaml` made."""
     return {str(key): _unescaped(value) for key, value in parse_yaml(text).items()}
 
 
@@ -157,7 +157,7 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """An override's value, read as YAML.
+    """Parse an override's value as YAML.
 
     Raises:
         ConfigError: it is not valid YAML.
@@ -178,14 +178,14 @@ def _parse_value(text: str) -> Any:
 
 
 def _with_default_component(value: Any, default: Any) -> Any:
-    """A node that names no component keeps the default's: the YAML then states only the arguments that differ."""
+    """Add the default's component to a node that names none: the YAML then states only the arguments that differ."""
     if isinstance(value, dict) and not is_component(value) and is_component(default):
         return {**default, **value}
     return value
 
 
 def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tree with every `${...}` replaced, and the findings; a top-level key with a finding is left out."""
+    """Replace every `${...}` in the tree; also return the errors, whose top-level keys are omitted from the tree."""
     problems: list[str] = []
     unresolved = {key for key, value in tree.items() if not _is_literal(value)}
     # What an interpolation may name; OmegaConf takes its time, so it is given no more than that.
@@ -211,7 +211,7 @@ def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
 
 def _is_literal(value: Any) -> bool:
-    """Return whether a value is plain YAML without an interpolation, which OmegaConf would give back as it is."""
+    """Return whether a value is plain YAML without an interpolation, which OmegaConf would return unchanged."""
     if isinstance(value, dict):
         return all(type(name) is str and _is_literal(item) for name, item in value.items())
     if isinstance(value, list):
@@ -242,7 +242,7 @@ def _first_line(error: Exception) -> str:
 
 
 def to_yaml(values: Mapping[str, Any], docs: Mapping[str, KeyDoc] | None = None) -> str:
-    """Values as YAML that `load` reads back unchanged, with each key's docs as a comment above it."""
+    """Format values as YAML that `load` reads back unchanged, with each key's docs as a comment above it."""
     parts = []
     for key, value in values.items():
         if docs and key in docs and docs[key].doc:
@@ -260,7 +260,7 @@ def _unescaped(value: Any) -> Any:
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with each text inside it changed."""
+    """Apply a function to each string inside the value."""
     if isinstance(value, dict):
         return {name: _with_texts(item, change) for name, item in value.items()}
     if isinstance(value, list):
@@ -269,10 +269,10 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def as_values(cfg: Any) -> dict[str, Any]:
-    """A frame's instance as its keys and values."""
+    """Return a config instance as its keys and values."""
     return {name: getattr(cfg, name) for name in frame_fields(type(cfg))}
 
 
 def is_frame(frame: Any) -> bool:
-    """Whether an object can serve as a config frame: a dataclass type."""
+    """Return whether an object can serve as a config schema: a dataclass type."""
     return isinstance(frame, type) and dataclasses.is_dataclass(frame)

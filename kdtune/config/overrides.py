@@ -1,4 +1,4 @@
-"""Command-line overrides: `a.b=value`, `~a.b` and `node=dotted.Component`, applied to a plain config tree."""
+"""Command-line overrides (`a.b=value`, `~a.b`, `node=dotted.Component`), applied to a plain config tree."""
 
 import copy
 import json
@@ -20,9 +20,9 @@ _ROWS = (COMPONENT, "source", "data_files", "data_dir", "datasets")
 
 
 def held_out_note(cfg: Any, overrides: Sequence[str]) -> str | None:
-    """A sentence where overrides replace the training data, but the held-out examples are still the config's own; else None.
+    """Return a notice if overrides replace the training data but not the config's held-out examples; else None.
 
-    cfg: a frame's instance, of any recipe. overrides: those that it was loaded with.
+    cfg: the config of any recipe. overrides: those that it was loaded with.
     """
     dataset: Any = getattr(cfg, "dataset", None)
     dataset_val: Any = getattr(cfg, "dataset_val", None)
@@ -40,7 +40,7 @@ def held_out_note(cfg: Any, overrides: Sequence[str]) -> str | None:
 
 
 def _rows(node: Any) -> Any:
-    """What says where a dataset's rows come from, those of a mixture's parts too."""
+    """Return the settings that say where a dataset's rows come from, including those of a mixture's parts."""
     if isinstance(node, list):
         return [_rows(part) for part in node]
     return {name: _rows(node[name]) for name in _ROWS if name in node} if is_component(node) else node
@@ -55,10 +55,10 @@ def apply_overrides(
     parse_value: Callable[[str], Any],
     declared: Callable[[list[str]], Any] = lambda parts: Any,
 ) -> tuple[dict[str, Any], list[str]]:
-    """A copy of the tree with the overrides applied in order (the last one wins), and the findings.
+    """Apply the overrides to a copy of the tree, in order (the last one wins); return it and the errors.
 
-    `defaults` is where a key that the tree does not set starts from; `component_keys` are the top-level keys that hold
-    components; `parse_value` reads a value as YAML and raises ConfigError; `declared` gives the annotation of a key.
+    `defaults` has the initial value of a key that the tree does not set. `component_keys` are the top-level keys that hold
+    components. `parse_value` parses a value as YAML and raises ConfigError. `declared` returns the annotation of a key.
     """
     tree = copy.deepcopy(tree)
     problems = []
@@ -85,14 +85,14 @@ def _split(override: str) -> tuple[list[str], str]:
 
 
 def read_value(text: str, annotation: Any, parse_value: Callable[[str], Any], *, key: str = "value") -> Any:
-    """The value that an override's text stands for, by the annotation of its key.
+    """Convert an override's text to a value, by the annotation of its key.
 
-    Where any text is allowed, the value is the text as it was typed, unless all of it is in quotes (then it is read as YAML),
-    or is null, or something else is allowed too that it is in YAML, such as a number, [a list] or {a: mapping}. Anywhere else it
-    is YAML; where nothing says what is allowed, what YAML takes for text without quotes is left as it was typed, too.
+    If the key accepts any text, the value is the text as typed. Exceptions are parsed as YAML: text entirely in quotes, null,
+    and text that YAML reads as another type that the key accepts, such as a number, [a list] or {a: mapping}. For any other
+    key the text is YAML. Without an annotation, text that YAML reads as an unquoted string also stays as typed.
 
     Raises:
-        ConfigError: it is not YAML where it must be, or holds `${` that begins no interpolation.
+        ConfigError: it must be YAML and is not, or it holds a `${` that begins no interpolation.
     """
     is_quoted = len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]
     try:

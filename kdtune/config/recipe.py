@@ -1,4 +1,4 @@
-"""The entry point of a recipe: its command line, the config gates, and what the user sees when something is wrong."""
+"""The entry point of a recipe: parse its command line, validate the config, report errors."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,7 @@ _log = get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a recipe's config came from: recipe name, config source, overrides, and the command line."""
+    """Source of a recipe's config: recipe name, config name or path, overrides, and the command line."""
 
     recipe: str
     config: str
@@ -41,7 +41,7 @@ class Origin:
 
 
 class EntryPoint(Protocol):
-    """What `entry_point` makes of a recipe's main: the command line in, nothing out; exits the process on an error."""
+    """A recipe's main as `entry_point` wraps it: takes the command line, returns nothing, exits the process on an error."""
 
     frame: type[Any]
     function: Callable[[Any], Any]
@@ -52,11 +52,11 @@ class EntryPoint(Protocol):
 
 
 def entry_point(frame: type[T], *, default_config: str | None = None) -> Callable[[Callable[[T], Any]], EntryPoint]:
-    """Decorator of a recipe's `main(cfg)`: it becomes `main(argv=None)` with `--config NAME|PATH [key=value|~key]...`.
+    """Decorate a recipe's `main(cfg)`: it becomes `main(argv=None)` with `--config NAME|PATH [key=value|~key]...`.
 
-    `default_config` is what --config is where the command line leaves it out; None: it may not.
+    `default_config` is used if the command line omits --config; None: --config is required.
 
-    All five gates pass before the function sees the config. A KDTuneError is printed without a traceback and ends the
+    All five validation stages pass before the function receives the config. A KDTuneError is printed without a traceback and ends the
     process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
     traceback and 1. The result keeps `.frame`, `.default_config` and `.function` (the function itself, which raises instead
     of exiting).
@@ -95,7 +95,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
 def parse_arguments(
     argv: list[str] | None, summary: str, prog: str, default_config: str | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """A recipe's command line: its options, and the overrides with the unknown options, which the gates explain."""
+    """Parse a recipe's command line: its options, and the overrides; unknown options are kept for validation to explain."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=summary,
@@ -123,7 +123,7 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def prepare_imports(recipe: Path) -> None:
-    """The user's components are found in the working directory, and shipped recipes do not shadow installed modules."""
+    """Make the user's components importable from the working directory, and keep shipped recipes from shadowing modules."""
     shipped = str(_assets.assets_dir("recipes").resolve())
     if sys.path and str(Path(sys.path[0] or ".").resolve()) == shipped and str(recipe.resolve().parent) == shipped:
         del sys.path[0]
@@ -133,7 +133,7 @@ def prepare_imports(recipe: Path) -> None:
 
 
 def import_recipe(recipe: _assets.Recipe) -> EntryPoint:
-    """The `main` of a recipe file, imported from its path; it must be made by `entry_point`.
+    """Import a recipe file from its path and return its `main`, which must be made by `entry_point`.
 
     Raises:
         ConfigError: the file has no such main, or imports something that is not installed.
@@ -170,7 +170,7 @@ def _gates(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T
 
 
 def _command(argv: list[str]) -> tuple[str, ...]:
-    """The command line as one would type it: the console command and `python -m kdtune` are both `kdtune`."""
+    """Return the command line as the user would type it; `python -m kdtune` is shown as `kdtune`."""
     program = Path(argv[0])
     if program.name == "kdtune" or program.name == "__main__.py":
         return ("kdtune", *argv[1:])
@@ -206,12 +206,12 @@ def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
 
 
 def origin(cfg: Any) -> Origin | None:
-    """Where this config came from, or None where it was not read by an entry point."""
+    """Return the source of this config, or None if no entry point read it."""
     return getattr(cfg, _ORIGIN, None)
 
 
 def resolved_yaml(cfg: Any, docs: Mapping[str, KeyDoc] | None = None) -> str:
-    """Every key of the config with its resolved value, as YAML that loads back to the same config."""
+    """Return every key of the config with its resolved value, as YAML that loads back to the same config."""
     source = origin(cfg)
     head = f"{RECIPE_KEY}: {source.recipe}\n" if source and RECIPE_KEY not in as_values(cfg) else ""
     return head + to_yaml(as_values(cfg), docs)
@@ -244,7 +244,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout kdtune runs from, with `+changes` where files differ from it; None outside a checkout."""
+    """Return the commit of kdtune's checkout, with `+changes` if files differ from it; None outside a checkout."""
     root = Path(kdtune.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""What became of torchtune's config keys and components that have no function here: old name to one sentence."""
+"""torchtune's config keys and components that do nothing here, each with one sentence on the replacement."""
 
 import importlib
 import importlib.util
@@ -111,7 +111,7 @@ _PACKAGES = ("models", "tokenizers", "losses", "data", "checkpoint", "training")
 
 
 def key_hint(key: str) -> str | None:
-    """What replaces a torchtune key that has no function here, or None for a key torchtune did not have either."""
+    """Return the replacement for a torchtune key that does nothing here, or None for a key that torchtune never had."""
     head, dot, rest = key.partition(".")
     for role in _ROLES:
         if head.startswith(role) and f"{head.removeprefix(role)}{dot}{rest}" in REFUSED:
@@ -120,7 +120,7 @@ def key_hint(key: str) -> str | None:
 
 
 def component_hint(name: str) -> str:
-    """What to write for the torchtune component of that name: kdtune's own where there is one."""
+    """Return the replacement for the torchtune component of that name: kdtune's own, if there is one."""
     if name in RENAMED:
         return RENAMED[name]
     for package in _PACKAGES:

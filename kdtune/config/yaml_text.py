@@ -1,6 +1,6 @@
-"""YAML text to plain data, so that every value is what its author sees: numbers as Python and JSON write them.
+"""Parse YAML text so that every value means what its author sees: numbers as in Python and JSON.
 
-YAML 1.1 reads 010 as eight, 1:30 as ninety and no as false; YAML 1.2 reads each of them otherwise. Such values are refused.
+YAML 1.1 reads 010 as eight, 1:30 as ninety and no as false; YAML 1.2 reads each of them differently. Such values are refused.
 """
 
 import re
@@ -26,11 +26,11 @@ _WORD_1_1 = "|".join(spelling for word in _WORDS_1_1 for spelling in (word, word
 
 
 class AmbiguousValueError(yaml.constructor.ConstructorError):
-    """A value that YAML 1.1 and 1.2 read differently; `problem` says what to write."""
+    """A value that YAML 1.1 and 1.2 read differently; `problem` says how to write it instead."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader with YAML 1.2's scalars, in which a key given twice is an error."""
+    """The safe loader with YAML 1.2's scalars; a repeated key is an error."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""Datasets, batches and the loader: rows in, padded token ids and shifted labels out."""
+"""Datasets, batches and the loader: from rows to padded token ids and shifted labels."""
 
 from kdtune.data.alpaca import (
     alpaca_cleaned_dataset,

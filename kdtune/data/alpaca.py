@@ -31,24 +31,24 @@ _PROMPT_WITHOUT_INPUT = (
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The Alpaca prompt of an instruction, with or without an input."""
+    """Return the Alpaca prompt of an instruction, with or without an input."""
     template = _PROMPT_WITH_INPUT if input else _PROMPT_WITHOUT_INPUT
     return template.format(instruction=instruction, input=input)
 
 
 def plain_prompt(instruction: str, input: str = "") -> str:
-    """The instruction as it is, its input below it."""
+    """Return the instruction unchanged, with its input below it."""
     return f"{instruction}\n\n{input}" if input else instruction
 
 
 def alpaca_messages(
     column_map: Mapping[str, str] | None = None, prompt: Callable[[str, str], str] = alpaca_prompt
 ) -> Callable[[Row], list[Message]]:
-    """A function from a row to its two messages: the prompt from the user, the output from the assistant.
+    """Return a function from a row to its two messages: the prompt from the user, the output from the assistant.
 
     column_map: from instruction, input, output to the row's columns. The input may be null; its column may be missing
     unless it is mapped.
-    prompt: of an instruction and its input ("" for none).
+    prompt: a function of an instruction and its input ("" for none).
     """
     columns = check_column_map(column_map, _COLUMNS)
     instruction, output = columns.get("instruction", "instruction"), columns.get("output", "output")
@@ -69,7 +69,7 @@ _PROMPTS = {"alpaca": alpaca_prompt, "plain": plain_prompt}
 
 
 class AlpacaOptions(SourceOptions, TrainingOptions, total=False):
-    """What alpaca_dataset takes beside `source`."""
+    """Arguments of alpaca_dataset other than `source`."""
 
     column_map: Mapping[str, str] | None
     filter_fn: FilterFn | str | None
@@ -88,15 +88,15 @@ def alpaca_dataset(
 ) -> Dataset:
     """A dataset of Alpaca rows, in the Alpaca prompt.
 
-    train_on: answers or all, which is the default here, as in torchtune: the prompt is trained on too. train_on_input:
-    torchtune's word for it (true is all, false is answers). truncation: what becomes of a row longer than the tokenizer's
-    max_seq_len: see TrainingOptions.
+    train_on: "answers", or "all" to train on the prompt too, the default here as in torchtune. train_on_input: torchtune's
+    name for it (true means all, false answers). truncation: treatment of rows longer than the tokenizer's max_seq_len,
+    see TrainingOptions.
     column_map: from instruction, input and output to the dataset's columns.
-    filter_fn: a function, or its dotted path, from a row to whether it is kept.
+    filter_fn: a function, or its dotted path, that returns whether to keep a row.
     source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer): see Source.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings contradict each other.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
     to_messages = alpaca_messages(column_map)
@@ -116,7 +116,7 @@ def alpaca_dataset(
 def alpaca_cleaned_dataset(
     tokenizer: "Tokenizer", *, source: str = "yahma/alpaca-cleaned", **options: Unpack[AlpacaOptions]
 ) -> Dataset:
-    """alpaca_dataset over a corrected version of the Alpaca rows."""
+    """Like alpaca_dataset, over a corrected version of the Alpaca rows."""
     return alpaca_dataset(tokenizer, source=source, **options)
 
 
@@ -129,8 +129,8 @@ def quickstart_dataset(
 ) -> TokenizedDataset:
     """The small instruction set that ships with kdtune.
 
-    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: in the wording of Alpaca, or
-    the instruction as it is, its input below it. train_on, train_on_input,
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca"
+    for Alpaca's wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input,
     truncation: as for alpaca_dataset.
 
     Raises:

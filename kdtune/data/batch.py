@@ -1,4 +1,4 @@
-"""Examples put together into padded tensors: what a model reads, and what a loss compares its output with."""
+"""Collate examples into padded batches: the model's inputs and the loss's targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +20,15 @@ class Batch:
     targets: Targets
     """Positions that have a label, and the labels, found on the CPU."""
     lengths: tuple[int, ...]
-    """Tokens of each row without padding."""
+    """Number of tokens of each row, without padding."""
     example_ids: tuple[int, ...] | None = None
     """Index of each row's example in its dataset; None for a stream."""
     prompt_lengths: tuple[int, ...] | None = None
-    """Tokens of each row before the first one that is trained on."""
+    """Number of tokens of each row before the first trained one."""
 
     @classmethod
     def from_labels(cls, tokens_BS: Tensor, labels_BS: Tensor, lengths: Sequence[int] | None = None) -> "Batch":
-        """The batch of int64 tokens and shifted labels [B, S], IGNORE_INDEX where there is none; lengths=None: no padding."""
+        """Make a batch of int64 tokens and shifted labels [B, S], IGNORE_INDEX where there is none; lengths=None: no padding."""
         if lengths is None:
             lengths = [tokens_BS.shape[1]] * len(tokens_BS)
         return cls({"tokens": tokens_BS}, Targets.from_labels(labels_BS), tuple(lengths))
@@ -45,21 +45,21 @@ class Batch:
 
     @property
     def num_valid_tokens(self) -> int:
-        """Positions that have a label."""
+        """Number of positions that have a label."""
         return len(self.targets)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens without padding."""
         return sum(self.lengths)
 
     @property
     def num_padded_tokens(self) -> int:
-        """Positions that are padding; 0 for the batch of a process that has no example left."""
+        """Number of padding positions; 0 for the batch of a process that has no example left."""
         return self.tokens.numel() - self.num_tokens if self.num_tokens else 0
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
+        """Return the batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
         device = torch.device(device)
         move = _copy_to_cuda(device) if device.type == "cuda" else lambda tensor: tensor.to(device)
         targets = replace(
@@ -74,10 +74,10 @@ def _copy_to_cuda(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """The batch of some examples, padded on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX).
+    """Pad examples on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX) and make a batch.
 
-    Without examples it is one token of padding: something to compute on for a process that has no batch left while others
-    have one, which counts nowhere.
+    Without examples the batch is one padding token, which counts nowhere: it gives a process without a batch left
+    something to compute while others still have one.
     """
     if not examples:
         return Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))

@@ -35,7 +35,7 @@ _INSTRUCT_COLUMNS = ("input", "output")
 def instruct_messages(
     column_map: Mapping[str, str] | None = None, new_system_prompt: str | None = None
 ) -> Callable[[Row], list[Message]]:
-    """A function from a row to its messages: input from the user, output from the assistant."""
+    """Return a function from a row to its messages: input from the user, output from the assistant."""
     columns = check_column_map(column_map, _INSTRUCT_COLUMNS)
     input_column, output = columns.get("input", "input"), columns.get("output", "output")
     system = _system(new_system_prompt)
@@ -53,7 +53,7 @@ def instruct_messages(
 def chat_messages(
     conversation_column: str = "messages", conversation_style: str = "openai", new_system_prompt: str | None = None
 ) -> Callable[[Row], list[Message]]:
-    """A function from a row to its conversation; new_system_prompt takes the place of the row's own system message.
+    """Return a function from a row to its conversation; new_system_prompt replaces the row's own system message.
 
     conversation_column, conversation_style: as for chat_dataset.
 
@@ -89,8 +89,8 @@ def instruct_dataset(
 ) -> Dataset:
     """A dataset of questions and answers (columns input and output, or what column_map calls them).
 
-    train_on: answers where neither it nor train_on_input says otherwise. new_system_prompt: put before each question, as a
-    system message. The other arguments and the errors are alpaca_dataset's.
+    train_on: answers by default, unless train_on_input says otherwise. new_system_prompt: a system message put before
+    each question. The other arguments and the errors are alpaca_dataset's.
     """
     to_messages = instruct_messages(column_map, new_system_prompt)
     encode = conversation_encoder(
@@ -121,13 +121,13 @@ def chat_dataset(
 ) -> Dataset:
     """A dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
 
-    A turn with `masked: true`, `train: false` or `weight: 0` is not trained on. Whatever else a turn holds, such as
-    tool_calls or reasoning_content, goes to the chat template, and so do the row's `tools` and `chat_template_kwargs`
-    (a JSON object of further template variables).
+    A turn with `masked: true`, `train: false` or `weight: 0` is not trained on. Other fields of a turn, such as
+    tool_calls or reasoning_content, are passed to the chat template, and so are the row's `tools` and
+    `chat_template_kwargs` (a JSON object of further template variables).
 
-    conversation_column: the column with the list; conversation_style: openai or sharegpt, how its turns are spelled.
-    new_system_prompt takes the place of the conversation's own system message. train_on: answers where neither it nor
-    train_on_input says otherwise. The other arguments and the errors are alpaca_dataset's.
+    conversation_column: the column with the list; conversation_style: format of its turns, openai or sharegpt.
+    new_system_prompt replaces the conversation's own system message. train_on: answers by default, unless train_on_input
+    says otherwise. The other arguments and the errors are alpaca_dataset's.
     """
     to_messages = chat_messages(conversation_column, conversation_style, new_system_prompt)
     encode = conversation_encoder(

@@ -1,4 +1,4 @@
-"""Columns of rows: the names that a builder reads, and what to set where a dataset calls them otherwise."""
+"""Columns of rows: the names that a builder reads, and the settings to suggest if a dataset names them differently."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from kdtune.errors import ConfigError, DataError
 Row: TypeAlias = Mapping[str, Any]
 Suggest: TypeAlias = Callable[[Row], "Suggestion"]
 Suggestion: TypeAlias = Mapping[str, str]
-"""The settings of a dataset builder that would fit a row, as one would type them; empty: none is known."""
+"""Settings of a dataset builder that would fit a row, as the user would type them; empty: none is known."""
 
 # What datasets commonly call a question, what goes with it, and its answer; the more telling names first.
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "input", "source", "text")
@@ -29,7 +29,7 @@ class MissingColumnError(DataError):
         super().__init__(self.under(""))
 
     def under(self, key: str) -> str:
-        """The message, with the settings as one types them for the config key of the dataset ("": its own names)."""
+        """Return the message, with the settings as the user types them for the dataset's config key ("": their own names)."""
         typed = [f"{key}.{name}={value}" if key else f"{name}={value}" for name, value in self.settings.items()]
         if not typed:
             return f"{self.problem}; name the columns in the dataset's config"
@@ -41,7 +41,7 @@ def _quoted(typed: str) -> str:
 
 
 def check_column_map(column_map: Mapping[str, str] | None, allowed: Sequence[str]) -> dict[str, str]:
-    """The map from our column names to the dataset's, as a dict.
+    """Return the map from our column names to the dataset's, as a dict.
 
     Raises:
         ConfigError: a key is not one of the columns that the dataset builder reads.
@@ -56,7 +56,7 @@ def check_column_map(column_map: Mapping[str, str] | None, allowed: Sequence[str
 
 
 def text_column(row: Row, column: str) -> str:
-    """The text in a column of a row.
+    """Return the text in a column of a row.
 
     Raises:
         DataError: the column is missing (the message lists the columns found) or does not hold text.
@@ -68,7 +68,7 @@ def text_column(row: Row, column: str) -> str:
 
 
 def any_column(row: Row, column: str) -> Any:
-    """The value in a column of a row.
+    """Return the value in a column of a row.
 
     Raises:
         MissingColumnError: the column is missing; the message lists the columns found.
@@ -121,7 +121,7 @@ def suggest_text_column(row: Row) -> Suggestion:
 
 
 def _question_and_answer(row: Row) -> tuple[str, str] | None:
-    """The columns of question and answer: by their usual names, else the only two that hold text."""
+    """Return the columns of question and answer: by their usual names, else the only two that hold text."""
     answer = _named(row, _ANSWERS)
     question = _named(row, _QUESTIONS, without=(answer,))
     if question is not None and answer is not None:
@@ -134,7 +134,7 @@ def _question_and_answer(row: Row) -> tuple[str, str] | None:
 
 
 def _named(row: Row, names: Sequence[str], without: Sequence[str | None] = ()) -> str | None:
-    """The column of text whose name is the first of the names, in any case."""
+    """Return the text column whose name is the first of the names, in any case."""
     texts = {str(column).lower(): column for column, value in row.items() if isinstance(value, str)}
     return next((texts[name] for name in names if name in texts and texts[name] not in without), None)
 

@@ -1,4 +1,4 @@
-"""Conversations to token ids: what of them is trained on, and how those are cut that are too long."""
+"""Tokenize conversations: mark what is trained on, and truncate those that are too long."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ class TrainingOptions(TypedDict, total=False):
     """Arguments of the conversation builders other than the source.
 
     train_on: the last answer, all of the assistant's answers, or everything; a masked turn is never trained on.
-    train_on_input: torchtune's word for it: true is train_on=all, false train_on=answers.
-    truncation: what becomes of an example longer than the tokenizer's max_seq_len. "turns": the oldest exchanges (a
-    user's turn and what follows it) are left out, the system message stays; an example whose last exchange does not fit
-    alone is left out. "right": the first max_seq_len tokens are kept, perhaps with half an answer. "drop": it is left
-    out. null: turns, or right where train_on is all.
+    train_on_input: torchtune's name for it: true means train_on=all, false train_on=answers.
+    truncation: treatment of an example longer than the tokenizer's max_seq_len. "turns": drop the oldest exchanges (a
+    user's turn and what follows it), keep the system message; an example whose last exchange alone does not fit is
+    dropped. "right": keep the first max_seq_len tokens, possibly with a partial answer. "drop": drop the example.
+    null: turns, or right if train_on is all.
     """
 
     train_on: TrainOn | None
@@ -66,11 +66,12 @@ def conversation_encoder(
     train_on_input: bool | None = None,
     truncation: Truncation | None = None,
 ) -> Callable[[Row], EncodedRow | None]:
-    """A function from a row to its token ids and training flags, through the tokenizer's chat template, cut to fit.
+    """Return a function that tokenizes a row by the chat template: token ids and training flags, truncated to fit.
 
-    to_conversation: makes a conversation of a row.
-    The other arguments are those of TrainingOptions; `default` is train_on where neither key says it. None: it does not fit.
-    A dataset made with it has `is_chat` True (see `Dataset`).
+    The function returns None for a row that does not fit. A dataset made with it has `is_chat` True (see `Dataset`).
+
+    to_conversation: turns a row into a conversation.
+    The other arguments are those of TrainingOptions; `default` is train_on if neither key sets it.
 
     Raises:
         ConfigError: train_on and train_on_input contradict each other, or a value is unknown.
@@ -104,7 +105,7 @@ def conversation_encoder(
 
 
 def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]:
-    """The wish to train on a turn that train_on leaves out. A mask, on the other hand, always holds."""
+    """Describe a mark that asks to train on a turn which train_on excludes; such a mark has no effect. Masks always hold."""
     if train_on == "all" or all(message.masked is not False or message.role == "assistant" for message in messages):
         return []
     return [f"train_on={train_on} leaves out turns of others than the assistant that are marked as trained on"]
@@ -113,7 +114,7 @@ def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]
 def _fitting(
     tokens_of: Callable[[Sequence[Message]], Encoded], messages: Sequence[Message], room: int
 ) -> Encoded | None:
-    """The conversation without the turns after its last answer and without as few of its oldest exchanges as fit."""
+    """Drop the turns after the last answer and as few of the oldest exchanges as needed to fit."""
     shorter = list(_shorter(messages))
     # Every one is shorter than the one before it: the first that fits is found without tokenizing all of them.
     index = bisect_left(shorter, True, key=lambda some: len(tokens_of(some)[0]) <= room)

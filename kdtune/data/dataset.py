@@ -37,24 +37,24 @@ _FINGERPRINT_EXAMPLES = 64
 
 @dataclass
 class Report:
-    """What became of the rows of a source: counts of rows."""
+    """Counts of a source's rows: how many are used, and why the others are not."""
 
     source: str
     rows: int = 0
     filtered: int = 0
     truncated: int = 0
     untrainable: int = 0
-    """Rows left out because no label was left to train on (after truncation)."""
+    """Rows dropped because no label was left to train on (after truncation)."""
     too_long: int = 0
-    """Rows left out because they do not fit into max_seq_len."""
+    """Rows dropped because they do not fit into max_seq_len."""
     remarks: Counter[str] = field(default_factory=Counter)
-    """Further notes on the rows, such as what the chat template leaves out, with the number of rows."""
+    """Further notes on the rows, such as content that the chat template omits, with the number of rows."""
     unread: Counter[str] = field(default_factory=Counter)
     """Columns that the dataset does not read, with the number of rows that have them."""
 
     @property
     def examples(self) -> int:
-        """Rows that can be trained on."""
+        """Number of rows that can be trained on."""
         return self.rows - self.filtered - self.untrainable - self.too_long
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Report:
 
 
 def total_report(reports: Iterable[Report], source: str) -> Report:
-    """The sum of several reports, under one name."""
+    """Sum several reports under one name."""
     total = Report(source)
     for report in reports:
         for name in ("rows", "filtered", "truncated", "untrainable", "too_long", "remarks", "unread"):
@@ -87,7 +87,7 @@ def total_report(reports: Iterable[Report], source: str) -> Report:
 
 
 def check_not_empty(report: Report) -> None:
-    """Raises a DataError when no row of a source can be trained on, saying why."""
+    """Raise a DataError that says why, if no row of a source can be trained on."""
     if report.rows == 0:
         raise DataError(empty_text(report.source))
     if report.examples == 0:
@@ -95,12 +95,12 @@ def check_not_empty(report: Report) -> None:
 
 
 def random_state(*key: int) -> np.random.Generator:
-    """A generator that depends on nothing but the key (integers >= 0)."""
+    """Return a generator that depends only on the key (integers >= 0)."""
     return np.random.default_rng(key)
 
 
 class Dataset(ABC):
-    """Examples that can be handed out epoch by epoch, in an order that depends only on (seed, epoch)."""
+    """Examples to iterate epoch by epoch, in an order that depends only on (seed, epoch)."""
 
     report: Report
     is_chat: bool = False
@@ -109,17 +109,17 @@ class Dataset(ABC):
 
     @abstractmethod
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
-        """The examples of one epoch, in that epoch's order."""
+        """Yield the examples of one epoch, in that epoch's order."""
 
     @property
     def lengths(self) -> Sequence[int] | None:
-        """Tokens of each example; None where they are not known before the examples are read."""
+        """Number of tokens of each example; None if unknown before the examples are read."""
         return None
 
     def fingerprint(self) -> str:
-        """The same text for the same examples in the same order: how many there are, and a hash of them.
+        """Return a text that is equal for equal examples in the same order: their number, and a hash of them.
 
-        Here of the first ones in the order of the source, which are read for it.
+        This implementation reads and hashes the first ones, in the source's order.
         """
         first = list(islice(self.examples(seed=0, epoch=0, shuffle=False), _FINGERPRINT_EXAMPLES))
         return f"the first {len(first)} examples, {_hash_of(first)}"
@@ -130,40 +130,40 @@ class MapDataset(Dataset):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Examples an epoch."""
+        """Number of examples in an epoch."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """The example at an index below `size`."""
+        """Return the example at an index below `size`."""
 
     @property
     def size(self) -> int:
-        """Examples there are; other than the length of an epoch only where an epoch repeats or omits examples."""
+        """Number of examples; it differs from the length of an epoch only if an epoch repeats or omits examples."""
         return len(self)
 
     def fingerprint(self) -> str:
-        """The same text for the same examples in the same order; here by examples spread evenly over the dataset."""
+        """Return a text that is equal for equal examples in the same order; hashes examples spread evenly over the dataset."""
         chosen = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_EXAMPLES)).astype(np.int64))
         return f"{self.size} examples, {_hash_of(self[int(index)] for index in chosen)}"
 
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
-        """The indices of an epoch [len], in order: a permutation where shuffled."""
+        """Return the indices of an epoch [len], in order: a permutation if shuffled."""
         return random_state(seed, epoch).permutation(len(self)) if shuffle else np.arange(len(self))
 
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
-        """The examples of one epoch, in that epoch's order."""
+        """Yield the examples of one epoch, in that epoch's order."""
         return (self.numbered(int(index)) for index in self.order(seed=seed, epoch=epoch, shuffle=shuffle))
 
     def numbered(self, index: int) -> Example:
-        """The example at an index below `size`, which knows its index."""
+        """Return the example at an index below `size`, with the index in it."""
         return replace(self[index], index=index)
 
 
 class TokenizedDataset(MapDataset):
     """Examples held in memory as token ids (int32) and training flags, 5 bytes a token.
 
-    encoded: ids and flags of each example, as `Tokenizer.tokenize_messages` gives them. report: what became of the rows they are
-    made of. is_chat: see `Dataset`.
+    encoded: ids and flags of each example, as returned by `Tokenizer.tokenize_messages`. report: counts of the rows they
+    come from. is_chat: see `Dataset`.
     """
 
     def __init__(self, encoded: Iterable[Encoded], report: Report, *, is_chat: bool = False) -> None:
@@ -189,7 +189,7 @@ class TokenizedDataset(MapDataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         found: list[int] = np.diff(self._ends).tolist()
         return found
 
@@ -200,10 +200,10 @@ class TokenizedDataset(MapDataset):
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turn the rows of a source into examples: which to keep, and how to tokenize them.
+    """Turn the rows of a source into examples: select rows and tokenize them.
 
-    encode: a row to its tokens, cut to fit; None where it does not fit. columns: those that it reads. suggest: what to
-    set for a row that lacks one of them. is_chat: that of the dataset.
+    encode: from a row to its tokens, truncated; None if it does not fit. columns: those that it reads. suggest: returns
+    settings for a row that lacks one of them. is_chat: that of the dataset.
     """
 
     encode: Callable[[Row], EncodedRow | None]
@@ -213,7 +213,7 @@ class RowEncoder:
     is_chat: bool = False
 
     def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
-        """The rows that can be trained on, tokenized and cut; the report counts all of them on the way."""
+        """Yield the rows that can be trained on, tokenized and truncated; the report counts every row read."""
         for row in rows:
             report.rows += 1
             try:
@@ -242,13 +242,13 @@ class RowEncoder:
 
 
 class StreamDataset(Dataset):
-    """Examples read and tokenized as they are needed; shuffled within a buffer of rows."""
+    """Examples read and tokenized on demand; shuffled within a buffer of rows."""
 
 
 class RowStream(StreamDataset):
-    """The rows of a `datasets.IterableDataset`, tokenized on the way. The report counts from the start of the epoch.
+    """The rows of a `datasets.IterableDataset`, tokenized on demand. The report counts from the start of the epoch.
 
-    encoder: makes examples of rows. source: what messages call them. shuffle_buffer: rows held for shuffling.
+    encoder: turns rows into examples. source: their name in messages. shuffle_buffer: rows held for shuffling.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class RowStream(StreamDataset):
         self._shuffle_buffer = shuffle_buffer
 
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
-        """The examples of one epoch, in that epoch's order.
+        """Yield the examples of one epoch, in that epoch's order.
 
         Raises:
             DataError: a row cannot be used, or the whole epoch had no example.
@@ -278,14 +278,14 @@ class RowStream(StreamDataset):
 
 
 def shuffled_shards(rows: "datasets.IterableDataset", random: np.random.Generator) -> Iterator[Row]:
-    """The rows of a stream, its shards (files) in random order."""
+    """Return the rows of a stream with its shards (files) in random order."""
     # IterableDataset.shuffle is not used: in a DataLoader worker it draws another order than in the main process.
     for shard in random.permutation(rows.num_shards):
         yield from rows.shard(rows.num_shards, int(shard))
 
 
 def shuffled(rows: Iterable[Row], buffer_size: int, random: np.random.Generator) -> Iterator[Row]:
-    """The rows, each drawn at random from a buffer that holds the next buffer_size of them."""
+    """Yield the rows, each drawn at random from a buffer of the next buffer_size rows."""
     buffer: list[Row] = []
     for row in rows:
         if len(buffer) < buffer_size:
@@ -319,7 +319,7 @@ def build_dataset(
     suggest: Suggest | None = None,
     is_chat: bool = False,
 ) -> Dataset:
-    """The dataset of a source: in memory, or a stream where source.streaming. See RowEncoder for the other arguments.
+    """Build the dataset of a source: in memory, or a stream if source.streaming. See RowEncoder for the other arguments.
 
     Raises:
         ConfigError: source or filter_fn cannot be used.
@@ -334,9 +334,9 @@ def build_dataset(
 
 
 def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> TokenizedDataset:
-    """The dataset of some rows, tokenized now; with a progress bar on a terminal when it takes more than two seconds.
+    """Tokenize rows into a dataset now; shows a progress bar on a terminal if it takes more than two seconds.
 
-    While previewed (see sources.previewed) it is that of the first rows, and may be empty.
+    While previewed (see sources.previewed), the dataset holds only the first rows and may be empty.
 
     Raises:
         DataError: a row cannot be used, or nothing can be trained on.
@@ -354,7 +354,7 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
 
 
 def resolve_filter(filter_fn: FilterFn | str | None) -> FilterFn | None:
-    """The filter function, found by its dotted path where it is text."""
+    """Return the filter function; text is resolved as a dotted path."""
     return resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
 
 
@@ -369,7 +369,7 @@ def _kept(keep: FilterFn, row: Row) -> bool:
 
 
 def _log_report(report: Report, *, always: bool = False) -> None:
-    """Log what became of the rows; without `always` only where some were left out or cut, and what is not read of them."""
+    """Log the report; without `always`, only if rows were dropped or truncated, or part of their content is not read."""
     if always or report.rows > report.examples or report.truncated:
         log.info("%s", report)
     for note in report.notes():
@@ -377,5 +377,5 @@ def _log_report(report: Report, *, always: bool = False) -> None:
 
 
 def report_copy(report: Report) -> Report:
-    """The report as it stands now."""
+    """Return a copy of the report in its current state."""
     return replace(report, remarks=report.remarks.copy(), unread=report.unread.copy())

@@ -1,4 +1,4 @@
-"""Which local files a source names: a path is that path; patterns are resolved only where no file has that name."""
+"""Resolve a source to local files: a path is that file; patterns are expanded only if no file has that name."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ class ElsewhereError(DataError):
 
 
 def kind_of(path: Path) -> str | None:
-    """json, csv, parquet or text, by the file's ending (.gz aside); None for any other."""
+    """Return json, csv, parquet or text, by the file's suffix (ignoring .gz); None for any other."""
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     return _KIND_OF_SUFFIX.get(suffixes[-1].lower()) if suffixes else None
 
@@ -33,7 +33,7 @@ def is_url(path: str) -> bool:
 
 
 def listed_files(kind: str, data_files: DataFiles | None, data_dir: str | None) -> FilesOfSplits:
-    """The files of each split that data_files and data_dir name; every local one exists.
+    """Return the files of each split that data_files and data_dir name; every local one exists.
 
     Raises:
         ConfigError: neither is given.
@@ -55,10 +55,10 @@ def listed_files(kind: str, data_files: DataFiles | None, data_dir: str | None) 
 def local_folder(
     folder: Path, name: str | None, data_files: DataFiles | None, data_dir: str | None
 ) -> tuple[str | None, FilesOfSplits]:
-    """The kind and the files of each split of a folder that is laid out like a hub dataset.
+    """Return the kind and the files of each split of a folder that is laid out like a hub dataset.
 
-    Splits come from the files' names or the folder's README.md, as `datasets` does. (None, {}): a folder of other
-    files, which is left to `datasets`.
+    Splits come from the files' names or the folder's README.md, as in `datasets`. (None, {}) for a folder of other files,
+    which `datasets` has to read.
 
     Raises:
         ConfigError: name is no configuration of the folder.
@@ -93,7 +93,7 @@ def _split_files(folder: Path, base: Path, name: str | None) -> FilesOfSplits:
 
 
 def _matching(patterns: Iterable[str], root: str) -> list[str]:
-    """The files that the patterns of a split match, each once."""
+    """Return the files that the patterns of a split match, each once."""
     from datasets.data_files import resolve_pattern
 
     found: dict[str, None] = {}
@@ -127,7 +127,7 @@ def _by_split(data_files: DataFiles, folder: Path) -> FilesOfSplits:
 
 
 def _expanded(paths: str | Iterable[str], folder: Path) -> list[str]:
-    """The files that paths name, below the folder where they are relative; a pattern only where no file has its name."""
+    """Expand paths to files, below the folder if they are relative; a path is a pattern only if no file has its name."""
     expanded: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
         if is_url(path):

@@ -1,4 +1,4 @@
-"""A look at the first row of a config's datasets, before anything is read or built."""
+"""Check the first row of a config's datasets, before anything else is read or built."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ _IN_ORDER: set[str] = set()
 
 
 class _NoTokenizer:
-    """Takes a tokenizer's place where only the columns of a row are looked at."""
+    """A placeholder for the tokenizer when only the columns of a row are checked."""
 
     bos_id = eos_id = pad_id = 0
     stop_ids: frozenset[int] = frozenset()
@@ -34,7 +34,7 @@ class _NoTokenizer:
 
 
 def dataset_nodes(cfg: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The nodes of a config that are made with its tokenizer, by key; a mixture as the datasets that it consists of."""
+    """Return the nodes of a config that are built with its tokenizer, by key; a mixture as its datasets."""
     for field in dataclasses.fields(cfg):
         node = getattr(cfg, field.name)
         if "tokenizer" in field.metadata.get("runtime", ()) and is_component(node):
@@ -54,7 +54,7 @@ def _unmixed(key: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[s
 def first_row_problems(cfg: Any) -> list[str]:
     """Return what kdtune's dataset builders cannot read in the first row of their source, with the settings that fit.
 
-    Sources that are not on this machine are left alone: nothing is downloaded, and files may be looked at elsewhere.
+    Sources that are not on this machine are skipped: nothing is downloaded, and the run may take place elsewhere.
     """
 
     def read(node: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def first_row_problems(cfg: Any) -> list[str]:
 def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> list[str]:
     """Return what is wrong with the first row of these nodes' sources, as `first_row_problems`; nodes by key of the config.
 
-    read: makes a node's component, and with it opens its source. Components that are not kdtune's are left alone.
+    read: builds a node's component, which opens its source. Components that are not kdtune's are skipped.
     """
     found = []
     for key, node in nodes.items():

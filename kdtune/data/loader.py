@@ -19,25 +19,25 @@ from kdtune.errors import ConfigError, DataError
 
 T = TypeVar("T")
 Position: TypeAlias = tuple[int, int]
-"""(epoch, batch of that epoch), both from 0: the next batch to be handed out."""
+"""(epoch, batch of that epoch), both from 0: the next batch to be returned."""
 
 
 class Loader:
-    """An endless iterator of batches. What comes next depends only on the dataset, the settings and the position.
+    """An endless iterator of batches. The next batch depends only on the dataset, the settings and the position.
 
-    batch_size: examples a batch. pad_id: the tokenizer's. shuffle: a new order every epoch, which depends on seed alone.
-    num_workers: processes that fetch and pad ahead (for a stream, whose rows are read in order, at most 1). They change
-    neither the order nor the position: batches fetched ahead do not count. In a stream, seek reads and drops what lies
-    before. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the dataset; for a
-    stream, those of the current epoch up to the last batch handed out.
+    batch_size: examples per batch. pad_id: the tokenizer's. shuffle: a new order every epoch, which depends only on seed.
+    num_workers: processes that prefetch and pad (for a stream, whose rows are read in order, at most 1). They change
+    neither the order nor the position: prefetched batches do not count. In a stream, seek reads and discards the rows
+    before the position. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the
+    dataset; for a stream, those of the current epoch up to the last batch returned.
 
-    rank, num_ranks: this process, of so many that share the batches. They go through them in rounds of num_ranks, each
-    process with one of a round, and the position, the same on all of them, goes on by a round. In an epoch's last round some
-    have none left and get a batch without a label.
+    rank, num_ranks: this process, of num_ranks that share the batches. Each round takes num_ranks batches, one per process,
+    and advances the position, which is the same on all of them, by num_ranks. In an epoch's last round, processes without a
+    batch left get one without labels.
 
     Raises:
         ConfigError: a setting is out of range.
-        DataError: the dataset gives no batch.
+        DataError: the dataset yields no batch.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Loader:
 
     @property
     def position(self) -> Position:
-        """The next batch to be handed out: (epoch, batch of that epoch), from (0, 0)."""
+        """The next batch to be returned: (epoch, batch of that epoch), from (0, 0)."""
         return self._position
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Batches an epoch; None for a stream, whose length is not known."""
+        """Number of batches in an epoch; None for a stream, whose length is unknown."""
         return self._settings.batches(len(self.dataset)) if isinstance(self.dataset, MapDataset) else None
 
     def __len__(self) -> int:
-        """Batches an epoch.
+        """Number of batches in an epoch.
 
         Raises:
             TypeError: the dataset is a stream (see batches_per_epoch).
@@ -94,7 +94,7 @@ class Loader:
         return self.batches_per_epoch
 
     def seek(self, position: Sequence[int]) -> None:
-        """Goes to a position, as given by `position`; iteration then goes on exactly as if it had come there by itself.
+        """Go to a position, as returned by `position`; iteration then continues exactly as if it had arrived there by itself.
 
         Raises:
             DataError: the position lies outside an epoch (for a stream, raised by the next batch).
@@ -107,7 +107,7 @@ class Loader:
         self._ahead = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """The loader itself: iteration goes on from the position."""
+        """Return the loader itself: iteration continues from the position."""
         return self
 
     def __next__(self) -> Batch:
@@ -144,10 +144,10 @@ class Loader:
 
 
 def batches(dataset: Dataset, batch_size: int, pad_id: int, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
-    """The batches of one pass over a dataset in its own order, the last one kept: what validation reads.
+    """Yield the batches of one pass over a dataset in its own order, including the last, smaller one; used for validation.
 
-    batch_size: examples a batch. pad_id: the tokenizer's. rank, num_ranks: this process, of so many that share the batches.
-    Of several processes each gets its share, all as many; where one has none left, its last is a batch without a label.
+    batch_size: examples per batch. pad_id: the tokenizer's. rank, num_ranks: this process, of num_ranks that share the
+    batches. Every process gets the same number of batches; one that has none left gets a last one without labels.
     """
     groups = _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size)
     for round_of_groups in _grouped(groups, num_ranks):
@@ -179,7 +179,7 @@ class _Numbered(TorchDataset[Example]):
 
 
 class _IndexBatches:
-    """The indices of each batch from a position on, for ever."""
+    """Yield the indices of each batch from a position on, endlessly."""
 
     def __init__(self, dataset: MapDataset, settings: _Settings, start: Position) -> None:
         self._dataset = dataset
@@ -206,9 +206,9 @@ class _StreamItem:
 
 
 class _StreamBatches(IterableDataset[Any]):
-    """The batches of a stream from a position on, for ever, each with the position after it.
+    """Yield the batches of a stream from a position on, endlessly, each with the position after it.
 
-    An error is handed out as an item, so that it comes from a worker process with its own message.
+    An error is yielded as an item, so that it keeps its own message when it comes from a worker process.
     """
 
     def __init__(self, dataset: Dataset, settings: _Settings, start: Position) -> None:
@@ -243,9 +243,9 @@ class _StreamBatches(IterableDataset[Any]):
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Keeps what reaches the whole process group (Ctrl-C, a closed terminal, Slurm's signal) from breaking off a run that saves.
+    """Ignore signals sent to the whole process group (Ctrl-C, a closed terminal, Slurm's), so that a run can still save.
 
-    SIGTERM ends a worker with exit code 0, which DataLoader does not take for a crash.
+    SIGTERM ends a worker with exit code 0, which DataLoader does not treat as a crash.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -258,7 +258,7 @@ def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 def _share(round_of_groups: list[list[Example]], rank: int) -> list[Example]:
-    """The examples of this process in a round; none in a last round that is shorter."""
+    """Return the examples of this process in a round; none if it has no batch in a shorter last round."""
     return round_of_groups[rank] if rank < len(round_of_groups) else []
 
 

@@ -30,8 +30,8 @@ class Message:
     """One turn.
 
     masked: a masked turn is never trained on, whatever the dataset's train_on says; None: the data do not say.
-    content: None for an assistant's turn that has none, but something else.
-    fields: what else the turn holds, such as tool_calls and reasoning_content; the chat template sees it.
+    content: None for an assistant's turn that holds only other fields.
+    fields: other fields of the turn, such as tool_calls and reasoning_content, which the chat template sees.
     """
 
     role: str
@@ -42,7 +42,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a conversation and what the chat template sees beside them.
+    """The turns of a conversation and its further template variables.
 
     tools: descriptions of the functions that the assistant may call, as JSON objects. template_variables: further names
     that the template looks at, such as enable_thinking.
@@ -54,12 +54,12 @@ class Conversation:
 
 
 def type_name(value: object) -> str:
-    """How an error message calls the type of a value read from a file (None is 'null')."""
+    """Return the name of a value's type for an error message about a file (None is 'null')."""
     return "null" if value is None else type(value).__name__
 
 
 def read_json_text(value: Any, what: str) -> Any:
-    """The value itself, or where it is text what its JSON says: columns of mixed types are often stored so.
+    """Return the value, parsed as JSON if it is text: columns of mixed types are often stored that way.
 
     Raises:
         DataError: the text is not JSON.
@@ -73,7 +73,7 @@ def read_json_text(value: Any, what: str) -> Any:
 
 
 def parse_conversation(turns: object, style: str) -> list[Message]:
-    """The messages of a list of mappings: role, content (openai) or from, value (sharegpt), and whatever else they hold.
+    """Parse a list of mappings into messages: role, content (openai) or from, value (sharegpt), and any other fields.
 
     The list may also be its JSON text, or a mapping of lists (how older versions of `datasets` stored it). `masked: true`,
     `train: false` and `weight: 0` keep a turn out of training. A field that is null counts as missing.
@@ -89,7 +89,7 @@ def parse_conversation(turns: object, style: str) -> list[Message]:
 
 
 def conversation_style_of(value: Any) -> str | None:
-    """The style of a conversation stored as parse_conversation reads it, None where the value is none."""
+    """Return the style of a conversation that parse_conversation can read, or None."""
     try:
         turns = _rows(read_json_text(value, "")) if isinstance(value, str | list | Mapping) else None
     except DataError:
@@ -101,7 +101,7 @@ def conversation_style_of(value: Any) -> str | None:
 
 
 def _rows(turns: object) -> object:
-    """A mapping of lists as a list of mappings; anything else as it is."""
+    """Turn a mapping of lists into a list of mappings; anything else is unchanged."""
     if not isinstance(turns, Mapping) or not turns or not all(isinstance(column, list) for column in turns.values()):
         return turns
     if len({len(column) for column in turns.values()}) > 1:
@@ -157,7 +157,7 @@ def _tool_calls(found: Any, number: int) -> Any:
 
 
 def row_conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
-    """The messages of a row with what its columns `tools` and `chat_template_kwargs` hold, if it has them.
+    """Return the messages of a row with its columns `tools` and `chat_template_kwargs`, if it has them.
 
     Raises:
         DataError: `tools` is not a list of objects, or `chat_template_kwargs` no object.

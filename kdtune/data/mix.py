@@ -24,15 +24,15 @@ def mixed_dataset(
     weights: Sequence[float],
     epoch_length: int | None = None,
 ) -> Dataset:
-    """A dataset whose examples come from several datasets, in proportion to weights (which need not sum to 1).
+    """Mix several datasets in proportion to weights (which need not sum to 1).
 
-    datasets: finished datasets, or builder nodes (`_component_: kdtune.data.alpaca_dataset, ...`), which are given the
-    tokenizer. epoch_length: examples an epoch. None: the sum of the datasets' lengths; with a stream among them, until
-    the first of them is read through. See MixedDataset and MixedStream for what an epoch holds.
+    datasets: finished datasets, or builder nodes (`_component_: kdtune.data.alpaca_dataset, ...`), which receive the
+    tokenizer. epoch_length: examples per epoch. None: the sum of the datasets' lengths; with a stream among them, until
+    the first of them is exhausted. See MixedDataset and MixedStream for the content of an epoch.
 
     Raises:
-        ConfigError: weights do not match the datasets, are not positive, or are too small to give an example an epoch.
-        DataError: what the builders raise.
+        ConfigError: weights do not match the datasets, are not positive, or are too small for one example per epoch.
+        DataError: raised by a builder.
     """
     shares = normalized_weights(weights, len(datasets))
     if epoch_length is not None and epoch_length < 1:
@@ -46,11 +46,11 @@ def mixed_dataset(
 
 
 def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer") -> Any:
-    """Build the dataset that a config has under `key`: `node`, which is given the `tokenizer`; None for None.
+    """Build the dataset that a config has under `key`: `node`, which receives the `tokenizer`; None for None.
 
     Raises:
         ConfigError: the builder returns something else than a `Dataset`.
-        DataError: what the builder raises.
+        DataError: raised by the builder.
     """
     found = instantiate(node, tokenizer=tokenizer)
     if node is not None:
@@ -67,7 +67,7 @@ def _check_is_dataset(found: Any, what: str) -> None:
 
 
 def normalized_weights(weights: Sequence[float], num_datasets: int) -> list[float]:
-    """The weights divided by their sum.
+    """Return the weights divided by their sum.
 
     Raises:
         ConfigError: there is not one weight for each dataset, or one is not a positive number.
@@ -87,11 +87,11 @@ def normalized_weights(weights: Sequence[float], num_datasets: int) -> list[floa
 
 
 class MixedDataset(MapDataset):
-    """Datasets in memory, mixed. An epoch takes exactly its share from each (rounded to whole examples).
+    """Datasets in memory, mixed. An epoch takes exactly its share of each (rounded to whole examples).
 
-    Each dataset is gone through in its own order, from epoch to epoch where the last one stopped: no example comes back
-    before all of its dataset have been used. Shuffled, the datasets follow each other at random; if not, evenly spaced.
-    datasets, shares: the parts of the mixture, and of which share an epoch is. epoch_length: examples of an epoch.
+    Each dataset is traversed in its own order and continues where the last epoch stopped: no example repeats before its
+    whole dataset has been used. Shuffled, the datasets are interleaved at random; otherwise they are evenly spaced.
+    datasets, shares: the parts of the mixture, and the share of each in an epoch. epoch_length: examples per epoch.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class MixedDataset(MapDataset):
 
     @property
     def size(self) -> int:
-        """Examples of all datasets together."""
+        """Number of examples of all datasets together."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
@@ -124,7 +124,7 @@ class MixedDataset(MapDataset):
 
     @property
     def lengths(self) -> list[int] | None:
-        """Tokens of each example of all datasets."""
+        """Number of tokens of each example of all datasets."""
         found = [dataset.lengths for dataset in self._datasets]
         known = [lengths for lengths in found if lengths is not None]
         return [length for lengths in known for length in lengths] if len(known) == len(found) else None
@@ -135,7 +135,7 @@ class MixedDataset(MapDataset):
         return " + ".join(f"{quota} of {dataset.fingerprint()}" for quota, dataset in parts)
 
     def order(self, *, seed: int, epoch: int, shuffle: bool) -> Order:
-        """The indices of an epoch [len], in order."""
+        """Return the indices of an epoch [len], in order."""
         chosen = np.repeat(np.arange(len(self._datasets)), self._quotas)
         if shuffle:
             chosen = random_state(seed, epoch).permutation(chosen)
@@ -148,7 +148,7 @@ class MixedDataset(MapDataset):
         return indices
 
     def _part(self, number: int, *, seed: int, epoch: int, shuffle: bool) -> Order:
-        """What the epoch takes of one dataset: its quota of the endless sequence of that dataset's own epochs."""
+        """Return an epoch's quota of one dataset, taken from the endless sequence of that dataset's own epochs."""
         dataset, quota = self._datasets[number], self._quotas[number]
         own_seed = _own_seed(seed, number)
         first, last = epoch * quota, (epoch + 1) * quota
@@ -162,8 +162,8 @@ class MixedStream(StreamDataset):
     """Datasets mixed example by example, at least one of them a stream.
 
     Shuffled, the dataset of each next example is drawn at random by weight; otherwise it is the one furthest behind its
-    share (shares). An epoch ends after epoch_length examples, where datasets that run out start over; without it, as soon as one
-    runs out.
+    share (shares). An epoch ends after epoch_length examples, and exhausted datasets start over; without epoch_length, it ends
+    as soon as one is exhausted.
     """
 
     def __init__(self, datasets: Sequence[Dataset], shares: Sequence[float], epoch_length: int | None = None) -> None:
@@ -178,7 +178,7 @@ class MixedStream(StreamDataset):
         return _mixed_report(self._datasets)
 
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
-        """The examples of one epoch, in that epoch's order."""
+        """Yield the examples of one epoch, in that epoch's order."""
         # A dataset that starts over within an epoch does so in an order of its own: its pass is part of its seed.
         passes = [0] * len(self._datasets)
         running = [self._pass(number, 0, seed, epoch, shuffle) for number in range(len(self._datasets))]
@@ -197,7 +197,7 @@ class MixedStream(StreamDataset):
         return self._datasets[number].examples(seed=own_seed, epoch=epoch, shuffle=shuffle)
 
     def _choices(self, seed: int, epoch: int, shuffle: bool) -> Iterator[int]:
-        """The number of the dataset that each next example comes from, for ever."""
+        """Yield the number of the dataset that each next example comes from, endlessly."""
         random, taken = random_state(seed, epoch), np.zeros(len(self._datasets))
         while True:
             if shuffle:
@@ -209,7 +209,7 @@ class MixedStream(StreamDataset):
 
 
 def whole_shares(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to total, in proportion to shares: rounded down, the largest remainders up."""
+    """Return integers that sum to total, in proportion to shares: rounded down, the largest remainders up."""
     exact = np.asarray(shares) * total
     whole = np.floor(exact).astype(np.int64)
     up = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]

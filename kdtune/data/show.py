@@ -1,4 +1,4 @@
-"""Examples and what became of their rows, as text for a terminal."""
+"""Format examples and the counts of their rows as text for a terminal."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,16 +22,16 @@ _LABEL_WIDTH = 26
 
 
 def trained_flags(example: Example) -> list[bool]:
-    """For each token [S], whether it is a training target; the first never is."""
+    """Return for each token [S] whether it is a training target; the first never is."""
     return [False, *(example.labels[:-1] != IGNORE_INDEX).tolist()]
 
 
 def example_text(
     example: Example, tokenizer: "Tokenizer", *, colour: bool = False, longest_stretch: int | None = None
 ) -> str:
-    """The example's text with its control tokens; trained stretches are coloured, or else stand between [[ and ]].
+    """Format the example's text with its special tokens; trained spans are coloured, or else stand between [[ and ]].
 
-    longest_stretch: characters of a stretch that is shown whole; of a longer one the middle is left out.
+    longest_stretch: longest span, in characters, that is shown in full; the middle of a longer one is omitted.
     """
     before, after = _COLOURS if colour else _MARKS
     ids = example.tokens.tolist()
@@ -54,7 +54,7 @@ def _shortened(text: str, limit: int | None) -> str:
 
 
 def rows_table(report: Report, lengths: Sequence[int], num_trained: int, max_seq_len: int | None) -> str:
-    """Summarize the rows: kept and left out, tokens, and tokens trained on; 60 columns wide."""
+    """Summarize the rows: used and dropped, tokens, and trained tokens; 60 columns wide."""
     total = sum(lengths)
     lines = [("rows read", f"{report.rows:,}")]
     for name, count in (
@@ -96,11 +96,11 @@ def histogram(lengths: Sequence[int], *, width: int = 60) -> str:
 
 
 def _round_up(value: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ... at or above the value."""
+    """Round the value up to the next of 1, 2, 5, 10, 20, 50, ..."""
     magnitude = 10 ** math.floor(math.log10(max(value, 1)))
     return next(int(magnitude * digit) for digit in (1, 2, 5, 10) if magnitude * digit >= value)
 
 
 def count_trained(examples: Iterable[Example]) -> int:
-    """The tokens of some examples that are trained on."""
+    """Count the trained tokens of some examples."""
     return sum(int((example.labels != IGNORE_INDEX).sum()) for example in examples)

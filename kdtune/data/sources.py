@@ -1,4 +1,4 @@
-"""Reading rows: from the hub, or from local json, jsonl, csv, parquet and text files."""
+"""Read rows from the hub, or from local json, jsonl, csv, parquet and text files."""
 
 import csv
 import gzip
@@ -35,7 +35,7 @@ _PLAIN_SPLIT = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 class SourceOptions(TypedDict, total=False):
-    """What a dataset builder takes beside `source`; see Source."""
+    """Arguments of a dataset builder beside `source`; see Source."""
 
     split: str
     data_files: DataFiles | None
@@ -47,7 +47,7 @@ class SourceOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """Location of a dataset's rows.
 
     source: a hub dataset ("tatsu-lab/alpaca"), a local folder of data files, a local file, or one of json, csv, parquet
     and text together with data_files. split may be an expression such as "train[:90%]" (not when streaming).
@@ -64,7 +64,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """How messages call it: the source with its files, and the split."""
+        """Name of the source in messages: the source with its files, and the split."""
         files = self.data_files.get(self.split, []) if isinstance(self.data_files, dict) else self.data_files
         if self.source in LOCAL_KINDS and files:
             paths = [files] if isinstance(files, str) else files
@@ -74,10 +74,10 @@ class Source:
 
 
 def open_rows(source: Source) -> Any:
-    """The rows of a source: an iterable of mappings, or a `datasets.IterableDataset` where source.streaming.
+    """Open the rows of a source: an iterable of mappings, or a `datasets.IterableDataset` if source.streaming.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings contradict each other.
         DataError: a missing file, an unknown split, or a file that cannot be read.
     """
     if source.shuffle_buffer is not None and (not source.streaming or source.shuffle_buffer < 1):
@@ -126,7 +126,7 @@ PREVIEW: ContextVar[Preview | None] = ContextVar("preview", default=None)
 
 @contextmanager
 def previewed(rows: int, *, local_only: bool = False) -> Iterator[None]:
-    """Within it, every dataset is made of the first rows of its source alone, in memory; nothing is logged.
+    """A context in which every dataset holds only the first rows of its source, in memory; nothing is logged.
 
     local_only: a source that is not on this machine raises ElsewhereError.
     """
@@ -138,7 +138,7 @@ def previewed(rows: int, *, local_only: bool = False) -> Iterator[None]:
 
 
 class ArrowRows:
-    """The rows of a `datasets.Dataset`, as `without_filled` has them."""
+    """The rows of a `datasets.Dataset`, each passed through `without_filled`."""
 
     def __init__(self, rows: "datasets.Dataset") -> None:
         self._rows = rows
@@ -151,9 +151,9 @@ class ArrowRows:
 
 
 def without_filled(row: Row) -> dict[str, Any]:
-    """A row of an Arrow table without the nulls inside its columns' values.
+    """Remove the nulls inside the column values of an Arrow table's row.
 
-    In a table all structs of a column have the same fields: what a turn or a tool call lacks stands there as null.
+    In an Arrow table all structs of a column have the same fields: a field that a turn or a tool call lacks is null.
     """
     return {column: _without_nulls(value) for column, value in row.items()}
 
@@ -165,7 +165,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
-    """The kind of local file and the files of each split; (None, {}) for the hub and for folders."""
+    """Return the kind of local file and the files of each split; (None, {}) for the hub and for folders."""
     if source.source in LOCAL_KINDS:
         if source.name is not None:
             raise ConfigError(
@@ -198,7 +198,7 @@ def _load(
     data_dir: str | None,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The rows that `datasets.load_dataset` gives; its errors come out as DataError."""
+    """Load rows by `datasets.load_dataset`; its errors are raised as DataError."""
     import datasets
 
     try:
@@ -222,13 +222,13 @@ def _load(
 
 
 def empty_text(label: str) -> str:
-    """What is said of a source without rows."""
+    """Return the message for a source without rows."""
     return f"{label}: the dataset is empty (0 rows); check source, split and data_files"
 
 
 @contextmanager
 def _named_errors(label: str) -> Iterator[None]:
-    """Turns what `datasets` and its readers raise about a source into a DataError that names it."""
+    """Turn errors of `datasets` and its readers into a DataError that names the source."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -239,7 +239,7 @@ def _named_errors(label: str) -> Iterator[None]:
 
 
 def read_stream(rows: Iterable[Row], label: str) -> Iterator[Row]:
-    """The rows of a stream; an error that the reading meets comes out as a DataError that names the source."""
+    """Yield the rows of a stream; a read error is raised as a DataError that names the source."""
     with _named_errors(label):
         yield from rows
 
@@ -251,7 +251,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
-    """Options that read every CSV cell as the text that stands there: no "007" -> 7, no "None" -> null."""
+    """Return options that read every CSV cell as the text it holds: no "007" -> 7, no "None" -> null."""
     from datasets import Features, Value
 
     first = next(iter(files.values()))[0]
@@ -264,7 +264,7 @@ def _csv_options(files: FilesOfSplits) -> dict[str, Any]:
 
 @contextmanager
 def _text(path: str, newline: str | None = None) -> Iterator[IO[str]]:
-    """A file of text, possibly gzipped, opened; what goes wrong while it is read comes out as a DataError naming it."""
+    """Open a text file, possibly gzipped; read errors are raised as a DataError that names it."""
     try:
         opener: Any = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
@@ -276,7 +276,7 @@ def _text(path: str, newline: str | None = None) -> Iterator[IO[str]]:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file, possibly gzipped, without their ends.
+    """Yield the lines of a text file, possibly gzipped, without line ends.
 
     A line ends with a line feed, a carriage return or both; other characters that break lines on paper are text.
 
@@ -288,10 +288,10 @@ def read_lines(path: str) -> list[str]:
 
 
 def _json_source(files: FilesOfSplits, source: Source) -> Any:
-    """Rows of local JSON files, read by the standard library.
+    """Read rows of local JSON files by the standard library.
 
-    `datasets` infers one type for a column from each file's first rows; where later rows or files differ, it hands out
-    other values than the file holds (text wrapped in JSON quotes, seen with 5.2). Here a row is what its line says.
+    `datasets` infers one type for a column from each file's first rows. If later rows or files differ, it returns other
+    values than the file holds (text wrapped in JSON quotes, seen with 5.2). Here a row is exactly what its line says.
     """
     if source.streaming:
         import datasets
@@ -318,7 +318,7 @@ class JsonRows:
 def split_parts(
     split: str, names: Collection[str], label: str, counts: Mapping[str, int] | None = None
 ) -> list[tuple[str, int, int | None]]:
-    """The (split name, first row, end row) parts of a split expression; a plain name needs no counts (end row: None).
+    """Parse a split expression into (split name, first row, end row) parts; a plain name needs no counts (end row: None).
 
     Raises:
         DataError: a split is unknown (the message lists those there are), or the expression cannot be read.
@@ -335,7 +335,7 @@ def split_parts(
 
 
 def read_json(paths: Iterable[str]) -> Iterator[Row]:
-    """The rows of JSON files (possibly gzipped): one object a line, or one array of objects.
+    """Yield the rows of JSON files (possibly gzipped): one object per line, or one array of objects.
 
     Raises:
         DataError: a file is not valid JSON or a row is not an object; the message names file and line.

@@ -1,4 +1,4 @@
-"""Plain text, every token of which is trained on."""
+"""Plain text: every token is trained on."""
 
 from typing import TYPE_CHECKING, Unpack
 
@@ -20,10 +20,10 @@ def text_completion_dataset(
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
-    """A dataset of texts, one an example, without any template; an empty text counts as untrainable.
+    """Build a dataset of texts, one per example, without any template; an empty text counts as untrainable.
 
-    column: the one with the text. add_eos: whether a text ends with the tokenizer's eos.
-    A text begins with bos where transformers, under the tokenizer's files, begins it so.
+    column: the one with the text. add_eos: end each text with the tokenizer's eos.
+    A text begins with bos if transformers, with the tokenizer's files, would add it.
 
     The rows of a text file are its lines. A text longer than the tokenizer's max_seq_len is cut there. The other
     arguments and the errors are alpaca_dataset's.

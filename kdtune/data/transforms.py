@@ -1,4 +1,4 @@
-"""Token ids and training flags, truncation, and the one place where labels are shifted."""
+"""Token ids and training flags, truncation, and the only place where labels are shifted."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Encoded: TypeAlias = tuple[list[int], list[bool]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row's token ids [S] and training flags [S], and what became of it on the way."""
+    """A row's token ids [S] and training flags [S], and how it was changed."""
 
     ids: Sequence[int]
     trained: Sequence[bool]
     truncated: bool = False
     """True if the example was cut to max_seq_len."""
     remarks: Sequence[str] = ()
-    """Further notes, such as what the chat template leaves out."""
+    """Further notes, such as content that the chat template omits."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Example:
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     index: int | None = None
-    """Of the example in its dataset; None in a stream."""
+    """Index of the example in its dataset; None in a stream."""
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first one that is trained on; all of them where none is."""
+        """Number of tokens before the first trained one; all of them if none is trained."""
         has_label = self.labels != IGNORE_INDEX
         return int(has_label.argmax()) + 1 if has_label.any() else len(self.tokens)
 
 
 def make_example(ids: Sequence[int] | npt.NDArray[Any], trained: Sequence[bool] | npt.NDArray[Any]) -> Example:
-    """The example of a token sequence: position t is labelled with token t + 1 where that token is trained on.
+    """Make an example of a token sequence: position t is labelled with token t + 1 if that token is trained on.
 
     The last position has no next token: its label is IGNORE_INDEX. Whether the first token is trained on has no effect.
     """
@@ -56,12 +56,12 @@ def make_example(ids: Sequence[int] | npt.NDArray[Any], trained: Sequence[bool] 
 
 
 def is_trainable(trained: Sequence[bool]) -> bool:
-    """Whether the example would have a valid label."""
+    """Return whether the example would have a valid label."""
     return any(trained[1:])
 
 
 def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_ids: Collection[int]) -> Encoded:
-    """The first max_seq_len of the ids, the last of them replaced by the sequence's own final end token (if it has one).
+    """Keep the first max_seq_len ids, the last of them replaced by the sequence's own final end token (if it has one).
 
     The end token is the last id of the sequence that is in stop_ids. At the cut it is trained on only if the token it
     replaces was: a cut inside the prompt must not teach the model to answer with silence.
@@ -76,6 +76,6 @@ def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_
 
 
 def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """The ids that may end a sequence: the tokenizer's stop ids and its eos."""
+    """Return the ids that may end a sequence: the tokenizer's stop ids and its eos."""
     eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     return frozenset(tokenizer.stop_ids) | eos
