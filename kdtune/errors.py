@@ -16,7 +16,7 @@ class KDTuneError(Exception):
 
     exit_code = 2
     is_repeated = False
-    """Whether another process of this host has the same error, and prints it."""
+    """True if another process of this host has the same error, and prints it."""
 
 
 class ConfigError(KDTuneError):
@@ -24,7 +24,7 @@ class ConfigError(KDTuneError):
 
 
 class LayoutError(ConfigError):
-    """A model that cannot be spread over the processes as the config wants."""
+    """A model that cannot be parallelized as the config asks."""
 
 
 class CheckpointError(KDTuneError):
@@ -42,7 +42,7 @@ class TrainingError(KDTuneError):
 
 
 def error_text(error: Exception) -> str:
-    """One readable message for an error that needs no traceback."""
+    """Return one readable message for an error that needs no traceback."""
     if isinstance(error, OSError):
         return printable(f"error: {error.filename or 'output'}: {error.strerror or error}")
     return printable(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Text that comes from data (names, config values, what a failed run printed) as each kind of file has to quote it."""
+"""Escape text from data (names, config values, output of a failed run) for each kind of file."""
 
 import re
 import unicodedata
@@ -37,26 +37,26 @@ def one_line(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """The text as GitHub's Markdown shows it unchanged inside a line: no markup, no HTML, no end of a table's cell."""
+    """Escape text so that GitHub's Markdown shows it unchanged in a line: no markup, no HTML, no end of a table cell."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, num_text: int) -> str:
-    """A Markdown table of cells that are Markdown; the first `num_text` columns are set left, the others right."""
+    """Format a Markdown table of Markdown cells; the first `num_text` columns are left-aligned, the others right-aligned."""
     rules = [":--" if index < num_text else "--:" for index in range(len(header))]
     cells = [[markdown_text(title) for title in header], rules, *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def markdown_fence(text: str) -> str:
-    """The text as a code block, between fences longer than any run of backquotes in it."""
+    """Format the text as a code block whose fences are longer than any run of backquotes in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{printable(text)}\n{fence}"
 
 
 def csv_value(value: object) -> object:
-    """The value of a CSV field: a number stays a number; a text that a spreadsheet would run has a ' before it."""
+    """Return the value of a CSV field: a number stays a number; a text that a spreadsheet would run gets a leading '."""
     if not isinstance(value, str) or is_number(value):
         return value
     return f"'{printable(value)}" if _FORMULA.match(value) else printable(value)
@@ -72,13 +72,13 @@ def is_number(text: str) -> bool:
 
 
 def latex_text(text: str) -> str:
-    """The text in one line of LaTeX's text mode: every special character quoted, what pdfLaTeX has no sign for as U+4E2D."""
+    """Escape the text for one line of LaTeX's text mode; characters that pdfLaTeX lacks are written as U+4E2D."""
     whole = unicodedata.normalize("NFC", one_line(text))
     return _LIGATURES.sub(r"\1{}", "".join(map(_latex_character, whole)))
 
 
 def latex_breakable(text: str) -> str:
-    """The text as `latex_text` gives it, with places in its long words where a line may end."""
+    """Like `latex_text`, with places in long words where a line may break."""
     words = (_PIECES.findall(word) if len(word) > 20 else [word] for word in one_line(text).split())
     return " ".join(r"\allowbreak{}".join(map(latex_text, pieces)) for pieces in words)
 

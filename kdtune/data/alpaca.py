@@ -129,12 +129,11 @@ def quickstart_dataset(
 ) -> TokenizedDataset:
     """The small instruction set that ships with kdtune.
 
-    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca"
-    for Alpaca's wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input,
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca" for Alpaca's wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input,
     truncation: as for alpaca_dataset.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings contradict each other.
         DataError: the split is unknown, or nothing can be trained on within tokenizer.max_seq_len.
     """
     label = f"quickstart ({split})"

@@ -1,4 +1,4 @@
-"""How a model is built for a run, and what is applied to it from outside."""
+"""Processes of a run, and models built and parallelized on them."""
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.bridge import END, Bridge

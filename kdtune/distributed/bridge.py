@@ -1,9 +1,9 @@
-"""Between the processes of the student and those that hold the teacher alone: tensors from one process to another.
+"""Point-to-point channel between the student's processes and those that hold only the teacher.
 
-Each side is a complete world, with a default process group of its own; they meet here only. S processes of the student
-come first, T of the teacher are the last. Every student's process has its own ones of the teacher, and the other way round:
-with S >= T a teacher's process serves the students t, t + T, ...; with S < T a student's rows are shared by the teacher's
-processes s, s + S, ....
+Each side is a complete world with its own default process group; they communicate only here. The S student ranks come
+first, the T teacher ranks last. Each student rank has fixed peers among the teacher's ranks, and vice versa: with S >= T
+teacher rank t serves the students t, t + T, ...; with S < T the rows of student rank s are split over the teacher ranks
+s, s + S, ....
 """
 
 import socket
@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from kdtune.errors import TrainingError
 
 END = 0
-"""The note by which a process of the student says that it asks for nothing more."""
+"""The tag by which a student rank says that it will request nothing more."""
 _DTYPES = (torch.int64, torch.float32, torch.bfloat16, torch.float64, torch.float16)
 # note, dtype, whether it comes by way of the GPUs, number of dimensions, their lengths
 _MAX_DIMENSIONS = 3
@@ -33,7 +33,7 @@ _PATIENCE = timedelta(seconds=5)
 
 @dataclass(frozen=True)
 class Sent:
-    """What is on its way to another process; it keeps the tensors, which must not be changed before it has arrived."""
+    """A pending send; it keeps the tensors, which must not be changed before they have arrived."""
 
     bridge: "Bridge"
     rank: int
@@ -41,10 +41,10 @@ class Sent:
     tensors: tuple[Tensor, ...]
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Returns once it has arrived; waits for this time, or for the run's.
+        """Wait until it has arrived, for at most this time, or the run's timeout.
 
         Raises:
-            TrainingError: the other process is gone, or does not fetch it.
+            TrainingError: the other process is gone, or does not receive it.
         """
         with self.bridge.naming(self.rank):
             for work in self.works:
@@ -56,40 +56,42 @@ class Bridge:
     """This process's end of the connections between the two sides."""
 
     rank: int
-    """This process among all of the run, the teacher's included."""
+    """Rank of this process among all of the run, including the teacher's."""
     num_students: int
     num_teachers: int
     device: torch.device
-    """Where tensors that do not lie on the CPU are received."""
+    """Device that receives tensors which are not on the CPU."""
     control: Any
     """ProcessGroupGloo."""
     data: Any
-    """ProcessGroupNCCL on CUDA; None: what lies on a GPU goes by way of the CPU."""
+    """ProcessGroupNCCL on CUDA; None: GPU tensors are copied through the CPU."""
 
     @property
     def num_processes(self) -> int:
-        """All of the run."""
+        """Number of all processes of the run."""
         return self.num_students + self.num_teachers
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this process holds the teacher, and nothing of the student."""
+        """Return whether this process holds only the teacher."""
         return self.rank >= self.num_students
 
     @property
     def partners(self) -> range:
-        """The ranks, among all, of the processes of the other side that this one speaks with; at least one."""
+        """The peers of this process: ranks, among all, of the other side; at least one."""
         if self.is_teacher:
             return range((self.rank - self.num_students) % self.num_students, self.num_students, self.num_teachers)
         return range(self.num_students + self.rank % self.num_teachers, self.num_processes, self.num_students)
 
     @property
     def turns(self) -> int:
-        """The most partners that any process of the teacher has: so often do all of them compute when every student asks once."""
+        """Return the largest number of peers of any teacher rank: all teacher ranks run that many forwards when every
+        student asks once.
+        """
         return -(-self.num_students // self.num_teachers)
 
     def send(self, rank: int, note: int, tensor: Tensor | None = None) -> Sent:
-        """Sends a number from 0 on and, where there is one, a tensor of up to three dimensions; does not wait for them."""
+        """Send a tag (0 or more) and optionally a tensor of up to three dimensions, without waiting for them."""
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
         header[0] = note
         groups, tensors = [self.control], [header]
@@ -106,10 +108,10 @@ class Bridge:
         return Sent(self, rank, works, tuple(tensors))
 
     def receive(self, rank: int) -> tuple[int, Tensor]:
-        """The next number and tensor that this process has sent; an empty tensor where it sent the number alone.
+        """Receive the next tag and tensor from this process; an empty tensor if it sent only the tag.
 
         Raises:
-            TrainingError: it is gone, has sent nothing before the timeout, or has failed; then with its exit code.
+            TrainingError: it is gone, has sent nothing before the timeout, or has failed; the error then has its exit code.
         """
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
         with self.naming(rank):
@@ -125,7 +127,7 @@ class Bridge:
         return note, tensor
 
     def close(self) -> None:
-        """Ends the conversation: the student's processes say so, and the teacher's, which wait for that, have heard it."""
+        """Close the channel: the student's processes announce the end, and the teacher's wait for it."""
         if not self.is_teacher:
             for sent in [self.send(rank, END) for rank in self.partners]:
                 sent.wait()
@@ -133,14 +135,14 @@ class Bridge:
             self.data.shutdown()
 
     def fail(self, exit_code: int) -> None:
-        """Tells the processes that wait for this one that it ends with a user's error: theirs is to be the same exit code."""
+        """Tell the waiting peers that this process ends with a user's error, so that they end with the same exit code."""
         for rank in self.partners:
             with suppress(TrainingError):  # who is gone, or at work, finds out by itself
                 self.send(rank, -exit_code).wait(_PATIENCE)
 
     @contextmanager
     def naming(self, rank: int) -> Iterator[None]:
-        """What torch says of a broken connection becomes an error that names the process at its other end."""
+        """Turn torch's errors about a broken connection into one that names the process at its other end."""
         try:
             yield
         except RuntimeError as error:
@@ -168,7 +170,7 @@ def start_two_worlds(
     device: torch.device,
     timeout: timedelta,
 ) -> Bridge:
-    """The default process group of this process's side, and the connections to the other.
+    """Start the default process group of this process's side, and the channel to the other side.
 
     Args:
         store: of all processes.

@@ -1,4 +1,4 @@
-"""Builds a model for a run: builder and checkpoint in, weights on the device out."""
+"""Build a model for a run: from builder and checkpoint to weights on the device."""
 
 import os
 from collections.abc import Callable
@@ -25,20 +25,20 @@ def build_model(
     weights: Path | None = None,
     prepare: Callable[[Transformer], Transformer] | None = None,
 ) -> Transformer:
-    """The model of a run, its weights in `dtype` on `device`.
+    """Build the model of a run, with its weights in `dtype` on `device`.
 
     Args:
         builder: component node of a builder, or None for the checkpoint's own config. A builder is built on the meta
             device and must agree with the checkpoint.
         checkpointer: component node, or None for random weights (the seed is the caller's business).
-        adapter: component node such as `kdtune.models.apply_lora`, given the model as `model`; None: no adapters, apart
-            from those a builder makes.
-        dtype: of the weights; None: as they are stored.
-        device: where the weights go, each tensor directly.
-        weights: a folder that takes the checkpointer's place, such as the step folder a run is resumed from. Where it
-            holds an adapter, the base still comes from the checkpointer, and the adapter from here.
-        prepare: what is done to the model, in its dtype on the meta device, before it gets its weights, such as
-            `shard_model`; it needs a dtype. Random weights are drawn before, by every process alike.
+        adapter: component node such as `kdtune.models.apply_lora`, which receives the model as `model`; None: no adapters
+            except those a builder makes.
+        dtype: dtype of the weights; None: as stored.
+        device: device of the weights; each tensor is loaded directly to it.
+        weights: a folder that replaces the checkpointer's, such as the step folder a run is resumed from. If it holds an
+            adapter, the base still comes from the checkpointer and the adapter from here.
+        prepare: applied to the model, in its dtype on the meta device, before the weights are loaded, such as
+            `shard_model`; it needs a dtype. Random weights are drawn before it, identically on every process.
 
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
@@ -84,12 +84,12 @@ def distributed_model(
     activation_checkpointing: bool = False,
     trainable: bool = True,
 ) -> Transformer:
-    """`build_model` for a model that is spread over processes, where its shards are placed before the weights are read.
+    """Like `build_model`, for a model parallelized over processes: shards are placed before the weights are read.
 
     Args:
         builder: as for `build_model`.
         checkpointer: as for `build_model`.
-        parallelism: how it is spread over the processes.
+        parallelism: how it is parallelized.
         world: the processes.
         dtype: of the weights.
         adapter: as for `build_model`.
@@ -111,11 +111,11 @@ def distributed_model(
 
 
 def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: torch.dtype) -> Transformer:
-    """The model that `build_model` would give, without weights, on the meta device; adapters are those of a run's start.
+    """Return the model that `build_model` would build, without weights, on the meta device; adapters are newly initialized.
 
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
-        CheckpointError: where the builder is None and the checkpoint does not say what it holds.
+        CheckpointError: the builder is None and the checkpoint does not describe its model.
     """
     if builder is None and checkpointer is None:
         raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
@@ -127,10 +127,10 @@ def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: t
 
 
 def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
-    """The config of the model that `build_model` would give; reads no weights.
+    """Return the config of the model that `build_model` would build; reads no weights.
 
     Raises:
-        CheckpointError: where it is to come from a checkpoint that does not say it.
+        CheckpointError: it has to come from a checkpoint that does not describe its model.
     """
     if builder is None:
         config: TransformerConfig = instantiate(checkpointer).model_config()
@@ -141,7 +141,7 @@ def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
 
 
 def _check_room(config: Any, device: torch.device) -> None:
-    """Raise if random weights, which are drawn in fp32, are larger than all of the device's memory."""
+    """Raise if random weights, which are drawn in fp32, exceed all of the device's memory."""
     if not isinstance(config, TransformerConfig):
         return  # of a model of the user's own
     needed = 4 * config.num_parameters

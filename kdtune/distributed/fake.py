@@ -1,4 +1,4 @@
-"""A process group without processes: what sharding does to a model on many ranks, seen from one."""
+"""A fake process group: shows what sharding on many ranks does to a model, seen from one rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from kdtune.distributed.world import World
 
 @contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[World]:
-    """The world that rank `rank` of `size` would see. Nothing is sent: collectives return at once, values are meaningless.
+    """A context with the world that rank `rank` of `size` would see. Collectives return at once; their results are meaningless.
 
-    For models on the meta device. No process group may exist, and none exists after it.
+    For models on the meta device. No process group may exist before, and none exists afterwards.
     """
     # Half a second of imports, which no run needs. The first is torch's own, with which it tests its sharding.
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache

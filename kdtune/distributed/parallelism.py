@@ -1,4 +1,4 @@
-"""How a model is spread over the processes of a run: FSDP2, replicas of it (HSDP), or a whole copy on each."""
+"""Parallelize a model over the processes of a run: FSDP2, replicas of it (HSDP), or a full copy on each."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,18 +26,19 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Sizes of the device mesh, whose product is the number of processes, and how FSDP2 treats a shard.
+    """Sizes of the device mesh, whose product is the number of processes, and the settings of FSDP2.
 
     Args:
-        dp_replicate: groups that each hold the whole model; the gradients are summed over them too. -1: the rest.
-        dp_shard: processes that share one copy of weights, gradients and optimizer state. -1: the rest.
+        dp_replicate: number of replicas of the model; the gradients are summed over them too. -1: the remaining processes.
+        dp_shard: processes that shard one copy of weights, gradients and optimizer state. -1: the remaining processes.
         tp: processes that compute one batch together, each with some of the heads, of the feed-forward and of the
-            vocabulary (tensor parallelism). They talk twice a layer: keep them within one host. -1: the rest.
-        reshard_after_forward: free a layer's weights after its forward and fetch them again in backward; false is faster
-            and takes the memory of the whole weights between forward and backward.
-        cpu_offload: shards, gradients and optimizer state lie in the CPU's memory between their uses.
-        param_dtype: weights are computed with in this dtype; null: in their own.
-        reduce_dtype: gradients are summed over processes in this dtype; null: fp32, or their own where that is wider.
+            vocabulary (tensor parallelism). They communicate twice per layer: keep them within one host. -1: the remaining
+            processes.
+        reshard_after_forward: free a layer's all-gathered weights after its forward and gather them again in backward; false
+            is faster, and the full weights stay in memory between forward and backward.
+        cpu_offload: keep shards, gradients and optimizer state in CPU memory between their uses.
+        param_dtype: dtype in which FSDP2 gathers and computes with the weights; null: their own.
+        reduce_dtype: dtype in which gradients are summed over processes; null: fp32, or their own if that is wider.
         timeout_minutes: a process that waits longer for the others ends the run with an error.
     """
 
@@ -51,10 +52,10 @@ class Parallelism:
     timeout_minutes: float = 10.0
 
     def sizes(self, world_size: int) -> dict[str, int]:
-        """The mesh for so many processes, with -1 filled in: sizes by name, consecutive processes in the last dimension.
+        """Return the mesh for this many processes, with -1 filled in: sizes by name, consecutive ranks in the last dimension.
 
         Raises:
-            ConfigError: they do not multiply to the number of processes.
+            ConfigError: their product is not the number of processes.
         """
         given = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, TP_DIM: self.tp}
         text = " ".join(f"{name}={size}" for name, size in given.items())
@@ -77,20 +78,20 @@ class Parallelism:
 
     @property
     def is_plain(self) -> bool:
-        """Whether weights stay where they are used, in the dtype they are used in."""
+        """Return whether weights stay on the device and in the dtype in which they are used."""
         return not self.cpu_offload and not self.param_dtype
 
     def start_world(self, device: torch.device, *, teacher_processes: int = 0) -> AbstractContextManager[World]:
-        """The processes of this run, started; see `kdtune.distributed.start_world`."""
+        """Start the processes of this run; see `kdtune.distributed.start_world`."""
         tp = self.sizes(world_size() - teacher_processes)[TP_DIM]
         return start_world(device, tp=tp, timeout_minutes=self.timeout_minutes, teacher_processes=teacher_processes)
 
     def home(self, world: World) -> torch.device:
-        """Where the weights lie between their uses."""
+        """Device that holds the weights between their uses."""
         return torch.device("cpu") if self.cpu_offload else world.device
 
     def problems(self) -> list[str]:
-        """What does not fit beside the sizes, one sentence each."""
+        """Return settings that contradict each other, one sentence each; the sizes are checked elsewhere."""
         found = [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
         if not is_under_torchrun():
             unused = [name for name in ("param_dtype", "reduce_dtype", "cpu_offload") if getattr(self, name)]
@@ -109,10 +110,10 @@ def parallelize(
     compile: bool = False,
     activation_checkpointing: bool = False,
 ) -> Transformer:
-    """The model as a run uses it, in place: recomputation innermost, then torch.compile, then shards (`shard_model`).
+    """Prepare the model for a run, in place: activation checkpointing, then torch.compile, then sharding (`shard_model`).
 
-    parallelism: how the model is spread over the world's processes. compile: each layer. activation_checkpointing: recompute
-    activations in backward.
+    parallelism: how to distribute the model over the world's processes. compile: compile each layer.
+    activation_checkpointing: recompute activations in backward.
     """
     if activation_checkpointing:
         apply_activation_checkpointing(model)
@@ -123,14 +124,14 @@ def parallelize(
 
 
 def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
-    """The model, cut over `tp` processes, then every layer a unit of FSDP2 and what is left (embeddings, norm, head) another.
+    """Shard the model: first over `tp` processes, then each layer, and the rest (embeddings, norm, head), as an FSDP2 unit.
 
-    `parallelism` says how, over the processes of the `world`.
+    `parallelism` has the sizes, `world` the processes.
     Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
-    factor. The last unit stays whole between forward and backward: the loss reads the head outside of the model's forward.
-    In a world without process group, or of copies (dp_shard 1, several processes, no gradients wanted), nothing is done.
+    factor. The last unit stays unsharded between forward and backward: the loss reads the head outside of the model's
+    forward. Nothing is done without a process group, or for replicas without gradients (dp_shard 1, several processes).
 
-    Of an NF4 base (QLoRA), a weight whose rows `dp_shard` does not divide evenly is a copy on every process.
+    Of an NF4 base (QLoRA), a weight whose rows `dp_shard` does not divide evenly is replicated on every process.
 
     Raises:
         ConfigError: the sizes do not fit the number of processes.
@@ -178,7 +179,7 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
 
 
 def _mesh(world: World, sizes: dict[str, int]) -> DeviceMesh:
-    """The processes of the world in an array of these sizes. They wait for each other as long as the world does."""
+    """Return the device mesh of these sizes over the world's processes, with the world's timeout."""
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if world.timeout is not None:
         # A dimension that is not all processes is a new group, which has torch's half an hour unless told otherwise.
@@ -205,7 +206,7 @@ def _mixed_precision(model: nn.Module, parallelism: Parallelism) -> MixedPrecisi
 
 
 def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_processes: int = 0) -> list[str]:
-    """Why these config nodes do not fit the processes that were started, or each other, one sentence each.
+    """Return why these config nodes do not fit the number of processes, or each other, one sentence each.
 
     Args:
         node: the model's, or the student's.
@@ -234,8 +235,8 @@ def layout_problems(
 ) -> list[str]:
     """Return why these sizes do not fit the number of processes or each other, one sentence each; see `parallelism_problems`.
 
-    parallelism: of the student. teacher: of the teacher; None: as the student's. num_processes: of the whole run.
-    teacher_processes: so many of them hold the teacher alone.
+    parallelism: the student's. teacher: the teacher's; None: the same as the student's. num_processes: of the whole run.
+    teacher_processes: number of them that hold only the teacher.
     """
     parts = {"parallelism": (parallelism, num_processes - teacher_processes)}
     if teacher or teacher_processes:

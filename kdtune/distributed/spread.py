@@ -1,4 +1,4 @@
-"""Work without gradients that the processes share: each does its part of a list, and all of them get every result."""
+"""Parallel map without gradients: each process computes a part of a list, and all of them get every result."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,19 +28,19 @@ def spread(
     on_done: Callable[[Sequence[Item]], object] | None = None,
     on_result: Callable[[Item, Result], object] | None = None,
 ) -> list[Result]:
-    """`work(item)` of each item, in the order of the items, on every process; all of them call it with the same items.
+    """Return `work(item)` for each item, in order, on every process; all processes call it with the same items.
 
-    Item i is worked on by process i modulo their number (with tp, by a group).
-    Items that begin with the largest keep the processes busy alike.
+    Process i modulo the number of processes computes item i (with tp, a group does). Put the largest items first to balance
+    the load.
 
     Args:
-        work: calls the model as often as it likes, under `torch.no_grad()`; what it returns is pickled.
-        items: what there is to do.
-        model: what `work` uses; where it is sharded, the processes' forwards go in step (`in_step`).
-        world: the processes; None: this one alone.
-        on_done: called with the items of a round, one a process, when this process has done its own. For progress bars.
-        on_result: called with each item and its result as soon as this process has it: its own at once, the others' when they
-            are fetched, after a few of its own. For keeping what there is.
+        work: may call the model any number of times, under `torch.no_grad()`; its result is pickled.
+        items: inputs of `work`.
+        model: the model that `work` uses; if it is sharded, the processes' forwards run in lockstep (`in_step`).
+        world: the processes; None: only this one.
+        on_done: called with the items of a round, one per process, when this process has done its own. For progress bars.
+        on_result: called with each item and its result as soon as this process has it: its own at once, the others' when
+            they are fetched, after a few of its own. For saving partial results.
     """
     rank, size = (world.dp_rank, world.dp_size) if world else (0, 1)
     found: list[Result] = []
@@ -74,17 +74,17 @@ def spread_in_batches(
     on_done: Callable[[int], object] | None = None,
     on_result: Callable[[int, Result], object] | None = None,
 ) -> list[Result]:
-    """A result for each of so many sequences, in their order, on every process; see `spread`.
+    """Return a result for each sequence, in order, on every process; like `spread`, but `work` gets batches.
 
     Args:
-        work: results for the sequences of these numbers, which are computed side by side.
-        lengths: of the sequences. Those of similar length go together, so that little of a batch is padding.
-        batch_size: the most sequences in a batch.
-        model: what `work` uses.
-        world: the processes; None: this one alone.
-        groups: of each sequence, what those in its batch have in common; None: any may share one.
+        work: returns the results for a batch, given the indices of its sequences.
+        lengths: lengths of the sequences. Sequences of similar length are batched together to save padding.
+        batch_size: largest number of sequences in a batch.
+        model: the model that `work` uses.
+        world: the processes; None: only this one.
+        groups: a key for each sequence; only sequences with equal keys share a batch. None: any may.
         on_done: called with the number of sequences that a round has done. For progress bars.
-        on_result: called with a sequence's number and its result as soon as this process has it, see `spread`.
+        on_result: called with a sequence's index and its result as soon as this process has it, see `spread`.
     """
     groups = groups or [None] * len(lengths)
     batches: list[list[int]] = []
@@ -109,11 +109,11 @@ def spread_in_batches(
 
 @contextmanager
 def in_step(model: nn.Module, world: World | None) -> Iterator[None]:
-    """Inside, the processes may call a sharded model differently often; any other model is left alone.
+    """A context in which ranks may run different numbers of forward passes of a sharded model; no effect on other models.
 
-    FSDP fetches a layer's weights from all processes together, so that a forward of one is a forward of all: before each, they
-    tell each other that they make one, and a process that leaves makes empty ones until all have left. On entry, the embeddings,
-    norm and head are made whole, on the device that computes.
+    FSDP all-gathers a layer's weights, which takes all ranks, so a forward on one rank must be a forward on all. Before each
+    one the ranks announce it to each other, and a rank that leaves runs empty forwards until all have left. On entry, the
+    embeddings, norm and head are all-gathered to the compute device.
     """
     if world is None or not isinstance(model, FSDPModule):
         yield

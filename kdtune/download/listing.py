@@ -1,7 +1,7 @@
 """List a hub repository: the commit, and the files with their sizes and hashes.
 
-huggingface_hub's own client takes an answer of any size, parses it without looking, and follows a next page to any host
-with the token; hence this.
+huggingface_hub's own client reads a response of any size, parses it unchecked, and follows a next page to any host
+with the token, hence this module.
 """
 
 import json
@@ -34,11 +34,11 @@ _MOST_PAGES = 1000
 def list_files(
     repo: str, revision: str | None, endpoint: str, headers: Mapping[str, str]
 ) -> tuple[str, list[RemoteFile]]:
-    """The commit that `revision` (None: main) names, and the files in it.
+    """Return the commit that `revision` (None: main) names, and the files in it.
 
     Raises:
-        AnswerError, TransportError: what the server answers instead, after the last attempt.
-        CheckpointError: an answer that is not what a hub answers.
+        AnswerError, TransportError: the last attempt failed.
+        CheckpointError: the response is not a hub's.
     """
     validate_repo_id(repo)
     api = f"{endpoint}/api/models/{repo}"
@@ -77,7 +77,7 @@ def _is_folder(entry: Any) -> bool:
 
 
 def _answer(url: str, headers: Mapping[str, str]) -> tuple[Any, str | None]:
-    """The JSON at the address, and the address of the next page, if there is one."""
+    """Return the JSON at the address, and the address of the next page, if any."""
     for failures in range(_MAX_FAILURES):
         try:
             return _read(url, headers)

