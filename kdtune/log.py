@@ -1,6 +1,4 @@
-"""Output to the terminal: one logger for the whole package, text from outside made fit to be shown, and output that
-outlives its reader.
-"""
+"""Terminal output: one logger for the whole package, escaping of outside text, and streams that survive their reader."""
 
 import errno
 import io
@@ -20,14 +18,14 @@ _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left"
 
 
 def fit_for_stdout(text: str) -> str:
-    """Escape a model's or a file's text where standard output is a terminal, which would act on control sequences."""
+    """Escape a model's or a file's text if standard output is a terminal, which would act on control sequences."""
     return printable(text) if sys.stdout.isatty() else text
 
 
 def terminal_width(stream: TextIO | None = None) -> int | None:
-    """Columns that text on a stream (None: standard output) has: COLUMNS where it is set, else the terminal's.
+    """Return the width in columns for text on a stream (None: standard output): COLUMNS if it is set, else the terminal's.
 
-    None, for any number: the stream is no terminal, or one without a size.
+    None (unlimited) if the stream is no terminal, or one without a size.
     """
     stream = stream or sys.stdout
     if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given) > 0:
@@ -40,14 +38,14 @@ def terminal_width(stream: TextIO | None = None) -> int | None:
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """Lines that are told as a run goes, in a terminal fitted to its width by `wrap`; in a log file as they are."""
+    """Wrap progress lines to the terminal's width by `wrap`; in a log file they are unchanged."""
     return wrap(text, terminal_width(stream), hang=2) if stream.isatty() else text
 
 
 def wrap(text: str, width: int | None, *, hang: int = 0) -> str:
-    """Fit each line of a text into a width (None: as it is), at blanks only: names, paths and commands without one stay whole.
+    """Wrap each line of a text to a width (None: unchanged), at blanks only: names, paths and commands without one stay unbroken.
 
-    What a line is continued with is indented as the line is, and by `hang` more.
+    Continuation lines are indented like the line itself, plus `hang`.
     """
     if width is None:
         return text
@@ -62,14 +60,14 @@ def wrap(text: str, width: int | None, *, hang: int = 0) -> str:
 
 
 def bar_settings() -> dict[str, Any]:
-    """Settings of a tqdm bar on standard error: in a log file it is a line at times, without carriage returns."""
+    """Return settings for a tqdm bar on standard error; in a log file it prints occasional lines, without carriage returns."""
     if sys.stderr is None or sys.stderr.isatty():
         return {}
     return {"file": _Lines(sys.stderr), "mininterval": _LINE_SECONDS, "miniters": 1, "bar_format": _LINE}
 
 
 class _Lines:
-    """Where a bar is drawn anew, each state of it is a line."""
+    """A stream that turns each redraw of a bar into a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -91,7 +89,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at the time, not to what it was at import."""
+    """Write to the current sys.stderr, not to the one at import."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -103,7 +101,7 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def get_logger(name: str = "kdtune") -> logging.Logger:
-    """The package's logger or a child of it; messages go to stderr as plain lines."""
+    """Return the package's logger or a child of it; messages go to stderr as plain lines."""
     root = logging.getLogger("kdtune")
     if not root.handlers:
         handler = _StderrHandler()
@@ -115,12 +113,12 @@ def get_logger(name: str = "kdtune") -> logging.Logger:
 
 
 def outlive_readers() -> None:
-    """Lets this process go on when the reader of its stdout or stderr ends (`| head -1`, a closed pager or terminal).
+    """Let this process go on when the reader of its stdout or stderr ends (`| head -1`, a closed pager or terminal).
 
-    From then on what is written there goes nowhere. Standard streams that were closed from the start (`>&-`, `2>&-`)
-    lead nowhere too: otherwise the next file opened would take their place, and be written to by what prints to them.
-    Streams that Python code has replaced are left as they are. Both are line buffered, so that in a log file their lines stand in
-    the order in which they came, and escape a character that their encoding does not have.
+    Output to such a stream is then discarded. Standard streams that were closed from the start (`>&-`, `2>&-`) discard their
+    output too: otherwise the next file opened would get their descriptor, and prints would be written into it. Streams that
+    Python code has replaced are unchanged. Both streams are line buffered, so that their lines keep their order in a log file,
+    and they escape characters that their encoding lacks.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -135,14 +133,14 @@ def outlive_readers() -> None:
 
 
 class _OutlivingFile(io.FileIO):
-    """Standard output or error; once nobody reads it, it is the null device, for this process and those it starts."""
+    """Standard output or error; once nobody reads it, it becomes the null device, for this process and its children."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self._was_terminal = self.isatty()  # one that has been closed no longer says so
 
     def write(self, data: Any, /) -> int:
-        """Writes all of the data, as a buffered file would: nothing of it is left to fail again when the process ends."""
+        """Write all of the data, as a buffered file would, so that nothing is left to fail again when the process ends."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while len(rest):
@@ -174,7 +172,7 @@ def _descriptor(stream: TextIO) -> int | None:
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Show a message that comes several times once, as where many configs that differ little are checked."""
+    """Show a repeated message only once, as when many similar configs are checked."""
     get_logger()
     (handler, *_) = logging.getLogger("kdtune").handlers
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Text and JSON files of a model or tokenizer folder."""
+"""Read text and JSON files of a model or tokenizer folder."""
 
 import json
 from pathlib import Path

@@ -129,8 +129,9 @@ def quickstart_dataset(
 ) -> TokenizedDataset:
     """The small instruction set that ships with kdtune.
 
-    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca" for Alpaca's wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input,
-    truncation: as for alpaca_dataset.
+    split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca" for Alpaca's
+    wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input, truncation: as
+    for alpaca_dataset.
 
     Raises:
         ConfigError: settings contradict each other.

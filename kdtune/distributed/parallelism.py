@@ -36,7 +36,7 @@ class Parallelism:
             processes.
         reshard_after_forward: free a layer's all-gathered weights after its forward and gather them again in backward; false
             is faster, and the full weights stay in memory between forward and backward.
-        cpu_offload: keep shards, gradients and optimizer state in CPU memory between their uses.
+        cpu_offload: shards, gradients and optimizer state lie in the CPU's memory between their uses.
         param_dtype: dtype in which FSDP2 gathers and computes with the weights; null: their own.
         reduce_dtype: dtype in which gradients are summed over processes; null: fp32, or their own if that is wider.
         timeout_minutes: a process that waits longer for the others ends the run with an error.
@@ -91,7 +91,7 @@ class Parallelism:
         return torch.device("cpu") if self.cpu_offload else world.device
 
     def problems(self) -> list[str]:
-        """Return settings that contradict each other, one sentence each; the sizes are checked elsewhere."""
+        """Return problems with the settings other than the sizes, one sentence each."""
         found = [] if self.timeout_minutes > 0 else [f"timeout_minutes={self.timeout_minutes}: must be above 0"]
         if not is_under_torchrun():
             unused = [name for name in ("param_dtype", "reduce_dtype", "cpu_offload") if getattr(self, name)]

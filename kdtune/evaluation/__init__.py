@@ -1,4 +1,4 @@
-"""Held-out measurements: loss and divergence, lm-eval's tasks, perplexity of texts, ROUGE-L of answers."""
+"""Held-out measurements: loss and divergence, lm-eval tasks, perplexity of texts, ROUGE-L of answers."""
 
 from kdtune.evaluation.divergence import evaluate_ce, evaluate_kd, perplexity
 from kdtune.evaluation.finished_run import run_problems, run_settings

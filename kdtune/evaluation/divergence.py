@@ -1,4 +1,4 @@
-"""How far a student is from the data and from its teacher on held-out batches, per token."""
+"""Held-out cross entropy of a student, and its divergence from the teacher, per token."""
 
 import math
 from collections import defaultdict
@@ -29,21 +29,21 @@ def evaluate_kd(
     total: Total = list,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
-    """`class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
+    """Return `class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
 
-    Where the student's head has ids that the teacher's has not, also `student_mass_outside`, its probability for them.
+    If the student's head has ids that the teacher's lacks, also `student_mass_outside`, its probability for them.
 
     Means over the valid tokens of all batches, so they do not depend on how the tokens are cut into batches. Runs under
     no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
 
     Args:
         student: on `device`.
-        teacher: gives a batch's signal, such as `kdtune.teachers.OnlineTeacher`.
-        loss: the run's own loss; its divergence is what `kd_loss` measures.
+        teacher: returns a batch's signal, such as `kdtune.teachers.OnlineTeacher`.
+        loss: the run's own loss; `kd_loss` is its divergence.
         batches: a finite pass over held-out data.
-        device: where the batches are moved.
+        device: device that the batches are moved to.
         progress: wraps `batches`.
-        total: of numbers, their sums over the processes that share the work, each with its own batches.
+        total: sums numbers over the processes that share the work, each with its own batches.
         with_teacher_loss: measure `teacher_class_loss` too, the teacher's cross entropy.
 
     Raises:
@@ -68,9 +68,9 @@ def evaluate_ce(
     loss: KDLoss | None = None,
     total: Total = list,
 ) -> dict[str, float]:
-    """`class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
+    """Return `class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
 
-    `model` is on `device`. `loss` gives the chunk size; it must have kd_ratio 0. None: the default one.
+    `model` is on `device`. `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
     """
     loss = loss or KDLoss(kd_ratio=0.0)
 
@@ -86,7 +86,7 @@ def evaluate_ce(
 
 
 def perplexity(class_loss: float) -> float:
-    """The exponential of a cross entropy in nats per token; infinite where float64 ends (above 709 nats)."""
+    """Return the exponential of a cross entropy in nats per token; infinite beyond float64's range (above 709 nats)."""
     return math.exp(class_loss) if class_loss < 709.0 else math.inf
 
 
@@ -99,7 +99,7 @@ def _means(
     progress: Progress | None,
     total: Total,
 ) -> dict[str, float]:
-    """Means per valid token of the sums that parts_of gives for each batch, moved to `device`; and `tokens`, their number."""
+    """Return means per valid token of the sums that parts_of returns for each batch, moved to `device`; and `tokens`, their number."""
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(model):

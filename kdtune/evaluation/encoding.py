@@ -1,7 +1,7 @@
-"""Text to ids as lm-eval's own `hf` backend has it, so that scores can be compared.
+"""Encode text exactly as lm-eval's own `hf` backend, so that scores are comparable.
 
-That is: control-token strings in a text are control tokens, and a text begins with bos where the tokenizer's files make
-transformers begin it so, unless it begins with it already.
+Special-token strings in a text are special tokens, and a text begins with bos if transformers would add it with the
+tokenizer's files, unless it already begins with it.
 """
 
 from kdtune.errors import ConfigError
@@ -9,7 +9,7 @@ from kdtune.tokenizers import Tokenizer
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """The token that a text without context follows: bos, or eos where there is none.
+    """Return the token that precedes a text without context: bos, or eos if there is none.
 
     Raises:
         ConfigError: the tokenizer has neither.
@@ -21,7 +21,7 @@ def prefix_id(tokenizer: Tokenizer) -> int:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that stands at the start of a sequence."""
+    """Return the ids of a text at the start of a sequence."""
     bos = tokenizer.decode([prefix_id(tokenizer)], skip_special=False)
     ids = tokenizer.encode_rendered(text)
     if tokenizer.bos_id is not None and tokenizer.begins_with_bos and not text.startswith(bos):
@@ -30,10 +30,10 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation; an empty context becomes the prefix token.
+    """Return the ids of a context and of its continuation; an empty context becomes the prefix token.
 
-    Blanks at the end of the context belong to the continuation, whose first word is often one token with them. The
-    continuation's ids are what the whole text has beyond the number of ids that the context alone has.
+    Trailing blanks of the context belong to the continuation, whose first word is often one token with them. The
+    continuation's ids are those of the full text after as many ids as the context alone has.
     """
     if not context:
         ids = tokenizer.encode_rendered(continuation)

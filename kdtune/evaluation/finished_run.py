@@ -1,4 +1,4 @@
-"""A finished run as what an evaluation measures: its model, tokenizer, held-out examples, teacher and divergence."""
+"""Evaluation settings from a finished run: its model, tokenizer, held-out examples, teacher and divergence."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +14,12 @@ _OF_THE_DATA = ("teacher_checkpointer", "teacher_model", "teacher_dtype", "kd_lo
 
 
 def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of an evaluation's config that a run answers: what it was trained with, on the weights it has written.
+    """Return the evaluation keys that a run determines: its training settings, applied to the weights it has written.
 
-    What keeps the run from being measured is left to `run_problems`; a key is then missing or names what is not there.
+    If the run cannot be measured, `run_problems` reports it; a key is then missing or names a missing file.
 
     Args:
-        given: the keys that the evaluation's config has by itself, `run` and `run_weights` among them.
+        given: the keys that the evaluation's config sets itself, including `run` and `run_weights`.
 
     Raises:
         ConfigError: the run's config.yaml cannot be read.
@@ -75,7 +75,7 @@ def run_problems(run: str, weights: str) -> list[str]:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    """The config.yaml of a run; {} where there is none."""
+    """Return the config.yaml of a run; {} if there is none."""
     path = run / "config.yaml"
     return read_yaml(path) if path.is_file() else {}
 

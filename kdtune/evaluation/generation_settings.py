@@ -1,4 +1,4 @@
-"""How a task wants its answers generated: lm-eval's `generation_kwargs`, in our terms."""
+"""Translate a task's generation settings (lm-eval's `generation_kwargs`) into ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _DEFAULT_LENGTH = 256
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Stop strings, the longest answer in tokens, and how a token is drawn (temperature 0: the most likely one)."""
+    """Stop strings, the longest answer in tokens, and the sampling settings (temperature 0: the most likely token)."""
 
     until: tuple[str, ...]
     max_new_tokens: int
@@ -24,10 +24,10 @@ class GenerationSettings:
     top_p: float | None
 
     def prompt_room(self, max_length: int) -> int:
-        """Tokens left for the prompt.
+        """Return the number of tokens left for the prompt.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: none is left.
         """
         if self.max_new_tokens >= max_length:
             raise ConfigError(
@@ -38,10 +38,10 @@ class GenerationSettings:
 
 
 def read_generation_settings(given: Mapping[str, Any]) -> GenerationSettings:
-    """The settings of a request or task; without do_sample or a temperature above 0 the most likely token is taken.
+    """Read the settings of a request or task; without do_sample or a temperature above 0 decoding is greedy.
 
     Raises:
-        ConfigError: a setting that has no function here.
+        ConfigError: a setting is not supported here.
     """
     for key in given:
         if key not in _KEYS:

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a kdtune model. Needs the [eval] extra."""
+"""Run tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a kdtune model. Needs the [eval] extra."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ _SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_spli
 
 
 def missing_extra(key: str) -> str | None:
-    """Why a config's key cannot be used where lm-eval is not installed; None where it is."""
+    """Return why a config key cannot be used if lm-eval is not installed; None if it is."""
     if all(importlib.util.find_spec(package) for package in ("lm_eval", "rouge_score")):
         return None
     return f"{key}: needs lm-eval, which is not installed; run pip install 'lm-eval>=0.4.13', or leave {key} out"
 
 
 def task_problems(names: Sequence[str], include_path: str | None) -> list[str]:
-    """What keeps the tasks from being found: the extra, the folder, names; reads no dataset and no weight."""
+    """Return why the tasks cannot be found: the extra, the folder, names; reads no dataset and no weights."""
     if not names:
         return []
     if problem := missing_extra("tasks"):
@@ -54,7 +54,7 @@ def _is_known(name: str, manager: "TaskManager") -> bool:
 
 
 def _manager_of(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
-    """lm-eval's index of tasks; its own 14,000 take seconds to read and are left out where include_path has all names."""
+    """Return lm-eval's task index; its own 14,000 tasks take seconds to read and are skipped if include_path has all names."""
     path = None if include_path is None else str(user_path(include_path))
     local = _manager(path, False)
     return local if all(_is_known(name, local) for name in names) else _manager(path, True)
@@ -68,14 +68,14 @@ def _manager(include_path: str | None, include_defaults: bool) -> "TaskManager":
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None, *, num_fewshot: int | None = None) -> list[Any]:
-    """lm-eval's task and group objects with their documents, ready for `evaluate_tasks`. Reads no weight.
+    """Load lm-eval's task and group objects with their documents, ready for `evaluate_tasks`. Reads no weights.
 
-    names: of tasks, groups, tags or task files. include_path: a folder of task files that is looked into first; None: lm-eval's
-    own alone. num_fewshot: solved examples before each question; None: as each task says.
+    names: names of tasks, groups, tags or task files. include_path: a folder of task files that is searched first; None: only
+    lm-eval's own. num_fewshot: solved examples before each question; None: as each task says.
 
     Raises:
-        ConfigError: an unknown name, or a task that needs what is not supported here.
-        DataError: a dataset or split that is missing, empty or cannot be read; task and split are named.
+        ConfigError: a name is unknown, or a task needs something that is not supported here.
+        DataError: a dataset or split is missing, empty or unreadable; the message names task and split.
     """
     if problems := task_problems(names, include_path):
         raise ConfigError("\n".join(problems))
@@ -138,7 +138,7 @@ def _offline_advice(error: Exception) -> str:
 
 
 def _check_task(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Raises ConfigError or DataError for what would otherwise fail after the weights are read."""
+    """Raise ConfigError or DataError for problems that would otherwise appear only after the weights are read."""
     if getattr(task, "UNSAFE_CODE", False):
         raise ConfigError(
             f"tasks: {name}: runs code that the model writes; this recipe does not do that, choose another task"
@@ -179,22 +179,22 @@ def evaluate_tasks(
     log_samples: bool = False,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results document: `results`, `n-shot`, `versions`, `configs` and, with log_samples, `samples`.
+    """Return lm-eval's results document: `results`, `n-shot`, `versions`, `configs` and, with log_samples, `samples`.
 
-    Of several processes only the main one gets it; the others get an empty one.
+    Only rank 0 gets it; other processes get an empty one.
 
     Args:
         model: on any device.
         tokenizer: the model's own.
         tasks: from `load_tasks`.
-        limit: the first so many documents of each task, or that part of them if below 1.
+        limit: number of documents of each task, from the first, or their fraction if below 1.
         num_fewshot: solved examples before each question; None: as each task says.
         batch_size: sequences generated side by side, and rows of 1,024 tokens a forward pass when scoring.
         max_length: longest input in tokens; None: the model's context.
         apply_chat_template: ask in the tokenizer's chat template.
-        seed: of few-shot examples and sampled tokens.
-        log_samples: keep what was asked and answered, document by document.
-        world: the processes that share the requests, all of which call this with the same tasks; None: this one alone.
+        seed: seed of few-shot examples and sampled tokens.
+        log_samples: keep requests and answers, document by document.
+        world: the processes that share the requests, all of which call this with the same tasks; None: only this one.
     """
     from lm_eval import simple_evaluate
 
@@ -222,7 +222,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _machine_described_once() -> Iterator[None]:
-    """lm-eval asks the system for seconds, at every call, what the machine and its packages are: here once a process."""
+    """Cache lm-eval's description of machine and packages, which takes seconds at every call, for this process."""
     from torch.utils import collect_env
 
     collect = collect_env.get_pretty_env_info
@@ -242,7 +242,7 @@ def _machine_description() -> str:
 
 
 def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a results document as TASK/METRIC and TASK/METRIC_stderr; a filter other than "none" is appended."""
+    """Return the numbers of a results document as TASK/METRIC and TASK/METRIC_stderr; a filter other than "none" is appended."""
     return {
         f"{name}/{metric}{'' if filter_name == 'none' else ',' + filter_name}": float(value)
         for name, values in results["results"].items()
@@ -251,7 +251,7 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def results_rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One row a task and metric, for a table: task, shots, metric, value and standard error."""
+    """Return one row per task and metric, for a table: task, shots, metric, value and standard error."""
     rows: list[dict[str, object]] = []
     for name, values in results["results"].items():
         found = dict(_metric_items(values))
@@ -266,7 +266,7 @@ def results_rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
 
 
 def _metric_items(values: Mapping[str, Any]) -> list[tuple[tuple[str, str], float]]:
-    """((metric, filter), value) of a task's entries that are numbers."""
+    """Return ((metric, filter), value) for a task's entries that are numbers."""
     items = []
     for key, value in values.items():
         metric, comma, filter_name = key.partition(",")

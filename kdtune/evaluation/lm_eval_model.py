@@ -1,4 +1,4 @@
-"""A kdtune model as one of lm-eval's. Imports lm_eval: import this module inside functions only."""
+"""Adapter from a kdtune model to lm-eval's model class. Imports lm_eval: import this module inside functions only."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 
 class KDTuneLM(LM):
-    """Answers lm-eval's requests with a kdtune model.
+    """Answer lm-eval's requests with a kdtune model.
 
     Args:
         model: on any device, in fp32 or bf16.
         tokenizer: the model's own.
         batch_size: sequences generated side by side, and rows of 1,024 tokens a forward pass when scoring.
         max_length: longest input in tokens; None: the model's context.
-        seed: of sampled tokens, in tasks that sample.
-        show_progress: a bar on stderr.
-        world: the processes that share the work; lm-eval itself runs on each of them and takes itself for the only one. The
-            requests are those of the main process, and so are the results that count.
+        seed: seed of sampled tokens, in tasks that sample.
+        show_progress: show a bar on stderr.
+        world: the processes that share the work. lm-eval runs on each of them as if it were the only one; the requests are
+            rank 0's, and only its results count.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class KDTuneLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer's cached requests from another's."""
+        """Name under which lm-eval caches this tokenizer's requests."""
         return f"{type(self._text_tokenizer).__name__}-{self._text_tokenizer.vocab_size}"
 
     @property
@@ -66,11 +66,11 @@ class KDTuneLM(LM):
         return self._text_tokenizer.eos_id
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's template."""
+        """Return the tokenizer's template."""
         return self._text_tokenizer.chat_template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as text; without a generation prompt it ends with the last message's words, to be continued."""
+        """Render the messages as text; without a generation prompt it ends with the last message's words, to be continued."""
         text = self._text_tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
@@ -78,7 +78,7 @@ class KDTuneLM(LM):
         return text[: text.rindex(last) + len(last)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether it is the greedy one) of each request's (context, continuation)."""
+        """Return (log-probability in nats, whether it is the greedy one) for each request's (context, continuation)."""
         pairs = self._agreed([encode_pair(self._text_tokenizer, *request.args) for request in requests])
         with self._bar(len(pairs), "scoring", disable_tqdm) as bar:
             scores = score(
@@ -92,7 +92,7 @@ class KDTuneLM(LM):
         return [(one.logprob, one.is_greedy) for one in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of each request's whole text."""
+        """Return the log-probability in nats of each request's full text."""
         texts = self._agreed([encode_text(self._text_tokenizer, request.args[0]) for request in requests])
         return score_texts(
             self.model,
@@ -105,7 +105,7 @@ class KDTuneLM(LM):
         )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each request's context, up to its stop strings."""
+        """Return the text generated after each request's context, up to its stop strings."""
         prompts, settings = self._agreed(
             (
                 [encode_text(self._text_tokenizer, request.args[0]) for request in requests],
@@ -124,7 +124,7 @@ class KDTuneLM(LM):
             )
 
     def _agreed(self, value: T) -> T:
-        """The main process's value: a task file's code may order its documents by chance, differently on each process."""
+        """Broadcast rank 0's value: a task file's code may order its documents at random, differently on each process."""
         return from_main(value) if self._world else value
 
     def _generate(self, prompts: list[list[int]], settings: GenerationSettings, seeds: list[int]) -> list[str]:

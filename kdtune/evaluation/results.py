@@ -1,4 +1,4 @@
-"""Results of an evaluation: results.json, the documents' answers, and rows of a table."""
+"""Results of an evaluation: results.json, the documents' answers, and the rows of a table."""
 
 import json
 import math
@@ -19,14 +19,14 @@ class Measured:
     """Values measured so far."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers by a flat name, such as held_out/kd_loss; those of lm-eval's tasks are in its document."""
+    """Numbers by a flat name, such as held_out/kd_loss; lm-eval's own are in its document in `details`."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Further details; under lm_eval its own results document."""
+    """Further details; the key lm_eval has its own results document."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Documents and answers by the name of their task or set."""
 
     def add_tasks(self, found: Mapping[str, Any]) -> None:
-        """Adds lm-eval's document on some of the tasks."""
+        """Add lm-eval's document on some of the tasks."""
         self.samples |= found.get("samples", {})
         document = self.details.setdefault("lm_eval", {})
         for key, value in found.items():
@@ -35,18 +35,18 @@ class Measured:
 
     @property
     def all_metrics(self) -> dict[str, float]:
-        """Every number under one name."""
+        """Return every number under its flat name."""
         return self.metrics | (flat_metrics(self.details["lm_eval"]) if "lm_eval" in self.details else {})
 
     def rows(self) -> list[dict[str, object]]:
-        """One row a metric for a table, its standard error beside it."""
+        """Return one row per metric for a table, with its standard error."""
         of_tasks = results_rows(self.details["lm_eval"]) if "lm_eval" in self.details else []
         return [*of_tasks, *_metric_rows(self.metrics)]
 
     def write(self, folder: Path, *, versions: Mapping[str, Any], log_samples: bool) -> None:
-        """Writes results.json, and samples/NAME.jsonl with a document a line, each in one step; the folder is made.
+        """Write results.json, and samples/NAME.jsonl with one document per line, each atomically; creates the folder.
 
-        A number that JSON does not have is null, an object that it does not know its text, a lone surrogate escaped.
+        Non-finite numbers become null, objects that JSON lacks become text, lone surrogates are escaped.
         """
         document = {"metrics": self.all_metrics, "versions": versions, **self.details}
         atomic_write_text(folder / "results.json", _json(document, indent=1) + "\n")
@@ -55,7 +55,7 @@ class Measured:
 
 
 def repeated(names: Sequence[str]) -> list[str]:
-    """Names that occur more than once."""
+    """Return the names that occur more than once."""
     return sorted({name for name in names if names.count(name) > 1})
 
 
@@ -73,7 +73,7 @@ def _json(document: Any, indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with infinite and undefined numbers replaced by None, at any depth."""
+    """Replace infinite and undefined numbers in the value by None, at any depth."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Perplexity of whole texts, window by window."""
+"""Perplexity of full texts, window by window."""
 
 import math
 import re
@@ -20,11 +20,11 @@ from kdtune.tokenizers import Tokenizer
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, max_length: int, stride: int | None = None) -> Iterator[Pair]:
-    """The (context, continuation) windows that predict each id once.
+    """Return the (context, continuation) windows that predict each id once.
 
     The first window predicts up to `max_length` ids after the prefix token; every further one predicts the next `stride`
-    ids with as much context as the model can hold. None: as long as a window, so that windows share no more than the
-    last one needs (lm-eval's rolling log-likelihood); a smaller stride costs more and gives every id more context.
+    ids with as much context as the model can hold. stride None: a full window, so that only the last window overlaps
+    (lm-eval's rolling log-likelihood); a smaller stride costs more and gives every id more context.
 
     Raises:
         ConfigError: stride is not in 1 ... max_length.
@@ -51,7 +51,7 @@ def score_texts(
     show_progress: bool = False,
     world: World | None = None,
 ) -> list[float]:
-    """Log-probability in nats of each text's ids; 0 for a text without any. Progress is shown window by window.
+    """Return the log-probability in nats of each text's ids; 0 for an empty text. Progress is shown window by window.
 
     `world`: the processes that share the work, see `score`.
     """
@@ -68,7 +68,7 @@ def score_texts(
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """How well a model predicts a text: its log-probability in nats, and what it consists of."""
+    """Log-probability of a text under a model, in nats, and the text's sizes."""
 
     logprob: float
     tokens: int
@@ -87,7 +87,7 @@ class TextPerplexity:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
         DataError: it cannot be read, is not UTF-8, or is empty.
@@ -112,18 +112,18 @@ def text_perplexity(
     show_progress: bool = False,
     world: World | None = None,
 ) -> TextPerplexity:
-    """How well the model predicts a text as a whole; words are what whitespace separates, as lm-eval counts them.
+    """Measure how well the model predicts a full text; words are separated by whitespace, as lm-eval counts them.
 
-    A bos that begins the text is what the text follows, and is not predicted (lm-eval's rolling tasks do predict it).
+    A bos at the start of the text is its context and is not predicted (lm-eval's rolling tasks do predict it).
 
     Args:
         model: on its device.
         tokenizer: the model's.
-        text: read as one.
-        max_length: of a window, in tokens.
-        stride: tokens that a window moves on; None: a whole window.
+        text: the full text.
+        max_length: length of a window, in tokens.
+        stride: tokens by which the window advances; None: a full window.
         batch_size: as in `score`.
-        show_progress: on a terminal.
+        show_progress: show a bar on a terminal.
         world: the processes that share the work, see `score`.
     """
     ids = encode_text(tokenizer, text)

@@ -2,7 +2,7 @@
 
 The score is that of `rouge_score` (in the [eval] extra) as the distillation papers use it: F1 of the longest common
 subsequence of words, where words are runs of a-z and 0-9 of the lower-cased text and those longer than three characters
-are reduced by the Porter stemmer. It is given times 100, as published.
+are reduced by the Porter stemmer. Scores are multiplied by 100, as published.
 """
 
 import math
@@ -38,7 +38,7 @@ _SEED_STEP = 1_000_003
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt's text and the answers it is compared with; the best match counts."""
+    """A prompt's text and its reference answers; the best match counts."""
 
     prompt: str
     references: tuple[str, ...]
@@ -46,17 +46,17 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionSet:
-    """A set of instructions with reference answers, and how a model is asked for its own.
+    """A set of instructions with reference answers, and the settings for a model's own answers.
 
-    name: what the results call it: letters, digits, '.', '_' and '-'.
+    name: its name in the results: letters, digits, '.', '_' and '-'.
     source, split, data_files, data_dir: where the rows come from, see kdtune.data.Source; column_map: from instruction,
     input and output to its columns; output is a text or a list of them.
-    num_examples: the first so many; None: all.
+    num_examples: number of rows to use, from the first; None: all.
     prompt: "alpaca" is the wording of Stanford Alpaca, MiniLLM and DSKD; "plain" the instruction, a blank line and the
-    input. apply_chat_template: the prompt is a user's message in the tokenizer's chat template, as kdtune's datasets
-    train it; False: the prompt as it is, as the papers have it.
-    max_new_tokens: longest answer. temperature, top_k, top_p: how tokens are drawn (0: the most likely). seeds: one
-    answer to each instruction for each; the papers draw at temperature 1 with seeds 10, 20, 30, 40, 50.
+    input. apply_chat_template: the prompt is a user's message in the tokenizer's chat template, as in kdtune's
+    datasets; False: the plain prompt, as in the papers.
+    max_new_tokens: longest answer. temperature, top_k, top_p: how tokens are sampled (temperature 0: the most likely).
+    seeds: each seed gives one answer to each instruction; the papers sample at temperature 1 with seeds 10, 20, 30, 40, 50.
     """
 
     name: str
@@ -96,7 +96,7 @@ class InstructionSet:
             )
 
     def read(self) -> list[Instruction]:
-        """The instructions.
+        """Read the instructions.
 
         Raises:
             DataError: the source cannot be read, has no row, or a row lacks a column.
@@ -130,7 +130,7 @@ class InstructionSet:
         return Instruction(prompt, references)
 
     def prompt_ids(self, tokenizer: Tokenizer, instruction: Instruction) -> list[int]:
-        """Token ids of an instruction's prompt."""
+        """Return the token ids of an instruction's prompt."""
         if self.apply_chat_template:
             messages = [Message("user", instruction.prompt)]
             return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
@@ -151,18 +151,18 @@ def rouge_problems(nodes: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class RougeResult:
-    """ROUGE-L of a set, 0 to 100: the mean, its standard error over the instructions, and what lies behind it."""
+    """ROUGE-L of a set, 0 to 100: the mean, its standard error over the instructions, and the details."""
 
     mean: float
     stderr: float
     truncated: int
-    """Prompts that were cut on the left to leave room for the answer."""
+    """Number of prompts truncated on the left to leave room for the answer."""
     records: list[dict[str, Any]]
-    """For each seed and instruction: prompt, references, answer, and its score."""
+    """One entry per seed and instruction: prompt, references, answer, and its score."""
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 of an answer, 0 to 100, against the reference that it matches best."""
+    """Return ROUGE-L F1 of an answer, 0 to 100, against the reference that it matches best."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -180,16 +180,16 @@ def evaluate_rouge(
     on_answered: Callable[[int], object] | None = None,
     world: World | None = None,
 ) -> RougeResult:
-    """Asks the model for an answer to each instruction and each seed, and scores the answers.
+    """Generate an answer to each instruction for each seed, and score the answers.
 
     Args:
         model: on its device.
         tokenizer: the model's.
-        instruction_set: how they are asked and answered.
-        instructions: what is asked, as read by the set.
-        max_length: the longest prompt and answer together, in tokens.
+        instruction_set: prompt and sampling settings.
+        instructions: the instructions, as read by the set.
+        max_length: longest prompt and answer together, in tokens.
         batch_size: answers generated at a time.
-        on_answered: called with the number of answers as they come.
+        on_answered: called with the number of new answers as they arrive.
         world: the processes that share the work, all of which call this with the same instructions and get all answers.
 
     Raises:
@@ -227,7 +227,7 @@ def _answers(
     on_answered: Callable[[int], object] | None,
     world: World | None,
 ) -> list[str]:
-    """The answers' texts."""
+    """Generate the answers' texts."""
     lengths = [len(prompt) for prompt in prompts]
 
     def generate(batch: list[int]) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Log-probabilities of continuations: sequences that begin alike share the computation of what they have in common.
+"""Log-probabilities of continuations; sequences with a common prefix share its computation.
 
-Requests are laid into rows as trees: a token that several sequences have at the same place after the same tokens is
-computed once, and a mask lets every token see its own past only. Four endings of one story cost the story once; tasks
-with one long prompt before every question cost the prompt once a row.
+Requests are packed into rows as trees: a token that several sequences have at the same position after the same tokens is
+computed once, and a mask lets every token attend only to its own past. Four endings of one story cost the story once;
+tasks with one long prompt before every question cost the prompt once per row.
 
 Shape suffixes: B rows, S nodes of a row, D embedding, V vocabulary, U positions whose logits are needed.
 """
@@ -29,7 +29,7 @@ _LEAST_FILLED = 0.8
 _LOGITS_AT_A_TIME = 2**24
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Ids of a context (at least one) and of its continuation (at least one)."""
+"""Ids of a context and of its continuation, at least one each."""
 
 
 class Score(NamedTuple):
@@ -48,7 +48,7 @@ class _Row:
     paths: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def add(self, request: int, inputs: Sequence[int], shared: int) -> None:
-        """Lays a request's inputs into the tree; the first `shared` of them are those of the request before."""
+        """Insert a request's inputs into the tree; the first `shared` of them are those of the previous request."""
         kept = self.paths[-1][1][:shared] if self.paths else []
         new = range(len(self.tokens), len(self.tokens) + len(inputs) - shared)
         self.tokens += inputs[shared:]
@@ -57,7 +57,7 @@ class _Row:
 
     @property
     def is_causal(self) -> bool:
-        """Whether every node follows from the one before it, so that no mask is needed."""
+        """Return whether every node follows the one before it, so that no mask is needed."""
         return self.positions == list(range(len(self.positions)))
 
 
@@ -70,10 +70,10 @@ def score(
     on_scored: Callable[[int], object] | None = None,
     world: World | None = None,
 ) -> list[Score]:
-    """The score of each continuation after its context, in the order of the pairs.
+    """Return the score of each continuation after its context, in the order of the pairs.
 
     Only positions that predict a continuation go through the output head, a chunk at a time; softmax and sums are in
-    fp32 and float64. Where context and continuation are longer than `max_length` + 1, the context is cut on the left
+    fp32 and float64. If context and continuation are longer than `max_length` + 1, the context is truncated on the left
     (the last token is only predicted). The result does not depend on batch_tokens, apart from rounding.
 
     Args:
@@ -119,7 +119,7 @@ def _inputs(pair: Pair, max_length: int) -> list[int]:
 
 
 def _rows(inputs: Sequence[list[int]]) -> list[_Row]:
-    """The requests in rows: in lexical order, so that what begins alike lies side by side."""
+    """Pack the requests into rows, in lexical order, so that common prefixes are adjacent."""
     rows: list[_Row] = []
     room = 0
     before: Sequence[int] = []
@@ -141,9 +141,9 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """The rows by length, longest first, as many at a time as fit when padded to the longest of them.
+    """Batch the rows by length, longest first, as many at a time as fit when padded to the longest of them.
 
-    A batch that is large enough to keep a device busy ends where shorter rows would be mostly padding.
+    A batch that is large enough to keep a device busy ends before rows so short that they would be mostly padding.
     """
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
@@ -192,7 +192,7 @@ def _padded(rows: list[list[int]], length: int) -> Tensor:
 
 
 def _tree_mask(rows: list[_Row], length: int) -> Tensor:
-    """[B, S, S] bool, True where a node may see another: itself and the nodes before it on its own path."""
+    """Return a bool mask [B, S, S], True where a node may attend to another: itself and the nodes before it on its path."""
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
     for number, row in enumerate(rows):
         for _, path in row.paths:
@@ -202,7 +202,7 @@ def _tree_mask(rows: list[_Row], length: int) -> Tensor:
 
 
 def _look_up(model: Transformer, hidden_ND: Tensor, nodes: list[int], targets: list[int]) -> tuple[Tensor, Tensor]:
-    """For each (node, target): the target's log-probability (float64, CPU), and whether it is the most likely token."""
+    """Return for each (node, target) the target's log-probability (float64, CPU), and whether it is the most likely token."""
     unique, index = torch.unique(torch.tensor(nodes), return_inverse=True)
     wanted = torch.tensor(targets)
     logprobs = torch.empty(len(targets), dtype=torch.float64)

@@ -6,7 +6,7 @@ from kdtune.tokenizers import Tokenizer
 
 
 class StopStrings:
-    """Whether a sequence has just generated one of some strings: a `should_stop` for `generate_batch`."""
+    """Detect that a sequence has just generated one of some strings: a `should_stop` for `generate_batch`."""
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -15,7 +15,7 @@ class StopStrings:
         self._window = max((len(string.encode()) for string in self._strings), default=0)
 
     def __call__(self, index: int, new_ids: list[int]) -> bool:
-        """True if the last of the new ids completed a stop string; control tokens count as their strings."""
+        """Return whether the last of the new ids completed a stop string; special tokens count as their strings."""
         if not self._strings:
             return False
         tail = self._tokenizer.decode(new_ids[-self._window :], skip_special=False)
@@ -23,7 +23,7 @@ class StopStrings:
 
 
 def cut_at_stops(text: str, strings: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
+    """Return the text before the first stop string in it."""
     for string in strings:
         if string:
             text = text.split(string)[0]

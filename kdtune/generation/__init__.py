@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Generate text from a model."""
 
 from kdtune.generation.eval_mode import eval_mode
 from kdtune.generation.generate import check_sampling, generate, generate_batch

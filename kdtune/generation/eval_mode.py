@@ -1,4 +1,4 @@
-"""Models as they are used, not trained: eval mode and no gradient, for a while."""
+"""Temporarily put models into eval mode without gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode under no_grad; afterwards every module is back in the mode it was in."""
+    """A context in eval mode under no_grad; afterwards every module is back in its previous mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -1,6 +1,6 @@
-"""Text from one prompt or many, token by token, with a key-value cache.
+"""Generate text from one prompt or many, token by token, with a key-value cache.
 
-Shape suffixes: B sequences still being written, S new tokens, T tokens held and new, D embedding, V vocabulary.
+Shape suffixes: B unfinished sequences, S new tokens, T cached and new tokens, D embedding, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -28,7 +28,7 @@ def generate(
     on_token: Callable[[int], object] | None = None,
     agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[int]:
-    """The new ids after prompt_ids, ending with a stop id if the model gave one. See generate_batch for the arguments."""
+    """Return the new ids after prompt_ids, including a final stop id if the model produced one; see generate_batch."""
     (new_ids,) = generate_batch(
         model,
         [prompt_ids],
@@ -58,12 +58,12 @@ def generate_batch(
     should_stop: Callable[[int, list[int]], bool] | None = None,
     agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[list[int]]:
-    """The new ids of each prompt, ending with a stop id if the model gave one; without the prompts.
+    """Return the new ids of each prompt, without the prompt, including a final stop id if the model produced one.
 
-    A text ends after `max_new_tokens`, at a stop id, where `should_stop` says so, or where the model's context is full;
-    it then leaves the batch. The prompts may differ in length: what a prompt gets does not depend on its neighbours
-    (up to rounding), though prompts of similar length waste less. The draws come from generators of their own, so that
-    torch's global one, which training uses, stays as it was. The model's mode is restored.
+    A text ends after `max_new_tokens`, at a stop id, when `should_stop` returns true, or when the model's context is full;
+    it then leaves the batch. The prompts may differ in length: a prompt's text does not depend on its neighbours (up to
+    rounding), though prompts of similar length waste less. Tokens are drawn from separate random generators, so torch's
+    global one, which training uses, is unchanged. The model's mode is restored.
 
     Args:
         model: on any device.
@@ -71,17 +71,17 @@ def generate_batch(
         max_new_tokens: at least one.
         stop_ids: ids that end a text.
         temperature: 0 takes the most likely token each time.
-        top_k: draw among this many most likely tokens; None: among all.
-        top_p: draw among the fewest most likely tokens that hold this share of the probability; None: among all.
-        seed: of the draws: prompt number i, from 0, draws with the seed `seed + i`; or the seed of each prompt.
+        top_k: sample from this many most likely tokens; None: from all.
+        top_p: sample from the fewest most likely tokens that hold this share of the probability; None: from all.
+        seed: prompt number i, from 0, samples with the seed `seed + i`; or one seed per prompt.
         on_token: called with a prompt's number and its new id, for each new id.
         should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
-        agree: gives the ids that are taken for those drawn, one a text. For processes that must compute the same, where a
-            rounding error of one of them could end a text that goes on elsewhere.
+        agree: replaces the drawn ids, one per text, by those that all processes use. For processes that must compute the
+            same, because a rounding error on one could end a text that continues on another.
 
     Raises:
-        ConfigError: if a number is out of range.
-        DataError: if a prompt is empty or leaves no room in the model's context.
+        ConfigError: a number is out of range.
+        DataError: a prompt is empty or leaves no room in the model's context.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if not prompts:
@@ -123,7 +123,7 @@ def generate_batch(
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ConfigError for a number out of range, which it names; the arguments are generate_batch's."""
+    """Raise a ConfigError that names a number out of range; the arguments are generate_batch's."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
     if not 0.0 <= temperature < float("inf"):
@@ -146,7 +146,7 @@ def _new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, con
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The prompts side by side, ending together, and the number of padding tokens before each; None where all are 0."""
+    """Pad the prompts on the left; return them and the number of padding tokens of each, None if all are 0."""
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]
     # Any id will do for padding: nothing sees it.
@@ -157,7 +157,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 
 def _forward(model: Transformer, tokens_BS: Tensor, padding_B: Tensor | None, cache: KVCache) -> Tensor:
-    """Hidden states [B, S, D]; every sequence counts its positions from its first real token, and sees no padding."""
+    """Return hidden states [B, S, D]; positions count from each sequence's first real token, and padding is masked."""
     if padding_B is None:
         hidden_BSD: Tensor = model(tokens_BS, kv_cache=cache, return_hidden=True)
         return hidden_BSD

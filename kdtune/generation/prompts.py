@@ -1,4 +1,4 @@
-"""Prompts as configs and files give them, and their token ids."""
+"""Read prompts from configs and files, and encode them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +28,11 @@ _SUFFIXES = (".txt", ".json", ".jsonl")
 
 
 def read_prompts(path: str | Path) -> list[Conversation]:
-    """The prompts of a file, each a conversation that waits for an answer.
+    """Read the prompts of a file, each a conversation that waits for an answer.
 
-    A .txt file has one a line. A row of a .json or .jsonl file has `messages` (its last turn is left out if it is
-    the assistant's: the answer of a dataset) and perhaps `tools` and `chat_template_kwargs`, as for
-    kdtune.data.chat_dataset, or `prompt`, or `instruction` and perhaps an `input` that follows it.
+    A .txt file has one per line. A row of a .json or .jsonl file has `messages` (a last turn of the assistant, the answer
+    in a dataset, is dropped) and optionally `tools` and `chat_template_kwargs`, as for kdtune.data.chat_dataset; or
+    `prompt`; or `instruction` and optionally an `input` that follows it.
 
     Raises:
         DataError: the file is missing, of another kind, holds no prompt, or has a row without one; the row is named.
@@ -82,10 +82,10 @@ def _row_conversation(row: Mapping[str, Any], place: str) -> Conversation:
 def encode_prompt(
     tokenizer: "Tokenizer", conversation: Conversation, *, system_prompt: str | None = None, chat: bool = True
 ) -> list[int]:
-    """The ids of a conversation in the tokenizer's chat template, up to where the answer starts.
+    """Return the ids of a conversation in the tokenizer's chat template, up to the start of the answer.
 
-    Without `chat`, those of the only message's text, after bos where transformers puts one.
-    `system_prompt` is put first, in place of the conversation's own.
+    Without `chat`, return those of the only message's text, after bos if transformers adds one.
+    `system_prompt` is put first and replaces the conversation's own.
 
     Raises:
         DataError: there is no message, the last one is empty, or without `chat` there is more than one.

@@ -1,4 +1,4 @@
-"""Answers to a user's prompts, as a chat."""
+"""Answers to single prompts, in the chat template."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Generator(Protocol):
-    """What writes the most likely text after a prompt, such as a teacher, wherever its model is."""
+    """An object that generates greedily from a prompt, such as a teacher, wherever its model is."""
 
     def generate(
         self,
@@ -24,7 +24,7 @@ class Generator(Protocol):
         stop_ids: Collection[int],
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> list[int]:
-        """The new ids after prompt_ids, ending with a stop id if there was one."""
+        """Return the new ids after prompt_ids, including a final stop id if there was one."""
 
 
 def answer(
@@ -35,17 +35,17 @@ def answer(
     *,
     agree: Callable[[list[int]], list[int]] | None = None,
 ) -> str:
-    """The most likely answer to one user message in the tokenizer's chat template, without control tokens.
+    """Return the greedy answer to one user message in the tokenizer's chat template, without special tokens.
 
     Args:
-        model: a model, or what generates with one.
-        tokenizer: of the model.
+        model: a model, or an object that generates with one.
+        tokenizer: the model's.
         prompt: the message.
         max_new_tokens: the longest answer.
         agree: see `generate_batch`.
 
     Raises:
-        DataError: if the rendered prompt leaves no room in the model's context.
+        DataError: the rendered prompt leaves no room in the model's context.
     """
     prompt_ids, _ = tokenizer.tokenize_messages([{"role": "user", "content": prompt}], add_generation_prompt=True)
     write = partial(generate, model) if isinstance(model, Transformer) else model.generate

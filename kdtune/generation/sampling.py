@@ -1,4 +1,4 @@
-"""The choice of the next tokens. Shape suffixes: B batch, V vocabulary, N tokens drawn among."""
+"""Sample the next tokens. Shape suffixes: B batch, V vocabulary, N candidate tokens."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,14 @@ def sample_tokens(
     top_p: float | None = None,
     generators: Sequence[torch.Generator],
 ) -> list[int]:
-    """Each sequence's next id: the most likely at temperature 0, else drawn by :func:`sample_token`.
+    """Return each sequence's next id: the most likely at temperature 0, else drawn by :func:`sample_token`.
 
     Args:
         logits_BV: [B, V], any dtype and device.
         temperature: 0 or more.
-        top_k: as there.
-        top_p: as there.
-        generators: one for each sequence, so that what is drawn for it does not depend on its neighbours.
+        top_k: as in :func:`sample_token`.
+        top_p: as in :func:`sample_token`.
+        generators: one per sequence, so that its draws do not depend on its neighbours.
 
     Raises:
         CheckpointError: logits that are not finite.
@@ -52,15 +52,15 @@ def sample_token(
     top_p: float | None = None,
     generator: torch.Generator,
 ) -> int:
-    """The next token's id: the most likely at temperature 0, else drawn from softmax(logits / temperature).
+    """Return the next token's id: the most likely at temperature 0, else drawn from softmax(logits / temperature).
 
     Args:
         logits_V: [V], any dtype and device.
         temperature: 0 or more.
-        top_k: draw among this many most likely tokens; None: among all.
-        top_p: draw among the fewest most likely tokens that hold at least this share of the probability left by
-            temperature and top_k (nucleus sampling, arXiv 1904.09751); None: among all.
-        generator: of the CPU, where the draw happens, so that a seed gives the same tokens on every device.
+        top_k: sample from this many most likely tokens; None: from all.
+        top_p: sample from the fewest most likely tokens that hold at least this share of the probability left by
+            temperature and top_k (nucleus sampling, arXiv 1904.09751); None: from all.
+        generator: a CPU generator; sampling happens on the CPU, so that a seed gives the same tokens on every device.
 
     Raises:
         CheckpointError: logits that are not finite.

@@ -1,4 +1,4 @@
-"""Text as its tokens come, for a terminal."""
+"""Stream generated text to a terminal."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,9 +11,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Turns ids into text one at a time; the pieces joined are what the ids decode to together.
+    """Decode ids to text one at a time; the joined pieces equal what the ids decode to together.
 
-    A character that takes several tokens is held back until it is whole.
+    A character that takes several tokens is held back until it is complete.
     """
 
     def __init__(self, tokenizer: "Tokenizer", write: Callable[[str], object]) -> None:
@@ -26,7 +26,7 @@ class TextStream:
         self._shown = 0
 
     def add(self, token: int) -> None:
-        """Writes what the id adds to the text, unless a character is still incomplete."""
+        """Write what the id adds to the text, unless a character is still incomplete."""
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         now = self._tokenizer.decode(self._ids[self._start :])
@@ -36,7 +36,7 @@ class TextStream:
             self._start, self._shown = self._shown, len(self._ids)
 
     def finish(self) -> str:
-        """Writes what was held back; returns the whole text."""
+        """Write what was held back; return the full text."""
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         rest = self._tokenizer.decode(self._ids[self._start :])[len(before) :]
         if rest:

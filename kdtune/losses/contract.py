@@ -1,4 +1,4 @@
-"""Check divergences by calling them on a few tokens, and choose the ids they are taken over."""
+"""Check divergences by calling them on a few tokens, and choose the ids they are computed over."""
 
 import functools
 import inspect
@@ -20,12 +20,12 @@ _TOKENS, _IDS = 3, 4096
 def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
     """Check that a divergence returns one finite value per token with a gradient.
 
-    The divergence (see `divergence_of`) is called on three tokens. What gives one number for all of them, or counts a token
-    by the others beside it, would scale the loss or its gradient by the size of a batch, in silence.
+    The divergence (see `divergence_of`) is called on three tokens. A function that returns one number for all of them, or
+    whose value for a token depends on the other tokens, would silently scale the loss or its gradient with the batch size.
 
     Args:
         kd_loss: the component: a divergence, or an object that has one.
-        key: of the config, for the messages.
+        key: config key, for the messages.
 
     Raises:
         ConfigError: naming the component, what was found and what is allowed.
@@ -84,7 +84,7 @@ def divergence_name(kd_loss: Any) -> str:
 
 
 def _takes_two(function: Any) -> bool:
-    """Whether it can be called with two positional arguments, as far as its signature tells."""
+    """Return whether it can be called with two positional arguments, as far as its signature tells."""
     try:
         inspect.signature(function).bind(None, None)
     except TypeError:
@@ -115,9 +115,9 @@ def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:
 
 
 def covers_extra_ids(divergence: Divergence) -> bool:
-    """Return whether value and gradient are finite where the student gives probability to an id to which the teacher gives none.
+    """Return whether value and gradient stay finite if the student gives probability to an id to which the teacher gives none.
 
-    So it is for forward KL and, written with care, for Jensen-Shannon; it cannot be for reverse KL.
+    They do for forward KL and, carefully implemented, for Jensen-Shannon; for reverse KL they cannot.
     """
     teacher = _few_tokens(of_teacher=True)
     teacher[:, -1] = -torch.inf
@@ -129,10 +129,10 @@ def covers_extra_ids(divergence: Divergence) -> bool:
 
 
 def over_student_ids(divergence: Divergence, vocab_size: int, num_shared: int) -> Divergence:
-    """The divergence for a student of `vocab_size` ids, of which the teacher has the first `num_shared`.
+    """Adapt the divergence to a student of `vocab_size` ids, of which the teacher has the first `num_shared`.
 
-    Where it would be infinite for the others (see `covers_extra_ids`), it compares what both distributions are among the
-    shared ids: each is divided by its sum over them.
+    If it would be infinite for the other ids (see `covers_extra_ids`), it compares both distributions over the shared ids
+    alone: each is renormalized over them.
     """
     if num_shared == vocab_size or covers_extra_ids(divergence):
         return divergence
@@ -145,14 +145,14 @@ def over_student_ids(divergence: Divergence, vocab_size: int, num_shared: int) -
 
 
 def _few_tokens(*, of_teacher: bool = False) -> Tensor:
-    """Log-probabilities, always the same ones: no generator is touched. Each token is surer than the one before it."""
+    """Return log-probabilities, always the same ones: no generator is touched. Each token is more peaked than the one before it."""
     grid = torch.arange(_TOKENS * _IDS, dtype=torch.float32, device="cpu").view(_TOKENS, _IDS)
     logits = (2.5 * grid).cos() if of_teacher else (1.5 * grid).sin()
     return (logits * torch.arange(1, _TOKENS + 1, device="cpu")[:, None]).log_softmax(-1)
 
 
 def _tried(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [N] and gradient [N, V], on the CPU; from the GPU where the function works there alone."""
+    """Return values [N] and gradient [N, V], on the CPU, or computed on the GPU if the function only works there."""
     try:
         return _values_and_gradient(divergence, student, teacher)
     except ConfigError:
@@ -179,7 +179,7 @@ def _values_and_gradient(divergence: Divergence, student: Tensor, teacher: Tenso
 
 
 def _name(thing: Any) -> str:
-    """`module.Class.function`; of an object without a name of its own, its class."""
+    """Return `module.Class.function`; for an object without a name of its own, its class."""
     thing = inspect.unwrap(thing)
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"

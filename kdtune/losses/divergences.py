@@ -1,10 +1,10 @@
-"""Divergences between next-token distributions: pure functions of log-probabilities, one value a token.
+"""Divergences between next-token distributions: pure functions of log-probabilities, one value per token.
 
 Shapes: N tokens, V vocabulary. A divergence is any `f(student_logp_NV, teacher_logp_NV) -> [N]` that autograd can
 differentiate with respect to its first argument: a function, or an object that holds its own settings, such as the temperature,
 and is called. The losses take care of masks, vocabularies, chunks and the softmax.
-A teacher whose head has fewer rows than the student's gives -inf for the ids that it lacks: a divergence that is finite there,
-in value and gradient, counts the student's probability for them; any other is given the shared ids alone, renormalized.
+A teacher whose head has fewer rows than the student's gives -inf for the ids that it lacks. A divergence that is finite there,
+in value and gradient, counts the student's probability for them; any other gets only the shared ids, renormalized.
 """
 
 import math
@@ -16,7 +16,7 @@ from kdtune.errors import ConfigError
 
 
 def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """KL(teacher || student) of every token in nats, [N]; 0 where the two agree.
+    """Return KL(teacher || student) of every token in nats, [N]; 0 where the two agree.
 
     sum_v p_v (log p_v - log q_v) with p the teacher's and q the student's probabilities, at temperature 1: Hinton,
     Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The paper trains on
@@ -36,10 +36,10 @@ def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
 
 
 class ForwardKL:
-    """KL(teacher || student) in nats a token, see `forward_kl`; the distillation loss of a config's `kd_loss`.
+    """KL(teacher || student) in nats per token, see `forward_kl`; the distillation loss of a config's `kd_loss`.
 
     Args:
-        temperature: both distributions are softmax(logits / temperature). 1: as the models give them. The value is not
+        temperature: both distributions are softmax(logits / temperature). 1: unchanged. The value is not
             multiplied by temperature squared, which arXiv 1503.02531 does to keep the gradient's size.
     """
 
@@ -48,17 +48,17 @@ class ForwardKL:
 
     @property
     def name(self) -> str:
-        """What tables and plots call it."""
+        """Display name in tables and plots."""
         return "KL" if self.temperature == 1 else f"KL (T={self.temperature:g})"
 
     def __call__(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-        """[N]; the arguments are natural log-probabilities, fp32 or wider."""
+        """Return the divergence of each token, [N]; the arguments are natural log-probabilities, fp32 or wider."""
         student_logp_NV, teacher_logp_NV = tempered(self.temperature, student_logp_NV, teacher_logp_NV)
         return forward_kl(student_logp_NV, teacher_logp_NV)
 
 
 def check_temperature(temperature: float) -> float:
-    """Return the temperature.
+    """Return the temperature if it is valid.
 
     Raises:
         ConfigError: it is not a finite number above 0.
@@ -71,8 +71,8 @@ def check_temperature(temperature: float) -> float:
 
 
 def tempered(temperature: float, *logp: Tensor) -> tuple[Tensor, ...]:
-    """The log-probabilities [N, V] at a temperature; at 1 the tensors themselves.
+    """Return the log-probabilities [N, V] at a temperature; at 1 the tensors themselves.
 
-    A softmax ignores a shift of its logits, so log-probabilities / T give what the logits / T would.
+    A softmax ignores a shift of its logits, so log-probabilities / T give the same result as logits / T.
     """
     return logp if temperature == 1 else tuple((one / temperature).log_softmax(-1) for one in logp)

@@ -5,11 +5,11 @@ they are still there, and the result is multiplied straight back into the gradie
 backward pass only scales what the forward pass has stored, and memory does not grow with the number of tokens.
 
 With g the gradient of a token's loss with respect to its log-probabilities, found by autograd on the divergence alone,
-the gradient with respect to its logits is g - softmax * sum(g). That is what lets any divergence through.
+the gradient with respect to its logits is g - softmax * sum(g). Therefore any differentiable divergence works.
 
 Shapes: T positions of the batch, N valid tokens among them, C tokens of a chunk, R tokens of a block of a chunk,
 V the student's vocabulary, D embedding width (the student's and the teacher's may differ). The teacher gives no probability
-to ids that it does not have; its rows for ids that the student does not have are left out before its softmax.
+to ids that it lacks; its rows for ids that the student lacks are dropped before its softmax.
 """
 
 import math
@@ -38,7 +38,7 @@ TILE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Task:
-    """What to compare the student with, and how: everything that is not differentiated."""
+    """Loss inputs that are not differentiated: the targets, the teacher's distributions and the settings."""
 
     positions_N: Tensor  # the valid tokens among the T positions
     labels_N: Tensor  # their targets, ids that both heads have
@@ -62,9 +62,9 @@ class Sums:
 
 
 def fused_linear_kd(student: Projection, task: Task) -> Sums:
-    """The loss and its parts, in fp32 or, for float64 hidden states, in float64.
+    """Compute the loss and its parts, in fp32 or, for float64 hidden states, in float64.
 
-    Gradients go to the student's hidden states and, where it requires one, to its weight; not to the teacher.
+    Gradients flow to the student's hidden states and, if it requires one, to its weight; not to the teacher.
     """
     sums = _FusedLinear.apply(student.hidden_TD, student.weight_VD, student.shards, task, torch.is_grad_enabled())
     return Sums(*sums)
@@ -105,7 +105,7 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
-    """The sums over all chunks. The gradients of the total are written into the given tensors, where there are any."""
+    """Return the sums over all chunks. The gradients of the total are written into the given tensors, if any."""
     num_tokens, dtype, shards, vocab_size = (
         len(task.labels_N),
         _sum_dtype(student.hidden_TD),
@@ -163,7 +163,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
 def _compare_(
     logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, task: Task, needs_grad: bool
 ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]:
-    """The parts of each token, as `Sums` names them. If needs_grad, logits_RV becomes the loss's gradient."""
+    """Return the parts of each token, as `Sums` names them. If needs_grad, logits_RV becomes the loss's gradient."""
     logp_RV = logits_RV.log_softmax(-1)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
@@ -187,7 +187,7 @@ def _compare_(
 def _logit_grad(
     logp_RV: Tensor, grad_logp_RV: Tensor | None, labels_R: Tensor, kd_ratio: float, *, out_RV: Tensor
 ) -> None:
-    """Writes g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
+    """Write g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
 
     The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere.
     """
@@ -204,31 +204,31 @@ def _logit_grad(
 
 
 def _sum_dtype(hidden_TD: Tensor) -> torch.dtype:
-    """fp32, or the wider dtype of the hidden states."""
+    """Return fp32, or the wider dtype of the hidden states."""
     return torch.promote_types(hidden_TD.dtype, torch.float32)
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, sum_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which hidden states and weight must be multiplied for a result that is exact to `sum_dtype`.
+    """Return the dtype in which hidden states and weight must be multiplied for a result exact to `sum_dtype`.
 
-    CUDA multiplies bf16 into an fp32 result; other devices round the result to bf16, so there both are raised first.
+    CUDA multiplies bf16 into an fp32 result; other devices round the result to bf16, so both are upcast there.
     """
     half = hidden.dtype == weight.dtype == torch.bfloat16 and sum_dtype == torch.float32
     return torch.bfloat16 if half and hidden.is_cuda and torch.version.hip is None else sum_dtype
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The product of two matrices, computed to the precision of out's dtype."""
+    """Return the product of two matrices, computed to the precision of out's dtype."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Adds the product of two matrices to out, computed to the precision of out's dtype."""
+    """Add the product of two matrices to out, computed to the precision of out's dtype."""
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
 def _tiles(weight_VD: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The first vocab_size rows of a head in `dtype` and their place: at once if that takes no copy, else by tiles."""
+    """Yield the first vocab_size rows of a head in `dtype`, and their slice: all at once if that takes no copy, else by tiles."""
     if weight_VD.dtype == dtype:
         yield slice(0, vocab_size), weight_VD[:vocab_size]
         return
@@ -239,12 +239,12 @@ def _tiles(weight_VD: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[t
 
 
 def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
-    """Rows of a head that take TILE_BYTES in `dtype`."""
+    """Return the number of rows of a head that take TILE_BYTES in `dtype`."""
     return max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize))
 
 
 def _teacher_buffer(teacher: Projection, like: Tensor, rows: int, vocab_size: int) -> Tensor:
-    """Allocate the buffer for the teacher's logits, -inf beyond its vocabulary: [rows, V], or of a head in shards [rows, its ids here]."""
+    """Allocate the buffer for the teacher's logits, -inf beyond its vocabulary: [rows, V], or [rows, local ids] for a sharded head."""
     if teacher.shards:
         return like.new_empty(rows, teacher.num_ids(min(teacher.vocab_size, vocab_size)))
     buffer = like.new_empty(rows, vocab_size)
@@ -253,7 +253,7 @@ def _teacher_buffer(teacher: Projection, like: Tensor, rows: int, vocab_size: in
 
 
 def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Tensor, vocab_size: int) -> Tensor:
-    """Logits [R, V] of the chunk's own tokens, -inf for ids beyond the head's rows."""
+    """Return logits [R, V] of the chunk's own tokens, -inf for ids beyond the head's rows."""
     num_ids = min(head.vocab_size, vocab_size)
     if head.shards is None:
         hidden_RD = head.hidden_TD[positions_C[own]]
@@ -264,13 +264,13 @@ def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Ten
 
 
 def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int) -> Tensor:
-    """Log-probabilities [R, V] of a signal, cut to the student's ids or -inf for those that the teacher lacks."""
+    """Return log-probabilities [R, V] of a signal, cut to the student's ids or -inf for those that the teacher lacks."""
     logp_RV = signal.log_probs(positions_R)
     return F.pad(logp_RV[:, :vocab_size], (0, max(0, vocab_size - signal.vocab_size)), value=-torch.inf)
 
 
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
-    """Logits [C, V] of a chunk, in the first rows of the buffer."""
+    """Return logits [C, V] of a chunk, in the first rows of the buffer."""
     logits_CV = buffer[: len(hidden_CD)]
     dtype = _operand_dtype(hidden_CD, weight_VD, buffer.dtype)
     hidden_CD = hidden_CD.to(dtype)
@@ -280,7 +280,7 @@ def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:
-    """Gradient [C, D] of the hidden states, in their dtype."""
+    """Return the gradient [C, D] of the hidden states, in their dtype."""
     dtype = _operand_dtype(hidden_CD, head.weight_VD, grad_logits_CV.dtype)
     grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
     for tile, weight in _tiles(head.weight_VD, grad_logits_CV.shape[1], dtype):
@@ -291,7 +291,7 @@ def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) ->
 
 
 def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    """Adds a chunk's share to the gradient of the head's rows."""
+    """Add a chunk's share to the gradient of the head's rows."""
     dtype = _operand_dtype(hidden_CD, weight_VD, grad_weight_VD.dtype)
     hidden_CD = hidden_CD.to(dtype)
     for tile in _slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
@@ -299,13 +299,13 @@ def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD:
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of about equal length, none longer than size, that cover range(length)."""
+    """Return consecutive slices of about equal length, none longer than size, that cover range(length)."""
     count = math.ceil(length / size)
     return (slice(i * length // count, (i + 1) * length // count) for i in range(count))
 
 
 def _block_size(logits_CV: Tensor) -> int:
-    """Rows of a chunk on which softmax and divergence run at once: all of them, except on a CPU; one at least."""
+    """Return the rows of a chunk that softmax and divergence process at once: all of them, except on a CPU; at least one."""
     if logits_CV.device.type != "cpu":
         return max(1, len(logits_CV))  # with a head in shards, a process may have none of a short chunk's rows
     return max(1, CPU_BLOCK_BYTES // (logits_CV.shape[1] * logits_CV.element_size()))

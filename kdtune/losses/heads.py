@@ -1,4 +1,4 @@
-"""Output heads as the two matrices whose product are the logits. Shapes: T positions, V vocabulary, D embedding, K inner width."""
+"""Output heads as two matrices whose product is the logits. Shapes: T positions, V vocabulary, D embedding, K inner width."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from kdtune.losses.vocab_shards import VocabShards
 
 @dataclass(frozen=True)
 class Projection:
-    """Hidden states and the head that makes logits of them: hidden_TD @ weight_VD.T."""
+    """Hidden states and the head that maps them to logits: hidden_TD @ weight_VD.T."""
 
     hidden_TD: Tensor
     weight_VD: Tensor  # of a head in shards, this process's rows
@@ -22,24 +22,24 @@ class Projection:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the whole head."""
+        """Return the number of rows of the full head."""
         return self.shards.vocab_size if self.shards else len(self.weight_VD)
 
     def num_ids(self, limit: int) -> int:
-        """Rows here among the first `limit` of the whole head."""
+        """Return the number of local rows among the first `limit` of the full head."""
         return self.shards.own_num_ids(limit) if self.shards else limit
 
 
 @runtime_checkable
 class FactoredHead(Protocol):
-    """An output head that is more than one weight, such as one with an adapter, but still one product of two matrices."""
+    """An output head of more than one weight, such as one with an adapter, that is still one product of two matrices."""
 
     def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, K] and [V, K], whose product ``first @ second.T`` is what the head gives for the hidden states."""
+        """Return [T, K] and [V, K], whose product ``first @ second.T`` is the head's output for the hidden states."""
 
 
 def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
-    """The projection of a model's hidden states [B, S, D], in shards where tensor parallelism cut the head.
+    """Return the projection of a model's hidden states [B, S, D], in shards if tensor parallelism shards the head.
 
     Args:
         owner: whose head it is, for the message, such as "student".
@@ -71,7 +71,7 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
 
 
 def check_head(owner: str, output: nn.Module) -> None:
-    """Raise, before the first batch, if the head cannot be fused with the loss.
+    """Raise ConfigError, before the first batch, unless the head can be fused with the loss.
 
     Args:
         owner: whose head it is, for the message, such as "student".
@@ -85,7 +85,7 @@ def check_head(owner: str, output: nn.Module) -> None:
 
 
 def _head_weight(owner: str, output: nn.Module) -> Tensor:
-    """The head's weight [V, D], if its product with the hidden states is all that the head does."""
+    """Return the head's weight [V, D], if its product with the hidden states is all that the head computes."""
     plain = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward
     if not plain:
         found = f"a {type(output).__name__}"

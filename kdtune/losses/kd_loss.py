@@ -50,7 +50,7 @@ class KDLoss:
     def __call__(
         self, hidden_BSD: Tensor, output: nn.Module, signal: Signal | None, targets: Targets | Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the others.
+        """Return the loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the others.
 
         These are "kd_loss", the divergence; "agreement", the number of tokens to which both models give the same most
         likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
@@ -62,7 +62,7 @@ class KDLoss:
             hidden_BSD: the student's last hidden states, after the final norm.
             output: the student's output head.
             signal: the teacher's, for the same positions; None with kd_ratio 0.
-            targets: of the batch; or its labels [B, S], which an accelerator is waited for with.
+            targets: the batch's; or its labels [B, S], at the price of a wait for an accelerator.
 
         Raises:
             ConfigError: a head cannot be fused with the loss, or the teacher is missing.
@@ -94,7 +94,7 @@ class KDLoss:
         return sums.total, {name: part for name, part in parts.items() if part is not None}
 
     def _teacher(self, student: Projection, signal: Signal | None, targets: Targets) -> Projection | Signal | None:
-        """What the fused loss makes the teacher's rows from; None with kd_ratio 0."""
+        """Return the input for the teacher's rows in the fused loss; None with kd_ratio 0."""
         if self.kd_ratio == 0:
             return None
         if signal is None:
@@ -112,7 +112,7 @@ class KDLoss:
         return teacher
 
     def _divergence_over(self, vocab_size: int, num_shared: int) -> Divergence:
-        """`over_student_ids`, found out once."""
+        """Return `over_student_ids`, cached."""
         sizes = (vocab_size, num_shared)
         if sizes not in self._over:
             self._over[sizes] = over_student_ids(self.divergence, vocab_size, num_shared)
@@ -121,7 +121,7 @@ class KDLoss:
 
 @torch.no_grad()
 def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | None = None) -> Tensor:
-    """Cross entropy of a teacher with the labels, summed over valid tokens; over all of its own ids.
+    """Return the cross entropy of a teacher with the labels, summed over valid tokens, over all of its own ids.
 
     Args:
         signal: the teacher's.

@@ -18,7 +18,7 @@ class CrossEntropyLoss:
     """Cross entropy of plain logits with the labels: the mean over valid tokens in nats, 0 if there are none."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, S, V] or [N, V]; labels of the same leading shape. The softmax is in fp32 or wider."""
+        """Return the mean for logits [B, S, V] or [N, V] and labels of the same leading shape. The softmax is in fp32 or wider."""
         valid = _valid_tokens(labels, logits.shape, logits.shape[-1])
         return F.cross_entropy(_raised(logits[valid]), labels[valid], reduction="sum") / valid.sum().clamp(min=1)
 
@@ -36,9 +36,9 @@ class DivergenceLoss:
         self.divergence = divergence
 
     def __call__(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Both logits [B, S, V] or [N, V]; their V may differ.
+        """Return the mean for both logits [B, S, V] or [N, V]; their V may differ.
 
-        The teacher's are cut to the student's ids before its softmax, and it gives no probability to ids that it lacks.
+        The teacher's logits are cut to the student's ids before its softmax, and it gives no probability to ids that it lacks.
         """
         vocab_size, num_shared = logits.shape[-1], min(logits.shape[-1], teacher_logits.shape[-1])
         valid = _valid_tokens(labels, logits.shape, num_shared)
@@ -62,12 +62,12 @@ class ForwardKLLoss(DivergenceLoss):
 
 
 def _raised(logits: Tensor) -> Tensor:
-    """The logits in fp32, or as they are if they are wider."""
+    """Return the logits in fp32, or unchanged if they are wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _valid_tokens(labels: Tensor, shape: torch.Size, vocab_size: int) -> Tensor:
-    """Where labels are not IGNORE_INDEX (bool, labels' shape), once they are known to fit the model's output."""
+    """Return where labels are not IGNORE_INDEX (bool, labels' shape), after checking that they fit the model's output."""
     check_positions("student logits", shape[:-1], tuple(labels.shape))
     valid = labels != IGNORE_INDEX
     wrong = labels[valid & ((labels < 0) | (labels >= vocab_size))]

@@ -1,7 +1,7 @@
-"""What a teacher gives for a batch: its next-token distributions, in one of several forms.
+"""A teacher's output for a batch: its next-token distributions, in one of several forms.
 
 Shapes: B batch, S sequence, T = B * S positions, C positions of a chunk, V the teacher's vocabulary, D its embedding width,
-K ids that are kept of each position.
+K ids that are kept per position.
 """
 
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Signal(Protocol):
-    """A teacher's log-probabilities for the positions of a batch, made where the loss asks for them.
+    """A teacher's log-probabilities for the positions of a batch, computed when the loss asks for them.
 
     The loss asks for a chunk of positions at a time, so a form that computes them on demand never holds [T, V].
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(B, S), the positions that it has."""
+        """Shape (B, S) of the positions."""
 
     @property
     def vocab_size(self) -> int:
-        """V: ids from 0 that it may give probability to."""
+        """V: number of ids, from 0, that it may give probability to."""
 
     def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Natural log-probabilities [C, V], fp32 or wider; -inf where there is none. positions_C index the flattened [B, S]."""
+        """Return natural log-probabilities [C, V], fp32 or wider; -inf for none. positions_C index the flattened [B, S]."""
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """A teacher's last hidden states (after its final norm) and its output head, from which the loss makes the logits.
+    """A teacher's last hidden states (after its final norm) and its output head, from which the loss computes the logits.
 
-    The whole vocabulary's distribution at a fraction of the memory: [B, S, V] logits are never stored. Both are
-    constants to the loss: no gradient reaches the teacher. The fused loss projects them into its own buffers.
+    The full distribution at a fraction of the memory: [B, S, V] logits are never stored. Both are constants to the loss:
+    no gradient reaches the teacher. The fused loss projects them into its own buffers.
     """
 
     hidden_BSD: Tensor
@@ -52,14 +52,14 @@ class HiddenSignal:
         return self.output.out_features
 
     def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Natural log-probabilities [C, V], fp32 or wider."""
+        """Return natural log-probabilities [C, V], fp32 or wider."""
         logits_CV = self.output(self.hidden_BSD.flatten(0, 1)[positions_C])
         return _log_softmax(logits_CV)
 
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """Log-probabilities, or logits, of every position as they are."""
+    """Log-probabilities, or logits, of every position."""
 
     logits_BSV: Tensor
 
@@ -74,7 +74,7 @@ class DenseSignal:
         return self.logits_BSV.shape[-1]
 
     def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Natural log-probabilities [C, V], fp32 or wider."""
+        """Return natural log-probabilities [C, V], fp32 or wider."""
         return _log_softmax(self.logits_BSV.flatten(0, -2)[positions_C])
 
 
@@ -82,7 +82,7 @@ class DenseSignal:
 class TopKSignal:
     """The K most likely ids of every position with their log-probabilities, as a cache stores them.
 
-    Renormalized: the K ids share the whole probability, all other ids have none. Divergences that are infinite where only
+    Renormalized: the K ids share all of the probability, other ids have none. Divergences that are infinite where only
     the student gives probability, such as reverse KL, are infinite on it.
     """
 
@@ -98,7 +98,7 @@ class TopKSignal:
         return tuple(self.ids_BSK.shape[:-1])
 
     def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Natural log-probabilities [C, V], fp32 or wider; -inf for ids that are not among the K."""
+        """Return natural log-probabilities [C, V], fp32 or wider; -inf for ids that are not among the K."""
         ids_CK = self.ids_BSK.flatten(0, -2)[positions_C]
         logp_CK = _log_softmax(self.logp_BSK.flatten(0, -2)[positions_C])
         dense_CV = logp_CK.new_full((len(ids_CK), self.vocab_size), -torch.inf)

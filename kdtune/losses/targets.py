@@ -11,10 +11,10 @@ from kdtune.errors import DataError, TrainingError
 
 @dataclass(frozen=True)
 class Targets:
-    """Which positions of a batch have a target, and which token that is.
+    """Labelled positions of a batch, and their target tokens.
 
     A loss reads these, not a [B, S] tensor of labels: a search for the labelled positions on a GPU would make the host wait
-    for the device in every micro-batch, since the size of its result is not known before.
+    for the device in every micro-batch, because the size of its result is unknown beforehand.
     """
 
     positions_N: Tensor
@@ -24,7 +24,7 @@ class Targets:
     shape: tuple[int, ...]
     """(B, S), or the leading shape of the hidden states in general."""
     id_range: tuple[int, int]
-    """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without a look at the device."""
+    """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without reading from the device."""
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "Targets":
@@ -48,7 +48,7 @@ class Targets:
 
 
 def check_target_ids(id_range: tuple[int, int], vocab_size: int) -> None:
-    """Raise unless targets from the smallest to the largest of id_range are below vocab_size.
+    """Raise unless all targets, from the smallest to the largest of id_range, are below vocab_size.
 
     Raises:
         DataError: one of them is not an id of the vocabulary.
@@ -65,7 +65,7 @@ def check_target_ids(id_range: tuple[int, int], vocab_size: int) -> None:
 def check_positions(name: str, shape: tuple[int, ...], labels_shape: tuple[int, ...]) -> None:
     """Raise unless a tensor has values for the positions of the labels.
 
-    `name` says what it is, `shape` is its shape without the last dimension.
+    `name` is the tensor's name for the message, `shape` its shape without the last dimension.
 
     Raises:
         TrainingError: the two shapes differ.
