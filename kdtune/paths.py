@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Expand paths as users write them."""
 
 import os
 from pathlib import Path
@@ -17,10 +17,10 @@ PathText = Annotated[str, PATH_MARK]
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The path that is meant, with a leading `~` or `~USER` as that user's home folder.
+    """Return the path with a leading `~` or `~USER` expanded to that user's home folder.
 
-    Every path that comes from outside (a config, a command line, a caller of the library) passes here, so that `~` means
-    the same for all of them.
+    Every path from outside (a config, a command line, a caller of the library) passes through here, so that `~` means the
+    same everywhere.
 
     Raises:
         ConfigError: there is no such user, or the user has no home folder.

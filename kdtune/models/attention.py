@@ -1,7 +1,7 @@
 """Grouped-query causal attention (arXiv 2305.13245).
 
-Shape suffixes: B batch, S new tokens, T tokens attended to (held by the cache and new), D embedding, H query heads,
-K key/value heads, G query heads a key head, E head dim.
+Shape suffixes: B batch, S new tokens, T tokens attended to (cached and new), D embedding, H query heads, K key/value
+heads, G query heads per key head, E head dim.
 """
 
 import torch
@@ -31,10 +31,10 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
-        """[B, S, D] to [B, S, D].
+        """Map [B, S, D] to [B, S, D].
 
         ``mask`` is bool, broadcastable to [B, 1, S, T], True where a query may see a key; None is causal. With a cache
-        that already holds tokens, None is right for a single new token only.
+        that already holds tokens, None is correct only for a single new token.
         """
         heads = (*hidden_BSD.shape[:2], -1, self.head_dim)
         q_BHSE = rotate(self.q_proj(hidden_BSD).view(heads), rope).transpose(1, 2)
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query."""
+    """Compute softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query."""
     groups = q_BHSE.shape[1] // k_BKTE.shape[1]
     if groups > 1 and q_BHSE.shape[2] == 1:
         # A single query sees the same keys whatever its head: the heads that share a key are its queries.

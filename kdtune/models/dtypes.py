@@ -1,4 +1,4 @@
-"""Dtypes of weights by the names that configs use."""
+"""Weight dtypes by the names that configs use."""
 
 import torch
 
@@ -8,10 +8,10 @@ _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """The torch dtype for a config's `dtype`: "fp32" or "bf16" (also "float32" and "bfloat16").
+    """Return the torch dtype for a config's `dtype`: "fp32" or "bf16" (also "float32" and "bfloat16").
 
     Raises:
-        ConfigError: for any other name; fp16 because gradients below 6e-8 would need a loss scaler.
+        ConfigError: any other name, including fp16, whose gradients below 6e-8 would need a loss scaler.
     """
     if name in _DTYPES:
         return _DTYPES[name]

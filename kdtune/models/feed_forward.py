@@ -5,7 +5,7 @@ from torch.nn import functional
 
 
 class FeedForward(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, without biases."""
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``, without biases."""
 
     def __init__(self, embed_dim: int, intermediate_dim: int) -> None:
         super().__init__()
@@ -14,6 +14,6 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_dim, embed_dim, bias=False)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
+        """Map [B, S, D] to [B, S, D]."""
         inner_BSF = functional.silu(self.gate_proj(hidden_BSD)) * self.up_proj(hidden_BSD)
         return self.down_proj(inner_BSF)

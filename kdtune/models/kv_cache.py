@@ -1,6 +1,6 @@
-"""Keys and values of the tokens a model has already seen, for generation.
+"""Key-value cache of the tokens a model has already processed, for generation.
 
-Shape suffixes: B batch, S new tokens, K key/value heads, C capacity of the cache, P tokens held, E head dim.
+Shape suffixes: B batch, S new tokens, K key/value heads, C capacity of the cache, P cached tokens, E head dim.
 """
 
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ _FIRST_ROOM = 1024
 
 
 class LayerCache:
-    """One layer's keys and values, allocated as they come: a process may have only some of the heads."""
+    """Keys and values of one layer, allocated on first use: a process may hold only some of the heads."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._keys_BKCE = self._values_BKCE = torch.empty(0)
 
     def store(self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values at ``start``; returns all up to their end, views [B, K, start + S, E]."""
+        """Write the new keys and values at ``start``; return all up to their end, views [B, K, start + S, E]."""
         end = start + keys_BKSE.shape[2]
         held = self._keys_BKCE.shape[2] if self._keys_BKCE.numel() else 0
         if end > held:
@@ -36,7 +36,7 @@ class LayerCache:
         return self._keys_BKCE[:, :, :end], self._values_BKCE[:, :, :end]
 
     def keep_sequences(self, rows: list[int], length: int) -> None:
-        """Moves the first ``length`` tokens of these sequences, given in order, to the front; forgets the others."""
+        """Move the first ``length`` tokens of these sequences, given in order, to the front; discard the others."""
         for tensor_BKCE in (self._keys_BKCE, self._values_BKCE):
             for new, old in enumerate(rows):
                 if new != old:  # always new < old: nothing is overwritten before it is moved
@@ -46,7 +46,7 @@ class LayerCache:
 
 
 def _grown(held_BKCE: Tensor, new_BKSE: Tensor, length: int, room: int) -> Tensor:
-    """Room for so many tokens, with the first ``length`` of those held."""
+    """Return a tensor with this capacity that holds the first ``length`` cached tokens."""
     batch_size, heads, _, head_dim = new_BKSE.shape
     grown = new_BKSE.new_zeros(batch_size, heads, room, head_dim)
     if length:
@@ -55,12 +55,12 @@ def _grown(held_BKCE: Tensor, new_BKSE: Tensor, length: int, room: int) -> Tenso
 
 
 class KVCache:
-    """Keys and values of every layer, for up to ``max_seq_len`` tokens a sequence, in the first keys' dtype.
+    """Keys and values of every layer, for up to ``max_seq_len`` tokens per sequence, in the first keys' dtype.
 
-    It takes memory for what it holds, doubling when it is full: texts end long before what they may reach.
-    Pass it to ``Transformer.forward`` with the new tokens only; forward appends them and moves ``length`` on.
-    ``config`` is the model's, ``batch_size`` how many sequences it holds.
-    For inference: the writes are in place, so nothing can be differentiated through them.
+    Its memory grows on demand, doubling when full, because most texts end long before ``max_seq_len``.
+    Pass it to ``Transformer.forward`` with only the new tokens; forward appends them and advances ``length``.
+    ``config`` is the model's, ``batch_size`` the number of sequences.
+    For inference only: the writes are in place, so gradients cannot flow through them.
     """
 
     def __init__(self, config: "TransformerConfig", batch_size: int, max_seq_len: int) -> None:
@@ -70,7 +70,7 @@ class KVCache:
         self.layers = [LayerCache(max_seq_len) for _ in range(config.num_layers)]
 
     def check_room(self, tokens_BS: Tensor) -> None:
-        """Raises ValueError where the new tokens do not fit."""
+        """Raise ValueError if the new tokens do not fit."""
         batch_size, num_new = tokens_BS.shape
         if batch_size != self.batch_size:
             raise ValueError(f"KVCache: a batch of {batch_size} sequences; this cache was made for {self.batch_size}")
@@ -81,13 +81,13 @@ class KVCache:
             )
 
     def truncate(self, length: int = 0) -> None:
-        """Forgets all tokens from position ``length`` on."""
+        """Discard all tokens from position ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"KVCache.truncate: length={length}; allowed: 0 to {self.length}, the tokens held")
         self.length = length
 
     def keep_sequences(self, rows: list[int]) -> None:
-        """Forgets all sequences of the batch but these, given by ascending index; the rest move up, in place."""
+        """Discard all sequences of the batch but these, given by ascending index; the rest move up, in place."""
         if not rows or rows != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < self.batch_size:
             raise ValueError(f"KVCache.keep_sequences: rows={rows}; ascending indices below {self.batch_size} expected")
         for layer in self.layers:

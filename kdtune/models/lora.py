@@ -1,4 +1,4 @@
-"""Adapters: low-rank updates beside frozen linear layers, as LoRA, DoRA and QLoRA train them.
+"""Adapters: low-rank updates of frozen linear layers, for LoRA, DoRA and QLoRA.
 
 Shape suffixes: O outputs, I inputs, R rank; T tokens, D embedding, V vocabulary, K the width D + R.
 """
@@ -30,7 +30,7 @@ class LoRALinear(nn.Linear):
 
     It computes ``W x + alpha / rank * B A dropout(x)``. With a magnitude (DoRA, arXiv 2402.09353) each output is scaled
     by ``magnitude / |row of W + alpha / rank * B A|``, where the norm is a constant to the gradient (section 4.3 there).
-    ``weight`` keeps its name and stays shared with whatever shared it; the parameters ``lora_a.weight`` [R, I],
+    ``weight`` keeps its name and stays tied to the same parameters; the parameters ``lora_a.weight`` [R, I],
     ``lora_b.weight`` [O, R] and ``magnitude`` [O] have the weight's dtype and device. ``base`` is the layer that is adapted;
     ``use_dora`` adds the magnitude, ``quantize_base`` holds the frozen weight in NF4.
     """
@@ -51,13 +51,13 @@ class LoRALinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """What the low-rank update is multiplied by: alpha / rank."""
+        """Factor of the low-rank update: alpha / rank."""
         return self.alpha / self.rank
 
     def set_base(self, weight: Tensor) -> None:
-        """Takes a base weight [O, I], in NF4 where ``quantize_base`` says so, and begins the adapter anew.
+        """Set the base weight [O, I], in NF4 with ``quantize_base``, and initialize the adapter.
 
-        The layer then computes what its base does: A is drawn by :func:`draw_a_`, B is zero, the magnitude is the norm of
+        The layer then computes the same as its base: A is drawn by :func:`draw_a_`, B is zero, the magnitude is the norm of
         the base's rows.
         """
         if self.quantize_base and not is_nf4(weight):
@@ -71,16 +71,16 @@ class LoRALinear(nn.Linear):
                 self.magnitude.copy_(torch.linalg.vector_norm(_widened(dequantized(self.weight)), dim=1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., I] to [..., O], in the inputs' dtype."""
+        """Map [..., I] to [..., O], in the inputs' dtype."""
         outputs = functional.linear(inputs, self.weight) + self.lora_b(self._low_rank(inputs))
         if self.magnitude is not None:
             outputs = outputs * self._gain(self.magnitude).to(outputs.dtype)
         return outputs if self.bias is None else outputs + self.bias
 
     def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices [T, K] and [V, K] with ``forward(hidden) = first @ second.T``, for a loss that goes by chunks.
+        """Return matrices [T, K] and [V, K] with ``forward(hidden) = first @ second.T``, for a loss that works in chunks.
 
-        The low-rank update becomes R more columns, so that in half precision it is not lost beside the base.
+        The low-rank update becomes R more columns, so that it is not lost in half precision.
 
         Raises:
             ConfigError: The layer has a bias.
@@ -95,7 +95,7 @@ class LoRALinear(nn.Linear):
         return torch.cat((hidden_TD, self._low_rank(hidden_TD)), dim=1), weight_VK
 
     def merged_weight(self) -> Tensor:
-        """The weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
+        """Return the weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
         parts: list[Any] = [self.lora_a.weight, self.lora_b.weight, self.magnitude]
         if not isinstance(self.weight, DTensor):
             # A base in 4 bits may be a copy on every process, beside adapters that lie in shards.
@@ -104,7 +104,7 @@ class LoRALinear(nn.Linear):
         return merged(dequantized(self.weight), a_RI, b_OR, self.scaling, magnitude_O)
 
     def _low_rank(self, inputs: Tensor) -> Tensor:
-        """Alpha / rank * A dropout(x), [..., R]."""
+        """Return alpha / rank * A dropout(x), [..., R]."""
         return self.lora_a(self.drop(inputs, self.dropout, self.training)) * self.scaling
 
     def _gain(self, magnitude_O: Tensor) -> Tensor:
@@ -142,29 +142,29 @@ def apply_lora(
     use_dora: bool = False,
     quantize_base: bool = False,
 ) -> Transformer:
-    """Puts adapters on the model, in place, and freezes all else: only the adapters are trainable.
+    """Add adapters to the model, in place, and freeze everything else: only the adapters are trainable.
 
-    What is listed gets adapters and nothing else. Where neither modules of the attention nor the feed-forward are listed, these
-    do: q_proj, v_proj, output_proj and the feed-forward.
+    Only the listed modules get adapters. If neither attention modules nor the feed-forward are listed, the adapted modules are
+    q_proj, v_proj, output_proj and the feed-forward.
 
     Args:
         model: Any decoder, with weights or on the meta device (loading then draws the adapters, from torch's seed).
         lora_rank: Columns of the low-rank update.
         lora_alpha: The update is scaled by ``lora_alpha / lora_rank``.
-        lora_dropout: Probability with which an input of the update is left out in training; the base sees all.
-        lora_attn_modules: Of q_proj, k_proj, v_proj and output_proj those that get one, in every layer. None: none where the
-            feed-forward is listed, else the three above.
-        apply_lora_to_mlp: Whether the three projections of every feed-forward get one. None: where lora_attn_modules is not given.
-        apply_lora_to_output: Whether the output head gets one. A tied head stays tied; merging unties it.
-        use_dora: Learn each output's magnitude apart from its direction (arXiv 2402.09353).
+        lora_dropout: Probability of dropping an input of the update in training; the base sees all inputs.
+        lora_attn_modules: The attention modules to adapt in every layer, of q_proj, k_proj, v_proj and output_proj. None: none
+            if the feed-forward is listed, else the three above.
+        apply_lora_to_mlp: Adapt the three projections of every feed-forward. None: only if lora_attn_modules is not given.
+        apply_lora_to_output: Adapt the output head. A tied head stays tied; merging unties it.
+        use_dora: Learn each output's magnitude separately from its direction (arXiv 2402.09353).
         quantize_base: Hold the adapted linear layers' own weights in NF4 (QLoRA, arXiv 2305.14314). The embeddings and
-            the output head stay as they are: the losses read the head as a plain matrix.
+            the output head are not quantized: the losses read the head as a plain matrix.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: A value is outside its range, a module's name is unknown, none is chosen, or there are adapters.
+        ConfigError: A value is outside its range, a module's name is unknown, none is chosen, or the model already has adapters.
     """
     attn_modules, adapts_mlp = _listed(lora_attn_modules, apply_lora_to_mlp)
     _check_settings(lora_rank, lora_alpha, lora_dropout, attn_modules)
@@ -195,7 +195,7 @@ def apply_lora(
 
 
 def _listed(attn_modules: Sequence[AttnModule] | None, apply_to_mlp: bool | None) -> tuple[Sequence[AttnModule], bool]:
-    """The modules of the attention that get adapters, and whether the feed-forward does."""
+    """Return the attention modules that get adapters, and whether the feed-forward does."""
     if attn_modules is not None:
         return attn_modules, bool(apply_to_mlp)
     # Only the feed-forward is listed; or nothing is, or all but the feed-forward.
@@ -203,7 +203,7 @@ def _listed(attn_modules: Sequence[AttnModule] | None, apply_to_mlp: bool | None
 
 
 def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linear:
-    """A linear layer with a weight of `like`'s dtype and device, whose values are not set: those that nn.Linear draws are not wanted."""
+    """Return a linear layer of `like`'s dtype and device with an uninitialized weight: nn.Linear's initialization is not wanted."""
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=like.device, dtype=like.dtype))
     return linear
@@ -238,23 +238,23 @@ def _check_settings(rank: int, alpha: float, dropout: float, attn_modules: Seque
 
 
 def replace_module(model: Transformer, name: str, module: nn.Module) -> None:
-    """Puts another module in the place of the one of this name."""
+    """Replace the module of this name by another one."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
 def adapted_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by name, such as "layers.0.attn.q_proj"; empty for a model without adapters."""
+    """Return the adapted layers by name, such as "layers.0.attn.q_proj"; empty for a model without adapters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any layer of the model has an adapter."""
+    """Return whether any layer of the model has an adapter."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their names in the model: what training changes, and what no base checkpoint holds."""
+    """Return the adapters' parameters by name: training changes them, and no base checkpoint holds them."""
     return {
         f"{name}.{inner}": parameter
         for name, linear in adapted_linears(model).items()
@@ -264,24 +264,24 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def draw_a_(a_RI: Tensor) -> Tensor:
-    """Fills A in place from a uniform distribution, as LoRA's own code does (kaiming, a = sqrt(5)); torch's seed decides."""
+    """Fill A in place from a uniform distribution, as LoRA's own code does (kaiming, a = sqrt(5)), by torch's seed."""
     return nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
 
 
 def _widened(weight: Tensor) -> Tensor:
-    """In fp32, or as it is if it is wider."""
+    """Return the tensor in fp32, or unchanged if it is wider."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A, in fp32 or wider."""
+    """Return W + scaling * B A, in fp32 or wider."""
     wide_OI = _widened(weight_OI)
     return torch.addmm(wide_OI, b_OR.to(wide_OI.dtype), a_RI.to(wide_OI.dtype), alpha=scaling)
 
 
 @torch.no_grad()
 def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, magnitude_O: Tensor | None = None) -> Tensor:
-    """The weight that computes what base and adapter do; summed in fp32 or wider, then rounded to the weight's dtype."""
+    """Return the weight equivalent to base and adapter, summed in fp32 or wider, then rounded to the weight's dtype."""
     sum_OI = _sum(weight_OI, a_RI, b_OR, scaling)
     if magnitude_O is not None:
         sum_OI *= (magnitude_O.to(sum_OI.dtype) / torch.linalg.vector_norm(sum_OI, dim=1))[:, None]

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights, for good, for a while, or only into what is saved."""
+"""Merge adapters into the weights: permanently, temporarily, or only in saved files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ _MERGED_FROM = "_merged_from"
 
 
 def merge_adapters(model: Transformer, *, keep_base: bool = False) -> Transformer:
-    """Folds the adapters into the weights, in place: plain linear layers that compute the same.
+    """Merge the adapters into the weights, in place: plain linear layers that compute the same.
 
-    The sums are made in fp32 or wider and rounded to the weights' dtype once. An NF4 base becomes a plain weight of the
+    The sums are computed in fp32 or wider and rounded once to the weights' dtype. An NF4 base becomes a plain weight of the
     model's dtype. A tied head that was adapted gets a weight of its own, and the model's config says so.
 
     Args:
-        model: Loses its adapters; what was frozen stays frozen.
-        keep_base: Keep base weights and adapters aside, so that :func:`unmerge_adapters` can bring them back bit for
-            bit. This costs the memory of the adapted layers once more, on the device where they are.
+        model: Loses its adapters; frozen parameters stay frozen.
+        keep_base: Keep base weights and adapters, so that :func:`unmerge_adapters` can restore them bit for bit. This
+            takes the memory of the adapted layers a second time, on their device.
 
     Raises:
         ConfigError: The model has no adapters.
@@ -39,12 +39,12 @@ def merge_adapters(model: Transformer, *, keep_base: bool = False) -> Transforme
 
 
 def unmerge_adapters(model: Transformer) -> Transformer:
-    """Undoes ``merge_adapters(model, keep_base=True)``: base weights, adapters and tie are what they were, bit for bit.
+    """Undo ``merge_adapters(model, keep_base=True)``: restore base weights, adapters and tied head bit for bit.
 
-    What was done to the merged weights since then is lost.
+    Changes to the merged weights since then are lost.
 
     Raises:
-        ConfigError: The model was not merged, or without ``keep_base``.
+        ConfigError: The model was not merged, or was merged without ``keep_base``.
     """
     if _MERGED_FROM not in vars(model):
         raise ConfigError(
@@ -59,7 +59,7 @@ def unmerge_adapters(model: Transformer) -> Transformer:
 
 @contextmanager
 def merged_adapters(model: Transformer) -> Iterator[Transformer]:
-    """The model with its adapters merged while the block lasts, such as for generating faster; afterwards as before."""
+    """A context in which the model's adapters are merged, such as for faster generation; restores them afterwards."""
     merge_adapters(model, keep_base=True)
     try:
         yield model
@@ -68,14 +68,14 @@ def merged_adapters(model: Transformer) -> Iterator[Transformer]:
 
 
 def merged_config(model: Transformer) -> TransformerConfig:
-    """The config of the model with its adapters merged: a tied head that is adapted is untied."""
+    """Return the config of the model with its adapters merged: a tied head that is adapted is untied."""
     return replace(model.config, tie_embeddings=False) if OUTPUT in adapted_linears(model) else model.config
 
 
 def merged_weights(model: Transformer) -> dict[str, Callable[[], Tensor]]:
-    """The weights of the model with its adapters merged, by name, each computed when called; the model stays as it is.
+    """Return functions that compute the weights of the model with merged adapters, by name; the model is unchanged.
 
-    For a model without adapters its own weights. A tied head is left out.
+    For a model without adapters they return its own weights. A tied head is omitted.
     """
     linears = adapted_linears(model)
     adapters = adapter_parameters(model)
@@ -91,7 +91,7 @@ def merged_weights(model: Transformer) -> dict[str, Callable[[], Tensor]]:
 
 
 def untie_head(model: Transformer) -> Transformer:
-    """Gives a tied output head a copy of the weight of its own, in place; the config says so."""
+    """Give a tied output head its own copy of the weight, in place, and record it in the config."""
     if model.config.tie_embeddings:
         shared = model.output.weight
         model.output.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)

@@ -1,6 +1,6 @@
-"""Frozen weights in 4 bits, as torchao's NF4 tensors: what that class lacks for models that move, are cast and copied.
+"""Frozen 4-bit weights as torchao's NF4 tensors, with the operations to move, cast and copy that torchao's class lacks.
 
-torchao is imported only where a weight is quantized: its import takes seconds.
+torchao is imported only when a weight is quantized: its import takes seconds.
 """
 
 import logging
@@ -24,7 +24,7 @@ BY_ROWS = ("quantized_data", "quantized_scalers", "quantization_factor")
 
 @contextmanager
 def quiet_torchao() -> Iterator[None]:
-    """Holds back what torchao says at import about kernels that this torch build lacks; none of them is used here."""
+    """Suppress torchao's import messages about kernels that this torch build lacks; none of them is used here."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -37,10 +37,10 @@ def quiet_torchao() -> Iterator[None]:
 
 
 def quantize_nf4(weight: Tensor) -> nn.Parameter:
-    """The weight, frozen, in NF4 with double quantization (arXiv 2305.14314): about 0.52 bytes a value.
+    """Return the weight, frozen, in NF4 with double quantization (arXiv 2305.14314): about 0.52 bytes per value.
 
-    The number of values must be a multiple of 64, see `check_nf4_shape`. Scales that share a scale are of the same rows, so
-    that what is cut by rows is what it was before (`is_cut_by_rows`). Of a weight on the meta device, the parts are there.
+    The number of values must be a multiple of 64, see `check_nf4_shape`. Scales that share a second-level scale belong to the
+    same rows, so that sharding by rows does not change values (`is_cut_by_rows`). A weight on the meta device gives meta parts.
     """
     num_scales = _scales_together(weight.shape)
     if weight.is_meta:
@@ -64,7 +64,7 @@ def quantize_nf4(weight: Tensor) -> nn.Parameter:
 def nf4_from_parts(
     parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, *, scaler_block_size: int
 ) -> Tensor:
-    """An NF4 weight of torchao's from the tensors that it is made of; so many scales share one of their own."""
+    """Build torchao's NF4 weight from the tensors that it consists of, given the number of scales per second-level scale."""
     with quiet_torchao():
         from torchao.quantization import NF4Tensor
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
@@ -81,12 +81,12 @@ def nf4_from_parts(
 
 
 def is_cut_by_rows(shape: torch.Size, num_parts: int) -> bool:
-    """Whether so many processes can each hold as many rows of such a weight in NF4, with their scales, and nothing else."""
+    """Return whether an NF4 weight can be sharded by rows evenly over this many processes, with exactly their scales."""
     return math.gcd(shape.numel() // BLOCK_SIZE, shape[0]) % num_parts == 0
 
 
 def fill_rows(target: Tensor, weight: Tensor, rows: slice) -> None:
-    """Copies these rows of an NF4 weight into one that has no others; their number must be one of `is_cut_by_rows`."""
+    """Copy these rows of an NF4 weight into one that has no others; their number must satisfy `is_cut_by_rows`."""
     for name, part in nf4_parts(weight).items():
         if name in BY_ROWS:
             part = part[len(part) * rows.start // len(weight) : len(part) * rows.stop // len(weight)]
@@ -94,14 +94,14 @@ def fill_rows(target: Tensor, weight: Tensor, rows: slice) -> None:
 
 
 def _scales_together(shape: torch.Size) -> int:
-    """How many scales share one of their own: as many as may be of those that always are of the same rows."""
+    """Return how many scales share a second-level scale: the largest number that always belongs to the same rows."""
     num_blocks = shape.numel() // BLOCK_SIZE
     inseparable = num_blocks // math.gcd(num_blocks, shape[0])
     return max(n for n in range(1, SCALES_AT_MOST + 1) if inseparable % n == 0)
 
 
 def check_nf4_shape(name: str, shape: torch.Size) -> None:
-    """Raises ConfigError, with the module's name, for a weight whose number of values NF4 cannot take."""
+    """Raise a ConfigError that names the module, for a weight whose number of values NF4 cannot hold."""
     if shape.numel() % BLOCK_SIZE:
         raise ConfigError(
             f"quantize_base: {name} has a weight of {list(shape)}, {shape.numel()} values; NF4 takes a multiple of "
@@ -110,18 +110,18 @@ def check_nf4_shape(name: str, shape: torch.Size) -> None:
 
 
 def is_nf4(weight: Tensor) -> bool:
-    """Whether the weight, or this process's shard of it, is one of torchao's NF4 tensors."""
+    """Return whether the weight, or this process's shard of it, is one of torchao's NF4 tensors."""
     return type(weight.to_local() if isinstance(weight, DTensor) else weight).__name__ == "NF4Tensor"
 
 
 def nf4_parts(weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that an NF4 weight is made of, by torchao's names; those in `BY_ROWS` have as much of each row."""
+    """Return the tensors that an NF4 weight consists of, by torchao's names; those in `BY_ROWS` have equally much of each row."""
     packed: Any = weight
     return {name: getattr(packed, name) for name in packed.__tensor_flatten__()[0]}
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """A plain tensor of the weight's dtype, sharded as the weight is: what an NF4 weight stands for, any other as it is."""
+    """Dequantize an NF4 weight to a plain tensor of its dtype, sharded like the weight; any other weight is unchanged."""
     if not is_nf4(weight):
         return weight
     if isinstance(weight, DTensor):
@@ -132,9 +132,9 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def map_nf4(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """The NF4 weight with the function applied to each tensor that it is made of, such as a move to another device.
+    """Apply a function, such as a move to another device, to each tensor that the NF4 weight consists of.
 
-    torchao itself quantizes anew on clone() and dequantizes on .to(dtype).
+    torchao itself requantizes on clone() and dequantizes on .to(dtype).
     """
     if isinstance(weight, DTensor):
         return nn.Parameter(_like(weight, map_nf4(weight.to_local(), function)), requires_grad=False)
@@ -145,7 +145,7 @@ def map_nf4(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Paramete
 
 
 def _like(weight: DTensor, shard: Tensor) -> DTensor:
-    """The same distributed tensor with another shard on this process."""
+    """Return the same distributed tensor with another shard on this process."""
     mesh, placements = weight.device_mesh, weight.placements
     made: DTensor = DTensor.from_local(shard.detach(), mesh, placements, shape=weight.shape, stride=weight.stride())
     return made

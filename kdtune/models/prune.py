@@ -1,6 +1,6 @@
-"""Small students from large models by dropping layers: the choice of layers, measured, and the pruned model.
+"""Make small students from large models by dropping layers: measure the choice of layers and build the pruned model.
 
-Shape suffixes: B batch, S sequence, C candidates (stacks that lack one layer), D embedding, N valid tokens,
+Shape suffixes: B batch, S sequence, C candidates (stacks without one layer), D embedding, N valid tokens,
 V vocabulary.
 """
 
@@ -35,21 +35,21 @@ class TokenBatch(Protocol):
 
 @dataclass(frozen=True)
 class RemovalStep:
-    """One layer that greedy removal dropped, and what the model without it and the earlier ones loses."""
+    """One layer that greedy removal dropped, and the loss without it and the earlier ones."""
 
     layer: int
     """Its index in the original model."""
     loss: float
     """Nats per valid token after the removal."""
     added: Mapping[int, float]
-    """By layer, of those tried: what leaving it out would add to the loss before this removal."""
+    """Loss increase of dropping each layer tried, by layer, before this removal."""
 
 
 def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
-    """A model of the given layers of ``model``, in order, that **shares** its weights.
+    """Build a model of the given layers of ``model``, in order, that **shares** its weights.
 
-    No copy is made, so that a large model fits in memory once: training one of the two changes the other. Use
-    ``copy.deepcopy`` where both are needed.
+    Nothing is copied, to save memory: training one of the two changes the other. Use ``copy.deepcopy`` if both are
+    needed.
 
     Raises:
         ConfigError: The indices are not strictly increasing within the model.
@@ -76,7 +76,7 @@ def check_layers(model: Transformer, layers: Sequence[int]) -> None:
 
 
 def evenly_spaced(num_layers: int, keep: int) -> list[int]:
-    """``keep`` of ``num_layers`` indices at equal distances, with the first and the last (for keep=1 the first).
+    """Return ``keep`` of ``num_layers`` indices at equal distances, with the first and the last (for keep=1 the first).
 
     >>> evenly_spaced(30, 4)
     [0, 10, 19, 29]
@@ -88,7 +88,7 @@ def evenly_spaced(num_layers: int, keep: int) -> list[int]:
 
 
 def most_influential(influence: Sequence[float], keep: int) -> list[int]:
-    """The ``keep`` indices of greatest influence, increasing; ShortGPT's choice given :func:`block_influence`.
+    """Return the ``keep`` indices of greatest influence, increasing; ShortGPT's choice given :func:`block_influence`.
 
     >>> most_influential([0.9, 0.1, 0.3, 0.5], keep=2)
     [0, 3]
@@ -99,7 +99,7 @@ def most_influential(influence: Sequence[float], keep: int) -> list[int]:
 
 @torch.no_grad()
 def block_influence(model: Transformer, batches: Iterable[TokenBatch]) -> list[float]:
-    """Per layer, 1 minus the mean cosine of its input and output over valid tokens (ShortGPT, arXiv 2403.03853).
+    """Return per layer 1 minus the mean cosine of its input and output over valid tokens (ShortGPT, arXiv 2403.03853).
 
     Near 0: the layer hardly changes the residual stream.
     """
@@ -119,7 +119,7 @@ def block_influence(model: Transformer, batches: Iterable[TokenBatch]) -> list[f
 
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequence[int] | None = None) -> float:
-    """Cross entropy in nats per valid token of the model, or of a stack of only the given layers of it."""
+    """Return the cross entropy in nats per valid token of the model, or of a stack of only the given layers."""
     stack = model.layers if layers is None else [model.layers[index] for index in layers]
     total, count = 0.0, 0
     for batch in batches:
@@ -133,7 +133,7 @@ def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequenc
 
 @torch.no_grad()
 def removal_losses(model: Transformer, batches: Iterable[TokenBatch]) -> list[float]:
-    """For each layer, the loss in nats per valid token of the model without it."""
+    """Return for each layer the loss in nats per valid token of the model without it."""
     stack = list(model.layers)
     return _mean_over_texts(_Text(model, batch).losses_without(range(len(stack)), stack, 0) for batch in batches)
 
@@ -149,20 +149,20 @@ def greedy_removal(
     on_removal: Callable[[RemovalStep], object] | None = None,
     on_progress: Callable[[float], object] | None = None,
 ) -> list[RemovalStep]:
-    """Drops layers one at a time, each time the one whose loss hurts least, until ``keep`` are left.
+    """Drop layers one at a time, each time the one whose removal raises the loss least, until ``keep`` are left.
 
     Args:
         model: Stays as it is.
         batches: Held-out calibration text. It stays in memory, with its hidden states before every layer.
-        keep: Layers to be left, at least 1.
-        num_candidates: After the first removal, measure only so many layers: those that added least to the loss when they
-            were last measured. None: all of them, which is exact and takes several times as long.
-        done: The first removals of an earlier call with these arguments, whatever its ``keep``: they are not measured again.
+        keep: Number of layers to keep, at least 1.
+        num_candidates: After the first removal, measure only this many layers: those that added least to the loss when
+            last measured. None: all of them, which is exact and takes several times as long.
+        done: The first removals of an earlier call with these arguments (``keep`` may differ): they are not measured again.
         on_removal: Called after each new removal.
-        on_progress: Called often, with the share of the current removal's measurements that are made, up to 1.
+        on_progress: Called often, with the fraction of the current removal's measurements that are done, up to 1.
 
     Returns:
-        The removals in order, those done before first; the layers that none of them names are the ones to keep.
+        The removals in order, beginning with ``done``; the layers that none of them names are the ones to keep.
 
     Raises:
         ConfigError: ``keep`` or ``num_candidates`` is out of range, or the text has no valid label.
@@ -198,7 +198,7 @@ def greedy_removal(
 
 
 def _share_of(size: int, tell: Callable[[float], object] | None) -> Callable[[int], None]:
-    """A function of the amounts of a work of this size, as they are done, that tells the share done so far."""
+    """Return a function that takes amounts of work as they are done and returns the fraction of the total done so far."""
     done = 0
 
     def add(amount: int) -> None:
@@ -211,10 +211,10 @@ def _share_of(size: int, tell: Callable[[float], object] | None) -> Callable[[in
 
 
 class _Text:
-    """One batch of calibration text, and what each layer of the current stack gets for it.
+    """One batch of calibration text, and the hidden states before each layer of the current stack.
 
     All candidate stacks advance together: those that have already skipped their layer go through the next one as one
-    batch. What the layers below a removed one got stays right after the removal.
+    batch. Hidden states below a removed layer stay valid after the removal.
     """
 
     def __init__(self, model: Transformer, batch: TokenBatch) -> None:
@@ -230,9 +230,10 @@ class _Text:
         changed: int,
         passed: Callable[[int], object] = lambda num_tokens: None,
     ) -> tuple[list[float], int]:
-        """For each candidate, an increasing position in the stack, the stack's summed loss without it; and the number
-        of valid tokens. ``changed`` is the first position where the stack differs from the last call's; ``passed`` is
-        called with the number of tokens that have gone through a layer or the head.
+        """Return each candidate's summed loss, of the stack without it, and the number of valid tokens.
+
+        ``candidates`` are increasing positions in the stack. ``changed`` is the first position where the stack differs from
+        the last call's. ``passed`` is called with the number of tokens that have passed a layer or the head.
         """
         del self._inputs[changed + 1 :]
         for layer in stack[len(self._inputs) - 1 : candidates[-1]]:
@@ -274,20 +275,20 @@ def _valid(batch: TokenBatch) -> Tensor:
 
 
 def _embed(model: Transformer, batch: TokenBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The first layer's input [B, S, D] and the rotary tables."""
+    """Return the first layer's input [B, S, D] and the rotary tables."""
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     hidden_BSD = model.tok_embeddings(batch.tokens)
     return hidden_BSD, model.rope(positions, hidden_BSD.dtype)
 
 
 def _through(layer: nn.Module, hidden_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """The layer's output, computed for so many sequences at a time that memory stays bounded."""
+    """Return the layer's output, computed for a few sequences at a time to bound memory."""
     rows = max(1, _TOKENS_AT_ONCE // hidden_BSD.shape[1])
     return torch.cat([layer(part, rope) for part in hidden_BSD.split(rows)])
 
 
 def _summed_loss(model: Transformer, hidden_BSD: Tensor, batch: TokenBatch) -> float:
-    """Cross entropy summed over valid tokens, from the last layer's output; the head runs at those tokens only."""
+    """Return the cross entropy summed over valid tokens, from the last layer's output; the head runs only at those tokens."""
     valid = _valid(batch)
     hidden_ND, labels_N = hidden_BSD[valid], batch.labels[valid]
     rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)

@@ -1,7 +1,7 @@
-"""Linear weights in 8 or 4 bits, by torchao, for models that are used and not trained.
+"""Quantize linear weights to 8 or 4 bits by torchao, for inference.
 
-The linears of the layers are quantized. The embedding, the norms and, unless asked for, an untied head stay as they
-are: they are small beside the layers or decide which token comes out.
+The linears of the layers are quantized. The embedding, the norms and, unless asked for, an untied head are not
+quantized: they are small compared to the layers, or they decide which token comes out.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from kdtune.models.transformer import Transformer, TransformerConfig
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to hold a linear's weight."""
+    """A quantization scheme for a linear's weight."""
 
     description: str
     group_sizes: tuple[int, ...] = ()
-    """Input features that may share a scale; empty: not a choice."""
+    """Allowed numbers of input features that share a scale; empty: not configurable."""
     default_group_size: int | None = None
     lowest_capability: tuple[int, int] | None = None
-    """CUDA compute capability it needs; None: it also works on a CPU."""
+    """Required CUDA compute capability; None: it also works on a CPU."""
     weight_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
@@ -54,15 +54,15 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a quantized weight is from the one it came from."""
+    """Quantization error of one weight."""
 
     name: str
     relative_error: float
-    """Frobenius norm of the difference over that of the weight."""
+    """Frobenius norm of the difference, divided by that of the weight."""
 
 
 def scheme_problems(scheme: str, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> list[str]:
-    """Why weights of `dtype` cannot be quantized so on `device`, or used there; reads and loads nothing."""
+    """Return why weights of `dtype` cannot be quantized with the scheme on `device`, or used there; loads nothing."""
     if scheme not in SCHEMES:
         return [f"scheme={scheme}: unknown; one of {', '.join(SCHEMES)}"]
     found = SCHEMES[scheme]
@@ -82,7 +82,7 @@ def scheme_problems(scheme: str, device: torch.device, dtype: torch.dtype, group
 def shape_problems(
     scheme: str, config: TransformerConfig, group_size: int | None = None, *, quantize_output: bool = False
 ) -> list[str]:
-    """Which linears of the model have a shape that the (known) scheme cannot hold; reads no weight."""
+    """Return which linears of the model have a shape that the (known) scheme cannot hold; reads no weights."""
     if quantize_output and config.tie_embeddings:
         return ["quantize_output=true: the head is the embedding (tied), which stays as it is; set it to false"]
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def shape_problems(
 
 
 def target_linears(model: Transformer, *, quantize_output: bool = False) -> dict[str, nn.Linear]:
-    """The linears of the layers by name, and with `quantize_output` the head."""
+    """Return the linears of the layers by name, and with `quantize_output` the head."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not quantize_output:
         del found["output"]
@@ -113,18 +113,18 @@ def quantize(
     quantize_output: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[LayerError]:
-    """Quantizes the linears in place, one at a time, and freezes the model; returns each one's error.
+    """Quantize the linears in place, one at a time, and freeze the model; return each one's error.
 
     Args:
         model: on the device it will be used on.
         scheme: one of SCHEMES.
         group_size: input features that share a scale; None: the scheme's own.
-        quantize_output: the untied head too.
-        progress: called with the name of each linear that is done.
+        quantize_output: also quantize an untied head.
+        progress: called with the name of each linear when it is done.
 
     Raises:
         ConfigError: the scheme does not work for this model, dtype or device (see `scheme_problems`,
-            `shape_problems`), or left a weight as it was.
+            `shape_problems`), or left a weight unquantized.
     """
     weight = model.tok_embeddings.weight
     problems = scheme_problems(scheme, weight.device, weight.dtype, group_size)
@@ -147,17 +147,17 @@ def quantize(
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether the weight is held by torchao and not as plain numbers."""
+    """Return whether the weight is one of torchao's tensors and not plain numbers."""
     return type(weight) not in (Tensor, nn.Parameter, FakeTensor)
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """A quantized weight as plain numbers, in the dtype it shows."""
+    """Dequantize a weight to plain numbers, in the dtype it shows."""
     return nf4.dequantized(weight) if nf4.is_nf4(weight) else weight.dequantize()
 
 
 def num_bytes(weight: Tensor) -> int:
-    """Bytes that the weight takes in memory, with its scales."""
+    """Return the bytes that the weight takes in memory, with its scales."""
     if not is_quantized(weight):
         return weight.nbytes
     names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]

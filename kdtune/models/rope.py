@@ -1,7 +1,7 @@
 """Rotary position embeddings in the half-split layout (RoFormer, arXiv 2104.09864), with Llama 3.1's frequency scaling.
 
 Shape suffixes: B batch, S sequence, H heads, E head dim, R = E / 2 rotated pairs.
-The angles are always computed in fp32: bf16 tables lose whole positions beyond 256.
+The angles are always computed in fp32: bf16 cannot tell neighbouring positions apart beyond 256.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the rotary frequencies to contexts longer than they were first trained on.
+    """Frequency scaling by which Llama 3.1 and later extend the context beyond the length of their first training.
 
     Wavelengths longer than ``original_max_seq_len / low_freq_factor`` are divided by ``factor``, those shorter than
-    ``original_max_seq_len / high_freq_factor`` stay, those between are interpolated.
+    ``original_max_seq_len / high_freq_factor`` are unchanged, those between are interpolated.
     """
 
     factor: float
@@ -26,9 +26,9 @@ class RopeScaling:
 
 
 def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None, device: str = "cpu") -> Tensor:
-    """Radians per position of each rotated pair, [R], fp32.
+    """Return the radians per position of each rotated pair, [R], fp32.
 
-    Lies on the CPU whatever the default device is, so that a model built on the meta device has real values.
+    Always on the CPU, so that a model built on the meta device has real values.
     """
     exponents_R = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inverse_R = 1.0 / base**exponents_R
@@ -44,7 +44,7 @@ def _scale(inverse_R: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(positions: Tensor, inverse_R: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, each [S, 1, R] for positions [S] or [B, S, 1, R] for [B, S].
+    """Return cosine and sine of every position, each [S, 1, R] for positions [S] or [B, S, 1, R] for [B, S].
 
     The angles are fp32 and only the results are rounded to ``dtype``. float64 stays float64.
     """
@@ -54,7 +54,7 @@ def rope_tables(positions: Tensor, inverse_R: Tensor, dtype: torch.dtype) -> tup
 
 
 def rotate(heads_BSHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """The queries or keys, each pair (i, i + R) turned by its position's angle."""
+    """Rotate each pair (i, i + R) of the queries or keys by its position's angle."""
     cos, sin = rope
     first, second = heads_BSHE.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -26,7 +26,7 @@ _MOST_PARAMETERS = 10**16
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that decides a decoder's shape and arithmetic.
+    """Architecture of a decoder.
 
     ``max_seq_len`` is the context the weights were trained for; forward does not enforce it.
     """
@@ -66,14 +66,14 @@ class TransformerConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of a model of these sizes, a tied head counted once."""
+        """Return the number of parameters of a model of these sizes, a tied head counted once."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
         layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2)
         return self.embed_dim * ((1 if self.tie_embeddings else 2) * self.vocab_size + 1) + self.num_layers * layer
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights, those of its `state_dict()`, without building it."""
+    """Return names and shapes of a model's weights, as in its `state_dict()`, without building it."""
     dim, inner = config.embed_dim, config.intermediate_dim
     of_layer = {
         "attn_norm.weight": (dim,),
@@ -95,7 +95,7 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv 1910.07467): the statistics in fp32, the gain in the input's dtype."""
+    """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Same shape and dtype as the input; computed in fp32 and rounded once, before the gain, as Llama does."""
+        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain, as in Llama."""
         return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
 
 
@@ -125,7 +125,7 @@ class TransformerLayer(nn.Module):
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
-        """[B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
+        """Map [B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
         hidden_BSD = hidden_BSD + self.attn(self.attn_norm(hidden_BSD), rope, mask, cache, cache_length)
         return hidden_BSD + self.mlp(self.mlp_norm(hidden_BSD))
 
@@ -148,16 +148,16 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def tie_weights(self) -> None:
-        """Makes the head share the embeddings' Parameter where the config says so.
+        """Make the head share the embeddings' Parameter if the config ties them.
 
-        Call it again after ``to_empty`` or ``load_state_dict(assign=True)``, which give each its own.
+        Call it again after ``to_empty`` or ``load_state_dict(assign=True)``, which untie them.
         """
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights from N(0, 0.02²) and sets the norms' gains to 1."""
+        """Draw all weights from N(0, 0.02²) and set the norms' gains to 1."""
         for parameter in self.parameters():
             if parameter.is_meta:  # where a value is none, drawing it only takes time
                 continue
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The tables every layer of one forward shares, for positions [S] or [B, S]."""
+        """Return the rotary tables that all layers of one forward share, for positions [S] or [B, S]."""
         if not positions.is_meta and positions.device != self._inverse_frequencies.device:
             # Kept there: a copy in every forward would make a GPU wait for each new token.
             self._inverse_frequencies = self._inverse_frequencies.to(positions.device)
@@ -182,14 +182,14 @@ class Transformer(nn.Module):
         kv_cache: KVCache | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
-        """Logits [B, S, V], or with ``return_hidden`` the hidden states [B, S, D] after the final norm.
+        """Return logits [B, S, V], or with ``return_hidden`` the hidden states [B, S, D] after the final norm.
 
         Args:
             tokens: Token ids. Right-padded batches need no mask: attention is causal.
-            input_pos: Position of each token, [S] or [B, S]; None counts on from what the cache holds, or from 0.
-            mask: Bool, [B, S, T] or broadcastable to it, True where a token may attend; None is causal. T is S, plus
-                the tokens the cache already holds.
-            kv_cache: Holds the tokens before these; these are appended to it.
+            input_pos: Position of each token, [S] or [B, S]; None continues after the cached tokens, or starts from 0.
+            mask: Bool, [B, S, T] or broadcastable to it, True where a token may attend; None is causal. T is S plus
+                the number of cached tokens.
+            kv_cache: Cache of the preceding tokens; the new ones are appended to it.
             return_hidden: For losses that project chunk by chunk, so that [B, S, V] never exists.
         """
         num_held = 0
@@ -212,7 +212,7 @@ class Transformer(nn.Module):
 
 
 def _attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: torch.device) -> Tensor | None:
-    """The mask with a heads dimension, [B, 1, S, T]; None where the causal fast path is right."""
+    """Return the mask with a heads dimension, [B, 1, S, T]; None if the causal fast path is correct."""
     if mask is not None:
         return mask[..., None, :, :]
     if num_held == 0 or num_new == 1:

@@ -1,4 +1,4 @@
-"""Models of the published sizes with fresh weights, on the current default device and dtype."""
+"""Builders of the published sizes, with random weights, on the current default device and dtype."""
 
 from kdtune.models.llama.sizes import SIZES
 from kdtune.models.rope import RopeScaling
@@ -20,7 +20,7 @@ def llama(
     rope_scaling: RopeScaling | None = None,
     tie_embeddings: bool = False,
 ) -> Transformer:
-    """A Llama of any size, with random weights.
+    """Build a Llama of any size, with random weights.
 
     Args:
         vocab_size: rows of the embedding and of the head.
@@ -31,9 +31,9 @@ def llama(
         num_kv_heads: key and value heads; None: as many as query heads.
         head_dim: width of a head; None: ``embed_dim / num_heads``.
         max_seq_len: the context, in tokens.
-        norm_eps: of the RMS norms.
+        norm_eps: epsilon of the RMS norms.
         rope_base: theta of the rotary embedding.
-        rope_scaling: how Llama 3.1 stretches it to a longer context; None: not.
+        rope_scaling: Llama 3.1's frequency scaling for a longer context; None: no scaling.
         tie_embeddings: the head is the embedding.
     """
     config = TransformerConfig(

@@ -1,4 +1,4 @@
-"""Model settings as ``config.json``, ``params.json`` and GGUF metadata state them, to ours and back."""
+"""Convert model settings from ``config.json``, ``params.json`` and GGUF metadata to ours and back."""
 
 import reprlib
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original
 
 
 def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
-    """The model that a ``config.json`` describes; absent keys have the values transformers' LlamaConfig gives them.
+    """Return the config of the model in a ``config.json``; absent keys get the defaults of transformers' LlamaConfig.
 
     Reads ``rope_theta`` with ``rope_scaling`` (transformers 4) and ``rope_parameters`` (transformers 5).
 
@@ -73,13 +73,13 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
 def config_to_hf(
     config: TransformerConfig, *, base: Mapping[str, Any] | None = None, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """A ``config.json`` that transformers 4 and 5 both read as ``config``.
+    """Return a ``config.json`` that transformers 4 and 5 both read as ``config``.
 
     Args:
         config: The model.
-        base: The ``config.json`` the model came from; what it says beyond the model, such as token ids, is kept.
+        base: The ``config.json`` the model came from; its other values, such as token ids, are kept.
             Without one add ``bos_token_id`` and ``eos_token_id``: transformers would assume Llama 2's.
-        dtype: Of the weights beside it, such as "bfloat16".
+        dtype: Dtype of the weights in the same folder, such as "bfloat16".
     """
     dropped = ("transformers_version", "_name_or_path", "quantization_config")
     kept = {key: value for key, value in (base or {}).items() if key not in dropped}
@@ -161,16 +161,16 @@ def config_from_meta(
     max_seq_len: int | None = None,
     tie_embeddings: bool | None = None,
 ) -> TransformerConfig:
-    """The model that Meta's ``params.json`` describes.
+    """Return the config of the model that Meta's ``params.json`` describes.
 
-    The file is silent on the context, the tie and the factor of a scaled RoPE. Where a published size agrees with all
-    that it says, they are that size's; else 4096, untied and 8 (as in Meta's own code).
+    The file does not contain the context length, whether the head is tied, or the factor of a scaled RoPE. If a published
+    size agrees with everything in the file, they are that size's; else 4096, untied and 8 (as in Meta's own code).
 
     Args:
         params: The parsed file.
         vocab_size: Rows of the embeddings, for Llama 2, whose file says -1.
-        max_seq_len: None: as said above.
-        tie_embeddings: None: as said above.
+        max_seq_len: Context length; None: as above.
+        tie_embeddings: Tie the head to the embedding; None: as above.
 
     Raises:
         CheckpointError: A missing or unknown setting.
@@ -211,13 +211,13 @@ def config_from_meta(
 
 
 def _stated_by_meta(config: TransformerConfig) -> TransformerConfig:
-    """The config with what params.json does not say set to one value."""
+    """Return the config with every field that params.json lacks set to one value."""
     scaling = None if config.rope_scaling is None else LLAMA3_1_ROPE
     return replace(config, max_seq_len=1, tie_embeddings=False, rope_scaling=scaling)
 
 
 def _meta_intermediate_dim(params: Mapping[str, Any]) -> int:
-    """Two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
+    """Return two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
     inner = int(2 * 4 * params["dim"] / 3)
     inner = int(_or(_number(params, "ffn_dim_multiplier", "params.json", kind=float), 1) * inner)
     multiple = _or(_number(params, "multiple_of", "params.json"), 256)
@@ -227,12 +227,12 @@ def _meta_intermediate_dim(params: Mapping[str, Any]) -> int:
 def config_from_gguf(
     metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors: Tensor | None = None
 ) -> TransformerConfig:
-    """The model that a GGUF file's metadata describes.
+    """Return the config of the model that a GGUF file's metadata describes.
 
     Args:
         metadata: Its fields, such as "llama.block_count", as plain Python values.
         tie_embeddings: Whether the file lacks the tensor ``output.weight``.
-        rope_factors: The tensor ``rope_freqs.weight`` where the file has one: by how much each frequency is divided.
+        rope_factors: The tensor ``rope_freqs.weight``, if the file has one: the divisor of each frequency.
 
     Raises:
         CheckpointError: Another architecture, a missing size, or a setting this model does not compute.
@@ -273,7 +273,7 @@ def config_from_gguf(
 
 
 def _scaling_from_factors(rope_factors: Tensor, head_dim: int, rope_base: float) -> RopeScaling | None:
-    """The Llama 3.1 scaling that gives these divisors (models differ in its factor only); None where all are 1."""
+    """Return the Llama 3.1 scaling with these divisors (models differ only in its factor); None if all are 1."""
     factors = rope_factors.detach().float().cpu()
     scaling = replace(LLAMA3_1_ROPE, factor=factors.max().item())
     expected = inverse_frequencies(head_dim, rope_base, None) / inverse_frequencies(head_dim, rope_base, scaling)
@@ -297,7 +297,7 @@ def _size(config: Mapping[str, Any], key: str, source: str = "config.json", *, k
 
 
 def _number(config: Mapping[str, Any], key: str, source: str = "config.json", *, kind: type = int) -> Any:
-    """A positive number of the kind (an int passes for a float); None where the key is absent or null."""
+    """Return a positive number of the kind (an int passes for a float); None if the key is absent or null."""
     value: Any = config.get(key)
     if value is None:
         return None

@@ -1,7 +1,7 @@
 """Tensor names and row orders of Hugging Face, Meta and GGUF checkpoints, as data. Reads and writes no files.
 
 The formats' settings (``config.json``, ``params.json``, GGUF metadata) are read by the functions of ``configs``, which
-this module offers too.
+this module re-exports.
 """
 
 import re
@@ -41,31 +41,31 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Another format's tensor names, to ours and back. ``{}`` in a pattern is the layer's number."""
+    """Another format's tensor names, mapped to ours and back. ``{}`` in a pattern is the layer's number."""
 
     format: str
     ours_by_theirs: Mapping[str, str]
     derived: frozenset[str]
-    """Names of tables that old checkpoints carry and the model computes itself."""
+    """Names of tables that old checkpoints contain and the model computes itself."""
 
     @cached_property
     def _theirs_by_ours(self) -> dict[str, str]:
         return {ours: theirs for theirs, ours in self.ours_by_theirs.items()}
 
     def knows(self, name: str) -> bool:
-        """Whether the name is a weight of a Llama model in this format."""
+        """Return whether the name is a weight of a Llama model in this format."""
         return _pattern(name)[0] in self.ours_by_theirs
 
     def is_derived(self, name: str) -> bool:
-        """Whether the tensor may be skipped: the model computes it from its config."""
+        """Return whether the tensor may be skipped because the model computes it from its config."""
         return _pattern(name)[0] in self.derived
 
     def to_kdtune(self, name: str) -> str:
-        """Our name for theirs. Raises CheckpointError for a name no Llama model has."""
+        """Return our name for theirs. Raises CheckpointError for a name no Llama model has."""
         return self._translate(name, self.ours_by_theirs)
 
     def from_kdtune(self, name: str) -> str:
-        """Their name for ours. Raises CheckpointError for a name our models do not have."""
+        """Return their name for ours. Raises CheckpointError for a name our models do not have."""
         return self._translate(name, self._theirs_by_ours)
 
     def _translate(self, name: str, table: Mapping[str, str]) -> str:
@@ -78,7 +78,7 @@ class KeyMap:
 
 
 def _pattern(name: str) -> tuple[str, str]:
-    """The name with its layer number replaced by {}, and that number ('' where there is none)."""
+    """Return the name with its layer number replaced by {}, and that number ('' if there is none)."""
     found = _LAYER.search(name)
     return (_LAYER.sub("{}", name, count=1), found.group()) if found else (name, "")
 
@@ -150,7 +150,7 @@ gguf_to_kdtune, kdtune_to_gguf = GGUF.to_kdtune, GGUF.from_kdtune
 
 
 def rotary_heads(name: str, config: TransformerConfig) -> int | None:
-    """How many heads a weight (our name) has if its rows are in rotary order, as q and k are; None for the others."""
+    """Return the number of heads of a weight (our name) whose rows are in rotary order, as q and k; None for the others."""
     if name.endswith(".attn.q_proj.weight"):
         return config.num_heads
     if name.endswith(".attn.k_proj.weight"):
@@ -159,9 +159,9 @@ def rotary_heads(name: str, config: TransformerConfig) -> int | None:
 
 
 def unpermute(weight: Tensor, num_heads: int) -> Tensor:
-    """A q or k weight with each head's rows in half-split order (ours, Hugging Face's) from interleaved (Meta, GGUF).
+    """Reorder each head's rows of a q or k weight from interleaved (Meta, GGUF) to half-split (ours, Hugging Face's).
 
-    The rows come first; what follows may be anything, quantized blocks too.
+    The first dimension is the rows; the others may be anything, including quantized blocks.
     """
     rows = weight.unflatten(0, (num_heads, -1, 2))
     return rows.transpose(1, 2).flatten(0, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Every builder with adapters on: ``lora_X(...)`` is ``apply_lora(X(), ...)``, ``qlora_X`` has an NF4 base by default.
+"""Builders with adapters: ``lora_X(...)`` is ``apply_lora(X(), ...)``; ``qlora_X`` has an NF4 base by default.
 
 Their signatures are those of the builder and of :func:`kdtune.models.apply_lora`, so that a config's arguments are
 checked by name and type before a weight is read.
