@@ -1,4 +1,4 @@
-"""Sweeps: cells from axes, steps shared between them, results, statistics over seeds and the report."""
+"""Sweeps: plan cells from a grid of settings, run their steps (equal ones once), collect results, and report."""
 
 from kdtune.sweeps.baseline import baseline_problems
 from kdtune.sweeps.check import step_problems

@@ -1,4 +1,4 @@
-"""What the rows of a report are compared with: one row for all, or for each the row that is equal but for a few axes."""
+"""The baseline of a report: one row for all others, or for each row the one that differs in a few axes only."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from kdtune.sweeps.statistics import Difference, difference
 
 @dataclass(frozen=True)
 class Baseline:
-    """The rows that others are compared with: those with these axis values.
+    """The rows with these axis values, which the others are compared with.
 
-    With `matched`, a row's counterpart is the one that has the same value of every other axis that matters to it;
-    without, `rows` is one row, the counterpart of all others.
+    With `matched`, a row's counterpart is the one with the same value of every other axis that the row uses; without,
+    `rows` is one row, the counterpart of all others.
     """
 
     values: Mapping[str, Any]
@@ -25,13 +25,13 @@ class Baseline:
 
     @property
     def name(self) -> str:
-        """What a row is compared with, for a sentence: `kd_ratio=0.0 lr=0.01`."""
+        """Return the name of what a row is compared with, for a sentence: `kd_ratio=0.0 lr=0.01`."""
         if self.matched:
             return f"the row with {label(self.values)} and otherwise the same axis values"
         return self.rows[0].name
 
     def counterpart(self, row: Row) -> Row | None:
-        """The row that a row is compared with; None of a baseline itself, and where there is none."""
+        """Return the row that a row is compared with; None for a baseline itself, and if there is none."""
         if row in self.rows:
             return None
         if not self.matched:
@@ -39,7 +39,7 @@ class Baseline:
         return _nearest(row, self.rows, self.values)
 
     def difference(self, row: Row, metric: str) -> Difference | None:
-        """How a row differs from its counterpart in a metric; None without one and where either lacks the metric."""
+        """Return the difference of a row from its counterpart in a metric; None without one, or if either lacks the metric."""
         other = self.counterpart(row)
         values, others = row.values(metric), other.values(metric) if other else {}
         return difference(values, others) if values and others else None
@@ -48,14 +48,14 @@ class Baseline:
 def find_baseline(
     rows: Sequence[Row], values: Mapping[str, Any] | None, planned: Sequence[Row] | None = None
 ) -> Baseline | None:
-    """The baseline with these axis values; None without values, and where `row_problems` finds it is none.
+    """Return the baseline with these axis values; None without values, or if `row_problems` finds that there is none.
 
     Args:
         rows: the finished rows.
-        values: of some axes. Where one row has them, all others are compared with it; where several have them, each of
-            the others with the one that differs from it in these axes alone.
-        planned: all rows there will be, finished or not; they decide whether one row has the values or several, so that
-            a comparison means the same from the first report on. None: `rows`.
+        values: values of some axes. If one row has them, all others are compared with it; if several have them, each other row
+            is compared with the one that differs from it only in these axes.
+        planned: all rows of the finished sweep; they decide whether one row has the values or several, so that a
+            comparison means the same from the first report on. None: `rows`.
     """
     if not values or row_problems(rows, values, planned):
         return None
@@ -67,7 +67,7 @@ def find_baseline(
 def row_problems(
     rows: Sequence[Row], values: Mapping[str, Any] | None, planned: Sequence[Row] | None = None
 ) -> list[str]:
-    """Why no row can be compared with the baseline, in a sentence; [] without a baseline, without rows, and where one can."""
+    """Return why no row can be compared with the baseline, in a sentence; [] without a baseline or rows, and if one can."""
     if not values or not rows:
         return []
     fitting = _fitting_rows(rows, values)
@@ -85,12 +85,12 @@ def row_problems(
 
 
 def baseline_problems(plan: Plan, values: Mapping[str, Any] | None) -> list[str]:
-    """Why the baseline will be none, once every cell of a sweep is finished; [] where it will be one."""
+    """Return why there will be no baseline once every cell of a sweep is finished; [] if there will be one."""
     return row_problems(planned_rows(cell.axes for cell in plan.whole), values)
 
 
 def planned_rows(axes: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows of cells with these axis values, whether finished or not; they have no metrics."""
+    """Return the rows of cells with these axis values, finished or not; they have no metrics."""
     return rows_over_seeds({"axes": one, "status": DONE, "metrics": {}} for one in axes)
 
 
@@ -103,7 +103,7 @@ def _fitting_rows(rows: Sequence[Row], values: Mapping[str, Any]) -> list[Row]:
 
 
 def _nearest(row: Row, baselines: Sequence[Row], values: Mapping[str, Any]) -> Row | None:
-    """The baseline whose other axes have the row's values; of several the one that shares most axes with it, if it is one."""
+    """Return the baseline whose other axes have the row's values; of several, the one that shares most axes, if it is unique."""
     equal = [
         one
         for one in baselines
@@ -117,5 +117,5 @@ def _nearest(row: Row, baselines: Sequence[Row], values: Mapping[str, Any]) -> R
 
 
 def _names(rows: Sequence[Row]) -> str:
-    """What may be chosen instead."""
+    """Return the allowed choices, for a message."""
     return "; ".join([*(row.name for row in rows), "or none: ~baseline"])

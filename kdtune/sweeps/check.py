@@ -1,4 +1,4 @@
-"""Every step of a sweep through its recipe's config gates, in this process, before anything is run."""
+"""Validate every step of a sweep by its recipe's own validation, in this process, before anything is run."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -19,26 +19,26 @@ RESUME_KEY = "resume_from_checkpoint"
 
 @cache
 def recipe_frame(recipe: str) -> type[Any]:
-    """The dataclass with the keys of a recipe, by its name or path."""
+    """Return the config dataclass of a recipe, by its name or path."""
     return import_recipe(_assets.find_recipe(recipe)).frame
 
 
 def can_resume(step: Step) -> bool:
-    """Whether a step that was stopped half-way can be resumed; otherwise it starts again."""
+    """Return whether a step that was stopped half-way can be resumed; otherwise it starts again."""
     return RESUME_KEY in frame_fields(recipe_frame(step.recipe))
 
 
 def step_overrides(step: Step) -> list[str]:
-    """All overrides a step is run with now: its own, its folder, and that it resumes where it has begun."""
+    """Return all overrides of a step for now: its own, its folder, and the request to resume if it has begun."""
     resume = [f"{RESUME_KEY}=true"] if step.folder.exists() and can_resume(step) else []
     return [*step.overrides, f"output_dir={step.folder}", *resume]
 
 
 def step_problems(plan: Plan, *, machine: bool) -> list[str]:
-    """Findings of all distinct steps that are not finished, each finding once, with the step's name in front.
+    """Return the errors of all distinct unfinished steps, each error once, prefixed with the step's name.
 
-    `machine` adds the gate that looks at files and devices, for the steps that use no other step's folder: what the
-    others need may not be there yet.
+    `machine` adds the validation of files and devices, for the steps that use no other step's folder: the inputs of the
+    other steps may not exist yet.
     """
     with told_once():
         return list(dict.fromkeys(_problems(plan.steps, machine=machine)))

@@ -1,4 +1,4 @@
-"""Curves of a sweep: each row's losses over the steps, for every seed, and which of them may stand on one pair of axes."""
+"""Loss curves of a sweep: each row's losses over the steps for every seed, grouped into comparable panels."""
 
 import json
 import math
@@ -27,7 +27,7 @@ MAX_POINTS = 1000
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over the steps of one training run. Of a long run each point is the mean of `bin_size` logged ones."""
+    """A metric over the steps of one training run. For a long run each point is the mean of `bin_size` logged values."""
 
     row: int
     seed: Any
@@ -39,7 +39,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class CellRun:
-    """The training run whose curves a cell has; the cell is of the row with this number."""
+    """The training run whose curves represent a cell, and the number of the cell's row."""
 
     row: int
     seed: Any
@@ -47,9 +47,9 @@ class CellRun:
 
 
 def read_training(rows: Sequence[Row], root: Path) -> list[CellRun]:
-    """The training runs of all rows; a cell whose folders are not where its results say has none.
+    """Return the training runs of all rows; a cell whose folders have moved has none.
 
-    Of a cell's training runs the last one counts that no other row has too: the others prepare it.
+    Of a cell's training runs, the last one that no other row shares is used: the others prepare it.
 
     Raises:
         CheckpointError: a file of a run is damaged.
@@ -70,13 +70,13 @@ def read_training(rows: Sequence[Row], root: Path) -> list[CellRun]:
 
 
 def all_curves(runs: Sequence[CellRun]) -> list[Curve]:
-    """The curves of some training runs."""
+    """Return the curves of some training runs."""
     return [curve for one in runs for curve in _cell_curves(one)]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that may stand on one pair of axes: those of a metric, in the rows with these numbers."""
+    """Comparable curves for one pair of axes: those of a metric, in the rows with these numbers."""
 
     metric: str
     title: str
@@ -85,9 +85,9 @@ class Panel:
 
 
 def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: Iterable[str]) -> list[Panel]:
-    """A panel for each metric and each group of rows in which it means the same: of the same data, divergence, mix.
+    """Return a panel for each metric and each group of rows in which it means the same: same data, divergence and mix.
 
-    A total loss of several kd_ratios is left out: each is another mix.
+    A total loss with several kd_ratios is omitted: each weights the two losses differently.
     """
     panels = []
     for metric in metrics:
@@ -109,13 +109,13 @@ def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: I
 
 
 def _shows(run: TrainingRun, metric: str) -> bool:
-    """Whether a metric is logged and says something of its own: a total loss that the other curves add up to does not."""
+    """Return whether a metric is logged and informative: not a total loss that is the weighted sum of other curves."""
     logged = [row for row in run.rows if row.get(metric) is not None]
     return bool(logged) and not (metric == "loss" and all(_is_mix(row, run.meaning("kd_ratio")) for row in logged))
 
 
 def _is_mix(row: Mapping[str, Any], kd_ratio: Any) -> bool:
-    """Whether a row's loss is (1 - kd_ratio) * class_loss + kd_ratio * kd_loss."""
+    """Return whether a row's loss is (1 - kd_ratio) * class_loss + kd_ratio * kd_loss."""
     if row.get("class_loss") is None:
         return False
     ratio = kd_ratio if isinstance(kd_ratio, int | float) and row.get("kd_loss") is not None else 0.0
@@ -136,12 +136,12 @@ def _cell_curves(one: CellRun) -> list[Curve]:
 
 
 def _binned(values: Sequence[float], size: int) -> list[float]:
-    """Means of `size` neighbours; the last bin may be smaller."""
+    """Return means of `size` neighbours; the last bin may be smaller."""
     bins = [values[start : start + size] for start in range(0, len(values), size)]
     return [sum(part) / len(part) if size > 1 else part[0] for part in bins]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and the up to `window` - 1 before it."""
+    """Return the mean of each value and the up to `window` - 1 before it."""
     spans = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return [sum(span) / len(span) for span in spans]

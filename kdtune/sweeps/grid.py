@@ -1,4 +1,4 @@
-"""Axes and grids to assignments: which value every axis has in every cell of a sweep."""
+"""Expand axes and grids into assignments: the value of every axis in every cell of a sweep."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ Assignment = dict[str, Any]
 
 
 def axis_values(axis: Any) -> list[Any]:
-    """The values an axis can have, in the order they are listed; of an axis of named overrides, the names."""
+    """Return the values an axis can have, in the order they are listed; for an axis of named overrides, the names."""
     return list(axis)
 
 
 def grid_problems(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the axes, with a grid or with `only`: empty ones, unknown axes and values, one sentence each."""
+    """Return problems with the axes, a grid or `only`: empty ones, unknown axes and values, one sentence each."""
     found = []
     for name, axis in axes.items():
         if not isinstance(axis, list | dict):
@@ -56,9 +56,9 @@ def _choice_problems(axes: Axes, choice: Mapping[str, Any], key: str) -> list[st
 
 
 def assignments(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Mapping[str, Any]) -> list[Assignment]:
-    """Every combination of axis values the sweep asks for, each once, in the order of the grids.
+    """Return every combination of axis values the sweep asks for, each once, in the order of the grids.
 
-    An axis that a grid does not mention has its first value there. Without grids it is the product of all axes.
+    An axis that a grid does not mention has its first value there. Without grids the result is the product of all axes.
     `only` keeps the combinations whose values it lists.
     """
     whole = {name: axis_values(axis) for name, axis in axes.items()}
@@ -73,12 +73,12 @@ def assignments(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Map
 
 
 def is_chosen(assignment: Assignment, only: Mapping[str, Any]) -> bool:
-    """Whether an assignment has one of the values that `only` lists for each of its axes."""
+    """Return whether an assignment has one of the values that `only` lists for each of its axes."""
     return all(is_listed(assignment[name], values) for name, values in only.items())
 
 
 def is_listed(value: Any, values: Sequence[Any]) -> bool:
-    """Whether a value is listed; true is not 1, but 1 is 1.0."""
+    """Return whether a value is listed; true is not 1, but 1 is 1.0."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 

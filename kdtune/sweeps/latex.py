@@ -1,4 +1,4 @@
-"""The tables and plots of a sweep as LaTeX, for a paper's appendix: booktabs and graphicx, a caption each."""
+"""LaTeX tables and plots of a sweep, for a paper's appendix: booktabs and graphicx, with captions."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ def latex_report(
     baseline: Baseline | None,
     plots: Sequence[Plot],
 ) -> str:
-    """The settings, the results, the differences to the baseline and the plots, for a document to input."""
+    """Format the settings, the results, the differences to the baseline and the plots, to be input in a document."""
     axes, names = axis_names(rows), short_names(metrics)
     parts = [_HEAD]
     if facts:
@@ -98,7 +98,7 @@ def _figure(plot: Plot, title: str) -> str:
 
 
 def latex_caption(text: str) -> str:
-    """A sentence of ours, with names from data in it, as LaTeX."""
+    """Escape a sentence of ours, which contains names from data, for LaTeX."""
     return latex_text(text).replace(r"s / $\surd$n", r"$s/\sqrt{n}$")
 
 
@@ -107,7 +107,7 @@ def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Numbers and ± in math mode: there a minus is a minus."""
+    """Put numbers and ± in math mode, where a minus is set as a minus."""
     text = re.sub(r"(?<![\w.])-(?!\d)", "--", text)
     return _NUMBER.sub(lambda number: f"${number[0]}$", text).replace("±", r"$\pm$")
 

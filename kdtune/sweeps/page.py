@@ -1,4 +1,4 @@
-"""The HTML page of a sweep: one file with its data, styles and script inside, which asks for nothing from anywhere."""
+"""The HTML page of a sweep: one file with its data, styles and script inside, which loads nothing else."""
 
 import html
 import json
@@ -26,7 +26,7 @@ def page(
     curves: Sequence[Curve],
     panels: Sequence[Panel],
 ) -> str:
-    """The page as HTML text: what was run, tables of rows and of cells, curves in their panels, failed cells."""
+    """Return the page as HTML text: what was run, tables of rows and of cells, curves in their panels, failed cells."""
     names = short_names(metrics)
     data = {
         "rows": [row.name for row in rows],
@@ -51,7 +51,7 @@ def page(
 
 
 def quoted(text: str) -> str:
-    """The text as HTML."""
+    """Escape the text for HTML."""
     return html.escape(printable(text))
 
 
@@ -60,7 +60,7 @@ def _part(name: str) -> str:
 
 
 def embedded_json(data: Any) -> str:
-    """JSON that may stand inside a <script> element: no text in it can end the element or begin a comment."""
+    """Return JSON that may stand inside a <script> element: no text in it can end the element or begin a comment."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -79,7 +79,7 @@ def _curve_data(curve: Curve) -> dict[str, Any]:
 def _summary_data(
     rows: Sequence[Row], metrics: Sequence[str], names: Mapping[str, str], baseline: Baseline | None
 ) -> dict[str, Any]:
-    """Header and lines of the table over seeds; a cell is [text, what it is sorted by, detail, class]."""
+    """Return header and lines of the table over seeds; a cell is [text, sort key, detail, class]."""
     axes = axis_names(rows)
     lines = []
     for row in rows:

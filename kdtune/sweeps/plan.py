@@ -1,4 +1,4 @@
-"""The plan of a sweep: its cells, and the steps each of them needs, where equal steps of several cells are one step."""
+"""The plan of a sweep: its cells and the steps of each, where equal steps of several cells are one step."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a recipe: what is run, with which overrides, and the folder it writes. Equal ids are equal runs."""
+    """One run of a recipe: the recipe, its overrides, and the folder it writes. Equal ids are equal runs."""
 
     name: str
     id: str
@@ -38,43 +38,43 @@ class Step:
 
     @property
     def record(self) -> Path:
-        """The file that exists once the step is finished; it holds the step's metrics."""
+        """Path of the file that exists once the step is finished; it holds the step's metrics."""
         return self.folder.with_name(f"{self.id}.json")
 
     @property
     def log(self) -> Path:
-        """The file with all that the step printed."""
+        """Path of the file with everything that the step printed."""
         return self.folder.with_name(f"{self.id}.log")
 
     @property
     def clock(self) -> Path:
-        """The file with the seconds that the step has run so far; gone once it is finished."""
+        """Path of the file with the seconds that the step has run so far; removed once it is finished."""
         return self.folder.with_name(f"{self.id}.seconds")
 
     def parts_of(self, other: "Step") -> list[str]:
-        """What this step uses of another's folder, relative to it: `final`, or "" for the folder itself."""
+        """Return the parts of another step's folder that this one uses, relative to it: `final`, or "" for the folder itself."""
         found = re.compile(re.escape(str(other.folder)) + r"""(?![\w-])/?([^\s,;'"\]})]*)""")
         return [part.rstrip("/") for text in self.overrides for part in found.findall(text)]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a sweep: the values of the axes that matter to it, and its steps in order."""
+    """One point of a sweep: the values of the axes that it uses, and its steps in order."""
 
     axes: Mapping[str, Any]
     steps: tuple[Step, ...]
 
     @property
     def name(self) -> str:
-        """The axes and values in one line."""
+        """Axes and values in one line."""
         return label(self.axes) or "the only cell"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a sweep, in order, and what is wrong with it (then some cells may be missing).
+    """The cells of a sweep, in order, and its problems (some cells may then be missing).
 
-    `cells` are those to run, `whole` all there are, whatever `only` leaves out.
+    `cells` are those to run, `whole` all cells, including those that `only` excludes.
     """
 
     cells: list[Cell]
@@ -83,21 +83,21 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        """The distinct steps of the cells to run, in the order they are run."""
+        """Return the distinct steps of the cells to run, in the order they are run."""
         return list({step.id: step for cell in self.cells for step in cell.steps}.values())
 
     def num_users(self, step: Step) -> int:
-        """How many of the cells to run use a step."""
+        """Return how many of the cells to run use a step."""
         return sum(step in cell.steps for cell in self.cells)
 
 
 def label(axes: Mapping[str, Any]) -> str:
-    """Axis values in one line, such as `teacher=base lr=0.0003`."""
+    """Format axis values in one line, such as `teacher=base lr=0.0003`."""
     return " ".join(f"{name}={shown_value(value)}" for name, value in axes.items())
 
 
 def shown_value(value: Any) -> str:
-    """An axis value as tables show it and as `{axis}` puts it into an override."""
+    """Format an axis value as in tables, and as `{axis}` inserts it into an override."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -110,13 +110,13 @@ def make_plan(
     only: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of a sweep's config; nothing is imported or written.
+    """Make the plan of a sweep's config; nothing is imported or written.
 
-    An axis that no step of a cell uses (by `{axis}`, by overrides of its own or by a `when` that depends on it) is left
-    out of that cell; cells with the same steps are one.
+    An axis that no step of a cell uses (by `{axis}`, by its own overrides or by a `when` that depends on it) is omitted
+    from that cell; cells with the same steps are one.
 
     Args:
-        steps_dir: where each step has a folder NAME-HASH.
+        steps_dir: folder in which each step has a folder NAME-HASH.
         steps: name -> recipe, config, overrides, when, discard; in the order they are run.
         axes: name -> values, or name -> {value: {step: overrides}}.
         grids: axis -> values for each grid; None: the product of all axes.
@@ -147,7 +147,7 @@ def make_plan(
 
 
 def template_problems(steps: Mapping[str, Any], axes: Axes, settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the steps as written: unknown keys, steps and axes, one sentence each."""
+    """Return problems with the steps as written: unknown keys, steps and axes, one sentence each."""
     found = [] if steps else ["steps: is empty; name at least one, with a config"]
     for kind, names in (("axes", axes), ("steps", steps)):
         found += [
@@ -303,19 +303,19 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def flat_list(values: Sequence[Any]) -> list[Any]:
-    """A list with the lists inside it opened, which is how a YAML anchor puts a list into another."""
+    """Flatten the lists inside a list, which is how a YAML anchor puts a list into another."""
     return [item for value in values for item in (flat_list(value) if isinstance(value, list) else [value])]
 
 
 def _is_wanted(when: Any, assignment: Assignment) -> bool:
-    """Whether all of a mapping's conditions hold, or those of one mapping of a list."""
+    """Return whether all of a mapping's conditions hold, or those of one mapping of a list."""
     if isinstance(when, list):
         return any(_is_wanted(one, assignment) for one in when)
     return all(assignment[axis] in _as_list(wanted) for axis, wanted in when.items())
 
 
 def _decided_by(when: Any, assignment: Assignment, axes: Axes) -> set[str]:
-    """The axes of a `when` that decide here: with another value of that axis alone the outcome would be another."""
+    """Return the axes on which a `when` depends here: with another value of such an axis alone the outcome would differ."""
     mentioned = {axis for one in _as_list(when) for axis in one}
     wanted = _is_wanted(when, assignment)
     return {
@@ -326,13 +326,13 @@ def _decided_by(when: Any, assignment: Assignment, axes: Axes) -> set[str]:
 
 
 def last_ones(overrides: Sequence[str]) -> list[str]:
-    """The overrides without those whose key is set again by a later one."""
+    """Drop the overrides whose key is set again by a later one."""
     keys = [text.partition("=")[0] for text in overrides]
     return [text for index, text in enumerate(overrides) if keys[index] not in keys[index + 1 :]]
 
 
 def flat_overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A tree of settings as overrides: {dataset: {source: x}} gives ["dataset.source=x"]; a component is one value."""
+    """Flatten a tree of settings into overrides: {dataset: {source: x}} gives ["dataset.source=x"]; a component is one value."""
     found = []
     for key, value in tree.items():
         if isinstance(value, dict) and value and not is_component(value):

@@ -1,4 +1,4 @@
-"""Plots of a sweep's losses: one for all rows, and one for each axis with the rows that differ in it alone."""
+"""Plots of a sweep's losses: one for all rows, and one for each axis with the rows that differ only in it."""
 
 import itertools
 import re
@@ -30,7 +30,7 @@ class Plot:
 
 
 def plot_sweep(rows: Sequence[Row], runs: Sequence[CellRun], curves: Sequence[Curve], folder: Path) -> list[Plot]:
-    """Draws `losses` and `losses_by_AXIS` into a folder; none without curves."""
+    """Draw `losses` and `losses_by_AXIS` into a folder; none without curves."""
     drawn = sorted({curve.row for curve in curves})
     if not drawn:
         return []
@@ -48,7 +48,7 @@ def plot_sweep(rows: Sequence[Row], runs: Sequence[CellRun], curves: Sequence[Cu
 
 
 def one_axis_family(rows: Sequence[Row], candidates: Sequence[int], axis: str) -> list[int]:
-    """The largest set of rows that differ in one axis alone, by index; the first of several of that size."""
+    """Return the largest set of rows that differ in only one axis, by index; the first of several of that size."""
     families: dict[str, list[int]] = {}
     for index in candidates:
         if axis in rows[index].axes:
@@ -58,9 +58,9 @@ def one_axis_family(rows: Sequence[Row], candidates: Sequence[int], axis: str) -
 
 
 def mean_and_band(curves: Sequence[Curve], window: int) -> tuple[list[float], list[float], list[float]]:
-    """Steps, mean over the seeds and its standard error (0 for one seed), of running means over `window` points.
+    """Return steps, mean over the seeds and its standard error (0 for one seed), of running means over `window` points.
 
-    Steps that not every seed has are left out.
+    Steps that not every seed has are omitted.
     """
     smooth = [dict(zip(curve.steps, running_mean(curve.values, window), strict=True)) for curve in curves]
     steps = [step for step in curves[0].steps if all(step in one for one in smooth)]
@@ -77,7 +77,7 @@ def _plot(
     names: Mapping[int, str],
     what: str,
 ) -> Plot:
-    """One figure of a page's width: a panel for each metric and group of comparable rows, the legend below."""
+    """Draw one figure of a page's width: a panel for each metric and group of comparable rows, the legend below."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,7 +136,7 @@ def _curves_of(curves: Sequence[Curve], panel: Panel, row: int) -> list[Curve]:
 
 
 def _draw(axes: Any, curves: Sequence[Curve], window: int, place: int) -> Any:
-    """A row's mean over its seeds with the band of its standard error; the line, for the legend."""
+    """Draw a row's mean over its seeds with the band of its standard error; return the line, for the legend."""
     steps, means, errors = mean_and_band(curves, window)
     lower = [mean - error for mean, error in zip(means, errors, strict=True)]
     upper = [mean + error for mean, error in zip(means, errors, strict=True)]
@@ -148,7 +148,7 @@ def _draw(axes: Any, curves: Sequence[Curve], window: int, place: int) -> Any:
 def _caption(
     rows: Sequence[Row], curves: Sequence[Curve], family: Sequence[int], window: int, panels: Sequence[Panel], what: str
 ) -> str:
-    """Caption of a plot: what is drawn, over how many seeds, the band, the smoothing, and what is left out."""
+    """Return the caption of a plot: content, number of seeds, band, smoothing, and omissions."""
     counts = sorted({len(rows[index].cells) for index in family})
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     parts = [f"Losses over the optimizer steps, {what}"]

@@ -1,4 +1,4 @@
-"""Progress of a sweep on stderr: a bar in a terminal, lines elsewhere, with what the running step last printed."""
+"""Progress of a sweep on stderr: a bar in a terminal, lines elsewhere, with the latest output of the running step."""
 
 import os
 import sys
@@ -32,13 +32,13 @@ class SweepProgress:
         self._step: Step | None = None
 
     def begin(self, number: int, cell: Cell, step: Step) -> None:
-        """Say that a step of a cell (counted from 1) begins."""
+        """Report that a step of a cell (counted from 1) begins."""
         self._step, self._began = step, time.monotonic()
         self._bar.set_postfix_str("", refresh=False)
         self.write(f"cell {number}/{self._num_cells} {cell.name}: {step.id} ({step.log})")
 
     def running(self) -> None:
-        """Keep the display true; to be called often while a step runs."""
+        """Update the display; call it often while a step runs."""
         now = time.monotonic()
         if self._step is None or now - self._refreshed < _REFRESH_SECONDS:
             return
@@ -70,7 +70,7 @@ class SweepProgress:
 
 
 def last_line(log_file: Path) -> str:
-    """The last line of a step's log, of a progress bar its last state; "" before the step has printed anything."""
+    """Return the last line of a step's log, for a progress bar its last state; "" before any output."""
     try:
         with log_file.open("rb") as file:
             file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)

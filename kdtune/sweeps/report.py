@@ -35,7 +35,7 @@ _CELL_KEYS = ("cell", "axes", "status", "metrics", "seconds", "folders")
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The cells of a results.jsonl.
+    """Read the cells of a results.jsonl.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or is not a sweep's.
@@ -60,20 +60,20 @@ def write_report(
     planned: Iterable[Mapping[str, Any]] | None = None,
     strict: bool = True,
 ) -> list[Path]:
-    """Writes the report and returns its files, the Markdown first.
+    """Write the report and return its files, the Markdown first.
 
     Args:
         results_file: a sweep's results.jsonl; the curves are read from the folders it names, relative to its own.
         output_dir: folder to write into; files of an earlier report are replaced.
         title: heading of the report.
         metrics: names or patterns of the metrics to show, in order; None: all but standard errors.
-        baseline: axis values of what the rows are compared with (see `find_baseline`); None: no comparison.
+        baseline: axis values of the baseline (see `find_baseline`); None: no comparison.
         planned: axis values of all cells of the sweep, finished or not; None: those of the results.
-        strict: whether a metric that fits nothing and a baseline that no row can be compared with are errors; else the report is
-            written without them and says so, as does the log. If no metric fits, all are shown.
+        strict: make it an error if a metric pattern matches nothing or no row can be compared with the baseline; otherwise the
+            report is written without them and says so, as does the log. If no pattern matches, all metrics are shown.
 
     Raises:
-        ConfigError: the results cannot be read; with `strict`, a metric fits nothing or no row can be compared with the baseline.
+        ConfigError: the results cannot be read; with `strict`, a pattern matches nothing or no row can be compared.
         CheckpointError: a file cannot be written.
     """
     results = read_results(results_file)
@@ -111,8 +111,8 @@ def _page_panels(runs: Sequence[CellRun], rows: Sequence[Row]) -> list[Panel]:
 def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:
     """Return (name, text) pairs that describe the training runs: shared settings, and values where they differ.
 
-    Runs of recipes of the user's own, which have other keys, are left out. What only some runs have (a teacher, a
-    kd_ratio) says how many.
+    Runs of the user's own recipes, which have other keys, are omitted. A setting that only some runs have (a teacher, a
+    kd_ratio) is listed with their number.
     """
     described = [one.run for one in runs if has_facts(one.run.config, one.run.start)]
     found: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def _either(texts: Sequence[str], num_runs: int) -> str:
 def report_notes(
     results: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: Baseline | None, curves: Sequence[Curve]
 ) -> list[str]:
-    """What the reader of the tables and plots has to know, a paragraph each."""
+    """Return notes for the reader of the tables and plots, one paragraph each."""
     done = sum(cell["status"] == DONE for cell in results)
     notes = [
         f"{done} finished cells in {len(rows)} rows, {len(results) - done} failed. A number is the mean over n seeds ± its "
@@ -170,7 +170,7 @@ def markdown(
     baseline: Baseline | None,
     plots: Sequence[Plot],
 ) -> str:
-    """The report as Markdown, its plots by file name."""
+    """Return the report as Markdown, with its plots by file name."""
     parts = [f"# {markdown_text(title)}"]
     if facts:
         lines = [[name, markdown_text(text)] for name, text in facts]

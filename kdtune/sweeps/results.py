@@ -1,4 +1,4 @@
-"""What a sweep measures: the metrics of a step from its folder, and results.jsonl, one object a cell."""
+"""Measurements of a sweep: the metrics of a step from its folder, and results.jsonl with one object per cell."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _VALIDATION = "val_"
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line, a torn last line left out.
+    """Read a JSON lines file, ignoring a truncated last line.
 
     Raises:
         ConfigError: the file cannot be read, or a line is not a JSON object.
@@ -40,10 +40,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def step_metrics(folder: Path) -> dict[str, float | None]:
-    """The numbers a finished step leaves in its folder, by name.
+    """Return the numbers that a finished step has left in its folder, by name.
 
-    Of a training run the losses of the last step and the last values of its validation (metrics.jsonl), of an
-    evaluation its metrics (results.json); {} of a step that leaves neither. None is a number that was not finite.
+    For a training run: the losses of the last step and the last validation (metrics.jsonl). For an evaluation: its
+    metrics (results.json). {} for a step that leaves neither. None is a number that was not finite.
     """
     found: dict[str, Any] = {}
     if (folder / "metrics.jsonl").exists():
@@ -55,22 +55,22 @@ def step_metrics(folder: Path) -> dict[str, float | None]:
 
 
 def finite_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The metrics as floats, None for each that is not finite (JSON has null for it)."""
+    """Return the metrics as floats, None for each that is not finite (null in JSON)."""
     return {
         name: None if value is None or not math.isfinite(value) else float(value) for name, value in metrics.items()
     }
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What is known of a finished step: its metrics, seconds and command, and the parts of its folder deleted since."""
+    """Read the record of a finished step: metrics, seconds and command, and the parts of its folder deleted since."""
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def steps_to_run(cell: Cell) -> list[Step]:
-    """The steps that a cell still needs, in order.
+    """Return the steps that a cell still needs, in order.
 
-    These are the unfinished ones, and finished ones whose folder lacks what one of these uses: deleted by `discard`,
-    maybe in another sweep that shares the folder, it has to be made again.
+    These are the unfinished steps, and finished ones whose folder lacks an input of one of these: if `discard` deleted it,
+    perhaps in another sweep that shares the folder, it has to be made again.
     """
     found: list[Step] = []
     for step in reversed(cell.steps):
@@ -80,7 +80,7 @@ def steps_to_run(cell: Cell) -> list[Step]:
 
 
 def _lacks(step: Step, user: Step) -> bool:
-    """Whether a part that `user` reads of a finished step's folder, or something inside it, is deleted."""
+    """Return whether a part that `user` reads of a finished step's folder, or something inside it, is deleted."""
     gone = read_record(step.record).get("discarded", [])
     return any(
         not part or f"{path}/".startswith(f"{part}/") or f"{part}/".startswith(f"{path}/")
@@ -90,10 +90,10 @@ def _lacks(step: Step, user: Step) -> bool:
 
 
 def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str, Any] | None:
-    """A cell's row of results.jsonl; None where neither all its steps are finished nor one has failed.
+    """Return a cell's row of results.jsonl; None if neither all its steps are finished nor one has failed.
 
-    `failures` are the steps that failed, by id, with the last lines they printed; `root` is the sweep's folder, which
-    the folders in the row are relative to.
+    `failures` are the failed steps, by id, with the last lines they printed; `root` is the sweep's folder, to which the
+    folders in the row are relative.
     """
     is_done = all(step.record.exists() for step in cell.steps)
     failed = None if is_done else next((step for step in cell.steps if step.id in failures), None)
@@ -124,7 +124,7 @@ def _from(root: Path, path: Path) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows as JSON, one a line, whole or not at all.
+    """Write rows as JSON lines, atomically.
 
     Raises:
         CheckpointError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Rows of a sweep's tables: the finished cells that differ in nothing but the seed."""
+"""Rows of a sweep's tables: the finished cells that differ only in the seed."""
 
 import json
 import math
@@ -16,43 +16,43 @@ STANDARD_ERROR = "_stderr"
 
 @dataclass(frozen=True)
 class Row:
-    """The finished cells that differ in nothing but the seed."""
+    """The finished cells that differ only in the seed."""
 
     axes: Mapping[str, Any]
     cells: tuple[Mapping[str, Any], ...]
 
     @property
     def name(self) -> str:
-        """The row's axis values in one line."""
+        """Axis values in one line."""
         return label(self.axes) or "all cells"
 
     def values(self, metric: str) -> dict[Any, float]:
-        """The metric of each cell that has it as a finite number, by seed."""
+        """Return the metric of each cell that has it as a finite number, by seed."""
         found = {cell["axes"].get(SEED): cell["metrics"].get(metric) for cell in self.cells}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def counts(self, metric: str) -> tuple[int, int]:
-        """How many cells have the metric as a finite number, of how many; (0, 0) where none has measured it."""
+        """Return how many cells have the metric as a finite number, and how many cells there are; (0, 0) if none measured it."""
         measured = any(metric in cell["metrics"] for cell in self.cells)
         return len(self.values(metric)), len(self.cells) if measured else 0
 
     def document_error(self, metric: str) -> float | None:
-        """Of one seed: the task's own standard error of the metric, over its documents; None where it gives none."""
+        """Return the task's own standard error of the metric, over its documents, for one seed; None if it gives none."""
         name, comma, answer_filter = metric.partition(",")
         errors = self.values(f"{name}{STANDARD_ERROR}{comma}{answer_filter}")
         values = self.values(metric)
         return errors.get(next(iter(values))) if len(values) == 1 else None
 
     def summary(self, metric: str) -> Summary | None:
-        """Mean and standard error of a metric; None where no cell has it."""
+        """Return mean and standard error of a metric; None if no cell has it."""
         values = self.values(metric)
         return summarize(list(values.values())) if values else None
 
 
 def rows_over_seeds(results: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The finished cells of a results.jsonl, grouped by all axes but `seed`, in order of first appearance.
+    """Group the finished cells of a results.jsonl by all axes but `seed`, in order of first appearance.
 
-    Of several cells of one row and seed, which would count a run twice, the first is kept (see `repeated_cells`).
+    If a row has several cells of one seed, only the first is kept, so that no run counts twice (see `repeated_cells`).
     """
     groups: dict[str, dict[Any, Mapping[str, Any]]] = {}
     for cell in results:
@@ -64,7 +64,7 @@ def rows_over_seeds(results: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def repeated_cells(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The finished cells that are of one row and seed, a sentence for each such row and seed with their line numbers."""
+    """Describe finished cells that share a row and a seed, one sentence for each row and seed, with their line numbers."""
     lines: dict[tuple[str, Any], list[int]] = {}
     names: dict[tuple[str, Any], str] = {}
     for number, cell in enumerate(results, start=1):
@@ -89,5 +89,5 @@ def _without_seed(axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axis_names(rows: Sequence[Row]) -> list[str]:
-    """The axes of the rows, in order of first appearance."""
+    """Return the axes of the rows, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.axes))

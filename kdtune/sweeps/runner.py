@@ -1,4 +1,4 @@
-"""Runs the steps of a sweep as processes of their own, one after the other, under a lock on the sweep's folder."""
+"""Run the steps of a sweep as separate processes, one after the other, under a lock on the sweep's folder."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ _NUM_TAIL_LINES = 12
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Holds the folder of a sweep's steps for this process; yields the lock's descriptor, which every step inherits.
+    """Hold the lock on the folder of a sweep's steps; yield the lock's descriptor, which every step inherits.
 
     A step outlives a killed sweep. It then still holds the lock, and the next sweep waits for it.
 
@@ -77,11 +77,11 @@ def _is_running(pid: int) -> bool:
 
 
 def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
-    """Runs a step to its end and writes its record; None if it is finished, else the last lines it printed.
+    """Run a step to its end and write its record; return None if it is finished, else the last lines it printed.
 
-    What a stopped sweep left of it is resumed where its recipe can, else it is removed and begun again. When `stop`
-    answers true, the step is sent one Ctrl-C and waited for; whether it had time to finish cannot be told, so it is then
-    not recorded, and the next sweep finds out. `lock` is the descriptor of `locked`, which the step inherits.
+    A step that a stopped sweep left unfinished is resumed if its recipe can, else removed and restarted. When `stop` returns
+    true, the step is sent one Ctrl-C and waited for. It may or may not have finished, so it is then not recorded, and the
+    next sweep finds out. `lock` is the descriptor of `locked`, which the step inherits.
     """
     if step.record.exists():
         _begin_again(step)
@@ -123,7 +123,7 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
 
 
 def _first_day(steps_folder: Path) -> str:
-    """The day on which the first step was run there: a chat template that prints the date prints it in all of them."""
+    """Return the day on which the first step was run: a chat template that prints the date prints this one in all of them."""
     path = steps_folder / "date"
     if not path.exists():
         atomic_write_text(path, today() + "\n")
@@ -131,7 +131,7 @@ def _first_day(steps_folder: Path) -> str:
 
 
 class _Clock:
-    """The time a step has run, over all its starts: kept in a file, which a killed sweep leaves for the next."""
+    """The time a step has run, over all its starts, kept in a file that survives a killed sweep."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -139,25 +139,25 @@ class _Clock:
         self._started = self._written = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds of this start and those before it."""
+        """Return the seconds of this start and the earlier ones."""
         return self._before + time.monotonic() - self._started
 
     def tick(self) -> None:
-        """Writes the file every few seconds."""
+        """Write the file every few seconds."""
         if time.monotonic() - self._written > _CLOCK_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Writes the file."""
+        """Write the file."""
         self._written = time.monotonic()
         atomic_write_text(self._path, f"{self.seconds()!r}\n")
 
 
 def _begin_again(step: Step) -> None:
-    """Clears the folder of a finished step that lacks what `discard` deleted.
+    """Clear the folder of a finished step that lacks what `discard` deleted.
 
-    Its record stays until it is finished again, so no cell loses its numbers meanwhile; `again` in it says that the
-    folder is the new run's.
+    Its record stays until it is finished again, so no cell loses its numbers meanwhile; `again` in it marks that the
+    folder belongs to the new run.
     """
     record = read_record(step.record)
     if not record.get("again"):
@@ -169,9 +169,9 @@ def _begin_again(step: Step) -> None:
 def _execute(
     command: list[str], log_file: Path, lock: int, stop: Callable[[], bool], environment: Mapping[str, str]
 ) -> tuple[int, bool]:
-    """Exit code of `kdtune COMMAND`, its output appended to a file, and whether it was told to stop.
+    """Run `kdtune COMMAND`, append its output to a file, and return its exit code and whether it was told to stop.
 
-    The process has a session of its own: a Ctrl-C in the terminal reaches it once, through here.
+    The process has its own session, so that a Ctrl-C in the terminal reaches it once, through this function.
     """
     with log_file.open("ab", buffering=0) as output:
         output.write(f"$ {shlex.join(['kdtune', *command])}\n".encode(errors="backslashreplace"))
@@ -200,16 +200,16 @@ def _execute(
 
 
 def tail(log_file: Path) -> str:
-    """The last lines of a log, progress bars cut to their last state."""
+    """Return the last lines of a log, with progress bars cut to their last state."""
     text = log_file.read_text(encoding="utf-8-sig", errors="replace")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return "\n".join([line for line in lines if line][-_NUM_TAIL_LINES:])
 
 
 def discard(step: Step) -> None:
-    """Deletes the parts of a finished step's folder that its `discard` names (patterns such as `step_*`).
+    """Delete the parts of a finished step's folder that its `discard` names (patterns such as `step_*`).
 
-    The step's record has them first, as `discarded`: what uses them later finds out that they must be made again.
+    They are first listed in the step's record as `discarded`, so that a later user knows that they must be made again.
     """
     paths = sorted({path for pattern in step.discard for path in step.folder.glob(pattern)})
     if not paths:

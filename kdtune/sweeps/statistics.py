@@ -28,9 +28,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of two means, itself divided by its standard error (None where that is unknown or 0), and how.
+    """Difference of two means, its ratio to its standard error (None if that is unknown or 0), and the kind of comparison.
 
-    `counts` are the numbers of values on both sides, `degrees` the degrees of freedom of the ratio (None where it is).
+    `counts` are the numbers of values on both sides, `degrees` the degrees of freedom of the ratio (None if the ratio is).
     """
 
     value: float
@@ -41,36 +41,36 @@ class Difference:
 
     @property
     def bound(self) -> float | None:
-        """What |in_standard_errors| exceeds with 5 % chance where there is no difference (Student's t, two-sided)."""
+        """Value that |in_standard_errors| exceeds with 5 % probability if there is no difference (Student's t, two-sided)."""
         return None if self.degrees is None else t_bound(self.degrees)
 
     @property
     def is_beyond_bound(self) -> bool:
-        """Whether the difference is larger than seeds alone explain, at the 5 % level."""
+        """Return whether the difference is larger than seeds alone explain, at the 5 % level."""
         return (
             self.in_standard_errors is not None and self.bound is not None and abs(self.in_standard_errors) > self.bound
         )
 
 
 def t_bound(degrees: float) -> float:
-    """The two-sided 5 % bound of Student's t, for degrees between two of the table's that of the lower (a wider bound)."""
+    """Return the two-sided 5 % bound of Student's t; between two table entries that of the lower degrees (a wider bound)."""
     known = list(_T_BOUNDS)
     return _T_BOUNDS[known[max(0, bisect.bisect_right(known, degrees + 1e-9) - 1)]]
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean and standard error of at least one value."""
+    """Return mean and standard error of at least one value."""
     n = len(values)
     error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return Summary(statistics.fmean(values), error, n)
 
 
 def difference(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Difference:
-    """How far the mean of values lies from the baseline's, both keyed by seed.
+    """Return the difference between the mean of values and the baseline's, both keyed by seed.
 
-    With the same two or more seeds on both sides, the pairs' differences are taken: mean / (s / sqrt(n)). Otherwise the
-    two means stand apart (Welch): the standard error is sqrt(s1^2 / n1 + s2^2 / n2), its degrees of freedom are those of
-    Welch and Satterthwaite.
+    With the same two or more seeds on both sides the test is paired: mean / (s / sqrt(n)) of the differences. Otherwise it
+    is Welch's two-sample test: the standard error is sqrt(s1^2 / n1 + s2^2 / n2), with the degrees of freedom of Welch and
+    Satterthwaite.
     """
     counts = (len(values), len(baseline))
     value = statistics.fmean(values.values()) - statistics.fmean(baseline.values())

@@ -1,4 +1,4 @@
-"""Rows over seeds as Markdown and CSV, and which metrics they show."""
+"""Tables of rows over seeds, as Markdown and CSV, and the choice of metrics in them."""
 
 import csv
 import io
@@ -15,14 +15,14 @@ from kdtune.sweeps.statistics import Difference
 
 
 def known_metrics(rows: Sequence[Row]) -> list[str]:
-    """Every metric that a cell of the rows has, in order of first appearance."""
+    """Return every metric that a cell of the rows has, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for cell in row.cells for name in cell["metrics"]))
 
 
 def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
-    """The metrics to show: those that fit a pattern, in the patterns' order.
+    """Return the metrics to show: those that match a pattern, in the patterns' order.
 
-    Where there are no patterns (None), or none that fits, they are all but standard errors.
+    Without patterns (None), or if none matches, return all but standard errors.
     """
     known = known_metrics(rows)
     found = [name for pattern in patterns or () for name in known if fnmatchcase(name, pattern)]
@@ -31,7 +31,7 @@ def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[
 
 
 def metric_problems(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
-    """The patterns that fit no metric, a sentence each that names the nearest; [] while no cell has any."""
+    """Return a sentence for each pattern that matches no metric, naming the nearest; [] while no cell has any."""
     known = known_metrics(rows)
     return [
         f"metrics: {pattern!r} fits none of the results{did_you_mean(pattern, known)}; there are {', '.join(known)}"
@@ -41,13 +41,13 @@ def metric_problems(rows: Sequence[Row], patterns: Sequence[str] | None) -> list
 
 
 def short_names(metrics: Sequence[str]) -> dict[str, str]:
-    """The metrics' names without their step where that leaves them different."""
+    """Return the metrics' names without their step if that leaves them distinct."""
     bare = {metric: metric.partition(".")[2] or metric for metric in metrics}
     return {metric: name if list(bare.values()).count(name) == 1 else metric for metric, name in bare.items()}
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """Mean ± standard error of every metric in every row, as Markdown (see `mean_text`)."""
+    """Return mean ± standard error of every metric in every row, as Markdown (see `mean_text`)."""
     axes, names = axis_names(rows), short_names(metrics)
     lines = [
         [*_axis_cells(row, axes), str(len(row.cells)), *(mean_text(row, metric) for metric in metrics)] for row in rows
@@ -56,7 +56,7 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 
 def difference_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Baseline) -> str:
-    """Every row's difference to what it is compared with as Markdown (see `difference_text`), bold beyond the bound of Student's t."""
+    """Return every row's difference to its counterpart as Markdown (see `difference_text`), bold beyond Student's t bound."""
     axes, names = axis_names(rows), short_names(metrics)
     lines = [
         [*_axis_cells(row, axes), *(_emphasized(baseline.difference(row, metric)) for metric in metrics)]
@@ -71,10 +71,10 @@ def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:
 
 
 def mean_text(row: Row, metric: str) -> str:
-    """`0.4512 ± 0.0021`: a row's mean and its standard error over seeds; `-` for none.
+    """Format a row's mean and its standard error over seeds, `0.4512 ± 0.0021`; `-` for none.
 
-    Of one seed `0.4512 ± 0.0140 d` with the task's own standard error over documents, `0.4512 ± -` where it gives none.
-    ` (2 of 3)` follows where not every cell has a finite number.
+    For one seed: `0.4512 ± 0.0140 d` with the task's own standard error over documents, `0.4512 ± -` without one.
+    ` (2 of 3)` follows if not every cell has a finite number.
     """
     summary, (num_finite, num_cells) = row.summary(metric), row.counts(metric)
     text = "-"
@@ -87,9 +87,9 @@ def mean_text(row: Row, metric: str) -> str:
 
 
 def difference_text(found: Difference | None) -> str:
-    """`+0.0120 (+2.4 p, n 3)`: the difference, in standard errors, paired by seed and of how many seeds.
+    """Format `+0.0120 (+2.4 p, n 3)`: the difference, the number of standard errors, paired by seed, and the number of seeds.
 
-    Of two samples `+0.0120 (+2.4 t, n 3, 2)`; `-` for the standard errors where there are none.
+    For two samples `+0.0120 (+2.4 t, n 3, 2)`; `-` instead of a missing number of standard errors.
     """
     if found is None:
         return "-"
@@ -104,12 +104,12 @@ def _emphasized(found: Difference | None) -> str:
 
 
 def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Baseline | None) -> str:
-    """The rows as CSV, numbers unrounded, an empty field where there is none.
+    """Return the rows as CSV, numbers unrounded, with empty fields for missing values.
 
-    Columns: the axes, n (cells), and for each metric M: M, M:standard_error (over seeds), M:n (finite values; 0 where all
-    were not finite), M:document_error where a row of one seed has the task's own. With a baseline also `baseline` (the
-    name of the row that this one is compared with), M:difference, M:difference_in_standard_errors, M:bound (of that,
-    Student's t, 5 %) and M:comparison (paired or two-sample).
+    Columns: the axes, n (cells), and for each metric M: M, M:standard_error (over seeds), M:n (finite values; 0 if none was
+    finite), M:document_error (the task's own, for a row of one seed). With a baseline also `baseline` (the name of the row
+    that this one is compared with), M:difference, M:difference_in_standard_errors, M:bound (of that, Student's t, 5 %) and
+    M:comparison (paired or two-sample).
     """
     axes = axis_names(rows)
     with_documents = [metric for metric in metrics if any(row.document_error(metric) is not None for row in rows)]
@@ -141,7 +141,7 @@ def csv_table(rows: Sequence[Row], metrics: Sequence[str], baseline: Baseline | 
 
 
 def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
-    """Every cell of a results.jsonl as a CSV line: status, axes, metrics, seconds of each step."""
+    """Return every cell of a results.jsonl as a CSV line: status, axes, metrics, seconds of each step."""
     lines = [
         {
             "status": cell["status"],
@@ -155,7 +155,7 @@ def csv_cells(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _axis_column(axis: str, taken: Sequence[str]) -> str:
-    """The column of an axis, which must not be one that the table has of its own."""
+    """Return the column name of an axis, renamed if it collides with one of the table's own."""
     return f"axis:{axis}" if axis in taken else axis
 
 

@@ -1,4 +1,4 @@
-"""Teachers: `teacher(batch)` gives the signal that a loss compares the student with."""
+"""Teachers: `teacher(batch)` returns the signal that a loss compares the student with."""
 
 from kdtune.teachers.build import build_teacher, build_teacher_model, problems
 from kdtune.teachers.compatibility import check_tokenizer, check_vocabularies

@@ -1,4 +1,4 @@
-"""Makes the teacher of a run, wherever it is computed."""
+"""Build the teacher of a run, wherever it is computed."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 
 def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
-    """The frozen teacher, spread over the processes of this world; where it has its own, the connection to them.
+    """Build the frozen teacher, parallelized over this world; with its own processes, the channel to them.
 
     See `build_teacher_model` for the keys and the errors.
     """
@@ -29,7 +29,7 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
 
 
 def build_teacher_model(cfg: Any, world: World) -> Transformer:
-    """The frozen teacher's model, spread over the processes of this world.
+    """Build the frozen teacher's model, parallelized over this world.
 
     Args:
         cfg: with the keys teacher_model, teacher_checkpointer, teacher_dtype, teacher_parallelism, dtype, parallelism, compile.

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and a model, a teacher and a student, speak of the same tokens."""
+"""Check that tokenizer, teacher and student use the same token ids."""
 
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ def check_tokenizer(
     path: str | Path | None = None,
     is_chat: bool = False,
 ) -> None:
-    """Compares the run's tokenizer with the one in a model's folder; a warning where that folder has none.
+    """Compare the run's tokenizer with the one in a model's folder; log a warning if that folder has none.
 
     Args:
         tokenizer: the run's.
         checkpointer: the component node that `key` has, or None: nothing to compare with.
-        key: of the config, for the messages. A teacher must share bos and eos too; for another model they are the run's
-            to choose (a base model is finetuned with the chat tokenizer), and a difference is a warning.
-        path: where the run's tokenizer was read; a model in the same folder is not compared with.
-        is_chat: whether the examples are conversations (`Dataset.is_chat`): a teacher with another chat template is then told.
+        key: config key, for the messages. A teacher must share bos and eos too; another model need not (a base model is
+            finetuned with the chat tokenizer), so a difference is a warning.
+        path: path from which the run's tokenizer was read; a model in the same folder is not compared.
+        is_chat: the examples are conversations (`Dataset.is_chat`): warn about a teacher with another chat template.
 
     Raises:
-        ConfigError: if the same text becomes other ids, which then mean other tokens to the model.
+        ConfigError: the two give the same text different ids, which mean other tokens to the model.
     """
     found = instantiate(checkpointer)
     if found is None:
@@ -111,7 +111,7 @@ def _listed(tokens: list[str]) -> str:
 
 
 def _rendered(tokenizer: Tokenizer) -> str | None:
-    """A short conversation under the tokenizer's chat template; None where that refuses it."""
+    """Render a short conversation by the tokenizer's chat template; None if the template refuses it."""
     try:
         return tokenizer.render(_CHAT)
     except DataError:
@@ -125,13 +125,13 @@ def _folder_of(path: Path) -> Path:
 def check_vocabularies(
     tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int, kd_loss: Any = None
 ) -> None:
-    """Compares the tokenizer with both heads, and says so where one head has rows that the other has not.
+    """Compare the tokenizer with both heads, and log if one head has rows that the other lacks.
 
-    `student_vocab_size` and `teacher_vocab_size` are rows of the heads, `kd_loss` is the divergence (None: forward KL), see
+    `student_vocab_size` and `teacher_vocab_size` are the heads' numbers of rows, `kd_loss` the divergence (None: forward KL), see
     `kdtune.losses.covers_extra_ids`.
 
     Raises:
-        ConfigError: if the tokenizer can produce an id that a model has no row for.
+        ConfigError: the tokenizer can produce an id for which a model has no row.
     """
     tokenizers.check_vocabulary(tokenizer, student_vocab_size, "student")
     tokenizers.check_vocabulary(tokenizer, teacher_vocab_size, "teacher")

@@ -1,4 +1,4 @@
-"""A teacher beside the student: its forward runs when the batch is asked for."""
+"""A teacher on the student's processes: its forward runs when the batch is requested."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -11,7 +11,7 @@ from kdtune.models import Transformer
 
 
 class OnlineTeacher:
-    """Gives a batch's signal by running the teacher on it; the model is frozen and stays in eval mode.
+    """Compute a batch's signal by running the teacher on it; the model is frozen and stays in eval mode.
 
     Args:
         model: the teacher; its parameters stop taking gradients.
@@ -22,15 +22,15 @@ class OnlineTeacher:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of its output head."""
+        """Number of rows of its output head."""
         return self.model.config.vocab_size
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
-        """Does nothing: it computes on the devices that the student needs meanwhile."""
+        """Do nothing: the teacher computes on the devices that the student needs meanwhile."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenSignal:
-        """The teacher's last hidden states [B, S, D] on the batch's inputs, and its output head."""
+        """Return the teacher's last hidden states [B, S, D] on the batch's inputs, and its output head."""
         # Whoever generates or evaluates with the model may have switched its mode.
         self.model.eval()
         return HiddenSignal(self.model(**batch.inputs, return_hidden=True), self.model.output)
@@ -43,5 +43,5 @@ class OnlineTeacher:
         stop_ids: Collection[int],
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> list[int]:
-        """The most likely ids after a prompt, see `kdtune.generation.generate`."""
+        """Return the greedy ids after a prompt, see `kdtune.generation.generate`."""
         return generate(self.model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=agree)

@@ -1,4 +1,4 @@
-"""What a recipe knows of a teacher, wherever its distributions come from."""
+"""Interface of a teacher, wherever its distributions come from."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,14 +9,14 @@ from kdtune.losses import Signal
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Gives the signal of a batch: computed here, on other processes, or read from a file."""
+    """Source of a batch's signal: computed here, on other processes, or read from a file."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids from 0 that its signals give probability to."""
+        """Number of ids, from 0, that its signals give probability to."""
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
-        """Announces the batches that it is called with next, in this order, so that it may start on them at once."""
+        """Announce the batches of the next calls, in this order, so that the teacher may start on them at once."""
 
     def __call__(self, batch: Batch) -> Signal:
-        """The signal for the positions of a batch; a constant: no gradient reaches the teacher."""
+        """Return the signal for the positions of a batch; a constant: no gradient reaches the teacher."""

@@ -1,7 +1,7 @@
-"""A teacher on processes of its own: tokens go there, hidden states come back, and the logits exist on neither way.
+"""A teacher on its own processes: tokens are sent there, hidden states come back; logits are never sent.
 
-A round is one request of every process of the student. Those of the teacher make as many forwards a round, all of them,
-because a sharded model computes on all of its processes together.
+A round is one request of every student process. All teacher processes run the same number of forwards per round, because
+a sharded model computes on all of its processes together.
 """
 
 import signal
@@ -27,16 +27,16 @@ _Request = tuple[torch.Size, list[Sent]]
 
 
 class RemoteTeacher:
-    """A teacher on other processes: this one has its output head, and fetches the hidden states.
+    """Client of a teacher on other processes: holds its output head and receives its hidden states.
 
-    Made and called by all of the student's processes alike, as often and in the same order.
+    All of the student's processes must construct and call it equally often and in the same order.
 
     Args:
-        bridge: to the processes that hold it.
-        device: where the head and the hidden states are wanted.
+        bridge: channel to the teacher's processes.
+        device: device for the head and the hidden states.
 
     Raises:
-        TrainingError: one of those processes is gone, or keeps this one waiting for too long.
+        TrainingError: one of those processes is gone, or does not respond before the timeout.
     """
 
     def __init__(self, bridge: Bridge, device: torch.device) -> None:
@@ -53,13 +53,13 @@ class RemoteTeacher:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of its output head."""
+        """Number of rows of its output head."""
         return self._head.out_features
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
-        """Asks for the batches' hidden states, so that they are computed before they are waited for.
+        """Request the batches' hidden states, so that they are computed before they are needed.
 
-        With the tokens on the CPU this does not wait for the device.
+        If the tokens are on the CPU, this does not wait for the device.
         """
         partners = self._bridge.partners
         for batch in batches:
@@ -68,7 +68,7 @@ class RemoteTeacher:
             self._requested.append((batch.tokens.shape, sent))
 
     def __call__(self, batch: Batch) -> HiddenSignal:
-        """The hidden states [B, S, D] of the batch that was asked for first, and the head.
+        """Return the hidden states [B, S, D] of the batch that was requested first, and the head.
 
         Raises:
             RuntimeError: the batch is not the next one that `prefetch` was given.
@@ -90,7 +90,7 @@ class RemoteTeacher:
         stop_ids: Collection[int],
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> list[int]:
-        """The most likely ids after a prompt, computed by the teacher's processes, which agree on them themselves."""
+        """Return the greedy ids after a prompt, computed by the teacher's processes, which synchronize the ids."""
         request = torch.tensor([max_new_tokens, len(stop_ids), *sorted(stop_ids), *prompt_ids])
         sent = [self._bridge.send(rank, _GENERATE, request) for rank in self._bridge.partners]
         answers = [self._receive(rank) for rank in self._bridge.partners]
@@ -107,11 +107,11 @@ class RemoteTeacher:
 
 
 class Interrupt(Protocol):
-    """A context in which signals only set `requested`, such as `kdtune.training.InterruptFlag`."""
+    """A context manager in which signals only set `requested`, such as `kdtune.training.InterruptFlag`."""
 
     @property
     def requested(self) -> bool:
-        """Whether one has come."""
+        """Return whether a signal has arrived."""
 
     def __enter__(self) -> object: ...
 
@@ -119,17 +119,17 @@ class Interrupt(Protocol):
 
 
 def serve(build: Callable[[], Transformer], world: World, interrupt: Interrupt) -> None:
-    """Answers the student's processes until they say that they have ended; called by all of the teacher's.
+    """Answer the student's requests until they end; called by all of the teacher's processes.
 
     Args:
-        build: makes the model, once the student's data is known to be good.
-        world: of the teacher alone.
-        interrupt: entered meanwhile. A signal goes to all processes of a run, and the student's need answers until their
-            step is made; where it came to this one alone, it is passed on to them.
+        build: builds the model, once the student's data has passed its checks.
+        world: the teacher's world.
+        interrupt: entered meanwhile. A signal reaches all processes of a run, and the student's need answers until their
+            step is finished; if only this process got it, it is passed on to them.
 
     Raises:
         LayoutError: the model's head is more than one weight.
-        TrainingError: a process of the student is gone, or keeps this one waiting for too long.
+        TrainingError: a student process is gone, or does not respond before the timeout.
     """
     if world.bridge is None or not world.bridge.is_teacher:
         raise ValueError("serve: this process is not one of the teacher alone")
@@ -170,14 +170,14 @@ def _serve(build: Callable[[], Any], bridge: Bridge, device: torch.device, inter
 
 
 def _generated(model: Transformer, request: list[int]) -> list[int]:
-    """The new ids for what `RemoteTeacher.generate` has sent."""
+    """Return the new ids for a request of `RemoteTeacher.generate`."""
     max_new_tokens, num_stop_ids, *ids = request
     stop_ids, prompt_ids = ids[:num_stop_ids], ids[num_stop_ids:]
     return generate(model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=from_main)
 
 
 def check_sendable(head: nn.Module) -> None:
-    """Raise unless a head is one weight.
+    """Raise LayoutError unless a head is one weight.
 
     Raises:
         LayoutError: it has an adapter beside it.
