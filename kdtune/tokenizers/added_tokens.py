@@ -1,4 +1,4 @@
-"""The tokens that the files beside a vocabulary add to it or give a role, put together as transformers 5 does."""
+"""Tokens that the files beside a vocabulary add or give a role, combined as in transformers 5."""
 
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,11 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """What a folder's files say of tokens, with the flags of each.
+    """Token entries of a folder's files, with their flags.
 
     listed: the added tokens by id, the smallest first. named: special tokens by name: bos_token, eos_token, ..., and a model's own,
-    such as image_token. extra: special tokens without a name. settings: tokenizer_config.json, with special_tokens_map.json where
-    that counts.
+    such as image_token. extra: special tokens without a name. settings: tokenizer_config.json, merged with
+    special_tokens_map.json if transformers reads that.
     """
 
     listed: Mapping[int, AddedToken]
@@ -32,11 +32,11 @@ class TokenFiles:
 
     @property
     def names(self) -> dict[str, str]:
-        """The special tokens' texts by name."""
+        """Return the special tokens' texts by name."""
         return {name: token.content for name, token in self.named.items()}
 
     def all(self) -> list[AddedToken]:
-        """The tokens in the order in which they get ids, each once; the first that says how a text is treated counts."""
+        """Return the tokens in the order in which they get ids, each once; the first entry of a text decides its flags."""
         tokens = [*self.listed.values(), *self.named.values(), *self.extra]
         special = {token.content for token in (*self.named.values(), *self.extra)}
         unique = {token.content: token for token in reversed(tokens)}
@@ -47,14 +47,14 @@ class TokenFiles:
 
 
 def read_tokens(folder: Path) -> TokenFiles:
-    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json of a folder, where they are there.
+    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json of a folder, if they exist.
 
-    The first one's added_tokens_decoder stands for the others: without it, special_tokens_map.json goes before
-    tokenizer_config.json, and added_tokens.json lists the added tokens. Of those nothing says whether they are control tokens: they
-    are if they have a name, or look like one (<|...|>).
+    added_tokens_decoder in the first one replaces the others. Without it, special_tokens_map.json takes precedence over
+    tokenizer_config.json, and added_tokens.json lists the added tokens. The latter has no flags: a token in it is special if it
+    has a name, or looks like one (<|...|>).
 
     Raises:
-        CheckpointError: an entry is no token with an id, or no text of a control token.
+        CheckpointError: an entry is no token with an id, or no text of a special token.
     """
     settings = _settings(folder)
     extra = settings.get("extra_special_tokens")
@@ -80,7 +80,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _with_extra(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with additional_special_tokens under its present name."""
+    """Return the settings with additional_special_tokens under its present name."""
     settings = dict(config)
     former = settings.pop("additional_special_tokens", None)
     return settings | ({"extra_special_tokens": former} if former and not settings.get("extra_special_tokens") else {})

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the parts they share: chat rendering, chat tokens, training masks."""
+"""Base class of the tokenizers: chat rendering, special tokens, training masks."""
 
 import reprlib
 from abc import ABC, abstractmethod
@@ -30,15 +30,15 @@ _CACHE_MAX_CHARS = 128
 _LONGEST_CONTROL_TOKEN = 1000
 
 TrainOn: TypeAlias = Literal["last", "answers", "all"]
-"""The targets of a conversation: its last answer, all of the assistant's answers, or everything."""
+"""Training targets of a conversation: its last answer, all of the assistant's answers, or everything."""
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The strings a tokenizer treats as control tokens, and the roles they play.
+    """The special ("control") tokens of a tokenizer: their strings and roles.
 
-    `named` holds bos_token, eos_token, pad_token, ... as chat templates know them. `lstrip` and `rstrip` name tokens
-    that swallow the whitespace beside them.
+    `named` holds bos_token, eos_token, pad_token, ... as chat templates name them. `lstrip` and `rstrip` list tokens that
+    absorb the whitespace beside them.
     """
 
     ids: Mapping[str, int]
@@ -47,13 +47,13 @@ class ControlTokens:
     rstrip: Collection[str] = ()
 
     def id_of(self, name: str) -> int | None:
-        """Id of a named token, None where the tokenizer has none."""
+        """Return the id of a named token, None if the tokenizer has none."""
         token = self.named.get(name)
         return None if token is None else self.ids.get(token)
 
 
 def check_max_seq_len(max_seq_len: int | None) -> int | None:
-    """The value itself. Raises ConfigError unless it is None or a positive integer."""
+    """Return the value. Raises ConfigError unless it is None or a positive integer."""
     if max_seq_len is None or (type(max_seq_len) is int and max_seq_len > 0):
         return max_seq_len
     raise ConfigError(
@@ -62,7 +62,7 @@ def check_max_seq_len(max_seq_len: int | None) -> int | None:
 
 
 def well_formed(text: str) -> str:
-    """The text with lone surrogates, which no tokenizer can encode, joined to characters or replaced by U+FFFD."""
+    """Replace lone surrogates, which no tokenizer can encode: join pairs to characters, others become U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -71,7 +71,7 @@ def well_formed(text: str) -> str:
 
 
 def check_control_tokens(tokens: Iterable[str], origin: Path | str) -> None:
-    """Refuses strings that are no control tokens: what is looked for in every text must be text, and short.
+    """Raise if a special token cannot be searched for in texts: it must be valid text, and short.
 
     Raises:
         CheckpointError: one of them is too long, or holds lone surrogates.
@@ -85,13 +85,13 @@ def check_control_tokens(tokens: Iterable[str], origin: Path | str) -> None:
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, and conversations to ids with their training targets.
+    """Convert text to token ids and back, and conversations to ids with their training targets.
 
-    Subclasses give `_encode_text`, `_decode_ids` and `save`. `max_seq_len` is only kept: datasets truncate.
+    Subclasses implement `_encode_text`, `_decode_ids` and `_save_files`. `max_seq_len` is only stored: datasets truncate.
 
-    vocab_size: ids there are, with those no text becomes. bos_id, eos_id, pad_id: None where the model has none. control: the
-    control tokens by text. chat_template, tool_template: Jinja, of conversations without and with tools. extra_stop_ids: what ends
-    an answer beside eos. origin: where it was read, for messages.
+    vocab_size: number of ids, including those that no text encodes to. bos_id, eos_id, pad_id: None if the model has none.
+    control: the special tokens by text. chat_template, tool_template: Jinja templates of conversations without and with tools.
+    extra_stop_ids: ids that end an answer, besides eos. origin: path it was read from, for messages.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Tokenizer(ABC):
             ends.add(self.eos_id)
         self.chat_template = family_template(control.ids) if chat_template is None else chat_template
         self.tool_template = tool_template
-        """The chat template of conversations with tools, where it is another one."""
+        """The chat template of conversations with tools, if it is a different one."""
         self._template_file = template_file(origin)
         for template in filter(None, (self.chat_template, tool_template)):
             check_template(template, origin=self._template_file)
@@ -134,21 +134,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
-        """Ids of well-formed text without control tokens; `previous` is the id before it, None at the very start."""
+        """Return ids of well-formed text without special tokens; `previous` is the id before it, None at the very start."""
 
     @abstractmethod
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Text of ids that all lie in the vocabulary."""
+        """Return the text of ids that all lie in the vocabulary."""
 
     @abstractmethod
     def _save_files(self, folder: Path) -> None:
-        """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them."""
+        """Write the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them."""
 
     def save(self, folder: Path, *, is_chat: bool = False) -> None:
-        """Writes the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them.
+        """Write the tokenizer's files into `folder`, as transformers' AutoTokenizer reads them.
 
-        is_chat: the model beside them was trained on conversations. The chat template is then among the files, even one that the
-        tokenizer's own files lack.
+        is_chat: the model in the folder was trained on conversations. The chat template is then saved too, even if the
+        tokenizer's own files lack it.
         """
         self._save_files(folder)
         if is_chat:
@@ -174,7 +174,7 @@ class Tokenizer(ABC):
         return eos | self._answer_ends if is_chat else eos
 
     def _find_answer_ends(self) -> frozenset[int]:
-        """The control token that the chat template puts after an answer, where there is one."""
+        """Return the special token that the chat template puts after an answer, if any."""
         answer = "answer"
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         try:
@@ -186,7 +186,7 @@ class Tokenizer(ABC):
         return frozenset(control.token for control in after[:1])
 
     def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Ids of the text. Control-token strings in it stay text; a bos or eos the tokenizer lacks adds nothing."""
+        """Return the ids of the text. Special-token strings in it stay text; a bos or eos the tokenizer lacks adds nothing."""
         ids = self._encode_text(well_formed(text), None) if text else []
         if add_bos and self.bos_id is not None:
             ids = [self.bos_id, *ids]
@@ -196,11 +196,11 @@ class Tokenizer(ABC):
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether transformers, under this tokenizer's files, begins every text with bos."""
+        """Return whether transformers, with this tokenizer's files, adds bos to every text."""
         return self.bos_id is not None
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of text whose control-token strings are control tokens, such as what `render` gives; adds no bos, no eos."""
+        """Return ids of text whose special-token strings are special tokens, such as `render` returns; adds no bos, no eos."""
         ids: list[int] = []
         for piece in split_pieces(text, self._finder.find(text), ()):
             if piece.token is None:
@@ -210,7 +210,7 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of the ids. Ids outside the vocabulary (rows that only pad a model's head) give no text."""
+        """Return the text of the ids. Ids outside the vocabulary (padding rows of a model's head) give no text."""
         return self._decode_ids([i for i in map(int, ids) if 0 <= i < self.vocab_size], skip_special)
 
     def render(
@@ -221,9 +221,9 @@ class Tokenizer(ABC):
         tools: Sequence[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text, to the byte as transformers' `apply_chat_template(tokenize=False)` gives it.
+        """Render the conversation as text, byte-identical to transformers' `apply_chat_template(tokenize=False)`.
 
-        tools: what the template sees as `tools`; template_variables: further names that it sees.
+        tools: passed to the template as `tools`; template_variables: further variables of the template.
 
         Raises:
             DataError: a message without role or content, or one that the template refuses.
@@ -238,7 +238,7 @@ class Tokenizer(ABC):
         tools: Sequence[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """List the parts of a conversation that the chat template leaves out or changes; see messages.left_out.
+        """List the parts of a conversation that the chat template omits or changes; see messages.left_out.
 
         Raises:
             DataError: as `render`.
@@ -277,17 +277,17 @@ class Tokenizer(ABC):
         tools: Sequence[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[bool]]:
-        """Ids of the conversation, and for each whether it is a training target.
+        """Return the ids of the conversation, and for each whether it is a training target.
 
-        Control tokens the template writes become control ids; the same strings inside messages and tools stay text.
+        Special tokens that the template writes become their ids; the same strings inside messages and tools stay text.
         Targets are the assistant's answers with their end-of-turn token ("answers"), the last of them ("last") or
-        everything ("all"); a masked message is never a target. Text is cut where an answer starts, so the ids of a
-        prompt (`add_generation_prompt=True`) are how the ids of the whole conversation begin. bos stands where the
-        template prints it, and nowhere else. `tools` and `template_variables` as for `render`.
+        everything ("all"); a masked message is never a target. Text is split where an answer starts, so the ids of
+        a prompt (`add_generation_prompt=True`) are a prefix of the conversation's ids. bos occurs only where the template
+        prints it. `tools` and `template_variables` as for `render`.
 
         Raises:
-            DataError: a message or conversation that the template refuses, or a template under which the start of an
-                answer cannot be told (see `answer_spans`).
+            DataError: the template refuses a message or conversation, or the start of an answer cannot be found in its
+                output (see `answer_spans`).
         """
         fields = [message_fields(message, i) for i, message in enumerate(messages)]
         masked = {i for i, message in enumerate(messages) if is_masked(message)}
@@ -327,7 +327,7 @@ class Tokenizer(ABC):
         answers: Collection[tuple[int, int]],
         chosen: Sequence[tuple[int, int]],
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a rendered text, cut where an answer or a trained stretch begins or ends, and whether each is trained."""
+        """Encode a rendered text, split where an answer or a trained span begins or ends; also return whether each id is trained."""
         cuts = {edge for span in (*answers, *chosen) for edge in span}
         ids: list[int] = []
         trained: list[bool] = []
@@ -358,7 +358,7 @@ class Tokenizer(ABC):
 
 
 def _complement(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The parts of [0, length) outside the given spans, which are sorted and do not overlap."""
+    """Return the parts of [0, length) outside the given spans, which are sorted and do not overlap."""
     starts = [0, *(end for _, end in spans)]
     ends = [*(start for start, _ in spans), length]
     return list(zip(starts, ends, strict=True))

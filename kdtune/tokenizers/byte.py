@@ -1,4 +1,4 @@
-"""A tokenizer of bytes, for tiny models and tests: nothing to download."""
+"""A byte tokenizer for tiny models and tests, with nothing to download."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -8,9 +8,9 @@ from kdtune.tokenizers.gguf import GGUFTokenizer
 
 
 def byte_tokenizer(max_seq_len: int | None = None) -> GGUFTokenizer:
-    """One id a byte of UTF-8 (256), then <|im_start|> and <|im_end|>, with ChatML as its chat template.
+    """Build a tokenizer with one id per byte of UTF-8 (256), then <|im_start|> and <|im_end|>, and ChatML as chat template.
 
-    max_seq_len: what datasets truncate to, in tokens; None: nothing is cut.
+    max_seq_len: length to which datasets truncate, in tokens; None: no truncation.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))

@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding for the `tokenizers` library: how text is cut into words, and merges from ranks."""
+"""Byte-level byte-pair encoding for the `tokenizers` library: splitting into words, and merges from ranks."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 
 
 def byte_level_words(pattern: str | None = None, *, single_digits: bool = False) -> pre_tokenizers.PreTokenizer:
-    """GPT-2's words, or those of `pattern`; `single_digits` first sets every digit apart."""
+    """Return the pre-tokenizer of GPT-2's words, or those of `pattern`; `single_digits` first isolates every digit."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     if single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
@@ -18,14 +18,14 @@ def byte_level_words(pattern: str | None = None, *, single_digits: bool = False)
 
 
 def byte_symbols() -> list[str]:
-    """The character that stands for each of the 256 bytes: itself where Latin-1 prints it, else the next from U+0100."""
+    """Return the character that represents each of the 256 bytes: itself if Latin-1 prints it, else the next from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [value for value in range(256) if value not in printable]
     return [chr(value if value in printable else 256 + hidden.index(value)) for value in range(256)]
 
 
 def tokenizer_from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Tokenizer:
-    """A tokenizer with tiktoken's ids: the ranks are the ids, `pattern` cuts the words."""
+    """Build a tokenizer with tiktoken's ids: the ranks are the ids, `pattern` splits the words."""
     symbols = byte_symbols()
     names = {token: "".join(symbols[value] for value in token) for token in ranks}
     merges = [(names[left], names[right]) for left, right in merges_from_ranks(ranks)]
@@ -37,11 +37,11 @@ def tokenizer_from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Tokenizer:
 
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each longer token is merged from, in the order of their ranks.
+    """Return the pair that each longer token is merged from, in the order of their ranks.
 
-    tiktoken joins the neighbours whose union has the lowest rank, the leftmost first, again and again. What happens
-    between the two ends of a token does not depend on the text around it as long as nothing crosses them, so a token
-    has at most one such pair: the last but one state of merging the token alone. One that merging never reaches has none.
+    tiktoken repeatedly joins the neighbours whose union has the lowest rank, the leftmost first. Merges inside a token do
+    not depend on the text around it as long as none crosses its ends, so a token has at most one such pair: the last state
+    but one of merging the token alone. A token that merging never produces has none.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):

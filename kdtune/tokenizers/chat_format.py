@@ -1,4 +1,4 @@
-"""Chat templates: the families', a folder's own, and rendering that equals transformers' to the byte."""
+"""Chat templates: those of model families and folders, and rendering byte-identical to transformers'."""
 
 import json
 import os
@@ -65,14 +65,14 @@ CHATML = """\
 
 
 def family_template(control_tokens: Container[str]) -> str:
-    """Template of the family whose control tokens these are: llama 3, ChatML, else llama 2 with its marks in text."""
+    """Return the template of the family with these special tokens: llama 3, ChatML, else llama 2 with its marks in text."""
     if "<|start_header_id|>" in control_tokens:
         return LLAMA3
     return CHATML if "<|im_start|>" in control_tokens else LLAMA2
 
 
 def folder_tool_template(folder: Path) -> str | None:
-    """The chat template that transformers takes for conversations with tools, where a folder carries one called "tool_use".
+    """Return the chat template that transformers uses for conversations with tools, if a folder has one named "tool_use".
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -87,10 +87,10 @@ def folder_tool_template(folder: Path) -> str | None:
 
 
 def folder_template(folder: Path) -> str | None:
-    """The chat template a Hugging Face folder carries, None without one.
+    """Return the chat template of a Hugging Face folder, None without one.
 
-    `chat_template.jinja` comes before the entry in tokenizer_config.json, as in transformers; of several named
-    templates the one called "default" is taken.
+    `chat_template.jinja` takes precedence over the entry in tokenizer_config.json, as in transformers; of several named
+    templates, the one named "default" is used.
 
     Raises:
         CheckpointError: the entry is neither a string nor a list of named templates with a default.
@@ -114,10 +114,10 @@ def folder_template(folder: Path) -> str | None:
 
 
 def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None:
-    """Writes the chat template into a folder of tokenizer files that carries none.
+    """Write the chat template into a folder of tokenizer files that has none.
 
-    Where tokenizer_config.json is missing too, it is written: a template may print bos_token and eos_token, which
-    transformers takes from there.
+    If tokenizer_config.json is missing too, it is written: a template may print bos_token and eos_token, which
+    transformers reads from there.
     """
     if folder_template(folder) is not None:
         return
@@ -127,7 +127,7 @@ def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None
 
 
 def template_file(origin: Path | str) -> str:
-    """The file that the chat template of a tokenizer stands in, `origin` being the tokenizer's own file or folder."""
+    """Return the file of a tokenizer's chat template, `origin` being the tokenizer's own file or folder."""
     path = user_path(origin)
     folder = path if path.is_dir() else path.parent
     for name in ("chat_template.jinja", TOKENIZER_CONFIG):
@@ -155,7 +155,7 @@ def _strftime_now(form: str) -> str:
 
 
 def today() -> str:
-    """The date, YYYY-MM-DD: the one in the environment variable KDTUNE_DATE (a sweep gives its steps one), else today's.
+    """Return the date, YYYY-MM-DD: KDTUNE_DATE from the environment (a sweep sets it for its steps), else today's.
 
     Raises:
         ConfigError: the variable holds no date.
@@ -164,7 +164,7 @@ def today() -> str:
 
 
 def check_date(date: str, key: str) -> str:
-    """The date itself. Raises ConfigError naming `key` unless it reads YYYY-MM-DD."""
+    """Return the date. Raises ConfigError naming `key` unless it reads YYYY-MM-DD."""
     try:
         datetime.strptime(date, "%Y-%m-%d")
     except ValueError as error:
@@ -202,7 +202,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def check_template(source: str, *, origin: str) -> None:
-    """Raises CheckpointError naming `origin` where the template is not valid Jinja."""
+    """Raise CheckpointError naming `origin` if the template is not valid Jinja."""
     try:
         _compile(source)
     except Exception as error:  # Python's compiler has words of its own, such as of loops that are nested too deeply
@@ -210,7 +210,7 @@ def check_template(source: str, *, origin: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Message of an exception raised by a template; for Python's own exceptions, with the class name."""
+    """Return the message of an exception raised by a template; for Python's own exceptions, with the class name."""
     if isinstance(error, jinja2.TemplateError | LimitError):
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -227,14 +227,14 @@ def render_chat(
     date: str | None = None,
     origin: str = "",
 ) -> str:
-    """Text of the conversation, byte for byte what transformers' `apply_chat_template(tokenize=False)` gives.
+    """Render the conversation, byte-identical to transformers' `apply_chat_template(tokenize=False)`.
 
-    `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` what else the template
-    may look at. `date` (YYYY-MM-DD) is the day given to a template that asks for it, at midnight; None: now, as
-    in transformers. `origin` names the template's file, for the message.
+    `special_tokens` holds bos_token, eos_token, ... as far as the tokenizer has them; `variables` further template
+    variables. `date` (YYYY-MM-DD) is the day, at midnight, for a template that asks for it; None: now, as in
+    transformers. `origin` names the template's file, for the message.
 
     Raises:
-        DataError: the template refuses the conversation, or fails on it, or would go on and on (see template_limits).
+        DataError: the template refuses the conversation, fails on it, or exceeds its limits (see template_limits).
     """
     METER.start(messages)
     try:

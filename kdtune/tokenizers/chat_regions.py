@@ -1,8 +1,8 @@
-"""Where things are in a rendered conversation: the template's control tokens, the answers, the masked messages.
+"""Locate parts of a rendered conversation: the template's special tokens, the answers, the masked messages.
 
-Message content must never become a control token. Before rendering, a Unicode noncharacter (the mark) is put inside
-every control-token string that a message holds; whatever still reads as a control token afterwards was made by the
-template. The mark is taken out again before the text between control tokens is encoded.
+Message content must never become a special token. Before rendering, a Unicode noncharacter (the mark) is inserted into
+every special-token string inside a message, so that every special token in the result comes from the template. The mark is
+removed before the text between special tokens is encoded.
 """
 
 import re
@@ -25,7 +25,7 @@ Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 @dataclass(frozen=True)
 class Control:
-    """A control token in a rendered text: characters [start, end) and its id."""
+    """A special token in a rendered text: characters [start, end) and its id."""
 
     start: int
     end: int
@@ -34,7 +34,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendered text: ordinary text (token None), or one control token."""
+    """A segment of a rendered text: ordinary text (token None), or one special token."""
 
     start: int
     end: int
@@ -42,9 +42,9 @@ class Piece:
 
 
 class ControlFinder:
-    """Finds and breaks up control-token strings. Built once a tokenizer; patterns are compiled once.
+    """Find and escape special-token strings. Built once per tokenizer; patterns are compiled once.
 
-    `lstrip` and `rstrip` name the tokens that also swallow the whitespace before or after them (AddedToken's flags).
+    `lstrip` and `rstrip` list the tokens that also absorb the whitespace before or after them (AddedToken's flags).
     """
 
     def __init__(self, ids: Mapping[str, int], *, lstrip: Collection[str] = (), rstrip: Collection[str] = ()) -> None:
@@ -64,7 +64,7 @@ class ControlFinder:
         self._single = [token for token in ordered if len(token) == 1]
 
     def find(self, text: str) -> list[Control]:
-        """The control tokens in a rendered text, left to right."""
+        """Return the special tokens in a rendered text, left to right."""
         if self._match is None:
             return []
         found = []
@@ -74,7 +74,7 @@ class ControlFinder:
         return found
 
     def breaks(self, text: str, mark: str) -> str:
-        """`text` with the mark inside every control-token string, and at ends that could complete one outside it."""
+        """Insert the mark into every special-token string of `text`, and at ends that could complete one outside it."""
         if self._start is None:
             return text
         for token in self._single:
@@ -90,7 +90,7 @@ class ControlFinder:
 
 
 def protect(data: T, finder: ControlFinder) -> tuple[T, str]:
-    """Messages, tools and the like with control-token strings broken up, and the mark that does it ("": nothing to do).
+    """Escape special-token strings in messages, tools and the like; also return the mark ("" if nothing was escaped).
 
     Raises:
         DataError: every noncharacter occurs in the data.
@@ -121,13 +121,13 @@ def answer_spans(
     render: Render,
     add_generation_prompt: bool,
 ) -> dict[int, tuple[int, int]]:
-    """By index of the assistant's messages: the characters [start, end) of `text` that generation has to produce.
+    """Return, by index of the assistant's messages, the characters [start, end) of `text` that generation has to produce.
 
-    An answer starts where the generation prompt ends and stops with its end-of-turn token. A template without one for
-    the assistant: with the message's last character.
+    An answer starts where the generation prompt ends and stops with its end-of-turn token, or with the message's last
+    character if the template has no such token for the assistant.
 
     Raises:
-        DataError: the rendering up to a message's generation prompt is not how the whole rendering begins.
+        DataError: the rendering up to a message's generation prompt is not a prefix of the full rendering.
     """
     starts: dict[int, int] = {}
     for i, message in enumerate(messages):
@@ -166,10 +166,10 @@ def _check_prefix(prompt: str, text: str, index: int) -> None:
 
 
 def message_span(text: str, messages: Sequence[Mapping[str, Any]], index: int, *, render: Render) -> tuple[int, int]:
-    """Characters [start, end) of `text` that the message at `index` adds to the conversation.
+    """Return the characters [start, end) of `text` that the message at `index` adds to the conversation.
 
     Raises:
-        DataError: the template renders the message otherwise once later ones follow.
+        DataError: the template renders the message differently once later ones follow.
     """
     ends = []
     for count in (index, index + 1):
@@ -184,7 +184,7 @@ def message_span(text: str, messages: Sequence[Mapping[str, Any]], index: int, *
 
 
 def split_pieces(text: str, controls: Sequence[Control], cuts: Iterable[int]) -> list[Piece]:
-    """The text as control tokens and the ordinary text between them, cut at `cuts` too; empty pieces are left out."""
+    """Split the text into special tokens and the ordinary text between them, and at `cuts`; empty pieces are dropped."""
     edges = sorted({0, len(text), *cuts})
     pieces: list[Piece] = []
 

@@ -1,4 +1,4 @@
-"""Whether two tokenizers are the same, so that a teacher's distribution means the same to a student."""
+"""Compare two tokenizers: a teacher's distribution must mean the same to a student."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ PLAIN_BATTERY = BATTERY[:-1]
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
-    """None where the two give the same ids; else a sentence that says how they differ.
+    """Return None if the two give the same ids, else a sentence that describes the difference.
 
-    Compared are bos, eos, the control tokens with their ids, and the ids of a fixed battery of texts in many scripts.
+    Compares bos, eos, the special tokens with their ids, and the ids of a fixed set of texts in many scripts.
     """
     for name in ("bos_id", "eos_id"):
         if getattr(a, name) != getattr(b, name):
@@ -33,7 +33,7 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
-    """The same without bos and eos, which a base model and its finetuned form choose differently among equal ids."""
+    """Like `same_tokenizer` without bos and eos, which a base model and its finetuned form may choose differently."""
     for token in sorted(a.control_tokens.keys() | b.control_tokens.keys()):
         left, right = a.control_tokens.get(token), b.control_tokens.get(token)
         if left != right:
@@ -42,7 +42,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def same_text_ids(a: Tokenizer, b: Tokenizer) -> str | None:
-    """The same for texts without control tokens."""
+    """Like `same_tokenizer` for texts without special tokens."""
     for text in BATTERY:
         left_ids = a.encode(text, add_bos=False, add_eos=False)
         right_ids = b.encode(text, add_bos=False, add_eos=False)
@@ -52,10 +52,10 @@ def same_text_ids(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def lacking_control_tokens(tokenizer: Tokenizer, other: Tokenizer) -> list[str] | None:
-    """Return the control tokens that `tokenizer` has and `other` lacks; None where the two use an id for different texts.
+    """Return the special tokens that `tokenizer` has and `other` lacks; None if they use an id for different texts.
 
-    A base model and its instruct model differ so: what is text has the same ids, and the latter has further control tokens, or
-    names for those that the former reserves.
+    A base model and its instruct model differ in this way: text has the same ids, and the latter has further special tokens,
+    or names for those that the former reserves.
     """
     if same_text_ids(tokenizer, other) is not None:
         return None
@@ -86,7 +86,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str = "model"
 def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
     """Hash the tokenizer's ids, special ids and chat templates; equal if two tokenizers encode alike.
 
-    Ids are those of a fixed battery of texts in many scripts and of the control tokens.
+    Covers the ids of a fixed set of texts in many scripts and of the special tokens.
     """
     parts = {
         "ids": [tokenizer.control_tokens, [tokenizer.encode(text, add_bos=False, add_eos=False) for text in BATTERY]],

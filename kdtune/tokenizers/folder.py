@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer file: names of special tokens, ids that end a generation, files to copy."""
+"""Files beside a tokenizer file: names of special tokens, ids that end a generation, files to copy."""
 
 import json
 import reprlib
@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 
 
 def check_flags(folder: Path) -> None:
-    """Refuses the settings of tokenizer_config.json that change ids and are not followed here.
+    """Raise on settings of tokenizer_config.json that change ids and are not supported here.
 
     Raises:
         CheckpointError: naming the file and the setting.
@@ -54,7 +54,7 @@ def check_flags(folder: Path) -> None:
 
 
 def generation_eos_ids(folder: Path) -> frozenset[int]:
-    """The ids that generation_config.json lists as eos_token_id, none where the folder has no such file or entry."""
+    """Return the ids that generation_config.json lists as eos_token_id; empty if the folder has no such file or entry."""
     file = folder / "generation_config.json"
     found = read_json_if_there(file).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
@@ -66,7 +66,7 @@ def generation_eos_ids(folder: Path) -> frozenset[int]:
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
-    """Copies those of the named files that `source` has into `target`, which is made if need be."""
+    """Copy those of the named files that `source` has into `target`, which is created if needed."""
     target.mkdir(parents=True, exist_ok=True)
     if source.resolve() == target.resolve():
         return
@@ -79,10 +79,10 @@ def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILE
 
 
 def take_tokenizer_json_as_it_stands(folder: Path, named: Mapping[str, str]) -> None:
-    """Name, in tokenizer_config.json, the class by which transformers reads tokenizer.json and builds nothing anew.
+    """Name the class in tokenizer_config.json by which transformers reads tokenizer.json unchanged.
 
-    Its classes for sentencepiece models (LlamaTokenizer, ...) go by rules of their own, and give other ids. The special tokens in
-    `named` are added where the file does not speak of them.
+    Its classes for sentencepiece models (LlamaTokenizer, ...) rebuild the tokenizer by their own rules and give other ids. The
+    special tokens in `named` are added if the file lacks them.
     """
     file = folder / TOKENIZER_CONFIG
     given = {name: token for name, token in named.items() if token}
@@ -93,7 +93,7 @@ def take_tokenizer_json_as_it_stands(folder: Path, named: Mapping[str, str]) -> 
 
 
 def write_tokenizer_config(folder: Path, named: Mapping[str, str], model_max_length: int | None = None) -> None:
-    """Writes a tokenizer_config.json beside a tokenizer.json: its special tokens by name (those that are "" are left out)."""
+    """Write a tokenizer_config.json beside a tokenizer.json: its special tokens by name (empty ones are omitted)."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: token for name, token in named.items() if token},

@@ -43,14 +43,14 @@ _PRE_TOKENIZERS = {
 
 
 class GGUFTokenizer(HuggingFaceTokenizer):
-    """A tokenizer rebuilt from GGUF metadata; it is saved as a tokenizer.json with its configs."""
+    """A tokenizer rebuilt from GGUF metadata; saved as a tokenizer.json with its configs."""
 
     def __init__(self, *args: Any, model_max_length: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._model_max_length = model_max_length
 
     def _save_files(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
+        """Write tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
         write_tokenizer(
             self._backend,
             folder,
@@ -61,7 +61,7 @@ class GGUFTokenizer(HuggingFaceTokenizer):
 
 
 def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
-    """The tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2") or sentencepiece BPE ("llama").
+    """Load the tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2") or sentencepiece BPE ("llama").
 
     Raises:
         CheckpointError: the file is broken, or its tokenizer is of another kind (named).

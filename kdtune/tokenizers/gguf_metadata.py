@@ -1,6 +1,6 @@
-"""The metadata of a GGUF file: its key-value pairs, read without touching the tensors.
+"""Read the metadata of a GGUF file, its key-value pairs, without touching the tensors.
 
-The gguf package's reader makes an array view of every vocabulary entry, 3.7 s for SmolLM2's 98k strings against 0.1 s
+The gguf package's reader makes an array view of every vocabulary entry: 3.7 s for SmolLM2's 98k strings, against 0.1 s
 here. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -59,7 +59,7 @@ class _Cursor:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """The key-value pairs of a little-endian GGUF file of version 2 or 3; arrays as lists.
+    """Return the key-value pairs of a little-endian GGUF file of version 2 or 3; arrays as lists.
 
     Raises:
         CheckpointError: the file cannot be read, is no such GGUF, or ends early.

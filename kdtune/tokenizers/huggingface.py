@@ -31,9 +31,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer run by the `tokenizers` library.
 
     Ids equal transformers' with `split_special_tokens=True`: special added tokens inside text stay text, while added
-    tokens that are not special (words added to the vocabulary) are found in text as they are there.
+    tokens that are not special (words added to the vocabulary) are recognized in text, as in transformers.
 
-    backend: the `tokenizers` object. named: the ids of bos, eos and pad by name. folder: whose files `save` copies. The other
+    backend: the `tokenizers` object. named: the ids of bos, eos and pad by name. folder: the folder whose files `save` copies. The other
     arguments are Tokenizer's.
     """
 
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether transformers, under this tokenizer's files, begins every text with bos."""
+        """Return whether transformers, with this tokenizer's files, adds bos to every text."""
         return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
@@ -104,7 +104,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def _save_files(self, folder: Path) -> None:
-        """Copies the folder's tokenizer files; a tokenizer.json made of a sentencepiece model is marked to be taken as it stands."""
+        """Copy the folder's tokenizer files; mark a tokenizer.json made from a sentencepiece model to be read unchanged."""
         assert self.folder is not None
         copy_files(self.folder, folder)
         if "\u2581" in f"{self._backend.normalizer}{self._backend.pre_tokenizer}":
@@ -122,9 +122,9 @@ def _add_named(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:
 
 
 def _without_prefix(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
-    """A tokenizer that puts no space before the text, and whether the given one does so after a control token too.
+    """Return a tokenizer that puts no space before the text, and whether the given one does so after a special token too.
 
-    The same object where it never puts one.
+    Returns the same object if it never adds one.
     """
     parts = [
         json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part is not None
@@ -162,7 +162,7 @@ def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:
-    """Makes transformers, unlike `Tokenizer.encode` here, begin every text with the control token `bos`."""
+    """Make transformers, unlike `Tokenizer.encode` here, begin every text with the special token `bos`."""
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
@@ -176,7 +176,7 @@ def write_tokenizer(
     chat_template: str,
     model_max_length: int | None = None,
 ) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
+    """Write tokenizer.json, tokenizer_config.json and the chat template for transformers' AutoTokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     # Not backend.save: its errors are bare Exceptions, and a full disk must be told from a bug.
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
@@ -185,7 +185,7 @@ def write_tokenizer(
 
 
 def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises CheckpointError naming the file where it is missing or broken."""
+    """Read the tokenizer in a tokenizer.json. Raises CheckpointError naming the file if it is missing or broken."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     try:
@@ -200,7 +200,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, with what the config files beside it say on special tokens and chat."""
+    """Load the tokenizer of a tokenizer.json, with the special tokens and chat template of the config files beside it."""
     folder = file.parent
     backend = read_backend(file)
     files = read_tokens(folder)
@@ -219,7 +219,7 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
 
 
 def _check_prefix(file: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
-    """Refuses an add_prefix_space that transformers' own classes go by, against tokenizer.json."""
+    """Raise on an add_prefix_space that contradicts tokenizer.json and that transformers' own classes would apply."""
     said = config.get("add_prefix_space")
     kind = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
     has_prefix = _without_prefix(backend)[0] is not backend
@@ -232,9 +232,9 @@ def _check_prefix(file: Path, config: Mapping[str, Any], backend: tokenizers.Tok
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, files: TokenFiles, folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer with the tokens that are not there yet.
+    """Add the tokens that the tokenizer lacks.
 
-    The flags in tokenizer_config.json's added_tokens_decoder go before tokenizer.json's.
+    The flags in tokenizer_config.json's added_tokens_decoder take precedence over tokenizer.json's.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     stand = {token.content for token in files.listed.values()} if "added_tokens_decoder" in files.settings else set()
@@ -256,7 +256,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: TokenFiles, folder: Path) 
 
 
 def _named_tokens(files: TokenFiles, folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """Special tokens by name; bos, eos and pad that no tokenizer file names are looked up by config.json's ids."""
+    """Return special tokens by name; bos, eos and pad that no tokenizer file names are looked up by config.json's ids."""
     named = files.names
     config = read_json_if_there(folder / "config.json")
     for name in ("bos_token", "eos_token", "pad_token"):

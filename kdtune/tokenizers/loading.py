@@ -1,4 +1,4 @@
-"""Finds out what tokenizer a path holds, and loads it."""
+"""Detect the kind of tokenizer at a path and load it."""
 
 import re
 from pathlib import Path
@@ -20,15 +20,15 @@ _LOOKED_FOR = (
 
 
 def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None = None) -> Tokenizer:
-    """The tokenizer of a model folder, or of one tokenizer.json, tokenizer.model or GGUF file.
+    """Load the tokenizer of a model folder, or of one tokenizer.json, tokenizer.model or GGUF file.
 
-    In a folder that has both, a sentencepiece tokenizer.model comes before its conversion to tokenizer.json, unless the
-    latter has tokens of its own; a tiktoken one comes after it.
+    In a folder that has both, a sentencepiece tokenizer.model takes precedence over its conversion to tokenizer.json, unless
+    the latter has tokens of its own; tokenizer.json takes precedence over a tiktoken tokenizer.model.
 
     Args:
         path: the folder or file.
-        max_seq_len: what datasets truncate to, in tokens.
-        date: the day (YYYY-MM-DD) for a chat template that prints today's, such as Llama 3.2's; null: now. A run takes the
+        max_seq_len: length to which datasets truncate, in tokens.
+        date: the day (YYYY-MM-DD) for a chat template that prints today's, such as Llama 3.2's; null: now. A run uses the
             day on which it was started, and writes it into its config.
 
     Raises:
@@ -43,7 +43,7 @@ def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None =
 
 
 def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None, date: str | None = None) -> TiktokenTokenizer:
-    """Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it; `date` as in `load`."""
+    """Load Llama 3's tokenizer from Meta's tokenizer.model (tiktoken), or from the folder that holds it; `date` as in `load`."""
     file = _model_file(user_path(path))
     if not _is_tiktoken(file):
         raise CheckpointError(f"{file}: not a tiktoken file (lines of base64 and rank); want llama 3's tokenizer.model")
@@ -55,7 +55,7 @@ def llama3_tokenizer(path: str | Path, max_seq_len: int | None = None, date: str
 def llama2_tokenizer(
     path: str | Path, max_seq_len: int | None = None, date: str | None = None
 ) -> SentencePieceTokenizer:
-    """Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it; `date` as in `load`."""
+    """Load Llama 2's tokenizer from its sentencepiece tokenizer.model, or from the folder that holds it; `date` as in `load`."""
     file = _model_file(user_path(path))
     if _is_tiktoken(file):
         raise CheckpointError(f"{file}: a tiktoken file; want llama 2's sentencepiece tokenizer.model")
@@ -119,7 +119,7 @@ def _is_tiktoken(file: Path) -> bool:
 
 
 def _has_own_tokens(json_file: Path, model: Path) -> bool:
-    """Return whether tokenizer.json, or a file beside it, has added tokens that are not control tokens of the sentencepiece model."""
+    """Return whether tokenizer.json, or a file beside it, has added tokens that the sentencepiece model lacks as special tokens."""
     original = SentencePieceTokenizer(model)
     if lists_other_tokens(original):
         return True

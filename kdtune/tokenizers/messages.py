@@ -1,4 +1,4 @@
-"""One turn of a conversation, as a chat template and a training mask see it."""
+"""One turn of a conversation, as chat templates and training masks see it."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,10 +46,10 @@ def is_masked(message: Any) -> bool:
 
 
 def message_fields(message: Any, index: int = 0) -> dict[str, Any]:
-    """The message as the dict a chat template sees: role, content and whatever else it holds, but none of MARKS.
+    """Return the message as the dict a chat template sees: role, content and any other fields, but none of MARKS.
 
-    `message` is a mapping, or an object with role, content and perhaps a mapping `fields`. Reasoning gets the names
-    that transformers gives it. An assistant's turn may lack content where it holds something else, such as tool_calls.
+    `message` is a mapping, or an object with role, content and optionally a mapping `fields`. Reasoning is passed under
+    transformers' names. An assistant's turn may lack content if it has other fields, such as tool_calls.
 
     Raises:
         DataError: role or content is missing or no string.
@@ -72,7 +72,7 @@ def message_fields(message: Any, index: int = 0) -> dict[str, Any]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in a value of plain data, at any depth, keys included."""
+    """Yield every string in a value of plain data, at any depth, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -85,7 +85,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def map_strings(value: Any, change: Callable[[str, bool], str], *, is_key: bool = False) -> Any:
-    """The value with every string in it changed by change(string, whether it is a mapping's key)."""
+    """Return the value with every string in it changed by change(string, is_key), is_key being true for a mapping's key."""
     if isinstance(value, str):
         return change(value, is_key)
     if isinstance(value, Mapping):
@@ -102,8 +102,8 @@ def left_out(
 ) -> list[str]:
     """List the parts of a conversation missing from its rendered text, each once, such as "tool_calls" or "text of system turns".
 
-    A text counts as there where it stands in the rendering as it is (blanks around it aside) or as JSON. Any other
-    field counts where the rendering without it differs.
+    A text counts as present if the rendering contains it unchanged (except for blanks around it) or as JSON. Any other
+    field counts as present if the rendering without it differs.
 
     Raises:
         DataError: the template prints a content of null as the word None.

@@ -24,7 +24,7 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 def read_model(file: Path) -> bytes:
-    """The serialized sentencepiece model in a file.
+    """Read the serialized sentencepiece model in a file.
 
     Raises:
         CheckpointError: the file cannot be read, is no sentencepiece model, or ends early.
@@ -48,7 +48,7 @@ def read_model(file: Path) -> bytes:
 
 
 def _top_level_fields(proto: bytes) -> set[int]:
-    """Numbers of the fields in a well-formed message whose fields are all messages (length-delimited)."""
+    """Yield the numbers of the fields in a well-formed message whose fields are all messages (length-delimited)."""
     fields: set[int] = set()
     at = 0
     while at < len(proto):
@@ -60,7 +60,7 @@ def _top_level_fields(proto: bytes) -> set[int]:
 
 
 def _varint(proto: bytes, at: int) -> tuple[int, int]:
-    """A protocol buffer's integer at a position, 7 bits a byte and the lowest first, and the position after it."""
+    """Decode a protocol buffer's integer at a position, 7 bits per byte, lowest first; also return the position after it."""
     value = shift = 0
     while proto[at] & 0x80:
         value |= (proto[at] & 0x7F) << shift
@@ -70,7 +70,7 @@ def _varint(proto: bytes, at: int) -> tuple[int, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer from a sentencepiece model; ids are the sentencepiece library's."""
+    """A tokenizer run by the sentencepiece library."""
 
     def __init__(self, file: Path, *, max_seq_len: int | None = None) -> None:
         self.file = file
@@ -111,10 +111,10 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(parts)
 
     def _save_files(self, folder: Path) -> None:
-        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it and give the same ids; else makes those.
+        """Copy tokenizer.model, and tokenizer.json with its configs if they exist and give the same ids; else make them.
 
         Without a tokenizer.json transformers 5 would read tokenizer.model itself, and give other ids. For a model that
-        the `tokenizers` library cannot follow (a unigram model, another normalizer) none is made, and a warning says so.
+        the `tokenizers` library cannot reproduce (a unigram model, another normalizer) none is made, and a warning says so.
         """
         copy_files(self.file.parent, folder)
         copy_files(self.file.parent, folder, [self.file.name])
@@ -134,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
         take_tokenizer_json_as_it_stands(folder, self._named)
 
     def _differs(self, file: Path) -> bool:
-        """Whether a tokenizer.json is broken or gives other ids, also after a control token."""
+        """Return whether a tokenizer.json is broken or gives other ids, also after a special token."""
         try:
             backend = read_backend(file)
         except CheckpointError:
@@ -148,13 +148,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and unk_token as the model has them; "" for one that it lacks."""
+        """Return bos_token, eos_token and unk_token of the model; "" for one that it lacks."""
         return dict(self._named)
 
     def backend(self, control: Mapping[str, AddedToken] | None = None) -> Tokenizers | None:
-        """The same tokenizer for the `tokenizers` library; None where it would give other ids.
+        """Return the same tokenizer for the `tokenizers` library; None if it would give other ids.
 
-        `control`: how the control tokens are added, where that is not as they stand.
+        `control`: the special tokens as they are added, if not unchanged.
         """
         model, ids = self._model, range(self.vocab_size)
         pieces = [model.id_to_piece(i) for i in ids]

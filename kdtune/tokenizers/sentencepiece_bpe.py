@@ -7,13 +7,13 @@ from tokenizers.models import BPE
 
 
 def sentencepiece_bpe(tokens: Sequence[str], scores: Sequence[float], *, unknown: str, prefix: bool) -> Tokenizer:
-    """A tokenizer with the ids of a sentencepiece BPE model; control tokens are for the caller to add.
+    """Build a tokenizer with the ids of a sentencepiece BPE model; the caller has to add special tokens.
 
     Args:
         tokens: the pieces, in the order of their ids.
-        scores: of the pieces; the best is merged first.
-        unknown: the piece for what no other covers (with byte pieces there is nothing such).
-        prefix: whether a text gets a space in front.
+        scores: scores of the pieces; the best is merged first.
+        unknown: the piece for text that no other covers (with byte pieces there is none).
+        prefix: put a space before a text.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(
@@ -27,7 +27,7 @@ def sentencepiece_bpe(tokens: Sequence[str], scores: Sequence[float], *, unknown
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make another piece, best score of the result first: sentencepiece's order of merging."""
+    """Return pairs of pieces that make another piece, best score of the result first: sentencepiece's order of merging."""
     pairs = []
     for i, token in enumerate(tokens):
         for cut in range(1, len(token)):

@@ -1,4 +1,4 @@
-"""A sentencepiece model with tokens added beside it, and no tokenizer.json, as older finetunes of Llama have it."""
+"""A sentencepiece model with added tokens and no tokenizer.json, as in older finetunes of Llama."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 def lists_other_tokens(model: SentencePieceTokenizer) -> bool:
-    """Return whether the files beside the model add tokens to it, treat its own otherwise, or name others as bos, eos or unk."""
+    """Return whether files beside the model add tokens, change the flags of its own, or rename bos, eos or unk."""
     files = read_tokens(model.file.parent)
     renamed = any(files.names.get(name, token) != token for name, token in model.named_tokens.items() if token)
     flagged = any(token.lstrip or token.rstrip or token.single_word for token in files.all())
@@ -25,7 +25,7 @@ def lists_other_tokens(model: SentencePieceTokenizer) -> bool:
 
 
 def _check_listed(folder: Path, files: TokenFiles) -> None:
-    """Refuse an added_tokens.json that gives an id of added_tokens_decoder to another token."""
+    """Raise if added_tokens.json gives an id of added_tokens_decoder to another token."""
     for text, i in read_json_if_there(folder / ADDED_TOKENS).items():
         other = files.listed.get(i)
         if other is not None and other.content != text:
@@ -36,12 +36,12 @@ def _check_listed(folder: Path, files: TokenFiles) -> None:
 
 
 def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) -> GGUFTokenizer:
-    """The tokenizer of a sentencepiece model and the files beside it, as transformers reads them.
+    """Load the tokenizer of a sentencepiece model and the files beside it, as transformers reads them.
 
-    What the model itself cuts into pieces are the sentencepiece library's pieces. It is saved as a tokenizer.json.
+    Text between added tokens gets the sentencepiece library's pieces. The tokenizer is saved as a tokenizer.json.
 
     Raises:
-        CheckpointError: the `tokenizers` library cannot follow the model, or an added token does not get the id that is listed.
+        CheckpointError: the `tokenizers` library cannot reproduce the model, or an added token does not get the id that is listed.
     """
     file = model.file
     folder = file.parent

@@ -1,8 +1,8 @@
-"""A Jinja sandbox in which a template ends: so many steps, so much text, and no more.
+"""A Jinja sandbox with limits on steps and text, in which every template ends.
 
-jinja2's own sandbox keeps a template from reaching Python, and bounds a single range. Here each turn of a loop and each
-call counts as a step, and whatever makes a long text or list out of short ones says how long it will be before it makes
-it. No thread and no signal is needed, and what a template prints is what it prints in jinja2's sandbox.
+jinja2's own sandbox keeps a template from reaching Python, and bounds a single range. Here each loop iteration and each
+call counts as a step, and every operation that makes a long text or list from short ones checks the size of its result
+first. This needs no thread and no signal, and a template's output is the same as in jinja2's sandbox.
 """
 
 import re
@@ -56,11 +56,11 @@ _MAX_BITS = 2**14  # Python prints no more than 4,300 digits
 
 
 class LimitError(Exception):
-    """A template goes on and on, or makes too much."""
+    """A template exceeds its limits: too many steps, or too much output."""
 
 
 class _Meter(threading.local):
-    """Steps and characters used by the rendering under way in this thread."""
+    """Steps and characters used by the current rendering in this thread."""
 
     def __init__(self) -> None:
         self.start(())
@@ -84,7 +84,7 @@ class _Meter(threading.local):
                 raise LimitError(f"it was stopped after {_MAX_SECONDS:.0f} s")
 
     def make(self, size: int) -> None:
-        """Refuses a text or list of this size, or counts it to those made so far."""
+        """Raise if a text or list of this size exceeds the limits; else add it to the total."""
         self.made += size
         if size > self.max_size and not self._scale(lambda: size <= self.max_size):
             raise LimitError(f"it makes a text or list of {size:,} characters or items; allowed: {self.max_size:,}")
@@ -92,7 +92,7 @@ class _Meter(threading.local):
             raise LimitError(f"it makes more than {self.max_made:,} characters of text")
 
     def _scale(self, is_enough: Callable[[], bool]) -> bool:
-        """Raises the limits once to what the conversation's own size asks for; whether that is enough."""
+        """Raise the limits once, in proportion to the conversation's size; return whether that is enough."""
         if not self.is_scaled:
             self.is_scaled = True
             self.max_steps += _STEPS_EACH * len(self.messages)
@@ -102,7 +102,7 @@ class _Meter(threading.local):
         return is_enough()
 
     def weigh(self, value: Any) -> Any:
-        """The value; lists in lists, which grow by doubling, are counted through, as printing them would."""
+        """Return the value, after counting nested lists recursively: they grow by doubling, and printing would expand them."""
         if isinstance(value, str | bytes):
             self.make(len(value))
         elif isinstance(value, list | tuple | dict):
@@ -130,7 +130,7 @@ def _size(value: Any, meter: _Meter) -> int:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, with METER's limits on every template of it."""
+    """jinja2's sandbox with METER's limits on every template."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
@@ -153,7 +153,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return METER.weigh(super().call(context, function, *args, **options))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """A text's `format` and `format_map`, within the limits."""
+        """Wrap a text's `format` and `format_map` in the limits."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -163,7 +163,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return limited
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Left OPERATOR right, within the limits."""
+        """Compute left OPERATOR right, within the limits."""
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | bytes | list | tuple) and isinstance(other, int):
@@ -178,7 +178,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Limits(NodeTransformer):
-    """Puts the counting into a template's syntax tree."""
+    """Insert the counting into a template's syntax tree."""
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802  (jinja2's name)
         # A sum that is printed at once does not grow from turn to turn; the whole output is looked at.
@@ -222,7 +222,7 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
 
 
 def _counted(items: Iterable[Any]) -> Iterable[Any]:
-    """The items, each of which costs a step when it is taken; of short lists, before."""
+    """Yield the items, each of which costs a step when it is taken; short lists are counted before."""
     if isinstance(items, Sized) and len(items) <= _TURNS:
         METER.step(len(items))
         return items
@@ -283,7 +283,7 @@ def _check_bits(count: int) -> None:
 
 
 def _check_method(function: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments, once it is known that a method of a text makes nothing too long of them."""
+    """Return the arguments, after checking that a text's method does not make a too long result of them."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, str | bytes):
         name = getattr(function, "__name__", "")
@@ -299,7 +299,7 @@ def _check_method(function: Any, args: tuple[Any, ...], options: Mapping[str, An
 
 
 def _check_numbers(_: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Check widths, counts and indentations, which set the size of the output."""
+    """Check widths, counts and indentations, which determine the size of the output."""
     for value in (*args, *options.values()):
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > _MANY:
             raise LimitError(f"it asks for a width or count of {value:,}; allowed: {_MANY:,}")

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer: byte-pair ranks in tiktoken's text format, followed by 256 control tokens."""
+"""Llama 3's tokenizer: byte-pair ranks in tiktoken's text format, followed by 256 special tokens."""
 
 import base64
 import binascii
@@ -53,13 +53,13 @@ _LONG_WHITESPACE = re.compile(
 
 
 def control_token_names() -> list[str]:
-    """The 256 control tokens of llama 3 in the order of their ids."""
+    """Return the 256 special tokens of Llama 3 in the order of their ids."""
     rest = NUM_CONTROL_TOKENS - len(_FIRST_CONTROL_TOKENS)
     return [*_FIRST_CONTROL_TOKENS, *(f"<|reserved_special_token_{3 + i}|>" for i in range(rest))]
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Byte sequences and their ranks from a tiktoken file: a line is base64, a space, the rank.
+    """Read byte sequences and their ranks from a tiktoken file: a line is base64, a space, the rank.
 
     Raises:
         CheckpointError: the file cannot be read, a line is broken, or the ranks are not 0..127,999.
@@ -124,14 +124,14 @@ class TiktokenTokenizer(Tokenizer):
 
     @cached_property
     def _whole(self) -> tiktoken.Encoding:
-        """Merges a text as one word, without the pattern that backtracks."""
+        """Merge a text as one word, without the pattern, which backtracks."""
         return tiktoken.Encoding(
             f"{self.file.name}-whole", pat_str=r"[\s\S]+", mergeable_ranks=self._ranks, special_tokens={}
         )
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer for the `tokenizers` library; takes seconds, so it is made once, for the first save."""
+        """Build the same tokenizer for the `tokenizers` library; takes seconds, so it is done once, for the first save."""
         backend = tokenizer_from_ranks(self._ranks, SPLIT_PATTERN)
         backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self.control_tokens])
         put_bos_first(backend, self._named["bos_token"])
@@ -156,7 +156,7 @@ class TiktokenTokenizer(Tokenizer):
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def _save_files(self, folder: Path) -> None:
-        """Copies tokenizer.model, and tokenizer.json with its configs where they lie beside it; else makes those."""
+        """Copy tokenizer.model, and tokenizer.json with its configs if they exist; else make them."""
         copy_files(self._files_folder, folder)
         copy_files(self.file.parent, folder, [self.file.name])
         if not (folder / "tokenizer.json").is_file():
@@ -164,10 +164,11 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def _split_long_whitespace(text: str) -> Iterator[tuple[str, bool]]:
-    """The text in parts that give, one after the other, the ids of the whole; True marks a part that is one word.
+    """Split the text into parts whose ids, concatenated, are those of the full text; True marks a part that is one word.
 
-    The pattern cuts a run of whitespace so: newlines right after punctuation belong to that word; else everything up to
-    the last newline is a word; of what is left, all but the last character is one, and that goes with what follows.
+    The pattern splits a run of whitespace as follows: newlines right after punctuation belong to that word; otherwise
+    everything up to the last newline is a word. Of the rest, all but the last character is a word, and the last character
+    belongs to the following word.
     """
     position = 0
     for match in _LONG_WHITESPACE.finditer(text):
