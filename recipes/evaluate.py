@@ -171,7 +171,7 @@ class Config:
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
-        found += distributed.parallelism_problems(self.parallelism, self.teacher_parallelism)
+        found += distributed.spread_problems(self)
         found += training.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "

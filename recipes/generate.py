@@ -120,7 +120,7 @@ class Config:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading a weight."""
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
-        found += distributed.parallelism_problems(self.parallelism)
+        found += distributed.spread_problems(self)
         parallelism = config.instantiate(self.parallelism)
         is_copy = parallelism and {parallelism.dp_shard, parallelism.tp} == {1} and parallelism.is_plain
         if distributed.is_under_torchrun() and self.dtype is None and parallelism and not is_copy:

@@ -1,12 +1,14 @@
 """Run a recipe under torchrun: its command line, restarts that resume, and one clear message for each way it can end."""
 
 import argparse
+import logging
 import os
 import signal
 import socket
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kdtune import _assets
@@ -19,6 +21,8 @@ _ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true res
 _RENDEZVOUS = ("--standalone", "--rdzv", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 _BACKEND = "kdtune_c10d"
 _RESUME = "resume_from_checkpoint"
+# Their lines about a process that has ended would follow the error that the process or this command has printed.
+_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 def torchrun_arguments(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> list[str]:
@@ -47,7 +51,9 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
     # Once here, rather than by every process at once.
     check_partner(recipe.path, arguments.config)
     added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).frame, _RESUME))
-    validate(recipe, arguments.config, [*overrides, *added])
+    with _at_level(logging.ERROR, "kdtune"):  # the first process gives the warnings
+        cfg = validate(recipe, arguments.config, [*overrides, *added])
+        check_first_process(cfg, arguments.config, parsed)
     parsed.training_script_args += added
     # Slurm sends it to the whole job step; torchrun would otherwise die of it, before its processes have saved.
     parsed.signals_to_handle = _with_signal(parsed.signals_to_handle, "SIGUSR1")
@@ -56,8 +62,10 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if parsed.rdzv_backend == "c10d" and not parsed.standalone:
         parsed.rdzv_backend = _bounded_backend()
+    is_quiet = not (arguments.traceback or "LOGLEVEL" in os.environ)
     try:
-        run(parsed)
+        with _at_level(logging.CRITICAL, *(_LOGGERS if is_quiet else ())):
+            run(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != 2:  # which the rank has explained in a line
@@ -77,6 +85,55 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
         why = str(error) or "--nproc_per_node and --nnodes must be above 0"
         raise ConfigError(f"run: torchrun refuses its options ({' '.join(options)}): {why}") from error
     return 0
+
+
+def check_first_process(cfg: Any, source: str, parsed: argparse.Namespace) -> None:
+    """Raise the errors about machine, output folder and number of processes that the first process of this host would raise.
+
+    With --nnodes MIN:MAX the number of processes is not known yet, and a host that rejoins a run finds its folder in use: there
+    the processes check for themselves.
+
+    Raises:
+        ConfigError: with every finding.
+    """
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+    from kdtune.config.load import check_machine
+
+    try:
+        fewest, most = parse_min_max_nnodes(parsed.nnodes)
+        here = determine_local_world_size(parsed.nproc_per_node)
+    except (ValueError, RuntimeError):
+        return  # torchrun refuses them
+    if fewest == most > 0 and here > 0 and (most == 1 or parsed.max_restarts == 0):
+        with _environment({"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": most * here, "LOCAL_WORLD_SIZE": here}):
+            check_machine(cfg, source)
+
+
+@contextmanager
+def _environment(values: dict[str, int]) -> Iterator[None]:
+    """Set environment variables inside the block."""
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in values if name in before})
+
+
+@contextmanager
+def _at_level(level: int, *loggers: str) -> Iterator[None]:
+    """Raise the loggers' level inside the block."""
+    before = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in before:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old in before.items():
+            logger.setLevel(old)
 
 
 def _with_signal(names: str, name: str) -> str:

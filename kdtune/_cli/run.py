@@ -5,6 +5,8 @@ The command line is split at the recipe: options before it go to torchrun unchan
 
 import argparse
 import os
+import re
+import shlex
 
 from kdtune import _assets
 from kdtune._cli.launch import launch
@@ -38,7 +40,9 @@ def execute(arguments: argparse.Namespace) -> int:
             valid.
     """
     torchrun_options, recipe, rest = split_arguments(arguments.arguments)
-    check_launch(arguments.arguments[len(torchrun_options)], torchrun_options)
+    name = arguments.arguments[len(torchrun_options)]
+    check_order(name, torchrun_options, rest)
+    check_launch(name, torchrun_options)
     if not torchrun_options:
         import_recipe(recipe)(rest)
         return 0
@@ -65,6 +69,32 @@ def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[st
     candidate = words[-1]
     _assets.find_recipe(candidate)
     raise AssertionError(f"{candidate} was not recognized as a recipe, but found as one")
+
+
+def check_order(name: str, torchrun_options: list[str], rest: list[str]) -> None:
+    """Raise if an option of torchrun stands after the recipe of this name, which takes none.
+
+    Raises:
+        ConfigError: with the command line in the right order.
+    """
+    own = ("--config", "--traceback", "--help")
+    if all(word.partition("=")[0] in own for word in rest if word.startswith("--")):
+        return
+
+    from torch.distributed.run import get_args_parser
+
+    known = {option.replace("_", "-") for option in re.findall(r"--[\w-]+", get_args_parser().format_help())} - {*own}
+    moved: list[str] = []
+    kept: list[str] = []
+    for before, word in zip(["", *rest], rest, strict=False):
+        is_value = moved[-1:] == [before] and "=" not in before + word and not word.startswith(("-", "~"))
+        is_option = word.startswith("--") and word.partition("=")[0].replace("_", "-") in known
+        (moved if is_option or is_value else kept).append(word)
+    if moved:
+        raise ConfigError(
+            f"run: {moved[0]} is an option of torchrun, found after the recipe; options of torchrun stand before it: "
+            f"kdtune run {shlex.join([*torchrun_options, *moved, name, *kept])}"
+        )
 
 
 def check_launch(name: str, torchrun_options: list[str]) -> None:

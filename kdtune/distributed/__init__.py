@@ -2,7 +2,7 @@
 
 from kdtune.distributed.activation_checkpoint import apply_activation_checkpointing
 from kdtune.distributed.bridge import END, Bridge
-from kdtune.distributed.build import build_model, distributed_model, meta_model, model_config
+from kdtune.distributed.build import build_model, distributed_model, meta_model, model_config, spread_problems
 from kdtune.distributed.compile import apply_compile
 from kdtune.distributed.fake import fake_world
 from kdtune.distributed.parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
@@ -30,6 +30,7 @@ __all__ = [
     "shard_model",
     "spread",
     "spread_in_batches",
+    "spread_problems",
     "start_world",
     "world_size",
 ]

@@ -9,8 +9,9 @@ import torch
 
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.config import instantiate
-from kdtune.distributed.parallelism import Parallelism, parallelize
-from kdtune.distributed.world import World
+from kdtune.constants import TP_DIM
+from kdtune.distributed.parallelism import Parallelism, model_problem, parallelism_problems, parallelize
+from kdtune.distributed.world import World, world_size
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
 
@@ -124,6 +125,33 @@ def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: t
         if model is None:
             model = Transformer(instantiate(checkpointer).model_config())
         return _adapted(model, adapter).to(dtype)
+
+
+def spread_problems(cfg: Any) -> list[str]:
+    """Return why a config's models cannot be spread over the processes that were started, one sentence each; read no weights.
+
+    cfg: with the key parallelism, and those of model, checkpointer, adapter, teacher_parallelism, teacher_processes,
+    teacher_model and teacher_checkpointer that its recipe has.
+    """
+    teacher_node, apart = getattr(cfg, "teacher_parallelism", None), getattr(cfg, "teacher_processes", 0)
+    if found := parallelism_problems(cfg.parallelism, teacher_node, teacher_processes=apart):
+        return found
+    teacher_name = "teacher_parallelism" if teacher_node else "parallelism, for the teacher"
+    for name, prefix, node, num_processes in (
+        ("parallelism", "", cfg.parallelism, world_size() - apart),
+        (teacher_name, "teacher_", teacher_node or cfg.parallelism, apart or world_size()),
+    ):
+        parallelism: Parallelism = instantiate(node)
+        builder, checkpointer = (getattr(cfg, f"{prefix}{key}", None) for key in ("model", "checkpointer"))
+        source = instantiate(checkpointer)
+        # These alone ask for something of the model. A checkpoint that cannot be read is told elsewhere.
+        is_asked = parallelism.sizes(num_processes)[TP_DIM] > 1 or parallelism.cpu_offload
+        if is_asked and (builder or source) and not (source and source.problems()):
+            adapter = None if prefix else getattr(cfg, "adapter", None)
+            model = meta_model(builder, checkpointer, adapter=adapter, dtype=torch.float32)
+            if problem := model_problem(model, parallelism, num_processes):
+                found.append(f"{name}: {problem}")
+    return found
 
 
 def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:

@@ -22,6 +22,7 @@ from kdtune.models import Transformer, adapted_linears
 from kdtune.models.nf4 import is_cut_by_rows
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_START_THEM = "start as many (kdtune run --nproc_per_node N RECIPE ...)"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Parallelism:
     reduce_dtype: Literal["fp32", "bf16"] | None = None
     timeout_minutes: float = 10.0
 
-    def sizes(self, world_size: int) -> dict[str, int]:
+    def sizes(self, world_size: int, *, advice: str = _START_THEM) -> dict[str, int]:
         """Return the mesh for this many processes, with -1 filled in: sizes by name, consecutive ranks in the last dimension.
+
+        advice: how to start another number of processes, for the error.
 
         Raises:
             ConfigError: their product is not the number of processes.
@@ -70,10 +73,7 @@ class Parallelism:
             fixed *= 1 if size == -1 else size
         if world_size % fixed or (not open_names and fixed != world_size):
             wanted = f"a multiple of {fixed}" if open_names else f"{fixed}"
-            raise ConfigError(
-                f"{text}: needs {wanted} processes, found {world_size}; start as many (kdtune run --nproc_per_node N "
-                "RECIPE ...) or change the sizes"
-            )
+            raise ConfigError(f"{text}: needs {wanted} processes, found {world_size}; {advice} or change the sizes")
         return {name: world_size // fixed if size == -1 else size for name, size in given.items()}
 
     @property
@@ -145,15 +145,9 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     if is_copy and sizes[TP_DIM] == 1:
         return model
     # Before the processes talk to each other: all of them are to come as far.
-    if problem := tensor_parallel_problem(model.config, sizes[TP_DIM]):
+    if problem := model_problem(model, parallelism, world.size):
         raise LayoutError(f"parallelism: {problem}")
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
-    if quantized and (sizes[TP_DIM] > 1 or parallelism.cpu_offload):
-        raise LayoutError(
-            f"parallelism: tp={sizes[TP_DIM]}, cpu_offload={parallelism.cpu_offload}, with adapters of quantize_base=true (QLoRA); "
-            "an NF4 base is cut by rows for FSDP alone, and stays on the device: allowed are tp=1 and cpu_offload=false; or set "
-            "quantize_base=false"
-        )
     # One shard is not cut: FSDP2 (torch 2.13) would gather it by another way than torchao's NF4 knows.
     shards = sizes["dp_shard"]
     copies = {weight for weight in quantized if shards == 1 or not is_cut_by_rows(weight.shape, shards)}
@@ -176,6 +170,21 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     shard_unit(model, reshard_after_forward=False)
     _sum_gradients(model)
     return model
+
+
+def model_problem(model: Transformer, parallelism: Parallelism, num_processes: int) -> str | None:
+    """Return why a model cannot be spread over this many processes by `tp` or `cpu_offload`, None if it can; no weights are needed."""
+    tp = parallelism.sizes(num_processes)[TP_DIM]
+    if problem := tensor_parallel_problem(model.config, tp):
+        return problem
+    is_quantized = any(linear.quantize_base for linear in adapted_linears(model).values())
+    if is_quantized and (tp > 1 or parallelism.cpu_offload):
+        return (
+            f"tp={tp}, cpu_offload={str(parallelism.cpu_offload).lower()}, with adapters of quantize_base=true (QLoRA); an NF4 "
+            "base is cut by rows for FSDP alone, and stays on the device: allowed are tp=1 and cpu_offload=false; or set "
+            "quantize_base=false"
+        )
+    return None
 
 
 def _mesh(world: World, sizes: dict[str, int]) -> DeviceMesh:
@@ -231,12 +240,17 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
 
 
 def layout_problems(
-    parallelism: Parallelism, teacher: Parallelism | None, num_processes: int, *, teacher_processes: int = 0
+    parallelism: Parallelism,
+    teacher: Parallelism | None,
+    num_processes: int,
+    *,
+    teacher_processes: int = 0,
+    advice: str = _START_THEM,
 ) -> list[str]:
     """Return why these sizes do not fit the number of processes or each other, one sentence each; see `parallelism_problems`.
 
     parallelism: the student's. teacher: the teacher's; None: the same as the student's. num_processes: of the whole run.
-    teacher_processes: number of them that hold only the teacher.
+    teacher_processes: number of them that hold only the teacher. advice: how to start another number of processes.
     """
     parts = {"parallelism": (parallelism, num_processes - teacher_processes)}
     if teacher or teacher_processes:
@@ -244,7 +258,7 @@ def layout_problems(
     sizes, found = [], []
     for name, (one, size) in parts.items():
         try:
-            sizes.append(one.sizes(size)[TP_DIM])
+            sizes.append(one.sizes(size, advice=advice)[TP_DIM])
         except ConfigError as error:
             found.append(f"{name}: {error}")
     if found or len(sizes) == 1:

@@ -129,11 +129,7 @@ class TrainingConfig:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading a weight."""
         found = device_problems(self.device, self.dtype, distributed=True)
-        found += distributed.parallelism_problems(
-            self.parallelism,
-            getattr(self, "teacher_parallelism", None),
-            teacher_processes=getattr(self, "teacher_processes", 0),
-        )
+        found += distributed.spread_problems(self)
         found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

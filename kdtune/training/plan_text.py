@@ -104,7 +104,9 @@ def plan_on_paper(
         students = size - apart
         if students < 1:
             raise ConfigError(f"teacher_processes={apart}: --world-size {size} leaves none for the student; give more")
-        if problems := layout_problems(parallelism, teacher, size, teacher_processes=apart):
+        if problems := layout_problems(
+            parallelism, teacher, size, teacher_processes=apart, advice="give another --world-size"
+        ):
             raise ConfigError("; ".join(problems))
         # One process without torchrun has no process group, and FSDP nothing to do.
         with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:

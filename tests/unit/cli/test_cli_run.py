@@ -1,17 +1,21 @@
 """run: how its command line is split, what it passes on, and its exit codes."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
 from kdtune import _assets
 from kdtune._cli import launch as launch_module
 from kdtune._cli import run as run_module
 from kdtune._cli.main import run_command
+from kdtune.config import load
 from kdtune.errors import ConfigError
+from recipes import finetune
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +131,90 @@ def test_a_bad_config_stops_before_torchrun(
     assert "did you mean 'left'?" in capsys.readouterr().err
 
 
+NF4 = ["adapter=kdtune.models.apply_lora", "adapter.quantize_base=true"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "overrides", "message"),
+    [
+        ("knowledge_distillation", 2, ["parallelism.tp=3"], "tp=3: needs a multiple of 3 processes, found 2; start as many (kdtune run"),
+        ("finetune", 2, ["parallelism.dp_shard=3"], "parallelism: dp_replicate=1 dp_shard=3 tp=1: needs 3 processes, found 2"),
+        ("knowledge_distillation", 3, ["parallelism.tp=3"], "parallelism: tp=3 does not divide num_kv_heads=2"),
+        ("knowledge_distillation", 3, ["parallelism.tp=3"], "parallelism, for the teacher: tp=3 does not divide num_kv_heads=2"),
+        ("knowledge_distillation", 2, ["parallelism.tp=2", *NF4], "parallelism: tp=2, cpu_offload=false, with adapters of quantize_base"),
+        ("evaluate", 3, ["parallelism.tp=3"], "parallelism: tp=3 does not divide num_kv_heads=2"),
+        ("generate", 3, ["parallelism.tp=3"], "parallelism: tp=3 does not divide num_kv_heads=2"),
+        ("knowledge_distillation", 2, ["output_dir={occupied}"], "already holds a run; resume it with resume_from_checkpoint=true"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_stops_before_torchrun(
+    recipe: str, processes: int, overrides: list[str], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: pytest.fail("torchrun was started"))
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "metrics.jsonl").write_text("{}\n")
+    folder = [] if recipe == "generate" else [f"output_dir={tmp_path / 'out'}"]
+    overrides = [override.format(occupied=tmp_path / "occupied") for override in [*folder, *overrides]]
+    assert code_of(f"--nproc_per_node={processes}", recipe, "--config", f"tiny/{recipe}", *overrides) == 2
+    error = capsys.readouterr().err
+    assert message in error and "[rank" not in error
+    assert "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+
+
+def test_a_warning_is_left_to_the_first_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: None)
+    command = [
+        "finetune",
+        "--config",
+        "tiny/finetune",
+        "sample_prompts=[]",
+        "sample_every_n_steps=2",
+        f"output_dir={tmp_path}",
+    ]
+    assert code_of("--nproc_per_node=2", *command) == 0 and not capsys.readouterr().err
+    load("tiny/finetune", command[3:], finetune.Config)
+    assert "sample_every_n_steps=2: has no effect without sample_prompts" in capsys.readouterr().err
+
+
+def test_a_host_that_may_come_back_leaves_the_folder_to_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of the other hosts may still hold the folder."""
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:1", "--rdzv_id=x"]
+    run = ["finetune", "--config", "tiny/finetune", "parallelism.tp=3", f"output_dir={tmp_path / 'out'}"]
+    assert code_of("--nnodes=2", "--max_restarts=1", *rendezvous, *run) == 0 and len(started) == 1
+    assert code_of("--nnodes=1:2", *rendezvous, *run) == 0 and len(started) == 2
+    assert code_of("--nnodes=2", *rendezvous, *run) == 2 and len(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["add", "--nproc_per_node", "4", "--config", "tiny/add", "left=1"], "--nproc_per_node 4 add --config tiny/add left=1"),
+        (["add", "--config", "tiny/add", "--nproc-per-node=4", "left=1"], "--nproc-per-node=4 add --config tiny/add left=1"),
+        (["add", "--standalone", "--nproc_per_node", "4", "--config", "tiny/add", "left=1 2"],
+         "--standalone --nproc_per_node 4 add --config tiny/add 'left=1 2'"),
+        (["--nnodes=1", "add", "--config", "tiny/add", "--nproc_per_node", "4"], "--nnodes=1 --nproc_per_node 4 add --config tiny/add"),
+    ],
+)  # fmt: skip
+def test_an_option_of_torchrun_after_the_recipe(
+    assets: Path, capsys: pytest.CaptureFixture[str], words: list[str], right: str
+) -> None:
+    """The command line in the error is one that torchrun's own parser takes apart as meant."""
+    assert code_of(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert "is an option of torchrun, found after the recipe" in error and error.endswith(f": kdtune run {right}")
+    options, recipe, rest = run_module.split_arguments(shlex.split(right))
+    parsed = run.parse_args(launch_module.torchrun_arguments(options, recipe, rest))
+    assert parsed.nproc_per_node == "4" and parsed.training_script == "kdtune"
+    run_module.check_order("add", options, rest)
+
+
 def test_two_processes_under_torchrun(assets: Path) -> None:
     own = assets / "recipes" / "add.py"
     config = assets / "configs/tiny/add.yaml"
@@ -139,6 +227,7 @@ def test_two_processes_under_torchrun(assets: Path) -> None:
     bad = subprocess.run([*command, "left=13"], capture_output=True, text=True, env=environment, check=False)
     assert bad.returncode == 1
     assert "error: step 1: left is 13" in bad.stderr
+    assert bad.stderr.splitlines()[-1].startswith("error: rank ") and "torch/distributed" not in bad.stderr
 
 
 def test_a_recipe_is_a_script_too(assets: Path) -> None:

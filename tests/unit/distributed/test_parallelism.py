@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from kdtune.distributed import Parallelism, parallelism_problems
+from kdtune.distributed import Parallelism, layout_problems, parallelism_problems
 from kdtune.distributed.tensor_parallel import tensor_parallel_problem
 from kdtune.errors import ConfigError
 from kdtune.models import llama
@@ -43,6 +43,11 @@ def test_sizes_that_do_not_fit(given: tuple[int, ...], processes: int, message: 
     with pytest.raises(ConfigError) as error:
         Parallelism(*given).sizes(processes)
     assert message in str(error.value)
+
+
+def test_the_advice_is_that_of_the_command() -> None:
+    (problem,) = layout_problems(Parallelism(tp=3), None, 2, advice="give another --world-size")
+    assert problem.endswith("needs a multiple of 3 processes, found 2; give another --world-size or change the sizes")
 
 
 def test_problems_are_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
