@@ -1,4 +1,4 @@
-"""What a recipe trains with: optimizers, schedules, precision, metrics, loggers and what watches over a run."""
+"""Building blocks of the training recipes: optimizers, schedules, precision, metrics, loggers, and a run's bookkeeping."""
 
 from kdtune.models import dtype_from_name
 from kdtune.training.builders import builder_problems

@@ -1,4 +1,4 @@
-"""Models that a config's builders would give, looked at without their weights."""
+"""Build the models of a config without weights, to find problems early."""
 
 import json
 from typing import Any

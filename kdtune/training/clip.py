@@ -18,8 +18,8 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
     """Scale the gradients in place to a total norm of at most `max_norm` (None: leave them) and return the norm before.
 
     The norm is the Euclidean norm over all gradients, in float32 at least (torch's own rounds the norm of bf16 gradients
-    to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none. Of sharded gradients it is the
-    norm of the whole, on every process.
+    to bf16, 0.4 %), as a 0-d tensor on the gradients' device; 0 if there is none. For sharded gradients it is
+    the norm of the full gradients, on every process.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -41,10 +41,10 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
 
 
 def _local_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm, first of each row and then of the rows' norms.
+    """Compute the Euclidean norm, first of each row and then of the rows' norms.
 
-    On a CPU torch adds the squares one after the other in float32: the norm of 28 million numbers, the gradient of a small
-    model's embedding, comes out 0.1 % too small.
+    On a CPU torch adds the squares sequentially in float32: the norm of 28 million numbers, the gradient of a small model's
+    embedding, comes out 0.1 % too small.
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype) if tensor.ndim > 1 else tensor
@@ -53,7 +53,7 @@ def _local_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
-    """The norm of whole tensors of one sharding, from this process's shards of them."""
+    """Return the norm of full tensors that share one sharding, from this process's shards."""
     norm = torch.linalg.vector_norm(torch.stack([_local_norm(shard).to(shards[0].device) for shard in shards]))
     if sharding is None:
         return norm
@@ -68,7 +68,7 @@ def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Place
 def check_finite(
     loss: torch.Tensor | float, grad_norm: torch.Tensor | float, step: int, position: tuple[int, int]
 ) -> None:
-    """Pass if loss and grad_norm are finite; call it before the optimizer step, so that no weight is touched by a bad gradient.
+    """Raise unless loss and grad_norm are finite; call it before the optimizer step, so that a bad gradient changes no weight.
 
     `step` is the optimizer step about to be made, `position` the (epoch, batch) of its first micro-batch.
 

@@ -1,4 +1,4 @@
-"""Runs side by side: which may be compared, their table, plot and answers."""
+"""Compare runs: which ones are comparable, their table, plot and answers."""
 
 import csv
 import io
@@ -20,10 +20,10 @@ _TEACHER_METRICS = ("val_kd_loss", "val_agreement", "val_teacher_class_loss", "v
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
-    """The training runs in these folders, by the part of their paths that differs.
+    """Read the training runs in these folders, named by the part of their paths that differs.
 
     Raises:
-        ConfigError: a folder holds no training run with a validation, or two of them are one.
+        ConfigError: a folder holds no training run with a validation, or two of the folders are the same.
         CheckpointError: a file in one is damaged.
     """
     paths = [user_path(folder) for folder in folders]
@@ -34,7 +34,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """The paths without the folders that all of them start or end with; of a single one its own name."""
+    """Return the paths without the folders that all of them start or end with; for a single path its own name."""
     parts = [path.absolute().resolve().parts for path in paths]
     start = _num_common(parts) if len(parts) > 1 else len(parts[0]) - 1
     rest = [part[start:] for part in parts]
@@ -43,7 +43,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _num_common(sequences: Sequence[Sequence[str]]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -60,18 +60,18 @@ def _validated_run(folder: Path) -> TrainingRun:
 
 
 def _has_teacher(run: TrainingRun) -> bool:
-    """Return whether the validation has measured the distance to a teacher."""
+    """Return whether the validation has measured the divergence from a teacher."""
     return any("val_kd_loss" in row for row in run.rows)
 
 
 def _without_teacher(run: TrainingRun) -> TrainingRun:
-    """The run without the metrics that say something about its teacher."""
+    """Return the run without the metrics that depend on its teacher."""
     rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in run.rows]
     return replace(run, rows=rows)
 
 
 def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun], list[str]]:
-    """The runs with the metrics that mean the same in all of them, and a sentence for what is left out.
+    """Return the runs with the metrics that mean the same in all of them, and a sentence for each omission.
 
     Raises:
         ConfigError: the runs were validated on other data, or with other tokens.
@@ -94,7 +94,7 @@ def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
 
 
 def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
-    """A line for each setting or fingerprint in which a run differs from the first in one of the keys; "" where none does."""
+    """Return a line for each setting or fingerprint in which a run differs from the first in one of the keys; "" if none does."""
     (first, *others) = runs or [""]
     return "\n".join(
         f"  {setting}: {value} in {first}, {other} in {name}"
@@ -106,7 +106,7 @@ def _conflicts(runs: Mapping[str, TrainingRun], keys: Sequence[str]) -> str:
 
 
 def metrics_csv(runs: Mapping[str, TrainingRun]) -> str:
-    """Every validation of the runs as CSV, numbers unrounded: run, step, and each metric of a validation."""
+    """Return every validation of the runs as CSV, numbers unrounded: run, step, and each metric of a validation."""
     rows = [(name, row) for name, run in runs.items() for row in run.rows if VALIDATION in row]
     metrics = dict.fromkeys(key for _, row in rows for key in row if key.startswith("val_"))
     text = io.StringIO()

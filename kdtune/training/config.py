@@ -17,7 +17,7 @@ from kdtune.training.run_folder import output_dir_problems
 class TrainingConfig:
     """Keys of a recipe that trains a model; a recipe's own `Config` inherits them and adds its own.
 
-    `at_least` and `may_change` beside a key say which values it takes, and that a resumed run may have another value.
+    A key's `at_least` is its smallest value; `may_change` allows another value in a resumed run.
     """
 
     output_dir: PathText = key(may_change=True)
@@ -27,7 +27,7 @@ class TrainingConfig:
     resume_from_checkpoint: bool = key(False, may_change=True)
     """Resume from the latest complete step_N in output_dir; start from scratch if there is none."""
     resume_changes: list[str] = key([], may_change=True)
-    """Keys that a resumed run has otherwise than before: optimizer.lr or another of its arguments, lr_scheduler,
+    """Keys that a resumed run may change: optimizer.lr or another of its arguments, lr_scheduler,
     clip_grad_norm; in distillation also kd_ratio."""
 
     # The trained model: the student, in distillation
@@ -45,7 +45,7 @@ class TrainingConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """dtype of the trained model's weights, gradients and optimizer state."""
     parallelism: Any = component(default={"_component_": "kdtune.distributed.Parallelism"}, may_change=True)
-    """How the trained model is spread over the processes that torchrun starts; with one process it does nothing."""
+    """Parallelism of the trained model over the processes that torchrun starts; with one process it does nothing."""
     compile: bool = key(False, may_change=True)
     """torch.compile each layer of every model."""
     enable_activation_checkpointing: bool = key(False, may_change=True)
@@ -53,15 +53,15 @@ class TrainingConfig:
 
     # Data
     dataset: Any = component("tokenizer", returns=data.Dataset)
-    """What is trained on, such as kdtune.data.alpaca_cleaned_dataset."""
+    """The training data, such as kdtune.data.alpaca_cleaned_dataset."""
     dataset_val: Any = component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples for the validation and the table at the end."""
     batch_size: int = key(4, at_least=1)
-    """Examples a micro-batch."""
+    """Examples per micro-batch."""
     batch_size_val: int | None = key(None, at_least=1, may_change=True)
-    """Examples a batch in validation; null: as batch_size."""
+    """Examples per batch in validation; null: as batch_size."""
     shuffle: bool = True
-    """A new order every epoch, from the seed alone."""
+    """Shuffle the data in every epoch; the order depends only on the seed."""
     num_workers: int = key(0, may_change=True)
     """Processes that prepare batches."""
 
@@ -77,11 +77,11 @@ class TrainingConfig:
     max_steps_per_epoch: int | None = key(None, at_least=1, may_change=True)
     """Steps after which an epoch is cut; needed when the dataset is streamed."""
     gradient_accumulation_steps: int = key(1, at_least=1, may_change=True)
-    """Micro-batches a step."""
+    """Micro-batches per optimizer step."""
     clip_grad_norm: float | None = None
     """Largest norm of a step's gradient; null: no clipping."""
     loss_chunk_size: int | None = key(None, at_least=1, may_change=True)
-    """Tokens whose logits exist at a time; null: chosen by the size of the vocabulary."""
+    """Tokens whose logits are in memory at a time; null: chosen by the size of the vocabulary."""
     seed: int = 0
     """Seed of the data order and of random weights."""
     cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
@@ -91,9 +91,9 @@ class TrainingConfig:
     run_val_every_n_steps: int | None = key(None, at_least=1, may_change=True)
     """Steps between validations; null: before the first step and after the last one only."""
     sample_prompts: list[str] = key([], may_change=True)
-    """Questions put to the trained model before and after, and to a teacher."""
+    """Prompts that the trained model answers before and after training, and a teacher once."""
     sample_every_n_steps: int | None = key(None, at_least=1, may_change=True)
-    """Steps between samples in between."""
+    """Steps between samples during training; null: none."""
     sample_max_new_tokens: int = key(64, at_least=1, may_change=True)
     """Longest answer, in tokens."""
     save_every_n_steps: int | None = key(None, at_least=1, may_change=True)
@@ -115,7 +115,7 @@ class TrainingConfig:
     log_peak_memory_stats: bool = key(True, may_change=True)
     """Log the peak memory so far."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = key("INFO", may_change=True)
-    """What is printed beside the progress bar."""
+    """Amount of output besides the progress bar."""
     profiler: Any = component(optional=("output_dir",), default=None, may_change=True)
     """kdtune.training.Profiler for a torch profiler trace."""
 
@@ -127,7 +127,7 @@ class TrainingConfig:
         return found
 
     def machine_problems(self) -> list[str]:
-        """Return machine problems, found without reading a weight."""
+        """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
         found += distributed.spread_problems(self)
         found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)

@@ -1,4 +1,4 @@
-"""What graphics cards can do, as their makers state it. Nothing here was measured."""
+"""Figures of graphics cards as stated by their makers. Nothing here was measured."""
 
 from dataclasses import dataclass
 
@@ -21,13 +21,13 @@ class GPU:
     fp32_tflops: float
     memory_gb_s: float
     host_link_gb_s: float
-    """To the other cards of its host."""
+    """Bandwidth to the other cards of its host."""
     network_gb_s: float
-    """To other hosts, each card having its own network adapter."""
+    """Bandwidth to other hosts, each card having its own network adapter."""
     source: str
 
     def flops(self, *, is_bf16: bool) -> float:
-        """Stated floating-point operations a second on matrices in bf16, or in fp32."""
+        """Return the stated floating-point operations per second on matrices in bf16, or in fp32."""
         return 1e12 * (self.bf16_tflops if is_bf16 else self.fp32_tflops)
 
 
@@ -48,10 +48,10 @@ DEFAULT_GPU = "a100-80gb"
 
 
 def find_gpu(name: str) -> GPU:
-    """The card of this name.
+    """Return the card of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no card has it.
     """
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: unknown; the figures of {', '.join(GPUS)} are known")
@@ -59,7 +59,7 @@ def find_gpu(name: str) -> GPU:
 
 
 def gpu_of(device_name: str, memory_gib: float) -> GPU | None:
-    """The card that a driver calls by this name, such as "NVIDIA A100-SXM4-80GB"; None where it is not known."""
+    """Return the card that a driver calls by this name, such as "NVIDIA A100-SXM4-80GB"; None if it is unknown."""
     for gpu in GPUS.values():
         model = gpu.name.partition("-")[0].upper()
         if model in device_name.upper() and 0.9 * gpu.memory_gib < memory_gib <= 1.05 * gpu.memory_gib:

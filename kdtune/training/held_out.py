@@ -1,4 +1,4 @@
-"""What a run's validations say of its model before and after, and of the teacher: the numbers of every table of results."""
+"""Held-out metrics of a run's model before and after training, and of the teacher: the numbers of every table of results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ _TEACHER_LOSS = "val_teacher_class_loss"
 
 
 class HeldOut(NamedTuple):
-    """A model on the held-out data, per token; None for what was not measured or not finite."""
+    """Held-out metrics of a model, per token; None for what was not measured or not finite."""
 
     class_loss: float | None
     kd_loss: float | None
@@ -17,26 +17,26 @@ class HeldOut(NamedTuple):
 
     @property
     def perplexity_text(self) -> str | None:
-        """exp(cross entropy), four digits; a larger one than a float holds is cut."""
+        """Format exp(cross entropy) with four digits; a value beyond a float's range is capped."""
         return None if self.class_loss is None else f"{math.exp(min(self.class_loss, 700)):.4g}"
 
     @property
     def agreement_text(self) -> str | None:
-        """The share of tokens for which the teacher has the same most likely one, in percent."""
+        """Format the share of tokens for which teacher and model have the same most likely token, in percent."""
         return None if self.agreement is None else f"{self.agreement:.1%}"
 
 
 def held_out(row: Mapping[str, Any]) -> HeldOut:
-    """The numbers of a row of metrics.jsonl that has a validation."""
+    """Return the metrics in a row of metrics.jsonl that has a validation."""
     return HeldOut(row[CLASS_LOSS], row.get("val_kd_loss"), row.get("val_agreement"))
 
 
 def teacher_held_out(rows: Sequence[Mapping[str, Any]]) -> HeldOut | None:
-    """The teacher's numbers, from the first row that has them; it agrees with itself."""
+    """Return the teacher's metrics, from the first row that has them; it agrees with itself."""
     losses = (row[_TEACHER_LOSS] for row in rows if row.get(_TEACHER_LOSS) is not None)
     return next((HeldOut(loss, 0.0, 1.0) for loss in losses), None)
 
 
 def validated_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that have a validation: the first is before training, the last after it."""
+    """Return the rows that have a validation: the first is before training, the last after it."""
     return [row for row in rows if CLASS_LOSS in row]

@@ -1,4 +1,4 @@
-"""Checks of a run's rows and weights: they fit the models, and are the same on all processes and on resume."""
+"""Check a run's rows and weights: they fit the models, and are the same on all processes and on resume."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,18 @@ def check_inputs(
 ) -> dict[str, dict[str, Any]]:
     """Check a training run's inputs and return their fingerprints for run.json.
 
-    Rows as for `check_data`; weights and tokenizer must be the same on all hosts. A resumed run must have those that it was
-    started with: fingerprints are compared with those in its run.json (see `Dataset.fingerprint`, `Checkpointer.fingerprint`).
+    Rows as for `check_data`; weights and tokenizer must be the same on all hosts. A resumed run must have the inputs that
+    it was started with: fingerprints are compared with those in its run.json (see `Dataset.fingerprint`,
+    `Checkpointer.fingerprint`).
 
     Args:
         cfg: of a recipe that trains.
         tokenizer: the run's.
-        datasets: by key of the config; None where the config has none.
-        world: all of its processes call this.
+        datasets: datasets by config key; None if the config has none.
+        world: the processes, all of which call this.
 
     Raises:
-        ConfigError: naming each key and file that the resumed run was started with otherwise, or that differs by host.
+        ConfigError: a key or file, which the message names, differs from that of the run being resumed, or between hosts.
         DataError: as `check_data`.
     """
     rows = check_data(cfg, datasets, world)
@@ -53,7 +54,7 @@ def check_inputs(
 
 
 def _files(cfg: Any, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """Fingerprints of the tokenizer and the models, by key of the config."""
+    """Return the fingerprints of the tokenizer and the models, by config key."""
     nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
     return {"tokenizer": fingerprint(tokenizer), **{key: one.fingerprint() for key, one in nodes.items() if one}}
 
@@ -70,12 +71,12 @@ def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
 
 
 def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -> dict[str, str]:
-    """The datasets' fingerprints, once all processes are known to have the same rows, and the models to have room for them.
+    """Return the datasets' fingerprints, after checking that all processes have the same rows and that the models fit them.
 
     cfg, datasets and world as for `check_inputs`.
 
     Raises:
-        ConfigError: how long the examples are cannot be known, and tokenizer.max_seq_len does not say.
+        ConfigError: the lengths of the examples are unknown, and tokenizer.max_seq_len is not set.
         DataError: the processes have different rows, or an example is longer than a model's context.
     """
     given = {key: dataset for key, dataset in datasets.items() if dataset is not None}
@@ -101,14 +102,14 @@ def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
 def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
     """Raise if an example is longer than the context of any model in the config; reads no weights.
 
-    A resumed run is told instead: it was started with them.
+    A resumed run logs this instead, because it was started with these examples.
 
     Args:
         cfg: of any recipe.
-        lengths: tokens of the examples, by key of the config; None where they are not known before they are read.
+        lengths: numbers of tokens of the examples, by config key; None if unknown before they are read.
 
     Raises:
-        ConfigError: they are not known, and tokenizer.max_seq_len lets longer ones through, or is not set.
+        ConfigError: they are unknown, and tokenizer.max_seq_len allows longer ones, or is not set.
         DataError: one is longer.
     """
     key_of_model, context = min(_contexts(cfg).items(), key=lambda one: one[1])
@@ -150,7 +151,7 @@ def check_context(cfg: Any, key: str) -> None:
 
 
 def context_note(cfg: Any) -> str | None:
-    """A sentence where tokenizer.max_seq_len lets examples through that a model has no room for; None where not, or unknown.
+    """Return a warning if tokenizer.max_seq_len allows examples longer than a model's context; None if not, or if unknown.
 
     Whether there are such examples is known only when the data is read.
     """
@@ -172,9 +173,9 @@ def context_note(cfg: Any) -> str | None:
 
 
 def _contexts(cfg: Any) -> dict[str, int]:
-    """The most tokens that each model of the config takes at once, by the key that says so.
+    """Return the context length of each model of the config, by the key that determines it.
 
-    A builder's own max_seq_len, where the config gives it, is what the user wants of the model; else the checkpoint's is.
+    A builder's own max_seq_len in the config takes precedence over the checkpoint's.
     """
     found = {}
     for builder, weights in _MODELS:
@@ -189,7 +190,7 @@ def _contexts(cfg: Any) -> dict[str, int]:
 
 
 def example_lengths(batches: Sequence[Batch]) -> list[int]:
-    """Tokens of the examples of some batches."""
+    """Return the number of tokens of each example of some batches."""
     return [length for batch in batches for length in batch.lengths]
 
 
@@ -206,7 +207,7 @@ def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:
 
 
 def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:
-    """Compares the inputs with those that the run in the folder was started with."""
+    """Compare the inputs with those that the run in the folder was started with."""
     now = json.loads(json.dumps(now))  # as they come back from the file
     starts = recorded_starts(output_dir)
     before = next((start[_KEY] for start in reversed(starts) if _KEY in start), None)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C as a flag, so that a run stops between two steps and saves first."""
+"""Turn SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C into a flag, so that a run stops between two steps and saves first."""
 
 import signal
 import threading
@@ -11,10 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InterruptFlag:
-    """Context in which these signals only set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
+    """A context in which these signals only set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    A SIGHUP that is ignored, as under nohup, stays so. The handlers from before come back at the end. Like every signal handler
-    it must be entered in the main thread.
+    A SIGHUP that is ignored, as under nohup, stays ignored. The previous handlers are restored at the end. Like every signal
+    handler, it must be entered in the main thread.
 
     Args:
         tell: called with a line for the user when the first signal comes; None: no message.
@@ -27,12 +27,12 @@ class InterruptFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether the run should stop at the next step's edge."""
+        """Return whether the run should stop at the end of the current step."""
         return self._received is not None
 
     @property
     def signal_name(self) -> str | None:
-        """The signal that came first, such as "SIGTERM"; None if none did."""
+        """Name of the first signal, such as "SIGTERM"; None without one."""
         return None if self._received is None else self._received.name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

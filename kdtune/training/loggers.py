@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard or Weights & Biases if the config names one."""
+"""Metric loggers: metrics.jsonl always, TensorBoard or Weights & Biases if the config names one."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from kdtune.paths import user_path
 
 
 class MetricLogger(Protocol):
-    """What a config's `metric_logger` must be."""
+    """Interface of a config's `metric_logger`."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record named numbers of an optimizer step (1 is the first)."""
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Write all pending values and close."""
 
 
 class JSONLLogger:
-    """Appends a JSON object a line, `step` first, floats unrounded (a non-finite one as null), flushed at once.
+    """Append one JSON object per line, `step` first, floats unrounded (a non-finite one as null), flushed at once.
 
-    Without a path, as on the processes that are not the main one, it writes nothing.
+    Without a path, as on all ranks but 0, it writes nothing.
     """
 
     def __init__(self, path: str | Path | None) -> None:
@@ -36,7 +36,7 @@ class JSONLLogger:
             self._file = user_path(path).open("a", encoding="utf-8", errors="backslashreplace")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Append the step's values: numbers, and whatever else JSON has (such as a sample answer)."""
+        """Append the step's values: numbers, or any other JSON value (such as a sample answer)."""
         if self._file is not None:
             self._file.write(_line({"step": step, **values}))
             self._file.flush()
@@ -56,10 +56,10 @@ class JSONLLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, a torn last line (a killed writer's) left out.
+    """Read the rows of a metrics.jsonl, ignoring a truncated last line (of a killed writer).
 
     Raises:
-        CheckpointError: if any other line is not a JSON object with a `step`.
+        CheckpointError: any other line is not a JSON object with a `step`.
     """
     rows = []
     lines = user_path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
@@ -77,7 +77,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: str | Path, step: int) -> None:
-    """Keep a metrics.jsonl's lines up to and including `step`, without a torn last one. Atomic."""
+    """Keep a metrics.jsonl's lines up to and including `step`, without a truncated last one. Atomic."""
     path = user_path(path)
     kept = [_line(row) for row in read_metrics(path) if row["step"] <= step]
     draft = path.with_name(path.name + ".tmp")
@@ -96,7 +96,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 class TensorBoardLogger:
-    """Writes scalars for TensorBoard into the folder `log_dir`. Needs `pip install 'kdtune[tensorboard]'`."""
+    """Write scalars for TensorBoard into the folder `log_dir`. Needs `pip install 'kdtune[tensorboard]'`."""
 
     def __init__(self, log_dir: str | Path) -> None:
         try:
@@ -111,15 +111,15 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Write all pending values and close."""
         self._writer.close()
 
 
 class WandBLogger:
-    """Sends numbers to Weights & Biases; needs `pip install 'kdtune[wandb]'`.
+    """Send numbers to Weights & Biases; needs `pip install 'kdtune[wandb]'`.
 
     project, entity, group, name and the rest are `wandb.init`'s.
-    `log_dir` is where wandb keeps its files; None: where wandb likes.
+    `log_dir` is the folder of wandb's files; None: wandb's default.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the training recipes have in common around their loops: which settings fit, what a resumed run may change, when."""
+"""Checks shared by the training recipes: config problems, changes allowed on resume, and when periodic work is due."""
 
 import os
 from dataclasses import fields
@@ -34,16 +34,16 @@ _MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 def may_change(frame: type[Any]) -> list[str]:
     """Keys that a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, how long.
 
-    What must stay in gradient_accumulation_steps and the parallelism is looked at by step_to_resume.
+    step_to_resume checks the part of gradient_accumulation_steps and of the parallelism that must not change.
     """
     return [field.name for field in fields(frame) if field.metadata.get("may_change")]
 
 
 def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
-    """The config's profiler and second logger, made by the main process; None and None on the others.
+    """Build the config's profiler and second logger on rank 0; return None and None on the others.
 
     Raises:
-        ConfigError: one of them refuses its arguments, on all processes alike.
+        ConfigError: one of them refuses its arguments; raised on all processes.
     """
     with together():
         if not is_main():
@@ -53,7 +53,7 @@ def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
 
 
 def loop_problems(cfg: Any) -> list[str]:
-    """What does not fit together in a training recipe's config, one sentence each; only keys that all of them have."""
+    """Return problems with a training recipe's config, one sentence each, for the keys that all of these recipes have."""
     least = {
         field.name: field.metadata["at_least"] for field in fields(cfg) if field.metadata.get("at_least") is not None
     }
@@ -116,12 +116,12 @@ def check_save_weights(model: Transformer, save_weights: str) -> None:
     """Raise if the model cannot be saved in this form.
 
     Raises:
-        ConfigError: a model without adapters is to be written as one with them.
+        ConfigError: save_weights asks for an adapter, and the model has none.
     """
     if save_weights != "both" and not has_adapters(model):
         raise ConfigError(f"save_weights={save_weights}: the model has no adapters; leave it out, or give `adapter`")
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """True at every `every`-th step; never for None."""
+    """Return True at every `every`-th step; never for None."""
     return every is not None and step % every == 0

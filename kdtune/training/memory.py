@@ -1,4 +1,4 @@
-"""How much memory a run has taken."""
+"""Peak memory of a run."""
 
 import resource
 import sys
@@ -9,7 +9,7 @@ _GIB = 2**30
 
 
 def memory_stats(device: torch.device | str) -> dict[str, float]:
-    """Memory in GiB since the process (or `reset_peak_memory`) began.
+    """Return the memory in GiB since the process (or `reset_peak_memory`) began.
 
     cuda: `peak_memory_alloc` (tensors) and `peak_memory_reserved` (what torch took from the driver). mps:
     `memory_alloc` and `memory_reserved` now, as Metal keeps no peak. cpu: `peak_memory_rss`, the largest resident set
@@ -31,6 +31,6 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
 
 
 def reset_peak_memory(device: torch.device | str) -> None:
-    """Start the peaks of a CUDA device anew; elsewhere there is nothing to reset."""
+    """Reset the peaks of a CUDA device; does nothing on other devices."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

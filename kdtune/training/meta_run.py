@@ -1,7 +1,7 @@
-"""What a piece of the model takes, found by running it on the meta device: bytes and floating-point operations.
+"""Measure a part of the model on the meta device: bytes and floating-point operations.
 
-The real code runs, without data: its tensors have shapes and dtypes only. What an operation does on the device of the run
-is asked for where that device would do otherwise.
+The real code runs without data: its tensors have only shapes and dtypes. Operations that behave differently on the run's
+device are replaced by that device's versions.
 """
 
 import weakref
@@ -22,20 +22,20 @@ from kdtune.models.nf4 import is_nf4, nf4_parts
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward and a backward pass take. Bytes are those of tensors that the pass itself makes."""
+    """Cost of a forward and a backward pass. Bytes count only tensors that the pass itself allocates."""
 
     kept: int
-    """Bytes after forward: what backward needs, and the output."""
+    """Bytes after forward: the tensors saved for backward, and the output."""
     forward_peak: int
-    """Most bytes in forward."""
+    """Peak bytes in forward."""
     backward_peak: int
-    """Most bytes in backward, with what forward kept and the parameters' gradients; without the output's gradient."""
+    """Peak bytes in backward, with the saved tensors and the parameters' gradients, without the output's gradient."""
     forward_flops: int
     backward_flops: int
 
 
 class AsOn(TorchFunctionMode):
-    """Meta tensors are taken for tensors of this device type, and operations take the form they have there."""
+    """A mode in which meta tensors report this device type, and operations behave as on it."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class AsOn(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operation's result."""
+        """Return the operation's result."""
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
             return self.device
@@ -66,7 +66,7 @@ class AsOn(TorchFunctionMode):
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """What CUDA's kernel for `rms_norm` makes and keeps: its input as it is, and one number a row."""
+    """Stand-in for CUDA's `rms_norm` kernel, which saves its input unchanged and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """A product in a wider dtype: the meta device has none, so the operands are taken for ones of that dtype."""
+    """Return a product in a wider dtype: the meta device lacks it, so the operands are treated as having that dtype."""
     one = torch.empty(1, dtype=out_dtype, device="meta")
     return torch.mm(one.expand(a.shape), one.expand(b.shape), out=out)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live, and floating-point operations as torch counts them."""
+    """Count the live bytes of storages that operations allocate, and floating-point operations as torch counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operation's result."""
+        """Return the operation's result."""
         result = func(*args, **(kwargs or {}))
         if operation := flop_registry.get(func.overloadpacket):
             self.flops += operation(*args, **(kwargs or {}), out_val=result)
@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def ignore(self, *tensors: Tensor | None) -> None:
-        """These are not counted: others hold them."""
+        """Do not count these tensors: others hold them."""
         for tensor in tensors:
             if tensor is not None:
                 parts = nf4_parts(tensor).values() if is_nf4(tensor) else [tensor]
@@ -128,13 +128,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str, *, backward: bool) -> Cost:
-    """The cost of a function of meta tensors, as on that type of device.
+    """Return the cost of a function of meta tensors, as on that type of device.
 
     Args:
-        function: makes the output, from inputs and parameters of its own.
+        function: returns the output; it holds its inputs and parameters.
         held: its inputs and parameters, which are not counted; their gradients are cleared.
         device_type: such as "cuda".
-        backward: whether a backward pass follows.
+        backward: also run a backward pass.
     """
     live = LiveBytes()
     live.ignore(*held)
@@ -155,7 +155,7 @@ def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str
 
 
 def kept_bytes(function: Callable[[], Tensor], held: list[Tensor], device_type: str) -> int:
-    """What a function of meta tensors leaves for its backward pass, and its output: bytes."""
+    """Return the bytes that a function of meta tensors leaves: the tensors saved for backward, and its output."""
     live = LiveBytes()
     live.ignore(*held)
     with AsOn(device_type), live:

@@ -12,13 +12,13 @@ from kdtune.errors import TrainingError
 
 
 class Metrics:
-    """Accumulates sums over micro-batches and gives means per valid token, over all processes.
+    """Accumulate sums over micro-batches and return means per valid token, over all processes.
 
-    The sums stay on their device as they come; `pop` fetches them all in one transfer and adds them in float64.
+    The sums stay on their device; `pop` fetches them all in one transfer and adds them in float64.
 
     Args:
-        total: of numbers, their sums over the processes of the run, such as `World.sum`; by default there is one process.
-        clock: seconds, for the speed.
+        total: sums numbers over the processes of the run, such as `World.sum`; by default there is one process.
+        clock: returns seconds, for the speed.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class Metrics:
         self._batches.append(batch)
 
     def restart_clock(self) -> None:
-        """Begin to count the time of the next step from now."""
+        """Restart the timing of the next step from now."""
         self._since = self._clock()
 
     def leave_out(self, seconds: float) -> None:
-        """Leave so much out of the next step's time: that of a validation, a save."""
+        """Exclude seconds, such as those of a validation or a save, from the next step's time."""
         self._since += seconds
 
     def pop(self, **scalars: torch.Tensor) -> dict[str, float]:
-        """Mean per valid token of every part, the scalars as they are, counts and speed; then starts anew.
+        """Return the mean per valid token of every part, the scalars unchanged, counts and speed; then reset.
 
         This waits for the device, the only time in a step. A step's time, `step_seconds`, is that since the last such wait: it
         has the optimizer's step before in it, so that `tokens_per_second`, without padding, counts all that a step takes.
@@ -57,7 +57,7 @@ class Metrics:
             scalars: 0-d tensors that are the same on all processes, such as the gradient norm; fetched in the same transfer.
 
         Raises:
-            TrainingError: if there was no valid token to average over.
+            TrainingError: there was no valid token to average over.
         """
         names = [*(name for name, values in self._sums.items() for _ in values), *scalars]
         values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
@@ -86,7 +86,7 @@ class Metrics:
 
 
 def _fetch(scalars: list[torch.Tensor]) -> list[float]:
-    """The 0-d tensors as Python floats, by one transfer per dtype and device."""
+    """Fetch the 0-d tensors as Python floats, in one transfer per dtype and device."""
     found: dict[int, float] = {}
     for kind in {(scalar.dtype, scalar.device) for scalar in scalars}:
         indices = [i for i, scalar in enumerate(scalars) if (scalar.dtype, scalar.device) == kind]

@@ -1,4 +1,4 @@
-"""The README.md of a finished run's model: front matter for the Hugging Face hub, and on a page what made the model."""
+"""The README.md of a finished run's model: front matter for the Hugging Face hub, and a page on how the model was made."""
 
 import json
 import re
@@ -35,10 +35,10 @@ _KDTUNE = {
 
 
 def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
-    """The card of the model, or of the adapter alone, that a run of finetune or knowledge_distillation has come to.
+    """Return the card of the model, or of the adapter alone, that a run of finetune or knowledge_distillation has made.
 
-    It is told from the run's config.yaml, run.json and metrics.jsonl. No path of this machine stands in it: models and files
-    go by what they were downloaded as, or by their own names.
+    It is derived from the run's config.yaml, run.json and metrics.jsonl. It contains no path of this machine: models and files
+    are named by what they were downloaded as, or by their own names.
     """
     config, start = read_resolved_config(output_dir), last_start(output_dir)
     rows = read_metrics(output_dir / "metrics.jsonl")
@@ -72,7 +72,7 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
 
 
 def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Literal["model", "adapter"]) -> str:
-    """The YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
+    """Return the YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
     methods = ["knowledge-distillation"] if is_distilled(config) else ["sft"]
     sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
     data = ModelCardData(
@@ -87,13 +87,13 @@ def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Lite
 
 
 def is_distilled(config: Mapping[str, Any]) -> bool:
-    """Return whether the run has trained on its teacher; with a kd_ratio of 0 it has only measured its distance to it."""
+    """Return whether the run has trained on its teacher; with a kd_ratio of 0 it has only measured the divergence from it."""
     ratio = config.get("kd_ratio")
     return isinstance(ratio, int | float) and ratio > 0
 
 
 def has_facts(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
-    """Return whether a run has what `run_facts` reads; one of a recipe of the user's own may have other keys."""
+    """Return whether a run has the keys that `run_facts` reads; a user's own recipe may have others."""
     per_step = start.get("batches_per_step", config.get("gradient_accumulation_steps"))
     return (
         {"dataset", "dtype", "seed", *(["kd_loss"] if is_distilled(config) else [])} <= config.keys()
@@ -111,8 +111,8 @@ def run_facts(
 
     Args:
         config: the run's config.yaml, of finetune or knowledge_distillation.
-        start: of its run.json, the start that it went to its end with.
-        rows: of its metrics.jsonl.
+        start: the start in its run.json that reached the end.
+        rows: the rows of its metrics.jsonl.
     """
     trained = [row for row in rows if "loss" in row]
     tokens = sum(row.get("num_valid_tokens", 0) for row in trained)
@@ -151,7 +151,7 @@ def run_facts(
 
 
 def component_text(node: Any) -> str:
-    """A component of a config in a line, without its lr, paths as names: `torch.optim.AdamW(weight_decay=0.1)`."""
+    """Format a component of a config in a line, without its lr, paths as names: `torch.optim.AdamW(weight_decay=0.1)`."""
     if not isinstance(node, Mapping):
         return "" if node is None else _value_text(node)
     arguments = [f"{name}={_value_text(value)}" for name, value in node.items() if name not in ("_component_", "lr")]
@@ -171,7 +171,7 @@ def _value_text(value: Any) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Return whether a setting's text is a path. A prompt may have a slash in it too, a path a blank."""
+    """Return whether a setting's text is a path. A prompt may contain a slash, too, and a path a blank."""
     if "/" not in text or _is_on_hub(text):
         return False
     if re.match(r"[/~.]|\S*/\S*$", text) or re.search(r"\.\w{1,10}$", text):
@@ -183,7 +183,7 @@ def _is_path(text: str) -> bool:
 
 
 def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
-    """Return whether adapters were trained. The builder in `model` can make them too, so the run's record counts, where it has it."""
+    """Return whether adapters were trained. The builder in `model` can make them too, so the run's record decides, if any."""
     return bool(start.get("adapters", config.get("adapter") is not None))
 
 
@@ -198,7 +198,7 @@ def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
 def divergence_title(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     """Display name of a run's divergence: the name in its record, else one from its config.
 
-    `start` is of its run.json; runs of older versions have no name there. The divergence's code need not be here.
+    `start` is the start in its run.json; runs of older versions have no name there. The divergence's code need not be installed.
     """
     if isinstance(recorded := start.get("divergence"), str):
         return recorded
@@ -210,14 +210,14 @@ def divergence_title(config: Mapping[str, Any], start: Mapping[str, Any]) -> str
 
 
 def _data_text(node: Any, fingerprint: Any) -> str:
-    """The data set, its split too where that is the default of kdtune's own, and how many examples it gave."""
+    """Describe the data set, its split (kdtune's own default too), and how many examples it gave."""
     if isinstance(node, Mapping) and str(node.get("_component_")).startswith("kdtune.data.") and len(_nodes(node)) == 1:
         node = {**node, "split": node.get("split", "train")}
     return ": ".join(filter(None, [component_text(node), fingerprint if isinstance(fingerprint, str) else None]))
 
 
 def _nodes(node: Any) -> list[Mapping[str, Any]]:
-    """A component and those inside it, such as the parts of a mixture."""
+    """Yield a component and those inside it, such as the parts of a mixture."""
     if isinstance(node, list):
         return [found for item in node for found in _nodes(item)]
     if not isinstance(node, Mapping):
@@ -226,7 +226,7 @@ def _nodes(node: Any) -> list[Mapping[str, Any]]:
 
 
 def _is_on_hub(source: Any) -> bool:
-    """Return whether a data set's source is a name of the hub, not a path: a file that is there is meant before such a name."""
+    """Return whether a data set's source is a name of the hub, not a path: an existing file takes precedence over such a name."""
     return isinstance(source, str) and bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
 
 
@@ -235,7 +235,7 @@ def _results_text(table: str) -> str:
 
 
 def _results(rows: Sequence[Mapping[str, Any]], divergence: str) -> str:
-    """The table of before, after and teacher; "" without a validation."""
+    """Return the table of before, after and teacher; "" without a validation."""
     validated = validated_rows(rows)
     if not validated:
         return ""

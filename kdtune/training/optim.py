@@ -1,7 +1,7 @@
-"""Optimizers: any class by dotted path takes `params`; here are the ones that need to know which weight is what.
+"""Optimizers: configs name any class that takes `params`; those defined here need to know the role of each weight.
 
 The recipe calls `config.instantiate(cfg.optimizer, params=trainable_parameters(model))`. The parameters come with their
-names, which torch's optimizers accept as they are and which tell Muon the hidden weights from the embedding and head.
+names, which torch's optimizers accept and by which Muon distinguishes hidden weights from the embedding and head.
 """
 
 import inspect
@@ -26,10 +26,10 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything that takes a gradient, a tied weight once.
+    """Return (name, parameter) of everything that takes a gradient, a tied weight once.
 
     Raises:
-        ConfigError: if the whole model is frozen.
+        ConfigError: the whole model is frozen.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -41,9 +41,9 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = None, *, walk: int = 2) -> list[str]:
-    """Return problems with the nodes `optimizer` and `lr_scheduler`, found by making both for two small parameters.
+    """Return problems with the nodes `optimizer` and `lr_scheduler`, found by building both for two small parameters.
 
-    num_steps: of the training; None: not known. walk: steps that the schedule is tried for.
+    num_steps: training steps; None: unknown. walk: number of steps to try the schedule for.
     """
     matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
     try:
@@ -73,7 +73,7 @@ def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = N
 
 
 def check_schedule(cfg: Any, num_steps: int) -> None:
-    """Raise if the config's `lr_scheduler` cannot go through a training of so many steps; up to 100,000 of them are tried.
+    """Raise if the config's `lr_scheduler` cannot run for this many steps; up to 100,000 of them are tried.
 
     Raises:
         ConfigError: it refuses the number (such as a warm-up that is longer), or a learning rate is negative or not finite.
@@ -113,7 +113,7 @@ def _schedule_problems(
 
 
 def _step_arguments(stepped: Any) -> str:
-    """The arguments that an object's `step` cannot do without."""
+    """Return the required arguments of an object's `step`."""
     function = getattr(type(stepped), "step", None)
     parameters = list(inspect.signature(inspect.unwrap(function)).parameters.values())[1:] if function else []
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -128,16 +128,16 @@ def adamw(
     weight_decay: float = 1e-2,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """`torch.optim.AdamW` that decays matrices only: norms and biases (fewer than two dimensions) keep their size.
+    """Build a `torch.optim.AdamW` that decays only matrices: norms and biases (fewer than two dimensions) keep their size.
 
     `torch.optim.AdamW` itself, named in a config, decays every parameter, as torchtune's configs do. params: named
-    parameters, such as of `trainable_parameters`. lr, betas, eps, weight_decay and fused: as torch.optim.AdamW's.
+    parameters, as returned by `trainable_parameters`. lr, betas, eps, weight_decay and fused: as torch.optim.AdamW's.
     """
     return torch.optim.AdamW(decay_groups(params, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=fused)  # type: ignore[arg-type]
 
 
 def decay_groups(params: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with `weight_decay`, those of fewer than two dimensions with none; no empty group."""
+    """Return parameter groups: matrices with `weight_decay`, those of fewer than two dimensions with none; no empty group."""
     named = list(params)
     groups = [
         {"params": [(name, p) for name, p in named if p.ndim >= 2], "weight_decay": weight_decay},
@@ -147,14 +147,14 @@ def decay_groups(params: NamedParameters, weight_decay: float) -> list[dict[str,
 
 
 def is_muon_weight(name: str, parameter: torch.Tensor) -> bool:
-    """True for what Muon should train: a 2-D weight that is neither the token embedding nor the output head."""
+    """Return whether Muon should train it: a 2-D weight that is neither the token embedding nor the output head."""
     return parameter.ndim == 2 and TOKEN_MODULES.isdisjoint(name.split("."))
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the 2-D hidden weights, AdamW for the rest (embedding, head, norms, biases), as one optimizer.
+    """Muon for the 2-D hidden weights and AdamW for the rest (embedding, head, norms, biases), as one optimizer.
 
-    Muon (Keller Jordan, 2024) replaces the momentum of a matrix by about the nearest orthogonal matrix, found by
+    Muon (Keller Jordan, 2024) replaces the momentum of a matrix by approximately the nearest orthogonal matrix, found by
     Newton-Schulz steps; it is `torch.optim.Muon`. By default its update is scaled to AdamW's root mean square,
     0.2 * sqrt(max(rows, columns)) (Liu et al. 2025, arXiv 2502.16982), so that one `lr`, of AdamW's usual size, serves
     both halves.
@@ -166,7 +166,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate of both halves.
         weight_decay: decoupled decay, on matrices only (norms and biases have none).
         momentum: Muon's momentum.
-        nesterov: whether Muon's momentum is Nesterov's.
+        nesterov: use Nesterov momentum in Muon.
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: how Muon scales its update: "match_rms_adamw", or "original" (sqrt(max(1, rows / columns))).
         adamw_lr: learning rate of the AdamW half; None: `lr`.
@@ -221,7 +221,7 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Make both halves work on this object's own state and group dicts, so that there is one truth."""
+        """Make both halves work on this object's own state and group dicts, so that there is a single source of truth."""
         start = 0
         for half, count in zip(self._halves, self._group_counts, strict=True):
             half.state = self.state
@@ -237,7 +237,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what the closure returned."""
+        """Update every parameter that has a gradient; return the closure's result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Where a model comes from: its name, the model that it was made from, and its licence; told from what lies in its folder."""
+"""Origin of a model, read from its folder: its name, the model that it was made from, and its licence."""
 
 import re
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ _LICENCES = (
 
 
 def model_name(checkpointer: Any) -> str | None:
-    """Name of a model, such as "acme/Small" or "Small-12 (12 of the 30 layers of acme/Small)"; None for random weights.
+    """Return the name of a model, such as "acme/Small" or "Small-12 (12 of the 30 layers of acme/Small)"; None for random weights.
 
-    It is what the model was downloaded as, else its folder's name, with what prune and quantize have recorded there.
+    It is the name it was downloaded as, else its folder's name, with the record of prune and quantize in the folder.
     """
     folder = checkpoint_folder(checkpointer)
     if folder is None:
@@ -45,9 +45,9 @@ def model_name(checkpointer: Any) -> str | None:
 
 
 def base_model(checkpointer: Any) -> str | None:
-    """The model of someone else that a checkpoint was made from, over any number of kdtune's runs; None for random weights.
+    """Return the third-party model that a checkpoint was made from, over any number of kdtune's runs; None for random weights.
 
-    Where that is not known it is the folder's name.
+    If that is unknown, return the folder's name.
     """
     folder = checkpoint_folder(checkpointer)
     if folder is None:
@@ -64,23 +64,23 @@ def base_model(checkpointer: Any) -> str | None:
 
 
 def origin_record(checkpointer: Any, made: str) -> dict[str, Any]:
-    """Entry of run.json, in the folder of a model that was made without training, for `model_name` and `base_model` to read.
+    """Return the entry of run.json for a model that was made without training; `model_name` and `base_model` read it.
 
     Args:
         checkpointer: config node of the model that it was made from; None: random weights.
-        made: what is left of it, such as "12 of the 30 layers".
+        made: what was kept of it, such as "12 of the 30 layers".
     """
     return {_ORIGIN: {"base_model": base_model(checkpointer), "made": made}}
 
 
 def origin_card(checkpointer: Any, made: str, *, tag: str, version: str) -> str:
-    """README.md for the folder of a model that was made without training: base model and licence for the Hugging Face hub.
+    """Return README.md for a model that was made without training: base model and licence for the Hugging Face hub.
 
     Args:
         checkpointer: as for `origin_record`.
         made: as for `origin_record`.
-        tag: of the hub, such as "pruned".
-        version: of kdtune.
+        tag: tag on the hub, such as "pruned".
+        version: version of kdtune.
     """
     base, folder = base_model(checkpointer), checkpoint_folder(checkpointer)
     data = ModelCardData(base_model=base, license=licence(folder), library_name="transformers",
@@ -91,7 +91,7 @@ def origin_card(checkpointer: Any, made: str, *, tag: str, version: str) -> str:
 
 
 def licence_text(folder: Path | None, *, data: bool = False) -> str:
-    """The section on the licence of a model made from the one in a folder; `data`: and from data."""
+    """Return the section on the licence of a model made from the one in a folder, and, with `data`, from data."""
     return (
         f"## Licence\n\nThe terms of the base model{' and of the data' if data else ''} hold for what was made from "
         f"{'them' if data else 'it'}{'; see the licence files beside this one.' if _licence_files(folder) else '.'}"
@@ -99,7 +99,7 @@ def licence_text(folder: Path | None, *, data: bool = False) -> str:
 
 
 def checkpoint_folder(checkpointer: Any) -> Path | None:
-    """Folder of a checkpointer's config node, also where it names a file in it; None for random weights."""
+    """Return the folder of a checkpointer's config node, even if it names a file in it; None for random weights."""
     directory = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, Mapping) else None
     if not isinstance(directory, str):
         return None
@@ -108,7 +108,7 @@ def checkpoint_folder(checkpointer: Any) -> Path | None:
 
 
 def downloaded_name(folder: Path) -> str | None:
-    """Name of the model that `kdtune download` put into a folder: its repository's, of a Python package its file's; or None."""
+    """Return the name of a model that `kdtune download` fetched: its repository's, or its file's for a Python package; or None."""
     source = downloaded_from(folder)
     if source is None or not source.startswith("pypi:"):
         return source
@@ -117,7 +117,7 @@ def downloaded_name(folder: Path) -> str | None:
 
 
 def licence(folder: Path | None) -> str | None:
-    """The hub's name of a model's licence: what its own card says, else what its licence file begins with; None: not known."""
+    """Return the hub's name of a model's licence, from its own card or else its licence file; None if unknown."""
     if folder is None:
         return None
     named = _card_data(folder).get("license")

@@ -78,12 +78,12 @@ class ModelSizes:
 
     @property
     def reshards(self) -> bool:
-        """Whether a layer's parameters are let go after its forward."""
+        """Return whether a layer's parameters are let go after its forward."""
         return self.parallelism.reshard_after_forward
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the shares lie in the CPU's memory."""
+        """Return whether the shares lie in the CPU's memory."""
         return self.is_sharded and self.parallelism.cpu_offload
 
 

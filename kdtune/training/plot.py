@@ -29,10 +29,10 @@ _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw KD, class and total loss over the steps of a metrics.jsonl, with the validation points, and return the file.
 
-    `metrics_file` is a run's, `png` the file to write, `divergence` what `kd_loss` is called.
+    `metrics_file` is a run's, `png` the file to write, `divergence` the display name of `kd_loss`.
 
     Raises:
-        DataError: if the file holds none of the three losses.
+        DataError: the file holds none of the three losses.
     """
     rows = read_metrics(metrics_file)
     panels = [panel for panel in _PANELS if any(panel[0] in row for row in rows)]
@@ -50,12 +50,12 @@ def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = 
 
 
 def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, *, divergence: str = "KL") -> Path:
-    """Draw the held-out losses of several runs over the steps, a curve each, beside the teacher's, and return the file.
+    """Draw the held-out losses of several runs over the steps, a curve each, with the teacher's, and return the file.
 
     Args:
         runs: each run's metrics, by its name in the legend.
-        png: the file; its ending may be another that matplotlib writes.
-        divergence: what `val_kd_loss` is called.
+        png: the file; its suffix may be any that matplotlib writes.
+        divergence: display name of `val_kd_loss`.
     """
     from matplotlib import style
 
@@ -84,12 +84,12 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, 
 
 
 def curve_look(place: int, num_points: int, colors: Sequence[str]) -> dict[str, Any]:
-    """Settings of matplotlib's `plot` for one of several curves, so that curves that coincide can all be seen.
+    """Return settings of matplotlib's `plot` for one of several curves, so that coinciding curves can all be seen.
 
     Args:
         place: the curve's place in the legend; it decides colour, dashes and marker.
-        num_points: of the curve. Of few each has a marker, of many about eight, at other steps in the next curve.
-        colors: to choose from.
+        num_points: number of points. Few points all have markers; many have about eight, at other steps than the next curve.
+        colors: the colours to choose from.
     """
     dash, marker = place % len(_DASHES), place % len(_MARKERS)
     every = -(-num_points // 8) if num_points > 16 else 1
@@ -106,7 +106,7 @@ def curve_look(place: int, num_points: int, colors: Sequence[str]) -> dict[str, 
 
 
 def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[Any, Sequence[Any]]:
-    """A figure with its panels: a title each, and what the axis measures."""
+    """Make a figure with its panels, each with a title and the unit of its axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,14 +127,14 @@ def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[An
 def unit_of(metric: str, divergence: str) -> str:
     """Return the unit of a loss of metrics.jsonl: nats per token, or per token where a divergence other than the KL is in it.
 
-    `divergence` is what `kd_loss` is called.
+    `divergence` is the display name of `kd_loss`.
     """
     is_in_nats = metric.removeprefix(VALIDATION_PREFIX) == "class_loss" or divergence == "KL"
     return "nats per token" if is_in_nats else "per token"
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
-    """One metric's curves: every step in a pale line, its running mean, and the validation points."""
+    """Draw one metric's curves: every step in a pale line, its running mean, and the validation points."""
     steps, values = _series(rows, name)
     window = max(1, len(values) // 20)
     if window == 1:
@@ -153,6 +153,6 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean of each value and the up to `window` - 1 before it."""
+    """Return the mean of each value and the up to `window` - 1 before it."""
     spans = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]

@@ -1,4 +1,4 @@
-"""Devices and number formats a run can use, checked before anything is loaded."""
+"""Check devices and dtypes before anything is loaded."""
 
 import os
 
@@ -18,10 +18,10 @@ def device_name_problems(name: str | None) -> list[str]:
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first there is of cuda, mps, cpu.
+    """Return the device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first available of cuda, mps, cpu.
 
     Raises:
-        ConfigError: if the name is unknown or this machine has no such device.
+        ConfigError: the name is unknown, or this machine has no such device.
     """
     if name is None:
         return torch.device(
@@ -44,9 +44,9 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def device_problems(device: str | None, dtype: str = "fp32", *, distributed: bool = False) -> list[str]:
-    """What keeps this machine and process from a config's `device` and `dtype`; empty if nothing does. Loads nothing.
+    """Return why this machine and process cannot use a config's `device` and `dtype`; empty if they can. Loads nothing.
 
-    `distributed`: whether the recipe runs on several processes.
+    `distributed`: true if the recipe runs on several processes.
     """
     problems = []
     if not distributed and (num_processes := world_size()) > 1:

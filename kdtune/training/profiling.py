@@ -12,17 +12,17 @@ from kdtune.paths import user_path
 
 
 class Profiler:
-    """Profiles some steps; each cycle writes a Chrome trace and a table of the dearest operators.
+    """Profile some steps; each cycle writes a Chrome trace and a table of the most expensive operators.
 
     Use it as a context and call `step()` after every optimizer step. The argument names are torchtune's.
 
     Args:
         output_dir: the run's folder; `profile/trace_step_N.json` (for chrome://tracing or Perfetto) and
             `profile/operators_step_N.txt` go into it.
-        wait_steps: steps left alone at the start of a cycle.
-        warmup_steps: steps profiled and thrown away, because the first are not typical.
+        wait_steps: steps not profiled at the start of a cycle.
+        warmup_steps: steps profiled and discarded, because the first are not typical.
         active_steps: steps recorded.
-        num_cycles: how often; 0: until the end.
+        num_cycles: number of cycles; 0: until the end.
         profile_memory: record allocations.
         with_stack: record Python stacks (slow).
         record_shapes: record the operators' input shapes.
@@ -72,7 +72,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """An optimizer step is done."""
+        """Report that an optimizer step is done."""
         self._profile.step()
 
     def __exit__(

@@ -24,11 +24,11 @@ class Progress:
     """Show the phases and steps of a run; a phase that takes long is shown again.
 
     In a terminal a bar shows the steps once `start` has said how many there are. Without one (a log file, a pipe, a terminal
-    without a size) a line comes every few steps, at the first and last, and whenever `patience` has passed.
+    without a size) a line is printed every few steps, at the first and last, and whenever `patience` has passed.
 
     Args:
-        silent: show nothing, as on the processes that are not the main one.
-        stream: where to; None: stderr.
+        silent: show nothing, as on all ranks but 0.
+        stream: output stream; None: stderr.
         every: without a terminal, steps between lines.
         patience: seconds without a line after which the current phase is shown again, with its progress.
     """
@@ -78,7 +78,7 @@ class Progress:
         return self.counted(batches, "micro-batches", f"step {self._step + 1}/{self._total}")
 
     def share(self, done: float) -> None:
-        """Show the share of the current phase or step that is done, from 0 to 1."""
+        """Show the fraction of the current phase or step that is done, from 0 to 1."""
         self._count = f", {done:.0%}"
 
     def start(self, num_steps: int, step: int = 0, *, doing: str = "training", unit: str = "step") -> None:
@@ -183,7 +183,7 @@ _forking = threading.Lock()
 
 
 def _hold() -> None:
-    """Wait until no thread is writing: a child forked meanwhile, such as a data worker, would find tqdm's lock held for ever."""
+    """Wait until no thread is writing: a child forked meanwhile, such as a data worker, would find tqdm's lock held forever."""
     _forking.acquire()
     _held[:] = _all
     for progress in _held:

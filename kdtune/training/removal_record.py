@@ -1,4 +1,4 @@
-"""What a search for the layers to drop has decided: kept in a file, so that a search that was stopped can be continued."""
+"""Record of a search for the layers to drop, kept in a file so that a stopped search can be continued."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ _DECIDING = ("model", "dtype", "seed", "num_candidates")
 
 
 class RemovalRecord:
-    """The removals of a search, in a file: read where an earlier start has left them, written one by one.
+    """The removals of a search, in a file: read from an earlier start, and written one by one.
 
     Args:
-        path: of the file; it need not be there.
-        cfg: of the prune recipe.
+        path: path of the file; it need not exist.
+        cfg: config of the prune recipe.
         batches: the calibration text.
 
     Raises:
@@ -43,7 +43,7 @@ class RemovalRecord:
             log.info("%s: continuing a search after %d removal%s", path, num, "" if num == 1 else "s")
 
     def add(self, step: RemovalStep) -> None:
-        """Keep one more removal; the file is replaced in one step.
+        """Record one more removal; the file is replaced atomically.
 
         Raises:
             CheckpointError: the disk is full or cannot be written.
@@ -78,7 +78,7 @@ class RemovalRecord:
 
 
 def _settings(cfg: Any, batches: Iterable[Batch]) -> dict[str, Any]:
-    """What the removals depend on, as it comes back from JSON."""
+    """Return the settings that the removals depend on, as they come back from JSON."""
     text = hashlib.sha256()
     for batch in batches:
         for tensor in (batch.tokens, batch.labels):

@@ -34,9 +34,9 @@ def validation_text(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]],
     """One line on a validation: each value, its change since the last validation, and whether it is the best so far.
 
     Args:
-        row: of metrics.jsonl, with its step.
-        before: the rows of the validations before, oldest first.
-        divergence: what `val_kd_loss` is called.
+        row: a row of metrics.jsonl, with its step.
+        before: the rows of earlier validations, oldest first.
+        divergence: display name of `val_kd_loss`.
     """
     shown = [
         _measured("cross entropy", "val_class_loss", row, before, ".3f", 1.0),
@@ -64,13 +64,13 @@ def _measured(
 
 
 def print_results(output_dir: Path, *, trained: str, best_metric: str | None, divergence: str = "KL") -> None:
-    """Draws loss.png and prints what a finished run has to show: answers, the table, and where everything is.
+    """Draw loss.png and print a finished run's results: answers, the table, and the paths of its files.
 
     Args:
-        output_dir: of the run.
-        trained: what the table calls what was trained, such as "student".
-        best_metric: of the validations, whose best step is named.
-        divergence: what `kd_loss` is called.
+        output_dir: the run's folder.
+        trained: name of the trained model in the table, such as "student".
+        best_metric: validation metric whose best step is named.
+        divergence: display name of `kd_loss`.
     """
     plot_losses(output_dir / _METRICS, output_dir / _PLOT, divergence=divergence)
     if (output_dir / _SAMPLES).exists():
@@ -84,15 +84,15 @@ def print_results(output_dir: Path, *, trained: str, best_metric: str | None, di
 
 
 def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, divergence: str = "KL") -> str | None:
-    """Text table of held-out metrics, per token: the teacher's, those before each run's first step, those after its last step.
+    """Format held-out metrics per token as a table: the teacher's, and each run's before its first and after its last step.
 
     Args:
-        runs: each run's metrics, by what the table calls the model it trains. The first row with a validation is "before",
-            the last one is "after".
-        divergence: what `val_kd_loss` is called.
+        runs: each run's metrics, by the name of its model in the table. The first row with a validation is "before", the
+            last one is "after".
+        divergence: display name of `val_kd_loss`.
 
     Returns:
-        None where no run has a validation.
+        None if no run has a validation.
     """
     validated = {name: found for name, rows in runs.items() if (found := validated_rows(rows))}
     teachers = map(teacher_held_out, validated.values())
@@ -104,12 +104,12 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, diverge
 
 
 def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergence: str = "KL") -> str:
-    """Text table of one model's held-out metrics below its teacher's, in the columns of `comparison_table`.
+    """Format one model's held-out metrics below its teacher's, in the columns of `comparison_table`.
 
     Args:
         values: class_loss and, with a teacher, kd_loss, agreement and teacher_class_loss.
-        model: what the table calls it.
-        divergence: what `kd_loss` is called.
+        model: its name in the table.
+        divergence: display name of `kd_loss`.
     """
     row = {f"val_{name}": value for name, value in values.items()}
     teacher = teacher_held_out([row])
@@ -126,7 +126,7 @@ def _table(lines: Sequence[Mapping[str, Any]], divergence: str) -> str:
 
 
 def _starts(first_rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each start; runs whose numbers read the same have one start."""
+    """Return a line for each start; runs whose numbers read the same share one start."""
     sharing: dict[str, list[str]] = {}
     for name, row in first_rows.items():
         sharing.setdefault(format_table([_line("", held_out(row))]), []).append(name)
@@ -150,11 +150,11 @@ def _line(title: str, found: HeldOut) -> dict[str, Any]:
 
 
 def samples_text(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The answers to each prompt: the teacher's, those before each run's training and those after it.
+    """Format the answers to each prompt: the teacher's, and each run's before and after training.
 
     Args:
-        runs: the rows of each run's samples.jsonl, each with step, model, prompt and answer, by what the text calls the
-            model it trains. Equal answers before training are shown once.
+        runs: the rows of each run's samples.jsonl, each with step, model, prompt and answer, by the name of its model in
+            the text. Equal answers before training are shown once.
     """
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for rows in runs.values() for row in rows):
@@ -178,9 +178,9 @@ def samples_text(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def stopped_text(output_dir: Path, signal_name: str | None, step: int, num_steps: int) -> str:
-    """Message for a run stopped by a signal: the last step of num_steps and how to resume.
+    """Return the message for a run stopped by a signal: the last step of num_steps and how to resume.
 
-    output_dir: of the run. signal_name: what told it to, None where another process got the signal.
+    output_dir: the run's folder. signal_name: the signal, None if another process got it.
     """
     folder = output_dir / f"step_{step}"
     cause = signal_name or "a signal to another process"

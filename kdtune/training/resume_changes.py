@@ -1,4 +1,4 @@
-"""Changes that a resumed run makes when they are asked for by name (`resume_changes`), and how such a change takes effect."""
+"""Config changes that a resumed run makes on request (`resume_changes`), and how they take effect."""
 
 import copy
 import warnings
@@ -23,18 +23,18 @@ ALLOWED = "optimizer.ARGUMENT (such as optimizer.lr), lr_scheduler, kd_ratio and
 
 
 def is_changeable(key: str) -> bool:
-    """Return whether a resumed run may change this key, such as "optimizer.lr", when it is asked for."""
+    """Return whether a resumed run may change this key, such as "optimizer.lr", on request."""
     node, _, argument = key.partition(".")
     return key in _WHOLE or node == "lr_scheduler" or (node == "optimizer" and argument not in ("", "_component_"))
 
 
 def is_asked_for(key: str, asked: Sequence[str]) -> bool:
-    """Return whether the key, or a node that it belongs to, is among those asked for."""
+    """Return whether the key, or a node that contains it, is among the requested ones."""
     return any(key == name or key.startswith(f"{name}.") for name in asked)
 
 
 def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
-    """Return why these keys cannot be asked for, one sentence each."""
+    """Return why these keys cannot be requested, one sentence each."""
     found = []
     if asked and not resume:
         found.append(f"resume_changes={list(asked)}: is about a resumed run; set resume_from_checkpoint=true too")
@@ -50,7 +50,7 @@ def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
 
 
 def goes_by_length(lr_scheduler: Any) -> bool:
-    """Return whether the recipe tells the schedule of this config node how many steps there are, so that its rates depend on it."""
+    """Return whether the recipe passes the number of steps to this config node's schedule, so that its rates depend on it."""
     if not isinstance(lr_scheduler, Mapping) or _NUM_STEPS in lr_scheduler:
         return False
     return _NUM_STEPS in (parameters_of(resolve(lr_scheduler["_component_"])) or {})
@@ -64,21 +64,21 @@ def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
 def load_training_state(
     folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, schedulers: Sequence[Any]
 ) -> dict[str, Any]:
-    """Fills optimizer and schedulers from a `state` folder, as `load_state` does, and returns its `extra`.
+    """Restore optimizer and schedulers from a `state` folder, as `load_state` does, and return its `extra`.
 
-    Where the config has other arguments for the optimizer than the run that saved it, these count; with another schedule or
-    other learning rates the schedule is this config's from the start, at the step that was reached.
+    If the config's optimizer arguments differ from the saved ones, the config's are used. With another schedule or other
+    learning rates, this config's schedule is used as if from the start, at the step that was reached.
 
     Args:
-        folder: of the resume state.
-        cfg: of this run.
-        model: with the weights of that step.
-        optimizer: as this config makes it.
-        schedulers: on that optimizer, before its first step.
+        folder: folder of the resume state.
+        cfg: this run's config.
+        model: the model, with the weights of that step.
+        optimizer: built from this config.
+        schedulers: built on that optimizer, before its first step.
 
     Raises:
         CheckpointError: as `load_state`.
-        ConfigError: `resume_changes` names a setting that the state does not have.
+        ConfigError: `resume_changes` names a setting that the state lacks.
     """
     now, recorded = _settings(cfg), read_state_file(folder)["extra"].get("settings")
     asked = [name for name in cfg.resume_changes if name.partition(".")[0] in now]

@@ -1,4 +1,4 @@
-"""Updates that are lost in rounding: a weight in half precision does not move by less than half the distance to its neighbour."""
+"""Detect updates lost in rounding: a half-precision weight does not move by less than half the distance to its neighbour."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ _TOLD_FROM = 0.5
 
 @torch.no_grad()
 def lost_share(optimizer: Optimizer) -> float:
-    """Share of the trained weights that an update of the size of their learning rate leaves as they are.
+    """Return the share of trained weights that an update of the size of their learning rate leaves unchanged.
 
-    Adam's updates have about that size. Each tensor is looked at in up to 4,096 places of this process's share.
+    Adam's updates have about that size. Up to 4,096 values of each tensor's local shard are tested.
     """
     lost, total = 0.0, 0
     for group in optimizer.param_groups:
@@ -36,9 +36,9 @@ def _unmoved(weight: Tensor, rate: float) -> float:
 
 
 def warn_of_lost_updates(optimizer: Optimizer) -> None:
-    """Logs a line where most weights would not move: trained in half precision, at a learning rate too small for it.
+    """Log a warning if most weights would not move: half precision with a learning rate too small for it.
 
-    SGD's updates have no size of their own, and optimizers that round stochastically lose none: of these nothing is said.
+    Says nothing for SGD, whose update size is not the learning rate, and for optimizers that round stochastically.
     """
     if isinstance(optimizer, SGD) or getattr(optimizer, "bf16_stochastic_round", False):
         return

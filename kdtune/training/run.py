@@ -1,7 +1,7 @@
 """A run's bookkeeping around the training step: resume, epochs, seeds, metrics, samples, checkpoints, signals.
 
 It never calls the recipe. The recipe iterates over `Run.steps()` and makes each step itself; without `Run` its loop would train
-the same weights in silence.
+the same weights, without any record.
 """
 
 import time
@@ -37,16 +37,16 @@ from kdtune.training.steps import enter_epoch, take_micro_batches
 
 
 class Step:
-    """One optimizer step: its micro-batches, and the numbers that it leaves.
+    """One optimizer step: its micro-batches, and the metrics that it records.
 
     `num_valid_tokens` are the labels of the whole step, over all processes, by which each gradient is divided as it is
     computed; `is_validated` says whether a validation is due after it.
 
     Args:
-        run: that yields it.
-        number: steps made before.
+        run: the run that yields it.
+        number: number of steps made before.
         batches: this process's micro-batches, on the CPU.
-        position: of the first of them in the data, (epoch, batch).
+        position: position of the first of them in the data, (epoch, batch).
     """
 
     def __init__(self, run: "Run", number: int, batches: list[Batch], position: tuple[int, int]) -> None:
@@ -57,18 +57,18 @@ class Step:
         self.is_validated = is_due(number + 1, run.cfg.run_val_every_n_steps) or number + 1 == run.inputs.num_steps
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Each micro-batch on the device, with torch seeded for it: dropout draws the same on any number of processes."""
+        """Yield each micro-batch on the device, with torch seeded for it: dropout draws the same on any number of processes."""
         run, world = self._run, self._run.world
         for index, batch in enumerate(run.progress.micro_batches(self.batches)):
             set_step_seed(run.cfg.seed, self._number, index * world.dp_size + world.dp_rank)
             yield batch.to(world.device)
 
     def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
-        """Record a micro-batch's loss and its parts, sums over its valid tokens; does not wait for the device."""
+        """Record a micro-batch's loss and its parts, sums over its valid tokens, without waiting for the device."""
         self._run.metrics.add({"loss": loss, **parts}, batch)
 
     def check_finite(self, grad_norm: Tensor) -> None:
-        """Fetch the step's numbers from the device, the only time in a step that it is waited for, and refuse bad ones.
+        """Fetch the step's metrics from the device, the only wait for it in a step, and raise if loss or norm is not finite.
 
         Raises:
             TrainingError: loss or gradient norm is not finite; no weight has been changed by it.
@@ -84,17 +84,17 @@ class Step:
 class Run:
     """The context of a training loop; all processes make the same calls in the same order.
 
-    On entry the resume state is loaded and the output folder made ready; only from here on is anything written.
+    On entry the resume state is loaded and the output folder prepared; nothing is written before.
 
     Args:
         inputs: from `load_inputs`.
         world: the processes.
-        progress: what the user sees meanwhile.
-        model: what is trained, with the weights of `inputs.resume_from`.
-        optimizer: of its parameters.
-        scheduler: of the learning rate; None: it is constant.
-        trained: what tables call the model, such as "student".
-        divergence: what `kd_loss` is called; None without a teacher.
+        progress: display of the run's progress.
+        model: the trained model, with the weights of `inputs.resume_from`.
+        optimizer: optimizer of its parameters.
+        scheduler: learning-rate schedule; None: a constant rate.
+        trained: name of the model in tables, such as "student".
+        divergence: display name of `kd_loss`; None without a teacher.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Whether no step has been made: False where the run is resumed from a checkpoint."""
+        """True before the first step of a run that is not resumed from a checkpoint."""
         return self._step == 0
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -169,13 +169,13 @@ class Run:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time is not the steps': validation, samples, checkpoints."""
+        """A context whose time does not count as the steps': validation, samples, checkpoints."""
         since = time.perf_counter()
         yield
         self.metrics.leave_out(time.perf_counter() - since)
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left. After each: log, sample and save what is due; ends early on a signal, which is saved first."""
+        """Yield the remaining steps. After each: log, sample and save what is due; on a signal, save and stop early."""
         self.progress.start(self.inputs.num_steps, self._step)
         self.metrics.restart_clock()
         self._is_stopped = self.world.any(self._interrupt.requested)
@@ -208,7 +208,7 @@ class Run:
             self._profiler.step()
 
     def finish(self) -> None:
-        """Write final/, loss.png and the table of before and after; of an interrupted run, say how to resume it."""
+        """Write final/, loss.png and the table of before and after; for an interrupted run, print how to resume it."""
         if self._is_stopped:
             text = stopped_text(self._output_dir, self._interrupt.signal_name, self._step, self.inputs.num_steps)
             return self.world.print(text)
@@ -218,7 +218,7 @@ class Run:
 
 
 def show_results(cfg: Any, world: World, *, trained: str, divergence: str | None = None) -> None:
-    """Draw loss.png of a finished run and print its answers, its table, and where everything is.
+    """Draw loss.png of a finished run and print its answers, its table, and the paths of its files.
 
     `cfg` is the recipe's, `world` the processes; for `trained` and `divergence` see `Run`.
     """

@@ -1,4 +1,4 @@
-"""The output folder of a run: may it be used, what is written into it at the start, what a resumed run may change."""
+"""The output folder of a run: whether it may be used, what is written into it, what a resumed run may change."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ _held: dict[Path, int] = {}
 
 
 def holds_run(output_dir: Path) -> bool:
-    """True if the folder has traces of a run: its config, metrics, a step folder or a final model."""
+    """Return whether the folder has traces of a run: its config, metrics, a step folder or a final model."""
     return any((output_dir / name).exists() for name in _TRACES) or any(output_dir.glob("step_*"))
 
 
@@ -63,7 +63,7 @@ def _problems(output_dir: str, look: Callable[[Path], list[str]]) -> list[str]:
 
 
 def new_folder_problems(output_dir: str) -> list[str]:
-    """Why a recipe that writes its whole folder at its end could not do so, without writing anything."""
+    """Return why a recipe that writes its folder at its end could not do so; writes nothing."""
     found = output_dir_problems(output_dir, resume=True)
     folder = user_path(output_dir)
     if found or not folder.exists():
@@ -105,13 +105,13 @@ def _writing_problems(folder: Path) -> list[str]:
 def step_to_resume(
     output_dir: Path, config_values: Mapping[str, Any], *, may_change: Collection[str], batches_per_step: int
 ) -> Path | None:
-    """The newest whole step folder of a run, once its config is known to be the same; None where there is nothing to resume.
+    """Return the newest complete step folder of a run, after checking its config; None if there is nothing to resume.
 
-    `config_values`: the config now, key by key. `may_change`: keys that may differ from the one in `output_dir`.
-    `batches_per_step`: micro-batches of a step, over all processes. What the config names in `resume_changes` may differ.
+    `config_values`: the current config, key by key. `may_change`: keys that may differ from the config in `output_dir`.
+    `batches_per_step`: micro-batches of a step, over all processes. Keys in `resume_changes` may differ too.
 
     Raises:
-        ConfigError: naming each key of the run's config.yaml that now has another value.
+        ConfigError: a key has another value than in the run's config.yaml; the message names each.
     """
     if not holds_run(output_dir):
         log.info("%s: holds no run; starting from step 0", output_dir)
@@ -137,7 +137,7 @@ def step_to_resume(
 
 
 def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Take over `tokenizer.date` where the run records none, as before it was written down."""
+    """Use the current `tokenizer.date` if the run, made by an older version, records none."""
     was, is_now = before.get("tokenizer"), now.get("tokenizer")
     if not (isinstance(was, dict) and isinstance(is_now, Mapping) and "date" in is_now) or "date" in was:
         return before
@@ -149,11 +149,11 @@ def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> 
 
 
 def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
-    """Makes the folder ready for the steps after `step`: its config and record written, what lies beyond the step removed.
+    """Prepare the folder for the steps after `step`: write its config and record, and remove everything beyond the step.
 
     `resolved_config` becomes config.yaml in `output_dir`, `record` an entry of run.json.
-    The record has `step` and, of a resumed run, `changed`: each key of the config that was otherwise before, with both values.
-    Of several processes the main one does so, once all of them have read what they resume from.
+    The record has `step` and, for a resumed run, `changed`: each changed key of the config, with both values. Only rank 0
+    writes, once all processes have read what they resume from.
 
     Raises:
         CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
@@ -185,12 +185,12 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
 
 
 def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, Any]) -> None:
-    """Writes `config.yaml` (every value) and `run.json` (versions and command line, one entry per start) into a folder.
+    """Write `config.yaml` (every value) and `run.json` (versions and command line, one entry per start) into a folder.
 
-    `resolved_config` is the text of the one, `record` this start's entry in the other.
+    `resolved_config` is the text of config.yaml, `record` this start's entry in run.json.
 
     Raises:
-        CheckpointError: a run.json that is there is damaged, or the files cannot be written.
+        CheckpointError: an existing run.json is damaged, or the files cannot be written.
     """
     starts = recorded_starts(folder)
     atomic_write_text(folder / "config.yaml", resolved_config)
@@ -198,9 +198,9 @@ def write_run_files(folder: Path, *, resolved_config: str, record: Mapping[str, 
 
 
 def _lock(folder: Path) -> None:
-    """Holds the folder for this process until it ends, however it ends.
+    """Hold the lock on the folder until this process ends, however it ends.
 
-    A file in it is locked, not the folder: NFS tells the other hosts of a file's lock alone, where it is open for writing.
+    A file in it is locked, not the folder: NFS propagates only locks of files, opened for writing, to other hosts.
     """
     path = folder.absolute()
     if path in _held:
@@ -219,7 +219,7 @@ def _lock(folder: Path) -> None:
 
 
 def _let_go() -> None:
-    """In a forked child, such as a data worker: it must not keep the folder when its killed parent no longer does."""
+    """Release the lock in a forked child, such as a data worker, which must not hold it after its parent was killed."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
@@ -229,7 +229,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether another process holds the folder."""
+    """Return whether another process holds the folder."""
     if folder.absolute() in _held:
         return False
     try:
@@ -251,16 +251,16 @@ def _is_locked(folder: Path) -> bool:
 def check_unchanged(
     before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str], asked: Sequence[str] = ()
 ) -> list["Difference"]:
-    """Refuses to resume a run under a config that would make it another run; returns what changes as asked for.
+    """Raise if the config would make a resumed run another run; return the requested changes.
 
     Args:
         before: the config that the run was started with, key by key.
         now: the config it is resumed with.
         may_change: keys that do not change the numbers, or that the user may extend.
-        asked: keys, such as "optimizer.lr", that are to change.
+        asked: keys, such as "optimizer.lr", whose change is requested.
 
     Raises:
-        ConfigError: naming each key that differs, down to a component's own arguments, with both values.
+        ConfigError: a key differs; the message names each, down to a component's own arguments, with both values.
     """
     found = [
         difference
@@ -285,7 +285,7 @@ def check_unchanged(
 
 
 class Difference(NamedTuple):
-    """A value that two configs have otherwise, with its whole key, such as "optimizer.lr"."""
+    """A value that differs between two configs, with its full key, such as "optimizer.lr"."""
 
     key: str
     was: Any
@@ -293,7 +293,7 @@ class Difference(NamedTuple):
 
     @property
     def texts(self) -> tuple[str, str, str]:
-        """The key and both values as they are shown."""
+        """Return the key and both values as they are shown."""
         return self.key, _value(self.was), _value(self.is_now)
 
     def __str__(self) -> str:
@@ -302,7 +302,7 @@ class Difference(NamedTuple):
 
 
 def differing_values(key: str, before: Any, now: Any) -> list[Difference]:
-    """Each value that differs, with its whole key; of mappings, key by key."""
+    """Return each value that differs, with its full key; mappings are compared key by key."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return [] if before == now else [Difference(key, before, now)]
     names = dict.fromkeys([*before, *now])
@@ -324,7 +324,7 @@ def _or_none(value: Any) -> Any:
 def _check_same_steps(
     output_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], batches_per_step: int
 ) -> None:
-    """Refuses to cut a step into more or fewer micro-batches, over all processes, than before, or to round it otherwise."""
+    """Raise if a step would have another number of micro-batches over all processes than before, or other rounding."""
     starts = recorded_starts(output_dir)
     # Runs of versions before this one were of one process.
     recorded = starts[-1].get("batches_per_step") if starts else None
@@ -343,10 +343,10 @@ def _check_same_steps(
 
 
 def is_finished(output_dir: Path, num_steps: int) -> bool:
-    """Whether the run has made all its steps and written final/.
+    """Return whether the run has made all its steps and written final/.
 
     Raises:
-        ConfigError: it has made fewer steps than are wanted now, and left no step folder to resume from.
+        ConfigError: it made fewer steps than the config now asks for, and left no step folder to resume from.
     """
     metrics = output_dir / "metrics.jsonl"
     if not ((output_dir / "final").is_dir() and metrics.exists()):
@@ -370,14 +370,14 @@ def write_final(
     save_weights: SaveWeights = "both",
     is_chat: bool = False,
 ) -> None:
-    """Writes `final/` into `output_dir`, in place of the one of a shorter run where that was resumed with more steps.
+    """Write `final/` into `output_dir`, replacing that of a shorter run that was resumed with more steps.
 
-    `save_weights` says what of a model with adapters, see `save_model`: "both" is the merged model in `final/` and a PEFT
-    folder in `final/adapter/`. Each has a model card, see `model_card`. `is_chat`: as in `save_model`.
+    `save_weights` selects the content for a model with adapters, see `save_model`: "both" is the merged model in `final/` and
+    a PEFT folder in `final/adapter/`. Each has a model card, see `model_card`. `is_chat`: as in `save_model`.
 
     Raises:
-        CheckpointError: where it cannot be written.
-        ConfigError: the adapter alone is wanted of a model without adapters.
+        CheckpointError: it cannot be written.
+        ConfigError: the adapter alone is requested of a model without adapters.
     """
     final = output_dir / "final"
     if is_main() and final.exists():

@@ -11,7 +11,7 @@ _NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
 
 
 def read_resolved_config(output_dir: Path) -> dict[str, Any]:
-    """The config a run was started with, key by key; empty where it was killed before it was written.
+    """Read the config a run was started with, key by key; empty if it was killed before writing it.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Answers of the models of a run to its prompts, in samples.jsonl."""
+"""Answers of a run's models to its prompts, in samples.jsonl."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ def record_samples(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Appends each model's answer to each prompt to samples.jsonl; all processes call it, the main one writes.
+    """Append each model's answer to each prompt to samples.jsonl; all processes call it, rank 0 writes.
 
-    output_dir: of the run. models: by the name that the file calls them, models or what
-    generates with one, such as a teacher. tokenizer: of all of them. prompts: questions. step: the
-    optimizer step they are asked after. progress: told what is done. max_new_tokens: the longest answer.
+    output_dir: the run's folder. models: models, or objects that generate with one, such as a teacher, by their name in the
+    file. tokenizer: the tokenizer of all of them. prompts: questions. step: the current optimizer step. progress: display of
+    the progress. max_new_tokens: the longest answer.
 
     Raises:
         CheckpointError: the logits of a model are not finite; the message names it.

@@ -2,10 +2,10 @@
 
 Conventions, with W warm-up steps and T training steps, step k = 0 ... T-1:
 
-* Warm-up: step k uses (k + 1) / W, so the first step already moves (torchtune and transformers start at exactly 0:
-  a step that computes a gradient and throws it away) and step W - 1 uses the full rate.
+* Warm-up: step k uses (k + 1) / W, so the first step already changes weights (torchtune and transformers start at exactly 0:
+  that step computes a gradient and discards it) and step W - 1 uses the full rate.
 * Afterwards the shape is a function of (k - W) / (T - W), which is 0 at step W and just below 1 at the last step, so
-  the last step still moves too.
+  the last step still changes weights too.
 """
 
 import math
@@ -31,9 +31,9 @@ def get_cosine_schedule_with_warmup(
     Args:
         optimizer: the schedule is a factor on each of its parameter groups' own learning rate.
         num_warmup_steps: steps in which the factor rises to 1, from 1 / num_warmup_steps at the first.
-        num_training_steps: all steps, those of the warm-up too; a recipe gives it.
+        num_training_steps: all steps, including the warm-up; the recipe passes it.
         num_cycles: waves after the warm-up.
-        last_epoch: torch's: the last step made, -1 before the first.
+        last_epoch: as in torch: the last step made, -1 before the first.
         min_lr_ratio: the factor that the shape falls to.
     """
 
@@ -145,7 +145,7 @@ def _with_warmup(
     shape: Callable[[float], float],
     last_epoch: int,
 ) -> LambdaLR:
-    """Warm-up, then `shape` of the progress in [0, 1] from the end of the warm-up to the end of training."""
+    """Build a warm-up followed by `shape` of the progress in [0, 1] from the end of the warm-up to the end of training."""
     _check_steps(num_warmup_steps, num_training_steps)
 
     def factor(step: int) -> float:
@@ -162,7 +162,7 @@ def _progress(step: int, start: int, end: int) -> float:
 
 
 def _lift(shape: Callable[[float], float], min_lr_ratio: float) -> Callable[[float], float]:
-    """`shape` squeezed from [0, 1] into [min_lr_ratio, 1]."""
+    """Rescale `shape` from [0, 1] to [min_lr_ratio, 1]."""
     if not 0.0 <= min_lr_ratio <= 1.0:
         raise ConfigError(f"lr_scheduler.min_lr_ratio={min_lr_ratio}: must be between 0 and 1")
     return lambda progress: min_lr_ratio + (1.0 - min_lr_ratio) * shape(progress)

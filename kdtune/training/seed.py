@@ -18,7 +18,7 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
     determinism off; "warn" (1) and "error" (2) ask for deterministic kernels and warn or raise where there is none.
 
     Raises:
-        ConfigError: if the seed is not in 0 ... 2**32 - 1 (numpy's range) or the mode is unknown.
+        ConfigError: the seed is not in 0 ... 2**32 - 1 (numpy's range) or the mode is unknown.
     """
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
@@ -33,10 +33,10 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
 
 
 def set_step_seed(seed: int, step: int, micro_batch: int = 0) -> None:
-    """Seeds torch by the run's seed for one micro_batch of an optimizer step, so that dropout's draws depend on these numbers alone.
+    """Seed torch for one micro_batch of an optimizer step from the run's seed, so that dropout depends only on these numbers.
 
-    A resumed run then draws what the uninterrupted one drew, without a generator's state in its checkpoint, and several
-    processes what one would, whichever of them has the micro-batch.
+    A resumed run then draws the same as an uninterrupted one, without a generator state in its checkpoint, and several
+    processes draw the same as a single one, whichever of them has the micro-batch.
     """
     torch.manual_seed(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64).item())
 

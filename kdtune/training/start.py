@@ -1,4 +1,4 @@
-"""From a config to a run that can begin: the processes, and the data that no weight is read without."""
+"""Start of a training run: the processes, and the data, which is checked before weights are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 @contextmanager
 def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
-    """The processes of a training recipe with their device, seed and log level; prints what the run will take.
+    """Start the processes of a training recipe with their device, seed and log level; print the run's memory estimate.
 
     cfg: the recipe's, a `TrainingConfig`.
     """
@@ -49,17 +49,17 @@ def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains on and where it begins; known before a weight is read."""
+    """Inputs of a training run: data and the step it begins at; known before weights are read."""
 
     cfg: Any
-    """The recipe's, in which the date that the chat template prints is fixed."""
+    """The recipe's config, with the date that the chat template prints fixed."""
     tokenizer: Tokenizer
     loader: Loader
     """This process's share of the training data."""
     held_out: list[Batch] | None
     """This process's share of dataset_val."""
     fingerprints: dict[str, Any]
-    """Of rows, weights and tokenizer, for run.json."""
+    """Fingerprints of rows, weights and tokenizer, for run.json."""
     batches_per_step: int
     """Micro-batches of a step, over all processes."""
     steps_per_epoch: int
@@ -71,16 +71,16 @@ class Inputs:
 
 
 def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
-    """Read and check the tokenizer, the data and, of a resumed run, what it was started with.
+    """Read and check the tokenizer and the data and, for a resumed run, compare them with those it was started with.
 
     Args:
         cfg: the recipe's, a `TrainingConfig`.
-        world: all of its processes call this.
-        progress: told what is done.
+        world: the processes, all of which call this.
+        progress: display of the progress.
 
     Raises:
         ConfigError: the run in output_dir was started with another config, other weights or another tokenizer.
-        DataError: the data cannot be read, or has nothing to train on.
+        DataError: the data cannot be read, or nothing in it can be trained on.
     """
     output_dir, batches_per_step = Path(cfg.output_dir), cfg.gradient_accumulation_steps * world.dp_size
     tokenizer, cfg = load_tokenizer(cfg)
@@ -129,13 +129,13 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
 
 
 def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:
-    """The trained model, with the weights of the step folder where the run is resumed.
+    """Build the trained model, with the weights of the step folder if the run is resumed.
 
     Args:
         cfg: the recipe's, a `TrainingConfig`.
-        world: the processes that it is spread over.
+        world: the processes that it is parallelized over.
         inputs: from `load_inputs`.
-        name: what messages call it, such as "student".
+        name: its name in messages, such as "student".
 
     Raises:
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
@@ -158,12 +158,12 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
 
 
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int) -> tuple[Optimizer, Any]:
-    """The optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
+    """Build the optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
 
     Args:
         cfg: the recipe's, a `TrainingConfig`.
-        model: what is trained.
-        num_steps: that the schedule goes over.
+        model: the trained model.
+        num_steps: number of steps of the schedule.
     """
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})

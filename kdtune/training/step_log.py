@@ -1,4 +1,4 @@
-"""Step metrics for the files, the second logger and the terminal, in one place."""
+"""Send step metrics to the files, the second logger and the terminal."""
 
 import time
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ class StepLog:
     """Write step metrics to metrics.jsonl, the second logger and the terminal.
 
     Args:
-        path: of metrics.jsonl, which a resumed run continues; None, as on the processes that are not the main one: none.
+        path: path of metrics.jsonl, which a resumed run continues; None, as on all ranks but 0: no file.
         second: the config's `metric_logger`, closed at the end; it gets every `every`-th step and every validation.
         progress: shows the step, and a line for each validation.
-        divergence: what `kd_loss` is called.
+        divergence: display name of `kd_loss`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class StepLog:
         self._every, self._divergence = every, divergence
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        """Record the numbers of a step, or of the validation before the first one (step 0)."""
+        """Record the metrics of a step, or of the validation before the first one (step 0)."""
         self._file.log({"time": round(time.time(), 3), **row}, step)
         is_validated = "val_class_loss" in row
         if self._second is not None and (is_validated or (step > 0 and step % self._every == 0)):

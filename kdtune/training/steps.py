@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has, and which micro-batches belong to one."""
+"""Count a run's optimizer steps, and collect the micro-batches of each."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from kdtune.training.optim import check_schedule
 
 
 def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_per_epoch: int | None) -> int:
-    """Optimizer steps an epoch; a last, shorter one counts. `batches_per_step`: micro-batches of a step, of all processes.
+    """Return the optimizer steps of an epoch; a shorter last one counts. `batches_per_step`: micro-batches per step, of all ranks.
 
     Raises:
-        ConfigError: for a stream (batches_per_epoch None) without max_steps_per_epoch.
+        ConfigError: max_steps_per_epoch is missing for a stream (batches_per_epoch None).
     """
     if batches_per_epoch is None:
         if max_steps_per_epoch is None:
@@ -22,10 +22,10 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
 
 
 def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -> tuple[int, int]:
-    """Optimizer steps an epoch, as `count_steps` has them, and of the whole training; `cfg` is a training recipe's.
+    """Return the optimizer steps of an epoch, as from `count_steps`, and of the full training; `cfg` is a training recipe's.
 
     Raises:
-        ConfigError: as `count_steps`; or the schedule cannot go through so many, as `check_schedule`.
+        ConfigError: as `count_steps`; or the schedule cannot run for this many, as `check_schedule`.
     """
     steps_per_epoch = count_steps(batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     check_schedule(cfg, cfg.epochs * steps_per_epoch)
@@ -35,7 +35,7 @@ def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:
     """Describe a step's size for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64".
 
-    num_processes, gradient_accumulation_steps and batch_size are these three numbers.
+    num_processes, gradient_accumulation_steps and batch_size are its factors.
     """
     parts = [(num_processes, "processes"), (gradient_accumulation_steps, "micro-batches"), (batch_size, "examples")]
     shown = [f"{count} {what}" for count, what in parts if count > 1 or what == "examples"]
@@ -44,7 +44,7 @@ def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: 
 
 
 def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
-    """This process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses."""
+    """Take this process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses."""
     epoch = loader.position[0]
     batches = [next(loader)]
     while len(batches) < gradient_accumulation_steps and loader.position[0] == epoch:
@@ -53,6 +53,6 @@ def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list
 
 
 def enter_epoch(loader: Loader, epoch: int) -> None:
-    """Goes to the start of an epoch, if the loader is still in the one before (max_steps_per_epoch has cut it)."""
+    """Go to the start of an epoch if the loader is still in the previous one (which max_steps_per_epoch has cut)."""
     if loader.position[0] < epoch:
         loader.seek((epoch, 0))

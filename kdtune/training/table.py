@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Format tables for the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +6,14 @@ from kdtune.log import terminal_width
 
 
 def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = None) -> str:
-    """The rows as aligned text, one column per key in order of first appearance, under a ruled header; "" without rows.
+    """Format the rows as aligned text, one column per key in order of first appearance, under a ruled header; "" without rows.
 
-    Floats get three decimals, a missing value or None is "-". Columns with text are set left, numbers right. A table wider
-    than `width` is turned, so that its rows stand side by side, and where that is too wide as well, each row is a paragraph.
+    Floats get three decimals, a missing value or None is "-". Text is left-aligned, numbers right-aligned. A table
+    wider than `width` is transposed; if that is too wide as well, each row becomes a paragraph.
 
     Args:
         rows: values by column.
-        width: columns; None: those of the terminal, see `kdtune.log.terminal_width`.
+        width: width in characters; None: the terminal's, see `kdtune.log.terminal_width`.
 
     >>> print(format_table([{"student": "before", "KL": 7.25}, {"student": "after", "KL": 2.5, "steps": 10}]))
     student     KL  steps
@@ -42,7 +42,7 @@ def _width(text: str) -> int:
 
 
 def _aligned(columns: Sequence[Sequence[str]], is_text: Sequence[bool]) -> str:
-    """Columns side by side: a header, a rule and cells each, padded to one width."""
+    """Format columns side by side: a header, a rule and cells each, padded to one width."""
     padded = []
     for (head, *cells), left in zip(columns, is_text, strict=True):
         width = max(map(len, [head, *cells]))

@@ -1,4 +1,4 @@
-"""The tokenizer of a run, whose data must not depend on the day on which it is read."""
+"""The tokenizer of a run, with a fixed date: token ids must not depend on the day on which the data is read."""
 
 import copy
 from pathlib import Path
@@ -21,11 +21,11 @@ log = get_logger(__name__)
 def load_tokenizer(cfg: Config) -> tuple[Tokenizer, Config]:
     """Return the config's tokenizer, and the config; where the chat template prints the date, a copy with `tokenizer.date`.
 
-    The date is `tokenizer.date`; else, of a run that is resumed, the one that it records; else that of the run whose folder
-    (final/ or step_N/) the tokenizer lies in; else today's. All processes get the same.
+    The date is `tokenizer.date`; else, for a resumed run, the recorded one; else that of the run whose folder (final/ or
+    step_N/) contains the tokenizer; else today's. All processes get the same.
 
     Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be made, is no `Tokenizer`, or a run's config.yaml is damaged.
+        CheckpointError, ConfigError: the tokenizer cannot be built, is no `Tokenizer`, or a run's config.yaml is damaged.
     """
     values: Any = cfg
     node: dict[str, Any] = values.tokenizer
@@ -45,7 +45,7 @@ def load_tokenizer(cfg: Config) -> tuple[Tokenizer, Config]:
 
 
 def _recorded(cfg: Any) -> str | None:
-    """The date that the run to resume, or the one that the tokenizer was written by, has in its config.yaml."""
+    """Return the date in the config.yaml of the run to resume, or of the run that wrote the tokenizer."""
     folders = [Path(cfg.output_dir)] if getattr(cfg, "resume_from_checkpoint", False) else []
     path = cfg.tokenizer.get("path")
     if isinstance(path, str) and (user_path(path).name == "final" or user_path(path).name.startswith("step_")):

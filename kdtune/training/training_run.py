@@ -1,4 +1,4 @@
-"""A training run as it lies in its folder: its config, record, metrics and answers, and whether two runs' settings mean the same."""
+"""A training run as read from its folder: config, record, metrics and answers; and how two runs' settings differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from kdtune.training.run_record import last_start, read_resolved_config
 class TrainingRun:
     """Files of a training run.
 
-    config: its config.yaml. rows: of metrics.jsonl. samples: of samples.jsonl. start: the last one in run.json. What the folder
-    lacks is empty.
+    config: its config.yaml. rows: rows of metrics.jsonl. samples: rows of samples.jsonl. start: the last start in run.json.
+    Fields without a file are empty.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class TrainingRun:
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """Read what a training run has left in its folder; a metrics.jsonl must be there.
+    """Read a training run's files from its folder; a metrics.jsonl must exist.
 
     Raises:
         CheckpointError: a file in it is damaged.
@@ -54,9 +54,9 @@ def read_run(folder: Path) -> TrainingRun:
 
 
 def differences(first: TrainingRun, other: TrainingRun, key: str) -> list[Difference]:
-    """Return what differs in what a config key stands for in two runs; [] where it is the same under other names too.
+    """Return the differences in what a config key stands for in two runs; [] if it is the same, even under other names.
 
-    Where both have recorded a fingerprint it decides, and the settings that differ below the key are the reasons given.
+    If both have recorded a fingerprint it decides, and the settings that differ below the key are the reasons given.
     """
     own, its = first.fingerprint(key), other.fingerprint(key)
     settings = [
@@ -68,7 +68,7 @@ def differences(first: TrainingRun, other: TrainingRun, key: str) -> list[Differ
 
 
 def _is_one_file(difference: Difference) -> bool:
-    """Return whether both values are paths of one file or folder."""
+    """Return whether both values are paths of the same file or folder."""
     if not (isinstance(difference.was, str) and isinstance(difference.is_now, str)):
         return False
     paths = [user_path(difference.was), user_path(difference.is_now)]
