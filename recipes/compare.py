@@ -1,9 +1,9 @@
-"""Training runs side by side: one table, one plot and their answers.
+"""Compare training runs: one table, one plot and their answers.
 
     kdtune run compare "runs=[runs/quickstart/sft,runs/quickstart/kd]"
 
-The runs' own validations are compared, so nothing is computed again. They must have the same held-out data and tokenizer;
-divergence and agreement are shown where the teacher is the same too. Writes comparison.png and comparison.csv.
+The runs' own validations are compared, so nothing is recomputed. They must have the same held-out data and tokenizer;
+divergence and agreement are shown if the teacher is the same too. Writes comparison.png and comparison.csv.
 """
 
 import os
@@ -16,12 +16,12 @@ from kdtune.log import fit_for_stdout
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     runs: list[config.PathText]
     """The output folders of training runs, in the order to show them."""
     output_dir: config.PathText | None = None
-    """Folder to write into, in place of an earlier comparison there; null: the folder that the runs lie in."""
+    """Folder to write into, replacing an earlier comparison there; null: the folder that contains the runs."""
 
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
@@ -39,12 +39,12 @@ class Config:
 
 @config.entry_point(Config, default_config="comparison")
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     run(cfg)
 
 
 def run(cfg: Config) -> None:
-    """Reads the runs, prints answers and table, draws the plot."""
+    """Read the runs, print answers and table, draw the plot."""
     runs, notes = training.comparable(training.read_runs(cfg.runs))
     output_dir = Path(cfg.output_dir or shared_parent(cfg.runs))
     metrics = {name: found.rows for name, found in runs.items()}
@@ -62,7 +62,7 @@ def run(cfg: Config) -> None:
 
 
 def shared_parent(folders: list[str]) -> str:
-    """The innermost folder that all of them lie in, as a relative path where they are given so."""
+    """Return the innermost folder that contains all of them, as a relative path if they are given as relative paths."""
     parent = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     return parent if any(map(os.path.isabs, folders)) else os.path.relpath(parent)
 

@@ -6,12 +6,12 @@
     kdtune run eleuther_eval --config smollm2/evaluation tasks=[hellaswag] limit=100
     kdtune run --nproc_per_node 4 eleuther_eval_distributed --config eleuther_evaluation
 
-With `run` a finished run of finetune or knowledge_distillation is measured, with the data, teacher, tokenizer and kd_loss it was
-trained with. Whatever the config names is measured: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
+With `run`, measure a finished run of finetune or knowledge_distillation, with the data, teacher, tokenizer and kd_loss it was
+trained with. The config selects the measurements: `tasks`, `dataset_val` (with a teacher: KL and agreement too), `perplexity_files`,
 `rouge`. The model may be a Hugging Face folder, Meta's files, a GGUF, an adapter on its base, or a quantized folder.
-`output_dir` appears when everything is measured: results.json, whose `metrics` has every number under one flat name. Until
-then each measurement is in `output_dir.partial` when it is made, and stays there if the evaluation is stopped.
-Several processes share the work batch by batch, and give the numbers of one.
+`output_dir` appears when everything is measured: `metrics` in its results.json has every number under a flat name. Until
+then each finished measurement is in `output_dir.partial`, and stays there if the evaluation is stopped.
+Several processes share the work batch by batch, with the same results as one.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     output_dir: config.PathText
     """Folder to write, which must not exist yet: results.json, config.yaml, run.json and samples/."""
     models_dir: config.PathText = "/tmp"
-    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    """Folder of downloaded models, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # A finished run
     run: config.PathText | None = None
-    """Folder of a finished run of finetune or knowledge_distillation: what it says of model, tokenizer, dataset_val, teacher,
-    kd_loss, dtype, device and batch size holds where this config says nothing. output_dir is then RUN/evaluation."""
+    """Folder of a finished run of finetune or knowledge_distillation: its model, tokenizer, dataset_val, teacher, kd_loss,
+    dtype, device and batch size are the defaults for keys that this config omits. output_dir is then RUN/evaluation."""
     run_weights: str = "final"
-    """Which weights of it: final, best (the step_N its best_metric names), or step_N."""
+    """Weights of that run to measure: final, best (the step_N its best_metric names), or step_N."""
 
     # Model
     checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
@@ -59,7 +59,7 @@ class Config:
     parallelism: Any = config.component(
         default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
     )
-    """How the model is spread over the processes that torchrun starts: a whole copy on each, or with dp_shard=-1
+    """Parallelism of the model over the processes that torchrun starts: a full copy on each, or with dp_shard=-1
     dp_replicate=1 a shard; with one process it does nothing."""
     batch_size: int = 8
     """Sequences generated, or examples of dataset_val, at a time; scored are up to batch_size * 1,024 tokens at a time."""
@@ -72,15 +72,15 @@ class Config:
     tasks: list[str] = field(default_factory=list)
     """Names of lm-eval tasks, groups or tags, or paths of task files; needs pip install 'lm-eval>=0.4.13'."""
     include_path: config.PathText | None = None
-    """A folder of task files of your own, looked into before lm-eval's tasks."""
+    """A folder of your own task files, searched before lm-eval's tasks."""
     limit: int | float | None = None
-    """The first so many documents of each task, or that part of them if below 1; null: all."""
+    """Number of documents of each task, from the first, or their fraction if below 1; null: all."""
     num_fewshot: int | None = None
     """Solved examples before each question; null: as each task says."""
     apply_chat_template: bool = False
     """Ask the tasks' questions in the tokenizer's chat template."""
     log_samples: bool = False
-    """Write what was asked and answered, a document a line, to samples/NAME.jsonl."""
+    """Write requests and answers, one document per line, to samples/NAME.jsonl."""
 
     # Held-out examples
     dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
@@ -92,21 +92,21 @@ class Config:
     teacher_model: Any = config.component(default=None, returns=Transformer)
     """The teacher's builder; null: built from the checkpoint's own config."""
     teacher_parallelism: Any = config.component(default=None)
-    """The same for the teacher; null: as parallelism."""
+    """Parallelism of the teacher; null: the same as parallelism."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Teacher weight dtype; null: same as dtype."""
 
     # Texts and answers
     perplexity_files: list[config.PathText] = field(default_factory=list)
-    """Text files; each is one text, predicted window by window (max_seq_length)."""
+    """Text files; each is one text, scored window by window (max_seq_length)."""
     perplexity_stride: int | None = None
-    """Tokens a window moves on; less gives more context and takes longer; null: a whole window, as in lm-eval."""
+    """Tokens by which the window advances; fewer give more context and take longer; null: a full window, as in lm-eval."""
     rouge: Any = config.component(default=[], returns=evaluation.InstructionSet)
     """Instruction sets whose answers are scored: a list of kdtune.evaluation.InstructionSet."""
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the run's values for the keys that this config does not give."""
+        """Return the run's values for the keys that this config omits."""
         return evaluation.run_settings(given)
 
     def problems(self) -> list[str]:
@@ -139,7 +139,7 @@ class Config:
         return found + evaluation.rouge_problems(self.rouge)
 
     def _unused(self) -> list[str]:
-        """Settings without the thing that they are for."""
+        """Return problems with settings that have no effect, because what they apply to is missing."""
         has_teacher = bool(self.teacher_checkpointer or self.teacher_model)
         found = [
             f"{key}: has no effect without tasks; give tasks, or ~{key}"
@@ -167,7 +167,7 @@ class Config:
         return found
 
     def machine_problems(self) -> list[str]:
-        """Return machine problems, found without reading a weight."""
+        """Return machine problems, found without reading weights."""
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
@@ -187,7 +187,7 @@ class Config:
 
 @config.entry_point(Config, default_config="evaluation")
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     with (
         config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
         world.one_voice(),
@@ -200,7 +200,7 @@ def main(cfg: Config) -> None:
 
 
 def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) -> evaluation.Measured:
-    """Data, model, measurements."""
+    """Load data and model, and measure."""
     training.set_seed(cfg.seed)
 
     # Data. It comes first: no weight is read where a dataset or split is missing.
@@ -287,20 +287,20 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
 def build_model(
     builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
 ) -> Transformer:
-    """A model to be measured, spread over the processes."""
+    """Build a model to be measured, parallelized over the processes."""
     return distributed.distributed_model(
         builder, checkpointer, parallelism, world, dtype=training.dtype_from_name(dtype), trainable=False
     ).eval()
 
 
 def versions(cfg: Config) -> dict[str, Any]:
-    """Versions of the packages used for measuring."""
+    """Return the versions of the packages used for measuring."""
     found: dict[str, Any] = config.run_record(cfg)["versions"]
     return found | ({name: version(name) for name in ("lm_eval", "rouge_score")} if cfg.tasks or cfg.rouge else {})
 
 
 def write_results(cfg: Config, measured: evaluation.Measured) -> None:
-    """Prints the table, and makes the folder."""
+    """Print the table, and write the folder."""
     prefix = "held_out/"
     if held_out := {
         name.removeprefix(prefix): value for name, value in measured.metrics.items() if name.startswith(prefix)
@@ -320,7 +320,7 @@ def write_results(cfg: Config, measured: evaluation.Measured) -> None:
 def measure_held_out(
     cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: distributed.World
 ) -> dict[str, float]:
-    """Cross entropy in nats a token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
+    """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
         return evaluation.evaluate_ce(model, held_out, device=world.device, progress=progress, total=world.sum)

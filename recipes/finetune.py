@@ -5,7 +5,7 @@
 
 The loss of a token is its cross entropy, in nats. A step's gradient is the sum over its valid tokens divided by their
 number, counted before the first backward: it does not depend on how the step is cut into micro-batches. The full
-[tokens, vocabulary] logits never exist (kdtune/losses).
+[tokens, vocabulary] logits are never in memory (kdtune/losses).
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class Config(training.TrainingConfig):
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     with training.start(cfg) as (world, progress):
         run(cfg, world, progress)
 
 
 def run(cfg: Config, world: World, progress: training.Progress) -> None:
-    """Data, model, optimization, loop: from the config to final/."""
+    """Train the model of the config: data, model, optimizer, loop, final/."""
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     inputs = training.load_inputs(cfg, world, progress)
     if inputs.is_finished:
@@ -74,7 +74,7 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
 
 
 def ce_step(model: models.Transformer, ce_loss: losses.KDLoss, batch: data.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the micro-batch's valid tokens of the cross entropy, and its named parts."""
+    """Return the cross entropy summed over the micro-batch's valid tokens, and its named parts."""
     hidden_BSD = model(**batch.inputs, return_hidden=True)
     return ce_loss(hidden_BSD, model.output, None, batch.targets)
 
@@ -86,7 +86,7 @@ def validate(
     world: World,
     progress: training.Progress,
 ) -> dict[str, float]:
-    """Held-out cross entropy in nats a token; {} without held-out data."""
+    """Return the held-out cross entropy in nats per token; {} without held-out data."""
     if held_out is None:
         return {}
     found = evaluation.evaluate_ce(

@@ -1,11 +1,11 @@
-"""Text from a model: one answer token by token on the terminal, or many into a file.
+"""Generate text from a model: one answer token by token on the terminal, or many into a file.
 
     kdtune run generate --config generation checkpointer.checkpoint_dir=MODEL tokenizer.path=MODEL prompt="Why is the sky blue?"
     kdtune run generate --config smollm2/generation prompt_file=questions.txt output_file=answers.jsonl batch_size=8
     kdtune run --nproc_per_node 4 generate --config generation prompt_file=questions.txt output_file=answers.jsonl
 
-Any checkpoint that kdtune reads will do: a Hugging Face folder, a GGUF file, Meta's files, a model with an adapter
-(checkpointer.adapter_dir), a quantized folder. Several processes share the batches, and give the answers of one.
+Any checkpoint that kdtune reads works: a Hugging Face folder, a GGUF file, Meta's files, a model with an adapter
+(checkpointer.adapter_dir), a quantized folder. Several processes share the batches, with the same answers as one.
 """
 
 import time
@@ -29,10 +29,10 @@ OnAnswer = Callable[[int, list[int]], None]
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     models_dir: config.PathText = "/tmp"
-    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    """Folder of downloaded models, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
 
     # Model
     checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
@@ -48,7 +48,7 @@ class Config:
     parallelism: Any = config.component(
         default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
     )
-    """How the model is spread over the processes that torchrun starts: a whole copy on each, or with dp_shard=-1
+    """Parallelism of the model over the processes that torchrun starts: a full copy on each, or with dp_shard=-1
     dp_replicate=1 a shard, which needs a dtype; with one process it does nothing."""
 
     # Prompts: one of the three
@@ -57,9 +57,9 @@ class Config:
     prompts: list[str] | None = None
     """Several prompts."""
     prompt_file: config.PathText | None = None
-    """A .txt file of one prompt a line, or a .json or .jsonl file of rows with prompt, instruction or messages."""
+    """A .txt file of one prompt per line, or a .json or .jsonl file of rows with prompt, instruction or messages."""
     system_prompt: str | None = None
-    """What stands before each prompt as the system's message; null: what the chat template puts there."""
+    """System message before each prompt; null: the chat template's default."""
     chat: bool = True
     """Prompts are questions, put into the tokenizer's chat template; false: plain text to be continued."""
 
@@ -67,22 +67,22 @@ class Config:
     max_new_tokens: int = 300
     """Longest answer, in tokens."""
     temperature: float = 0.6
-    """Below 1 likely tokens become likelier; 0 always takes the most likely one."""
+    """Sampling temperature: below 1, likely tokens become likelier; 0 always takes the most likely one."""
     top_k: int | None = None
-    """Draw among this many most likely tokens; null: among all."""
+    """Sample from this many most likely tokens; null: from all."""
     top_p: float | None = None
-    """Draw among the fewest most likely tokens that hold this share of the probability; null: among all."""
+    """Sample from the fewest most likely tokens that hold this share of the probability; null: from all."""
     seed: int = 0
-    """Seed of the draws; prompt number i, from 0, draws with seed + i, whatever the batch size is."""
+    """Seed of the sampling; prompt number i, from 0, uses seed + i, whatever the batch size is."""
     batch_size: int = 8
-    """Prompts a batch."""
+    """Prompts per batch."""
 
     # Output
     output_file: config.PathText | None = None
-    """A .jsonl file for the answers, a row each in the prompts' order, instead of the terminal. It appears when all are
-    there; until then they are in output_file.partial, as they come, which stays if the run is stopped."""
+    """A .jsonl file for the answers, one row each in the prompts' order, instead of the terminal. It appears when it is
+    complete; until then finished answers are in output_file.partial, which stays if the run is stopped."""
     overwrite: bool = False
-    """Whether an output_file that exists is replaced."""
+    """Replace an existing output_file; otherwise it is an error."""
 
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
@@ -118,7 +118,7 @@ class Config:
         return found + training.builder_problems(self)
 
     def machine_problems(self) -> list[str]:
-        """Return machine problems, found without reading a weight."""
+        """Return machine problems, found without reading weights."""
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
         found += distributed.spread_problems(self)
         parallelism = config.instantiate(self.parallelism)
@@ -138,7 +138,7 @@ class Config:
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     with (
         config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
         world.one_voice(),
@@ -147,7 +147,7 @@ def main(cfg: Config) -> None:
 
 
 def run(cfg: Config, world: distributed.World) -> None:
-    """Prompts, model, answers."""
+    """Generate the answers of the config: prompts, model, output."""
     tokenizer = config.instantiate(cfg.tokenizer)
     conversations = read_conversations(cfg)
     context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
@@ -193,7 +193,7 @@ def run(cfg: Config, world: distributed.World) -> None:
 
 
 def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
-    """Why the file could not be written, without writing anything."""
+    """Return why the file could not be written; writes nothing."""
     file = Path(output_file)
     partial = checkpoint.partial_of(file)
     try:
@@ -212,7 +212,7 @@ def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
 
 
 def read_conversations(cfg: Config) -> list[Conversation]:
-    """The prompts, each as the messages before its answer."""
+    """Return the prompts, each as the messages before its answer."""
     if cfg.prompt_file is not None:
         return generation.read_prompts(cfg.prompt_file)
     prompt = cfg.prompt.get("user") if isinstance(cfg.prompt, dict) else cfg.prompt
@@ -221,7 +221,7 @@ def read_conversations(cfg: Config) -> list[Conversation]:
 
 
 def encode(cfg: Config, tokenizer: Any, conversation: Conversation, number: int, context: int) -> list[int]:
-    """A prompt's ids; one that is empty or leaves no room in the context is refused by its number."""
+    """Return a prompt's ids; raise, with its number, if it is empty or leaves no room in the context."""
     system = cfg.prompt.get("system") if isinstance(cfg.prompt, dict) else None
     try:
         ids = generation.encode_prompt(
@@ -242,7 +242,7 @@ def stream(
     world: distributed.World,
     on_answer: OnAnswer,
 ) -> None:
-    """Answers one prompt; the text appears on the terminal as it comes, unless it goes to a file."""
+    """Answer one prompt; print the text as it is generated, unless it goes to a file."""
     text = generation.TextStream(tokenizer, lambda piece: print(fit_for_stdout(piece), end="", flush=True))
     on_token = text.add if cfg.output_file is None and world.is_main else None
 
@@ -264,7 +264,7 @@ def answer_in_batches(
     world: distributed.World,
     on_answer: OnAnswer,
 ) -> None:
-    """Answers the prompts, those of similar length together."""
+    """Answer the prompts in batches of similar length."""
     lengths = [len(prompt) for prompt in prompts]
 
     def answer(batch: list[int]) -> list[list[int]]:
@@ -283,7 +283,7 @@ def answer_in_batches(
 def printed_in_order() -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     """Yield a function that takes a prompt's number, from 1, and its row, and prints the rows in the prompts' order.
 
-    A row that comes before its turn is held back; a run that is stopped prints those too.
+    A row that arrives before its turn is held back; a run that is stopped prints those too.
     """
     held: dict[int, str] = {}
     turn = 1
@@ -303,13 +303,13 @@ def printed_in_order() -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
 
 
 def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:
-    """The settings that every prompt shares."""
+    """Return the settings that every prompt shares."""
     settings = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     return settings | {"stop_ids": tokenizer.stop_ids}
 
 
 def as_row(conversation: Conversation, prompt: list[int], new_ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    """What output_file has of a prompt: last message and answer as text, and how many tokens each took."""
+    """Return output_file's row for a prompt: last message and answer as text, and the number of tokens of each."""
     return {
         "prompt": conversation.messages[-1].content,
         "answer": tokenizer.decode(new_ids),

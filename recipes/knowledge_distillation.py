@@ -6,7 +6,7 @@
 
 The loss of a token is (1 - kd_ratio) * cross entropy + kd_ratio * KL(teacher || student), in nats. A step's gradient is
 the sum over its valid tokens divided by their number, counted before the first backward: it does not depend on how the
-step is cut into micro-batches. The full [tokens, vocabulary] logits of either model never exist (kdtune/losses).
+step is cut into micro-batches. The full [tokens, vocabulary] logits of either model are never in memory (kdtune/losses).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distr
 
 @dataclass(kw_only=True)
 class Config(training.TrainingConfig):
-    """What distillation adds to the keys of every training recipe (kdtune/training/config.py)."""
+    """Keys of distillation, in addition to those of every training recipe (kdtune/training/config.py)."""
 
     teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
     """The teacher's weights (adapter_dir: with a finetuned adapter merged into them); null: random weights, with a builder
@@ -32,10 +32,10 @@ class Config(training.TrainingConfig):
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Teacher weight dtype; null: same as dtype."""
     teacher_parallelism: Any = config.component(default=None, may_change=True)
-    """As parallelism, for the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""
+    """Parallelism of the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""
     teacher_processes: int = config.key(0, at_least=0, may_change=True)
-    """Number of torchrun's processes, the last ones, that hold the teacher alone; the others hold the student;
-    `parallelism` is about these, `teacher_parallelism` about those. 0: every process holds its part of both."""
+    """Number of torchrun's processes, the last ones, that hold only the teacher (see `teacher_parallelism`); the others
+    hold the student (see `parallelism`). 0: every process holds its part of both."""
     teacher: Any = config.component(default=None, returns=teachers.Teacher)
     """A teacher of another kind, in place of a model (docs/extending.md); null: the model of the keys above."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
@@ -53,7 +53,7 @@ class Config(training.TrainingConfig):
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     with training.start(cfg) as (world, progress):
         if world.is_teacher:
             return teachers.serve(lambda: teachers.build_teacher_model(cfg, world), world, training.InterruptFlag())
@@ -61,7 +61,7 @@ def main(cfg: Config) -> None:
 
 
 def run(cfg: Config, world: World, progress: training.Progress) -> None:
-    """Data, models, optimization, loop: from the config to final/."""
+    """Train the student of the config: data, models, optimizer, loop, final/."""
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     inputs = training.load_inputs(cfg, world, progress)
     divergence = config.instantiate(cfg.kd_loss)
@@ -111,7 +111,7 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
 def kd_step(
     student: models.Transformer, teacher: teachers.Teacher, kd_loss: losses.KDLoss, batch: data.Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the micro-batch's valid tokens of the loss, and its named parts."""
+    """Return the loss summed over the micro-batch's valid tokens, and its named parts."""
     signal = teacher(batch) if kd_loss.kd_ratio > 0 else None
     hidden_BSD = student(**batch.inputs, return_hidden=True)
     return kd_loss(hidden_BSD, student.output, signal, batch.targets)
@@ -128,7 +128,7 @@ def validate(
     *,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
-    """Held-out cross entropy and divergence in nats a token, and top-1 agreement; {} without held-out data."""
+    """Return held-out cross entropy and divergence in nats per token, and top-1 agreement; {} without held-out data."""
     if held_out is None:
         return {}
     teacher.prefetch(held_out)

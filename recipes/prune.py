@@ -3,8 +3,9 @@
     kdtune run prune --config smollm2/prune
     kdtune run prune --config smollm2/prune num_layers=16 method=block_influence output_dir=models/SmolLM2-16-layers
 
-Writes a Hugging Face folder. Which layers go matters more than how many: the loss of every choice is printed. A greedy search
-that is stopped (Ctrl-C, SIGTERM, a crash) keeps the removals decided so far in OUTPUT_DIR.partial: the same command continues it.
+Writes a Hugging Face folder. The choice of layers matters more than their number: the loss of every choice is printed. A
+greedy search that is stopped (Ctrl-C, SIGTERM, a crash) keeps its removals so far in OUTPUT_DIR.partial, and the same command
+continues it.
 """
 
 import json
@@ -19,10 +20,10 @@ from kdtune.models import Transformer, prune
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     models_dir: config.PathText = "/tmp"
-    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    """Folder of downloaded models, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     output_dir: config.PathText
     """The Hugging Face folder to write; it must not exist yet."""
 
@@ -35,22 +36,22 @@ class Config:
     device: str | None = None
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Weight dtype, in the measurement and in the folder."""
+    """Weight dtype, for the measurement and in the folder."""
 
     layers: list[int] | None = None
     """The layers to keep, by index from 0; null: num_layers of them, chosen by `method`."""
     num_layers: int | None = None
-    """How many layers to keep."""
+    """Number of layers to keep."""
     method: Literal["greedy", "block_influence", "even"] = "greedy"
-    """greedy: drop the layer that hurts the loss least, again and again; block_influence: keep those that change their
+    """greedy: repeatedly drop the layer whose removal raises the loss least; block_influence: keep those that change their
     input most (arXiv 2403.03853); even: at equal distances."""
 
     dataset: Any = config.component("tokenizer", returns=data.Dataset)
-    """Calibration text; the loss of its labels decides."""
+    """Calibration text, on whose labels the loss is measured."""
     num_candidates: int | None = None
-    """greedy: layers tried for each removal after the first, those that cost least when last tried; null: all of them."""
+    """greedy: number of layers tried for each removal after the first, those that cost least when last tried; null: all."""
     num_calibration_tokens: int = 1024
-    """Labels to measure with, from the start of the dataset; time grows with it."""
+    """Number of labels to measure with, from the start of the dataset; the time is proportional to it."""
     seed: int = 0
     """Seed of random weights."""
 
@@ -78,7 +79,7 @@ class Config:
         return found + training.builder_problems(self) + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
-        """Return machine problems, found without reading a weight."""
+        """Return machine problems, found without reading weights."""
         found = training.device_problems(self.device, self.dtype)
         found += training.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):
@@ -88,13 +89,13 @@ class Config:
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     with training.Progress(every=1) as progress:
         run(cfg, progress)
 
 
 def run(cfg: Config, progress: training.Progress) -> None:
-    """Calibration text, model, choice, folder."""
+    """Load the calibration text and the model, choose the layers, write the folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
     tokenizer, cfg = training.load_tokenizer(cfg)
@@ -143,7 +144,7 @@ def run(cfg: Config, progress: training.Progress) -> None:
 
 
 def calibration_batches(dataset: Any, num_tokens: int, pad_id: int) -> Iterator[data.Batch]:
-    """Single examples (so nothing is padding) from the start of the dataset, until they hold so many valid labels."""
+    """Return single examples (so nothing is padding) from the start of the dataset, until they hold this many valid labels."""
     count = 0
     for batch in data.batches(dataset, 1, pad_id):
         if count >= num_tokens:
@@ -159,7 +160,7 @@ def choose_layers(
     record: training.RemovalRecord | None,
     progress: training.Progress,
 ) -> tuple[list[int], list[dict[str, float]]]:
-    """The layers to keep, and for the greedy choice each removal with the loss after it."""
+    """Return the layers to keep, and for the greedy choice each removal with the loss after it."""
     total = model.config.num_layers
     if cfg.layers is not None:
         prune.check_layers(model, cfg.layers)
@@ -190,7 +191,7 @@ def search(
     record: training.RemovalRecord,
     progress: training.Progress,
 ) -> list[prune.RemovalStep]:
-    """The greedy removals. Each is recorded when it is decided, and a search that was stopped continues from its record."""
+    """Return the greedy removals. Each is recorded when it is decided, and a stopped search continues from its record."""
     assert cfg.num_layers is not None
     num_removals = max(0, model.config.num_layers - cfg.num_layers)
 
@@ -216,7 +217,7 @@ def search(
 
 
 def ranges(layers: list[int]) -> str:
-    """The indices with runs shortened: [0, 1, 2, 5] gives "0-2, 5"."""
+    """Shorten consecutive indices to ranges: [0, 1, 2, 5] gives "0-2, 5"."""
     starts = [i for i in layers if i - 1 not in layers]
     ends = [i for i in layers if i + 1 not in layers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,12 +1,12 @@
-"""Hold a model's linear weights in 8 or 4 bits, for use by the generate and evaluate recipes.
+"""Quantize a model's linear weights to 8 or 4 bits, for use by the generate and evaluate recipes.
 
     kdtune run quantize --config quantization checkpointer.checkpoint_dir=MODEL tokenizer.path=MODEL output_dir=MODEL-int8
     kdtune run quantize --config smollm2/quantization scheme=nf4 output_dir=models/SmolLM2-nf4
 
-Writes a folder that checkpointers read like any other, bit for bit; it is for use and not for training. The schemes:
+Writes a folder that checkpointers read like any other, bit for bit; it is for inference, not for training. The schemes:
 int8_weight_only (almost no loss), int8_dynamic (int8 arithmetic: faster on many tokens), float8_weight_only,
-float8_dynamic (CUDA from 8.9 on), int4_weight_only (CUDA from 8.0 on, bf16), nf4 (4 bits anywhere), intx_4bit (the error of
-4 bits, a byte each).
+float8_dynamic (CUDA compute capability 8.9 or higher), int4_weight_only (8.0 or higher, bf16), nf4 (4 bits on any device),
+intx_4bit (the error of 4 bits, stored in a byte each).
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from kdtune.models import Transformer, has_adapters, quantization
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     models_dir: config.PathText = "/tmp"
-    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    """Folder of downloaded models, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     output_dir: config.PathText
     """The folder to write; it must not exist yet."""
 
@@ -36,9 +36,9 @@ class Config:
     tokenizer: Any = config.component(returns=tokenizers.Tokenizer)
     """The tokenizer, written into the folder too."""
     device: str | None = None
-    """cpu, cuda, cuda:N or mps, where the model is to be used; null: the best one there is."""
+    """Device on which the model will be used: cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Dtype of the arithmetic, and of the weights that stay as they are: embedding, norms, head."""
+    """Dtype of the arithmetic, and of the weights that are not quantized: embedding, norms, head."""
     seed: int = 0
     """Seed of random weights."""
 
@@ -47,12 +47,12 @@ class Config:
     group_size: int | None = None
     """Input features that share a scale, of int4_weight_only (null: 128) and intx_4bit (null: 32)."""
     quantize_output: bool = False
-    """Also the head, where it is not tied to the embedding."""
+    """Quantize the head too, if it is not tied to the embedding."""
 
     dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples; null: no loss is measured."""
     batch_size_val: int = 4
-    """Examples a batch."""
+    """Examples per batch."""
 
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
@@ -68,7 +68,7 @@ class Config:
         return found + training.builder_problems(self) + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
-        """Return machine problems, found without reading a weight."""
+        """Return machine problems, found without reading weights."""
         if self.model is not None and is_adapted(self.model):
             return [
                 "model: this builder makes adapters, and adapters are not quantized; merge the adapters: use "
@@ -91,12 +91,12 @@ class Config:
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     run(cfg)
 
 
 def run(cfg: Config) -> None:
-    """Held-out data, model, quantization, folder."""
+    """Load held-out data and model, quantize, and write the folder."""
     device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
     tokenizer, cfg = training.load_tokenizer(cfg)
     held_out = None
@@ -142,13 +142,13 @@ def run(cfg: Config) -> None:
 
 
 def is_adapted(builder: Any) -> bool:
-    """Whether the builder's model has adapters; it is built without weights."""
+    """Return whether the builder's model has adapters; it is built without weights."""
     with torch.device("meta"):
         return has_adapters(config.instantiate(builder))
 
 
 def megabytes(model: Transformer) -> float:
-    """Millions of bytes that the weights take, a tied one once."""
+    """Return the millions of bytes that the weights take, a tied one once."""
     return sum(quantization.num_bytes(parameter) for parameter in model.parameters()) / 1e6
 
 

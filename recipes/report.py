@@ -4,8 +4,8 @@
     kdtune run report results=results.jsonl output_dir=by_method metrics=[evaluate.*] baseline.method=sft
 
 Writes report.md, report.csv (a line for each row of cells that differ in the seed alone), cells.csv, report.tex, plots of the losses
-(PNG, SVG, PDF) and report.html, one file that opens anywhere. A sweep does the same at its end, into
-report/ beside its results; a report that is there is replaced only with overwrite=true.
+(PNG, SVG, PDF) and report.html, one self-contained file. A sweep writes the same at its end, into report/ beside its
+results; an existing report is replaced only with overwrite=true.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from kdtune import config, sweeps, training
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     results: config.PathText
-    """The results.jsonl of a sweep; the curves are read from the step folders beside it, where they still are."""
+    """The results.jsonl of a sweep; the curves are read from the step folders beside it, if they still exist."""
     output_dir: config.PathText | None = None
-    """Folder to write into; null: report, beside the results, where a sweep writes its own."""
+    """Folder to write into; null: report/ beside the results, where a sweep writes its own."""
     overwrite: bool = False
-    """Replace a report that the folder holds; else it is an error."""
+    """Replace an existing report in the folder; otherwise it is an error."""
     title: str | None = None
     """Heading of the report; null: the results' path."""
     metrics: list[str] | None = None
     """Metrics to show, STEP.NAME or patterns such as evaluate.*; null: all but standard errors."""
     baseline: dict[str, Any] | None = None
-    """Axis values of what the rows are compared with; null: no comparison. Where one row has them, it is the baseline of all
-    others; where several have them, each other row is compared with the one that differs from it in these axes alone."""
+    """Axis values of the baseline of the rows; null: no comparison. If one row has them, it is the baseline of all others;
+    if several have them, each other row is compared with the one that differs from it only in these axes."""
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found before anything is written."""
@@ -43,18 +43,18 @@ class Config:
         return []
 
     def folder(self) -> Path:
-        """Where the report is written."""
+        """Return the report's folder."""
         return Path(self.output_dir) if self.output_dir else Path(self.results).parent / "report"
 
 
 @config.entry_point(Config, default_config="sweeps/report")
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     run(cfg)
 
 
 def run(cfg: Config) -> None:
-    """Reads the results, writes the report and says where."""
+    """Read the results, write the report and print its path."""
     title = cfg.title or f"Sweep {cfg.results}"
     with training.Progress() as progress:
         progress.phase("writing the report")

@@ -1,11 +1,11 @@
-"""Run other recipes over axes of settings and seeds, share what cells have in common, and report.
+"""Run other recipes over axes of settings and seeds, share equal steps between cells, and report.
 
     kdtune run sweep --config sweeps/tiny
     kdtune run sweep --config sweeps/smollm2_case_study dry_run=true
     kdtune run sweep --config sweeps/smollm2_case_study set.train.dataset.source=alpaca.jsonl max_minutes=30
 
-Every step is a `kdtune run` of its own, with a log. What is finished is never run again: started anew, the same command goes
-on where it was. Equal steps of several cells (the same recipe, config and overrides) are one step.
+Every step is a separate `kdtune run` with its own log. Finished steps are never run again: the same command, started again,
+continues the sweep. Equal steps of several cells (the same recipe, config and overrides) are one step.
 """
 
 import time
@@ -19,35 +19,35 @@ from kdtune.errors import KDTuneError, TrainingError
 
 @dataclass(kw_only=True)
 class Config:
-    """Every key this recipe reads."""
+    """All keys of this recipe."""
 
     output_dir: config.PathText
     """Folder of the sweep: results.jsonl (one object a cell), report/, and steps/ with each step's folder, log and record."""
     steps_dir: config.PathText | None = None
-    """Where the steps' folders are; null: steps in output_dir. Sweeps with the same one share their equal steps."""
+    """Folder of the steps' folders; null: steps/ in output_dir. Sweeps with the same one share their equal steps."""
     models_dir: config.PathText = "models"
-    """Where downloaded models lie, for use in overrides as ${models_dir}."""
+    """Folder of downloaded models, for use in overrides as ${models_dir}."""
 
     # What is run
     steps: dict[str, Any]
-    """Step -> `config` (name or path), `recipe` (left out: the config's), `overrides` (a list), `when` (axis -> values at
-    which it is run, or a list of such mappings), `discard` (parts of its folder to delete when no cell needs them any
-    more, such as [final]). They are run in this order. In an override {lr} is the value of axis lr and {train.dir} the
+    """Step -> `config` (name or path), `recipe` (if omitted: the config's), `overrides` (a list), `when` (axis -> values at
+    which it is run, or a list of such mappings), `discard` (parts of its folder to delete when no cell needs
+    them any more, such as [final]). Steps run in this order. In an override {lr} is the value of axis lr and {train.dir} the
     folder of the step train."""
     axes: dict[str, Any] = field(default_factory=dict)
     """Axis -> a list of values, or value -> step -> a list of further overrides. The axis `seed` is averaged over."""
     grids: list[dict[str, Any]] | None = None
-    """Several products in one sweep: axis -> values for each; an axis left out has its first value. null: the product of all."""
+    """Several products in one sweep: axis -> values for each; an omitted axis has its first value. null: the product of all."""
     set: dict[str, Any] = field(default_factory=dict)
     """Step (or `all`) -> settings that come last; meant for the command line: set.train.dataset.source=alpaca.jsonl."""
     only: dict[str, Any] = field(default_factory=dict)
-    """Axis -> values: run these cells alone; results and report have what is finished of the others too."""
+    """Axis -> values: run only these cells; results and report also contain finished cells of the rest."""
 
     # How
     dry_run: bool = False
-    """Print the cells, their steps and what is done already; run nothing and write nothing."""
+    """Print the cells, their steps and what is already done; run nothing and write nothing."""
     max_minutes: float | None = None
-    """Start no step after so many minutes; null: run to the end."""
+    """Start no new step after this many minutes; null: run to the end."""
 
     # Report
     report: bool = True
@@ -57,20 +57,20 @@ class Config:
     metrics: list[str] | None = None
     """Metrics to show, STEP.NAME or patterns such as evaluate.*; null: all but standard errors."""
     baseline: dict[str, Any] | None = None
-    """Axis values of what the report compares the rows with. Where one row has them, it is the baseline of all others; where
-    several have them, each other row is compared with the one that differs from it in these axes alone."""
+    """Axis values of the baseline in the report; null: no comparison. If one row has them, it is the baseline of all others;
+    if several have them, each other row is compared with the one that differs from it only in these axes."""
 
     def plan(self) -> sweeps.Plan:
-        """The cells and their steps."""
+        """Return the cells and their steps."""
         return sweeps.make_plan(steps_dir=self.steps_folder(), steps=self.steps, axes=self.axes, grids=self.grids,
                                 only=self.only, settings=self.set)  # fmt: skip
 
     def steps_folder(self) -> Path:
-        """Where the steps' folders are."""
+        """Return the folder of the steps' folders."""
         return Path(self.steps_dir) if self.steps_dir else Path(self.output_dir) / "steps"
 
     def problems(self) -> list[str]:
-        """Return config problems, one sentence each; each step's config passes the gates of its own recipe."""
+        """Return config problems, one sentence each; each step's config passes its own recipe's validation."""
         found = []
         if self.max_minutes is not None and self.max_minutes <= 0:
             found.append(f"max_minutes={self.max_minutes}: must be above 0; null sets no limit")
@@ -91,12 +91,12 @@ class Config:
 
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
-    """Runs the recipe."""
+    """Run the recipe."""
     run(cfg)
 
 
 def run(cfg: Config) -> None:
-    """Plan, steps, results, report."""
+    """Plan the sweep, run its steps, write results and report."""
     plan, output_dir = cfg.plan(), Path(cfg.output_dir)
     if cfg.dry_run:
         print(plan_table(plan, list(cfg.steps)))
@@ -118,7 +118,7 @@ def run(cfg: Config) -> None:
 def run_cells(
     cfg: Config, plan: sweeps.Plan, lock: int, interrupt: training.InterruptFlag
 ) -> tuple[str | None, dict[str, str]]:
-    """Runs what is not finished, cell by cell; why it stopped before the end (None: it did not) and the failed steps."""
+    """Run what is not finished, cell by cell; return why it stopped early (None: it did not) and the failed steps."""
     deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else None
     failures: dict[str, str] = {}
     with sweeps.SweepProgress(len(plan.cells)) as progress:
@@ -150,7 +150,7 @@ def run_cells(
 
 
 def discard_unneeded(plan: sweeps.Plan) -> None:
-    """Deletes what the steps allow, where no cell that is still to be finished uses them, be it for a later start."""
+    """Delete what the steps allow, unless an unfinished cell, even of a later start, uses it."""
     unfinished = [cell for cell in plan.whole if not all(step.record.exists() for step in cell.steps)]
     for step in plan.steps:
         if step.discard and step.record.exists() and not any(step in cell.steps for cell in unfinished):
@@ -158,9 +158,9 @@ def discard_unneeded(plan: sweeps.Plan) -> None:
 
 
 def write_results(plan: sweeps.Plan, output_dir: Path, failures: dict[str, str]) -> list[dict[str, Any]]:
-    """Writes results.jsonl, the cells in the plan's order whatever order they were finished in, and returns its rows.
+    """Write results.jsonl, with the cells in the plan's order, and return its rows.
 
-    Of the cells that `only` leaves out it has those that are finished.
+    Of the cells that `only` excludes, it has the finished ones.
     """
     found = [sweeps.cell_result(cell, output_dir, failures if cell in plan.cells else {}) for cell in plan.whole]
     rows = [row for row in found if row is not None]
@@ -169,14 +169,14 @@ def write_results(plan: sweeps.Plan, output_dir: Path, failures: dict[str, str])
 
 
 def failure_lines(plan: sweeps.Plan, rows: list[dict[str, Any]]) -> list[str]:
-    """How many cells failed, and a line or more for each."""
+    """Return lines that count the failed cells and describe each."""
     lines = [f"{row['cell']}: {row['failed_step']}: {row['error']}" for row in rows if row["status"] == sweeps.FAILED]
     head = f"{len(lines)} of {len(plan.cells)} cells failed; the same command tries them again"
     return [head, *lines] if lines else []
 
 
 def report_problems(cfg: Config, plan: sweeps.Plan) -> list[str]:
-    """Writes the report and says where; what kept it from being written, which must not hide what else is to be said."""
+    """Write the report and print its path; return problems with it instead of raising, so that later messages are not lost."""
     output_dir = Path(cfg.output_dir)
     try:
         with training.Progress() as progress:
@@ -191,13 +191,13 @@ def report_problems(cfg: Config, plan: sweeps.Plan) -> list[str]:
 
 
 def report_title(cfg: Config) -> str:
-    """The report's heading."""
+    """Return the report's heading."""
     source = config.origin(cfg)
     return cfg.title or (f"Sweep {source.config}" if source else "Sweep")
 
 
 def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
-    """The plan as text: a line for each cell with its axes and the state of each step, and the numbers below."""
+    """Format the plan: a line for each cell with its axes and the state of each step, and the totals below."""
     axes = list(dict.fromkeys(axis for cell in plan.cells for axis in cell.axes))
     waiting = {step.id for cell in plan.cells for step in sweeps.steps_to_run(cell)}
     rows: list[dict[str, Any]] = []
@@ -217,7 +217,7 @@ def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
 
 
 def state(plan: sweeps.Plan, step: sweeps.Step, waiting: set[str]) -> str:
-    """done, begun or to run (of the steps `waiting`; again, if finished before), and whether other cells share the step."""
+    """Return done, begun, to run or to run again (if in `waiting`), and whether other cells share the step."""
     begun = "to run again" if step.record.exists() else "begun" if step.folder.exists() else "to run"
     word = begun if step.id in waiting else "done"
     return f"{word}, shared" if plan.num_users(step) > 1 else word

@@ -23,7 +23,7 @@ class TrainingConfig:
     output_dir: PathText = key(may_change=True)
     """Folder of the run: config.yaml, run.json, metrics.jsonl, samples.jsonl, loss.png, step_N/ and final/."""
     models_dir: PathText = "/tmp"
-    """Where downloaded models lie, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
+    """Folder of downloaded models, for a config's own paths: ${models_dir}/Llama-3.2-1B-Instruct."""
     resume_from_checkpoint: bool = key(False, may_change=True)
     """Resume from the latest complete step_N in output_dir; start from scratch if there is none."""
     resume_changes: list[str] = key([], may_change=True)

@@ -1,7 +1,7 @@
-"""What a run will take on each rank, before it runs: memory, communication, operations, time; from the config alone.
+"""Estimate what a run takes on each rank, from the config alone: memory, communication, operations, time.
 
-Sizes of parameters, gradients and optimizer state are exact: the real model is sharded, on the meta device. What a layer and
-the loss take is found by running them there; what exists when, by `plan_moments`.
+Sizes of parameters, gradients and optimizer state are exact: the real model is sharded, on the meta device. The costs of a
+layer and the loss are measured by running them there; `plan_moments` determines what exists at which point of a step.
 """
 
 import math
@@ -36,10 +36,10 @@ _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "grad
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rank of a run takes."""
+    """Estimate for one rank of a run."""
 
     world_size: int
-    """All processes, those of a teacher apart among them."""
+    """Number of all processes, including those of a disaggregated teacher."""
     batch: MicroBatch
     seq_len_source: str
     accumulation: int
@@ -52,31 +52,31 @@ class Plan:
     """Dtype of the computation."""
     save_weights: str
     apart: TeacherPlan | None = None
-    """What a process of a teacher apart takes, where that is known."""
+    """Estimate for a rank of a disaggregated teacher, if known."""
 
     @property
     def held(self) -> Unit:
-        """The trained model's shares: exact."""
+        """The rank's shares of the trained model: exact."""
         return self.student.sizes.total
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Sizes of the mesh: dp_replicate, dp_shard, and what there is more."""
+        """Sizes of the mesh: dp_replicate, dp_shard, and any further dimension."""
         return self.student.sizes.layout
 
     @property
     def peak(self) -> Moment:
-        """The moment at which most exists."""
+        """The phase of a step with the most memory."""
         return max(self.moments, key=lambda moment: moment.total)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, of all ranks."""
+        """Number of tokens of a step, over all ranks."""
         return self.batch.num_tokens * self.accumulation * self.layout[0] * self.layout[1]
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of a step on one rank, those of recomputed layers too."""
+        """Floating-point operations of a step on one rank, including recomputed layers."""
         student = self.student
         forwards = 2 if student.recomputes else 1
         layer = forwards * student.layer.forward_flops + student.layer.backward_flops
@@ -87,13 +87,13 @@ class Plan:
 
     @property
     def step_checkpoint(self) -> int:
-        """Bytes of a `step_N`, of all ranks: weights (of a model with adapters only these) and resume state."""
+        """Bytes of a `step_N`, over all ranks: weights (of a model with adapters only these) and resume state."""
         weights = self.held.all_trained if has_adapters(self.student.sizes.pieces) else self.held.all_stored
         return weights + self.held.all_state
 
     @property
     def final_checkpoint(self) -> int:
-        """Bytes of `final/`: the model with the adapters merged into it, the adapters, or both."""
+        """Bytes of `final/`: the model with merged adapters, the adapters, or both."""
         if not has_adapters(self.student.sizes.pieces):
             return self.held.all_stored
         base = self.held.all_stored - self.held.all_trained
@@ -101,14 +101,14 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """What a rank holds in the CPU's memory instead (cpu_offload)."""
+        """Bytes that a rank holds in CPU memory instead (cpu_offload)."""
         own = self.held.stored + self.held.gradients + self.held.state if self.student.sizes.is_offloaded else 0
         if self.teacher is not None and not self.teacher.apart and self.teacher.sizes.is_offloaded:
             own += self.teacher.sizes.total.stored
         return own
 
     def computing(self, gpu: GPU) -> float:
-        """Seconds a step, from stated figures; with a teacher apart those of both sides, the slower one's time and one wait."""
+        """Seconds of computation per step, from stated figures; a disaggregated teacher adds the slower side's time and one wait."""
         # The optimizer reads weights, gradients and state, and writes weights and state.
         updated = 3 * self.held.gradients + 2 * self.held.state
         speed = UTILIZATION * gpu.flops(is_bf16=self.dtype == "bf16")
@@ -120,7 +120,7 @@ class Plan:
         return own + updated / (1e9 * gpu.memory_gb_s)
 
     def communicating(self, gpu: GPU) -> float:
-        """Seconds a step, from stated figures. How far it overlaps with computing is not known."""
+        """Seconds of communication per step, from stated figures. Its overlap with computation is unknown."""
         inner_gb_s, outer_gb_s, bridge_gb_s = (
             gpu.host_link_gb_s if ranks <= GPUS_PER_HOST else gpu.network_gb_s
             for ranks in (math.prod(self.layout[1:]), math.prod(self.layout), self.world_size)
@@ -131,18 +131,18 @@ class Plan:
 
 
 def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len: int | None = None) -> Plan:
-    """The plan of a training recipe's config, for one rank. Loads no weights; all ranks of a real world call it.
+    """Estimate a training recipe's config for one rank. Loads no weights; all ranks of a real world call it.
 
     Args:
-        cfg: of a recipe that trains.
-        world: the rank, whose share it is, among those that hold the student; rank 0 of `fake_world(size)` for a world that is
-            not there.
-        device_type: what the ranks compute on, such as "cuda"; None: as the world.
-        seq_len: tokens an example; None: the tokenizer's max_seq_len, the longest there can be.
+        cfg: config of a recipe that trains.
+        world: the rank to estimate, among those that hold the student; rank 0 of `fake_world(size)` for a world that does not
+            exist.
+        device_type: device type of the ranks, such as "cuda"; None: the world's.
+        seq_len: tokens per example; None: the tokenizer's max_seq_len, the upper limit.
 
     Raises:
         ConfigError: the recipe does not train, or its sizes do not fit the number of processes.
-        CheckpointError: a model is described by its checkpoint alone, and that cannot be read.
+        CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
     check_trains(cfg)
     parallelism: Parallelism = instantiate(cfg.parallelism)

@@ -1,4 +1,4 @@
-"""What a micro-batch takes on one rank: activations, the loss, floating-point operations; found on the meta device."""
+"""Costs of a micro-batch on one rank, measured on the meta device: activations, the loss, floating-point operations."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples of equal length, all of whose tokens count: what there is at most."""
+    """Examples of equal length, all of whose tokens are valid: the most expensive micro-batch."""
 
     batch_size: int
     seq_len: int
@@ -26,34 +26,34 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Its tokens."""
+        """Number of its tokens."""
         return self.batch_size * self.seq_len
 
 
 def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
-    """Bytes of one hidden state [B, S, D]."""
+    """Return the bytes of one hidden state [B, S, D]."""
     return batch.num_tokens * pieces.config.embed_dim * pieces.norm.weight.dtype.itemsize
 
 
 def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
-    """Bytes of the tables that all layers share."""
+    """Return the bytes of the rotary tables that all layers share."""
     return batch.seq_len * pieces.config.head_dim * pieces.norm.weight.dtype.itemsize
 
 
 def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
-    """Bytes of what is there from a forward's start: the embedded tokens, the rotary tables, the micro-batch itself."""
+    """Return the bytes allocated throughout a forward: the embedded tokens, the rotary tables, the micro-batch itself."""
     tokens_and_labels = 2 * batch.num_tokens * torch.int64.itemsize
     return hidden_bytes(pieces, batch) + rope_bytes(pieces, batch) + tokens_and_labels
 
 
 def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None) -> tuple[MicroBatch, str]:
-    """The micro-batch of a recipe's config, with the longest examples there can be, and where their length is from.
+    """Return the micro-batch of a recipe's config with the longest possible examples, and the source of their length.
 
     Args:
-        cfg: of a recipe that trains.
-        context: the most tokens that the trained model takes.
-        device_type: what it is computed on.
-        seq_len: another length, in tokens; None: as the config says.
+        cfg: config of a recipe that trains.
+        context: context length of the trained model, in tokens.
+        device_type: type of the compute device.
+        seq_len: another length, in tokens; None: the config's.
     """
     longest = cfg.tokenizer.get("max_seq_len")
     if seq_len is not None:
@@ -69,7 +69,7 @@ def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None)
 
 
 def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:
-    """The cost of a layer; see `Cost`."""
+    """Return the cost of a layer; see `Cost`."""
     layer, config, dtype = pieces.layers[0], pieces.config, pieces.norm.weight.dtype
     hidden_BSD = _hidden(pieces, batch, backward=backward)
     rope = tuple(torch.empty(batch.seq_len, 1, config.head_dim // 2, dtype=dtype, device="meta") for _ in range(2))
@@ -78,7 +78,7 @@ def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cos
 
 
 def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
-    """Bytes that the final norm leaves for backward, and the hidden states it makes."""
+    """Return the bytes that the final norm saves for backward, and the hidden states it outputs."""
     hidden_BSD = _hidden(pieces, batch, backward=True)
     held: list[Tensor] = [hidden_BSD, *pieces.norm.parameters()]
     return kept_bytes(lambda: pieces.norm(hidden_BSD), held, batch.device_type)
@@ -93,7 +93,7 @@ def loss_cost(
     kd_ratio: float,
     chunk_size: int | None,
 ) -> Cost:
-    """The cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
+    """Return the cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
     hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
     with torch.no_grad():
         ours = _projection(student, hidden_TD)
@@ -126,7 +126,7 @@ def loss_cost(
 
 
 def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_ratio: float) -> int:
-    """Operations a token of the student's head: logits, the hidden state's gradient, and the weight's where it has one."""
+    """Return the operations per token of the student's head: logits, and gradients of the hidden state and a trained weight."""
     is_trained = any(parameter.requires_grad for parameter in student.output.parameters())
     return (6 if is_trained else 4) * vocab_size * head.weight_VD.shape[1]
 

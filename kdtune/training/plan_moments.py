@@ -1,13 +1,13 @@
-"""When in a step what exists on a rank, and what goes over the wire; docs/distributed.md says how the models are spread.
+"""Memory of a rank in each phase of a step, and its communication volume; docs/distributed.md describes the parallelism.
 
-What FSDP2 holds and when was read from torch/distributed/fsdp/_fully_shard and is compared with what is measured in
-tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embeddings, norm, head).
+The behaviour of FSDP2 was read from torch/distributed/fsdp/_fully_shard and is compared with measurements in
+tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embeddings, norm, head: FSDP's root).
 
-- Gathering a unit takes it twice: the buffer that is received, and the parameters that are copied out of it. In forward the
-  buffer lives until the next unit is gathered; in backward the next one's is there already.
-- The rest stays whole from its first use to the end of backward, the teacher's for good.
-- A unit's gradients are whole until its backward ends; then reduce-scatter has a copy in its dtype, which lives until the next
-  unit's backward ends.
+- All-gathering a unit needs its size twice: the receive buffer, and the parameters that are copied out of it. In forward the
+  buffer lives until the next unit is gathered; in backward the next unit's buffer already exists.
+- The rest stays unsharded from its first use to the end of backward; the teacher's is never resharded.
+- A unit's gradients are unsharded until its backward ends; then reduce-scatter has a copy in its dtype, which lives until the
+  next unit's backward ends.
 """
 
 from collections.abc import Iterator
@@ -22,44 +22,44 @@ from kdtune.training.plan_sizes import ModelSizes, Unit
 
 @dataclass(frozen=True)
 class Moment:
-    """What exists on a rank's device at one point of a step, in bytes."""
+    """Bytes on a rank's device in one phase of a step, by purpose."""
 
     name: str
     weights: int = 0
-    """This rank's share of student and teacher."""
+    """This rank's shards of student and teacher."""
     optimizer: int = 0
     gradients: int = 0
-    """Its share of them, summed already."""
+    """This rank's shards of the gradients, already reduced."""
     gathered: int = 0
-    """Parameters made whole for use, and the buffers they come in."""
+    """All-gathered parameters, and their receive buffers."""
     activations: int = 0
     loss: int = 0
-    """What the loss makes, gradients of hidden states and head among it; in the optimizer's step what that makes."""
+    """Temporaries of the loss, including gradients of hidden states and head; in the optimizer's step, its temporaries."""
     reduction: int = 0
-    """Gradients before they are summed, and the buffers they go in."""
+    """Gradients before they are reduced, and the reduce-scatter buffers."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all fields."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "name")
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes that a rank receives in a step, as ring algorithms send them."""
+    """Bytes that a rank receives in a step, with ring algorithms."""
 
     gather: int
     reduce_scatter: int
     all_reduce: int
     tensor_parallel: int
-    """Sums of hidden states, two a layer and pass, and logits on their way to the process that compares them."""
+    """All-reduces of hidden states, two per layer and pass, and the all-to-all of logits for the loss."""
     answers: int = 0
-    """Hidden states from a teacher on processes of its own."""
+    """Hidden states from a disaggregated teacher."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that is trained, what a layer takes, and what the final norm keeps; bytes."""
+    """Costs of the trained model: sizes, one layer, and the final norm's saved tensors; bytes."""
 
     sizes: ModelSizes
     layer: Cost
@@ -67,60 +67,60 @@ class Trained:
     hidden: int
     """One hidden state [B, S, D]."""
     fixed: int
-    """What is there from the start: the embedded tokens, the rotary tables, the micro-batch itself."""
+    """Allocated from the start: the embedded tokens, the rotary tables, the micro-batch itself."""
     recomputes: bool
 
     @property
     def kept(self) -> int:
-        """Of a layer, until its backward."""
+        """Bytes that a layer saves until its backward."""
         return self.hidden if self.recomputes else self.layer.kept
 
     @property
     def layer_backward(self) -> int:
-        """Most in a layer's backward, with what was kept of it."""
+        """Peak bytes in a layer's backward, including its saved tensors."""
         return self.layer.backward_peak + (self.hidden if self.recomputes else 0)
 
     @property
     def activations(self) -> int:
-        """Of all layers, after forward."""
+        """Bytes that all layers have saved after forward."""
         return self.fixed + self.sizes.num_layers * self.kept + self.norm
 
 
 @dataclass(frozen=True)
 class Taught:
-    """The teacher, and what a layer of it takes; bytes."""
+    """Costs of the teacher: sizes and one layer; bytes."""
 
     sizes: ModelSizes
     layer: Cost
     hidden: int
-    """Its answer to a micro-batch."""
+    """Its output for a micro-batch."""
     fixed: int
     apart: int = 0
-    """Processes that hold it alone, while the student's have a copy of its head; 0: it is where the student is."""
+    """Number of ranks that hold only the teacher (the student's then have a copy of its head); 0: it is colocated."""
     turns: int = 1
-    """Forwards of one of its processes for a micro-batch of all of the student's."""
+    """Forwards of one of its ranks for one micro-batch of every student rank."""
 
     @property
     def stored(self) -> int:
-        """Its share, or its head, on a process of the student."""
+        """Its shards, or its head, on a rank of the student."""
         head = self.sizes.pieces.output.weight
         return head.numel() * head.element_size() if self.apart else self.sizes.total.stored
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one of its processes for a micro-batch of all of the student's."""
+        """Floating-point operations of one of its ranks for one micro-batch of every student rank."""
         return self.turns * self.sizes.num_layers * self.layer.forward_flops
 
 
 def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: int, update: int) -> Iterator[Moment]:
-    """The points of a step at which there may be most, from its second micro-batch or step on.
+    """Return the phases of a step that may be its peak, from its second micro-batch or step on.
 
     Args:
-        student: what is trained.
-        teacher: what it learns from; None: the labels alone.
-        loss: from hidden states.
-        accumulation: micro-batches a step.
-        update: bytes that the optimizer makes for a while.
+        student: the trained model.
+        teacher: the teacher; None: only labels.
+        loss: cost of the loss from hidden states.
+        accumulation: micro-batches per step.
+        update: bytes of the optimizer's temporaries.
     """
     held = _held(student, teacher, accumulation)
     if teacher is not None and not teacher.apart:
@@ -132,17 +132,17 @@ def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: 
 
 
 def _own(sizes: ModelSizes, share: int) -> int:
-    """A rank's share, where it lies on the device."""
+    """Return a rank's share if it is on the device, 0 if it is offloaded."""
     return 0 if sizes.is_offloaded else share
 
 
 def _buffer(sizes: ModelSizes, unit: Unit) -> int:
-    """What a unit is received in."""
+    """Return the bytes of a unit's all-gather buffer."""
     return unit.whole if sizes.num_shards > 1 else 0
 
 
 def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[str, int]:
-    """What exists throughout."""
+    """Return the bytes allocated throughout a step, by purpose."""
     own = student.sizes.total
     held = {
         "weights": _own(student.sizes, own.stored),
@@ -158,14 +158,14 @@ def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[s
 
 
 def teacher_held(teacher: Taught) -> dict[str, int]:
-    """What exists of it throughout, where it is."""
+    """Return the bytes allocated throughout a step on the ranks that compute the teacher, by purpose."""
     sizes = teacher.sizes
     layers = 0 if sizes.reshards else sizes.num_layers * sizes.layer.whole
     return {"weights": _own(sizes, sizes.total.stored), "gathered": sizes.rest.whole + layers}
 
 
 def teacher_moments(teacher: Taught, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Moment]:
-    """The points of its forward at which there may be most, beside what is held and an answer that is not fetched yet."""
+    """Return the phases of its forward that may be its peak, besides `teacher_held` and an output not yet fetched."""
     sizes = teacher.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
     first = sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
@@ -176,7 +176,7 @@ def teacher_moments(teacher: Taught, held: dict[str, int], *, unfetched: int = 0
 
 
 def _forward(student: Trained, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Moment]:
-    """The student's forward, and the loss; `answer`: what the teacher gave."""
+    """Yield the phases of the student's forward and the loss; `answer`: bytes of the teacher's output."""
     sizes = student.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
     first = held["gathered"] + sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
@@ -245,7 +245,7 @@ def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
 
 
 def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
-    """Of a module of the rest, before they are summed."""
+    """Return the bytes of the unreduced gradients of a module of the rest."""
     parameters = sizes.pieces.get_submodule(name).parameters()
     return sum(one.numel() * one.element_size() for one in parameters if one.requires_grad)
 
@@ -253,7 +253,7 @@ def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
 def volume(
     student: ModelSizes, teacher: Taught | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
 ) -> Volume:
-    """What a rank receives in a step; `teacher`: None where it is not asked."""
+    """Return the bytes that a rank receives in a step; `teacher`: None if it is not used."""
     gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
     gathered = _ring(gather, student.num_shards)
     reduced = student.total.reduced
@@ -271,13 +271,13 @@ def volume(
 
 
 def teacher_gather(teacher: Taught) -> int:
-    """Bytes that one of its processes receives of its weights for a micro-batch of all of the student's."""
+    """Return the bytes of weights that one of its ranks receives for one micro-batch of every student rank."""
     sizes = teacher.sizes
     return teacher.turns * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
 
 
 def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:
-    """What tensor parallelism sends of a micro-batch, in so many passes over the layers and exchanges of its logits."""
+    """Return the bytes of tensor parallelism for a micro-batch, given the passes over the layers and exchanges of logits."""
     tp = sizes.layout[-1]
     hidden = hidden_bytes(sizes.pieces, batch)
     logits = batch.num_tokens * len(sizes.pieces.output.weight) * torch.float32.itemsize
@@ -286,5 +286,5 @@ def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges:
 
 
 def _ring(total: int, ranks: int) -> int:
-    """Bytes that each of so many ranks receives of a total that each has a share of."""
+    """Return the bytes that each of this many ranks receives of a total of which each has a shard."""
     return total * (ranks - 1) // ranks

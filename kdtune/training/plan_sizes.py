@@ -1,4 +1,4 @@
-"""What a rank holds of a model, its gradients and its optimizer state, in bytes: from the real sharding, without weights."""
+"""Bytes of a model, its gradients and its optimizer state on one rank, from the real sharding without weights."""
 
 import copy
 import math
@@ -25,29 +25,29 @@ _PROBE = (29, 31, 37, 41)
 
 @dataclass(frozen=True)
 class Unit:
-    """The parameters that FSDP gathers together; bytes, on one rank unless it says otherwise."""
+    """Parameters that FSDP gathers together (an FSDP unit); bytes on one rank unless stated otherwise."""
 
     stored: int = 0
-    """This rank's share of the parameters."""
+    """This rank's shards of the parameters."""
     gradients: int = 0
-    """Its share of their gradients."""
+    """Its shards of their gradients."""
     state: int = 0
-    """Its share of the optimizer's state."""
+    """Its shards of the optimizer's state."""
     whole: int = 0
-    """The parameters gathered, as they are computed with; 0 where nothing is gathered."""
+    """The all-gathered parameters, in the compute dtype; 0 if nothing is gathered."""
     whole_gradients: int = 0
     """The gradients before they are reduced."""
     reduced: int = 0
-    """What is handed to reduce-scatter; 0 where nothing is."""
+    """The input of reduce-scatter; 0 without one."""
     all_stored: int = 0
     """The parameters on all ranks, each once."""
     all_trained: int = 0
-    """Of those the trained ones."""
+    """The trained ones among those."""
     all_state: int = 0
     """The optimizer's state on all ranks, each entry once."""
 
     def plus(self, other: Self, times: int = 1) -> "Unit":
-        """The sum of this and so many of the other."""
+        """Return the sum of this unit and the other one, times a factor."""
         return Unit(*(getattr(self, field.name) + times * getattr(other, field.name) for field in fields(Unit)))
 
 
@@ -56,34 +56,34 @@ class ModelSizes:
     """A model on one rank: its layers are alike, the rest (embeddings, norm, head) is another unit."""
 
     pieces: Transformer
-    """One layer and the rest, on the meta device, with the shapes and dtypes that a rank computes with."""
+    """One layer and the rest, on the meta device, with a rank's compute shapes and dtypes."""
     num_layers: int
     layer: Unit
     rest: Unit
     is_sharded: bool
-    """Whether FSDP gathers it."""
+    """True if FSDP gathers it."""
     parallelism: Parallelism
     layout: tuple[int, ...]
-    """dp_replicate, dp_shard, and what the mesh has more."""
+    """Sizes of the mesh: dp_replicate, dp_shard, and any further dimension."""
 
     @property
     def total(self) -> Unit:
-        """The whole model."""
+        """Sum of all units."""
         return self.rest.plus(self.layer, self.num_layers)
 
     @property
     def num_shards(self) -> int:
-        """Ranks that a gathered parameter comes from."""
+        """Number of ranks that a gathered parameter is sharded over."""
         return self.layout[1] if self.is_sharded else 1
 
     @property
     def reshards(self) -> bool:
-        """Return whether a layer's parameters are let go after its forward."""
+        """Return whether a layer's all-gathered parameters are freed after its forward."""
         return self.parallelism.reshard_after_forward
 
     @property
     def is_offloaded(self) -> bool:
-        """Return whether the shares lie in the CPU's memory."""
+        """Return whether the shards are in CPU memory."""
         return self.is_sharded and self.parallelism.cpu_offload
 
 
@@ -92,13 +92,13 @@ State = dict[str, list[tuple[tuple[int, ...], int]]]
 
 
 def model_sizes(model: Transformer, parallelism: Parallelism, world: World, optimizer: Any = None) -> ModelSizes:
-    """What a rank of the world holds of a model on the meta device, which is used up.
+    """Return the sizes on a rank of a model on the meta device; the model is modified and unusable afterwards.
 
     Args:
         model: as a run builds it, before it is sharded.
-        parallelism: how it is spread.
-        world: the rank; of several, `fake_world`'s.
-        optimizer: component node of what trains it; None: nothing does.
+        parallelism: how it is parallelized.
+        world: the rank; for several ranks, `fake_world`'s.
+        optimizer: component node of its optimizer; None: it is not trained.
     """
     num_layers, model.layers = len(model.layers), model.layers[:1]
     state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
@@ -119,7 +119,7 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
 
 @dataclass(frozen=True)
 class _Widths:
-    """The dtypes that FSDP computes and reduces in."""
+    """Dtypes in which FSDP gathers and reduces."""
 
     parallelism: Parallelism
     is_sharded: bool
@@ -152,12 +152,12 @@ def _unit(parameter: Tensor, shards: int, widths: _Widths, state: list[tuple[tup
 
 
 def _rows_bytes(weight: Tensor) -> int:
-    """Of an NF4 weight, what is sent of it."""
+    """Return the bytes that are sent of an NF4 weight."""
     return sum(_bytes(part) for name, part in nf4_parts(weight).items() if name in BY_ROWS)
 
 
 def _num_padded(parameter: Tensor) -> int:
-    """The values of the largest share that a rank has of it, which is what each one sends."""
+    """Return the number of values of a parameter's largest shard, which every rank sends."""
     rows = shape_in_use(parameter)[0]
     shards = _ranks(parameter, "dp_shard") if isinstance(parameter, DTensor) else 1
     return -(-rows // shards) * math.prod(local(parameter).shape[1:])
@@ -170,7 +170,7 @@ def _ranks(parameter: DTensor, name: str) -> int:
 
 
 def shape_in_use(parameter: Tensor) -> torch.Size:
-    """The parameter's shape when it is computed with: gathered by FSDP, still cut by what is not data parallel."""
+    """Return the parameter's shape in computation: gathered by FSDP, still sharded by tensor parallelism."""
     shape = list(parameter.shape)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -182,7 +182,7 @@ def shape_in_use(parameter: Tensor) -> torch.Size:
 
 
 def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None:
-    """Gives the pieces the shapes and dtypes of the sharded model's parameters when they are computed with."""
+    """Give the pieces the shapes and dtypes that the sharded model's parameters have in computation."""
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         if parameter not in made:
@@ -201,7 +201,7 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def state_shapes(optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]) -> State:
-    """The state that an optimizer keeps of each parameter, found by a step on small ones of the same names and dtypes."""
+    """Return an optimizer's state per parameter, from a step on small ones of the same names and dtypes."""
     instance, small = _stepped(optimizer, trained)
     return {
         name: [
@@ -212,7 +212,7 @@ def state_shapes(optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]) ->
 
 
 def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
-    """Bytes that the optimizer's step makes and lets go: about, from a step on small parameters."""
+    """Estimate the temporary bytes of the optimizer's step, from a step on small parameters."""
     trained = _trained(sizes.pieces)
     instance, small = _stepped(optimizer, trained)
     group = instance.param_groups[0]
@@ -234,7 +234,7 @@ def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
 def _stepped(
     optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]
 ) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer after a step on small parameters of the same names and dtypes, and these."""
+    """Return the optimizer after a step on small parameters of the same names and dtypes, and these parameters."""
     small = {name: _small(parameter) for name, parameter in trained}
     instance: torch.optim.Optimizer = instantiate(optimizer, params=list(small.items()))
     for parameter in small.values():

@@ -1,4 +1,4 @@
-"""The teacher in a plan: where the student is, or on processes of its own (kdtune/teachers/remote.py)."""
+"""The teacher in a plan: colocated with the student, or on its own processes (kdtune/teachers/remote.py)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from kdtune.training.plan_sizes import ModelSizes, model_sizes
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What a rank takes that holds the teacher alone."""
+    """Estimate for a rank that holds only the teacher."""
 
     teacher: Taught
     moments: tuple[Moment, ...]
@@ -27,25 +27,25 @@ class TeacherPlan:
 
     @property
     def peak(self) -> Moment:
-        """The moment at which most exists."""
+        """The phase with the most memory."""
         return max(self.moments, key=lambda moment: moment.total)
 
 
 def make_teacher_plan(
     cfg: Any, world: World, num_students: int, *, device_type: str | None = None, seq_len: int | None = None
 ) -> TeacherPlan:
-    """The plan of a process that holds the teacher alone (`teacher_processes`); see `make_plan`.
+    """Estimate a rank that holds only the teacher (`teacher_processes`); see `make_plan`.
 
     Args:
-        cfg: of the recipe that distils.
+        cfg: config of a distillation recipe.
         world: the rank among the teacher's.
-        num_students: processes that the student has.
-        device_type: what the ranks compute on, such as "cuda"; None: as the world.
-        seq_len: tokens an example; None: the tokenizer's max_seq_len, the longest there can be.
+        num_students: number of the student's ranks.
+        device_type: device type of the ranks, such as "cuda"; None: the world's.
+        seq_len: tokens per example; None: the tokenizer's max_seq_len, the upper limit.
 
     Raises:
         ConfigError: the sizes do not fit the number of processes.
-        CheckpointError: a model is described by its checkpoint alone, and that cannot be read.
+        CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
     context = model_config(cfg.model, cfg.checkpointer).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
@@ -58,12 +58,12 @@ def make_teacher_plan(
 
 
 def teacher_beside(cfg: Any, world: World, batch: MicroBatch) -> Taught:
-    """The teacher on the student's processes. One whose divergence has no weight is there all the same, for validation."""
+    """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
     return _taught(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
 
 
 def teacher_afar(cfg: Any, num_students: int, batch: MicroBatch) -> Taught:
-    """The teacher on processes of its own, as one of the student's sees it; its sizes are those of all of it."""
+    """Return the disaggregated teacher as a student rank sees it; its sizes are those of the full model."""
     share, turns = _share(batch, num_students, cfg.teacher_processes)
     # Head and hidden states come in the dtype that it computes in.
     dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
@@ -89,6 +89,6 @@ def _sizes(cfg: Any, parallelism: Parallelism, world: World, *, dtype: str | Non
 
 
 def _share(batch: MicroBatch, num_students: int, num_teachers: int) -> tuple[MicroBatch, int]:
-    """What a process of the teacher computes at once, at most, and how often for a micro-batch of all students."""
+    """Return the largest batch that a teacher rank computes at once, and how many per micro-batch of all student ranks."""
     sharers = max(1, num_teachers // num_students)
     return replace(batch, batch_size=-(-batch.batch_size // sharers)), -(-num_students // num_teachers)

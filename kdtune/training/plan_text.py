@@ -1,4 +1,4 @@
-"""A plan as lines to read: one column for each number of processes."""
+"""Format a plan as text, one column per number of processes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ _USABLE = 0.9
 
 
 def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
-    """The plans of one config, which differ in their number of processes, side by side; times for a known card only."""
+    """Format plans of one config for several numbers of processes side by side; times only for a known card."""
     apart = [plan.apart for plan in plans if plan.apart]
     rows = [
         *_memory_rows(plans, gpu),
@@ -52,7 +52,7 @@ def plan_summary(plan: Plan, gpu: GPU | None) -> str:
 
 
 def teacher_summary(plan: TeacherPlan, gpu: GPU | None) -> str:
-    """The same for processes that hold the teacher alone, in one line."""
+    """Summarize, in one line, the ranks that hold only the teacher."""
     unit, name = _unit([plan])
     return _summary(
         f"plan: {_digits(plan.peak.total / unit)} {name} a process of the teacher at the peak{_room(plan.peak.total, gpu)}"
@@ -81,17 +81,17 @@ def _lines(rows: Sequence[Row]) -> list[str]:
 def plan_on_paper(
     cfg: Any, world_sizes: Sequence[int], *, gpu_name: str | None = None, seq_len: int | None = None
 ) -> str:
-    """The plan of a config on so many processes, none of which exist; see `plan_text`.
+    """Estimate a config for numbers of processes that need not exist; see `plan_text`.
 
     Args:
-        cfg: of a recipe that trains.
-        world_sizes: a column each.
+        cfg: config of a recipe that trains.
+        world_sizes: numbers of processes, one column each.
         gpu_name: a name of `hardware.GPUS`; None: the default one, unless the config's device is the CPU.
         seq_len: as in `make_plan`.
 
     Raises:
         ConfigError: the recipe does not train, the card is not known, or the config does not fit a number of processes.
-        CheckpointError: a model is described by its checkpoint alone, and that cannot be read.
+        CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
     check_trains(cfg)
     on_cpu = gpu_name is None and cfg.device == "cpu"
@@ -120,7 +120,7 @@ def plan_on_paper(
 
 
 def print_plan(cfg: Any, world: World) -> None:
-    """Prints what a run that starts will take, in three lines, and in one more of a teacher apart; all processes call it."""
+    """Print a starting run's estimate, in three lines and one more for a disaggregated teacher; all processes call it."""
     try:
         gpu = None
         if world.device.type == "cuda":
@@ -190,7 +190,7 @@ def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
 
 
 def _teacher_rows(plans: Sequence[TeacherPlan], gpu: GPU | None) -> list[Row]:
-    """Of processes that hold the teacher alone."""
+    """Return the table rows of ranks that hold only the teacher."""
     unit, name = _unit(plans)
     rows = [
         (f"memory a process of the teacher, {name}", []),
@@ -265,7 +265,7 @@ def _notes(plans: Sequence[Plan], gpu: GPU | None) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits, or the whole number where that has more."""
+    """Format with three digits, or as an integer if that has more."""
     if value == 0:
         return "0"
     if value >= 100:
@@ -286,5 +286,5 @@ def _speed(plan: Plan, gpu: GPU) -> str:
 
 
 def _rounded(value: float) -> int:
-    """The number with two digits that count."""
+    """Round to two significant digits."""
     return int(float(f"{value:.2g}"))
