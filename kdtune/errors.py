@@ -1,6 +1,11 @@
 """Errors a user can cause. The CLI prints them without a traceback and exits with their code."""
 
 import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kdtune.escape import printable
 
@@ -39,6 +44,28 @@ class TrainingError(KDTuneError):
     """A run that had to stop while training, such as at a non-finite loss. The message names the step."""
 
     exit_code = 1
+
+
+@contextmanager
+def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
+    """End the process on an error of the block that is meant for the user: its message on stderr, and its exit code.
+
+    Ctrl-C and errors of the machine (a full disk) end it with 1; any other exception passes.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (KDTuneError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FILE_ERRORS:
+            raise
+        if show_traceback:
+            traceback.print_exception(error)
+        elif not getattr(error, "is_repeated", False):
+            rank = os.environ.get("RANK")
+            print(f"{f'[rank {rank}] ' if rank else ''}{error_text(error)}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 def error_text(error: Exception) -> str:

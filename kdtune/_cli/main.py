@@ -6,7 +6,7 @@ import sys
 
 import kdtune
 from kdtune._cli import cat, completion, cp, data, download, ls, plan, run, validate
-from kdtune.errors import FILE_ERRORS, KDTuneError, error_text
+from kdtune.errors import exit_on_error
 from kdtune.log import outlive_readers
 
 _DESCRIPTION = "Distil large language models into small ones: recipes, configs and a command line in pure PyTorch."
@@ -44,10 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
-    argv = sys.argv[1:] if argv is None else argv
     outlive_readers()
     _fit_progress_bars()
-    sys.exit(run_command(argv))
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    with exit_on_error(show_traceback=arguments.traceback):
+        sys.exit(arguments.func(arguments) or 0)
 
 
 def _fit_progress_bars() -> None:
@@ -60,26 +61,6 @@ def _fit_progress_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "15")
 
 
-def run_command(argv: list[str]) -> int:
-    """Run a command line and return its exit code; print errors meant for the user without a traceback."""
-    arguments = parse(argv)
-    try:
-        return arguments.func(arguments) or 0
-    except KDTuneError as error:
-        if arguments.traceback:
-            raise
-        print(error_text(error), file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if arguments.traceback or error.errno not in FILE_ERRORS:
-            raise
-        print(error_text(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line for its command's function."""
     before = argv[: argv.index("run")] if "run" in argv else argv
@@ -89,9 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         and argv[len(before) + 1 :] not in ([], ["-h"], ["--help"])
     ):
         # What follows `run` belongs to torchrun and the recipe; argparse would take their options for its own.
-        return argparse.Namespace(
-            func=run.execute, arguments=[*argv[len(before) + 1 :], *before], traceback=bool(before)
-        )
+        words = [*argv[len(before) + 1 :], *before]
+        return argparse.Namespace(func=run.execute, arguments=words, traceback="--traceback" in words)
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and not hasattr(arguments, "overrides"):

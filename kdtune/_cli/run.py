@@ -44,7 +44,8 @@ def execute(arguments: argparse.Namespace) -> int:
     check_order(name, torchrun_options, rest)
     check_launch(name, torchrun_options)
     if not torchrun_options:
-        import_recipe(recipe)(rest)
+        main = import_recipe(recipe)
+        main.function(main.read(rest))
         return 0
     return launch(torchrun_options, recipe, rest)
 

@@ -10,19 +10,18 @@ import platform
 import shlex
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import kdtune
 from kdtune import _assets
 from kdtune.config.frame import KeyDoc
 from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_frame, load, to_yaml
 from kdtune.config.overrides import held_out_note
-from kdtune.errors import FILE_ERRORS, ConfigError, KDTuneError, error_text
+from kdtune.errors import ConfigError, KDTuneError, exit_on_error
 from kdtune.log import get_logger, outlive_readers
 
 T = TypeVar("T")
@@ -47,6 +46,9 @@ class EntryPoint(Protocol):
     function: Callable[[Any], Any]
     default_config: str | None
 
+    def read(self, argv: list[str] | None = None) -> Any:
+        """Return the config of a command line, fully validated; raise ConfigError with every finding."""
+
     def __call__(self, argv: list[str] | None = None) -> None:
         """Runs the recipe on these command-line arguments (None: the process's own)."""
 
@@ -58,33 +60,27 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
 
     All five validation stages pass before the function receives the config. A KDTuneError is printed without a traceback and ends the
     process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
-    traceback and 1. The result keeps `.frame`, `.default_config` and `.function` (the function itself, which raises instead
-    of exiting).
+    traceback and 1. The result keeps `.frame`, `.default_config`, and its two halves: `.read(argv)` returns the config and
+    `.function(cfg)` is the function itself; both raise instead of exiting.
     """
     if not is_frame(frame):
         raise TypeError(f"entry_point({frame!r}): must be a dataclass")
 
     def decorate(function: Callable[[T], Any]) -> EntryPoint:
-        @functools.wraps(function)
-        def main(argv: list[str] | None = None) -> None:
-            outlive_readers()
+        def read(argv: list[str] | None = None) -> T:
             path = Path(inspect.getfile(function))
             arguments, overrides = parse_arguments(argv, _summary(function), path.stem, default_config)
             prepare_imports(path)
-            try:
-                cfg = _gates(frame, path, arguments.config, overrides)
-            except (KDTuneError, OSError) as error:
-                _exit(error, show=arguments.traceback, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
-            try:
-                function(cfg)
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                raise SystemExit(1) from None
-            except (KDTuneError, OSError) as error:
-                _exit(error, show=arguments.traceback)
+            return _checked_config(frame, path, arguments.config, overrides)
+
+        @functools.wraps(function)
+        def main(argv: list[str] | None = None) -> None:
+            outlive_readers()
+            with exit_on_error(show_traceback="--traceback" in (sys.argv if argv is None else argv)):
+                function(read(argv))
 
         wrapped = cast(Any, main)
-        wrapped.frame, wrapped.function, wrapped.default_config = frame, function, default_config
+        wrapped.frame, wrapped.function, wrapped.read, wrapped.default_config = frame, function, read, default_config
         # functools.wraps would otherwise show the undecorated signature.
         del wrapped.__wrapped__
         return cast(EntryPoint, wrapped)
@@ -158,12 +154,18 @@ def import_recipe(recipe: _assets.Recipe) -> EntryPoint:
     return cast(EntryPoint, main)
 
 
-def _gates(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
-    check_partner(recipe, source)
-    cfg = load(source, overrides, frame)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (note := held_out_note(cfg, overrides)):
-        _log.warning(note)
-    check_machine(cfg, source)
+def _checked_config(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
+    """Return the config after all five validation stages; the first process of each host prints what they find."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        check_partner(recipe, source)
+        cfg = load(source, overrides, frame)
+        if is_first and (note := held_out_note(cfg, overrides)):
+            _log.warning(note)
+        check_machine(cfg, source)
+    except KDTuneError as error:
+        error.is_repeated = not is_first
+        raise
     name = _assets.find_config(source).recipe or recipe.stem
     object.__setattr__(cfg, _ORIGIN, Origin(name, source, tuple(overrides), _command(sys.argv)))
     return cfg
@@ -191,18 +193,6 @@ def check_partner(recipe: Path, source: str | Path) -> None:
         f"{source}: {RECIPE_KEY}: is a config for {partner!r}, not for {shipped.name!r}; "
         f"run `kdtune run {partner} --config {source}`"
     )
-
-
-def _exit(error: Exception, *, show: bool, quiet: bool = False) -> NoReturn:
-    """Ends the process as the error says; `quiet` prints nothing (another process of this host prints the same message)."""
-    if isinstance(error, OSError) and error.errno not in FILE_ERRORS:
-        raise error
-    if show:
-        traceback.print_exception(error)
-    elif not (quiet or getattr(error, "is_repeated", False)):
-        rank = os.environ.get("RANK")
-        print(f"{f'[rank {rank}] ' if rank else ''}{error_text(error)}", file=sys.stderr)
-    raise SystemExit(error.exit_code if isinstance(error, KDTuneError) else 1) from None
 
 
 def origin(cfg: Any) -> Origin | None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed_runs import KD, check_same_change, check_same_rows, rows
-
-from kdtune._cli.main import run_command
+from exit_codes import run_command
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

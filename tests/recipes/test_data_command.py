@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exit_codes import run_command
 
-from kdtune._cli.main import run_command
 from kdtune.data import Report, show
 from kdtune.data.transforms import make_example
 from kdtune.models import Transformer

@@ -6,8 +6,7 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
-
-from kdtune._cli.main import run_command
+from exit_codes import run_command
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
 

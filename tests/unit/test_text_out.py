@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from exit_codes import run_command
 from tqdm import tqdm
 
-from kdtune._cli.main import run_command
 from kdtune.checkpoint import atomic_write_text, collected_rows, partial_of
 from kdtune.escape import one_line, printable
 from kdtune.log import bar_settings, fit_for_stdout, get_logger

@@ -4,17 +4,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from exit_codes import run_command
 
 from kdtune import _assets
 from kdtune._cli import cp
-from kdtune._cli.main import run_command
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    try:
-        code = run_command(list(argv))
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
+    code = run_command(list(argv))
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -167,11 +164,10 @@ def test_validate_needs_a_partner(assets: Path, capsys: pytest.CaptureFixture[st
     assert "did you mean 'add'?" in run(capsys, "validate", "mine.yaml")[2]
 
 
-def test_traceback_is_shown_on_request(assets: Path) -> None:
-    from kdtune.errors import ConfigError
-
-    with pytest.raises(ConfigError):
-        run_command(["--traceback", "validate", "nothing"])
+def test_traceback_is_shown_on_request(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--traceback", "validate", "nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error and "kdtune.errors.ConfigError" in error
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

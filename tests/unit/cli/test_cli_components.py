@@ -1,11 +1,11 @@
 """`kdtune ls KIND` and `kdtune ls a.dotted.component`."""
 
 import pytest
+from exit_codes import run_command
 
 import kdtune.data
 import kdtune.models
 from kdtune._cli import components, ls
-from kdtune._cli.main import run_command
 from kdtune.config import resolve
 
 

@@ -18,8 +18,8 @@ HEAVY = {"torch", "numpy", "tokenizers", "huggingface_hub", "datasets", "matplot
 def loaded_modules(*argv: str) -> set[str]:
     """Top-level modules that a command line has imported when it is done."""
     program = (
-        "import sys\nfrom kdtune._cli.main import run_command\n"
-        f"try:\n    code = run_command({list(argv)!r})\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "import sys\nfrom kdtune._cli.main import main\n"
+        f"try:\n    main({list(argv)!r})\nexcept SystemExit as stop:\n    code = stop.code\n"
         "assert not code, code\n"
         "print('MODULES', *{name.partition('.')[0] for name in sys.modules})\n"
     )

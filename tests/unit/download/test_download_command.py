@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from exit_codes import run_command
 from hub_server import Hub
-
-from kdtune._cli.main import run_command
 
 ROOT = Path(__file__).parents[3]
 SECRET = "hf_verysecrettoken123"

@@ -6,10 +6,9 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from exit_codes import run_command
 from hub_server import Hub
 from test_download_hub import SECRET, WEIGHTS, error_of, get, held
-
-from kdtune._cli.main import run_command
 
 FILE = {"type": "file", "path": "a.json", "size": 3, "oid": "0" * 40}
 

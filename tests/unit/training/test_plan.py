@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from exit_codes import run_command
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from kdtune import _assets, losses, training
 from kdtune._assets import find_recipe
-from kdtune._cli.main import run_command
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, apply_activation_checkpointing, fake_world
