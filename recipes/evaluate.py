@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
 from kdtune.log import bar_settings
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 
 ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
 
@@ -289,7 +289,7 @@ def build_model(
 ) -> Transformer:
     """Build a model to be measured, parallelized over the processes."""
     return distributed.distributed_model(
-        builder, checkpointer, parallelism, world, dtype=training.dtype_from_name(dtype), trainable=False
+        builder, checkpointer, parallelism, world, dtype=dtype_from_name(dtype), trainable=False
     ).eval()
 
 

@@ -21,7 +21,7 @@ from kdtune import checkpoint, config, distributed, generation, teachers, tokeni
 from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
 from kdtune.log import bar_settings, fit_for_stdout
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 
 OnAnswer = Callable[[int, list[int]], None]
 """Called with a prompt's number, from 0, and the ids of its answer."""
@@ -156,7 +156,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
 
     training.set_seed(cfg.seed)
-    dtype = training.dtype_from_name(cfg.dtype) if cfg.dtype else None
+    dtype = dtype_from_name(cfg.dtype) if cfg.dtype else None
     parallelism = config.instantiate(cfg.parallelism)
 
     def prepare(model: Transformer) -> Transformer:

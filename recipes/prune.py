@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from kdtune import checkpoint, config, data, distributed, teachers, tokenizers, training
 from kdtune.errors import TrainingError
-from kdtune.models import Transformer, prune
+from kdtune.models import Transformer, dtype_from_name, prune
 
 
 @dataclass(kw_only=True)
@@ -96,7 +96,7 @@ def main(cfg: Config) -> None:
 
 def run(cfg: Config, progress: training.Progress) -> None:
     """Load the calibration text and the model, choose the layers, write the folder."""
-    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+    device, dtype = training.resolve_device(cfg.device), dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
     tokenizer, cfg = training.load_tokenizer(cfg)
     progress.phase("reading the data")

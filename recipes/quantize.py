@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, distributed, evaluation, teachers, tokenizers, training
 from kdtune.log import bar_settings
-from kdtune.models import Transformer, has_adapters, quantization
+from kdtune.models import Transformer, dtype_from_name, has_adapters, quantization
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class Config:
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         if found:
             return found
-        device, dtype = training.resolve_device(self.device), training.dtype_from_name(self.dtype)
+        device, dtype = training.resolve_device(self.device), dtype_from_name(self.dtype)
         if problems := quantization.scheme_problems(self.scheme, device, dtype, self.group_size):
             return problems
         model_config = distributed.model_config(self.model, self.checkpointer)
@@ -97,7 +97,7 @@ def main(cfg: Config) -> None:
 
 def run(cfg: Config) -> None:
     """Load held-out data and model, quantize, and write the folder."""
-    device, dtype = training.resolve_device(cfg.device), training.dtype_from_name(cfg.dtype)
+    device, dtype = training.resolve_device(cfg.device), dtype_from_name(cfg.dtype)
     tokenizer, cfg = training.load_tokenizer(cfg)
     held_out = None
     if cfg.dataset_val is not None:

@@ -175,3 +175,13 @@ def test_every_slow_test_says_why() -> None:
         assert marks == explained, (
             f'{path}: @pytest.mark.slow("reason") says in a sentence why `make test` does without it'
         )
+
+
+def test_a_recipe_imports_little() -> None:
+    """Files of kdtune that importing the KD recipe takes, before a run needs more; the number only goes down, to 80."""
+    code = (
+        "import runpy, sys; runpy.run_path('recipes/knowledge_distillation.py', run_name='recipe'); "
+        "print(sum(name.partition('.')[0] == 'kdtune' for name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 104

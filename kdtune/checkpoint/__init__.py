@@ -1,50 +1,5 @@
 """Read and write models and resume state."""
 
-from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
-from kdtune.checkpoint.checkpointer import Checkpointer, load_model
-from kdtune.checkpoint.manager import (
-    CheckpointManager,
-    best_step,
-    discard_steps_after,
-    newest_step,
-    step_folders,
-    step_number,
-)
-from kdtune.checkpoint.peft import is_adapter_folder, load_adapter
-from kdtune.checkpoint.quantized import write_quantized
-from kdtune.checkpoint.ranks import from_main, is_main, local, together, wait_for_all
-from kdtune.checkpoint.rows import collected_rows, partial_of
-from kdtune.checkpoint.save import SaveWeights, save_model, write_adapter, write_model
-from kdtune.checkpoint.state import load_state, save_state
+import lazy_loader
 
-__all__ = [
-    "CheckpointManager",
-    "Checkpointer",
-    "SaveWeights",
-    "atomic_folder",
-    "atomic_write_text",
-    "best_step",
-    "clean_leftovers",
-    "collected_rows",
-    "discard_steps_after",
-    "from_main",
-    "is_adapter_folder",
-    "is_main",
-    "load_adapter",
-    "load_model",
-    "load_state",
-    "local",
-    "newest_step",
-    "partial_of",
-    "remove_folder",
-    "save_model",
-    "save_state",
-    "step_folders",
-    "step_number",
-    "together",
-    "wait_for_all",
-    "write_adapter",
-    "write_model",
-    "write_quantized",
-    "writing",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdtune import data, distributed, losses, teachers, training
 from kdtune.checkpoint import local
 from kdtune.config import instantiate
+from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
 from kdtune.training.plan import make_plan
 from kdtune.training.plan_teacher import make_teacher_plan
@@ -45,7 +46,7 @@ def run_steps(cfg: Any, folder: Path) -> None:
 
 def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     """Two steps as the recipe makes them: what this rank held, and what a plan that it makes itself says, in bytes."""
-    parallelism, dtype = instantiate(cfg.parallelism), training.dtype_from_name(cfg.dtype)
+    parallelism, dtype = instantiate(cfg.parallelism), dtype_from_name(cfg.dtype)
 
     plan = make_plan(cfg, world)
     teacher = teachers.build_teacher(cfg, world)

@@ -17,7 +17,7 @@ from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, apply_activation_checkpointing, fake_world
 from kdtune.errors import ConfigError
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 from kdtune.training import plan_on_paper
 from kdtune.training.hardware import GPUS, find_gpu, gpu_of
 from kdtune.training.plan import Plan, make_plan
@@ -47,7 +47,7 @@ def on_paper(cfg: Any, size: int, **options: Any) -> Plan:
 
 
 def real_model(cfg: Any) -> Transformer:
-    model = instantiate(cfg.model).to(training.dtype_from_name(cfg.dtype))
+    model = instantiate(cfg.model).to(dtype_from_name(cfg.dtype))
     return instantiate(cfg.adapter, model=model) if cfg.adapter else model
 
 

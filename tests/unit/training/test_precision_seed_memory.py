@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdtune.errors import ConfigError
-from kdtune.training import device_problems, dtype_from_name, memory_stats, resolve_device, set_seed
+from kdtune.models import dtype_from_name
+from kdtune.training import device_problems, memory_stats, resolve_device, set_seed
 
 
 def test_dtypes():

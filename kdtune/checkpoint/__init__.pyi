@@ -1,0 +1,48 @@
+from .atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
+from .checkpointer import Checkpointer, load_model
+from .manager import (
+    CheckpointManager,
+    best_step,
+    discard_steps_after,
+    newest_step,
+    step_folders,
+    step_number,
+)
+from .peft import is_adapter_folder, load_adapter
+from .quantized import write_quantized
+from .ranks import from_main, is_main, local, together, wait_for_all
+from .rows import collected_rows, partial_of
+from .save import SaveWeights, save_model, write_adapter, write_model
+from .state import load_state, save_state
+
+__all__ = [
+    "CheckpointManager",
+    "Checkpointer",
+    "SaveWeights",
+    "atomic_folder",
+    "atomic_write_text",
+    "best_step",
+    "clean_leftovers",
+    "collected_rows",
+    "discard_steps_after",
+    "from_main",
+    "is_adapter_folder",
+    "is_main",
+    "load_adapter",
+    "load_model",
+    "load_state",
+    "local",
+    "newest_step",
+    "partial_of",
+    "remove_folder",
+    "save_model",
+    "save_state",
+    "step_folders",
+    "step_number",
+    "together",
+    "wait_for_all",
+    "write_adapter",
+    "write_model",
+    "write_quantized",
+    "writing",
+]

@@ -1,0 +1,61 @@
+from .alpaca import (
+    alpaca_cleaned_dataset,
+    alpaca_dataset,
+    alpaca_messages,
+    alpaca_prompt,
+    quickstart_dataset,
+)
+from .batch import Batch, collate
+from .chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
+from .conversation import TrainingOptions, conversation_encoder
+from .dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
+from .first_row import dataset_nodes, first_row_problems, read_problems
+from .loader import Loader, Position, batches
+from .messages import Conversation, Message, parse_conversation
+from .mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
+from .sources import Source, open_rows, previewed
+from .text import text_completion_dataset
+from .transforms import EncodedRow, Example, make_example, truncate
+
+__all__ = [
+    "Batch",
+    "Conversation",
+    "Dataset",
+    "EncodedRow",
+    "Example",
+    "Loader",
+    "MapDataset",
+    "Message",
+    "MixedDataset",
+    "MixedStream",
+    "Position",
+    "Report",
+    "RowStream",
+    "Source",
+    "StreamDataset",
+    "TokenizedDataset",
+    "TrainingOptions",
+    "alpaca_cleaned_dataset",
+    "alpaca_dataset",
+    "alpaca_messages",
+    "alpaca_prompt",
+    "batches",
+    "chat_dataset",
+    "chat_messages",
+    "collate",
+    "conversation_encoder",
+    "dataset_nodes",
+    "first_row_problems",
+    "instruct_dataset",
+    "instruct_messages",
+    "load_dataset",
+    "make_example",
+    "mixed_dataset",
+    "open_rows",
+    "parse_conversation",
+    "previewed",
+    "quickstart_dataset",
+    "read_problems",
+    "text_completion_dataset",
+    "truncate",
+]

@@ -1,0 +1,17 @@
+from .build import build_teacher, build_teacher_model, problems
+from .compatibility import check_tokenizer, check_vocabularies
+from .online import OnlineTeacher
+from .protocol import Teacher
+from .remote import RemoteTeacher, serve
+
+__all__ = [
+    "OnlineTeacher",
+    "RemoteTeacher",
+    "Teacher",
+    "build_teacher",
+    "build_teacher_model",
+    "check_tokenizer",
+    "check_vocabularies",
+    "problems",
+    "serve",
+]

@@ -1,0 +1,25 @@
+from .base import Tokenizer
+from .byte import byte_tokenizer
+from .compare import check_vocabulary, fingerprint, lacking_control_tokens, same_ids, same_tokenizer
+from .gguf import GGUFTokenizer
+from .huggingface import HuggingFaceTokenizer
+from .loading import llama2_tokenizer, llama3_tokenizer, load
+from .sentencepiece import SentencePieceTokenizer
+from .tiktoken import TiktokenTokenizer
+
+__all__ = [
+    "GGUFTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "byte_tokenizer",
+    "check_vocabulary",
+    "fingerprint",
+    "lacking_control_tokens",
+    "llama2_tokenizer",
+    "llama3_tokenizer",
+    "load",
+    "same_ids",
+    "same_tokenizer",
+]
