@@ -28,7 +28,7 @@ class Loader:
     batch_size: examples per batch. pad_id: the tokenizer's. shuffle: a new order every epoch, which depends only on seed.
     num_workers: processes that prefetch and pad (for a stream, whose rows are read in order, at most 1). They change
     neither the order nor the position: prefetched batches do not count. In a stream, seek reads and discards the rows
-    before the position. The last, smaller batch of an epoch is kept unless drop_last. `report` counts the rows of the
+    before the position. The last, smaller batch of an epoch is kept. `report` counts the rows of the
     dataset; for a stream, those of the current epoch up to the last batch returned.
 
     rank, num_ranks: this process, of num_ranks that share the batches. Each round takes num_ranks batches, one per process,
@@ -49,7 +49,6 @@ class Loader:
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
-        drop_last: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -63,14 +62,14 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.report = dataset.report
-        self._settings = _Settings(batch_size, pad_id, shuffle, seed, drop_last, rank, num_ranks)
+        self._settings = _Settings(batch_size, pad_id, shuffle, seed, rank, num_ranks)
         self._num_workers = num_workers
         self._position: Position = (0, 0)
         self._ahead: Iterator[Any] | None = None
         if self.batches_per_epoch == 0:
             raise DataError(
-                f"{dataset.report.source}: no batch to train on: {dataset.report.examples} examples with "
-                f"batch_size={batch_size} and drop_last={drop_last}; lower batch_size or set drop_last=false"
+                f"{dataset.report.source}: no batch to train on: {dataset.report.examples} examples; give it rows, or "
+                "another filter_fn"
             )
 
     @property
@@ -160,12 +159,11 @@ class _Settings:
     pad_id: int
     shuffle: bool
     seed: int
-    drop_last: bool
     rank: int
     num_ranks: int
 
     def batches(self, num_examples: int) -> int:
-        return num_examples // self.batch_size if self.drop_last else -(-num_examples // self.batch_size)
+        return -(-num_examples // self.batch_size)
 
 
 class _Numbered(TorchDataset[Example]):
@@ -228,8 +226,7 @@ class _StreamBatches(IterableDataset[Any]):
     def _epoch(self, epoch: int, first: int) -> Iterator[_StreamItem]:
         settings, waiting = self._settings, None
         examples = self._dataset.examples(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
-        least = settings.batch_size if settings.drop_last else 1
-        groups = (group for group in _grouped(examples, settings.batch_size) if len(group) >= least)
+        groups = _grouped(examples, settings.batch_size)
         count = sum(1 for _ in islice(groups, first))
         for round_of_groups in _grouped(groups, settings.num_ranks):
             if waiting is not None:  # held back until it is known not to be the epoch's last

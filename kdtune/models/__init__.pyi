@@ -47,7 +47,7 @@ from .llama.lora_builders import (
     qlora_smollm2_360m,
 )
 from .lora import LoRALinear, adapted_linears, adapter_parameters, apply_lora, has_adapters
-from .lora_merge import merge_adapters, merged_adapters, merged_config, merged_weights, unmerge_adapters
+from .lora_merge import merge_adapters, merged_config, merged_weights
 from .rope import RopeScaling
 from .transformer import Transformer, TransformerConfig, weight_shapes
 
@@ -88,7 +88,6 @@ __all__ = [
     "lora_smollm2_135m",
     "lora_smollm2_360m",
     "merge_adapters",
-    "merged_adapters",
     "merged_config",
     "merged_weights",
     "qlora_llama",
@@ -108,6 +107,5 @@ __all__ = [
     "smollm2_1_7b",
     "smollm2_135m",
     "smollm2_360m",
-    "unmerge_adapters",
     "weight_shapes",
 ]

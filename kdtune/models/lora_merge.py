@@ -1,7 +1,6 @@
-"""Merge adapters into the weights: permanently, temporarily, or only in saved files."""
+"""Merge adapters into the weights: in the model, or only in saved files."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,10 +10,8 @@ from kdtune.errors import ConfigError
 from kdtune.models.lora import OUTPUT, LoRALinear, adapted_linears, adapter_parameters, replace_module
 from kdtune.models.transformer import Transformer, TransformerConfig
 
-_MERGED_FROM = "_merged_from"
 
-
-def merge_adapters(model: Transformer, *, keep_base: bool = False) -> Transformer:
+def merge_adapters(model: Transformer) -> Transformer:
     """Merge the adapters into the weights, in place: plain linear layers that compute the same.
 
     The sums are computed in fp32 or wider and rounded once to the weights' dtype. An NF4 base becomes a plain weight of the
@@ -22,49 +19,15 @@ def merge_adapters(model: Transformer, *, keep_base: bool = False) -> Transforme
 
     Args:
         model: Loses its adapters; frozen parameters stay frozen.
-        keep_base: Keep base weights and adapters, so that :func:`unmerge_adapters` can restore them bit for bit. This
-            takes the memory of the adapted layers a second time, on their device.
 
     Raises:
         ConfigError: The model has no adapters.
     """
     linears = _checked(model)
-    config, model.config = model.config, merged_config(model)
+    model.config = merged_config(model)
     for name, linear in linears.items():
         replace_module(model, name, _plain(linear))
-    if keep_base:
-        # A plain attribute: not among the parameters, nor in the state dict.
-        object.__setattr__(model, _MERGED_FROM, (config, linears))
     return model
-
-
-def unmerge_adapters(model: Transformer) -> Transformer:
-    """Undo ``merge_adapters(model, keep_base=True)``: restore base weights, adapters and tied head bit for bit.
-
-    Changes to the merged weights since then are lost.
-
-    Raises:
-        ConfigError: The model was not merged, or was merged without ``keep_base``.
-    """
-    if _MERGED_FROM not in vars(model):
-        raise ConfigError(
-            "the model cannot be unmerged: no base was kept; merge with merge_adapters(model, keep_base=True)"
-        )
-    config, linears = vars(model).pop(_MERGED_FROM)
-    for name, linear in linears.items():
-        replace_module(model, name, linear)
-    model.config = config
-    return model
-
-
-@contextmanager
-def merged_adapters(model: Transformer) -> Iterator[Transformer]:
-    """A context in which the model's adapters are merged, such as for faster generation; restores them afterwards."""
-    merge_adapters(model, keep_base=True)
-    try:
-        yield model
-    finally:
-        unmerge_adapters(model)
 
 
 def merged_config(model: Transformer) -> TransformerConfig:

@@ -67,13 +67,6 @@ def test_an_epoch_holds_every_example_once_and_the_last_batch_is_kept(shuffle):
     assert (list(chain(*epochs[0])) == list(range(NUM_EXAMPLES))) is (not shuffle)
 
 
-def test_drop_last():
-    loader = make(numbered(), drop_last=True)
-    assert len(loader) == 5
-    assert all(len(numbers(next(loader))) == 4 for _ in range(11))
-    assert loader.position == (2, 1)
-
-
 def test_position_counts_batches_handed_out():
     loader = make(numbered())
     assert loader.position == (0, 0)
@@ -166,7 +159,6 @@ def test_seek_outside_an_epoch(position):
         ({"batch_size": 0}, ConfigError, "batch_size=0: must be at least 1"),
         ({"seed": -1}, ConfigError, "seed=-1: must be at least 0"),
         ({"num_workers": -1}, ConfigError, "num_workers=-1"),
-        ({"batch_size": 24, "drop_last": True}, DataError, "no batch to train on: 23 examples with batch_size=24"),
     ],
 )
 def test_errors(settings, error, message):
@@ -215,11 +207,6 @@ def test_stream_report_counts_while_it_goes():
 
 def test_unshuffled_stream_keeps_its_order():
     assert numbers(next(make(stream(), shuffle=False))) == [0, 1, 2, 3]
-
-
-def test_stream_drop_last():
-    loader = make(stream(), batch_size=7, drop_last=True)  # 24 examples
-    assert [position for _, _, position in take(loader, 4)] == [(0, 1), (0, 2), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -82,20 +82,6 @@ def test_merged_logits_are_the_unmerged_ones(dtype: torch.dtype, tolerance: floa
     assert (base(TOKENS) - expected).abs().max() > 0.01 * largest, "the adapters do nothing: the test shows nothing"
 
 
-@pytest.mark.parametrize("use_dora", KINDS)
-def test_unmerging_brings_every_bit_back(use_dora: bool) -> None:
-    model = trained(apply_lora(tiny(), apply_lora_to_output=True, use_dora=use_dora))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    logits = model(TOKENS)
-    with models.merged_adapters(model):
-        assert set(model.state_dict()) == set(tiny().state_dict())
-        assert not torch.equal(model.layers[0].attn.q_proj.weight, before["layers.0.attn.q_proj.weight"])
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert torch.equal(model(TOKENS), logits)
-    assert model.config.tie_embeddings and model.output.weight is model.tok_embeddings.weight
-
-
 def test_a_merge_that_leaves_the_head_alone_keeps_it_tied() -> None:
     model = models.merge_adapters(trained(apply_lora(tiny())))
     assert model.config.tie_embeddings and model.output.weight is model.tok_embeddings.weight
@@ -104,8 +90,6 @@ def test_a_merge_that_leaves_the_head_alone_keeps_it_tied() -> None:
 def test_merging_what_cannot_be_merged() -> None:
     with pytest.raises(ConfigError, match="no adapters to merge"):
         models.merge_adapters(tiny())
-    with pytest.raises(ConfigError, match="no base was kept"):
-        models.unmerge_adapters(models.merge_adapters(apply_lora(tiny())))
 
 
 def plain_formula(linear: LoRALinear, inputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
