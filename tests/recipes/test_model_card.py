@@ -181,7 +181,7 @@ def test_another_divergence_goes_by_its_own_name(good: Path, tmp_path: Path) -> 
         '{"step": 0, "val_class_loss": null, "val_kd_loss": 1.5, "val_agreement": null}\n'
     )
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("kdtune.losses.ForwardKLLoss", "mine.Skewed"))
+    (run / "config.yaml").write_text(config.replace("kdtune.losses.ForwardKL", "mine.Skewed"))
     record = json.loads((run / "run.json").read_text())
     del record["starts"][-1]["divergence"]  # as an older version left it
     (run / "run.json").write_text(json.dumps(record))

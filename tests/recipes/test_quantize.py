@@ -21,8 +21,8 @@ def test_folder_and_table(cli, tmp_path, scheme):
     assert done.code == 0, done.err
     model = load_model(tmp_path / "q")
     assert is_quantized(model.layers[0].attn.q_proj.weight)
-    before, after = (line.split() for line in done.out.splitlines()[2:4])
-    assert before[0] == "fp32" and after[0] == scheme
+    rows = [line.split() for line in done.out.splitlines()]
+    before, after = (next(row for row in rows if row[:1] == [name]) for name in ("fp32", scheme))
     assert float(after[1]) < 0.6 * float(before[1])  # MB
     assert 0 < float(after[2]) <= float(after[3]) < 0.15  # mean and largest error
     assert float(after[4]) == pytest.approx(float(before[4]), abs=0.05)  # a random model's loss
