@@ -123,7 +123,6 @@ class Run:
             "is_chat": inputs.loader.dataset.is_chat,
         }
         self._step, self._is_stopped = 0, False
-        self._resources = ExitStack()
 
     def __enter__(self) -> Self:
         cfg, inputs = self.cfg, self.inputs
@@ -139,12 +138,13 @@ class Run:
         self._manager = CheckpointManager(self._output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                           best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
         path = self._output_dir / "metrics.jsonl" if self.world.is_main else None
-        enter = self._resources.enter_context
-        self._log = enter(StepLog(path, second_logger, self.progress, every=cfg.log_every_n_steps,
-                                  divergence=self._divergence or "KL"))  # fmt: skip
-        self._interrupt = enter(InterruptFlag(self.progress.write))
-        enter(self._profiler or nullcontext())
-        enter(self._manager)
+        with ExitStack() as stack:  # closed again where one of them cannot be entered
+            self._log = stack.enter_context(StepLog(path, second_logger, self.progress, every=cfg.log_every_n_steps,
+                                                    divergence=self._divergence or "KL"))  # fmt: skip
+            self._interrupt = stack.enter_context(InterruptFlag(self.progress.write))
+            stack.enter_context(self._profiler or nullcontext())
+            stack.enter_context(self._manager)
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(
