@@ -71,7 +71,9 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
 
     # Models. The teacher first: random weights of it must be the same ones in a resumed run, where the student draws none.
     progress.phase("loading the models")
-    teacher: teachers.Teacher = config.instantiate(cfg.teacher) or teachers.build_teacher(cfg, world)
+    teacher: teachers.Teacher = config.instantiate(cfg.teacher)
+    if teacher is None:
+        teacher = teachers.build_teacher(cfg, world)
     student = training.build_trained_model(cfg, world, inputs, "student")
     teachers.check_vocabularies(inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence)
 
@@ -89,7 +91,8 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
-            teacher.prefetch(step.batches)
+            if kd_loss.kd_ratio > 0:
+                teacher.prefetch(step.batches)
             for batch in step.micro_batches():
                 loss, parts = kd_step(student, teacher, kd_loss, batch)
                 (loss / step.num_valid_tokens).backward()

@@ -63,3 +63,18 @@ def test_every_section_is_a_file_with_its_command(folder: Path) -> None:
     assert len(list(folder.glob("my_*.py"))) == len(files_and_commands()) == 4
     assert all(files_and_commands().values())
     assert os.environ.get("RANK") is None
+
+
+def test_a_finished_run_of_ones_own_recipe_is_left_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = files_and_commands()["A recipe"]
+    run = [*shlex.split(command)[1:], f"output_dir={folder / 'out'}", "save_every_n_steps=null"]
+    found = []
+    for again in ([], ["resume_from_checkpoint=true"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*run, *again])
+        assert ended.value.code == 0, capsys.readouterr().err
+        found.append({path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()})
+    assert "all 10 steps are done" in capsys.readouterr().out
+    for files in found:  # drawn again
+        files.pop("loss.png")
+    assert found[0] == found[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdtune.data import Batch
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.losses import KDLoss, Signal, signal_cross_entropy
+from kdtune.losses import KDLoss, Signal, TopKSignal, signal_cross_entropy
 from kdtune.models import Transformer
 
 # Wraps the batches to show progress, such as tqdm.
@@ -53,8 +53,9 @@ def evaluate_kd(
     def parts_of(batch: Batch) -> dict[str, Tensor]:
         signal = teacher(batch)
         _, parts = loss(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
-        own = {"teacher_class_loss": signal_cross_entropy(signal, batch.targets)} if with_teacher_loss else {}
-        return parts | own
+        if with_teacher_loss and not isinstance(signal, TopKSignal):  # which gives a label outside its K no probability
+            parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
+        return parts
 
     return _means(student, parts_of, batches, device=device, progress=progress, total=total)
 

@@ -265,8 +265,9 @@ def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Ten
 
 def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int) -> Tensor:
     """Return log-probabilities [R, V] of a signal, cut to the student's ids or -inf for those that the teacher lacks."""
-    logp_RV = signal.log_probs(positions_R)
-    return F.pad(logp_RV[:, :vocab_size], (0, max(0, vocab_size - signal.vocab_size)), value=-torch.inf)
+    logp_RV = signal.log_probs(positions_R)[:, :vocab_size]
+    num_lacking = vocab_size - logp_RV.shape[1]
+    return F.pad(logp_RV, (0, num_lacking), value=-torch.inf) if num_lacking else logp_RV
 
 
 def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:

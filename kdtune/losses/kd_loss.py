@@ -99,6 +99,11 @@ class KDLoss:
             return None
         if signal is None:
             raise ConfigError(f"a teacher is missing: kd_ratio is {self.kd_ratio}; without a teacher it must be 0")
+        if not isinstance(signal, HiddenSignal | Signal):
+            raise ConfigError(
+                f"the teacher gives a {type(signal).__name__}; allowed is an object with shape, vocab_size and log_probs(positions), "
+                "such as kdtune.losses.DenseSignal"
+            )
         check_positions("the teacher's log-probabilities", signal.shape, targets.shape)
         if not isinstance(signal, HiddenSignal):
             return signal

@@ -63,6 +63,11 @@ class RemoteTeacher:
         """
         partners = self._bridge.partners
         for batch in batches:
+            if more := sorted(set(batch.inputs) - {"tokens"}):
+                raise LayoutError(
+                    f"teacher_processes: the batch has {', '.join(more)} beside its tokens, and tokens alone are sent to the "
+                    "teacher; set teacher_processes=0"
+                )
             shares = batch.tokens.cpu().tensor_split(len(partners))
             sent = [self._bridge.send(rank, _HIDDEN, share) for rank, share in zip(partners, shares, strict=True)]
             self._requested.append((batch.tokens.shape, sent))

@@ -12,7 +12,8 @@ from kdtune.distributed import World, is_first_on_host, model_config
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.tokenizers import Tokenizer, fingerprint
-from kdtune.training.run_folder import differing_values, holds_run
+from kdtune.training.differences import differing_values
+from kdtune.training.run_folder import holds_run
 from kdtune.training.run_record import recorded_starts
 
 log = get_logger(__name__)

@@ -30,14 +30,15 @@ class Metrics:
         self._total = total
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        self._batches: list[Batch] = []
+        self._counts = [0, 0, 0]  # valid, all but padding, padding
         self._since = clock()
 
     def add(self, parts: Mapping[str, torch.Tensor], batch: Batch) -> None:
-        """Add a micro-batch, with its tensors on the CPU: 0-d sums over its valid tokens."""
+        """Add a micro-batch, on any device: 0-d sums over its valid tokens."""
         for name, value in parts.items():
             self._sums[name].append(value.detach())
-        self._batches.append(batch)
+        own = (batch.num_valid_tokens, batch.num_tokens, batch.num_padded_tokens)
+        self._counts = [total + count for total, count in zip(self._counts, own, strict=True)]
 
     def restart_clock(self) -> None:
         """Restart the timing of the next step from now."""
@@ -63,18 +64,13 @@ class Metrics:
         values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
         now, parts = self._clock(), list(self._sums)
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in parts]
-        counts = [
-            sum(batch.num_valid_tokens for batch in self._batches),
-            sum(batch.num_tokens for batch in self._batches),
-            sum(batch.num_padded_tokens for batch in self._batches),
-        ]
-        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._total([*own, *counts])
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._total([*own, *self._counts])
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         seconds = max(now - self._since, 1e-9)
         self._since = now
         self._sums.clear()
-        self._batches.clear()
+        self._counts = [0, 0, 0]
         return {
             **{name: total / num_valid_tokens for name, total in zip(parts, sums, strict=True)},
             "num_valid_tokens": int(num_valid_tokens),

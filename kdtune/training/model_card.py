@@ -42,17 +42,13 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     """
     config, start = read_resolved_config(output_dir), last_start(output_dir)
     rows = read_metrics(output_dir / "metrics.jsonl")
-    base, teacher = (model_name(config.get(key)) for key in ("checkpointer", "teacher_checkpointer"))
+    base = model_name(config.get("checkpointer"))
     title = f"{base or 'A model of random weights'}, " + ("distilled" if is_distilled(config) else "finetuned")
     parts = [
         front_matter(config, start, kind),
         f"# {markdown_text(title)}",
         f"Trained with kdtune {markdown_text(start['versions']['kdtune'])}"
-        + (
-            f" to follow its teacher, {markdown_text(teacher or 'a model of random weights')}."
-            if is_distilled(config)
-            else "."
-        ),
+        + (f" to follow its teacher, {markdown_text(_teacher_text(config))}." if is_distilled(config) else "."),
         "## Training",
         markdown_table(
             ["", ""], [[name, markdown_text(value)] for name, value in run_facts(config, start, rows)], num_text=2
@@ -121,15 +117,14 @@ def run_facts(
     found = [("base model", model_name(config.get("checkpointer")) or "random weights")]
     if is_distilled(config):
         found += [
-            ("teacher", model_name(config.get("teacher_checkpointer")) or "random weights"),
+            ("teacher", _teacher_text(config)),
             ("loss", "(1 - kd_ratio) × cross entropy + kd_ratio × divergence"),
             ("divergence from the teacher", component_text(config["kd_loss"])),
         ]
     else:
         found.append(("loss", "cross entropy"))
         if any("val_kd_loss" in row for row in rows):
-            teacher = model_name(config.get("teacher_checkpointer")) or "random weights"
-            found.append(("teacher of the held-out results", teacher))
+            found.append(("teacher of the held-out results", _teacher_text(config)))
     if "kd_ratio" in config:
         found.append(("kd_ratio", f"{config['kd_ratio']:.4g}"))
     found += [
@@ -185,6 +180,13 @@ def _is_path(text: str) -> bool:
 def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
     """Return whether adapters were trained. The builder in `model` can make them too, so the run's record decides, if any."""
     return bool(start.get("adapters", config.get("adapter") is not None))
+
+
+def _teacher_text(config: Mapping[str, Any]) -> str:
+    """Name of a run's teacher: a component of the user's own, or a model."""
+    if config.get("teacher") is not None:
+        return component_text(config["teacher"])
+    return model_name(config.get("teacher_checkpointer")) or "a model of random weights"
 
 
 def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:

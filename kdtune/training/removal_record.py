@@ -12,7 +12,7 @@ from kdtune.data import Batch
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models.prune import RemovalStep
-from kdtune.training.run_folder import differing_values
+from kdtune.training.differences import differing_values
 
 log = get_logger(__name__)
 

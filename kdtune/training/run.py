@@ -7,10 +7,12 @@ the same weights, without any record.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -39,8 +41,7 @@ from kdtune.training.steps import enter_epoch, take_micro_batches
 class Step:
     """One optimizer step: its micro-batches, and the metrics that it records.
 
-    `num_valid_tokens` are the labels of the whole step, over all processes, by which each gradient is divided as it is
-    computed; `is_validated` says whether a validation is due after it.
+    `is_validated` says whether a validation is due after it.
 
     Args:
         run: the run that yields it.
@@ -53,12 +54,18 @@ class Step:
         self.batches, self.position = batches, position
         self.row: dict[str, float] = {}
         self._run, self._number = run, number
-        (self.num_valid_tokens,) = run.world.sum([sum(batch.num_valid_tokens for batch in batches)])
         self.is_validated = is_due(number + 1, run.cfg.run_val_every_n_steps) or number + 1 == run.inputs.num_steps
+
+    @cached_property
+    def num_valid_tokens(self) -> float:
+        """Labels of the whole step, over all processes, by which each gradient is divided as it is computed."""
+        (total,) = self._run.world.sum([sum(batch.num_valid_tokens for batch in self.batches)])
+        return total
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield each micro-batch on the device, with torch seeded for it: dropout draws the same on any number of processes."""
         run, world = self._run, self._run.world
+        _ = self.num_valid_tokens  # counted before the first backward, by all processes at the same time
         for index, batch in enumerate(run.progress.micro_batches(self.batches)):
             set_step_seed(run.cfg.seed, self._number, index * world.dp_size + world.dp_rank)
             yield batch.to(world.device)
@@ -84,7 +91,8 @@ class Step:
 class Run:
     """The context of a training loop; all processes make the same calls in the same order.
 
-    On entry the resume state is loaded and the output folder prepared; nothing is written before.
+    On entry the resume state is loaded and the output folder prepared; nothing is written before. For a run that is already
+    finished nothing is written, and there are no steps.
 
     Args:
         inputs: from `load_inputs`.
@@ -122,10 +130,13 @@ class Run:
             "tokenizer": inputs.tokenizer,
             "is_chat": inputs.loader.dataset.is_chat,
         }
-        self._step, self._is_stopped = 0, False
+        self._step, self._is_stopped = inputs.num_steps if inputs.is_finished else 0, False
+        self._resources = ExitStack()
 
     def __enter__(self) -> Self:
         cfg, inputs = self.cfg, self.inputs
+        if inputs.is_finished:
+            return self
         if inputs.resume_from is not None:
             saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self._optimizer,
                                         schedulers=self._schedulers)  # fmt: skip
@@ -169,13 +180,17 @@ class Run:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count as the steps': validation, samples, checkpoints."""
+        """A context whose time does not count as the steps': validation, samples, checkpoints. It waits for the device first."""
+        if self.world.device.type != "cpu":
+            torch.accelerator.synchronize(self.world.device)
         since = time.perf_counter()
         yield
         self.metrics.leave_out(time.perf_counter() - since)
 
     def steps(self) -> Iterator[Step]:
         """Yield the remaining steps. After each: log, sample and save what is due; on a signal, save and stop early."""
+        if self.inputs.is_finished:
+            return
         self.progress.start(self.inputs.num_steps, self._step)
         self.metrics.restart_clock()
         self._is_stopped = self.world.any(self._interrupt.requested)
@@ -186,8 +201,11 @@ class Run:
             step = Step(self, self._step, take_micro_batches(loader, self.cfg.gradient_accumulation_steps), position)
             lr = self._optimizer.param_groups[0]["lr"]
             yield step
-            with self.paused():
-                self._end(step, lr)
+            if not step.row:
+                raise RuntimeError(
+                    "Step.check_finite was not called before the optimizer's step: it fetches the step's numbers"
+                )
+            self._end(step, lr)
 
     def _end(self, step: Step, lr: float) -> None:
         cfg, num_steps = self.cfg, self.inputs.num_steps
@@ -197,13 +215,15 @@ class Run:
             row |= memory_stats(self.world.device)
         self._log.log(row, self._step)
         if is_due(self._step, cfg.sample_every_n_steps) or self._step == num_steps:
-            self.sample({self._trained: self._model})
+            with self.paused():
+                self.sample({self._trained: self._model})
         # Read once a step: a signal that comes later than this stops the run after the next step, and is saved there.
         self._is_stopped = self.world.any(self._interrupt.requested) and self._step < num_steps
         if is_due(self._step, cfg.save_every_n_steps) or self._is_stopped:
             self.progress.phase(f"saving step_{self._step}")
-            self._manager.save(self._step, model=self._model, optimizers=self._optimizer, schedulers=self._schedulers,
-                               metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
+            with self.paused():
+                self._manager.save(self._step, model=self._model, optimizers=self._optimizer, schedulers=self._schedulers,
+                                   metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()
 
@@ -212,8 +232,9 @@ class Run:
         if self._is_stopped:
             text = stopped_text(self._output_dir, self._interrupt.signal_name, self._step, self.inputs.num_steps)
             return self.world.print(text)
-        self.progress.phase("saving final/")
-        write_final(self._output_dir, self._model, save_weights=self.cfg.save_weights, **self._beside)
+        if not self.inputs.is_finished:
+            self.progress.phase("saving final/")
+            write_final(self._output_dir, self._model, save_weights=self.cfg.save_weights, **self._beside)
         show_results(self.cfg, self.world, trained=self._trained, divergence=self._divergence)
 
 

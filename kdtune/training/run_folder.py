@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from kdtune.checkpoint import (
     SaveWeights,
@@ -24,6 +24,7 @@ from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.paths import user_path
+from kdtune.training.differences import ABSENT, Difference, differing_values
 from kdtune.training.loggers import read_metrics, truncate_metrics
 from kdtune.training.model_card import model_card
 from kdtune.training.resume_changes import goes_by_length, is_asked_for, is_changeable
@@ -31,7 +32,6 @@ from kdtune.training.run_record import read_resolved_config, recorded_starts
 
 log = get_logger(__name__)
 
-_ABSENT = object()
 _LENGTH = ("epochs", "max_steps_per_epoch")
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
@@ -116,7 +116,8 @@ def step_to_resume(
     if not holds_run(output_dir):
         log.info("%s: holds no run; starting from step 0", output_dir)
         return None
-    before = _dated(output_dir, read_resolved_config(output_dir), config_values)
+    before, config_values = (_renamed(values) for values in (read_resolved_config(output_dir), config_values))
+    before = _dated(output_dir, before, config_values)
     asked = config_values.get("resume_changes", ())
     changed = check_unchanged(before, config_values, may_change=may_change, asked=asked)
     _check_same_steps(output_dir, before, config_values, batches_per_step)
@@ -134,6 +135,14 @@ def step_to_resume(
             first,
         )
     return newest
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with a component that goes by an older name too under its name of today."""
+    node = values.get("kd_loss")
+    if isinstance(node, Mapping) and node.get("_component_") == "kdtune.losses.ForwardKLLoss":
+        return {**values, "kd_loss": {**node, "_component_": "kdtune.losses.ForwardKL"}}
+    return dict(values)
 
 
 def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,41 +293,8 @@ def check_unchanged(
     return [difference for difference in found if is_asked_for(difference.key, asked)]
 
 
-class Difference(NamedTuple):
-    """A value that differs between two configs, with its full key, such as "optimizer.lr"."""
-
-    key: str
-    was: Any
-    is_now: Any
-
-    @property
-    def texts(self) -> tuple[str, str, str]:
-        """Return the key and both values as they are shown."""
-        return self.key, _value(self.was), _value(self.is_now)
-
-    def __str__(self) -> str:
-        key, was, is_now = self.texts
-        return f"{key}: was {was}, is {is_now}"
-
-
-def differing_values(key: str, before: Any, now: Any) -> list[Difference]:
-    """Return each value that differs, with its full key; mappings are compared key by key."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return [] if before == now else [Difference(key, before, now)]
-    names = dict.fromkeys([*before, *now])
-    return [
-        difference
-        for name in names
-        for difference in differing_values(f"{key}.{name}", before.get(name, _ABSENT), now.get(name, _ABSENT))
-    ]
-
-
-def _value(value: Any) -> str:
-    return "not given" if value is _ABSENT else repr(value)
-
-
 def _or_none(value: Any) -> Any:
-    return None if value is _ABSENT else value
+    return None if value is ABSENT else value
 
 
 def _check_same_steps(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.paths import user_path
+from kdtune.training.differences import Difference, differing_values
 from kdtune.training.loggers import read_metrics
-from kdtune.training.run_folder import Difference, differing_values
 from kdtune.training.run_record import last_start, read_resolved_config
 
 

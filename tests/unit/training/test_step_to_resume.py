@@ -1,5 +1,6 @@
 """What a resumed run must keep beside its config: how a step is cut and how it is rounded."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,13 @@ def test_a_run_changed_by_hand_is_read_as_any_config(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("- a\n")
     with pytest.raises(CheckpointError, match="a config is a mapping of keys to values; it was cut off or changed"):
         read_resolved_config(tmp_path)
+
+
+def test_a_component_under_its_older_name_is_the_same_run(tmp_path: Path) -> None:
+    before = CONFIG + "kd_loss: {_component_: kdtune.losses.ForwardKLLoss}\n"
+    start_run(tmp_path, step=0, resolved_config=before, record={"batches_per_step": 4})
+    values = {"gradient_accumulation_steps": 4, "parallelism": NODE}
+    for name, differs in (("ForwardKL", False), ("ForwardKLLoss", False), ("Other", True)):
+        now = {**values, "kd_loss": {"_component_": f"kdtune.losses.{name}"}}
+        with pytest.raises(ConfigError, match="kd_loss") if differs else nullcontext():
+            assert step_to_resume(tmp_path, now, may_change=may_change(TrainingConfig), batches_per_step=4) is None
