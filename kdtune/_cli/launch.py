@@ -62,7 +62,8 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if parsed.rdzv_backend == "c10d" and not parsed.standalone:
         parsed.rdzv_backend = _bounded_backend()
-    is_quiet = not (arguments.traceback or "LOGLEVEL" in os.environ)
+    # What ended a process that is started again, torchrun alone says.
+    is_quiet = parsed.max_restarts == 0 and not arguments.traceback and "LOGLEVEL" not in os.environ
     try:
         with _at_level(logging.CRITICAL, *(_LOGGERS if is_quiet else ())):
             run(parsed)
@@ -225,6 +226,8 @@ def _end_silent_connections(milliseconds: int) -> None:
     """Make every TCP connection of this process fail once sent data stays unacknowledged for this long."""
     if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
         return
+    # In torch 2.13 the timeout of a TCPStore limits its wait for a key, not for an answer of the server, and neither an option of
+    # torchrun nor an environment variable limits that. Torch does not hand out its sockets.
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # no TCP, or closed by now
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):

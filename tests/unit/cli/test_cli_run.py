@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from kdtune import _assets
 from kdtune._cli import launch as launch_module
 from kdtune._cli import run as run_module
 from kdtune.config import load
-from kdtune.errors import ConfigError
+from kdtune.errors import ConfigError, TrainingError
+from kdtune.models import Transformer
 from recipes import finetune
 
 
@@ -185,6 +187,31 @@ def test_a_host_that_may_come_back_leaves_the_folder_to_its_processes(
     assert code_of("--nnodes=2", "--max_restarts=1", *rendezvous, *run) == 0 and len(started) == 1
     assert code_of("--nnodes=1:2", *rendezvous, *run) == 0 and len(started) == 2
     assert code_of("--nnodes=2", *rendezvous, *run) == 2 and len(started) == 2
+
+
+def test_five_frames_from_the_command_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader of a traceback goes through, or of the code with a debugger."""
+    names: list[str] = []
+    forward = Transformer.forward
+
+    def recorded(*arguments: object, **settings: object) -> object:
+        stack = [frame.name for frame in traceback.extract_stack()]
+        if "kd_step" in stack:
+            names.extend(stack[stack.index(code_of.__name__) :])
+            raise TrainingError("seen")
+        return forward(*arguments, **settings)
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    command = [
+        "knowledge_distillation",
+        "--config",
+        "tiny/knowledge_distillation",
+        "~dataset_val",
+        "~run_val_every_n_steps",
+    ]
+    assert code_of(*command, "sample_prompts=[]", f"output_dir={tmp_path / 'out'}") == 1
+    first = names.index("main")
+    assert names[first : names.index("kd_step") + 1] == ["main", "execute", "main", "run", "kd_step"]
 
 
 @pytest.mark.parametrize(
