@@ -172,6 +172,9 @@ def find_recipe(source: str | Path) -> Recipe:
                 f"recipe {str(source)!r}: no such file; give an existing .py file or a name of `kdtune ls`"
             )
         return read_recipe(path)
+    if (path.suffix in (".yaml", ".yml") and path.is_file()) or any(config.name == str(source) for config in configs()):
+        named = find_config(source).recipe or "RECIPE"
+        raise ConfigError(f"{source}: is a config, not a recipe; run it by: kdtune run {named} --config {source}")
     known = recipes()
     spellings = [name for recipe in known for name in (recipe.name, *recipe.aliases)]
     raise ConfigError(

@@ -13,6 +13,7 @@ from kdtune.paths import user_path
 from kdtune.training.held_out import held_out, teacher_held_out, validated_rows
 from kdtune.training.loggers import read_metrics
 from kdtune.training.origin import base_model, checkpoint_folder, licence, licence_text, model_name
+from kdtune.training.resume_changes import is_changeable
 from kdtune.training.run_record import last_start, read_resolved_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,9 +29,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 }
 _KDTUNE = {
-    "model": "kdtune run generate --config generation checkpointer.checkpoint_dir=FOLDER tokenizer.path=FOLDER",
+    "model": "kdtune run generate --config generation checkpointer.checkpoint_dir=FOLDER tokenizer.path=FOLDER temperature=0",
     "adapter": "kdtune run generate --config generation checkpointer.checkpoint_dir=BASE "
-    "checkpointer.adapter_dir=FOLDER tokenizer.path=FOLDER",
+    "checkpointer.adapter_dir=FOLDER tokenizer.path=FOLDER temperature=0",
 }
 
 
@@ -43,12 +44,13 @@ def model_card(output_dir: Path, kind: Literal["model", "adapter"]) -> str:
     config, start = read_resolved_config(output_dir), last_start(output_dir)
     rows = read_metrics(output_dir / "metrics.jsonl")
     base = model_name(config.get("checkpointer"))
+    teacher = _teacher_text(config).replace("random weights", "a model of random weights")
     title = f"{base or 'A model of random weights'}, " + ("distilled" if is_distilled(config) else "finetuned")
     parts = [
         front_matter(config, start, kind),
         f"# {markdown_text(title)}",
         f"Trained with kdtune {markdown_text(start['versions']['kdtune'])}"
-        + (f" to follow its teacher, {markdown_text(_teacher_text(config))}." if is_distilled(config) else "."),
+        + (f" to follow its teacher, {markdown_text(teacher)}." if is_distilled(config) else "."),
         "## Training",
         markdown_table(
             ["", ""], [[name, markdown_text(value)] for name, value in run_facts(config, start, rows)], num_text=2
@@ -138,6 +140,7 @@ def run_facts(
         ("optimizer", component_text(config["optimizer"])),
         ("learning rate", str(config["optimizer"].get("lr", "the optimizer's default"))),
         ("schedule", component_text(config.get("lr_scheduler")) or "constant"),
+        (f"changed after step {start.get('step')}", _changes_text(start)),
         ("weights", config["dtype"]),
         ("seed", str(config["seed"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)),
@@ -182,11 +185,17 @@ def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
     return bool(start.get("adapters", config.get("adapter") is not None))
 
 
+def _changes_text(start: Mapping[str, Any]) -> str:
+    """The settings that the run's last resume changed, such as "optimizer.lr 0.001 -> 0.0005"; "" if there are none."""
+    changed = (start.get("changed") or {}).items()
+    return ", ".join(f"{key} {one['was']} -> {one['is']}" for key, one in changed if is_changeable(key))
+
+
 def _teacher_text(config: Mapping[str, Any]) -> str:
     """Name of a run's teacher: a component of the user's own, or a model."""
     if config.get("teacher") is not None:
         return component_text(config["teacher"])
-    return model_name(config.get("teacher_checkpointer")) or "a model of random weights"
+    return model_name(config.get("teacher_checkpointer")) or "random weights"
 
 
 def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:

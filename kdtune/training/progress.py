@@ -153,7 +153,8 @@ class Progress:
         if self._bar is not None:
             is_step = self._is_step()
             if lasted > 2.0 and (self._count or not is_step):
-                what = self._numbers + self._count if is_step else self._phase + self._count
+                what = (self._numbers if is_step else self._phase) + self._count
+                what = what.removeprefix(", ")
                 self._bar.set_postfix_str(what, refresh=False)
             self._bar.refresh()
         elif now - self._last_line >= self._patience:

@@ -256,6 +256,11 @@ row("config is not text", file("mine.yaml", b"\xff\xfe\x00\x81", kd(config="{tmp
 row("empty config", file("mine.yaml", "", kd(config="{tmp}/mine.yaml")), "tokenizer", "is missing")
 row("config for another recipe", kd(config="tiny/prune"), "recipe", "'prune'", "knowledge_distillation")
 row("unknown recipe", kd(recipe="knowledge_distilation"), "knowledge_distilation", "did you mean")
+row(
+    "a config where the recipe belongs",
+    kd(recipe="quickstart"),
+    "quickstart: is a config, not a recipe; run it by: kdtune run knowledge_distillation --config quickstart",
+)
 row("missing recipe file", kd(recipe="mine.py"), "mine.py")
 row("recipe without Config", lambda g: file("mine.py", '"""Mine."""\n', kd(recipe=str(g.tmp / "mine.py")))(g),
     "mine.py", "entry_point")  # fmt: skip

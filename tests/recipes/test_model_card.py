@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from kdtune.checkpoint import load_model
-from kdtune.training import write_final
+from kdtune.training import run_facts, write_final
 from kdtune.training.model_card import component_text, model_card
 from kdtune.training.origin import base_model, model_name
 
@@ -249,3 +249,13 @@ def test_no_path_of_this_machine_stands_in_a_setting(tmp_path: Path, monkeypatch
         ("Answer with yes/no only", "Answer with yes/no only"),
     ]:
         assert component_text({"_component_": "mine.data", "x": value}) == f"mine.data(x={shown})"
+
+
+def test_what_a_resume_changed_is_in_the_card() -> None:
+    config = {"dataset": {"_component_": "kdtune.data.alpaca_dataset"}, "dtype": "fp32", "seed": 0, "batch_size": 4, "tokenizer": {},
+              "gradient_accumulation_steps": 1, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-4}}  # fmt: skip
+    changed = {"optimizer.lr": {"was": 3e-4, "is": 1e-4}, "resume_changes": {"was": [], "is": ["optimizer.lr"]}}
+    start = {"versions": {"kdtune": "0.1"}, "step": 4, "changed": changed}
+    facts = dict(run_facts(config, start, [{"step": 9, "loss": 1.0, "num_valid_tokens": 3}]))
+    assert facts["changed after step 4"] == "optimizer.lr 0.0003 -> 0.0001"
+    assert not any(name.startswith("changed") for name in dict(run_facts(config, {**start, "changed": {}}, [])))
