@@ -37,7 +37,7 @@ class ConfigFile:
     recipe: str | None
 
 
-# torchtune's names that are spelled otherwise here, or whose nearest spelling would be another thing.
+# torchtune's names with another spelling here, or whose nearest spelling here means something else.
 _TORCHTUNE_NAMES = {
     "dev/generate_v2": "generate",
     "generate_v2": "generate",

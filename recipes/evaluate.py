@@ -112,7 +112,7 @@ class Config:
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
         if self.run is not None and evaluation.run_problems(self.run, self.run_weights):
-            return []  # the machine's gate tells them; what follows from them is not told
+            return []  # reported by machine_problems; their consequences are not
         found = [
             f"{key}={getattr(self, key)}: must be at least 1"
             for key in ("batch_size", "max_seq_length", "perplexity_stride")
@@ -194,7 +194,7 @@ def main(cfg: Config) -> None:
     ):
         tokenizer, cfg = training.load_tokenizer(cfg)
         measured = run(cfg, tokenizer, world)
-    # Nobody waits for the main process while it writes.
+    # No process waits for rank 0 while it writes.
     if world.is_main:
         write_results(cfg, measured)
 
@@ -203,7 +203,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
     """Load data and model, and measure."""
     training.set_seed(cfg.seed)
 
-    # Data. It comes first: no weight is read where a dataset or split is missing.
+    # Data first: no weight is read if a dataset or split is missing.
     tasks = evaluation.load_tasks(cfg.tasks, cfg.include_path, num_fewshot=cfg.num_fewshot) if cfg.tasks else []
     texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
@@ -227,7 +227,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
         losses.check_head("model", model.output)
     max_length = cfg.max_seq_length or model.config.max_seq_len
 
-    # Measurements; each is kept when it is made, so that an evaluation that is stopped has those before.
+    # Measurements; each is saved when it is done, so that a stopped evaluation keeps them.
     measured = evaluation.Measured()
 
     def keep() -> None:
@@ -251,7 +251,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
             world=world,
         )
         measured.details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
-        # As a file's name has no "/", nothing of one text has the name of something of another.
+        # A file's name has no "/", so metrics of different texts have different names.
         measured.metrics |= {f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token"): value
                              for key, value in found.metrics.items()}  # fmt: skip
         keep()

@@ -66,7 +66,7 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
                 scheduler.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Once in a while. What else is due after a step (samples, checkpoints, signals) the session does.
+            # Periodic work. The session does the rest that is due after a step (samples, checkpoints, signals).
             if step.is_validated:
                 with session.paused():
                     step.log(validate(model, ce_loss, inputs.held_out, world, progress))

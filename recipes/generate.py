@@ -167,7 +167,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     answer = stream if len(prompts) == 1 else answer_in_batches
-    # Each answer is kept as it comes, so that a run that is stopped has those before.
+    # Each answer is saved when it is done, so that a stopped run keeps them.
     rows: list[dict[str, Any]] = []
     file = Path(cfg.output_file) if cfg.output_file is not None and world.is_main else None
     prints = file is None and len(prompts) > 1 and world.is_main

@@ -69,7 +69,7 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
     if inputs.is_finished:
         return training.show_results(cfg, world, **names)
 
-    # Models. The teacher first: random weights of it must be the same ones in a resumed run, where the student draws none.
+    # Models. The teacher first: its random weights must be the same in a resumed run, where the student draws none.
     progress.phase("loading the models")
     teacher: teachers.Teacher = config.instantiate(cfg.teacher)
     if teacher is None:
@@ -104,7 +104,7 @@ def run(cfg: Config, world: World, progress: training.Progress) -> None:
                 scheduler.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Once in a while. What else is due after a step (samples, checkpoints, signals) the session does.
+            # Periodic work. The session does the rest that is due after a step (samples, checkpoints, signals).
             if step.is_validated:
                 with session.paused():
                     step.log(validate(cfg, student, teacher, divergence, inputs.held_out, world, progress))

@@ -13,7 +13,7 @@ from kdtune.log import terminal_width, wrap
 
 _WIDTH = 110
 _TORCH_OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta", "Muon")
-# Kind -> package and the class of what it makes; or the components themselves.
+# Kind -> package and the class that its components build; or the components themselves.
 _FOUND = {
     "datasets": ("kdtune.data", "kdtune.data.Dataset"),
     "models": ("kdtune.models", "kdtune.models.Transformer"),

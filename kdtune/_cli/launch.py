@@ -17,11 +17,11 @@ from kdtune._cli.validate import validate
 from kdtune.errors import ConfigError
 
 _ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true resumes from it"
-# Any of these says how the processes meet; without one, torchrun is told that this is a single machine.
+# Each of these selects a rendezvous; without one, torchrun gets --standalone.
 _RENDEZVOUS = ("--standalone", "--rdzv", "--nnodes", "--node-rank", "--master-addr", "--master-port")
 _BACKEND = "kdtune_c10d"
 _RESUME = "resume_from_checkpoint"
-# Their lines about a process that has ended would follow the error that the process or this command has printed.
+# Their log of a failed process would follow the error that the process or this command has printed.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
@@ -48,14 +48,14 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
 
     arguments, overrides = parse_arguments(rest, recipe.summary, recipe.name)
     parsed = parse_args(torchrun_arguments(options, recipe, rest))
-    # Once here, rather than by every process at once.
+    # Once here, not in every process.
     check_partner(recipe.path, arguments.config)
     added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).frame, _RESUME))
     with _at_level(logging.ERROR, "kdtune"):  # the first process gives the warnings
         cfg = validate(recipe, arguments.config, [*overrides, *added])
         check_first_process(cfg, arguments.config, parsed)
     parsed.training_script_args += added
-    # Slurm sends it to the whole job step; torchrun would otherwise die of it, before its processes have saved.
+    # Slurm sends it to the whole job step; it would otherwise kill torchrun before its processes have saved.
     parsed.signals_to_handle = _with_signal(parsed.signals_to_handle, "SIGUSR1")
     if parsed.max_restarts > 0:
         # Shared, the store keeps the addresses of the processes before the restart, and new ones would call those.

@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         and set(before) <= {"--traceback"}
         and argv[len(before) + 1 :] not in ([], ["-h"], ["--help"])
     ):
-        # What follows `run` belongs to torchrun and the recipe; argparse would take their options for its own.
+        # Arguments after `run` belong to torchrun and the recipe; argparse would parse their options as its own.
         words = [*argv[len(before) + 1 :], *before]
         return argparse.Namespace(func=run.execute, arguments=words, traceback="--traceback" in words)
     parser = build_parser()

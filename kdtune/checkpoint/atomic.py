@@ -20,7 +20,7 @@ from kdtune.paths import user_path
 # `.step_10.partial-host-4711-1f3a9c02`: hidden, beside its target so that a rename never crosses file systems, and with the
 # owner's host and process id inside.
 _HIDDEN = re.compile(r"^\..+\.(?:partial|deleted)-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
-# What another host has not touched for so long is not being written.
+# A file that another host has not touched for this long is not being written.
 _STALE_SECONDS = 24 * 3600
 _in_use: set[Path] = set()
 
@@ -56,7 +56,7 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
                 hidden.rename(target)
                 sync(target.parent)
     except CheckpointError as error:
-        # What failed inside knows the hidden name, which is gone by the time the message is read.
+        # The error inside has the hidden name, which no longer exists when the message is read.
         raise CheckpointError(str(error).replace(str(hidden), str(target))) from error
     finally:
         _in_use.discard(hidden)

@@ -225,7 +225,7 @@ class Checkpointer:
     def _check_same(self, given: TransformerConfig, stored: TransformerConfig) -> None:
         silent = {"max_seq_len"}
         if _format(self.files()[0]) == "meta":
-            # params.json does not say whether the head is tied, nor by which factor RoPE is scaled.
+            # params.json contains neither whether the head is tied nor the factor of a scaled RoPE.
             silent.add("tie_embeddings")
             if given.rope_scaling is not None and stored.rope_scaling is not None:
                 silent.add("rope_scaling")

@@ -22,7 +22,7 @@ from kdtune.errors import CheckpointError
 MARK = ".metadata"
 """Written last by torch.distributed.checkpoint: a folder without it is incomplete."""
 
-# What the metadata of plain tensors is made of. It is a pickle, and torch reads it with the unrestricted unpickler.
+# Types in the metadata of plain tensors. It is a pickle, and torch reads it with the unrestricted unpickler.
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
@@ -78,7 +78,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def _as_checkpoint_error(folder: Path, verb: str, advice: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # It says that no process group is there, which is what no_dist=True asks for.
+            # It warns that there is no process group, which no_dist=True asks for.
             warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
             yield
     except CheckpointException as error:  # a BaseException, not an Exception

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
 
-# Dequantized at once: enough to be fast, too little to count beside the weights.
+# Dequantized at once: enough to be fast, negligible compared to the weights.
 _PIECE_BYTES = 32 * 2**20
 _DTYPES = {
     GGMLQuantizationType.F64: torch.float64,

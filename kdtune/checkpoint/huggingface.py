@@ -122,7 +122,7 @@ def _header(file: Path) -> list[StoredTensor]:
 
 
 def _read(file: Path, name: str) -> Iterator[Tensor]:
-    # Opened anew for each tensor: the pages of one mapping would stay in memory until it is closed, a second copy of
+    # Reopened for each tensor: the pages of one mapping would stay in memory until it is closed, a second copy of
     # the weights by the end. Reading the header again costs well under a millisecond.
     with open_safetensors(file) as handle:
         yield handle.get_tensor(name)

@@ -27,7 +27,7 @@ from kdtune.paths import user_path
 
 STATE_DIR = "state"
 _STEP = re.compile(r"step_(\d+)")
-# Of a metric with one of these endings more is better; of a loss, less.
+# For metrics with one of these suffixes higher is better; for losses lower.
 _HIGHER_IS_BETTER = ("agreement", "accuracy")
 
 

@@ -108,7 +108,7 @@ def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...
 
 
 def _pieces(files: Sequence[Path], name: str, dim: int | None) -> Iterator[Tensor]:
-    # Mapped anew for each tensor: the pages of one mapping would stay in memory, a second copy of the weights by the end.
+    # Mapped again for each tensor: the pages of one mapping would stay in memory, a second copy of the weights by the end.
     parts = (_load(file)[name] for file in files)
     if dim in (None, 0):
         yield from parts

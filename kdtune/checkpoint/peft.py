@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."
 # PEFT's names of an adapter's tensors, by ours.
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _OURS = {theirs: ours for ours, theirs in _PARTS.items()} | {"lora_magnitude_vector.weight": "magnitude"}
-# Where the embeddings or the head are adapted, PEFT stores a copy of their own weights too.
+# If the embeddings or the head are adapted, PEFT also stores a copy of their own weights.
 _BASE_COPIES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.embed_tokens.base_layer.weight": "tok_embeddings.weight",
@@ -236,7 +236,7 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
         rows, columns = local_region(weight)
         a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
         if columns.stop - columns.start < weight.shape[1]:
-            # DoRA needs the norms of whole rows.
+            # DoRA needs the norms of full rows.
             local(weight).copy_(merged(whole(weight), a, b, scaling, *magnitude)[rows, columns])
         else:
             local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
@@ -245,7 +245,7 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
 
 def _check_can_be_untied(model: Transformer, adapter: StoredAdapter) -> None:
     if model.config.tie_embeddings and is_sharded(model.parameters()):
-        # FSDP would go on to share what is no longer shared, and the head's update would be lost without a word.
+        # FSDP would keep sharing what is no longer tied, and the head's update would be silently lost.
         raise CheckpointError(
             f"{adapter.folder}: adapts the head, which this model shares with its embeddings; on several processes such an "
             "adapter cannot be merged while loading: merge it first (save_weights=merged) and give the merged folder"

@@ -86,7 +86,7 @@ def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor, all-gathered from its shards, on every process; called by all of them."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # One mesh dimension after the other: tensor parallelism cuts first and FSDP cuts its parts, and torch, asked for all
+    # One mesh dimension after the other: tensor parallelism shards first and FSDP shards its parts; torch, asked for all
     # at once, prints a warning that it does the same.
     for dimension in range(len(tensor.placements)):
         placements = [Replicate() if i <= dimension else one for i, one in enumerate(tensor.placements)]

@@ -23,11 +23,11 @@ from kdtune.models.llama import configs, convert
 from kdtune.paths import user_path
 
 GENERATION_CONFIG = "generation_config.json"
-# The terms a model comes under travel with what is made from it.
+# A model's licence files go with every model made from it.
 _LICENCES = ("license*", "licence*", "notice*", "use_policy*", "copying*")
 _WEIGHTS = (".safetensors", ".gguf", ".pth", ".bin")
 
-# What is saved of a model with adapters: one model with them merged, the adapters alone, or both, the adapters in ADAPTER.
+# Saved from a model with adapters: the merged model, the adapters alone, or both, with the adapters in ADAPTER.
 SaveWeights = Literal["both", "merged", "adapter"]
 ADAPTER = "adapter"
 
@@ -299,7 +299,7 @@ def _generation_config(base: Path | None, tokenizer: SavesItself | None, is_chat
 
 
 def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None) -> dict[str, Any]:
-    # The tokenizer's own eos comes first: what asks for a single one takes that.
+    # The tokenizer's own eos comes first: readers that want a single one take the first.
     found = sorted(tokenizer.stop_ids if stop_ids is None else stop_ids, key=lambda i: (i != tokenizer.eos_id, i))
     return {
         "bos_token_id": tokenizer.bos_id,

@@ -121,7 +121,7 @@ def _write_shards(folder: Path, shards: Iterable[_Shard]) -> None:
     failure: OSError | None = None
     written = set()
     for shard in shards:
-        # The others need this process to compute theirs: it goes on to the end whatever happens.
+        # The other processes need this one to compute their tensors, so it continues to the end even after an error.
         if failure is None:
             try:
                 _write_shard(folder / shard.file, shard)
@@ -131,7 +131,7 @@ def _write_shards(folder: Path, shards: Iterable[_Shard]) -> None:
     if failure is not None:
         raise failure
     for path in written:
-        # Each host has its own part to flush; the main process could only do so with that of its host.
+        # Each host has to flush its own part; rank 0 could only flush that of its host.
         sync(path)
 
 

@@ -77,7 +77,7 @@ def state_writer(
         CheckpointError: a value is neither a tensor nor JSON.
     """
     listed = _as_list(optimizers)
-    # An optimizer before its first step has no state: get_optimizer_state_dict would make one up by taking a step.
+    # An optimizer before its first step has no state: get_optimizer_state_dict would create one by taking a step.
     tensors, scalars = _split(_named_state(model, [one for one in listed if one.state]))
     rng_tensors, python_rng = _rng_state()
     document = {
@@ -249,7 +249,7 @@ def _targets(
             stateful.append(one)
         else:
             one.state.clear()
-    # Makes the tensors where there are none yet, by a step with learning rate 0 and no gradient.
+    # Creates missing tensors by a step with learning rate 0 and no gradient.
     _named_state(model, stateful)
     for one in stateful:
         for unused in [

@@ -101,7 +101,7 @@ def fill_model(
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     sharded = is_sharded(model.parameters())
     if any(parameter.is_meta for parameter in model.parameters()):
-        # to_empty would give it an allocation of its own, which is then thrown away.
+        # to_empty would allocate separate memory for it, which is then discarded.
         if tied and not sharded:
             unused = torch.empty(0, device="meta")
             model.output.weight = nn.Parameter(unused, requires_grad=model.output.weight.requires_grad)

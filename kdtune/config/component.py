@@ -154,7 +154,7 @@ def check_kind(value: Any, needed: type[Any], key: str) -> list[str]:
     try:
         target = resolve(value[COMPONENT])
     except ConfigError:
-        return []  # `bind` tells it
+        return []  # reported by `bind`
     given = target if inspect.isclass(target) else returned_class(target)
     if not inspect.isclass(given) or given is object:
         return []
@@ -336,6 +336,6 @@ def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], i
     try:
         return target(**arguments)
     except (TypeError, ValueError) as error:
-        # What other libraries raise about a value, such as a negative learning rate.
+        # Errors of other libraries about a value, such as a negative learning rate.
         given = ", ".join(f"{name}={shown(value)}" for name, value in node.items() if name != COMPONENT)
         raise ConfigError(f"{node[COMPONENT]}: cannot be made with {given or 'its defaults'}: {error}") from error

@@ -70,7 +70,7 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
 
     tree, problems = resolve_interpolations(expand_paths({**defaults, **given}, frame))
     values, frame_problems = check_frame(tree, frame)
-    # A key whose interpolation failed is already a finding; that it is missing from the tree is not another.
+    # A key whose interpolation failed is already an error; its absence from the tree is not a second one.
     failed = {problem.partition(":")[0].partition(".")[0] for problem in problems}
     problems += [problem for problem in frame_problems if problem.partition(":")[0] not in failed]
     problems += check_components(values, frame)
@@ -188,7 +188,7 @@ def resolve_interpolations(tree: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     """Replace every `${...}` in the tree; also return the errors, whose top-level keys are omitted from the tree."""
     problems: list[str] = []
     unresolved = {key for key, value in tree.items() if not _is_literal(value)}
-    # What an interpolation may name; OmegaConf takes its time, so it is given no more than that.
+    # Only what interpolations may refer to: OmegaConf is slow.
     words = {word for key in unresolved for word in re.findall(r"\w+", str(tree[key]))}
     sound = {key: value for key, value in tree.items() if key in words and key not in unresolved}
     for key in [key for key in tree if key in unresolved]:

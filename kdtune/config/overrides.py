@@ -15,7 +15,7 @@ FORMS = "overrides are key=value, a.b=value, ~key or node=dotted.Component"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-# What a dataset's rows come from, of its arguments; the others say which of them, and how they are read.
+# Arguments that determine the source of a dataset's rows; the others select rows or say how to read them.
 _ROWS = (COMPONENT, "source", "data_files", "data_dir", "datasets")
 
 

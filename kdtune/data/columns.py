@@ -12,7 +12,7 @@ Suggest: TypeAlias = Callable[[Row], "Suggestion"]
 Suggestion: TypeAlias = Mapping[str, str]
 """Settings of a dataset builder that would fit a row, as the user would type them; empty: none is known."""
 
-# What datasets commonly call a question, what goes with it, and its answer; the more telling names first.
+# Common column names of a question, its context, and its answer; the more specific names first.
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "input", "source", "text")
 _CONTEXTS = ("input", "context")
 _ANSWERS = (

@@ -31,7 +31,7 @@ FilterFn: TypeAlias = Callable[[Row], bool]
 Order: TypeAlias = npt.NDArray[np.int64]
 
 DEFAULT_SHUFFLE_BUFFER = 10_000
-# Of datasets that are not held in memory, so many examples stand for all in a fingerprint.
+# For datasets that are not in memory, a fingerprint covers this many examples.
 _FINGERPRINT_EXAMPLES = 64
 
 

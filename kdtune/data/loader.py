@@ -229,7 +229,7 @@ class _StreamBatches(IterableDataset[Any]):
         groups = _grouped(examples, settings.batch_size)
         count = sum(1 for _ in islice(groups, first))
         for round_of_groups in _grouped(groups, settings.num_ranks):
-            if waiting is not None:  # held back until it is known not to be the epoch's last
+            if waiting is not None:  # held back until another one follows, so that it is not the epoch's last
                 yield waiting
             count += len(round_of_groups)
             own = _share(round_of_groups, settings.rank)

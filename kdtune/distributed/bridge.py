@@ -27,7 +27,7 @@ _DTYPES = (torch.int64, torch.float32, torch.bfloat16, torch.float64, torch.floa
 _MAX_DIMENSIONS = 3
 _HEADER_LENGTH = 4 + _MAX_DIMENSIONS
 
-# Long enough for one who listens, and short for one who is at work.
+# Long enough for a peer that is receiving; short, for one that is busy.
 _PATIENCE = timedelta(seconds=5)
 
 
@@ -137,7 +137,7 @@ class Bridge:
     def fail(self, exit_code: int) -> None:
         """Tell the waiting peers that this process ends with a user's error, so that they end with the same exit code."""
         for rank in self.partners:
-            with suppress(TrainingError):  # who is gone, or at work, finds out by itself
+            with suppress(TrainingError):  # a peer that is gone or busy finds out by itself
                 self.send(rank, -exit_code).wait(_PATIENCE)
 
     @contextmanager

@@ -118,7 +118,7 @@ def parallelize(
     if activation_checkpointing:
         apply_activation_checkpointing(model)
     if compile:
-        # Of layers cut by tensor parallelism, torch 2.13's compiler recurses without end when lengths are symbols.
+        # For tensor-parallel layers, torch 2.13's compiler recurses endlessly with symbolic lengths.
         apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
     return shard_model(model, parallelism, world)
 
@@ -144,11 +144,11 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
     is_copy = sizes["dp_shard"] == 1 and not trained and parallelism.is_plain
     if is_copy and sizes[TP_DIM] == 1:
         return model
-    # Before the processes talk to each other: all of them are to come as far.
+    # Before any communication: all processes have to get this far.
     if problem := model_problem(model, parallelism, world.size):
         raise LayoutError(f"parallelism: {problem}")
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
-    # One shard is not cut: FSDP2 (torch 2.13) would gather it by another way than torchao's NF4 knows.
+    # A single shard is not sharded: FSDP2 (torch 2.13) would gather it by operations that torchao's NF4 lacks.
     shards = sizes["dp_shard"]
     copies = {weight for weight in quantized if shards == 1 or not is_cut_by_rows(weight.shape, shards)}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}

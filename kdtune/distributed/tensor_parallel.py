@@ -100,7 +100,7 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, style: _Style) -> None:
 def _cut_parameters(placements: Mapping[str, Placement], prefix: str, module: nn.Module, mesh: DeviceMesh) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         placement = placements[f"{prefix}.{name}".lstrip(".")]
-        # Every process has the same weights, or none yet: nothing needs to be sent.
+        # Every process has the same weights, or none yet: no communication is needed.
         cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 

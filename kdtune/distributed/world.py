@@ -69,7 +69,7 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum the values over all shares of the data, in float64; every process calls it with the same number of values."""
-        # Those who share their data have the same values: one of them counts.
+        # Ranks that share their data have the same values: one of them counts.
         return self._sum_all(values if self.rank % self.tp == 0 else [0.0] * len(values))
 
     def any(self, flag: bool) -> bool:

@@ -239,7 +239,7 @@ def _answers(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            # Each answer draws from a stream of its own, so that it does not depend on what is beside it.
+            # Each answer has its own random stream, so that it does not depend on the rest of the batch.
             seed=[seed + _SEED_STEP * index for index in batch],
         )
 

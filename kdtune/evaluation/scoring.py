@@ -25,7 +25,7 @@ ROW_TOKENS = 1024
 _WORTH_SHARING = 0.25
 # A row of a large batch fills at least this part of its place.
 _LEAST_FILLED = 0.8
-# Logits that exist at a time: 64 MiB in fp32.
+# Logits in memory at a time: 64 MiB in fp32.
 _LOGITS_AT_A_TIME = 2**24
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -112,7 +112,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         student.shards,
         student.vocab_size,
     )
-    # Of a head in shards, the largest number of ids that any process has: all must make the same chunks.
+    # For a sharded head, the largest number of ids on any process: all must use the same chunks.
     num_ids = max(shards.num_ids(vocab_size)) if shards else vocab_size
     chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
@@ -120,7 +120,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     student_buffer = student.hidden_TD.new_empty(rows, student.num_ids(vocab_size), dtype=dtype)
     teacher_buffer = None
     if isinstance(task.teacher, Projection):
-        # A whole head beside a student's in shards is used for this process's share of the tokens alone.
+        # A full head beside a sharded student head is used only for this process's share of the tokens.
         rows = -(-rows // shards.group.size()) if shards and not task.teacher.shards else rows
         teacher_buffer = _teacher_buffer(task.teacher, student_buffer, rows, vocab_size)
     ce_N = student_buffer.new_zeros(num_tokens)
@@ -129,7 +129,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     for chunk in _slices(num_tokens, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
-        # The tokens whose whole rows of logits are here: of the chunk all, or with shards a share.
+        # The tokens whose full rows of logits are here: all of the chunk, or a share with a sharded head.
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
         logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
         teacher_CV = None
@@ -153,7 +153,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
 
     sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
     ce, kd, agreement, outside = shards.sum_(sums) if shards else sums
-    # A part of weight 0 is left out, not multiplied by 0: it may be infinite.
+    # A part with weight 0 is skipped, not multiplied by 0: it may be infinite.
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
     if task.teacher is None:
         return Sums(total, ce, None, None, None)

@@ -175,7 +175,7 @@ def greedy_removal(
     steps = list(done)[: model.config.num_layers - keep]
     removed = [step.layer for step in steps]
     layers = [layer for layer in range(model.config.num_layers) if layer not in removed]
-    # What leaving out each layer added to the loss when it was last measured; at first all are.
+    # Loss increase of dropping each layer when last measured; all are measured first.
     added = dict.fromkeys(range(model.config.num_layers), 0.0)
     for step in steps:
         added |= step.added

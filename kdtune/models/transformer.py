@@ -49,7 +49,7 @@ class TransformerConfig:
             value = getattr(self, field.name)
             if field.name in ("rope_scaling", "tie_embeddings"):
                 continue
-            # No model is near these sizes: one of them is a slip, which would fill the memory before it is noticed.
+            # No model is near these sizes: such a value is a mistake that would fill the memory before it is noticed.
             most = _MOST.get(field.name, _MOST_OF_THE_REST)
             if not 0 < value <= most:
                 raise ConfigError(f"{field.name}={value}: must be above 0 and at most {most}")

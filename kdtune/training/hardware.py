@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kdtune.errors import ConfigError
 
-# Of the stated matrix speed, what a training step is assumed to reach.
+# Fraction of the stated matrix speed that a training step is assumed to reach.
 UTILIZATION = 0.4
 
 

@@ -19,7 +19,7 @@ from kdtune.errors import ConfigError, KDTuneError
 # Modules whose 2-D weight has one row a token: orthogonalizing its update makes no sense, so AdamW takes it.
 TOKEN_MODULES = frozenset({"tok_embeddings", "output"})
 
-# What a library raises about arguments beside TypeError and ValueError, which `instantiate` explains.
+# Errors of libraries about arguments, besides TypeError and ValueError, which `instantiate` explains.
 _REFUSALS = (RuntimeError, AssertionError, ArithmeticError, LookupError, AttributeError)
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]

@@ -196,7 +196,7 @@ def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
     sizes, whole = student.sizes, student.sizes.is_sharded
     layer, count, buffer = sizes.layer, sizes.num_layers, _buffer(sizes, sizes.layer)
     is_first = held["gradients"] == 0
-    # The head's gradient is there from the loss on: before it is summed, or as this process's own.
+    # The head's gradient exists from the loss on: unreduced, or as this process's own.
     head = _gradient_bytes(sizes, "output")
     embeddings = _gradient_bytes(sizes, "tok_embeddings")
     rest = held["gathered"] + sizes.rest.whole

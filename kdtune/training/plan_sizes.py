@@ -186,7 +186,7 @@ def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         if parameter not in made:
-            # torchao gathers NF4 as it is and makes it plain in its own dtype, whatever FSDP computes in.
+            # torchao gathers NF4 weights quantized and dequantizes them in their own dtype, whatever FSDP's compute dtype is.
             dtype = parameter.dtype if is_nf4(parameter) else widths.compute(parameter.dtype)
             empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
             made[parameter] = (

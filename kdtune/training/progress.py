@@ -136,7 +136,7 @@ class Progress:
         try:
             tqdm.write(fitted(text, self._stream), file=self._stream)
             self._stream.flush()
-        except (OSError, ValueError):  # nobody reads any more (`2>&1 | head`): a run is no worse for that
+        except (OSError, ValueError):  # the reader has ended (`2>&1 | head`), which does not harm the run
             self._silent = True
         self._last_line = time.monotonic()
 
@@ -159,7 +159,7 @@ class Progress:
             self._bar.refresh()
         elif now - self._last_line >= self._patience:
             if self._numbers and self._is_step() and lasted < self._patience:
-                # Steps are made, only not enough for a line of their own.
+                # Steps are being made, but not enough for a line.
                 self._print(f"{self._unit} {self._step}/{self._total}  {self._numbers}")
             else:
                 self._print(f"{self._phase}{self._count}, {_clock(lasted)} so far")

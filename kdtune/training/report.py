@@ -99,7 +99,7 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, diverge
     lines = [_line("teacher", teacher) for teacher in teachers if teacher is not None]
     lines += _starts({name: rows[0] for name, rows in validated.items()})
     lines += [_line(f"{name}, step {rows[-1]['step']}", held_out(rows[-1])) for name, rows in validated.items()]
-    lines = list({format_table([line]): line for line in lines}.values())  # teachers with the same numbers are one
+    lines = list({format_table([line]): line for line in lines}.values())  # teachers with the same numbers share a row
     return _table(lines, divergence) or None
 
 

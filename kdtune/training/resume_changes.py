@@ -101,7 +101,7 @@ def load_training_state(
         _set(group, {**changed, **rate} if replay else changed)
     if replay:
         with warnings.catch_warnings():
-            # PyTorch expects steps of the optimizer in between; these were made by the run before.
+            # PyTorch expects optimizer steps in between; the previous run made them.
             warnings.simplefilter("ignore", UserWarning)
             for scheduler in schedulers:
                 for _ in range(extra["step"]):

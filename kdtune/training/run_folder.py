@@ -95,7 +95,7 @@ def _writing_problems(folder: Path) -> list[str]:
     parent = folder
     while not parent.exists():
         parent = parent.parent
-    # What root may write to can still be mounted read-only.
+    # Even root cannot write to a read-only mount.
     is_mounted_read_only = hasattr(os, "statvfs") and bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
     if is_mounted_read_only or not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         return [f"output_dir={folder}: {parent} is not a folder that can be written to; choose another output_dir"]
@@ -189,7 +189,7 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
         write_run_files(output_dir, resolved_config=resolved_config, record=record)
         discard_steps_after(output_dir, step)
         for file in logs:
-            # At step 0 the validation before the first step is made again.
+            # At step 0 the validation before the first step runs again.
             truncate_metrics(file, step if step > 0 else -1)
 
 
@@ -362,7 +362,7 @@ def write_final(
     def card(kind: Literal["model", "adapter"]) -> str | None:
         try:
             return model_card(output_dir, kind)
-        except Exception as error:  # a trained model is not lost for want of its description
+        except Exception as error:  # a failed card must not lose the trained model
             log.warning("%s has no README.md: it could not be made: %s: %s", final, type(error).__name__, error)
             return None
 
