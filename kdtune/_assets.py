@@ -76,27 +76,27 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def assets_dir(kind: Literal["recipes", "configs"]) -> Path:
-    """Folder of the shipped recipes or configs: inside the installed package, else the checkout's."""
+    """Return the folder of the shipped recipes or configs: inside the installed package, else the checkout's."""
     package = Path(__file__).resolve().parent
     packaged = package / f"_{kind}"
     return packaged if packaged.is_dir() else package.parent / kind
 
 
 def recipes() -> list[Recipe]:
-    """Every shipped recipe, sorted by name."""
+    """Return every shipped recipe, sorted by name."""
     files = sorted(assets_dir("recipes").glob("*.py"))
     return [read_recipe(path) for path in files if not path.name.startswith("_")]
 
 
 def configs() -> list[ConfigFile]:
-    """Every shipped config, sorted by name."""
+    """Return every shipped config, sorted by name."""
     root = assets_dir("configs")
     files = [path for path in root.rglob("*") if path.suffix in CONFIG_SUFFIXES]
     return sorted((read_config_header(path) for path in files), key=lambda config: config.name)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Name, aliases and summary of a recipe file, read from its syntax tree: nothing is imported.
+    """Read name, aliases and summary of a recipe file from its syntax tree, without importing it.
 
     Raises:
         ConfigError: the file cannot be read or is not Python.
@@ -130,7 +130,7 @@ def _aliases(tree: ast.Module) -> tuple[str, ...]:
 
 
 def read_config_header(path: Path) -> ConfigFile:
-    """Name and partner recipe of a config file, by a regular expression over its text; no YAML is parsed."""
+    """Read name and partner recipe of a config file, by a regular expression over its text; no YAML is parsed."""
     root = assets_dir("configs")
     shipped = path.resolve().is_relative_to(root.resolve())
     name = path.resolve().relative_to(root.resolve()).with_suffix("").as_posix() if shipped else str(path)
@@ -142,7 +142,7 @@ def read_config_header(path: Path) -> ConfigFile:
 
 
 def recipe_named(name: str) -> Recipe | None:
-    """The shipped recipe of that name or alias, or None."""
+    """Return the shipped recipe of that name or alias, or None."""
     return next((recipe for recipe in recipes() if name == recipe.name or name in recipe.aliases), None)
 
 
@@ -157,7 +157,7 @@ def is_config(argument: str) -> bool:
 
 
 def find_recipe(source: str | Path) -> Recipe:
-    """The shipped recipe of that name or alias, or the user's own recipe file at that path.
+    """Return the shipped recipe of that name or alias, or the user's own recipe file at that path.
 
     Raises:
         ConfigError: there is none; the message lists what there is.
@@ -185,7 +185,7 @@ def find_recipe(source: str | Path) -> Recipe:
 
 
 def find_config(source: str | Path) -> ConfigFile:
-    """The config file at that path, or the shipped config of that name.
+    """Return the config file at that path, or the shipped config of that name.
 
     Raises:
         ConfigError: there is none; the message names the nearest and says where to look.

@@ -8,7 +8,7 @@ from kdtune.errors import ConfigError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `cat` to the command's parsers."""
+    """Add `cat` to the command's parsers."""
     parser = subparsers.add_parser("cat", help="print a recipe or config", description=__doc__)
     parser.add_argument("name", metavar="NAME|PATH", help="recipe or config, as `kdtune ls` names it, or a path")
     parser.add_argument(
@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the file's text, or the resolved config."""
+    """Print the file's text, or the resolved config."""
     asset = find_asset(arguments.name)
     if not arguments.resolved:
         if arguments.overrides:
@@ -34,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def resolved(config: _assets.ConfigFile, source: str, overrides: list[str]) -> str:
-    """The config as a run would use it, every key with its docs above it."""
+    """Return the config as a run would use it, with every key's docs above it."""
     from kdtune.config import field_docs, load, resolved_yaml
 
     recipe = partner_recipe(config)

@@ -50,7 +50,7 @@ compdef _kdtune kdtune
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `completion` to the command's parsers."""
+    """Add `completion` to the command's parsers."""
     parser = subparsers.add_parser("completion", help="print a completion script for bash or zsh", description=__doc__)
     parser.add_argument(
         "shell",
@@ -62,7 +62,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the script, or names one a line."""
+    """Print the script, or names one a line."""
     if arguments.shell in ("bash", "zsh"):
         script = _BASH if arguments.shell == "bash" else _ZSH
         print(script.replace("@COMMANDS@", " ".join(_COMMANDS)), end="")
@@ -71,7 +71,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def names(what: str) -> list[str]:
-    """The names a shell completes: recipes with their aliases, configs, or both."""
+    """Return the names a shell completes: recipes with their aliases, configs, or both."""
     recipes = [name for recipe in _assets.recipes() for name in (recipe.name, *recipe.aliases)]
     configs = [config.name for config in _assets.configs()]
     return {"recipes": recipes, "configs": configs, "all": [*recipes, *configs]}[what]

@@ -11,7 +11,7 @@ from kdtune.paths import user_path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `cp` to the command's parsers."""
+    """Add `cp` to the command's parsers."""
     parser = subparsers.add_parser("cp", help="copy a recipe or config to own it", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="recipe or config, as `kdtune ls` names it")
     parser.add_argument("destination", metavar="DEST", type=Path, help="file or folder; the suffix is added if missing")
@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Copies the file and prints where to.
+    """Copy the file and print where to.
 
     Raises:
         ConfigError: DEST exists, its folder does not, or it cannot be written.

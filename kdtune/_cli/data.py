@@ -14,7 +14,7 @@ _LONGEST_STRETCH = 600
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `data` to the command's parsers."""
+    """Add `data` to the command's parsers."""
     parser = subparsers.add_parser(
         "data", help="show a config's examples, with the trained tokens marked", description=__doc__
     )
@@ -32,7 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the examples, then the numbers.
+    """Print the examples, then the numbers.
 
     Raises:
         ConfigError: the config is not valid or has no dataset.

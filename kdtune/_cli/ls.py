@@ -15,7 +15,7 @@ _KINDS = (
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `ls` to the command's parsers."""
+    """Add `ls` to the command's parsers."""
     parser = subparsers.add_parser("ls", help="list recipes and configs, or a recipe's keys", description=__doc__)
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a recipe: show its summary, aliases, configs and keys; a folder of configs, "
@@ -26,7 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the table, a part of it, or a recipe's keys."""
+    """Print the table, a part of it, or a recipe's keys."""
     name = arguments.name
     if name is None:
         print(table(_assets.configs()))

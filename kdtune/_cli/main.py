@@ -26,7 +26,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; every subcommand leaves its function in `func`."""
+    """Build the parser of the whole command; every subcommand stores its function in `func`."""
     parser = argparse.ArgumentParser(
         prog="kdtune",
         description=_DESCRIPTION,
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
+    """Run the command line and exit: 0 when it worked, 1 when a run failed, 2 when the user can fix it."""
     outlive_readers()
     _fit_progress_bars()
     arguments = parse(sys.argv[1:] if argv is None else argv)

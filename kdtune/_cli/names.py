@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
-    """The recipe or config of that name or path.
+    """Return the recipe or config of that name or path.
 
     Raises:
         ConfigError: there is neither; the message names the nearest of both.
@@ -26,7 +26,7 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
 
 
 def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
-    """The recipe that a config's `recipe:` line names.
+    """Return the recipe that a config's `recipe:` line names.
 
     Prints a notice on stderr if it is not a shipped recipe, because the caller imports it and thereby runs its code.
 

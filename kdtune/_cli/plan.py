@@ -8,7 +8,7 @@ from kdtune.errors import ConfigError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `plan` to the command's parsers."""
+    """Add `plan` to the command's parsers."""
     parser = subparsers.add_parser("plan", help="what a run will take in memory and time", description=__doc__)
     parser.add_argument("config", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
     parser.add_argument("--world-size", default="1", metavar="N[,N]", help="numbers of processes (default: 1)")
@@ -19,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Prints the plan, a column for each number of processes.
+    """Print the plan, a column for each number of processes.
 
     Raises:
         ConfigError: the config is not valid, its recipe does not train, or it does not fit a number of processes.
@@ -39,7 +39,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def world_sizes(text: str) -> list[int]:
-    """The numbers in "8,64,512".
+    """Parse the numbers in "8,64,512".
 
     Raises:
         ConfigError: one of them is not a number of processes.

@@ -17,7 +17,7 @@ _USAGE = "kdtune run [torchrun options] RECIPE --config NAME|PATH [key=value | ~
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `run` to the command's parsers."""
+    """Add `run` to the command's parsers."""
     parser = subparsers.add_parser(
         "run",
         help="run a recipe, on one process or under torchrun",
@@ -51,7 +51,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], _assets.Recipe, list[str]]:
-    """The torchrun options before the recipe, the recipe, and the arguments after it.
+    """Split the arguments into torchrun options, the recipe, and the arguments after it.
 
     Raises:
         ConfigError: no argument is a recipe's name, an alias or a .py file.

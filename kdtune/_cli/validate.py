@@ -9,7 +9,7 @@ from kdtune.errors import ConfigError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `validate` to the command's parsers."""
+    """Add `validate` to the command's parsers."""
     parser = subparsers.add_parser("validate", help="check a config without running it", description=__doc__)
     parser.add_argument("config", nargs="?", metavar="NAME|PATH", help="config, as `kdtune ls` names it, or a path")
     parser.add_argument("--config", dest="named", metavar="NAME|PATH", help="the same, as `kdtune run` takes it")
@@ -36,7 +36,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 def config_and_overrides(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """The config and the overrides of `validate CONFIG ...`, `validate --config CONFIG ...` or `validate RECIPE --config CONFIG ...`.
+    """Return config and overrides of `validate CONFIG ...`, `validate --config CONFIG ...` or `validate RECIPE --config CONFIG ...`.
 
     Raises:
         ConfigError: no config is named, or the config belongs to another recipe than the one named.

@@ -27,7 +27,7 @@ _in_use: set[Path] = set()
 
 @contextmanager
 def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Iterator[Path]:
-    """Yields an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
+    """Yield an empty hidden folder beside `path`; when the block ends without an error it becomes `path`.
 
     Everything in it is flushed to disk before the rename, so `path` never exists half written. An error removes the
     hidden folder; a killed process leaves it to `clean_leftovers`. Missing parents are made. On

@@ -105,7 +105,7 @@ class Checkpointer:
         return []
 
     def files(self) -> list[Path]:
-        """The weight files, in order; those named by the user or by an index may be missing.
+        """Return the weight files, in order; those named by the user or by an index may be missing.
 
         Raises:
             CheckpointError: the folder is missing or holds no weights that are supported, or more than one model.

@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The index's map from tensor name to file name."""
+    """Read the index's map from tensor name to file name."""
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -70,7 +70,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -> dict[str, StoredTensor]:
-    """The tensors of safetensors files by the names in the files, unread.
+    """Return the tensors of safetensors files by the names in the files, unread.
 
     If an index is given, the files must hold exactly the tensors that it lists.
 

@@ -72,7 +72,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _patterns(value: Any) -> list[str]:
-    """The regular expressions of a setting; a list has names."""
+    """Return the regular expressions of a setting; a list has names."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
 
 

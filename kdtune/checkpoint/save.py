@@ -45,7 +45,7 @@ class SavesItself(Protocol):
         ...
 
     def save(self, folder: Path, *, is_chat: bool) -> None:
-        """Writes its files into a folder, with the chat template where `is_chat`."""
+        """Write its files into a folder, with the chat template where `is_chat`."""
         ...
 
 

@@ -34,7 +34,7 @@ class Stateful(Protocol):
     """The methods of a learning-rate scheduler that are used here."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state as plain values."""
+        """Return its state as plain values."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def _split(named: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict
 
 
 def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's class and parameter groups, with names in place of parameters."""
+    """Describe the optimizer: its class and parameter groups, with names in place of parameters."""
     names = _parameter_names(model)
     groups = []
     for group in optimizer.param_groups:

@@ -18,7 +18,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def key(default: Any = MISSING, *, at_least: int | None = None, may_change: bool = False) -> Any:
-    """A dataclass field that holds a plain value; without a default the config must set it.
+    """Declare a dataclass field that holds a plain value; without a default the config must set it.
 
     `at_least` is the smallest number allowed. `may_change`: a resumed run may use another value than before.
     """
@@ -32,7 +32,7 @@ def component(
     returns: type[Any] | None = None,
     may_change: bool = False,
 ) -> Any:
-    """A dataclass field that holds a component node (or a list of them).
+    """Declare a dataclass field that holds a component node (or a list of them).
 
     `runtime` are the arguments that the recipe passes when it instantiates the node, so the config must not set them;
     `optional` are those it passes only if the component accepts them and the config does not set them. Without a default

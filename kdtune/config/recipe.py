@@ -50,7 +50,7 @@ class EntryPoint(Protocol):
         """Return the config of a command line, fully validated; raise ConfigError with every finding."""
 
     def __call__(self, argv: list[str] | None = None) -> None:
-        """Runs the recipe on these command-line arguments (None: the process's own)."""
+        """Run the recipe on these command-line arguments (None: the process's own)."""
 
 
 def entry_point(frame: type[T], *, default_config: str | None = None) -> Callable[[Callable[[T], Any]], EntryPoint]:

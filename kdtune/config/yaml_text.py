@@ -51,7 +51,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return dict(super().construct_mapping(node, deep=deep))
 
     def construct_ambiguous(self, node: yaml.ScalarNode) -> Any:
-        """Raises AmbiguousValueError."""
+        """Raise AmbiguousValueError."""
         raise AmbiguousValueError(None, None, _advice(node.value), node.start_mark)
 
 
@@ -68,7 +68,7 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Parse a YAML document and return its value.
 
     Raises:
         yaml.YAMLError: it is not valid, nested too deeply or too large, or holds a value that is read in two ways

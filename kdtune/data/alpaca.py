@@ -86,7 +86,7 @@ def alpaca_dataset(
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
-    """A dataset of Alpaca rows, in the Alpaca prompt.
+    """Build a dataset of Alpaca rows, in the Alpaca prompt.
 
     train_on: "answers", or "all" to train on the prompt too, the default here as in torchtune. train_on_input: torchtune's
     name for it (true means all, false answers). truncation: treatment of rows longer than the tokenizer's max_seq_len,
@@ -127,7 +127,7 @@ def quickstart_dataset(
     prompt: Literal["alpaca", "plain"] = "alpaca",
     **options: Unpack[TrainingOptions],
 ) -> TokenizedDataset:
-    """The small instruction set that ships with kdtune.
+    """Build the dataset of the small instruction set that ships with kdtune.
 
     split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca" for Alpaca's
     wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input, truncation: as

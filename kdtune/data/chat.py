@@ -119,7 +119,7 @@ def chat_dataset(
     filter_fn: FilterFn | str | None = None,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
-    """A dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
+    """Build a dataset of conversations: lists of role and content (openai) or from and value (sharegpt).
 
     A turn with `masked: true`, `train: false` or `weight: 0` is not trained on. Other fields of a turn, such as
     tool_calls or reasoning_content, are passed to the chat template, and so are the row's `tools` and

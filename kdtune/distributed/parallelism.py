@@ -220,7 +220,7 @@ def parallelism_problems(node: Any, teacher_node: Any = None, *, teacher_process
     Args:
         node: the model's, or the student's.
         teacher_node: the teacher's; None: the same as the student's.
-        teacher_processes: of the processes that were started, so many hold the teacher alone.
+        teacher_processes: number of the started processes that hold only the teacher.
     """
     parallelism, teacher = instantiate(node), instantiate(teacher_node)
     if parallelism is None:

@@ -186,7 +186,7 @@ def _is_adapted(config: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
 
 
 def _changes_text(start: Mapping[str, Any]) -> str:
-    """The settings that the run's last resume changed, such as "optimizer.lr 0.001 -> 0.0005"; "" if there are none."""
+    """Describe the settings that the run's last resume changed, such as "optimizer.lr 0.001 -> 0.0005"; "" if none."""
     changed = (start.get("changed") or {}).items()
     return ", ".join(f"{key} {one['was']} -> {one['is']}" for key, one in changed if is_changeable(key))
 

@@ -138,7 +138,7 @@ def step_to_resume(
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a component that goes by an older name too under its name of today."""
+    """Return the config with components that have an older name also under their current name."""
     node = values.get("kd_loss")
     if isinstance(node, Mapping) and node.get("_component_") == "kdtune.losses.ForwardKLLoss":
         return {**values, "kd_loss": {**node, "_component_": "kdtune.losses.ForwardKL"}}
