@@ -189,11 +189,14 @@ def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
     return {}
 
 
-def _inherited(tree: ast.Module, base: str) -> dict[str, KeyDoc]:
-    """Return the keys of a base class such as `training.TrainingConfig`, from the file of kdtune that defines it."""
+def _inherited(tree: ast.Module, base: str, within: str = "") -> dict[str, KeyDoc]:
+    """Return the keys of a base class such as `training.TrainingConfig`, from the file of kdtune that defines it.
+
+    `within` is the package that the tree's relative imports start from.
+    """
     package, _, name = base.rpartition(".")
     imported = {
-        alias.asname or alias.name: f"{statement.module}.{alias.name}"
+        alias.asname or alias.name: f"{within + '.' if statement.level else ''}{statement.module}.{alias.name}"
         for statement in tree.body
         if isinstance(statement, ast.ImportFrom)
         for alias in statement.names
@@ -202,9 +205,11 @@ def _inherited(tree: ast.Module, base: str) -> dict[str, KeyDoc]:
     if parts[0] != "kdtune":
         return {}
     path = Path(kdtune.__file__).parent.joinpath(*parts[1:-1])
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    # Packages that import lazily list their names in a stub.
+    files = (path / "__init__.pyi", path / "__init__.py", path.with_suffix(".py"))
+    file = next(file for file in files if file.is_file())
     source = file.read_text(encoding="utf-8")
-    return field_docs(source, name) or _inherited(ast.parse(source), name)
+    return field_docs(source, name) or _inherited(ast.parse(source), name, ".".join(parts[:-1]))
 
 
 def _frame_name(tree: ast.Module) -> str:
