@@ -22,11 +22,16 @@ def known_metrics(rows: Sequence[Row]) -> list[str]:
 def chosen_metrics(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[str]:
     """Return the metrics to show: those that match a pattern, in the patterns' order.
 
-    Without patterns (None), or if none matches, return all but standard errors.
+    Without patterns (None), or if none matches, return all but standard errors and, where kd_ratio differs between rows, the
+    total loss: a mix of cross entropy and divergence that differs with kd_ratio by its weights alone.
     """
     known = known_metrics(rows)
     found = [name for pattern in patterns or () for name in known if fnmatchcase(name, pattern)]
-    shown = [name for name in known if not name.partition(",")[0].endswith(STANDARD_ERROR)]
+    is_mixed = len({repr(row.axes[axis]) for row in rows for axis in row.axes if axis.endswith("kd_ratio")}) > 1
+    mixes = {
+        name for name in known if is_mixed and name.endswith(".loss") and name.replace(".loss", ".class_loss") in known
+    }
+    shown = [name for name in known if not name.partition(",")[0].endswith(STANDARD_ERROR) and name not in mixes]
     return list(dict.fromkeys(found)) or ([] if patterns == [] else shown)
 
 
