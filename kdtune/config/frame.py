@@ -208,7 +208,7 @@ def _inherited(tree: ast.Module, base: str, within: str = "") -> dict[str, KeyDo
     # Packages that import lazily list their names in a stub.
     files = (path / "__init__.pyi", path / "__init__.py", path.with_suffix(".py"))
     file = next(file for file in files if file.is_file())
-    source = file.read_text(encoding="utf-8")
+    source = file.read_text(encoding="utf-8-sig")
     return field_docs(source, name) or _inherited(ast.parse(source), name, ".".join(parts[:-1]))
 
 

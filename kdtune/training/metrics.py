@@ -3,7 +3,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -44,9 +45,12 @@ class Metrics:
         """Restart the timing of the next step from now."""
         self._since = self._clock()
 
-    def leave_out(self, seconds: float) -> None:
-        """Exclude seconds, such as those of a validation or a save, from the next step's time."""
-        self._since += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time does not count as the next step's: a validation, a save."""
+        since = self._clock()
+        yield
+        self._since += self._clock() - since
 
     def pop(self, **scalars: torch.Tensor) -> dict[str, float]:
         """Return the mean per valid token of every part, the scalars unchanged, counts and speed; then reset.

@@ -58,7 +58,7 @@ class RemovalRecord:
 
     def _read(self) -> None:
         try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
+            document = json.loads(self.path.read_text(encoding="utf-8-sig"))
             before = dict(document["settings"])
             self.removals = [
                 RemovalStep(int(one["layer"]), float(one["loss"]), {int(k): float(v) for k, v in one["added"].items()})

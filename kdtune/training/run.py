@@ -4,7 +4,6 @@ It never calls the recipe. The recipe iterates over `Run.steps()` and makes each
 the same weights, without any record.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -183,9 +182,8 @@ class Run:
         """A context whose time does not count as the steps': validation, samples, checkpoints. It waits for the device first."""
         if self.world.device.type != "cpu":
             torch.accelerator.synchronize(self.world.device)
-        since = time.perf_counter()
-        yield
-        self.metrics.leave_out(time.perf_counter() - since)
+        with self.metrics.paused():
+            yield
 
     def steps(self) -> Iterator[Step]:
         """Yield the remaining steps. After each: log, sample and save what is due; on a signal, save and stop early."""

@@ -111,7 +111,7 @@ def test_a_copied_recipe_and_config_run(
     assert cli("cp", RECIPE, "mine.py").code == 0
     assert cli("cp", CONFIG, "mine.yaml").code == 0
     text = Path("mine.py").read_text()
-    line = '    """Runs the recipe."""\n'
+    line = '    """Run the recipe."""\n'
     assert text.count(line) == 1
     Path("mine.py").write_text(text.replace(line, f'{line}    print("this is mine")\n'))
     ended = cli("run", "mine.py", "--config", "mine.yaml", "output_dir=out", *SHORT)

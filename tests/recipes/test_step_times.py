@@ -27,7 +27,8 @@ def test_no_step_has_a_validation_in_its_time(
         return evaluate(*args, **more)
 
     monkeypatch.setattr(evaluation, name, slow)
-    monkeypatch.setattr(training, "Metrics", functools.partial(training.Metrics, clock=lambda: float(next(ticks))))
+    clocked = functools.partial(training.Metrics, clock=lambda: float(next(ticks)))
+    monkeypatch.setattr("kdtune.training.run.Metrics", clocked)
     done = cli(
         "run", recipe, "--config", f"tiny/{recipe}", f"output_dir={tmp_path / 'run'}", "max_steps_per_epoch=3",
         "run_val_every_n_steps=1", "sample_prompts=[]",

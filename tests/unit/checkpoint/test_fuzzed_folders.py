@@ -87,9 +87,9 @@ def test_a_changed_value(model_folder: Path, name: str) -> None:
     [
         ("tokenizer_config.json", ("eos_token",), "a" * 100_000, "(100000 characters) is none"),
         ("tokenizer_config.json", ("eos_token",), "\ud83d", "well-formed text expected"),
-        ("tokenizer_config.json", ("added_tokens_decoder",), 5, "added_tokens_decoder=5; an object of AddedToken"),
-        ("tokenizer_config.json", ("added_tokens_decoder",), {"a": {"content": "<x>"}}, "an object of AddedToken"),
-        ("tokenizer_config.json", ("added_tokens_decoder",), {"9": {"content": 5}}, "an object of AddedToken"),
+        ("tokenizer_config.json", ("added_tokens_decoder",), 5, "the added token 5 with the id None"),
+        ("tokenizer_config.json", ("added_tokens_decoder",), {"a": {"content": "<x>"}}, "each an AddedToken object"),
+        ("tokenizer_config.json", ("added_tokens_decoder",), {"9": {"content": 5}}, "each an AddedToken object"),
         ("tokenizer_config.json", ("added_tokens_decoder",), {"9": {"content": "x" * 2000}}, "(2000 characters) is none"),
         ("tokenizer.json", ("model", "vocab", "a"), 10**9, "the largest id is 1000000000; at most 16777216 expected"),
         ("tokenizer.json", ("added_tokens", 0), True, "the tokenizers library cannot read it"),
