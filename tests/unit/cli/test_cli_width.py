@@ -1,15 +1,9 @@
 """Listings and what a run tells fit into a narrow terminal; in a file they are as wide as they like, but for COLUMNS."""
 
-import os
-import pty
-import struct
-import subprocess
-import sys
-import termios
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+from terminal import output_in_terminal
 
 from kdtune._assets import configs, find_recipe, recipes
 from kdtune._cli.ls import components_text, describe, table
@@ -84,29 +78,8 @@ main(["ls", "prune"])
 """
 
 
-def run_in_terminal(columns: int, **environment: str) -> list[str]:
-    leader, follower = pty.openpty()
-    ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=follower, stderr=follower,
-                               env={**known, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment})  # fmt: skip
-    os.close(follower)
-    text = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not part:
-            break
-        text += part
-    os.close(leader)
-    assert process.wait() == 0, text
-    return [line.rstrip("\r") for line in text.decode().split("\n")]
-
-
 def test_a_terminal_of_60_columns():
-    seen = run_in_terminal(60, NO_COLOR="1")
+    seen = output_in_terminal(RUN, columns=60, NO_COLOR="1")
     assert "\x1b" not in "".join(seen)
     assert seen[0].startswith("validation, step 10: cross entropy 3.675") and seen[1].startswith("  ")
     assert [line for line in seen if len(line) > 60] == [

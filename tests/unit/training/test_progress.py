@@ -4,17 +4,14 @@ import io
 import json
 import logging
 import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 import time
-from fcntl import ioctl
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from terminal import output_in_terminal
 
 from kdtune.log import get_logger
 from kdtune.training import Progress, StepLog, validation_text
@@ -137,24 +134,7 @@ with Progress() as progress:
 
 def in_terminal(columns: int, lines: int) -> list[str]:
     """What is seen on a terminal of this size: each line as it was last drawn."""
-    leader, follower = pty.openpty()
-    ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
-    process = subprocess.Popen([sys.executable, "-c", TERMINAL], stderr=follower, stdout=follower, env=environment)
-    os.close(follower)
-    text = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not part:
-            break
-        text += part
-    os.close(leader)
-    assert process.wait() == 0, text
-    return [line.rstrip("\r").rpartition("\r")[2] for line in text.decode().split("\n")]
+    return [line.rpartition("\r")[2] for line in output_in_terminal(TERMINAL, columns=columns, lines=lines)]
 
 
 @pytest.mark.parametrize(
