@@ -1,4 +1,8 @@
 from .builders import builder_problems
+from .checks import (
+    divergence_problems,
+    may_change,
+)
 from .clip import check_finite, clip_grad_norm_
 from .comparison import comparable, divergence_of, metrics_csv, read_runs
 from .config import TrainingConfig
@@ -12,11 +16,7 @@ from .loggers import (
     read_metrics,
     truncate_metrics,
 )
-from .loop import (
-    divergence_problems,
-    may_change,
-)
-from .memory import memory_stats, reset_peak_memory
+from .memory import memory_stats
 from .metrics import Metrics
 from .model_card import divergence_title, has_facts, model_card, run_facts
 from .optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
@@ -143,7 +143,6 @@ __all__ = [
     "read_run",
     "read_runs",
     "record_samples",
-    "reset_peak_memory",
     "resolve_device",
     "resume_extra",
     "run_facts",

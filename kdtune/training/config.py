@@ -8,7 +8,7 @@ import torch
 from kdtune import checkpoint, data, distributed, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer
-from kdtune.training.loop import loop_problems
+from kdtune.training.checks import loop_problems
 from kdtune.training.precision import device_problems
 from kdtune.training.run_folder import output_dir_problems
 

@@ -9,7 +9,7 @@ _GIB = 2**30
 
 
 def memory_stats(device: torch.device | str) -> dict[str, float]:
-    """Return the memory in GiB since the process (or `reset_peak_memory`) began.
+    """Return the memory in GiB since the process began.
 
     cuda: `peak_memory_alloc` (tensors) and `peak_memory_reserved` (what torch took from the driver). mps:
     `memory_alloc` and `memory_reserved` now, as Metal keeps no peak. cpu: `peak_memory_rss`, the largest resident set
@@ -28,9 +28,3 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
         }
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return {"peak_memory_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
-
-
-def reset_peak_memory(device: torch.device | str) -> None:
-    """Reset the peaks of a CUDA device; does nothing on other devices."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

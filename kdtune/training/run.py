@@ -21,9 +21,9 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.generation import Generator
 from kdtune.models import Transformer, has_adapters
+from kdtune.training.checks import is_due, profiler_and_logger
 from kdtune.training.clip import check_finite
 from kdtune.training.interrupt import InterruptFlag
-from kdtune.training.loop import is_due, profiler_and_logger
 from kdtune.training.memory import memory_stats
 from kdtune.training.metrics import Metrics
 from kdtune.training.progress import Progress
@@ -122,7 +122,7 @@ class Run:
         self._model, self._optimizer, self._schedulers = model, optimizer, [] if scheduler is None else [scheduler]
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)
-        base = cfg.checkpointer["checkpoint_dir"] if cfg.checkpointer else None
+        base = (cfg.checkpointer or {}).get("checkpoint_dir")
         # What stands beside the weights in a model folder: licence and generation config of the base, tokenizer, chat template.
         self._beside: dict[str, Any] = {
             "base": base,

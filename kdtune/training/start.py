@@ -17,8 +17,8 @@ from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.tokenizers import Tokenizer
+from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.inputs import check_inputs
-from kdtune.training.loop import check_save_weights, may_change
 from kdtune.training.optim import trainable_parameters
 from kdtune.training.plan_text import print_plan
 from kdtune.training.precision import resolve_device
