@@ -13,7 +13,9 @@ PACKAGE = ROOT / "kdtune"
 
 # docs/architecture.md, "Who may import whom": a package may import packages of lower layers only.
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["constants", "errors", "log", "paths", "escape", "model_files", "_assets", "__init__"], 0),
+    **dict.fromkeys(
+        ["constants", "errors", "log", "paths", "escape", "model_files", "gguf_file", "_assets", "__init__"], 0
+    ),
     **dict.fromkeys(["config", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
     **dict.fromkeys(["distributed", "generation"], 3),

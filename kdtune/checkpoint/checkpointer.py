@@ -17,11 +17,11 @@ from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.ranks import is_sharded
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
 from kdtune.errors import CheckpointError
+from kdtune.gguf_file import read_gguf
 from kdtune.model_files import read_json
 from kdtune.models import Transformer, TransformerConfig, weight_shapes
 from kdtune.models.llama import configs, convert
 from kdtune.paths import user_path
-from kdtune.tokenizers.gguf_metadata import read_metadata
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
 
@@ -328,17 +328,15 @@ def _read_meta(files: list[Path]) -> StoredModel:
 
 def _read_gguf(files: list[Path]) -> StoredModel:
     file = files[0]
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; download it again")
-    stored = gguf.stored_tensors(file)
-    fields_by_key = read_metadata(file)
+    header = read_gguf(file)
+    stored = gguf.stored_tensors(file, header)
     embedding = stored.get(convert.kdtune_to_gguf("tok_embeddings.weight"))
     if embedding is not None:
-        fields_by_key.setdefault("llama.vocab_size", embedding.shape[0])
+        header.metadata.setdefault("llama.vocab_size", embedding.shape[0])
     factors = stored.get(convert.GGUF_ROPE_FACTORS)
     with _in_file(file):
         config = configs.config_from_gguf(
-            fields_by_key,
+            header.metadata,
             tie_embeddings=convert.kdtune_to_gguf("output.weight") not in stored,
             rope_factors=factors.read() if factors else None,
         )

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from kdtune.errors import CheckpointError
+from kdtune.gguf_file import read_gguf
 from kdtune.log import get_logger
 from kdtune.tokenizers.byte_level import byte_level_words
-from kdtune.tokenizers.gguf_metadata import read_metadata
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
 from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
@@ -66,7 +66,7 @@ def load_gguf(file: Path, *, max_seq_len: int | None = None) -> GGUFTokenizer:
     Raises:
         CheckpointError: the file is broken, or its tokenizer is of another kind (named).
     """
-    data = read_metadata(file)
+    data = read_gguf(file).metadata
     kind = _need(data, Keys.Tokenizer.MODEL, file)
     tokens: list[str] = _need(data, Keys.Tokenizer.LIST, file)
     types: list[int] = data.get(Keys.Tokenizer.TOKEN_TYPE) or [TokenType.NORMAL] * len(tokens)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import LLAMA3_1, assert_same_weights, tiny_model, write_gguf
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 
 from kdtune.checkpoint import Checkpointer, gguf, load_model
 from kdtune.errors import CheckpointError
+from kdtune.gguf_file import read_gguf
 from kdtune.models.rope import inverse_frequencies
 
 
@@ -84,6 +85,16 @@ def test_other_architectures_and_tensors_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_model(), extra={"blk.0.attn_q.bias": np.zeros(32, np.float32)})
     with pytest.raises(CheckpointError, match=r"m.gguf: .*blk.0.attn_q.bias"):
         load_model(tmp_path)
+
+
+def test_the_header_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    write_gguf(file, tiny_model(), kind=GGMLQuantizationType.Q8_0)
+    header, expected = read_gguf(file), GGUFReader(file)
+    metadata = {name: field.contents() for name, field in expected.fields.items() if not name.startswith("GGUF.")}
+    assert header.metadata == metadata
+    tensors = {t.name: (tuple(t.shape.tolist()[::-1]), t.tensor_type, t.data_offset) for t in expected.tensors}
+    assert header.tensors == tensors
 
 
 def test_two_files_need_a_choice(tmp_path: Path) -> None:
