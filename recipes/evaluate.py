@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, evaluation, losses, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, distributed, evaluation, losses, parallel, teachers, tokenizers, training
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name
 
@@ -171,7 +171,7 @@ class Config:
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
-        found += distributed.spread_problems(self)
+        found += parallel.spread_problems(self)
         found += training.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
@@ -288,7 +288,7 @@ def build_model(
     builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
 ) -> Transformer:
     """Build a model to be measured, parallelized over the processes."""
-    return distributed.distributed_model(
+    return parallel.distributed_model(
         builder, checkpointer, parallelism, world, dtype=dtype_from_name(dtype), trainable=False
     ).eval()
 

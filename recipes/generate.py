@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, distributed, generation, teachers, tokenizers, training
+from kdtune import checkpoint, config, distributed, generation, parallel, teachers, tokenizers, training
 from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
 from kdtune.log import bar_settings, fit_for_stdout
@@ -120,7 +120,7 @@ class Config:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
-        found += distributed.spread_problems(self)
+        found += parallel.spread_problems(self)
         parallelism = config.instantiate(self.parallelism)
         is_copy = parallelism and {parallelism.dp_shard, parallelism.tp} == {1} and parallelism.is_plain
         if distributed.is_under_torchrun() and self.dtype is None and parallelism and not is_copy:
@@ -150,7 +150,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     """Generate the answers of the config: prompts, model, output."""
     tokenizer = config.instantiate(cfg.tokenizer)
     conversations = read_conversations(cfg)
-    context = distributed.model_config(cfg.model, cfg.checkpointer).max_seq_len
+    context = parallel.model_config(cfg.model, cfg.checkpointer).max_seq_len
     prompts = [encode(cfg, tokenizer, one, number, context) for number, one in enumerate(conversations, 1)]
 
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
@@ -160,9 +160,9 @@ def run(cfg: Config, world: distributed.World) -> None:
     parallelism = config.instantiate(cfg.parallelism)
 
     def prepare(model: Transformer) -> Transformer:
-        return distributed.parallelize(model.requires_grad_(False), parallelism, world)
+        return parallel.parallelize(model.requires_grad_(False), parallelism, world)
 
-    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=parallelism.home(world),
+    model = parallel.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=parallelism.home(world),
                                     prepare=None if dtype is None else prepare)  # fmt: skip
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()

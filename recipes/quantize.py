@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, evaluation, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, evaluation, parallel, teachers, tokenizers, training
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name, has_adapters, quantization
 
@@ -83,7 +83,7 @@ class Config:
         device, dtype = training.resolve_device(self.device), dtype_from_name(self.dtype)
         if problems := quantization.scheme_problems(self.scheme, device, dtype, self.group_size):
             return problems
-        model_config = distributed.model_config(self.model, self.checkpointer)
+        model_config = parallel.model_config(self.model, self.checkpointer)
         return quantization.shape_problems(
             self.scheme, model_config, self.group_size, quantize_output=self.quantize_output
         )
@@ -106,7 +106,7 @@ def run(cfg: Config) -> None:
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
-    model = distributed.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    model = parallel.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
 
     def held_out_loss() -> float | None:

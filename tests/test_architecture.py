@@ -16,9 +16,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ["constants", "errors", "log", "paths", "escape", "model_files", "gguf_file", "_assets", "__init__"], 0
     ),
-    **dict.fromkeys(["config", "models", "losses", "tokenizers", "download"], 1),
+    **dict.fromkeys(["config", "distributed", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
-    **dict.fromkeys(["distributed", "generation"], 3),
+    **dict.fromkeys(["parallel", "generation"], 3),
     **dict.fromkeys(["teachers"], 4),
     **dict.fromkeys(["training", "evaluation"], 5),
     **dict.fromkeys(["sweeps"], 6),
@@ -106,7 +106,7 @@ def test_the_ground_floor_needs_the_standard_library_only(path: Path) -> None:
     [
         ("errors", "escape", True), ("training", "models", True), ("_cli", "config", True), ("data", "data", True),
         ("errors", "models", False), ("model_files", "config", False), ("models", "losses", False),
-        ("models", "checkpoint", False), ("_cli", "models", False), ("new", "errors", False),
+        ("models", "checkpoint", False), ("distributed", "checkpoint", False), ("_cli", "models", False), ("new", "errors", False),
     ],
 )  # fmt: skip
 def test_an_import_that_points_upwards_or_sideways_is_found(part: str, other: str, is_allowed: bool) -> None:

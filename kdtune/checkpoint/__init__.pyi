@@ -10,7 +10,6 @@ from .manager import (
 )
 from .peft import is_adapter_folder, load_adapter
 from .quantized import write_quantized
-from .ranks import from_main, is_main, local, together, wait_for_all
 from .rows import collected_rows, partial_of
 from .save import SaveWeights, save_model, write_adapter, write_model
 from .state import load_state, save_state
@@ -25,13 +24,10 @@ __all__ = [
     "clean_leftovers",
     "collected_rows",
     "discard_steps_after",
-    "from_main",
     "is_adapter_folder",
-    "is_main",
     "load_adapter",
     "load_model",
     "load_state",
-    "local",
     "newest_step",
     "partial_of",
     "remove_folder",
@@ -39,8 +35,6 @@ __all__ = [
     "save_state",
     "step_folders",
     "step_number",
-    "together",
-    "wait_for_all",
     "write_adapter",
     "write_model",
     "write_quantized",

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 
-from kdtune.checkpoint.ranks import from_main, is_main, together
+from kdtune.distributed import from_main, is_main, together
 from kdtune.errors import CheckpointError
 from kdtune.paths import user_path
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
 from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
-from kdtune.checkpoint.ranks import is_sharded
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
+from kdtune.distributed import is_sharded
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import read_gguf
 from kdtune.model_files import read_json

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from kdtune.checkpoint.ranks import is_distributed
+from kdtune.distributed import is_distributed
 from kdtune.errors import CheckpointError
 
 MARK = ".metadata"

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
-from kdtune.checkpoint.ranks import background_group, is_main, reshard, together
 from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
+from kdtune.distributed import background_group, is_main, reshard, together
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters

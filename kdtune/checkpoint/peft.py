@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.peft_config import check_config, is_target, value_for
-from kdtune.checkpoint.ranks import is_sharded, local, local_region, whole
 from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.distributed import is_sharded, local, local_region, whole
 from kdtune.errors import CheckpointError
 from kdtune.model_files import read_json
 from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters

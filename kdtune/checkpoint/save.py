@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX
-from kdtune.checkpoint.ranks import is_main, reshard, together
 from kdtune.checkpoint.sharded import Write, tensor_writer
+from kdtune.distributed import is_main, reshard, together
 from kdtune.errors import ConfigError
 from kdtune.model_files import read_json
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights

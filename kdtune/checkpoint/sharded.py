@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint.atomic import sync, writing
-from kdtune.checkpoint.ranks import holds_first, is_main, local, local_region, to_cpu_copy, together, whole
+from kdtune.distributed import holds_first, is_main, local, local_region, to_cpu_copy, together, whole
 
 Write = Callable[[Path, ProcessGroup | None], None]
 """Writes something into a folder that exists; all processes call it, and talk to each other in the group (None: the run's)."""

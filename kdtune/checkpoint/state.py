@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
-from kdtune.checkpoint.ranks import is_main, to_cpu_copy, together
 from kdtune.checkpoint.sharded import Write
+from kdtune.distributed import is_main, to_cpu_copy, together
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.model_files import read_json

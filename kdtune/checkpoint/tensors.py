@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kdtune.checkpoint.ranks import is_sharded, local, local_region, row_norms
+from kdtune.distributed import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, weight_shapes
 from kdtune.models.lora import draw_a_

@@ -1,4 +1,4 @@
-"""Processes of a run, and models built and parallelized on them."""
+"""The processes of a run: their world, collective operations, sharded tensors, and the channel to a teacher apart."""
 
 import lazy_loader
 

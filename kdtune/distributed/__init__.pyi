@@ -1,34 +1,38 @@
-from .activation_checkpoint import apply_activation_checkpointing
-from .bridge import END, Bridge
-from .build import build_model, distributed_model, meta_model, model_config, spread_problems
-from .compile import apply_compile
+from .channel import END, Bridge, Sent
+from .collectives import background_group, from_main, is_distributed, is_main, together, wait_for_all
+from .dtensor import holds_first, is_sharded, local, local_region, reshard, row_norms, to_cpu_copy, whole
 from .fake import fake_world
-from .parallelism import Parallelism, layout_problems, parallelism_problems, parallelize, shard_model
-from .spread import in_step, spread, spread_in_batches
+from .parallel_map import in_step, spread, spread_in_batches
+from .parallelism import Parallelism, layout_problems
 from .world import World, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "END",
     "Bridge",
     "Parallelism",
+    "Sent",
     "World",
-    "apply_activation_checkpointing",
-    "apply_compile",
-    "build_model",
-    "distributed_model",
+    "background_group",
     "fake_world",
+    "from_main",
+    "holds_first",
     "in_step",
+    "is_distributed",
     "is_first_on_host",
+    "is_main",
+    "is_sharded",
     "is_under_torchrun",
     "layout_problems",
-    "meta_model",
-    "model_config",
-    "parallelism_problems",
-    "parallelize",
-    "shard_model",
+    "local",
+    "local_region",
+    "reshard",
+    "row_norms",
     "spread",
     "spread_in_batches",
-    "spread_problems",
     "start_world",
+    "to_cpu_copy",
+    "together",
+    "wait_for_all",
+    "whole",
     "world_size",
 ]

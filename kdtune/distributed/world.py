@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from kdtune.distributed.bridge import Bridge, start_two_worlds
+from kdtune.distributed.channel import Bridge, start_two_worlds
 from kdtune.errors import KDTuneError
 
 T = TypeVar("T")

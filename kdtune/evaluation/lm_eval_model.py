@@ -7,8 +7,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from kdtune import generation
-from kdtune.checkpoint import from_main
-from kdtune.distributed import World, spread_in_batches
+from kdtune.distributed import World, from_main, spread_in_batches
 from kdtune.evaluation.encoding import encode_pair, encode_text
 from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
 from kdtune.evaluation.rolling import score_texts

@@ -3,10 +3,11 @@
 from typing import Any
 
 from kdtune.config import instantiate
-from kdtune.distributed import World, distributed_model, meta_model
+from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.parallel import distributed_model, meta_model
 from kdtune.teachers.online import OnlineTeacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
 

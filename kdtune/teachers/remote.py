@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdtune.checkpoint import from_main
 from kdtune.data import Batch
-from kdtune.distributed import END, Bridge, World
-from kdtune.distributed.bridge import Sent
+from kdtune.distributed import END, Bridge, World, from_main
+from kdtune.distributed.channel import Sent
 from kdtune.errors import LayoutError
 from kdtune.generation import generate
 from kdtune.losses import FactoredHead, HiddenSignal

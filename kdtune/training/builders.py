@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from kdtune.config import resolve
-from kdtune.distributed import model_config
 from kdtune.errors import KDTuneError
+from kdtune.parallel import model_config
 
 # Nodes that were found to be in order: a sweep asks for the same ones hundreds of times.
 _IN_ORDER: set[str] = set()

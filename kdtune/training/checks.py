@@ -4,10 +4,10 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
 from kdtune.config.frame import frame_defaults
 from kdtune.data import first_row_problems
+from kdtune.distributed import is_main, together
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_divergence

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-from kdtune.checkpoint import local
+from kdtune.distributed import local
 from kdtune.errors import TrainingError
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, data, distributed, tokenizers
+from kdtune import checkpoint, data, parallel, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer
 from kdtune.training.checks import loop_problems
@@ -129,7 +129,7 @@ class TrainingConfig:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
-        found += distributed.spread_problems(self)
+        found += parallel.spread_problems(self)
         found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtune.checkpoint import is_main, together
 from kdtune.config import instantiate
 from kdtune.data import Batch, Dataset
-from kdtune.distributed import World, is_first_on_host, model_config
+from kdtune.distributed import World, is_first_on_host, is_main, together
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
+from kdtune.parallel import model_config
 from kdtune.tokenizers import Tokenizer, fingerprint
 from kdtune.training.differences import differing_values
 from kdtune.training.run_folder import holds_run

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, meta_model
+from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
 from kdtune.losses import Divergence, divergence_of
 from kdtune.models import dtype_from_name, has_adapters
+from kdtune.parallel import meta_model
 from kdtune.training.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.training.meta_run import Cost
 from kdtune.training.plan_costs import (

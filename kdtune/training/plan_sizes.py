@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from kdtune.checkpoint import local
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, shard_model
+from kdtune.distributed import Parallelism, World, local
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
 from kdtune.models.quantization import num_bytes
+from kdtune.parallel import shard_model
 from kdtune.training.meta_run import LiveBytes
 
 # Sizes that no optimizer has of its own, so that what has them in its state has them from the parameter.

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, meta_model, model_config
+from kdtune.distributed import Parallelism, World
 from kdtune.models import dtype_from_name
+from kdtune.parallel import meta_model, model_config
 from kdtune.training.meta_run import Cost
 from kdtune.training.plan_costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
 from kdtune.training.plan_moments import Moment, Taught, teacher_gather, teacher_held, teacher_moments

@@ -11,15 +11,13 @@ from kdtune.checkpoint import (
     SaveWeights,
     atomic_write_text,
     discard_steps_after,
-    is_main,
     newest_step,
     remove_folder,
     save_model,
-    together,
-    wait_for_all,
     writing,
 )
 from kdtune.config.load import resolved_values
+from kdtune.distributed import is_main, together, wait_for_all
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtune.checkpoint import from_main, is_main
+from kdtune.distributed import from_main, is_main
 from kdtune.errors import CheckpointError
 from kdtune.generation import Generator, answer
 from kdtune.models import Transformer

@@ -9,13 +9,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from kdtune import config, teachers
-from kdtune.checkpoint import from_main
 from kdtune.config import instantiate
 from kdtune.data import Batch, Loader, batches, load_dataset
-from kdtune.distributed import World, distributed_model
+from kdtune.distributed import World, from_main
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.parallel import distributed_model
 from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.inputs import check_inputs

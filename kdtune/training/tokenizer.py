@@ -4,8 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kdtune.checkpoint import from_main
 from kdtune.config import instantiate
+from kdtune.distributed import from_main
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.paths import user_path

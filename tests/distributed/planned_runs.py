@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtune import data, distributed, losses, teachers, training
-from kdtune.checkpoint import local
+from kdtune import data, distributed, losses, parallel, teachers, training
 from kdtune.config import instantiate
+from kdtune.distributed import local
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
 from kdtune.training.plan import make_plan
@@ -50,9 +50,9 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 
     plan = make_plan(cfg, world)
     teacher = teachers.build_teacher(cfg, world)
-    student = distributed.build_model(
+    student = parallel.build_model(
         cfg.model, None, adapter=cfg.adapter, dtype=dtype, device=world.device,
-        prepare=lambda model: distributed.parallelize(
+        prepare=lambda model: parallel.parallelize(
             model, parallelism, world, activation_checkpointing=cfg.enable_activation_checkpointing
         ),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
-from kdtune import distributed
+from kdtune import distributed, parallel
 from kdtune._cli.main import main
 from kdtune.checkpoint import CheckpointManager, peft, ranks, save_model, sharded, step_folders
 from kdtune.checkpoint.sharded import tensor_writer
@@ -77,7 +77,7 @@ def write_gathered(model: Transformer, folder: Path) -> None:
 def save_together(kind: str, replicate: int, folder: Path) -> None:
     """The model in several small files, and a step folder written at once and one in the background."""
     with distributed.start_world(CPU) as world:
-        model = distributed.shard_model(odd_model(kind), distributed.Parallelism(dp_replicate=replicate), world)
+        model = parallel.shard_model(odd_model(kind), distributed.Parallelism(dp_replicate=replicate), world)
         save_model(model, folder / "final", max_shard_bytes=SMALL_FILES, save_weights="both")
         write_gathered(model, folder / "gathered")
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
@@ -178,7 +178,7 @@ def save_a_large_one(adapted: bool, folder: Path) -> None:
             model = llama(vocab_size=2**18, embed_dim=64, num_layers=1, num_heads=2, intermediate_dim=64)
             if adapted:
                 apply_lora(model, lora_rank=2, apply_lora_to_output=True)
-        distributed.shard_model(model, distributed.Parallelism(), world)
+        parallel.shard_model(model, distributed.Parallelism(), world)
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             parameter.data.fill_(1.0)

@@ -10,10 +10,10 @@ import torch
 from distributed_runs import EVALUATE, GENERATE
 from evaluation_tasks import write_task, write_tasks
 
-from kdtune import distributed
+from kdtune import distributed, parallel
 from kdtune._cli.main import main
 from kdtune.checkpoint import load_model
-from kdtune.checkpoint.ranks import is_sharded
+from kdtune.distributed import is_sharded
 from kdtune.evaluation import score
 from kdtune.generation import generate_batch
 
@@ -139,7 +139,7 @@ def share_unequally(model_folder: Path, sharded: bool) -> None:
     with distributed.start_world(torch.device("cpu")) as world:
         model = load_model(model_folder).requires_grad_(False)
         if sharded:
-            distributed.shard_model(model, distributed.Parallelism(), world)
+            parallel.shard_model(model, distributed.Parallelism(), world)
         mine, rounds = [], []
 
         def answer(prompt: list[int]) -> tuple[int, list[int]]:

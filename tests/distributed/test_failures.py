@@ -12,7 +12,7 @@ import torch
 from distributed_runs import KD
 from run_parts import SIZES
 
-from kdtune import distributed
+from kdtune import distributed, parallel
 from kdtune._cli.main import main
 from kdtune.models import llama
 
@@ -55,7 +55,7 @@ def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
     """Rank 1 stays away from a forward: rank 0, which shares a group with it that is not all processes, gives up in time."""
     parallelism = distributed.Parallelism(**layout, timeout_minutes=0.05)
     with parallelism.start_world(torch.device("cpu")) as world:
-        model = distributed.shard_model(llama(**SIZES, tie_embeddings=True), parallelism, world)
+        model = parallel.shard_model(llama(**SIZES, tie_embeddings=True), parallelism, world)
         if world.rank == 0:
             with pytest.raises(RuntimeError, match="Timed out waiting 3000ms"):
                 model(torch.zeros(1, 4, dtype=torch.int64), return_hidden=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from kdtune import distributed
-from kdtune.checkpoint import local, save_model
-from kdtune.checkpoint.ranks import whole
+from kdtune import distributed, parallel
+from kdtune.checkpoint import save_model
+from kdtune.distributed import local, whole
 from kdtune.models import Transformer, adapted_linears, llama
 from kdtune.models.nf4 import BY_ROWS, dequantized, nf4_parts
 from kdtune.tokenizers import byte_tokenizer
@@ -27,11 +27,11 @@ def build(model: Path, world: distributed.World | None, dtype: torch.dtype, reco
     def prepare(built: Transformer) -> Transformer:
         assert world is not None
         sizes = distributed.Parallelism()
-        return distributed.parallelize(built, sizes, world, activation_checkpointing=recompute)
+        return parallel.parallelize(built, sizes, world, activation_checkpointing=recompute)
 
     node = {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(model)}
     torch.manual_seed(0)
-    built = distributed.build_model(
+    built = parallel.build_model(
         None, node, adapter=ADAPTER, dtype=dtype, device=torch.device("cpu"), prepare=prepare if world else None
     )
     for linear in adapted_linears(built).values():

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from kdtune import distributed, losses, training
-from kdtune.checkpoint import local
-from kdtune.checkpoint.ranks import whole as whole_tensor
+from kdtune import distributed, losses, parallel, training
+from kdtune.distributed import local
+from kdtune.distributed import whole as whole_tensor
 from kdtune.models import Transformer, apply_lora, llama
 from kdtune.tokenizers import byte_tokenizer
 
@@ -146,8 +146,8 @@ def compare_gradients(kind: str, tied: bool, replicate: int, tp: int = 1, teache
     norm = training.clip_grad_norm_(whole.parameters(), 1e-3)
     parallelism = distributed.Parallelism(dp_replicate=replicate, tp=tp)
     with parallelism.start_world(torch.device("cpu")) as world:
-        distributed.shard_model(student, parallelism, world)
-        distributed.shard_model(teacher, distributed.Parallelism(tp=teacher_tp), world)
+        parallel.shard_model(student, parallelism, world)
+        parallel.shard_model(teacher, distributed.Parallelism(tp=teacher_tp), world)
         share = 16 // world.dp_size
         for half in range(2):
             start = world.dp_rank * share + half * share // 2
@@ -191,7 +191,7 @@ def count_sums() -> None:
     model = float64_model("full", tied=True)
     parallelism = distributed.Parallelism(tp=2)
     with parallelism.start_world(torch.device("cpu")) as world:
-        distributed.shard_model(model, parallelism, world)
+        parallel.shard_model(model, parallelism, world)
         with CommDebugMode() as forward:
             hidden = model(torch.zeros(2, 8, dtype=torch.int64), return_hidden=True)
         with CommDebugMode() as backward:

@@ -15,7 +15,7 @@ from distributed_runs import ADAPTERS, COPY, KD, PLAIN, check_same_change, check
 from torch import Tensor
 from torch import distributed as dist
 
-from kdtune import distributed, losses, teachers, training
+from kdtune import distributed, losses, parallel, teachers, training
 from kdtune._cli.main import main
 from kdtune.data import Batch
 from kdtune.models import Transformer, llama
@@ -124,11 +124,11 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
     backward(whole, teachers.OnlineTeacher(teacher), Batch.from_labels(tokens, labels))
     with distributed.start_world(torch.device("cpu"), teacher_processes=num_teachers) as world:
         if world.is_teacher:
-            sharded = distributed.shard_model(teacher, distributed.Parallelism(), world)
+            sharded = parallel.shard_model(teacher, distributed.Parallelism(), world)
             teachers.serve(lambda: sharded, world, training.InterruptFlag())
             return
         assert (world.size, dist.get_world_size()) == (int(os.environ["WORLD_SIZE"]) - num_teachers,) * 2
-        distributed.shard_model(student, distributed.Parallelism(), world)
+        parallel.shard_model(student, distributed.Parallelism(), world)
         remote = teachers.RemoteTeacher(world.bridge, world.device)
         share = 12 // world.size
         start = world.rank * share

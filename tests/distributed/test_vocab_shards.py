@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kdtune.checkpoint.ranks import whole
 from kdtune.constants import IGNORE_INDEX, TP_DIM
-from kdtune.distributed import Parallelism
+from kdtune.distributed import Parallelism, whole
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss
 

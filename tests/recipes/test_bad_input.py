@@ -744,7 +744,7 @@ def test_a_warmup_longer_than_the_training_is_told_before_a_model_is_built(
     def build(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model is built")
 
-    monkeypatch.setattr("kdtune.distributed.build_model", build)
+    monkeypatch.setattr("kdtune.parallel.build_model", build)
     monkeypatch.setattr("kdtune.teachers.build_teacher", build)
     settings = ["max_steps_per_epoch=null", "lr_scheduler.num_warmup_steps=100000", f"output_dir={tmp_path / 'out'}"]
     assert cli("validate", f"tiny/{config}", *settings).code == 0  # the data are not counted

@@ -176,7 +176,7 @@ def test_bad_input_is_told_before_a_weight_is_read(cli, good, tmp_path, monkeypa
     overrides, words = BAD[name]
     folder = write_tasks(tmp_path / "tasks", 2)
     write_task(folder, "own_split", FILES["endings"], split="validation")
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     needs_path = any(override.startswith("tasks=") for override in overrides)
     done = cli(
         *command(tmp_path / "out", good / "model", *([f"include_path={folder}"] if needs_path else []), *overrides)
@@ -200,7 +200,7 @@ def test_texts_of_like_names_keep_their_numbers_apart(cli, good, tmp_path):
 def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, good, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     done = cli("run", RECIPE, "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}")
     assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err
 
@@ -221,7 +221,7 @@ def test_another_models_tokenizer_is_refused(cli, good, tmp_path, monkeypatch):
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(vocabulary))
     (tmp_path / "a.txt").write_text("Once there was a lamp.")
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     done = cli(*command(tmp_path / "out", tmp_path / "model", f"perplexity_files=[{tmp_path}/a.txt]"))
     assert done.code == 2 and f"checkpointer={tmp_path / 'model'}: the tokenizer is not this model's" in done.err
 
@@ -271,7 +271,7 @@ def test_validate_looks_at_the_first_row_of_a_set_of_instructions(cli, tmp_path,
 
 
 def test_a_set_whose_file_is_missing_is_told_before_a_weight_is_read(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     missing = OWN_SET.format(source=tmp_path / "missing.jsonl")
     done = cli("run", "evaluate", "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", missing)
     assert done.code == 2 and "missing.jsonl: no such file" in done.err

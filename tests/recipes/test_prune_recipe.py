@@ -22,7 +22,7 @@ def prune(cli, folder, *overrides):
 def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     done = prune(cli, tmp_path / "out")
     assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err
 
@@ -87,7 +87,7 @@ def test_a_search_that_is_stopped_continues(cli, tmp_path):
 
 def test_a_record_of_another_search_is_refused(cli, tmp_path, monkeypatch):
     record = tmp_path / "out.partial"
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     settings = {"model": {}, "dtype": "bf16", "seed": 0, "num_candidates": 7, "calibration text": ""}
     record.write_text(json.dumps({"settings": settings, "removals": []}))
     done = prune(cli, tmp_path / "out")

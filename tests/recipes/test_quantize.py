@@ -96,6 +96,6 @@ def test_nothing_is_overwritten(cli, tmp_path):
 def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, tmp_path, monkeypatch):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("kdtune.distributed.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
+    monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     done = quantize(cli, tmp_path / "q")
     assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err

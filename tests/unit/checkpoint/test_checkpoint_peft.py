@@ -23,10 +23,10 @@ from kdtune.checkpoint import (
     save_model,
     step_folders,
 )
-from kdtune.distributed import build_model
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, adapter_parameters, apply_lora, has_adapters, merge_adapters
 from kdtune.models.nf4 import is_nf4
+from kdtune.parallel import build_model
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 CPU = torch.device("cpu")

@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from kdtune.distributed import Parallelism, layout_problems, parallelism_problems
-from kdtune.distributed.tensor_parallel import tensor_parallel_problem
+from kdtune.distributed import Parallelism, layout_problems
 from kdtune.errors import ConfigError
 from kdtune.models import llama
+from kdtune.parallel import parallelism_problems
+from kdtune.parallel.tensor_parallel import tensor_parallel_problem
 
 NODE = {"_component_": "kdtune.distributed.Parallelism"}
 

@@ -311,7 +311,7 @@ def test_half_precision_merges_in_single() -> None:
 
 @pytest.mark.parametrize("use_dora", KINDS)
 def test_compiled_layers_compute_the_same(use_dora: bool) -> None:
-    from kdtune.distributed import apply_activation_checkpointing
+    from kdtune.parallel import apply_activation_checkpointing
 
     model = trained(apply_lora(tiny(), use_dora=use_dora))
     plain = copy.deepcopy(model)

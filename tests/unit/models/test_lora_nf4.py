@@ -154,7 +154,7 @@ def test_the_loss_falls(dtype: torch.dtype, use_dora: bool) -> None:
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
-    from kdtune.distributed import apply_activation_checkpointing
+    from kdtune.parallel import apply_activation_checkpointing
 
     model = spoiled(quantized())
     twin = copy.deepcopy(model)

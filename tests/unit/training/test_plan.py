@@ -15,9 +15,10 @@ from kdtune import _assets, losses, training
 from kdtune._assets import find_recipe
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
-from kdtune.distributed import World, apply_activation_checkpointing, fake_world
+from kdtune.distributed import World, fake_world
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.parallel import apply_activation_checkpointing
 from kdtune.training import plan_on_paper
 from kdtune.training.hardware import GPUS, find_gpu, gpu_of
 from kdtune.training.plan import Plan, make_plan

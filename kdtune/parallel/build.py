@@ -9,11 +9,11 @@ import torch
 
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.config import instantiate
-from kdtune.constants import TP_DIM
-from kdtune.distributed.parallelism import Parallelism, model_problem, parallelism_problems, parallelize
-from kdtune.distributed.world import World, world_size
+from kdtune.distributed import Parallelism, World
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
+from kdtune.parallel.fsdp import parallelize
+from kdtune.parallel.meta import adapted_model, model_config
 
 
 def build_model(
@@ -53,7 +53,7 @@ def build_model(
         _check_room(model_config(builder, None), device)
         with device:
             model: Transformer = instantiate(builder)
-        model = _adapted(model.to(dtype), adapter)
+        model = adapted_model(model.to(dtype), adapter)
         if prepare is not None:
             model = prepare(model)
     else:
@@ -61,7 +61,7 @@ def build_model(
             model = instantiate(builder)
             if model is None and (adapter is not None or prepare is not None):
                 model = Transformer(source.model_config())
-            model = _adapted(model, adapter)
+            model = adapted_model(model, adapter)
         if weights and not resumed and model is not None and has_adapters(model):
             raise CheckpointError(
                 f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter"
@@ -111,63 +111,6 @@ def distributed_model(
                        prepare=prepare)  # fmt: skip
 
 
-def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: torch.dtype) -> Transformer:
-    """Return the model that `build_model` would build, without weights, on the meta device; adapters are newly initialized.
-
-    Raises:
-        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
-        CheckpointError: the builder is None and the checkpoint does not describe its model.
-    """
-    if builder is None and checkpointer is None:
-        raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
-    with torch.device("meta"):
-        model = instantiate(builder)
-        if model is None:
-            model = Transformer(instantiate(checkpointer).model_config())
-        return _adapted(model, adapter).to(dtype)
-
-
-def spread_problems(cfg: Any) -> list[str]:
-    """Return why a config's models cannot be spread over the processes that were started, one sentence each; read no weights.
-
-    cfg: with the key parallelism, and those of model, checkpointer, adapter, teacher_parallelism, teacher_processes,
-    teacher_model and teacher_checkpointer that its recipe has.
-    """
-    teacher_node, apart = getattr(cfg, "teacher_parallelism", None), getattr(cfg, "teacher_processes", 0)
-    if found := parallelism_problems(cfg.parallelism, teacher_node, teacher_processes=apart):
-        return found
-    teacher_name = "teacher_parallelism" if teacher_node else "parallelism, for the teacher"
-    for name, prefix, node, num_processes in (
-        ("parallelism", "", cfg.parallelism, world_size() - apart),
-        (teacher_name, "teacher_", teacher_node or cfg.parallelism, apart or world_size()),
-    ):
-        parallelism: Parallelism = instantiate(node)
-        builder, checkpointer = (getattr(cfg, f"{prefix}{key}", None) for key in ("model", "checkpointer"))
-        source = instantiate(checkpointer)
-        # These alone ask for something of the model. A checkpoint that cannot be read is told elsewhere.
-        is_asked = parallelism.sizes(num_processes)[TP_DIM] > 1 or parallelism.cpu_offload
-        if is_asked and (builder or source) and not (source and source.problems()):
-            adapter = None if prefix else getattr(cfg, "adapter", None)
-            model = meta_model(builder, checkpointer, adapter=adapter, dtype=torch.float32)
-            if problem := model_problem(model, parallelism, num_processes):
-                found.append(f"{name}: {problem}")
-    return found
-
-
-def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
-    """Return the config of the model that `build_model` would build; reads no weights.
-
-    Raises:
-        CheckpointError: it has to come from a checkpoint that does not describe its model.
-    """
-    if builder is None:
-        config: TransformerConfig = instantiate(checkpointer).model_config()
-        return config
-    with torch.device("meta"):
-        model: Transformer = instantiate(builder)
-    return model.config
-
-
 def _check_room(config: Any, device: torch.device) -> None:
     """Raise if random weights, which are drawn in fp32, exceed all of the device's memory."""
     if not isinstance(config, TransformerConfig):
@@ -183,14 +126,3 @@ def _check_room(config: Any, device: torch.device) -> None:
             f"vocab_size={config.vocab_size}) starts from random weights of {needed / 1e9:,.1f} GB, and {device} has "
             f"{room / 1e9:,.1f} GB of memory; give smaller sizes, or a checkpointer"
         )
-
-
-def _adapted(model: Transformer, adapter: Any) -> Transformer:
-    if adapter is None:
-        return model
-    if has_adapters(model):
-        raise ConfigError(
-            "model, adapter: the builder in `model` makes adapters already; remove one: ~model or ~adapter"
-        )
-    adapted: Transformer = instantiate(adapter, model=model)
-    return adapted

@@ -1,0 +1,5 @@
+"""Build a model and spread it over the processes of a run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
