@@ -1,93 +1,103 @@
-"""A whole training step without an operation whose result the host has to wait for.
+"""The recipes' own steps without an operation whose result the host has to wait for, but for one a step.
 
 FakeTensorMode computes shapes and no values: it raises where the host asks for one (`.item()`, `nonzero`, indexing by a mask,
 `if tensor:`). On a GPU each of these would stall the host until the device has caught up.
 """
 
+import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 
-from kdtune import data, losses, models, teachers, training
-from kdtune.models import Transformer
+from kdtune import _assets, config, data, losses, models, teachers, training
+from kdtune.config.load import load
+from kdtune.config.recipe import import_recipe
+from kdtune.distributed import World
 
-
-def llama(**kwargs: int) -> Transformer:
-    return models.llama(
-        vocab_size=32,
-        embed_dim=16,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_dim=24,
-        max_seq_len=64,
-        **kwargs,
-    )
-
-
-def lora(model: Transformer, *, use_dora: bool = False) -> Transformer:
-    return models.apply_lora(model, lora_rank=4, lora_alpha=8, lora_dropout=0.1, use_dora=use_dora)
+ADAPTER = "adapter={_component_: kdtune.models.apply_lora, lora_rank: 4, lora_dropout: 0.1, use_dora: %s}"
+KINDS = {"full": [], "LoRA": [ADAPTER % "false"], "DoRA": [ADAPTER % "true"]}
+# The fused optimizer keeps its step count with the parameters; the others' is on the CPU, where reading it costs nothing.
+OVERRIDES = ["~dataset_val", "sample_prompts=[]", "optimizer.fused=true", "save_every_n_steps=null", "run_val_every_n_steps=null",
+             "batch_size=2", "tokenizer.max_seq_len=24"]  # fmt: skip
 
 
-STUDENTS: dict[str, Callable[[Transformer], Transformer]] = {
-    "full": lambda model: model,
-    "LoRA": lora,
-    "DoRA": lambda model: lora(model, use_dora=True),
-}
+class EnoughError(Exception):
+    """Ends a run in its second step."""
 
 
-def micro_batches() -> list[data.Batch]:
-    """Two ragged batches, collated on the CPU as the loader does: before the mode is entered."""
-    rows = [([1, 5, 9, 2], [False, False, True, True]), ([1, 7, 2], [False, True, True]), ([3, 2], [False, True])]
-    examples = [data.make_example(ids, trained) for ids, trained in rows]
-    return [data.collate(examples[:2], pad_id=0), data.collate(examples[2:], pad_id=0)]
+def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Run the recipe under FakeTensorMode until its second step waits; return the number of values of each wait."""
+    run = sys.modules[import_recipe(_assets.find_recipe(recipe)).__module__].run
+    world, progress = World(torch.device("cpu")), training.Progress(silent=True)
+    mode, waits = FakeTensorMode(), list[int]()
+
+    def without_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                made = function(*args, **kwargs)
+                with FakeCopyMode(mode):
+                    return copy.deepcopy(made)
+
+        return computed
+
+    def tolist(tensor: FakeTensor) -> list[float]:
+        waits.append(tensor.numel())
+        if len(waits) == 2:
+            raise EnoughError
+        return [1.0] * tensor.numel()
+
+    def build_optimizer(cfg: Any, model: models.Transformer, num_steps: int) -> tuple[Any, Any]:
+        """As the library's, which reads the weights too, once before the first step."""
+        optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(model))
+        steps = {"num_training_steps": num_steps}
+        return optimizer, config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional=steps)
+
+    # Weights are drawn, and rows read and collated, with values.
+    inputs = training.load_inputs(cfg, world, progress)
+    monkeypatch.setattr(training, "load_inputs", lambda *_: inputs)
+    monkeypatch.setattr(training, "build_trained_model", without_values(training.build_trained_model))
+    monkeypatch.setattr(teachers, "build_teacher", without_values(teachers.build_teacher))
+    monkeypatch.setattr(data.Loader, "__next__", without_values(data.Loader.__next__))
+    monkeypatch.setattr(training, "build_optimizer", build_optimizer)
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    with mode, pytest.raises(EnoughError):
+        run(cfg, world, progress)
+    return waits
 
 
-def fake(batch: data.Batch, mode: FakeTensorMode) -> data.Batch:
-    targets = losses.Targets(
-        mode.from_tensor(batch.targets.positions_N),
-        mode.from_tensor(batch.targets.labels_N),
-        batch.targets.shape,
-        batch.targets.id_range,
-    )
-    return data.Batch({name: mode.from_tensor(one) for name, one in batch.inputs.items()}, targets, batch.lengths)
+def check_a_step_waits_once(
+    recipe: str, num_parts: int, kind: str, dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`num_parts`: the loss and its parts."""
+    frame = import_recipe(_assets.find_recipe(recipe)).frame
+    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}"], frame)
+    assert cfg.gradient_accumulation_steps == 2
+    waits = waits_of(recipe, cfg, monkeypatch)
+    assert waits == [2 * num_parts + 1] * 2, "those of both micro-batches, and the norm of the gradient"
+    assert training.read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1, "the first step was made to its end"
 
 
-def step(student: Transformer, teacher: Transformer, batches: list[data.Batch], num_valid_tokens: int) -> torch.Tensor:
-    """One optimizer step, as the KD recipe makes it."""
-    ask = teachers.OnlineTeacher(teacher)
-    kd_loss = losses.KDLoss(kd_ratio=0.5, chunk_size=2)
-    # The fused optimizer keeps its step count with the parameters; the others' is on the CPU, where reading it costs nothing.
-    optimizer = torch.optim.AdamW(training.trainable_parameters(student), lr=1e-3, fused=True)
-    metrics = training.Metrics()
-    for batch in batches:
-        hidden_BSD = student(**batch.inputs, return_hidden=True)
-        loss, parts = kd_loss(hidden_BSD, student.output, ask(batch), batch.targets)
-        (loss / num_valid_tokens).backward()
-        metrics.add({"loss": loss, **parts}, batch)
-    grad_norm = training.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_distillation_step_waits_once(kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_a_step_waits_once("knowledge_distillation", 4, kind, dtype, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_a_step_never_asks_for_a_value(kind: str, dtype: torch.dtype) -> None:
-    batches = micro_batches()
-    num_valid_tokens = sum(batch.num_valid_tokens for batch in batches)
-    assert num_valid_tokens == 5
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode() as mode:
-            student = STUDENTS[kind](llama()).train()
-            grad_norm = step(student, llama(), [fake(batch, mode) for batch in batches], num_valid_tokens)
-    finally:
-        torch.set_default_dtype(before)
-    assert grad_norm.shape == ()
+@pytest.mark.parametrize(("kind", "dtype"), [("full", "fp32"), ("DoRA", "bf16")])
+def test_a_finetuning_step_waits_once(kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_a_step_waits_once("finetune", 2, kind, dtype, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("ask", [torch.Tensor.item, torch.nonzero, lambda values: values[values > 0], bool])
@@ -98,9 +108,7 @@ def test_the_mode_raises_where_a_value_is_asked_for(ask: Callable[[torch.Tensor]
 
 def test_labels_that_are_searched_on_the_device_are_found() -> None:
     """What the recipes do not do: the loss with a [B, S] tensor of labels."""
-    collated, _ = micro_batches()
-    with FakeTensorMode() as mode:
-        batch, model = fake(collated, mode), llama()
-        hidden_BSD = model(**batch.inputs, return_hidden=True)
+    with FakeTensorMode():
+        output = torch.nn.Linear(8, 16, bias=False)
         with pytest.raises(DynamicOutputShapeException):
-            losses.KDLoss(kd_ratio=0)(hidden_BSD, model.output, None, torch.zeros(2, 4, dtype=torch.int64))
+            losses.KDLoss(kd_ratio=0)(torch.zeros(2, 4, 8), output, None, torch.zeros(2, 4, dtype=torch.int64))
