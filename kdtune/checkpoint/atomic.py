@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 
-from kdtune.distributed import from_main, is_main, together
+from kdtune.distributed import from_main, is_rank_zero, together
 from kdtune.errors import CheckpointError
 from kdtune.paths import user_path
 
@@ -39,18 +39,18 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
     """
     target = user_path(path).absolute()
     with together(group):
-        if is_main():
+        if is_rank_zero():
             _refuse_existing(target)
     hidden = from_main(_hidden_sibling(target, "partial"), group)
     _in_use.add(hidden)
     try:
         with together(group), writing(target):
-            if is_main():
+            if is_rank_zero():
                 hidden.mkdir(parents=True)
         with together(group), writing(target):
             yield hidden
         with together(group), writing(target):
-            if is_main():
+            if is_rank_zero():
                 _sync_tree(hidden)
                 # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.
                 hidden.rename(target)
@@ -60,7 +60,7 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
         raise CheckpointError(str(error).replace(str(hidden), str(target))) from error
     finally:
         _in_use.discard(hidden)
-        if is_main():
+        if is_rank_zero():
             shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
 from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
-from kdtune.distributed import background_group, is_main, reshard, together
+from kdtune.distributed import background_group, is_rank_zero, reshard, together
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
@@ -111,7 +111,7 @@ class CheckpointManager:
         self.async_save = async_save
         self._group = background_group() if async_save else None
         self._writing: Future[None] | None = None
-        if is_main():
+        if is_rank_zero():
             clean_leftovers(self.output_dir)
 
     def save(
@@ -156,7 +156,7 @@ class CheckpointManager:
                 write_model(hidden, self._group)
                 write_state(hidden / STATE_DIR, self._group)
             with together(self._group):
-                if is_main():
+                if is_rank_zero():
                     self._delete_old()
 
         if self.async_save:

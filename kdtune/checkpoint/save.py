@@ -15,7 +15,7 @@ from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX
 from kdtune.checkpoint.sharded import Write, tensor_writer
-from kdtune.distributed import is_main, reshard, together
+from kdtune.distributed import is_rank_zero, reshard, together
 from kdtune.errors import ConfigError
 from kdtune.model_files import read_json
 from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
@@ -101,7 +101,7 @@ def _write_card(
     folder: Path, card: Callable[[Literal["model", "adapter"]], str | None] | None, kind: Literal["model", "adapter"]
 ) -> None:
     with together(), writing(folder):
-        text = card(kind) if card is not None and is_main() else None
+        text = card(kind) if card is not None and is_rank_zero() else None
         if text is not None:
             (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -160,7 +160,7 @@ def model_writer(
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
         with together(group), writing(folder):
-            if is_main():
+            if is_rank_zero():
                 if split.is_sharded:
                     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                     _write_json(folder / INDEX, index)
@@ -250,7 +250,7 @@ def adapter_writer(
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
         with together(group), writing(folder):
-            if is_main():
+            if is_rank_zero():
                 _write_json(folder / peft.CONFIG, config)
                 _write_json(folder / GENERATION_CONFIG, _generation_config(_folder_of(base), tokenizer, is_chat))
                 _write_companions(folder, _folder_of(base), tokenizer, is_chat)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint.atomic import sync, writing
-from kdtune.distributed import holds_first, is_main, local, local_region, to_cpu_copy, together, whole
+from kdtune.distributed import holds_first, is_rank_zero, local, local_region, to_cpu_copy, together, whole
 
 Write = Callable[[Path, ProcessGroup | None], None]
 """Writes something into a folder that exists; all processes call it, and talk to each other in the group (None: the run's)."""
@@ -49,7 +49,7 @@ def tensor_writer(
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         with together(group), writing(folder):
-            if is_main():
+            if is_rank_zero():
                 for file, layout in layouts.items():
                     _create(folder / file, layout)
         with together(group), writing(folder):

@@ -1,13 +1,14 @@
 from .channel import END, Bridge, Sent
-from .collectives import background_group, from_main, is_distributed, is_main, together, wait_for_all
+from .collectives import background_group, from_main, is_distributed, is_rank_zero, together, wait_for_all
 from .dtensor import holds_first, is_sharded, local, local_region, reshard, row_norms, to_cpu_copy, whole
 from .fake import fake_world
 from .parallel_map import in_step, spread, spread_in_batches
 from .parallelism import Parallelism, layout_problems
-from .world import World, is_first_on_host, is_under_torchrun, start_world, world_size
+from .world import SINGLE_PROCESS, World, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "END",
+    "SINGLE_PROCESS",
     "Bridge",
     "Parallelism",
     "Sent",
@@ -19,7 +20,7 @@ __all__ = [
     "in_step",
     "is_distributed",
     "is_first_on_host",
-    "is_main",
+    "is_rank_zero",
     "is_sharded",
     "is_under_torchrun",
     "layout_problems",

@@ -21,8 +21,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_main() -> bool:
-    """Return whether this process is rank 0, which writes what only one process may write."""
+def is_rank_zero() -> bool:
+    """Return whether this process is rank 0 of the default process group: it broadcasts, and writes what is not sharded.
+
+    What a run prints and shows is the main process's, see `World.is_main`: a teacher's process group has none.
+    """
     return not is_distributed() or dist.get_rank() == 0
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from kdtune.distributed.collectives import is_main
+from kdtune.distributed.collectives import is_rank_zero
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def holds_first(tensor: Tensor) -> bool:
     The norms of a tensor-parallel model are not on its mesh: each of its processes writes them, the same bytes to the same place.
     """
     if not isinstance(tensor, DTensor):
-        return is_main()
+        return is_rank_zero()
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and not any(
         position for position, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()

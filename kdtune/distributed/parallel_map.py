@@ -23,7 +23,7 @@ def spread(
     work: Callable[[Item], Result],
     items: Sequence[Item],
     model: nn.Module,
-    world: World | None,
+    world: World,
     *,
     on_done: Callable[[Sequence[Item]], object] | None = None,
     on_result: Callable[[Item, Result], object] | None = None,
@@ -37,12 +37,12 @@ def spread(
         work: may call the model any number of times, under `torch.no_grad()`; its result is pickled.
         items: inputs of `work`.
         model: the model that `work` uses; if it is sharded, the processes' forwards run in lockstep (`in_step`).
-        world: the processes; None: only this one.
+        world: the processes.
         on_done: called with the items of a round, one per process, when this process has done its own. For progress bars.
         on_result: called with each item and its result as soon as this process has it: its own at once, the others' when
             they are fetched, after a few of its own. For saving partial results.
     """
-    rank, size = (world.dp_rank, world.dp_size) if world else (0, 1)
+    rank, size = world.dp_rank, world.dp_size
     found: list[Result] = []
     for start in range(0, len(items), size * _ITEMS_AT_A_TIME):
         part = items[start : start + size * _ITEMS_AT_A_TIME]
@@ -55,7 +55,7 @@ def spread(
                         on_result(item, own[-1])
                 if on_done:
                     on_done(part[first : first + size])
-        shares = world.gather(own)[:: world.tp] if world else [own]
+        shares = world.gather(own)[:: world.tp]
         for index, item in enumerate(part):
             found.append(shares[index % size][index // size])
             if on_result and index % size != rank:
@@ -68,7 +68,7 @@ def spread_in_batches(
     lengths: Sequence[int],
     batch_size: int,
     model: nn.Module,
-    world: World | None,
+    world: World,
     *,
     groups: Sequence[Hashable] | None = None,
     on_done: Callable[[int], object] | None = None,
@@ -81,7 +81,7 @@ def spread_in_batches(
         lengths: lengths of the sequences. Sequences of similar length are batched together to save padding.
         batch_size: largest number of sequences in a batch.
         model: the model that `work` uses.
-        world: the processes; None: only this one.
+        world: the processes.
         groups: a key for each sequence; only sequences with equal keys share a batch. None: any may.
         on_done: called with the number of sequences that a round has done. For progress bars.
         on_result: called with a sequence's index and its result as soon as this process has it, see `spread`.
@@ -108,14 +108,14 @@ def spread_in_batches(
 
 
 @contextmanager
-def in_step(model: nn.Module, world: World | None) -> Iterator[None]:
+def in_step(model: nn.Module, world: World) -> Iterator[None]:
     """A context in which ranks may run different numbers of forward passes of a sharded model; no effect on other models.
 
     FSDP all-gathers a layer's weights, which takes all ranks, so a forward on one rank must be a forward on all. Before each
     one the ranks announce it to each other, and a rank that leaves runs empty forwards until all have left. On entry, the
     embeddings, norm and head are all-gathered to the compute device.
     """
-    if world is None or not isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule):
         yield
         return
     model.unshard()

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from kdtune.distributed.channel import Bridge, start_two_worlds
+from kdtune.distributed.collectives import from_main
 from kdtune.errors import KDTuneError
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process writes, prints and shows progress (rank 0)."""
+        """Return whether this process writes, prints and shows progress: rank 0, unless it holds only the teacher."""
         return self.rank == 0 and not self.is_teacher
 
     @property
@@ -92,6 +93,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every process. It is pickled; the processes trust each other."""
+        return value if self.size == 1 else from_main(value)
+
     @contextmanager
     def one_voice(self) -> Iterator[None]:
         """A context in which only rank 0's output on stderr is seen, such as a library's progress bars."""
@@ -100,6 +105,10 @@ class World:
             return
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             yield
+
+
+SINGLE_PROCESS = World(torch.device("cpu"))
+"""A process without others: the default where a world says only who shares the work."""
 
 
 @contextmanager

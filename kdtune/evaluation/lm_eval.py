@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kdtune._assets import did_you_mean
-from kdtune.distributed import World
+from kdtune.distributed import SINGLE_PROCESS, World
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.generation_settings import read_generation_settings
 from kdtune.log import get_logger
@@ -177,7 +177,7 @@ def evaluate_tasks(
     apply_chat_template: bool = False,
     seed: int = 1234,
     log_samples: bool = False,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Return lm-eval's results document: `results`, `n-shot`, `versions`, `configs` and, with log_samples, `samples`.
 
@@ -194,13 +194,12 @@ def evaluate_tasks(
         apply_chat_template: ask in the tokenizer's chat template.
         seed: seed of few-shot examples and sampled tokens.
         log_samples: keep requests and answers, document by document.
-        world: the processes that share the requests, all of which call this with the same tasks; None: only this one.
+        world: the processes that share the requests, all of which call this with the same tasks.
     """
     from lm_eval import simple_evaluate
 
     from kdtune.evaluation.lm_eval_model import KDTuneLM
 
-    is_main = world is None or world.is_main
     with _machine_described_once():
         found = simple_evaluate(
             model=KDTuneLM(model, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, world=world),
@@ -210,14 +209,14 @@ def evaluate_tasks(
             batch_size=batch_size,
             limit=limit,
             apply_chat_template=apply_chat_template,
-            bootstrap_iters=_BOOTSTRAP_ITERS if is_main else 0,
+            bootstrap_iters=_BOOTSTRAP_ITERS if world.is_main else 0,
             log_samples=log_samples,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    return dict(found) if found is not None and is_main else {}
+    return dict(found) if found is not None and world.is_main else {}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from kdtune import generation
-from kdtune.distributed import World, from_main, spread_in_batches
+from kdtune.distributed import SINGLE_PROCESS, World, spread_in_batches
 from kdtune.evaluation.encoding import encode_pair, encode_text
 from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
 from kdtune.evaluation.rolling import score_texts
@@ -43,7 +43,7 @@ class KDTuneLM(LM):
         max_length: int | None = None,
         seed: int = 0,
         show_progress: bool = True,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
         self.model = model
@@ -124,7 +124,7 @@ class KDTuneLM(LM):
 
     def _agreed(self, value: T) -> T:
         """Broadcast rank 0's value: a task file's code may order its documents at random, differently on each process."""
-        return from_main(value) if self._world else value
+        return self._world.broadcast(value)
 
     def _generate(self, prompts: list[list[int]], settings: GenerationSettings, seeds: list[int]) -> list[str]:
         room = settings.prompt_room(self.max_length)

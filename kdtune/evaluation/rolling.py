@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kdtune.distributed import World
+from kdtune.distributed import SINGLE_PROCESS, World
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.divergence import perplexity
 from kdtune.evaluation.encoding import encode_text, prefix_id
@@ -49,7 +49,7 @@ def score_texts(
     batch_tokens: int,
     stride: int | None = None,
     show_progress: bool = False,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> list[float]:
     """Return the log-probability in nats of each text's ids; 0 for an empty text. Progress is shown window by window.
 
@@ -110,7 +110,7 @@ def text_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     show_progress: bool = False,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> TextPerplexity:
     """Measure how well the model predicts a full text; words are separated by whitespace, as lm-eval counts them.
 

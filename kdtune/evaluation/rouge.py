@@ -24,7 +24,7 @@ from kdtune.data.columns import (
     text_column,
 )
 from kdtune.data.files import DataFiles
-from kdtune.distributed import World, spread_in_batches
+from kdtune.distributed import SINGLE_PROCESS, World, spread_in_batches
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.results import repeated
 from kdtune.models import Transformer
@@ -178,7 +178,7 @@ def evaluate_rouge(
     max_length: int,
     batch_size: int = 8,
     on_answered: Callable[[int], object] | None = None,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> RougeResult:
     """Generate an answer to each instruction for each seed, and score the answers.
 
@@ -225,7 +225,7 @@ def _answers(
     seed: int,
     batch_size: int,
     on_answered: Callable[[int], object] | None,
-    world: World | None,
+    world: World,
 ) -> list[str]:
     """Generate the answers' texts."""
     lengths = [len(prompt) for prompt in prompts]

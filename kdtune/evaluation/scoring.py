@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdtune.distributed import World, spread
+from kdtune.distributed import SINGLE_PROCESS, World, spread
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
 from kdtune.models import Transformer
@@ -68,7 +68,7 @@ def score(
     max_length: int,
     batch_tokens: int,
     on_scored: Callable[[int], object] | None = None,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> list[Score]:
     """Return the score of each continuation after its context, in the order of the pairs.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from kdtune.distributed import from_main
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.eval_mode import eval_mode
 from kdtune.generation.sampling import sample_tokens
@@ -26,7 +27,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     on_token: Callable[[int], object] | None = None,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    sync_tokens: bool = False,
 ) -> list[int]:
     """Return the new ids after prompt_ids, including a final stop id if the model produced one; see generate_batch."""
     (new_ids,) = generate_batch(
@@ -39,7 +40,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         on_token=None if on_token is None else lambda _, token: on_token(token),
-        agree=agree,
+        sync_tokens=sync_tokens,
     )
     return new_ids
 
@@ -56,7 +57,7 @@ def generate_batch(
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], object] | None = None,
     should_stop: Callable[[int, list[int]], bool] | None = None,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    sync_tokens: bool = False,
 ) -> list[list[int]]:
     """Return the new ids of each prompt, without the prompt, including a final stop id if the model produced one.
 
@@ -76,8 +77,8 @@ def generate_batch(
         seed: prompt number i, from 0, samples with the seed `seed + i`; or one seed per prompt.
         on_token: called with a prompt's number and its new id, for each new id.
         should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
-        agree: replaces the drawn ids, one per text, by those that all processes use. For processes that must compute the
-            same, because a rounding error on one could end a text that continues on another.
+        sync_tokens: every process continues with rank 0's tokens. For processes that generate from the same prompts, such
+            as those of a sharded model: a rounding error on one could end a text that continues on another.
 
     Raises:
         ConfigError: a number is out of range.
@@ -104,7 +105,7 @@ def generate_batch(
             tokens = sample_tokens(
                 logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generators=[generators[i] for i in active]
             )
-            tokens = agree(tokens) if agree else tokens
+            tokens = from_main(tokens) if sync_tokens else tokens
             rows = []
             for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
                 new_ids[index].append(token)

@@ -1,6 +1,6 @@
 """Answers to single prompts, in the chat template."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ class Generator(Protocol):
         *,
         max_new_tokens: int,
         stop_ids: Collection[int],
-        agree: Callable[[list[int]], list[int]] | None = None,
+        sync_tokens: bool = False,
     ) -> list[int]:
         """Return the new ids after prompt_ids, including a final stop id if there was one."""
 
@@ -33,7 +33,7 @@ def answer(
     prompt: str,
     max_new_tokens: int,
     *,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    sync_tokens: bool = False,
 ) -> str:
     """Return the greedy answer to one user message in the tokenizer's chat template, without special tokens.
 
@@ -42,12 +42,12 @@ def answer(
         tokenizer: the model's.
         prompt: the message.
         max_new_tokens: the longest answer.
-        agree: see `generate_batch`.
+        sync_tokens: see `generate_batch`.
 
     Raises:
         DataError: the rendered prompt leaves no room in the model's context.
     """
     prompt_ids, _ = tokenizer.tokenize_messages([{"role": "user", "content": prompt}], add_generation_prompt=True)
     write = partial(generate, model) if isinstance(model, Transformer) else model.generate
-    new_ids = write(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, agree=agree)
+    new_ids = write(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, sync_tokens=sync_tokens)
     return tokenizer.decode(new_ids, skip_special=True).strip()

@@ -1,6 +1,6 @@
 """A teacher on the student's processes: its forward runs when the batch is requested."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -41,7 +41,9 @@ class OnlineTeacher:
         *,
         max_new_tokens: int,
         stop_ids: Collection[int],
-        agree: Callable[[list[int]], list[int]] | None = None,
+        sync_tokens: bool = False,
     ) -> list[int]:
         """Return the greedy ids after a prompt, see `kdtune.generation.generate`."""
-        return generate(self.model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=agree)
+        return generate(
+            self.model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sync_tokens=sync_tokens
+        )

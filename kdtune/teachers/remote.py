@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.data import Batch
-from kdtune.distributed import END, Bridge, World, from_main
+from kdtune.distributed import END, Bridge, World
 from kdtune.distributed.channel import Sent
 from kdtune.errors import LayoutError
 from kdtune.generation import generate
@@ -92,7 +92,7 @@ class RemoteTeacher:
         *,
         max_new_tokens: int,
         stop_ids: Collection[int],
-        agree: Callable[[list[int]], list[int]] | None = None,
+        sync_tokens: bool = False,
     ) -> list[int]:
         """Return the greedy ids after a prompt, computed by the teacher's processes, which synchronize the ids."""
         request = torch.tensor([max_new_tokens, len(stop_ids), *sorted(stop_ids), *prompt_ids])
@@ -177,7 +177,7 @@ def _generated(model: Transformer, request: list[int]) -> list[int]:
     """Return the new ids for a request of `RemoteTeacher.generate`."""
     max_new_tokens, num_stop_ids, *ids = request
     stop_ids, prompt_ids = ids[:num_stop_ids], ids[num_stop_ids:]
-    return generate(model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, agree=from_main)
+    return generate(model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sync_tokens=True)
 
 
 def check_sendable(head: nn.Module) -> None:

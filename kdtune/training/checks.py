@@ -7,7 +7,7 @@ from typing import Any
 from kdtune.config import instantiate
 from kdtune.config.frame import frame_defaults
 from kdtune.data import first_row_problems
-from kdtune.distributed import is_main, together
+from kdtune.distributed import World, together
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_divergence
@@ -39,14 +39,14 @@ def may_change(frame: type[Any]) -> list[str]:
     return [field.name for field in fields(frame) if field.metadata.get("may_change")]
 
 
-def profiler_and_logger(cfg: Any) -> tuple[Any, Any]:
+def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
     """Build the config's profiler and second logger on rank 0; return None and None on the others.
 
     Raises:
         ConfigError: one of them refuses its arguments; raised on all processes.
     """
     with together():
-        if not is_main():
+        if not world.is_main:
             return None, None
         profiler = instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})
         return profiler, instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdtune.config import instantiate
 from kdtune.data import Batch, Dataset
-from kdtune.distributed import World, is_first_on_host, is_main, together
+from kdtune.distributed import World, is_first_on_host, together
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.parallel import model_config
@@ -49,7 +49,7 @@ def check_inputs(
     _check_same_files(by_rank)
     found = {**by_rank[0], **rows}
     with together():
-        if is_main() and cfg.resume_from_checkpoint:
+        if world.is_main and cfg.resume_from_checkpoint:
             _check_as_recorded(Path(cfg.output_dir), found)
     return {_KEY: found}
 

@@ -141,10 +141,12 @@ class Run:
                                         schedulers=self._schedulers)  # fmt: skip
             self._step = saved["step"]
             inputs.loader.seek(saved["position"])
-        self._profiler, second_logger = profiler_and_logger(cfg)
+        self._profiler, second_logger = profiler_and_logger(cfg, self.world)
         record = {**config.run_record(cfg), "batches_per_step": inputs.batches_per_step, "adapters": has_adapters(self._model),
                   **({"divergence": self._divergence} if self._divergence else {}), **inputs.fingerprints}  # fmt: skip
-        start_run(self._output_dir, step=self._step, resolved_config=config.resolved_yaml(cfg), record=record)
+        start_run(
+            self._output_dir, self.world, step=self._step, resolved_config=config.resolved_yaml(cfg), record=record
+        )
         self._manager = CheckpointManager(self._output_dir, keep_last_n=cfg.keep_last_n_checkpoints,
                                           best_metric=cfg.best_metric, async_save=cfg.enable_async_checkpointing)  # fmt: skip
         path = self._output_dir / "metrics.jsonl" if self.world.is_main else None
@@ -174,8 +176,8 @@ class Run:
     def sample(self, models: Mapping[str, Any]) -> None:
         """Append each model's answer to each of `sample_prompts` to samples.jsonl; one that cannot generate is left out."""
         able = {name: model for name, model in models.items() if isinstance(model, Transformer | Generator)}
-        record_samples(self._output_dir, able, self.inputs.tokenizer, self.cfg.sample_prompts, self._step, self.progress,
-                       max_new_tokens=self.cfg.sample_max_new_tokens)  # fmt: skip
+        record_samples(self._output_dir, able, self.inputs.tokenizer, self.cfg.sample_prompts, self._step, self.world,
+                       self.progress, max_new_tokens=self.cfg.sample_max_new_tokens)  # fmt: skip
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -232,7 +234,7 @@ class Run:
             return self.world.print(text)
         if not self.inputs.is_finished:
             self.progress.phase("saving final/")
-            write_final(self._output_dir, self._model, save_weights=self.cfg.save_weights, **self._beside)
+            write_final(self._output_dir, self._model, self.world, save_weights=self.cfg.save_weights, **self._beside)
         show_results(self.cfg, self.world, trained=self._trained, divergence=self._divergence)
 
 

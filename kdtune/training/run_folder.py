@@ -17,7 +17,7 @@ from kdtune.checkpoint import (
     writing,
 )
 from kdtune.config.load import resolved_values
-from kdtune.distributed import is_main, together, wait_for_all
+from kdtune.distributed import World, together, wait_for_all
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer
@@ -155,10 +155,10 @@ def _dated(output_dir: Path, before: dict[str, Any], now: Mapping[str, Any]) -> 
     return {**before, "tokenizer": {**was, "date": is_now["date"]}}
 
 
-def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
+def start_run(output_dir: Path, world: World, *, step: int, resolved_config: str, record: Mapping[str, Any]) -> None:
     """Prepare the folder for the steps after `step`: write its config and record, and remove everything beyond the step.
 
-    `resolved_config` becomes config.yaml in `output_dir`, `record` an entry of run.json.
+    `world` is the processes; `resolved_config` becomes config.yaml in `output_dir`, `record` an entry of run.json.
     The record has `step` and, for a resumed run, `changed`: each changed key of the config, with both values. Only rank 0
     writes, once all processes have read what they resume from.
 
@@ -168,7 +168,7 @@ def start_run(output_dir: Path, *, step: int, resolved_config: str, record: Mapp
     """
     wait_for_all()
     with together():
-        if not is_main():
+        if not world.is_main:
             return
         before, now = read_resolved_config(output_dir), resolved_values(resolved_config)
         shared = [key for key in now if key in before and key != "resume_from_checkpoint"]
@@ -338,6 +338,7 @@ def is_finished(output_dir: Path, num_steps: int) -> bool:
 def write_final(
     output_dir: Path,
     model: Transformer,
+    world: World,
     *,
     base: str | Path | None,
     tokenizer: Any,
@@ -354,7 +355,7 @@ def write_final(
         ConfigError: the adapter alone is requested of a model without adapters.
     """
     final = output_dir / "final"
-    if is_main() and final.exists():
+    if world.is_main and final.exists():
         remove_folder(final)
 
     def card(kind: Literal["model", "adapter"]) -> str | None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from kdtune import config, teachers
 from kdtune.config import instantiate
 from kdtune.data import Batch, Loader, batches, load_dataset
-from kdtune.distributed import World, from_main
+from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
@@ -87,7 +87,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     resume_from = None
     if cfg.resume_from_checkpoint:
         values = config.as_values(cfg)
-        resume_from = from_main(
+        resume_from = world.broadcast(
             step_to_resume(output_dir, values, may_change=may_change(type(cfg)), batches_per_step=batches_per_step)
         )
     progress.phase("reading the data")
@@ -111,7 +111,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         held_out = list(batches(dataset_val, cfg.batch_size_val or cfg.batch_size, tokenizer.pad_id, **share))
     steps_per_epoch, num_steps = plan_steps(cfg, loader.batches_per_epoch, batches_per_step)
     log.info(step_text(cfg.batch_size, cfg.gradient_accumulation_steps, world.dp_size))
-    finished = cfg.resume_from_checkpoint and from_main(is_finished(output_dir, num_steps))
+    finished = cfg.resume_from_checkpoint and world.broadcast(is_finished(output_dir, num_steps))
     if finished:
         world.print(f"{output_dir}: all {num_steps} steps are done")
     return Inputs(

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from kdtune.checkpoint import load_model
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.training import run_facts, write_final
 from kdtune.training.model_card import component_text, model_card
 from kdtune.training.origin import base_model, model_name
@@ -219,7 +220,7 @@ def test_what_the_config_alone_does_not_say_is_in_the_record(
 def test_a_model_is_not_lost_for_want_of_its_card(good: Path, tmp_path: Path) -> None:
     """A run of a recipe of the user's own may have another config, and a damaged log."""
     (tmp_path / "config.yaml").write_text("mine: 1\n")
-    write_final(tmp_path, load_model(good / "model"), base=None, tokenizer=None)
+    write_final(tmp_path, load_model(good / "model"), SINGLE_PROCESS, base=None, tokenizer=None)
     assert (tmp_path / "final/model.safetensors").is_file() and not (tmp_path / "final/README.md").exists()
 
 

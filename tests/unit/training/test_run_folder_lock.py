@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import ConfigError
 from kdtune.training import output_dir_problems, start_run
 
@@ -13,7 +14,7 @@ IN_USE = "another run is writing there; wait for it, stop it, or choose another 
 
 
 def begin(folder: Path) -> None:
-    start_run(folder, step=0, resolved_config="seed: 0\n", record={})
+    start_run(folder, SINGLE_PROCESS, step=0, resolved_config="seed: 0\n", record={})
 
 
 def hold(folder: Path, connection: "multiprocessing.connection.Connection") -> None:

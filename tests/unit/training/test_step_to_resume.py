@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtune.config.load import to_yaml
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.training import TrainingConfig, check_unchanged, may_change, start_run, step_to_resume
 from kdtune.training.run_record import last_start, read_resolved_config
@@ -23,7 +24,7 @@ def resume(folder: Path, accumulation: int, processes: int, **parallelism: objec
 
 @pytest.mark.parametrize("record", [{"batches_per_step": 4}, {}], ids=["recorded", "of an older version"])
 def test_as_many_micro_batches_on_any_number_of_processes(record: dict, tmp_path: Path) -> None:
-    start_run(tmp_path, step=0, resolved_config=CONFIG, record=record)
+    start_run(tmp_path, SINGLE_PROCESS, step=0, resolved_config=CONFIG, record=record)
     for accumulation, processes in ((4, 1), (2, 2), (1, 4)):
         assert resume(tmp_path, accumulation, processes, dp_replicate=processes) is None
     for accumulation, processes in ((8, 1), (4, 2)):
@@ -33,7 +34,7 @@ def test_as_many_micro_batches_on_any_number_of_processes(record: dict, tmp_path
 
 @pytest.mark.parametrize("setting", ["param_dtype", "reduce_dtype"])
 def test_the_same_rounding(setting: str, tmp_path: Path) -> None:
-    start_run(tmp_path, step=0, resolved_config=CONFIG, record={})
+    start_run(tmp_path, SINGLE_PROCESS, step=0, resolved_config=CONFIG, record={})
     with pytest.raises(ConfigError, match=f"parallelism.{setting}: was None, is 'bf16'; a resumed run keeps it"):
         resume(tmp_path, 4, 1, **{setting: "bf16"})
 
@@ -59,7 +60,7 @@ def test_only_what_differs_inside_a_component_is_named() -> None:
 def test_a_text_with_an_interpolations_sign_is_the_same_in_a_resumed_run(tmp_path: Path) -> None:
     values = {"dataset": {"_component_": "mine.rows", "system": "costs ${amount}"}, "optimizer": {"lr": 1e-5}}
     for _ in range(2):
-        start_run(tmp_path, step=0, resolved_config=to_yaml(values), record={})
+        start_run(tmp_path, SINGLE_PROCESS, step=0, resolved_config=to_yaml(values), record={})
     assert read_resolved_config(tmp_path) == values and last_start(tmp_path)["changed"] == {}
     check_unchanged(read_resolved_config(tmp_path), values, may_change=())
 
@@ -75,7 +76,7 @@ def test_a_run_changed_by_hand_is_read_as_any_config(tmp_path: Path) -> None:
 
 def test_a_component_under_its_older_name_is_the_same_run(tmp_path: Path) -> None:
     before = CONFIG + "kd_loss: {_component_: kdtune.losses.ForwardKLLoss}\n"
-    start_run(tmp_path, step=0, resolved_config=before, record={"batches_per_step": 4})
+    start_run(tmp_path, SINGLE_PROCESS, step=0, resolved_config=before, record={"batches_per_step": 4})
     values = {"gradient_accumulation_steps": 4, "parallelism": NODE}
     for name, differs in (("ForwardKL", False), ("ForwardKLLoss", False), ("Other", True)):
         now = {**values, "kd_loss": {"_component_": f"kdtune.losses.{name}"}}
