@@ -38,20 +38,23 @@ def ragged_batches():
 def brute_force(student, teacher, batches):
     """Means over valid tokens, token by token, in float64 from the full logits."""
     student, teacher = student.double(), teacher.double()
-    losses, divergences, agreements = [], [], []
+    losses, teacher_losses, divergences, agreements = [], [], [], []
     for batch in batches:
         with torch.no_grad():
             q = student(batch.tokens).softmax(-1)
-            p = teacher(batch.tokens)[..., : q.shape[-1]].softmax(-1)
+            teacher_logits = teacher(batch.tokens)
+            p, own_p = (logits.softmax(-1) for logits in (teacher_logits[..., : q.shape[-1]], teacher_logits))
         for row, column in (batch.labels != IGNORE_INDEX).nonzero().tolist():
             q_V, p_V = q[row, column], p[row, column]
             losses.append(-math.log(float(q_V[batch.labels[row, column]])))
+            teacher_losses.append(-math.log(float(own_p[row, column, batch.labels[row, column]])))
             divergences.append(float((p_V * (p_V.log() - q_V.log())).sum()))
             agreements.append(float(q_V.argmax() == p_V.argmax()))
     count = len(losses)
     return {
         "class_loss": math.fsum(losses) / count,
         "kd_loss": math.fsum(divergences) / count,
+        "teacher_class_loss": math.fsum(teacher_losses) / count,
         "agreement": sum(agreements) / count,
         "tokens": count,
     }
@@ -62,7 +65,7 @@ def brute_force(student, teacher, batches):
 def test_as_float64_brute_force(chunk_size, teacher_vocab_size):
     loss = KDLoss(ForwardKLLoss(), kd_ratio=0.3, chunk_size=chunk_size)
     teacher = OnlineTeacher(tiny(2, teacher_vocab_size, embed_dim=12))
-    found = evaluate_kd(tiny(1), teacher, loss, ragged_batches(), device="cpu")
+    found = evaluate_kd(tiny(1), teacher, loss, ragged_batches(), device="cpu", with_teacher_loss=True)
     expected = brute_force(tiny(1), tiny(2, teacher_vocab_size, embed_dim=12), ragged_batches())
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0 < found["agreement"] < 1

@@ -42,6 +42,13 @@ def test_means_over_valid_tokens(flat: bool) -> None:
     assert ForwardKLLoss()(logits, teacher_logits, labels).item() == pytest.approx(kl, rel=1e-12)
 
 
+def test_labels_that_torch_ignores_are_ignored() -> None:
+    logits, _, labels = batch()
+    labels[labels == IGNORE_INDEX] = nn.CrossEntropyLoss().ignore_index
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(CrossEntropyLoss()(logits, labels), expected)
+
+
 def test_six_lines_of_the_case_study() -> None:
     logits, teacher_logits, labels = batch(torch.float32)
     logits.requires_grad_()

@@ -17,6 +17,7 @@ from kdtune.losses import (
     TopKSignal,
     check_divergence,
     divergence_name,
+    signal_cross_entropy,
 )
 
 V = 11
@@ -66,6 +67,16 @@ def test_hidden_states_logits_and_all_ids_as_top_k_are_one_distribution(
     for signal in (hidden_signal, *others):
         logp = signal.log_probs(torch.tensor([0, 7]))
         torch.testing.assert_close(logp, logits_BSV.flatten(0, 1)[[0, 7]].log_softmax(-1), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_cross_entropy_of_a_teacher_is_torchs(chunk_size: int | None) -> None:
+    _, _, hidden_signal, labels = pair(V + 4)
+    logits_BSV = hidden_signal.output(hidden_signal.hidden_BSD).detach()
+    expected = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels.flatten(), reduction="sum")
+    for signal in (hidden_signal, DenseSignal(logits_BSV)):
+        found = signal_cross_entropy(signal, Targets.from_labels(labels), chunk_size)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_top_k_is_the_forward_kl_to_the_renormalized_ids() -> None:
