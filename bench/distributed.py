@@ -4,7 +4,7 @@
     python bench/distributed.py --batch-size 1 --rounds 50      # where what is added to a step weighs more
 
 The same random student and teacher are built twice in one process, once as a run without torchrun has them and once through
-`kdtune.parallel.parallelize` in a world of one. Both take the same steps (forward of both models, loss, backward, clipping,
+`kdtune.parallel.shard_model` in a world of one. Both take the same steps (forward of both models, loss, backward, clipping,
 AdamW) in turn, the one that begins alternating, so that other load on the machine falls on both. The ratio is the median of the
 rounds' ratios, on a CPU also of processor seconds, which other load changes less (with OMP_NUM_THREADS=1); the losses of all
 steps are compared too.
@@ -94,8 +94,8 @@ def make_step(arguments: argparse.Namespace, world: distributed.World) -> Step:
 
     parallelism = distributed.Parallelism()
     teacher = build(arguments.teacher_layers, 0).requires_grad_(False)
-    parallel.parallelize(teacher, parallelism, world)
-    student = parallel.parallelize(build(arguments.layers, 1), parallelism, world)
+    parallel.shard_model(teacher, parallelism, world)
+    student = parallel.shard_model(build(arguments.layers, 1), parallelism, world)
     kd_loss = losses.KDLoss(losses.ForwardKL(), kd_ratio=0.5)
     optimizer = torch.optim.AdamW(training.trainable_parameters(student), lr=1e-5)
     generator = torch.Generator().manual_seed(world.rank)

@@ -288,8 +288,13 @@ def build_model(
     builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
 ) -> Transformer:
     """Build a model to be measured, parallelized over the processes."""
-    return parallel.distributed_model(
-        builder, checkpointer, parallelism, world, dtype=dtype_from_name(dtype), trainable=False
+    return parallel.build_model(
+        config.factory(builder),
+        config.instantiate(checkpointer),
+        dtype=dtype_from_name(dtype),
+        world=world,
+        parallelism=parallelism,
+        trainable=False,
     ).eval()
 
 

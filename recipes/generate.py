@@ -150,20 +150,22 @@ def run(cfg: Config, world: distributed.World) -> None:
     """Generate the answers of the config: prompts, model, output."""
     tokenizer = config.instantiate(cfg.tokenizer)
     conversations = read_conversations(cfg)
-    context = parallel.model_config(cfg.model, cfg.checkpointer).max_seq_len
+    builder, checkpointer = config.factory(cfg.model), config.instantiate(cfg.checkpointer)
+    context = parallel.model_config(builder, checkpointer).max_seq_len
     prompts = [encode(cfg, tokenizer, one, number, context) for number, one in enumerate(conversations, 1)]
 
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
 
     training.set_seed(cfg.seed)
     dtype = dtype_from_name(cfg.dtype) if cfg.dtype else None
-    parallelism = config.instantiate(cfg.parallelism)
-
-    def prepare(model: Transformer) -> Transformer:
-        return parallel.parallelize(model.requires_grad_(False), parallelism, world)
-
-    model = parallel.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=parallelism.home(world),
-                                    prepare=None if dtype is None else prepare)  # fmt: skip
+    model = parallel.build_model(
+        builder,
+        checkpointer,
+        dtype=dtype,
+        world=world,
+        parallelism=config.instantiate(cfg.parallelism),
+        trainable=False,
+    )
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     answer = stream if len(prompts) == 1 else answer_in_batches

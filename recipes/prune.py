@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kdtune import checkpoint, config, data, parallel, teachers, tokenizers, training
+from kdtune.distributed import World
 from kdtune.errors import TrainingError
 from kdtune.models import Transformer, dtype_from_name, prune
 
@@ -109,7 +110,9 @@ def run(cfg: Config, progress: training.Progress) -> None:
     record = training.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
 
     progress.phase("loading the model")
-    model = parallel.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device).eval()
+    model = parallel.build_model(
+        config.factory(cfg.model), config.instantiate(cfg.checkpointer), dtype=dtype, world=World(device)
+    ).eval()
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     print(f"calibrating on {num_tokens} labels of {dataset.report.source}")
     kept, removals = choose_layers(cfg, model, batches, record, progress)

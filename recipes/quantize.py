@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, evaluation, parallel, teachers, tokenizers, training
+from kdtune.distributed import World
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name, has_adapters, quantization
 
@@ -76,14 +77,15 @@ class Config:
             ]
         found = training.device_problems(self.device, self.dtype)
         found += training.new_folder_problems(self.output_dir)
-        if checkpointer := config.instantiate(self.checkpointer):
+        checkpointer = config.instantiate(self.checkpointer)
+        if checkpointer is not None:
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         if found:
             return found
         device, dtype = training.resolve_device(self.device), dtype_from_name(self.dtype)
         if problems := quantization.scheme_problems(self.scheme, device, dtype, self.group_size):
             return problems
-        model_config = parallel.model_config(self.model, self.checkpointer)
+        model_config = parallel.model_config(config.factory(self.model), checkpointer)
         return quantization.shape_problems(
             self.scheme, model_config, self.group_size, quantize_output=self.quantize_output
         )
@@ -106,7 +108,9 @@ def run(cfg: Config) -> None:
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
     teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
-    model = parallel.build_model(cfg.model, cfg.checkpointer, dtype=dtype, device=device)
+    model = parallel.build_model(
+        config.factory(cfg.model), config.instantiate(cfg.checkpointer), dtype=dtype, world=World(device)
+    )
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
 
     def held_out_loss() -> float | None:

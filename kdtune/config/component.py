@@ -6,7 +6,8 @@ import importlib.util
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from kdtune._assets import did_you_mean
@@ -310,6 +311,11 @@ def instantiate(node: Any, *, optional: Mapping[str, Any] | None = None, **runti
     if problems:
         raise ConfigError("\n".join(problems))
     return _build(node, runtime, dict(optional), {})
+
+
+def factory(node: Any) -> Callable[..., Any] | None:
+    """Return a function that builds the object of a component node, and takes its runtime arguments; None for null."""
+    return None if node is None else partial(instantiate, node)
 
 
 def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], inherited: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@ from .collectives import background_group, from_main, is_distributed, is_rank_ze
 from .dtensor import holds_first, is_sharded, local, local_region, reshard, row_norms, to_cpu_copy, whole
 from .fake import fake_world
 from .parallel_map import in_step, spread, spread_in_batches
-from .parallelism import Parallelism, layout_problems
+from .parallelism import Parallelism, layout_problems, parallelism_problems
 from .world import SINGLE_PROCESS, World, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "layout_problems",
     "local",
     "local_region",
+    "parallelism_problems",
     "reshard",
     "row_norms",
     "spread",

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from kdtune.constants import TP_DIM
-from kdtune.distributed.world import World, is_under_torchrun, start_world, world_size
+from kdtune.distributed.world import World, is_under_torchrun, start_world, teacher_processes_problems, world_size
 from kdtune.errors import ConfigError
 
 _START_THEM = "start as many (kdtune run --nproc_per_node N RECIPE ...)"
@@ -88,6 +88,32 @@ class Parallelism:
                 for name in unused
             ]
         return found
+
+
+def parallelism_problems(
+    parallelism: Parallelism | None, teacher: Parallelism | None = None, *, teacher_processes: int = 0
+) -> list[str]:
+    """Return why these settings do not fit the number of processes that were started, or each other, one sentence each.
+
+    Args:
+        parallelism: the model's, or the student's.
+        teacher: the teacher's; None: the same as the student's.
+        teacher_processes: number of the started processes that hold only the teacher.
+    """
+    if parallelism is None:
+        return ["parallelism=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
+    if problems := teacher_processes_problems(teacher_processes):
+        return problems
+    found = layout_problems(parallelism, teacher, world_size(), teacher_processes=teacher_processes)
+    for name, one in (("parallelism", parallelism), ("teacher_parallelism", teacher)):
+        found += [f"{name}: {problem}" for problem in (one.problems() if one else [])]
+    for name in ("reduce_dtype", "timeout_minutes"):
+        if teacher and getattr(teacher, name) not in (getattr(Parallelism(), name), getattr(parallelism, name)):
+            why = (
+                "a teacher has no gradients" if name == "reduce_dtype" else "a run has one, parallelism.timeout_minutes"
+            )
+            found.append(f"teacher_parallelism.{name}={getattr(teacher, name)}: not used, for {why}; leave it out")
+    return found
 
 
 def layout_problems(

@@ -63,6 +63,11 @@ class World:
         """Return whether this process holds only the teacher."""
         return self.bridge is not None and self.bridge.is_teacher
 
+    @property
+    def has_group(self) -> bool:
+        """Return whether these processes communicate: they are the default process group, which may be of one process."""
+        return dist.is_initialized() and dist.get_world_size() == self.size
+
     def print(self, text: str) -> None:
         """Print once, not on every process."""
         if self.is_main:

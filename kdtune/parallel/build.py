@@ -1,118 +1,92 @@
-"""Build a model for a run: from builder and checkpoint to weights on the device."""
+"""Build a model for a run: from builder and checkpoint to weights on the devices of its processes."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
-from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World
+from kdtune.constants import TP_DIM
+from kdtune.distributed import SINGLE_PROCESS, Parallelism, World
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
-from kdtune.parallel.fsdp import parallelize
-from kdtune.parallel.meta import adapted_model, model_config
+from kdtune.parallel.activation_checkpoint import apply_activation_checkpointing
+from kdtune.parallel.compile import apply_compile
+from kdtune.parallel.fsdp import apply_fsdp, device_mesh
+from kdtune.parallel.meta import Adapter, Builder, add_adapters, initial_model, model_config
+from kdtune.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def build_model(
-    builder: Any,
-    checkpointer: Any,
+    builder: Builder | None,
+    checkpointer: Checkpointer | None,
     *,
-    adapter: Any = None,
     dtype: torch.dtype | None,
-    device: torch.device,
+    world: World = SINGLE_PROCESS,
+    parallelism: Parallelism | None = None,
+    adapter: Adapter | None = None,
     weights: Path | None = None,
-    prepare: Callable[[Transformer], Transformer] | None = None,
+    trainable: bool = True,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
 ) -> Transformer:
-    """Build the model of a run, with its weights in `dtype` on `device`.
+    """Build the model of a run, spread over its processes: each shard is placed before its weights are read.
+
+    Without a checkpointer the weights are random: drawn in fp32 from torch's seed before they are sharded, so all processes
+    draw the same.
 
     Args:
-        builder: component node of a builder, or None for the checkpoint's own config. A builder is built on the meta
-            device and must agree with the checkpoint.
-        checkpointer: component node, or None for random weights (the seed is the caller's business).
-        adapter: component node such as `kdtune.models.apply_lora`, which receives the model as `model`; None: no adapters
-            except those a builder makes.
-        dtype: dtype of the weights; None: as stored.
-        device: device of the weights; each tensor is loaded directly to it.
+        builder: makes the model, which must agree with the checkpoint; None: made from the checkpoint's own config.
+        checkpointer: reads the weights; None: random weights.
+        dtype: dtype of the weights; None: as stored, for a model that is not sharded.
+        world: the processes, with the device of this one.
+        parallelism: how the model is spread over them; None: the default, sharded over all of them.
+        adapter: called with the model as `model`, adds adapters, such as `kdtune.models.apply_lora`; None: no adapters except
+            those that the builder makes.
         weights: a folder that replaces the checkpointer's, such as the step folder a run is resumed from. If it holds an
             adapter, the base still comes from the checkpointer and the adapter from here.
-        prepare: applied to the model, in its dtype on the meta device, before the weights are loaded, such as
-            `shard_model`; it needs a dtype. Random weights are drawn before it, identically on every process.
+        trainable: False freezes all parameters.
+        activation_checkpointing: recompute activations in backward.
+        compile: torch.compile each layer.
 
     Raises:
-        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
-        CheckpointError: where the files cannot be read or do not fit the builder or the adapter.
+        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model, or the sizes of
+            the parallelism the number of processes.
+        LayoutError: the parallelism does not fit the model.
+        CheckpointError: the files cannot be read or do not fit the builder or the adapter.
     """
     resumed = weights if weights is not None and is_adapter_folder(weights) else None
-    source = Checkpointer(str(weights)) if weights and not resumed else instantiate(checkpointer)
+    source = Checkpointer(weights) if weights is not None and not resumed else checkpointer
+    parallelism = parallelism or Parallelism()
+    device = parallelism.home(world)
     if source is None:
-        if builder is None:
-            raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
-        _check_room(model_config(builder, None), device)
-        with device:
-            model: Transformer = instantiate(builder)
-        model = adapted_model(model.to(dtype), adapter)
-        if prepare is not None:
-            model = prepare(model)
-    else:
-        with torch.device("meta"):
-            model = instantiate(builder)
-            if model is None and (adapter is not None or prepare is not None):
-                model = Transformer(source.model_config())
-            model = adapted_model(model, adapter)
-        if weights and not resumed and model is not None and has_adapters(model):
-            raise CheckpointError(
-                f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter"
-            )
-        if prepare is not None:
-            model = prepare(model.to(dtype))
+        _check_room(builder, device)
+
+    with device if source is None else torch.device("meta"):
+        model = initial_model(builder, source).to(dtype)
+        model = add_adapters(model, adapter)
+    if weights is not None and not resumed and has_adapters(model):
+        raise CheckpointError(f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter")
+    if not trainable:
+        model.requires_grad_(False)
+
+    mesh = device_mesh(model, parallelism, world)
+    apply_tensor_parallel(model, mesh)
+    if activation_checkpointing:
+        apply_activation_checkpointing(model)
+    if compile:
+        # For tensor-parallel layers, torch 2.13's compiler recurses endlessly with symbolic lengths.
+        apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
+    apply_fsdp(model, mesh, parallelism)
+
+    if source is not None:
         model = source.load(model, dtype=dtype, device=device)
     return load_adapter(model, resumed) if resumed else model
 
 
-def distributed_model(
-    builder: Any,
-    checkpointer: Any,
-    parallelism: Parallelism,
-    world: World,
-    *,
-    dtype: torch.dtype,
-    adapter: Any = None,
-    weights: Path | None = None,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
-    trainable: bool = True,
-) -> Transformer:
-    """Like `build_model`, for a model parallelized over processes: shards are placed before the weights are read.
-
-    Args:
-        builder: as for `build_model`.
-        checkpointer: as for `build_model`.
-        parallelism: how it is parallelized.
-        world: the processes.
-        dtype: of the weights.
-        adapter: as for `build_model`.
-        weights: as for `build_model`.
-        compile: torch.compile each layer.
-        activation_checkpointing: recompute activations in backward.
-        trainable: False freezes all parameters first.
-    """
-
-    def prepare(model: Transformer) -> Transformer:
-        if not trainable:
-            model.requires_grad_(False)
-        return parallelize(
-            model, parallelism, world, compile=compile, activation_checkpointing=activation_checkpointing
-        )
-
-    return build_model(builder, checkpointer, adapter=adapter, dtype=dtype, weights=weights, device=parallelism.home(world),
-                       prepare=prepare)  # fmt: skip
-
-
-def _check_room(config: Any, device: torch.device) -> None:
+def _check_room(builder: Builder | None, device: torch.device) -> None:
     """Raise if random weights, which are drawn in fp32, exceed all of the device's memory."""
+    config = model_config(builder, None)
     if not isinstance(config, TransformerConfig):
         return  # of a model of the user's own
     needed = 4 * config.num_parameters

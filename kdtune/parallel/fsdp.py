@@ -13,72 +13,63 @@ from kdtune.distributed import Parallelism, World
 from kdtune.errors import LayoutError
 from kdtune.models import Transformer, adapted_linears
 from kdtune.models.nf4 import is_cut_by_rows
-from kdtune.parallel.activation_checkpoint import apply_activation_checkpointing
-from kdtune.parallel.compile import apply_compile
 from kdtune.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problem
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def parallelize(
-    model: Transformer,
-    parallelism: Parallelism,
-    world: World,
-    *,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
-) -> Transformer:
-    """Prepare the model for a run, in place: activation checkpointing, then torch.compile, then sharding (`shard_model`).
-
-    parallelism: how to distribute the model over the world's processes. compile: compile each layer.
-    activation_checkpointing: recompute activations in backward.
-    """
-    if activation_checkpointing:
-        apply_activation_checkpointing(model)
-    if compile:
-        # For tensor-parallel layers, torch 2.13's compiler recurses endlessly with symbolic lengths.
-        apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
-    return shard_model(model, parallelism, world)
-
-
 def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> Transformer:
-    """Shard the model: first over `tp` processes, then each layer, and the rest (embeddings, norm, head), as an FSDP2 unit.
+    """Shard a model that exists, in place; `build_model` builds one whose shards are placed before its weights are read."""
+    mesh = device_mesh(model, parallelism, world)
+    apply_tensor_parallel(model, mesh)
+    apply_fsdp(model, mesh, parallelism)
+    return model
 
-    `parallelism` has the sizes, `world` the processes.
-    Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
-    factor. The last unit stays unsharded between forward and backward: the loss reads the head outside of the model's
-    forward. Nothing is done without a process group, or for replicas without gradients (dp_shard 1, several processes).
 
-    Of an NF4 base (QLoRA), a weight whose rows `dp_shard` does not divide evenly is replicated on every process.
+def device_mesh(model: Transformer, parallelism: Parallelism, world: World) -> DeviceMesh | None:
+    """Return the mesh over which the model is sharded: the sizes of `parallelism`, with the world's timeout.
+
+    None: every process holds all of it. So do a process without a process group, and replicas without gradients (dp_shard
+    1, several processes).
 
     Raises:
         ConfigError: the sizes do not fit the number of processes.
         LayoutError: they do not fit the model.
     """
     sizes = parallelism.sizes(world.size)
-    if not dist.is_initialized():
-        return model
-    trained = any(parameter.requires_grad for parameter in model.parameters())
-    is_copy = sizes["dp_shard"] == 1 and not trained and parallelism.is_plain
-    if is_copy and sizes[TP_DIM] == 1:
-        return model
+    if not world.has_group or (sizes[TP_DIM] == 1 and _is_copy(model, parallelism, sizes["dp_shard"])):
+        return None
     # Before any communication: all processes have to get this far.
     if problem := model_problem(model, parallelism, world.size):
         raise LayoutError(f"parallelism: {problem}")
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if world.timeout is not None:
+        # A dimension that is not all processes is a new group, which has torch's half an hour unless told otherwise.
+        for name in sizes:
+            dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
+    return mesh
+
+
+def apply_fsdp(model: Transformer, mesh: DeviceMesh | None, parallelism: Parallelism) -> None:
+    """Make each layer, and the rest (embeddings, norm, head), an FSDP2 unit on the mesh's data-parallel dimensions, in place.
+
+    Gradients become the **sum** over the processes, so that a loss divided by the tokens of all of them needs no further
+    factor. The last unit stays unsharded between forward and backward: the loss reads the head outside of the model's
+    forward. Replicas without gradients stay as they are, and so does everything without a mesh.
+
+    Of an NF4 base (QLoRA), a weight whose rows `dp_shard` does not divide evenly is replicated on every process.
+    """
+    if mesh is None or _is_copy(model, parallelism, mesh["dp_shard"].size()):
+        return
+    shards = mesh["dp_shard"].size()
     quantized = {linear.weight for linear in adapted_linears(model).values() if linear.quantize_base}
     # A single shard is not sharded: FSDP2 (torch 2.13) would gather it by operations that torchao's NF4 lacks.
-    shards = sizes["dp_shard"]
     copies = {weight for weight in quantized if shards == 1 or not is_cut_by_rows(weight.shape, shards)}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
-    mesh = _mesh(world, sizes)
-    if TP_DIM in sizes:
-        apply_tensor_parallel(model, mesh[TP_DIM])
-    if is_copy:
-        return model
-    offload = parallelism.cpu_offload and world.device.type != "cpu"
+    offload = parallelism.cpu_offload and mesh.device_type != "cpu"
     shard_unit = partial(
         fully_shard,
-        mesh=mesh[tuple(name for name in sizes if name != TP_DIM)],
+        mesh=mesh[tuple(name for name in mesh.mesh_dim_names or () if name != TP_DIM)],
         mp_policy=_mixed_precision(model, parallelism),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
         ignored_params=copies,
@@ -87,7 +78,12 @@ def shard_model(model: Transformer, parallelism: Parallelism, world: World) -> T
         shard_unit(layer, reshard_after_forward=parallelism.reshard_after_forward)
     shard_unit(model, reshard_after_forward=False)
     _sum_gradients(model)
-    return model
+
+
+def _is_copy(model: Transformer, parallelism: Parallelism, num_shards: int) -> bool:
+    """Return whether FSDP has nothing to do: no shards, no gradients to sum, weights used where and as they are stored."""
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    return num_shards == 1 and not is_trained and parallelism.is_plain
 
 
 def model_problem(model: Transformer, parallelism: Parallelism, num_processes: int) -> str | None:
@@ -103,16 +99,6 @@ def model_problem(model: Transformer, parallelism: Parallelism, num_processes: i
             "quantize_base=false"
         )
     return None
-
-
-def _mesh(world: World, sizes: dict[str, int]) -> DeviceMesh:
-    """Return the device mesh of these sizes over the world's processes, with the world's timeout."""
-    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    if world.timeout is not None:
-        # A dimension that is not all processes is a new group, which has torch's half an hour unless told otherwise.
-        for name in sizes:
-            dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(name))
-    return mesh
 
 
 def _sum_gradients(model: nn.Module) -> None:

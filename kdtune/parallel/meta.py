@@ -1,51 +1,59 @@
 """What a builder or a checkpoint says of a model: its config, and the model without weights."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from kdtune.config import instantiate
+from kdtune.checkpoint import Checkpointer
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
 
+Builder = Callable[[], Transformer]
+Adapter = Callable[..., Transformer]
+"""Called with the model as `model`."""
 
-def meta_model(builder: Any, checkpointer: Any, *, adapter: Any = None, dtype: torch.dtype) -> Transformer:
+
+def meta_model(
+    builder: Builder | None, checkpointer: Checkpointer | None, *, adapter: Adapter | None = None, dtype: torch.dtype
+) -> Transformer:
     """Return the model that `build_model` would build, without weights, on the meta device; adapters are newly initialized.
 
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
         CheckpointError: the builder is None and the checkpoint does not describe its model.
     """
-    if builder is None and checkpointer is None:
-        raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
     with torch.device("meta"):
-        model = instantiate(builder)
-        if model is None:
-            model = Transformer(instantiate(checkpointer).model_config())
-        return adapted_model(model, adapter).to(dtype)
+        return add_adapters(initial_model(builder, checkpointer).to(dtype), adapter)
 
 
-def model_config(builder: Any, checkpointer: Any) -> TransformerConfig:
+def model_config(builder: Builder | None, checkpointer: Checkpointer | None) -> TransformerConfig:
     """Return the config of the model that `build_model` would build; reads no weights.
 
     Raises:
+        ConfigError: with neither a builder nor a checkpointer.
         CheckpointError: it has to come from a checkpoint that does not describe its model.
     """
-    if builder is None:
-        config: TransformerConfig = instantiate(checkpointer).model_config()
-        return config
+    if builder is None and checkpointer is not None:
+        return checkpointer.model_config()
     with torch.device("meta"):
-        model: Transformer = instantiate(builder)
-    return model.config
+        return initial_model(builder, checkpointer).config
 
 
-def adapted_model(model: Transformer, adapter: Any) -> Transformer:
-    """Return the model with the adapters of this component node; None: the model as it is."""
+def initial_model(builder: Builder | None, checkpointer: Checkpointer | None) -> Transformer:
+    """Return the builder's model, or one of the checkpoint's config, as it is before weights are loaded."""
+    if builder is not None:
+        return builder()
+    if checkpointer is None:
+        raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
+    return Transformer(checkpointer.model_config())
+
+
+def add_adapters(model: Transformer, adapter: Adapter | None) -> Transformer:
+    """Return the model with adapters; with None, as it is."""
     if adapter is None:
         return model
     if has_adapters(model):
         raise ConfigError(
             "model, adapter: the builder in `model` makes adapters already; remove one: ~model or ~adapter"
         )
-    adapted: Transformer = instantiate(adapter, model=model)
-    return adapted
+    return adapter(model=model)

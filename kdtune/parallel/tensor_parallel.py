@@ -23,6 +23,7 @@ from torch.distributed.tensor import (
 )
 from torch.nn import functional
 
+from kdtune.constants import TP_DIM
 from kdtune.models import LoRALinear, Transformer, TransformerConfig
 
 
@@ -50,12 +51,15 @@ _LAYER = {
 }
 
 
-def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """Shard the model's matrices over a one-dimensional mesh, in place; embeddings and head along the vocabulary.
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
+    """Shard the model's matrices over the mesh's dimension `tp`, in place; nothing without one.
 
-    Norms are replicated. Logits are replicated too; the losses read the head's weight as a shard. The mesh's size must divide
-    the model's sizes (`tensor_parallel_problem`).
+    Embeddings and head are sharded along the vocabulary. Norms are replicated. Logits are replicated too; the losses read the
+    head's weight as a shard. The dimension's size must divide the model's sizes (`tensor_parallel_problem`).
     """
+    if mesh is None or TP_DIM not in (mesh.mesh_dim_names or ()):
+        return
+    mesh = mesh[TP_DIM]
     for layer in model.layers:
         for name, style in _LAYER.items():
             _distribute(layer.get_submodule(name), mesh, style)
@@ -64,7 +68,6 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()
-    return model
 
 
 def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:

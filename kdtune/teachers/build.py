@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from kdtune.config import instantiate
+from kdtune import parallel
+from kdtune.config import factory, instantiate
 from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
-from kdtune.parallel import distributed_model, meta_model
 from kdtune.teachers.online import OnlineTeacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
 
@@ -41,12 +41,14 @@ def build_teacher_model(cfg: Any, world: World) -> Transformer:
         CheckpointError: the files cannot be read or do not fit the builder.
     """
     dtype = dtype_from_name(cfg.teacher_dtype or cfg.dtype)
+    builder, checkpointer = factory(cfg.teacher_model), instantiate(cfg.teacher_checkpointer)
     if world.is_teacher:
         # Before its weights are read.
-        check_sendable(meta_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype).output)
+        check_sendable(parallel.meta_model(builder, checkpointer, dtype=dtype).output)
     parallelism = instantiate(cfg.teacher_parallelism or cfg.parallelism)
-    teacher = distributed_model(cfg.teacher_model, cfg.teacher_checkpointer, parallelism, world, dtype=dtype,
-                                compile=cfg.compile, trainable=False)  # fmt: skip
+    teacher = parallel.build_model(
+        builder, checkpointer, dtype=dtype, world=world, parallelism=parallelism, trainable=False, compile=cfg.compile
+    )
     check_head("teacher", teacher.output)
     return teacher
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from kdtune.config import resolve
+from kdtune.config import factory, resolve
 from kdtune.errors import KDTuneError
 from kdtune.parallel import model_config
 
@@ -23,7 +23,7 @@ def builder_problems(cfg: Any) -> list[str]:
         if node is None or name in _IN_ORDER or not _is_ours(node):
             continue
         try:
-            model_config(node, None)
+            model_config(factory(node), None)
         except KDTuneError as error:
             found.append(f"{key}: {error}")
         else:

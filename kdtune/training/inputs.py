@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtune.config import instantiate
+from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Dataset
 from kdtune.distributed import World, is_first_on_host, together
 from kdtune.errors import ConfigError, DataError, KDTuneError
@@ -182,11 +182,10 @@ def _contexts(cfg: Any) -> dict[str, int]:
     for builder, weights in _MODELS:
         node, checkpointer = getattr(cfg, builder, None), getattr(cfg, weights, None)
         if node is not None and (checkpointer is None or "max_seq_len" in node):
-            found[builder] = model_config(node, None).max_seq_len
+            found[builder] = model_config(factory(node), None).max_seq_len
         elif checkpointer is not None:
-            found[f"{weights}={instantiate(checkpointer).checkpoint_dir}"] = model_config(
-                None, checkpointer
-            ).max_seq_len
+            source = instantiate(checkpointer)
+            found[f"{weights}={source.checkpoint_dir}"] = source.model_config().max_seq_len
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdtune.config import instantiate
+from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
 from kdtune.losses import Divergence, divergence_of
@@ -148,7 +148,12 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
     check_trains(cfg)
     parallelism: Parallelism = instantiate(cfg.parallelism)
     parallelism.sizes(world.size)
-    model = meta_model(cfg.model, cfg.checkpointer, adapter=cfg.adapter, dtype=dtype_from_name(cfg.dtype))
+    model = meta_model(
+        factory(cfg.model),
+        instantiate(cfg.checkpointer),
+        adapter=factory(cfg.adapter),
+        dtype=dtype_from_name(cfg.dtype),
+    )
     ours = model_sizes(model, parallelism, world, cfg.optimizer)
     kd_ratio, apart = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)

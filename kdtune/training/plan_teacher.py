@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kdtune.config import instantiate
+from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.models import dtype_from_name
 from kdtune.parallel import meta_model, model_config
@@ -48,7 +48,7 @@ def make_teacher_plan(
         ConfigError: the sizes do not fit the number of processes.
         CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
-    context = model_config(cfg.model, cfg.checkpointer).max_seq_len
+    context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
     share, turns = _share(batch, num_students, world.size)
     teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), apart=world.size, turns=turns)
@@ -85,7 +85,7 @@ def _parallelism(cfg: Any) -> Parallelism:
 
 def _sizes(cfg: Any, parallelism: Parallelism, world: World, *, dtype: str | None = None) -> ModelSizes:
     own = dtype_from_name(dtype or cfg.teacher_dtype or cfg.dtype)
-    model = meta_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype=own)
+    model = meta_model(factory(cfg.teacher_model), instantiate(cfg.teacher_checkpointer), dtype=own)
     return model_sizes(model.requires_grad_(False), parallelism, world)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from kdtune import config, teachers
-from kdtune.config import instantiate
+from kdtune import config, parallel, teachers
+from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Loader, batches, load_dataset
 from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
-from kdtune.parallel import distributed_model
 from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.inputs import check_inputs
@@ -141,13 +140,13 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
         ConfigError: the adapter does not fit, there is none for save_weights, or the loss cannot use the output head.
     """
-    model = distributed_model(
-        cfg.model,
-        cfg.checkpointer,
-        instantiate(cfg.parallelism),
-        world,
+    model = parallel.build_model(
+        factory(cfg.model),
+        instantiate(cfg.checkpointer),
         dtype=dtype_from_name(cfg.dtype),
-        adapter=cfg.adapter,
+        world=world,
+        parallelism=instantiate(cfg.parallelism),
+        adapter=factory(cfg.adapter),
         weights=inputs.resume_from,
         compile=cfg.compile,
         activation_checkpointing=cfg.enable_activation_checkpointing,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtune import data, distributed, losses, parallel, teachers, training
-from kdtune.config import instantiate
+from kdtune.config import factory, instantiate
 from kdtune.distributed import local
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
@@ -51,10 +51,8 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     plan = make_plan(cfg, world)
     teacher = teachers.build_teacher(cfg, world)
     student = parallel.build_model(
-        cfg.model, None, adapter=cfg.adapter, dtype=dtype, device=world.device,
-        prepare=lambda model: parallel.parallelize(
-            model, parallelism, world, activation_checkpointing=cfg.enable_activation_checkpointing
-        ),
+        factory(cfg.model), None, dtype=dtype, world=world, parallelism=parallelism, adapter=factory(cfg.adapter),
+        activation_checkpointing=cfg.enable_activation_checkpointing,
     )  # fmt: skip
     optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(student))
     kd_loss = losses.KDLoss(kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)

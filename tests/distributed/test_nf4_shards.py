@@ -1,5 +1,6 @@
 """A base in 4 bits (QLoRA) in shards: the same bits as on one process, a share of them on each."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from kdtune import distributed, parallel
-from kdtune.checkpoint import save_model
+from kdtune.checkpoint import Checkpointer, save_model
 from kdtune.distributed import local, whole
-from kdtune.models import Transformer, adapted_linears, llama
+from kdtune.models import Transformer, adapted_linears, apply_lora, llama
 from kdtune.models.nf4 import BY_ROWS, dequantized, nf4_parts
 from kdtune.tokenizers import byte_tokenizer
 
@@ -17,23 +18,17 @@ from kdtune.tokenizers import byte_tokenizer
 SIZES = {"vocab_size": 260, "embed_dim": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_dim": 192,
          "max_seq_len": 64}  # fmt: skip
 NUM_CUT = {2: 12, 3: 4, 4: 12}
-ADAPTER = {"_component_": "kdtune.models.apply_lora", "use_dora": True, "quantize_base": True}
+ADAPTER = partial(apply_lora, use_dora=True, quantize_base=True)
 TOKENS = torch.arange(24).view(2, 12)
 
 
 def build(model: Path, world: distributed.World | None, dtype: torch.dtype, recompute: bool = False) -> Transformer:
     """The model with new adapters, on the processes of a world or whole."""
-
-    def prepare(built: Transformer) -> Transformer:
-        assert world is not None
-        sizes = distributed.Parallelism()
-        return parallel.parallelize(built, sizes, world, activation_checkpointing=recompute)
-
-    node = {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(model)}
     torch.manual_seed(0)
     built = parallel.build_model(
-        None, node, adapter=ADAPTER, dtype=dtype, device=torch.device("cpu"), prepare=prepare if world else None
-    )
+        None, Checkpointer(model), adapter=ADAPTER, dtype=dtype, activation_checkpointing=recompute,
+        **({"world": world} if world else {}),
+    )  # fmt: skip
     for linear in adapted_linears(built).values():
         # Or B is zero, and A has no gradient.
         torch.nn.init.constant_(local(linear.lora_b.weight.detach()), 0.1)

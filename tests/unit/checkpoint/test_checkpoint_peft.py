@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,11 @@ from kdtune.checkpoint import (
     step_folders,
 )
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models import Transformer, adapter_parameters, apply_lora, has_adapters, merge_adapters
+from kdtune.models import Transformer, adapter_parameters, apply_lora, has_adapters, llama, merge_adapters
 from kdtune.models.nf4 import is_nf4
 from kdtune.parallel import build_model
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
-CPU = torch.device("cpu")
 
 
 def adapted(model: Transformer, **settings: Any) -> Transformer:
@@ -167,7 +167,7 @@ def test_a_base_is_quantized_as_it_is_read(base: Path) -> None:
     assert torch.equal(again(TOKENS), expected(TOKENS))
 
 
-NODE = {"_component_": "kdtune.models.apply_lora", "lora_rank": 4, "apply_lora_to_output": True}
+LORA = partial(apply_lora, lora_rank=4, apply_lora_to_output=True)
 
 
 def train(model: Transformer, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -187,12 +187,12 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     base: Path, tmp_path: Path, settings: dict[str, Any], on_disk: bool
 ) -> None:
     sizes = {"vocab_size": 96, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "intermediate_dim": 64}
-    builder = None if on_disk else {"_component_": "kdtune.models.llama", **sizes, "tie_embeddings": True}
-    source = {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(base)} if on_disk else None
+    builder = None if on_disk else partial(llama, **sizes, tie_embeddings=True)
+    source = Checkpointer(base) if on_disk else None
 
     def start(weights: Path | None = None) -> tuple[Transformer, torch.optim.Optimizer]:
         torch.manual_seed(3)
-        model = build_model(builder, source, adapter=NODE | settings, dtype=torch.float32, device=CPU, weights=weights)
+        model = build_model(builder, source, adapter=partial(LORA, **settings), dtype=torch.float32, weights=weights)
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
     model, optimizer = start()
@@ -223,7 +223,7 @@ def test_a_step_without_its_weights_is_not_whole(base: Path, tmp_path: Path) -> 
 
 def test_a_whole_model_does_not_resume_an_adapter(base: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a whole model, an adapter expected"):
-        build_model(None, None, adapter=NODE, dtype=torch.float32, device=CPU, weights=base)
+        build_model(None, None, adapter=LORA, dtype=torch.float32, weights=base)
 
 
 def edit_config(**values: Any) -> Callable[[Path], None]:

@@ -2,13 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from kdtune.distributed import Parallelism, layout_problems
+from kdtune.distributed import Parallelism, layout_problems, parallelism_problems
 from kdtune.errors import ConfigError
 from kdtune.models import llama
-from kdtune.parallel import parallelism_problems
 from kdtune.parallel.tensor_parallel import tensor_parallel_problem
-
-NODE = {"_component_": "kdtune.distributed.Parallelism"}
 
 
 @pytest.mark.parametrize(
@@ -53,27 +50,29 @@ def test_the_advice_is_that_of_the_command() -> None:
 
 def test_problems_are_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
-    assert parallelism_problems(NODE) == []
+    assert parallelism_problems(Parallelism()) == []
     (problem,) = parallelism_problems(None)
     assert problem.startswith("parallelism=null: kdtune.distributed.Parallelism expected")
-    (problem,) = parallelism_problems(NODE, NODE | {"dp_shard": 4})
+    (problem,) = parallelism_problems(Parallelism(), Parallelism(dp_shard=4))
     assert problem.startswith("teacher_parallelism: dp_replicate=1 dp_shard=4 tp=1: needs 4 processes, found 6")
-    (problem,) = parallelism_problems(NODE | {"param_dtype": "bf16"})
+    (problem,) = parallelism_problems(Parallelism(param_dtype="bf16"))
     assert problem == "parallelism: param_dtype=bf16: used under torchrun only (kdtune run --nproc_per_node N)"
     monkeypatch.setenv("RANK", "0")
-    assert parallelism_problems(NODE | {"param_dtype": "bf16"}) == []
-    assert parallelism_problems(NODE | {"timeout_minutes": 0}) == ["parallelism: timeout_minutes=0.0: must be above 0"]
+    assert parallelism_problems(Parallelism(param_dtype="bf16")) == []
+    assert parallelism_problems(Parallelism(timeout_minutes=0.0)) == [
+        "parallelism: timeout_minutes=0.0: must be above 0"
+    ]
 
 
 def test_a_teacher_is_cut_as_the_student_is_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert parallelism_problems(NODE | {"tp": 2}, NODE) == []
+    assert parallelism_problems(Parallelism(tp=2), Parallelism()) == []
     for name, value in (("reduce_dtype", "fp32"), ("timeout_minutes", 5)):
-        (problem,) = parallelism_problems(NODE, NODE | {name: value})
+        (problem,) = parallelism_problems(Parallelism(), Parallelism(**{name: value}))
         assert f"teacher_parallelism.{name}={value}" in problem and "not used" in problem
-    assert parallelism_problems(NODE | {"tp": 2}, NODE | {"tp": -1, "dp_shard": 2}) == []
-    (problem,) = parallelism_problems(NODE | {"tp": 2}, NODE | {"tp": 4})
+    assert parallelism_problems(Parallelism(tp=2), Parallelism(tp=-1, dp_shard=2)) == []
+    (problem,) = parallelism_problems(Parallelism(tp=2), Parallelism(tp=4))
     assert problem.startswith("teacher_parallelism.tp=4:") and "parallelism.tp=2" in problem
 
 
