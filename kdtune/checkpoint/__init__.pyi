@@ -12,7 +12,7 @@ from .peft import is_adapter_folder, load_adapter
 from .quantized import write_quantized
 from .rows import collected_rows, partial_of
 from .save import SaveWeights, save_model, write_adapter, write_model
-from .state import load_state, save_state
+from .state import load_state
 
 __all__ = [
     "CheckpointManager",
@@ -32,7 +32,6 @@ __all__ = [
     "partial_of",
     "remove_folder",
     "save_model",
-    "save_state",
     "step_folders",
     "step_number",
     "write_adapter",

@@ -6,7 +6,7 @@ A step folder `step_N/` is a Hugging Face model folder, or of a model with adapt
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -119,8 +119,8 @@ class CheckpointManager:
         step: int,
         *,
         model: Transformer,
-        optimizers: Optimizer | Sequence[Optimizer],
-        schedulers: Sequence[state.Stateful] = (),
+        optimizer: Optimizer,
+        scheduler: state.Stateful | None = None,
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,
@@ -145,8 +145,8 @@ class CheckpointManager:
         write_model = writer(model, base=base, tokenizer=tokenizer, is_chat=is_chat, staged=self.async_save)
         write_state = state.state_writer(
             model=model,
-            optimizers=optimizers,
-            schedulers=schedulers,
+            optimizer=optimizer,
+            scheduler=scheduler,
             extra={**extra, "step": step, "metrics": dict(metrics)},
             staged=self.async_save,
         )

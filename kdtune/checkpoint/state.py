@@ -6,7 +6,7 @@ world size; everything else is one readable JSON file, written last.
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdtune.checkpoint import dcp
-from kdtune.checkpoint.atomic import atomic_folder, atomic_write_text
+from kdtune.checkpoint.atomic import atomic_write_text
 from kdtune.checkpoint.sharded import Write
 from kdtune.distributed import is_rank_zero, to_cpu_copy, together
 from kdtune.errors import CheckpointError
@@ -42,31 +42,12 @@ class Stateful(Protocol):
         ...
 
 
-def save_state(
-    folder: str | Path,
-    *,
-    model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
-    extra: Mapping[str, Any],
-    schedulers: Sequence[Stateful] = (),
-) -> None:
-    """Write the resume state as a new folder, atomically: the model's weights, optimizers, schedulers and RNG states.
-
-    `extra` is anything JSON can hold (step, loader position).
-
-    Raises:
-        CheckpointError: the folder exists, cannot be written, or a value is neither a tensor nor JSON.
-    """
-    with atomic_folder(folder) as hidden:
-        state_writer(model=model, optimizers=optimizers, extra=extra, schedulers=schedulers)(hidden, None)
-
-
 def state_writer(
     *,
     model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
+    optimizer: Optimizer,
     extra: Mapping[str, Any],
-    schedulers: Sequence[Stateful] = (),
+    scheduler: Stateful | None = None,
     staged: bool = False,
 ) -> Write:
     """Return a function that writes the current resume state into an existing folder, such as a part of an atomic folder.
@@ -76,17 +57,16 @@ def state_writer(
     Raises:
         CheckpointError: a value is neither a tensor nor JSON.
     """
-    listed = _as_list(optimizers)
     # An optimizer before its first step has no state: get_optimizer_state_dict would create one by taking a step.
-    tensors, scalars = _split(_named_state(model, [one for one in listed if one.state]))
+    tensors, scalars = _split(_named_state(model, optimizer) if optimizer.state else {})
     rng_tensors, python_rng = _rng_state()
     document = {
         "version": _VERSION,
         "extra": dict(extra),
-        "optimizers": [_describe(model, one) for one in listed],
+        "optimizers": [_describe(model, optimizer)],
         "optimizer_scalars": scalars,
         "optimizer_tensors": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        "schedulers": [] if scheduler is None else [scheduler.state_dict()],
         "rng": {"python": python_rng, "tensors": {name: list(tensor.shape) for name, tensor in rng_tensors.items()}},
     }
     try:
@@ -110,34 +90,32 @@ def load_state(
     folder: str | Path,
     *,
     model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
-    schedulers: Sequence[Stateful] | None = (),
+    optimizer: Optimizer,
+    scheduler: Stateful | None = None,
+    ignore_scheduler: bool = False,
 ) -> dict[str, Any]:
-    """Restore optimizers, schedulers and random number generators in place; return the `extra` that was saved.
+    """Restore optimizer, scheduler and random number generators in place; return the `extra` that was saved.
 
-    Load the weights first. Gradients are cleared. With `schedulers` None, saved schedulers are ignored.
+    Load the weights first. Gradients are cleared. With `ignore_scheduler`, neither the saved scheduler nor this one matters.
 
     Raises:
-        CheckpointError: the folder is missing or incomplete, or was saved with other optimizers or schedulers or for
+        CheckpointError: the folder is missing or incomplete, or was saved with another optimizer or scheduler or for
             another model; the message names the difference.
     """
     path = user_path(folder)
-    listed = _as_list(optimizers)
     document = read_state_file(path)
-    _check_same_kind(path, document, model, listed, schedulers)
-    for one in listed:
-        one.zero_grad(set_to_none=True)
-    tensors = _targets(path, document, model, listed)
+    schedulers = [] if scheduler is None or ignore_scheduler else [scheduler]
+    saved_schedulers = [] if ignore_scheduler else document["schedulers"]
+    _check_same_kind(path, document["optimizers"], model, optimizer, (len(saved_schedulers), len(schedulers)))
+    optimizer.zero_grad(set_to_none=True)
+    tensors = _targets(path, document, model, optimizer)
     rng_tensors = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in document["rng"]["tensors"].items()}
     dcp.read_tensors(path, {**tensors, **rng_tensors})
-    for one, described in zip(listed, document["optimizers"], strict=True):
-        for group, saved in zip(one.param_groups, _with_tensors(described["groups"]), strict=True):
-            group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
-    for scheduler, saved in zip(
-        schedulers or (), document["schedulers"] if schedulers is not None else (), strict=True
-    ):
-        scheduler.load_state_dict(_with_tensors(saved))
-        _set_learning_rates(scheduler)
+    for group, saved in zip(optimizer.param_groups, _with_tensors(document["optimizers"][0]["groups"]), strict=True):
+        group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
+    for one, saved in zip(schedulers, saved_schedulers, strict=True):
+        one.load_state_dict(_with_tensors(saved))
+        _set_learning_rates(one)
     _restore_rng(rng_tensors, document["rng"]["python"])
     return document["extra"]
 
@@ -162,10 +140,6 @@ def is_whole_state(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file() and (folder / dcp.MARK).is_file()
 
 
-def _as_list(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-
-
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Names as get_optimizer_state_dict spells them: without the layers that wrappers put in."""
     wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -177,13 +151,11 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     return names
 
 
-def _named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
-    """Return the state by parameter name and key. The tensors are the optimizers' own, so loading can fill them in place."""
-    if not optimizers:
-        return {}
+def _named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the state by parameter name and key. The tensors are the optimizer's own, so loading can fill them in place."""
     # strict=False: a parameter without state (plain SGD) is no error here; what must be there is checked by name below.
     options = StateDictOptions(strict=False)
-    found: Any = get_optimizer_state_dict(model, optimizers, options=options)["state"]
+    found: Any = get_optimizer_state_dict(model, optimizer, options=options)["state"]
     return found
 
 
@@ -204,59 +176,38 @@ def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _check_same_kind(
-    folder: Path,
-    document: dict[str, Any],
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    schedulers: Sequence[Any] | None,
+    folder: Path, saved: list[dict[str, Any]], model: nn.Module, optimizer: Optimizer, num_schedulers: tuple[int, int]
 ) -> None:
     place = folder / STATE_FILE
-    saved = document["optimizers"]
-    here = [_describe(model, one) for one in optimizers]
     advice = "resume with the config of the run that wrote it"
-    for what, count, expected in (
-        ("optimizers", len(saved), len(here)),
-        ("schedulers", len(document["schedulers"]), len(document["schedulers"] if schedulers is None else schedulers)),
-    ):
+    for what, (count, expected) in (("optimizers", (len(saved), 1)), ("schedulers", num_schedulers)):
         if count != expected:
             raise CheckpointError(f"{place}: holds {count} {what}, this run has {expected}; {advice}")
-    for theirs, ours in zip(saved, here, strict=True):
-        if theirs["class"] != ours["class"]:
-            raise CheckpointError(
-                f"{place}: saved by optimizer {theirs['class']}, this run has {ours['class']}; {advice}"
-            )
-        their_names = [group["params"] for group in theirs["groups"]]
-        our_names = [group["params"] for group in ours["groups"]]
-        if their_names != our_names:
-            different = set().union(*their_names) ^ set().union(*our_names)
-            first = f" (first: {min(different)!r})" if different else " in how they are grouped"
-            raise CheckpointError(
-                f"{place}: {theirs['class']} trained other parameters than this run's{first}; {advice}"
-            )
+    theirs, ours = saved[0], _describe(model, optimizer)
+    if theirs["class"] != ours["class"]:
+        raise CheckpointError(f"{place}: saved by optimizer {theirs['class']}, this run has {ours['class']}; {advice}")
+    their_names = [group["params"] for group in theirs["groups"]]
+    our_names = [group["params"] for group in ours["groups"]]
+    if their_names != our_names:
+        different = set().union(*their_names) ^ set().union(*our_names)
+        first = f" (first: {min(different)!r})" if different else " in how they are grouped"
+        raise CheckpointError(f"{place}: {theirs['class']} trained other parameters than this run's{first}; {advice}")
 
 
-def _targets(
-    folder: Path, document: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]
-) -> dict[str, Tensor]:
-    """Fill in the saved scalars and return the optimizers' tensors that the saved ones go into; both sides must agree."""
+def _targets(folder: Path, document: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Fill in the saved scalars and return the optimizer's tensors that the saved ones go into; both sides must agree."""
     saved_tensors, saved_scalars = document["optimizer_tensors"], document["optimizer_scalars"]
     has_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in (*saved_tensors, *saved_scalars)}
+    if not has_state:
+        optimizer.state.clear()
+        return {}
     names = _parameter_names(model)
-    stateful = []
-    for one in optimizers:
-        trained = [parameter for group in one.param_groups for parameter in group["params"]]
-        if any(names[parameter] in has_state for parameter in trained):
-            stateful.append(one)
-        else:
-            one.state.clear()
     # Creates missing tensors by a step with learning rate 0 and no gradient.
-    _named_state(model, stateful)
-    for one in stateful:
-        for unused in [
-            parameter for parameter in names if parameter in one.state and names[parameter] not in has_state
-        ]:
-            del one.state[unused]
-    tensors, scalars = _split(_named_state(model, stateful))
+    _named_state(model, optimizer)
+    for parameter, name in names.items():
+        if name not in has_state:
+            optimizer.state.pop(parameter, None)
+    tensors, scalars = _split(_named_state(model, optimizer))
     here = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     for name in sorted({*here, *saved_tensors}):
         if here.get(name) != saved_tensors.get(name):
@@ -269,7 +220,7 @@ def _targets(
     parameters = {name: parameter for parameter, name in names.items()}
     for name, value in saved_scalars.items():
         owner, _, key = name.rpartition(".")
-        state = next(one.state for one in stateful if parameters[owner] in one.state)[parameters[owner]]
+        state = optimizer.state[parameters[owner]]
         state[key] = _like(state[key], value)
     return tensors
 

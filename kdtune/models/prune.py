@@ -132,13 +132,6 @@ def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequenc
 
 
 @torch.no_grad()
-def removal_losses(model: Transformer, batches: Iterable[TokenBatch]) -> list[float]:
-    """Return for each layer the loss in nats per valid token of the model without it."""
-    stack = list(model.layers)
-    return _mean_over_texts(_Text(model, batch).losses_without(range(len(stack)), stack, 0) for batch in batches)
-
-
-@torch.no_grad()
 def greedy_removal(
     model: Transformer,
     batches: Iterable[TokenBatch],
@@ -228,7 +221,7 @@ class _Text:
         candidates: Sequence[int],
         stack: Sequence[nn.Module],
         changed: int,
-        passed: Callable[[int], object] = lambda num_tokens: None,
+        passed: Callable[[int], object],
     ) -> tuple[list[float], int]:
         """Return each candidate's summed loss, of the stack without it, and the number of valid tokens.
 

@@ -62,7 +62,7 @@ def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
 
 
 def load_training_state(
-    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, schedulers: Sequence[Any]
+    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, scheduler: Any
 ) -> dict[str, Any]:
     """Restore optimizer and schedulers from a `state` folder, as `load_state` does, and return its `extra`.
 
@@ -74,7 +74,7 @@ def load_training_state(
         cfg: this run's config.
         model: the model, with the weights of that step.
         optimizer: built from this config.
-        schedulers: built on that optimizer, before its first step.
+        scheduler: built on that optimizer, before its first step; None: there is none.
 
     Raises:
         CheckpointError: as `load_state`.
@@ -89,23 +89,22 @@ def load_training_state(
         )
     before = {**now, **(recorded or {})}
     if before == now:
-        return load_state(folder, model=model, optimizers=optimizer, schedulers=schedulers)
+        return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler)
     old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))
     rates = [{key: group[key] for key in _RATES if key in group} for group in _options(optimizer)]
     replay = before["lr_scheduler"] != now["lr_scheduler"] or any(
         one["lr"] != other["lr"] for one, other in zip(old, new, strict=True)
     )
-    extra = load_state(folder, model=model, optimizers=optimizer, schedulers=None if replay else schedulers)
+    extra = load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, ignore_scheduler=replay)
     for group, was, is_now, rate in zip(optimizer.param_groups, old, new, rates, strict=True):
         changed = {key: value for key, value in is_now.items() if key not in _RATES and was.get(key) != value}
         _set(group, {**changed, **rate} if replay else changed)
-    if replay:
+    if replay and scheduler is not None:
         with warnings.catch_warnings():
             # PyTorch expects optimizer steps in between; the previous run made them.
             warnings.simplefilter("ignore", UserWarning)
-            for scheduler in schedulers:
-                for _ in range(extra["step"]):
-                    scheduler.step()
+            for _ in range(extra["step"]):
+                scheduler.step()
     return extra
 
 

@@ -119,7 +119,7 @@ class Run:
         self.inputs, self.world, self.progress = inputs, world, progress
         self.cfg = cfg = inputs.cfg
         self.metrics = Metrics(world.sum)
-        self._model, self._optimizer, self._schedulers = model, optimizer, [] if scheduler is None else [scheduler]
+        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)
         base = (cfg.checkpointer or {}).get("checkpoint_dir")
@@ -138,7 +138,7 @@ class Run:
             return self
         if inputs.resume_from is not None:
             saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self._optimizer,
-                                        schedulers=self._schedulers)  # fmt: skip
+                                        scheduler=self._scheduler)  # fmt: skip
             self._step = saved["step"]
             inputs.loader.seek(saved["position"])
         self._profiler, second_logger = profiler_and_logger(cfg, self.world)
@@ -222,7 +222,7 @@ class Run:
         if is_due(self._step, cfg.save_every_n_steps) or self._is_stopped:
             self.progress.phase(f"saving step_{self._step}")
             with self.paused():
-                self._manager.save(self._step, model=self._model, optimizers=self._optimizer, schedulers=self._schedulers,
+                self._manager.save(self._step, model=self._model, optimizer=self._optimizer, scheduler=self._scheduler,
                                    metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()

@@ -11,8 +11,8 @@ from kdtune.errors import ConfigError
 _MODES = ("default", "warn", "error")
 
 
-def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> int:
-    """Seed Python, numpy and torch (all devices) and return the seed used; None draws one.
+def set_seed(seed: int, deterministic_mode: str | int | None = None) -> None:
+    """Seed Python, numpy and torch (all devices).
 
     `deterministic_mode` is torchtune's `cudnn_deterministic_mode`: None leaves torch as it is; "default" (0) switches
     determinism off; "warn" (1) and "error" (2) ask for deterministic kernels and warn or raise where there is none.
@@ -20,8 +20,6 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
     Raises:
         ConfigError: the seed is not in 0 ... 2**32 - 1 (numpy's range) or the mode is unknown.
     """
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**32)
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed}: must be between 0 and {2**32 - 1}")
     random.seed(seed)
@@ -29,7 +27,6 @@ def set_seed(seed: int | None, deterministic_mode: str | int | None = None) -> i
     torch.manual_seed(seed)
     if deterministic_mode is not None:
         _set_determinism(deterministic_mode)
-    return seed
 
 
 def set_step_seed(seed: int, step: int, micro_batch: int = 0) -> None:

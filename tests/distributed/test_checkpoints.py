@@ -83,7 +83,7 @@ def save_together(kind: str, replicate: int, folder: Path) -> None:
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
         for name in ("sync", "async"):
             with CheckpointManager(folder / name, async_save=name == "async") as manager:
-                manager.save(1, model=model, optimizers=optimizer, extra={}, metrics={})
+                manager.save(1, model=model, optimizer=optimizer, extra={}, metrics={})
                 for parameter in model.parameters():
                     parameter.data.add_(1 if name == "async" else 0)  # what was staged is no longer what is trained
 
@@ -108,7 +108,7 @@ def test_folders_are_those_of_one_process(kind: str, launch, tmp_path: Path) -> 
     model = odd_model(kind)
     save_model(model, alone / "final", max_shard_bytes=SMALL_FILES, save_weights="both")
     CheckpointManager(alone / "step").save(
-        1, model=model, optimizers=torch.optim.SGD(model.parameters()), extra={}, metrics={}
+        1, model=model, optimizer=torch.optim.SGD(model.parameters()), extra={}, metrics={}
     )
     expected, expected_step = model_files(alone / "final"), model_files(alone / "step")
     for name, (num_ranks, replicate) in LAYOUTS.items():

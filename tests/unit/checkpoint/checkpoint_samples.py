@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from torch import Tensor
 
+from kdtune.checkpoint.atomic import atomic_folder
+from kdtune.checkpoint.state import state_writer
 from kdtune.models import RopeScaling, Transformer, llama
 
 LLAMA3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
@@ -216,3 +219,9 @@ def _block_values(packed: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
                 values += [scale * int(one >> 4) + least for one in block[4:]]
         rows.append(values)
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def save_state(folder: Path, **state: Any) -> None:
+    """Write a resume state without the model that a step folder has beside it."""
+    with atomic_folder(folder) as hidden:
+        state_writer(**state)(hidden, None)

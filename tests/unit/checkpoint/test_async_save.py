@@ -33,7 +33,7 @@ def step(model: Transformer, optimizer: torch.optim.Optimizer) -> None:
 
 
 def save(saver: CheckpointManager, number: int, model: Transformer, optimizer: torch.optim.Optimizer) -> Path:
-    return saver.save(number, model=model, optimizers=optimizer, extra={"position": [0, number]}, metrics={})
+    return saver.save(number, model=model, optimizer=optimizer, extra={"position": [0, number]}, metrics={})
 
 
 class Gate:

@@ -18,7 +18,7 @@ def save(manager: CheckpointManager, step: int, **metrics: float) -> Path:
     return manager.save(
         step,
         model=model,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         extra={"position": [0, step]},
         metrics=metrics,
     )

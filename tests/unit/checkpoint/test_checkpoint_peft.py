@@ -199,7 +199,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     train(model, optimizer, 2)
     manager = CheckpointManager(tmp_path / "run", keep_last_n=1)
     for step in (1, 2):
-        manager.save(step, model=model, optimizers=optimizer, extra={}, metrics={"loss": 1.0}, base=base)
+        manager.save(step, model=model, optimizer=optimizer, extra={}, metrics={"loss": 1.0}, base=base)
     expected = train(model, optimizer, 3)
 
     folder = newest_step(tmp_path / "run")
@@ -207,7 +207,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert not (folder / "model.safetensors").exists()
     random.seed(0)
     resumed, optimizer = start(folder)
-    load_state(folder / "state", model=resumed, optimizers=optimizer)
+    load_state(folder / "state", model=resumed, optimizer=optimizer)
     assert train(resumed, optimizer, 3) == expected
     assert same_adapters(resumed, model)
 
@@ -215,7 +215,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
 def test_a_step_without_its_weights_is_not_whole(base: Path, tmp_path: Path) -> None:
     model = adapted(load_model(base))
     optimizer = torch.optim.SGD(adapter_parameters(model).values(), lr=0.1)
-    folder = CheckpointManager(tmp_path).save(1, model=model, optimizers=optimizer, extra={}, metrics={})
+    folder = CheckpointManager(tmp_path).save(1, model=model, optimizer=optimizer, extra={}, metrics={})
     assert step_folders(tmp_path) == [folder]
     (folder / "adapter_model.safetensors").unlink()
     assert step_folders(tmp_path) == []

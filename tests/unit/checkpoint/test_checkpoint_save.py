@@ -157,7 +157,9 @@ def test_full_disk_is_one_readable_error_and_leaves_nothing(tmp_path: Path) -> N
     """A limit on a file's size stands for the full disk; one for the weights, one for the resume state."""
     script = """
 import resource, sys, torch
-from kdtune.checkpoint import save_model, save_state
+from kdtune.checkpoint import save_model
+from kdtune.checkpoint.atomic import atomic_folder
+from kdtune.checkpoint.state import state_writer
 from kdtune.errors import CheckpointError
 from kdtune.models import llama
 model = llama(vocab_size=64, embed_dim=64, num_layers=2, num_heads=4, intermediate_dim=128)
@@ -165,7 +167,10 @@ optimizer = torch.optim.AdamW(model.parameters())
 model(torch.arange(8).reshape(1, 8)).sum().backward()
 optimizer.step()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for save in (lambda p: save_model(model, p), lambda p: save_state(p, model=model, optimizers=optimizer, extra={})):
+def save_state(folder):
+    with atomic_folder(folder) as hidden:
+        state_writer(model=model, optimizer=optimizer, extra={})(hidden, None)
+for save in (lambda p: save_model(model, p), save_state):
     try:
         save(sys.argv[1])
     except CheckpointError as error:
@@ -195,7 +200,7 @@ print("ready", flush=True)
 for step in itertools.count(1):
     with torch.no_grad():
         model.norm.weight.fill_(step)
-    manager.save(step, model=model, optimizers=optimizer, extra={}, metrics={"loss": 1.0 / step})
+    manager.save(step, model=model, optimizer=optimizer, extra={}, metrics={"loss": 1.0 / step})
 """
 
 
@@ -223,7 +228,7 @@ def test_sigkill_while_saving_steps_leaves_only_folders_that_load(how: str, tmp_
             model = load_model(folder)
             assert torch.equal(model.norm.weight, torch.full((32,), float(step_number(folder))))
             optimizer = torch.optim.AdamW(model.parameters())
-            extra = load_state(folder / "state", model=model, optimizers=optimizer)
+            extra = load_state(folder / "state", model=model, optimizer=optimizer)
             assert extra["step"] == step_number(folder)
         assert newest_step(root) == (folders[-1] if folders else None)
         cut_short += len(clean_leftovers(root))

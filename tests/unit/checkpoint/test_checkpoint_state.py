@@ -5,23 +5,23 @@ import math
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import tiny_model
+from checkpoint_samples import save_state, tiny_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
-from kdtune.checkpoint import load_model, load_state, save_model, save_state
+from kdtune.checkpoint import load_model, load_state, save_model
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer
 from kdtune.training import Muon, get_cosine_schedule_with_warmup, trainable_parameters
 
-Build = Callable[[Transformer], list[Optimizer]]
+Build = Callable[[Transformer], Optimizer]
 
 
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -32,27 +32,20 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def split(model: nn.Module) -> list[Optimizer]:
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "tok_embeddings" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim == 1 or "tok_embeddings" in name]
-    return [torch.optim.Muon(hidden, lr=0.01), torch.optim.AdamW(rest, lr=0.02)]
-
-
 OPTIMIZERS: dict[str, Build] = {
-    "adamw": lambda m: [torch.optim.AdamW(m.parameters(), lr=0.02)],
-    "adamw, groups": lambda m: [torch.optim.AdamW(two_groups(m), lr=0.02, betas=(0.8, 0.95), amsgrad=True)],
-    "adamw, fused": lambda m: [torch.optim.AdamW(m.parameters(), lr=0.02, fused=True)],
-    "adamw, tensor lr": lambda m: [torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.02))],
-    "sgd": lambda m: [torch.optim.SGD(m.parameters(), lr=0.05)],
-    "sgd, momentum": lambda m: [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)],
-    "muon and adamw": split,
-    "kdtune Muon": lambda m: [Muon(trainable_parameters(m), lr=0.01)],
-    "adafactor": lambda m: [torch.optim.Adafactor(m.parameters(), lr=0.02)],
-    "asgd": lambda m: [torch.optim.ASGD(m.parameters(), lr=0.02)],
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02),
+    "adamw, groups": lambda m: torch.optim.AdamW(two_groups(m), lr=0.02, betas=(0.8, 0.95), amsgrad=True),
+    "adamw, fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, fused=True),
+    "adamw, tensor lr": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.02)),
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.05),
+    "sgd, momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9),
+    "kdtune Muon": lambda m: Muon(trainable_parameters(m), lr=0.01),
+    "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=0.02),
+    "asgd": lambda m: torch.optim.ASGD(m.parameters(), lr=0.02),
 }
 
 
-def train(model: Transformer, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], steps: range) -> list[float]:
+def train(model: Transformer, optimizer: Optimizer, scheduler: Any, steps: range) -> list[float]:
     """Losses of some steps on data drawn from torch's generator: only a restored generator gives the same."""
     losses = []
     for _ in steps:
@@ -60,17 +53,16 @@ def train(model: Transformer, optimizers: Sequence[Optimizer], schedulers: Seque
         logits = model(tokens[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * (1 + random.random())
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for scheduler in schedulers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if scheduler is not None:
             scheduler.step()
         losses.append(loss.item())
     return losses
 
 
-def cosine(optimizers: Sequence[Optimizer]) -> list[LambdaLR]:
-    return [get_cosine_schedule_with_warmup(one, num_warmup_steps=2, num_training_steps=12) for one in optimizers]
+def cosine(optimizer: Optimizer) -> LambdaLR:
+    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,52 +71,51 @@ def cosine(optimizers: Sequence[Optimizer]) -> list[LambdaLR]:
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, name: str, tie: bool, dtype: torch.dtype) -> None:
     build = OPTIMIZERS[name]
     model = tiny_model(tie=tie, dtype=dtype)
-    optimizers = build(model)
-    schedulers = cosine(optimizers)
+    optimizer = build(model)
+    scheduler = cosine(optimizer)
     random.seed(5)
-    train(model, optimizers, schedulers, range(5))
+    train(model, optimizer, scheduler, range(5))
     save_model(model, tmp_path / "model")
     extra = {"step": 5, "position": [1, 7], "best": 0.1 + 0.2, "name": "ü"}
-    save_state(tmp_path / "state", model=model, optimizers=optimizers, schedulers=schedulers, extra=extra)
-    expected = train(model, optimizers, schedulers, range(5, 10))
+    save_state(tmp_path / "state", model=model, optimizer=optimizer, scheduler=scheduler, extra=extra)
+    expected = train(model, optimizer, scheduler, range(5, 10))
 
     torch.manual_seed(99)
     random.seed(99)
     resumed = load_model(tmp_path / "model", dtype=dtype)
     new = build(resumed)
-    new_schedulers = cosine(new)
-    assert load_state(tmp_path / "state", model=resumed, optimizers=new, schedulers=new_schedulers) == extra
-    assert train(resumed, new, new_schedulers, range(5, 10)) == expected
+    new_scheduler = cosine(new)
+    assert load_state(tmp_path / "state", model=resumed, optimizer=new, scheduler=new_scheduler) == extra
+    assert train(resumed, new, new_scheduler, range(5, 10)) == expected
     for key, tensor in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], tensor), key
-    for one, other in zip(optimizers, new, strict=True):
-        assert one.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+    assert optimizer.state_dict()["param_groups"] == new.state_dict()["param_groups"]
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     """Also before the first step, where torch's own helper would take one to have a state to save."""
     for name, build in OPTIMIZERS.items():
         model, untouched = tiny_model(), tiny_model()
-        optimizers, others = build(model), build(untouched)
+        optimizer, other = build(model), build(untouched)
         torch.manual_seed(1)
         random.seed(1)
-        save_state(tmp_path / name / "0", model=model, optimizers=optimizers, extra={})
-        first = train(model, optimizers, [], range(3))
-        save_state(tmp_path / name / "3", model=model, optimizers=optimizers, extra={})
-        first += train(model, optimizers, [], range(3, 5))
+        save_state(tmp_path / name / "0", model=model, optimizer=optimizer, extra={})
+        first = train(model, optimizer, None, range(3))
+        save_state(tmp_path / name / "3", model=model, optimizer=optimizer, extra={})
+        first += train(model, optimizer, None, range(3, 5))
         torch.manual_seed(1)
         random.seed(1)
-        assert train(untouched, others, [], range(5)) == first, name
+        assert train(untouched, other, None, range(5)) == first, name
 
 
 def test_state_saved_before_the_first_step_is_loaded_as_none(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, extra={})
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, extra={})
     resumed = tiny_model()
     new = torch.optim.AdamW(resumed.parameters(), lr=0.02)
-    train(resumed, [new], [], range(2))
-    load_state(tmp_path / "s", model=resumed, optimizers=new)
+    train(resumed, new, None, range(2))
+    load_state(tmp_path / "s", model=resumed, optimizer=new)
     assert not new.state
 
 
@@ -135,12 +126,12 @@ def test_parameters_without_a_gradient_have_no_state(tmp_path: Path) -> None:
         return model, torch.optim.AdamW(model.parameters(), lr=0.02)
 
     model, optimizer = build()
-    train(model, [optimizer], [], range(3))
+    train(model, optimizer, None, range(3))
     unused = model.layers[1].attn.q_proj.weight
     del optimizer.state[unused]  # as if it had never had a gradient
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, extra={})
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, extra={})
     resumed, new = build()
-    load_state(tmp_path / "s", model=resumed, optimizers=new)
+    load_state(tmp_path / "s", model=resumed, optimizer=new)
     assert len(new.state) == len(optimizer.state)
     assert resumed.layers[1].attn.q_proj.weight not in new.state
 
@@ -151,8 +142,8 @@ def test_a_later_world_finds_tensors_by_parameter_name(tmp_path: Path) -> None:
 
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    train(model, [optimizer], [], range(1))
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, extra={})
+    train(model, optimizer, None, range(1))
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, extra={})
     entries = FileSystemReader(tmp_path / "s").read_metadata().state_dict_metadata
     names = {name for name, _ in model.named_parameters()}
     keys = ("step", "exp_avg", "exp_avg_sq")
@@ -166,11 +157,11 @@ def test_a_later_world_finds_tensors_by_parameter_name(tmp_path: Path) -> None:
 def test_no_warning_about_a_missing_process_group(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    train(model, [optimizer], [], range(1))
+    train(model, optimizer, None, range(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_state(tmp_path / "s", model=model, optimizers=optimizer, extra={})
-        load_state(tmp_path / "s", model=model, optimizers=optimizer)
+        save_state(tmp_path / "s", model=model, optimizer=optimizer, extra={})
+        load_state(tmp_path / "s", model=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +174,10 @@ def test_torchs_schedulers(tmp_path: Path, make: Callable[[Optimizer], Any]) -> 
     for _ in range(3):
         optimizer.step()
         scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, schedulers=[scheduler], extra={})
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, scheduler=scheduler, extra={})
     new = torch.optim.SGD(model.parameters(), lr=0.1)
     again = make(new)
-    load_state(tmp_path / "s", model=model, optimizers=new, schedulers=[again])
+    load_state(tmp_path / "s", model=model, optimizer=new, scheduler=again)
     assert again.state_dict() == scheduler.state_dict()
     assert new.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
@@ -195,11 +186,11 @@ def test_extra_must_be_json_and_floats_are_exact(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     extra = {"a": 1e-323, "b": math.pi, "c": math.inf, "d": -0.0}
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, extra=extra)
-    found = load_state(tmp_path / "s", model=model, optimizers=optimizer)
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, extra=extra)
+    found = load_state(tmp_path / "s", model=model, optimizer=optimizer)
     assert found == extra and math.copysign(1, found["d"]) == -1
     with pytest.raises(CheckpointError, match=r"state.json: a value .* is neither a tensor nor JSON"):
-        save_state(tmp_path / "t", model=model, optimizers=optimizer, extra={"a": object()})
+        save_state(tmp_path / "t", model=model, optimizer=optimizer, extra={"a": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
@@ -207,21 +198,20 @@ def test_extra_must_be_json_and_floats_are_exact(tmp_path: Path) -> None:
 def saved(tmp_path: Path) -> Path:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    train(model, [optimizer], [], range(2))
-    save_state(tmp_path / "saved", model=model, optimizers=optimizer, schedulers=cosine([optimizer]), extra={"step": 2})
+    train(model, optimizer, None, range(2))
+    save_state(tmp_path / "saved", model=model, optimizer=optimizer, scheduler=cosine(optimizer), extra={"step": 2})
     return tmp_path / "saved"
 
 
 @pytest.mark.parametrize(
     ("build", "schedules", "message"),
     [
-        (lambda m: [torch.optim.SGD(m.parameters(), lr=0.1)], 1, "saved by optimizer AdamW, this run has SGD"),
-        (split, 2, "holds 1 optimizers, this run has 2"),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1), 1, "saved by optimizer AdamW, this run has SGD"),
         (OPTIMIZERS["adamw"], 0, "holds 1 schedulers, this run has 0"),
-        (lambda m: [torch.optim.AdamW(two_groups(m))], 1, "in how they are grouped"),
-        (lambda m: [torch.optim.AdamW(list(m.parameters())[1:])], 1, r"first: 'tok_embeddings.weight'"),
+        (lambda m: torch.optim.AdamW(two_groups(m)), 1, "in how they are grouped"),
+        (lambda m: torch.optim.AdamW(list(m.parameters())[1:]), 1, r"first: 'tok_embeddings.weight'"),
         (
-            lambda m: [torch.optim.AdamW(m.parameters(), amsgrad=True)],
+            lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True),
             1,
             "max_exp_avg_sq': nothing saved, float32 expected",
         ),
@@ -229,9 +219,9 @@ def saved(tmp_path: Path) -> Path:
 )
 def test_another_optimizer_is_refused(saved: Path, build: Build, schedules: int, message: str) -> None:
     model = tiny_model()
-    optimizers = build(model)
+    optimizer = build(model)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_state(saved, model=model, optimizers=optimizers, schedulers=cosine(optimizers)[:schedules])
+        load_state(saved, model=model, optimizer=optimizer, scheduler=cosine(optimizer) if schedules else None)
     assert str(saved) in str(caught.value)
 
 
@@ -245,9 +235,9 @@ def test_another_optimizer_is_refused(saved: Path, build: Build, schedules: int,
     ids=["layers", "vocabulary", "dtype"],
 )
 def test_another_model_is_refused(saved: Path, model: Transformer, message: str) -> None:
-    optimizers = OPTIMIZERS["adamw"](model)
+    optimizer = OPTIMIZERS["adamw"](model)
     with pytest.raises(CheckpointError, match=message):
-        load_state(saved, model=model, optimizers=optimizers, schedulers=cosine(optimizers))
+        load_state(saved, model=model, optimizer=optimizer, scheduler=cosine(optimizer))
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json"])
@@ -260,9 +250,9 @@ def test_damaged_state_is_one_error(saved: Path, name: str, how: str) -> None:
     else:
         file.write_bytes(content[: 0 if how == "empty" else len(content) // 2])
     model = tiny_model()
-    optimizers = OPTIMIZERS["adamw"](model)
+    optimizer = OPTIMIZERS["adamw"](model)
     with pytest.raises(CheckpointError) as caught:
-        load_state(saved, model=model, optimizers=optimizers, schedulers=cosine(optimizers))
+        load_state(saved, model=model, optimizer=optimizer, scheduler=cosine(optimizer))
     assert str(saved) in str(caught.value)
 
 
@@ -271,7 +261,7 @@ def test_state_of_another_version_is_refused(saved: Path) -> None:
     (saved / "state.json").write_text(json.dumps({**document, "version": 99}))
     model = tiny_model()
     with pytest.raises(CheckpointError, match=r"state.json: version 99 found, 1 expected"):
-        load_state(saved, model=model, optimizers=OPTIMIZERS["adamw"](model))
+        load_state(saved, model=model, optimizer=OPTIMIZERS["adamw"](model))
 
 
 def test_malicious_metadata_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
@@ -281,9 +271,9 @@ def test_malicious_metadata_is_refused_and_not_run(saved: Path, tmp_path: Path) 
 
     (saved / ".metadata").write_bytes(pickle.dumps(Bomb()))
     model = tiny_model()
-    optimizers = OPTIMIZERS["adamw"](model)
+    optimizer = OPTIMIZERS["adamw"](model)
     with pytest.raises(CheckpointError, match="could run"):
-        load_state(saved, model=model, optimizers=optimizers, schedulers=cosine(optimizers))
+        load_state(saved, model=model, optimizer=optimizer, scheduler=cosine(optimizer))
     assert not (tmp_path / "ran").exists()
 
 
@@ -293,12 +283,12 @@ def test_metadata_of_anything_but_tensors_is_refused(tmp_path: Path) -> None:
 
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save_state(tmp_path / "s", model=model, optimizers=optimizer, extra={})
+    save_state(tmp_path / "s", model=model, optimizer=optimizer, extra={})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save({"rng.cpu": "not a tensor"}, checkpoint_id=tmp_path / "s", no_dist=True)
     with pytest.raises(CheckpointError, match="BytesStorageMetadata; only tensors are loaded"):
-        load_state(tmp_path / "s", model=model, optimizers=optimizer)
+        load_state(tmp_path / "s", model=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
@@ -314,12 +304,12 @@ def test_a_schedule_of_another_length_goes_on_at_its_own_rate(tensor_lr: bool, t
         return model, optimizer, get_cosine_schedule_with_warmup(optimizer, 1, num_steps)
 
     model, optimizer, schedule = prepare(4)
-    train(model, [optimizer], [schedule], range(4))
+    train(model, optimizer, schedule, range(4))
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.0, 0.0], abs=1e-9)
-    save_state(tmp_path / "state", model=model, optimizers=optimizer, schedulers=[schedule], extra={})
+    save_state(tmp_path / "state", model=model, optimizer=optimizer, scheduler=schedule, extra={})
 
     longer_model, longer, its_schedule = prepare(8)
-    load_state(tmp_path / "state", model=longer_model, optimizers=longer, schedulers=[its_schedule])
+    load_state(tmp_path / "state", model=longer_model, optimizer=longer, scheduler=its_schedule)
     share = 0.5 * (1 + math.cos(math.pi * 3 / 7))
     assert [float(group["lr"]) for group in longer.param_groups] == pytest.approx(
         [0.02 * share, 0.03 * share], rel=1e-6

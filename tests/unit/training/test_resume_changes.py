@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdtune.checkpoint import save_state
+from kdtune.checkpoint.state import state_writer
 from kdtune.config import instantiate
 from kdtune.training import load_training_state, resume_extra, trainable_parameters
 
@@ -24,20 +24,19 @@ class Model(nn.Module):
         self.inner = nn.Linear(4, 4)
 
 
-def prepare(optimizer: dict, lr_scheduler: dict | None) -> tuple[Any, Model, Any, list[Any]]:
+def prepare(optimizer: dict, lr_scheduler: dict | None) -> tuple[Any, Model, Any, Any]:
     cfg = SimpleNamespace(optimizer=optimizer, lr_scheduler=lr_scheduler, resume_changes=[])
     model = Model()
     made = instantiate(optimizer, params=trainable_parameters(model))
-    scheduler = instantiate(lr_scheduler, optimizer=made)
-    return cfg, model, made, [] if scheduler is None else [scheduler]
+    return cfg, model, made, instantiate(lr_scheduler, optimizer=made)
 
 
-def train(model: Model, optimizer: Any, schedulers: list[Any], steps: int) -> None:
+def train(model: Model, optimizer: Any, scheduler: Any, steps: int) -> None:
     for _ in range(steps):
         model.inner(torch.ones(2, 4)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        for scheduler in schedulers:
+        if scheduler is not None:
             scheduler.step()
 
 
@@ -46,12 +45,13 @@ def resumed(tmp_path: Path):
     """Three steps with one config, then the state under another: both optimizers."""
 
     def resumed(before: tuple[dict, dict | None], now: tuple[dict, dict | None]) -> tuple[Any, Any]:
-        cfg, model, old, schedulers = prepare(*before)
-        train(model, old, schedulers, 3)
+        cfg, model, old, scheduler = prepare(*before)
+        train(model, old, scheduler, 3)
         extra = {**resume_extra(cfg, (1, 2)), "step": 3}
-        save_state(tmp_path / "state", model=model, optimizers=old, schedulers=schedulers, extra=extra)
-        cfg, model, new, schedulers = prepare(*now)
-        found = load_training_state(tmp_path / "state", cfg, model=model, optimizer=new, schedulers=schedulers)
+        (tmp_path / "state").mkdir()
+        state_writer(model=model, optimizer=old, scheduler=scheduler, extra=extra)(tmp_path / "state", None)
+        cfg, model, new, scheduler = prepare(*now)
+        found = load_training_state(tmp_path / "state", cfg, model=model, optimizer=new, scheduler=scheduler)
         assert found["position"] == [1, 2]
         for one, other in zip(old.param_groups, new.param_groups, strict=True):
             for ours, theirs in zip(one["params"], other["params"], strict=True):
@@ -64,8 +64,8 @@ def resumed(tmp_path: Path):
 
 
 def uninterrupted(optimizer: dict, lr_scheduler: dict | None, steps: int) -> list[float]:
-    _, model, made, schedulers = prepare(optimizer, lr_scheduler)
-    train(model, made, schedulers, steps)
+    _, model, made, scheduler = prepare(optimizer, lr_scheduler)
+    train(model, made, scheduler, steps)
     return [group["lr"] for group in made.param_groups]
 
 
