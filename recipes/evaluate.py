@@ -216,7 +216,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
             data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
         )
     for key in ("checkpointer", "teacher_checkpointer"):
-        teachers.check_tokenizer(tokenizer, getattr(cfg, key), key, path=cfg.tokenizer.get("path"),
+        teachers.check_tokenizer(tokenizer, config.instantiate(getattr(cfg, key)), key, path=cfg.tokenizer.get("path"),
                                  is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip
 
     # Model.

@@ -154,7 +154,7 @@ def run(cfg: Config, world: distributed.World) -> None:
     context = parallel.model_config(builder, checkpointer).max_seq_len
     prompts = [encode(cfg, tokenizer, one, number, context) for number, one in enumerate(conversations, 1)]
 
-    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
+    teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
 
     training.set_seed(cfg.seed)
     dtype = dtype_from_name(cfg.dtype) if cfg.dtype else None

@@ -104,15 +104,14 @@ def run(cfg: Config, progress: training.Progress) -> None:
     dataset = data.load_dataset("dataset", cfg.dataset, tokenizer)
     batches = [batch.to(device) for batch in calibration_batches(dataset, cfg.num_calibration_tokens, tokenizer.pad_id)]
     training.check_lengths(cfg, {"dataset": training.example_lengths(batches)})
-    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
+    checkpointer = config.instantiate(cfg.checkpointer)
+    teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     num_tokens = sum(batch.num_valid_tokens for batch in batches)
     is_searched = cfg.layers is None and cfg.method == "greedy"
     record = training.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
 
     progress.phase("loading the model")
-    model = parallel.build_model(
-        config.factory(cfg.model), config.instantiate(cfg.checkpointer), dtype=dtype, world=World(device)
-    ).eval()
+    model = parallel.build_model(config.factory(cfg.model), checkpointer, dtype=dtype, world=World(device)).eval()
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     print(f"calibrating on {num_tokens} labels of {dataset.report.source}")
     kept, removals = choose_layers(cfg, model, batches, record, progress)

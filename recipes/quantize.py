@@ -106,11 +106,10 @@ def run(cfg: Config) -> None:
         dataset = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
         training.check_lengths(cfg, {"dataset_val": dataset.lengths})
         held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
-    teachers.check_tokenizer(tokenizer, cfg.checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
+    checkpointer = config.instantiate(cfg.checkpointer)
+    teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
-    model = parallel.build_model(
-        config.factory(cfg.model), config.instantiate(cfg.checkpointer), dtype=dtype, world=World(device)
-    )
+    model = parallel.build_model(config.factory(cfg.model), checkpointer, dtype=dtype, world=World(device))
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
 
     def held_out_loss() -> float | None:

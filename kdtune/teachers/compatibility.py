@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune import tokenizers
-from kdtune.config import instantiate
+from kdtune.checkpoint import Checkpointer
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.log import get_logger
 from kdtune.losses import ForwardKL, covers_extra_ids, divergence_of
@@ -18,7 +18,7 @@ _CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content
 
 def check_tokenizer(
     tokenizer: Tokenizer,
-    checkpointer: Any,
+    checkpointer: Checkpointer | None,
     key: str = "teacher_checkpointer",
     *,
     path: str | Path | None = None,
@@ -28,8 +28,8 @@ def check_tokenizer(
 
     Args:
         tokenizer: the run's.
-        checkpointer: the component node that `key` has, or None: nothing to compare with.
-        key: config key, for the messages. A teacher must share bos and eos too; another model need not (a base model is
+        checkpointer: the model's, or None: nothing to compare with.
+        key: config key of the checkpointer, for the messages. A teacher must share bos and eos too; another model need not (a base model is
             finetuned with the chat tokenizer), so a difference is a warning.
         path: path from which the run's tokenizer was read; a model in the same folder is not compared.
         is_chat: the examples are conversations (`Dataset.is_chat`): warn about a teacher with another chat template.
@@ -37,10 +37,9 @@ def check_tokenizer(
     Raises:
         ConfigError: the two give the same text different ids, which mean other tokens to the model.
     """
-    found = instantiate(checkpointer)
-    if found is None:
+    if checkpointer is None:
         return
-    folder = Path(found.checkpoint_dir)
+    folder = Path(checkpointer.checkpoint_dir)
     if path is not None and _folder_of(user_path(path)) == folder.resolve():
         return
     try:

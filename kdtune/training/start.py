@@ -93,8 +93,8 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     dataset, dataset_val = (load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     for key in ("checkpointer", "teacher_checkpointer"):
-        node = getattr(cfg, key, None)
-        teachers.check_tokenizer(tokenizer, node, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat)
+        source = instantiate(getattr(cfg, key, None))
+        teachers.check_tokenizer(tokenizer, source, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat)
     share: dict[str, Any] = {"rank": world.dp_rank, "num_ranks": world.dp_size}
     loader = Loader(
         dataset,

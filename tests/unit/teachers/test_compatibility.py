@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kdtune import tokenizers
+from kdtune.checkpoint import Checkpointer
 from kdtune.errors import ConfigError
 from kdtune.teachers import check_tokenizer
 from kdtune.tokenizers import byte_tokenizer
@@ -25,9 +26,9 @@ def other_eos():
 
 
 @pytest.fixture
-def node(tmp_path):
+def source(tmp_path):
     byte_tokenizer().save(tmp_path)
-    return {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(tmp_path)}
+    return Checkpointer(tmp_path)
 
 
 @pytest.fixture
@@ -36,28 +37,28 @@ def warnings(caplog, monkeypatch):
     return caplog
 
 
-def test_the_same_tokenizer_or_no_model_passes(node, warnings):
+def test_the_same_tokenizer_or_no_model_passes(source, warnings):
     for key in ("checkpointer", "teacher_checkpointer"):
-        check_tokenizer(byte_tokenizer(), node, key)
+        check_tokenizer(byte_tokenizer(), source, key)
         check_tokenizer(byte_tokenizer(), None, key)
     assert not warnings.text
 
 
-def test_other_ids_are_refused_by_the_key(node, tmp_path):
+def test_other_ids_are_refused_by_the_key(source, tmp_path):
     with pytest.raises(
         ConfigError, match=rf"tokenizer and checkpointer={tmp_path}: .*'<\|im_end\|>'.*set tokenizer.path={tmp_path}"
     ):
-        check_tokenizer(other_ids(), node, "checkpointer")
+        check_tokenizer(other_ids(), source, "checkpointer")
     with pytest.raises(ConfigError, match=rf"tokenizer and teacher_checkpointer={tmp_path}: teacher and student"):
-        check_tokenizer(other_ids(), node)
+        check_tokenizer(other_ids(), source)
 
 
-def test_another_eos_is_refused_of_a_teacher_and_told_of_another_model(node, warnings):
+def test_another_eos_is_refused_of_a_teacher_and_told_of_another_model(source, warnings):
     with pytest.raises(
         ConfigError, match=r"the same ids, but they differ in eos_id: None against 257, .*: tokenizer.path="
     ):
-        check_tokenizer(other_eos(), node)
-    check_tokenizer(other_eos(), node, "checkpointer")
+        check_tokenizer(other_eos(), source)
+    check_tokenizer(other_eos(), source, "checkpointer")
     assert "they differ in eos_id" in warnings.text
 
 
@@ -83,21 +84,17 @@ def byte_level_tokenizer(control):
     return backend
 
 
-def checkpointer(folder):
-    return {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(folder)}
-
-
 def test_an_instruct_teacher_of_a_base_student_leads_to_its_tokenizer(pair, warnings):
     base, instruct = pair
     with pytest.raises(
         ConfigError,
         match=rf"the teacher has control tokens that the run's tokenizer lacks \(<\|user\|>, <\|tool\|>\), .*: tokenizer.path={instruct}$",
     ):
-        check_tokenizer(tokenizers.load(base), checkpointer(instruct))
+        check_tokenizer(tokenizers.load(base), Checkpointer(instruct))
     # What the message asks for is then taken, with the base model as the student.
-    check_tokenizer(tokenizers.load(instruct), checkpointer(instruct))
+    check_tokenizer(tokenizers.load(instruct), Checkpointer(instruct))
     assert not warnings.text
-    check_tokenizer(tokenizers.load(instruct), checkpointer(base), "checkpointer")
+    check_tokenizer(tokenizers.load(instruct), Checkpointer(base), "checkpointer")
     assert "has control tokens that the model's lacks (<|user|>, <|tool|>); the run goes by its own" in warnings.text
 
 
@@ -106,7 +103,7 @@ def test_a_base_teacher_of_an_instruct_student_is_told(pair):
     with pytest.raises(
         ConfigError, match=r"the teacher lacks \(<\|user\|>, <\|tool\|>\), .* choose an instruct teacher"
     ):
-        check_tokenizer(tokenizers.load(instruct), checkpointer(base))
+        check_tokenizer(tokenizers.load(instruct), Checkpointer(base))
 
 
 def test_control_tokens_at_the_ids_of_text_are_another_tokenizer(pair):
@@ -115,32 +112,32 @@ def test_control_tokens_at_the_ids_of_text_are_another_tokenizer(pair):
     other.control_tokens["<|user|>"] = 65
     for key, words in (("checkpointer", "not this model's"), ("teacher_checkpointer", "different tokenizers")):
         with pytest.raises(ConfigError, match=words):
-            check_tokenizer(other, checkpointer(base), key)
+            check_tokenizer(other, Checkpointer(base), key)
 
 
-def test_a_teacher_with_another_chat_template_is_told_in_one_line(node, warnings, tmp_path):
+def test_a_teacher_with_another_chat_template_is_told_in_one_line(source, warnings, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     )
     base = byte_tokenizer()
-    check_tokenizer(base, node)
+    check_tokenizer(base, source)
     assert not warnings.text  # texts are trained on
-    check_tokenizer(base, node, is_chat=True)
+    check_tokenizer(base, source, is_chat=True)
     (record,) = warnings.records
     assert f"tokenizer.path={tmp_path} takes its format" in record.getMessage()
     theirs = tokenizers.load(tmp_path)
-    check_tokenizer(theirs, node, is_chat=True)
+    check_tokenizer(theirs, source, is_chat=True)
     assert len(warnings.records) == 1
 
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path, warnings):
     (tmp_path / "empty").mkdir()
-    node = {"_component_": "kdtune.checkpoint.Checkpointer", "checkpoint_dir": str(tmp_path / "empty")}
-    check_tokenizer(byte_tokenizer(), node, "checkpointer")
+    source = Checkpointer(tmp_path / "empty")
+    check_tokenizer(byte_tokenizer(), source, "checkpointer")
     assert "checkpointer: its tokenizer could not be compared" in warnings.text
 
 
-def test_nothing_is_loaded_from_the_tokenizers_own_folder(node, tmp_path, monkeypatch):
+def test_nothing_is_loaded_from_the_tokenizers_own_folder(source, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizers, "load", lambda path: pytest.fail("loaded again"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        check_tokenizer(byte_tokenizer(), node, "checkpointer", path=path)
+        check_tokenizer(byte_tokenizer(), source, "checkpointer", path=path)
