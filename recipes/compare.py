@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtune import checkpoint, config, training
+from kdtune import checkpoint, config, runs
 from kdtune.log import fit_for_stdout
 
 
@@ -34,7 +34,7 @@ class Config:
         folder = self.output_dir or shared_parent(self.runs)
         if self.output_dir is None and os.path.dirname(os.path.abspath(folder)) == os.path.abspath(folder):
             return ["output_dir: the runs lie in no folder together but the root; give a folder to write into"]
-        return training.writing_problems(folder)
+        return runs.writing_problems(folder)
 
 
 @config.entry_point(Config, default_config="comparison")
@@ -45,19 +45,19 @@ def main(cfg: Config) -> None:
 
 def run(cfg: Config) -> None:
     """Read the runs, print answers and table, draw the plot."""
-    runs, notes = training.comparable(training.read_runs(cfg.runs))
+    found, notes = runs.comparable(runs.read_runs(cfg.runs))
     output_dir = Path(cfg.output_dir or shared_parent(cfg.runs))
-    metrics = {name: found.rows for name, found in runs.items()}
-    divergence = training.divergence_of(runs)
+    metrics = {name: one.rows for name, one in found.items()}
+    divergence = runs.divergence_of(found)
     table, plot = output_dir / "comparison.csv", output_dir / "comparison.png"
     with checkpoint.writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        training.plot_runs(metrics, plot, divergence=divergence)
-    checkpoint.atomic_write_text(table, training.metrics_csv(runs))
+        runs.plot_runs(metrics, plot, divergence=divergence)
+    checkpoint.atomic_write_text(table, runs.metrics_csv(found))
 
-    samples = {name: found.samples for name, found in runs.items() if found.samples}
-    print(fit_for_stdout(training.samples_text(samples)), end="\n" if samples else "")
-    print(fit_for_stdout(training.comparison_table(metrics, divergence=divergence) or ""))
+    samples = {name: one.samples for name, one in found.items() if one.samples}
+    print(fit_for_stdout(runs.samples_text(samples)), end="\n" if samples else "")
+    print(fit_for_stdout(runs.comparison_table(metrics, divergence=divergence) or ""))
     print("\n".join([*notes, f"plot:  {plot}", f"table: {table}"]))
 
 

@@ -22,7 +22,19 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, distributed, evaluation, losses, parallel, teachers, tokenizers, training
+from kdtune import (
+    checkpoint,
+    config,
+    data,
+    distributed,
+    evaluation,
+    losses,
+    parallel,
+    runs,
+    teachers,
+    tokenizers,
+    training,
+)
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name
 
@@ -172,7 +184,7 @@ class Config:
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
         found += parallel.spread_problems(self)
-        found += training.new_folder_problems(self.output_dir)
+        found += runs.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
                          "move it away or remove it, or choose another output_dir")  # fmt: skip
@@ -311,12 +323,12 @@ def write_results(cfg: Config, measured: evaluation.Measured) -> None:
         name.removeprefix(prefix): value for name, value in measured.metrics.items() if name.startswith(prefix)
     }:
         divergence = losses.divergence_name(config.instantiate(cfg.kd_loss))
-        print(training.held_out_table(held_out, f"model, {held_out['tokens']:,} tokens", divergence=divergence))
+        print(runs.held_out_table(held_out, f"model, {held_out['tokens']:,} tokens", divergence=divergence))
     if rows := [row for row in measured.rows() if row["task"] != prefix.rstrip("/")]:
-        print(training.format_table(rows))
+        print(runs.format_table(rows))
     record = config.run_record(cfg) | {"versions": versions(cfg)}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
-        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
+        runs.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
         measured.write(folder, versions=record["versions"], log_samples=cfg.log_samples)
     checkpoint.remove_folder(checkpoint.partial_of(cfg.output_dir))
     print(f"results: {Path(cfg.output_dir) / 'results.json'}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kdtune import config, data, evaluation, losses, models, tokenizers, training
+from kdtune import config, data, evaluation, losses, models, runs, tokenizers, training
 from kdtune.distributed import World
 
 ALIASES = (
@@ -35,7 +35,7 @@ def main(cfg: Config) -> None:
         run(cfg, world, progress)
 
 
-def run(cfg: Config, world: World, progress: training.Progress) -> None:
+def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     """Train the model of the config: data, model, optimizer, loop, final/."""
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     inputs = training.load_inputs(cfg, world, progress)
@@ -84,7 +84,7 @@ def validate(
     ce_loss: losses.KDLoss,
     held_out: list[data.Batch] | None,
     world: World,
-    progress: training.Progress,
+    progress: runs.Progress,
 ) -> dict[str, float]:
     """Return the held-out cross entropy in nats per token; {} without held-out data."""
     if held_out is None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, distributed, generation, parallel, teachers, tokenizers, training
+from kdtune import checkpoint, config, distributed, generation, parallel, runs, teachers, tokenizers, training
 from kdtune.data import Conversation, Message
 from kdtune.errors import ConfigError, DataError
 from kdtune.log import bar_settings, fit_for_stdout
@@ -208,7 +208,7 @@ def file_problems(output_file: str, *, overwrite: bool) -> list[str]:
                     "overwrite=true replaces them, or move it away, or choose another name"]  # fmt: skip
     except OSError as error:  # a name that is too long, or in a folder that may not be looked into
         return [f"output_file={output_file}: {error.strerror}; choose another name"]
-    found = training.output_dir_problems(str(file.parent), resume=True)
+    found = runs.output_dir_problems(str(file.parent), resume=True)
     reasons = [problem.removeprefix("output_dir=").replace("output_dir", "output_file") for problem in found]
     return [f"output_file={output_file}: its folder cannot be written to: {reason}" for reason in reasons]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from kdtune import checkpoint, config, data, evaluation, losses, models, teachers, training
+from kdtune import checkpoint, config, data, evaluation, losses, models, runs, teachers, training
 from kdtune.distributed import World
 
 ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distributed")
@@ -56,11 +56,11 @@ def main(cfg: Config) -> None:
     """Run the recipe."""
     with training.start(cfg) as (world, progress):
         if world.is_teacher:
-            return teachers.serve(lambda: teachers.build_teacher_model(cfg, world), world, training.InterruptFlag())
+            return teachers.serve(lambda: teachers.build_teacher_model(cfg, world), world, runs.InterruptFlag())
         run(cfg, world, progress)
 
 
-def run(cfg: Config, world: World, progress: training.Progress) -> None:
+def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     """Train the student of the config: data, models, optimizer, loop, final/."""
     # Data. It comes first: no weight is read for examples that cannot be trained on.
     inputs = training.load_inputs(cfg, world, progress)
@@ -127,7 +127,7 @@ def validate(
     divergence: Any,
     held_out: list[data.Batch] | None,
     world: World,
-    progress: training.Progress,
+    progress: runs.Progress,
     *,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:

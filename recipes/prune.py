@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdtune import checkpoint, config, data, parallel, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, parallel, pruning, runs, teachers, tokenizers, training
 from kdtune.distributed import World
 from kdtune.errors import TrainingError
-from kdtune.models import Transformer, dtype_from_name, prune
+from kdtune.models import Transformer, dtype_from_name
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class Config:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = training.device_problems(self.device, self.dtype)
-        found += training.new_folder_problems(self.output_dir)
+        found += runs.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
         return found
@@ -91,11 +91,11 @@ class Config:
 @config.entry_point(Config)
 def main(cfg: Config) -> None:
     """Run the recipe."""
-    with training.Progress(every=1) as progress:
+    with runs.Progress(every=1) as progress:
         run(cfg, progress)
 
 
-def run(cfg: Config, progress: training.Progress) -> None:
+def run(cfg: Config, progress: runs.Progress) -> None:
     """Load the calibration text and the model, choose the layers, write the folder."""
     device, dtype = training.resolve_device(cfg.device), dtype_from_name(cfg.dtype)
     training.set_seed(cfg.seed)
@@ -108,7 +108,7 @@ def run(cfg: Config, progress: training.Progress) -> None:
     teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     num_tokens = sum(batch.num_valid_tokens for batch in batches)
     is_searched = cfg.layers is None and cfg.method == "greedy"
-    record = training.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
+    record = pruning.RemovalRecord(checkpoint.partial_of(cfg.output_dir), cfg, batches) if is_searched else None
 
     progress.phase("loading the model")
     model = parallel.build_model(config.factory(cfg.model), checkpointer, dtype=dtype, world=World(device)).eval()
@@ -118,23 +118,23 @@ def run(cfg: Config, progress: training.Progress) -> None:
 
     progress.phase("measuring this choice and others")
     choices = {"all layers": list(range(model.config.num_layers)), "this choice": kept}
-    choices["evenly spaced"] = prune.evenly_spaced(model.config.num_layers, len(kept))
-    choices["block influence"] = prune.most_influential(prune.block_influence(model, batches), len(kept))
-    costs = {name: prune.mean_loss(model, batches, layers) for name, layers in choices.items()}
-    print(training.format_table([{"layers": name, "number": len(choices[name]), "loss (nats/token)": cost,
+    choices["evenly spaced"] = pruning.evenly_spaced(model.config.num_layers, len(kept))
+    choices["block influence"] = pruning.most_influential(pruning.block_influence(model, batches), len(kept))
+    costs = {name: pruning.mean_loss(model, batches, layers) for name, layers in choices.items()}
+    print(runs.format_table([{"layers": name, "number": len(choices[name]), "loss (nats/token)": cost,
                                   "kept": ranges(choices[name])} for name, cost in costs.items()]))  # fmt: skip
 
     progress.phase(f"writing {cfg.output_dir}")
-    student = prune.keep_layers(model, kept)
+    student = pruning.keep_layers(model, kept)
     report = {"kept": kept, "removals": removals, "num_calibration_tokens": num_tokens, "loss": costs}
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
         checkpoint.write_model(
             student, folder, base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer
         )
         made, start = f"{len(kept)} of the {model.config.num_layers} layers", config.run_record(cfg)
-        origin = training.origin_record(cfg.checkpointer, made)
-        training.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=start | origin)
-        card = training.origin_card(
+        origin = runs.origin_record(cfg.checkpointer, made)
+        runs.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=start | origin)
+        card = runs.origin_card(
             cfg.checkpointer, f"{made} ({ranges(kept)})", tag="pruned", version=start["versions"]["kdtune"]
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -159,28 +159,28 @@ def choose_layers(
     cfg: Config,
     model: Transformer,
     batches: list[data.Batch],
-    record: training.RemovalRecord | None,
-    progress: training.Progress,
+    record: pruning.RemovalRecord | None,
+    progress: runs.Progress,
 ) -> tuple[list[int], list[dict[str, float]]]:
     """Return the layers to keep, and for the greedy choice each removal with the loss after it."""
     total = model.config.num_layers
     if cfg.layers is not None:
-        prune.check_layers(model, cfg.layers)
+        pruning.check_layers(model, cfg.layers)
         return cfg.layers, []
     assert cfg.num_layers is not None
     if cfg.method == "even":
-        return prune.evenly_spaced(total, cfg.num_layers), []
+        return pruning.evenly_spaced(total, cfg.num_layers), []
     if record is None:
         progress.phase("measuring the layers")
-        influence = prune.block_influence(model, batches)
+        influence = pruning.block_influence(model, batches)
         rows: list[dict[str, Any]] = [
             {"layer": index, "block influence": value} for index, value in enumerate(influence)
         ]
-        print(training.format_table(rows))
-        return prune.most_influential(influence, cfg.num_layers), []
+        print(runs.format_table(rows))
+        return pruning.most_influential(influence, cfg.num_layers), []
     removals = search(cfg, model, batches, record, progress)
     rows = [{"dropped layer": step.layer, "loss without it (nats/token)": step.loss} for step in removals]
-    print(training.format_table(rows))
+    print(runs.format_table(rows))
     dropped = {step.layer for step in removals}
     layers = [index for index in range(total) if index not in dropped]
     return layers, [{"layer": step.layer, "loss": step.loss} for step in removals]
@@ -190,14 +190,14 @@ def search(
     cfg: Config,
     model: Transformer,
     batches: list[data.Batch],
-    record: training.RemovalRecord,
-    progress: training.Progress,
-) -> list[prune.RemovalStep]:
+    record: pruning.RemovalRecord,
+    progress: runs.Progress,
+) -> list[pruning.RemovalStep]:
     """Return the greedy removals. Each is recorded when it is decided, and a stopped search continues from its record."""
     assert cfg.num_layers is not None
     num_removals = max(0, model.config.num_layers - cfg.num_layers)
 
-    def add(step: prune.RemovalStep) -> None:
+    def add(step: pruning.RemovalStep) -> None:
         record.add(step)
         progress.step(len(record.removals), [f"layer {step.layer}", f"loss {step.loss:.3f}"])
 
@@ -209,8 +209,8 @@ def search(
             raise TrainingError(f"stopped by {interrupt.signal_name} after {num} of {num_removals} removals: {outcome}")
 
     progress.start(num_removals, min(len(record.removals), num_removals), doing="dropping layers", unit="removal")
-    with training.InterruptFlag() as interrupt:
-        found = prune.greedy_removal(
+    with runs.InterruptFlag() as interrupt:
+        found = pruning.greedy_removal(
             model, batches, cfg.num_layers, num_candidates=cfg.num_candidates, done=tuple(record.removals), on_removal=add,
             on_progress=show,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, evaluation, parallel, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, evaluation, parallel, runs, teachers, tokenizers, training
 from kdtune.distributed import World
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name, has_adapters, quantization
@@ -76,7 +76,7 @@ class Config:
                 "checkpointer.adapter_dir, with the plain builder or model=null"
             ]
         found = training.device_problems(self.device, self.dtype)
-        found += training.new_folder_problems(self.output_dir)
+        found += runs.new_folder_problems(self.output_dir)
         checkpointer = config.instantiate(self.checkpointer)
         if checkpointer is not None:
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
@@ -133,13 +133,11 @@ def run(cfg: Config) -> None:
             model, folder, scheme=cfg.scheme, group_size=cfg.group_size,
             base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer,
         )  # fmt: skip
-        origin = training.origin_record(cfg.checkpointer, f"{cfg.scheme} weights")
-        training.write_run_files(
-            folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg) | origin
-        )
+        origin = runs.origin_record(cfg.checkpointer, f"{cfg.scheme} weights")
+        runs.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg) | origin)
     columns = ["weights", "size (MB)", "mean weight error", "largest weight error"]
     columns += ["held-out loss (nats/token)"] if held_out is not None else []
-    print(training.format_table([{column: row.get(column) for column in columns} for row in (before, after)]))
+    print(runs.format_table([{column: row.get(column) for column in columns} for row in (before, after)]))
     worst = max(errors, key=lambda error: error.relative_error)
     print(f"{len(errors)} linears quantized, the largest relative error in {worst.name}\nwrote {cfg.output_dir}")
 

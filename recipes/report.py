@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtune import config, sweeps, training
+from kdtune import config, reports, runs
 
 
 @dataclass(kw_only=True)
@@ -56,9 +56,9 @@ def main(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Read the results, write the report and print its path."""
     title = cfg.title or f"Sweep {cfg.results}"
-    with training.Progress() as progress:
+    with runs.Progress() as progress:
         progress.phase("writing the report")
-        files = sweeps.write_report(cfg.results, cfg.folder(), title=title, metrics=cfg.metrics, baseline=cfg.baseline)
+        files = reports.write_report(cfg.results, cfg.folder(), title=title, metrics=cfg.metrics, baseline=cfg.baseline)
     print("\n".join(map(str, files)))
 
 

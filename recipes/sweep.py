@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdtune import config, sweeps, training
+from kdtune import config, reports, runs, sweeps
 from kdtune.errors import KDTuneError, TrainingError
 
 
@@ -79,11 +79,11 @@ class Config:
         unknown = [axis for axis in self.baseline or {} if axis not in self.axes]
         if unknown:
             return found + [f"baseline.{axis}: no such axis; axes: {', '.join(self.axes)}" for axis in unknown]
-        return found if plan.problems else found + sweeps.baseline_problems(plan, self.baseline)
+        return found if plan.problems else found + reports.baseline_problems(plan, self.baseline)
 
     def machine_problems(self) -> list[str]:
         """Return machine problems of the steps that need no other step."""
-        found = training.output_dir_problems(self.output_dir, resume=True)
+        found = runs.output_dir_problems(self.output_dir, resume=True)
         if any((Path(self.output_dir) / name).exists() for name in ("metrics.jsonl", "final")):
             found.append(f"output_dir={self.output_dir}: holds a training run; choose another output_dir")
         return found if found or self.dry_run else sweeps.step_problems(self.plan(), machine=True)
@@ -101,8 +101,8 @@ def run(cfg: Config) -> None:
     if cfg.dry_run:
         print(plan_table(plan, list(cfg.steps)))
         return
-    with sweeps.locked(cfg.steps_folder()) as lock, training.InterruptFlag() as interrupt:
-        training.write_run_files(output_dir, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
+    with sweeps.locked(cfg.steps_folder()) as lock, runs.InterruptFlag() as interrupt:
+        runs.write_run_files(output_dir, resolved_config=config.resolved_yaml(cfg), record=config.run_record(cfg))
         reason, failures = run_cells(cfg, plan, lock, interrupt)
         rows = write_results(plan, output_dir, failures)
     problems = failure_lines(plan, rows)
@@ -116,7 +116,7 @@ def run(cfg: Config) -> None:
 
 
 def run_cells(
-    cfg: Config, plan: sweeps.Plan, lock: int, interrupt: training.InterruptFlag
+    cfg: Config, plan: sweeps.Plan, lock: int, interrupt: runs.InterruptFlag
 ) -> tuple[str | None, dict[str, str]]:
     """Run what is not finished, cell by cell; return why it stopped early (None: it did not) and the failed steps."""
     deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else None
@@ -179,9 +179,9 @@ def report_problems(cfg: Config, plan: sweeps.Plan) -> list[str]:
     """Write the report and print its path; return problems with it instead of raising, so that later messages are not lost."""
     output_dir = Path(cfg.output_dir)
     try:
-        with training.Progress() as progress:
+        with runs.Progress() as progress:
             progress.phase("writing the report")
-            files = sweeps.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
+            files = reports.write_report(output_dir / "results.jsonl", output_dir / "report", title=report_title(cfg),
                                         metrics=cfg.metrics, baseline=cfg.baseline, strict=False,
                                         planned=[cell.axes for cell in plan.whole])  # fmt: skip
     except KDTuneError as error:
@@ -211,7 +211,7 @@ def plan_table(plan: sweeps.Plan, names: list[str]) -> str:
         for name in names
     ]
     return (
-        f"{training.format_table(rows)}\n\n{len(plan.cells)} cells, {done} done; {len(plan.steps)} steps, {len(waiting)} to run "
+        f"{runs.format_table(rows)}\n\n{len(plan.cells)} cells, {done} done; {len(plan.steps)} steps, {len(waiting)} to run "
         f"({'; '.join(counts)})"
     )
 

@@ -18,10 +18,11 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(["config", "distributed", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
-    **dict.fromkeys(["parallel", "generation"], 3),
-    **dict.fromkeys(["teachers"], 4),
+    **dict.fromkeys(["parallel", "generation", "runs"], 3),
+    **dict.fromkeys(["teachers", "pruning", "planner"], 4),
     **dict.fromkeys(["training", "evaluation"], 5),
     **dict.fromkeys(["sweeps"], 6),
+    **dict.fromkeys(["reports"], 7),
 }
 CLI_MAY_IMPORT = {
     "constants",
@@ -34,6 +35,7 @@ CLI_MAY_IMPORT = {
     "config",
     "data",
     "download",
+    "planner",
     "training",
     "_cli",
 }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdtune import sweeps
+from kdtune import reports
 from kdtune.config.load import read_yaml
 from kdtune.models import smollm2_135m
 
@@ -205,7 +205,7 @@ GIVEN = [
 @cache
 def phrases(folder: Path) -> list[str]:
     """All that the text may say with a digit in it: the table of the report, and what is above."""
-    sweeps.write_report(RESULTS, folder, title="any", metrics=SWEEP["metrics"], baseline=SWEEP["baseline"])
+    reports.write_report(RESULTS, folder, title="any", metrics=SWEEP["metrics"], baseline=SWEEP["baseline"])
     (table,) = re.findall(r"## Results\n\n((?:\|.*\n)+)", (folder / "report.md").read_text())
     return [table, *measured(), *configured(), *GIVEN]
 

@@ -30,7 +30,8 @@ def execute(arguments: argparse.Namespace) -> None:
     recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
 
     from kdtune.config import load
-    from kdtune.training import context_note, plan_on_paper
+    from kdtune.planner import plan_on_paper
+    from kdtune.training import context_note
 
     cfg = load(arguments.config, arguments.overrides, recipe.frame)
     print(plan_on_paper(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))

@@ -12,10 +12,10 @@ from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
+from kdtune.runs.changes import resume_changes_problems
 from kdtune.training.builders import builder_problems
 from kdtune.training.optim import optimizer_problems
 from kdtune.training.precision import device_name_problems
-from kdtune.training.resume_changes import resume_changes_problems
 
 log = get_logger(__name__)
 

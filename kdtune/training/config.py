@@ -8,9 +8,9 @@ import torch
 from kdtune import checkpoint, data, parallel, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer
+from kdtune.runs.folder import output_dir_problems
 from kdtune.training.checks import loop_problems
 from kdtune.training.precision import device_problems
-from kdtune.training.run_folder import output_dir_problems
 
 
 @dataclass(kw_only=True)

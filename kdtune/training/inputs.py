@@ -11,10 +11,10 @@ from kdtune.distributed import World, is_first_on_host, together
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.parallel import model_config
+from kdtune.runs.differences import differing_values
+from kdtune.runs.folder import holds_run
+from kdtune.runs.record import recorded_starts
 from kdtune.tokenizers import Tokenizer, fingerprint
-from kdtune.training.differences import differing_values
-from kdtune.training.run_folder import holds_run
-from kdtune.training.run_record import recorded_starts
 
 log = get_logger(__name__)
 

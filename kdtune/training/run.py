@@ -21,15 +21,15 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.generation import Generator
 from kdtune.models import Transformer, has_adapters
+from kdtune.runs.interrupt import InterruptFlag
+from kdtune.runs.progress import Progress
+from kdtune.runs.summary import print_results, stopped_text
+from kdtune.runs.write import start_run, write_final
 from kdtune.training.checks import is_due, profiler_and_logger
 from kdtune.training.clip import check_finite
-from kdtune.training.interrupt import InterruptFlag
 from kdtune.training.memory import memory_stats
 from kdtune.training.metrics import Metrics
-from kdtune.training.progress import Progress
-from kdtune.training.report import print_results, stopped_text
-from kdtune.training.resume_changes import load_training_state, resume_extra
-from kdtune.training.run_folder import start_run, write_final
+from kdtune.training.resume import load_training_state, resume_extra
 from kdtune.training.samples import record_samples
 from kdtune.training.seed import set_step_seed
 from kdtune.training.start import Inputs

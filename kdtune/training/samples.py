@@ -8,8 +8,8 @@ from kdtune.distributed import World
 from kdtune.errors import CheckpointError
 from kdtune.generation import Generator, answer
 from kdtune.models import Transformer
-from kdtune.training.loggers import JSONLLogger
-from kdtune.training.progress import Progress
+from kdtune.runs.metrics_file import JSONLLogger
+from kdtune.runs.progress import Progress
 
 
 def record_samples(

@@ -15,15 +15,14 @@ from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.runs.progress import Progress
+from kdtune.runs.resume import is_finished, step_to_resume
 from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.inputs import check_inputs
 from kdtune.training.optim import trainable_parameters
-from kdtune.training.plan_text import print_plan
 from kdtune.training.precision import resolve_device
-from kdtune.training.progress import Progress
 from kdtune.training.rounding import warn_of_lost_updates
-from kdtune.training.run_folder import is_finished, step_to_resume
 from kdtune.training.seed import set_seed
 from kdtune.training.steps import plan_steps, step_text
 from kdtune.training.tokenizer import load_tokenizer
@@ -33,7 +32,7 @@ log = get_logger(__name__)
 
 @contextmanager
 def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
-    """Start the processes of a training recipe with their device, seed and log level; print the run's memory estimate.
+    """Start the processes of a training recipe with their device, seed and log level.
 
     cfg: the recipe's, a `TrainingConfig`.
     """
@@ -42,7 +41,6 @@ def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
         get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
         set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
         with Progress(silent=not world.is_main) as progress:
-            print_plan(cfg, world)
             yield world, progress
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kdtune.training.loggers import JSONLLogger, MetricLogger, read_metrics
-from kdtune.training.progress import Progress
-from kdtune.training.report import step_numbers, validation_text
+from kdtune.runs.metrics_file import JSONLLogger, read_metrics
+from kdtune.runs.progress import Progress
+from kdtune.runs.summary import step_numbers, validation_text
+from kdtune.training.loggers import MetricLogger
 
 
 class StepLog:

@@ -9,9 +9,9 @@ from kdtune.distributed import from_main
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.paths import user_path
+from kdtune.runs.record import read_resolved_config
 from kdtune.tokenizers import Tokenizer
 from kdtune.tokenizers.chat_format import today
-from kdtune.training.run_record import read_resolved_config
 
 Config = TypeVar("Config")
 

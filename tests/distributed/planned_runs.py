@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtune import data, distributed, losses, parallel, teachers, training
+from kdtune import data, distributed, losses, parallel, runs, teachers, training
 from kdtune.config import factory, instantiate
 from kdtune.distributed import local
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
-from kdtune.training.plan import make_plan
-from kdtune.training.plan_teacher import make_teacher_plan
+from kdtune.planner.plan import make_plan
+from kdtune.planner.teacher import make_teacher_plan
 
 
 def live_bytes() -> int:
@@ -94,7 +94,7 @@ def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
     model = teachers.build_teacher_model(cfg, world)
     weights, before = _bytes(model.parameters()), live_bytes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        teachers.serve(lambda: model, world, training.InterruptFlag())
+        teachers.serve(lambda: model, world, runs.InterruptFlag())
     return {"weights": weights, "peak": before + peak_growth(profile), "planned": plan.peak.total}
 
 

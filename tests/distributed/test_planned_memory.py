@@ -13,8 +13,8 @@ from kdtune._assets import find_recipe
 from kdtune.config import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
-from kdtune.training.plan import Plan, make_plan
-from kdtune.training.plan_teacher import TeacherPlan, make_teacher_plan
+from kdtune.planner.plan import Plan, make_plan
+from kdtune.planner.teacher import TeacherPlan, make_teacher_plan
 
 SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
          "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip

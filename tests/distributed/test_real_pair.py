@@ -6,7 +6,7 @@ import pytest
 from distributed_runs import FULL, KD, check_same_change, check_same_rows, rows
 
 from kdtune.checkpoint import load_model, save_model
-from kdtune.models.prune import keep_layers
+from kdtune.pruning.prune import keep_layers
 
 # Ten steps, and LoRA and DoRA too, take minutes on two cores.
 STEPS = 10 if FULL else 3

@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 
 from kdtune.checkpoint import load_model
 from kdtune.distributed import SINGLE_PROCESS
-from kdtune.training import run_facts, write_final
-from kdtune.training.model_card import component_text, model_card
-from kdtune.training.origin import base_model, model_name
+from kdtune.runs import run_facts, write_final
+from kdtune.runs.model_card import component_text, model_card
+from kdtune.runs.origin import base_model, model_name
 
 CHECKPOINTER = "checkpointer._component_=kdtune.checkpoint.Checkpointer"
 BASE_CARD = "---\nlicense: apache-2.0\ntags: [base]\n---\n# The base's own card\n"

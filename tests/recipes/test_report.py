@@ -17,10 +17,10 @@ from command_line import run_here
 from markdown_it import MarkdownIt
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.sweeps import write_report
-from kdtune.sweeps.plots import COLORS
+from kdtune.reports import write_report
+from kdtune.reports.plots import COLORS
+from kdtune.runs import curve_look
 from kdtune.sweeps.results import step_metrics
-from kdtune.training import curve_look
 
 SEEDS = (0, 1, 2)
 NASTY = "</script><script>window.broken=1</script><!--"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdtune.sweeps import write_report
+from kdtune.reports import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kdtune.checkpoint import atomic_write_text, collected_rows, partial_of
 from kdtune.escape import one_line, printable
 from kdtune.log import bar_settings, fit_for_stdout, get_logger
-from kdtune.training import JSONLLogger, print_results, read_metrics
+from kdtune.runs import JSONLLogger, print_results, read_metrics
 
 SURROGATE = "cut \ud83d emoji"
 

@@ -69,7 +69,7 @@ def test_what_is_no_terminal_has_any_width(monkeypatch, tmp_path):
 
 RUN = """
 from kdtune.log import get_logger
-from kdtune.training import Progress
+from kdtune.runs import Progress
 from kdtune._cli.main import main
 with Progress() as progress:
     progress.write("validation, step 10: cross entropy 3.675 (-0.393, best), KL 0.541 (+0.254), agreement 0.0 % (+0.0)")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdtune.checkpoint import load_model
 from kdtune.losses import HiddenSignal, KDLoss
 from kdtune.models import Transformer
-from kdtune.models.prune import keep_layers
+from kdtune.pruning.prune import keep_layers
 
 STUDENT_LAYERS = [*range(6), *range(24, 30)]
 

@@ -13,7 +13,7 @@ from kdtune import models
 from kdtune.config import instantiate
 from kdtune.errors import ConfigError
 from kdtune.models import LoRALinear, Transformer, adapter_parameters, apply_lora, has_adapters, llama
-from kdtune.models.prune import keep_layers
+from kdtune.pruning.prune import keep_layers
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 KINDS = [pytest.param(False, id="lora"), pytest.param(True, id="dora")]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kdtune.sweeps import baseline_problems, make_plan
+from kdtune.reports import baseline_problems
+from kdtune.sweeps import make_plan
 from kdtune.sweeps.grid import assignments
 from kdtune.sweeps.plan import flat_overrides, last_ones
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.training import JSONLLogger, TensorBoardLogger, WandBLogger, read_metrics, truncate_metrics
+from kdtune.runs import JSONLLogger, read_metrics, truncate_metrics
+from kdtune.training import TensorBoardLogger, WandBLogger
 
 
 def test_jsonl_keeps_every_bit_and_flushes_each_line(tmp_path):

@@ -1,0 +1,5 @@
+from .text import plan_on_paper
+
+__all__ = [
+    "plan_on_paper",
+]

@@ -1,0 +1,142 @@
+"""Costs of a micro-batch on one rank, measured on the meta device: activations, the loss, floating-point operations."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.losses import Divergence
+from kdtune.losses.contract import over_student_ids
+from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Task, fused_linear_kd
+from kdtune.losses.heads import FactoredHead, Projection
+from kdtune.models import Transformer
+from kdtune.planner.meta_device import Cost, kept_bytes, measure
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of equal length, all of whose tokens are valid: the most expensive micro-batch."""
+
+    batch_size: int
+    seq_len: int
+    device_type: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens."""
+        return self.batch_size * self.seq_len
+
+
+def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes of one hidden state [B, S, D]."""
+    return batch.num_tokens * pieces.config.embed_dim * pieces.norm.weight.dtype.itemsize
+
+
+def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes of the rotary tables that all layers share."""
+    return batch.seq_len * pieces.config.head_dim * pieces.norm.weight.dtype.itemsize
+
+
+def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes allocated throughout a forward: the embedded tokens, the rotary tables, the micro-batch itself."""
+    tokens_and_labels = 2 * batch.num_tokens * torch.int64.itemsize
+    return hidden_bytes(pieces, batch) + rope_bytes(pieces, batch) + tokens_and_labels
+
+
+def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None) -> tuple[MicroBatch, str]:
+    """Return the micro-batch of a recipe's config with the longest possible examples, and the source of their length.
+
+    Args:
+        cfg: config of a recipe that trains.
+        context: context length of the trained model, in tokens.
+        device_type: type of the compute device.
+        seq_len: another length, in tokens; None: the config's.
+    """
+    longest = cfg.tokenizer.get("max_seq_len")
+    if seq_len is not None:
+        length, source = seq_len, "as asked for"
+    elif longest is not None:
+        length, source = longest, "tokenizer.max_seq_len, the longest there can be"
+    else:
+        length, source = (
+            min(context, DEFAULT_SEQ_LEN),
+            "assumed: tokenizer.max_seq_len is not set; --seq-len gives another",
+        )
+    return MicroBatch(cfg.batch_size, length, device_type), source
+
+
+def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:
+    """Return the cost of a layer; see `Cost`."""
+    layer, config, dtype = pieces.layers[0], pieces.config, pieces.norm.weight.dtype
+    hidden_BSD = _hidden(pieces, batch, backward=backward)
+    rope = tuple(torch.empty(batch.seq_len, 1, config.head_dim // 2, dtype=dtype, device="meta") for _ in range(2))
+    held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
+    return measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
+
+
+def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes that the final norm saves for backward, and the hidden states it outputs."""
+    hidden_BSD = _hidden(pieces, batch, backward=True)
+    held: list[Tensor] = [hidden_BSD, *pieces.norm.parameters()]
+    return kept_bytes(lambda: pieces.norm(hidden_BSD), held, batch.device_type)
+
+
+def loss_cost(
+    student: Transformer,
+    teacher: Transformer | None,
+    batch: MicroBatch,
+    *,
+    divergence: Divergence,
+    kd_ratio: float,
+    chunk_size: int | None,
+) -> Cost:
+    """Return the cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
+    hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
+    with torch.no_grad():
+        ours = _projection(student, hidden_TD)
+        theirs = (
+            None if teacher is None else _projection(teacher, _hidden(teacher, batch, backward=False).flatten(0, 1))
+        )
+    vocab_size = len(ours.weight_VD)
+    num_shared = vocab_size if theirs is None else min(vocab_size, len(theirs.weight_VD))
+    width = vocab_size * torch.promote_types(hidden_TD.dtype, torch.float32).itemsize
+    chunk = min(chunk_size or max(1, CHUNK_BYTES // width), batch.num_tokens)
+    # A chunk is alike the next; on a CPU, so is a block of its rows, and only the buffers are of the chunk's size.
+    rows = min(chunk, max(1, CPU_BLOCK_BYTES // width)) if batch.device_type == "cpu" else chunk
+    positions = torch.empty(rows, dtype=torch.int64, device="meta")
+    task = Task(positions, positions, theirs, over_student_ids(divergence, vocab_size, num_shared), kd_ratio, rows)
+    theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
+    held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
+    cost = measure(
+        lambda: fused_linear_kd(_projection(student, hidden_TD), task).total,
+        held,
+        batch.device_type,
+        backward=True,
+    )
+    buffers = (chunk - rows) * width * (1 if theirs is None else 2)
+    flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
+        0 if theirs is None else 2 * num_shared * theirs.weight_VD.shape[1]
+    )
+    return replace(
+        cost, forward_peak=cost.forward_peak + buffers, forward_flops=flops * batch.num_tokens, backward_flops=0
+    )
+
+
+def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_ratio: float) -> int:
+    """Return the operations per token of the student's head: logits, and gradients of the hidden state and a trained weight."""
+    is_trained = any(parameter.requires_grad for parameter in student.output.parameters())
+    return (6 if is_trained else 4) * vocab_size * head.weight_VD.shape[1]
+
+
+def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
+    if isinstance(model.output, FactoredHead):
+        return Projection(*model.output.projection(hidden_TD))
+    return Projection(hidden_TD, model.output.weight)
+
+
+def _hidden(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Tensor:
+    shape = (batch.batch_size, batch.seq_len, pieces.config.embed_dim)
+    return torch.empty(shape, dtype=pieces.norm.weight.dtype, device="meta", requires_grad=backward)

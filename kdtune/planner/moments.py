@@ -1,0 +1,290 @@
+"""Memory of a rank in each phase of a step, and its communication volume; docs/distributed.md describes the parallelism.
+
+The behaviour of FSDP2 was read from torch/distributed/fsdp/_fully_shard and is compared with measurements in
+tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embeddings, norm, head: FSDP's root).
+
+- All-gathering a unit needs its size twice: the receive buffer, and the parameters that are copied out of it. In forward the
+  buffer lives until the next unit is gathered; in backward the next unit's buffer already exists.
+- The rest stays unsharded from its first use to the end of backward; the teacher's is never resharded.
+- A unit's gradients are unsharded until its backward ends; then reduce-scatter has a copy in its dtype, which lives until the
+  next unit's backward ends.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from kdtune.planner.costs import MicroBatch, hidden_bytes
+from kdtune.planner.meta_device import Cost
+from kdtune.planner.sizes import ModelSizes, Unit
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on a rank's device in one phase of a step, by purpose."""
+
+    name: str
+    weights: int = 0
+    """This rank's shards of student and teacher."""
+    optimizer: int = 0
+    gradients: int = 0
+    """This rank's shards of the gradients, already reduced."""
+    gathered: int = 0
+    """All-gathered parameters, and their receive buffers."""
+    activations: int = 0
+    loss: int = 0
+    """Temporaries of the loss, including gradients of hidden states and head; in the optimizer's step, its temporaries."""
+    reduction: int = 0
+    """Gradients before they are reduced, and the reduce-scatter buffers."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all fields."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "name")
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that a rank receives in a step, with ring algorithms."""
+
+    gather: int
+    reduce_scatter: int
+    all_reduce: int
+    tensor_parallel: int
+    """All-reduces of hidden states, two per layer and pass, and the all-to-all of logits for the loss."""
+    answers: int = 0
+    """Hidden states from a disaggregated teacher."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Costs of the trained model: sizes, one layer, and the final norm's saved tensors; bytes."""
+
+    sizes: ModelSizes
+    layer: Cost
+    norm: int
+    hidden: int
+    """One hidden state [B, S, D]."""
+    fixed: int
+    """Allocated from the start: the embedded tokens, the rotary tables, the micro-batch itself."""
+    recomputes: bool
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a layer saves until its backward."""
+        return self.hidden if self.recomputes else self.layer.kept
+
+    @property
+    def layer_backward(self) -> int:
+        """Peak bytes in a layer's backward, including its saved tensors."""
+        return self.layer.backward_peak + (self.hidden if self.recomputes else 0)
+
+    @property
+    def activations(self) -> int:
+        """Bytes that all layers have saved after forward."""
+        return self.fixed + self.sizes.num_layers * self.kept + self.norm
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Costs of the teacher: sizes and one layer; bytes."""
+
+    sizes: ModelSizes
+    layer: Cost
+    hidden: int
+    """Its output for a micro-batch."""
+    fixed: int
+    apart: int = 0
+    """Number of ranks that hold only the teacher (the student's then have a copy of its head); 0: it is colocated."""
+    turns: int = 1
+    """Forwards of one of its ranks for one micro-batch of every student rank."""
+
+    @property
+    def stored(self) -> int:
+        """Its shards, or its head, on a rank of the student."""
+        head = self.sizes.pieces.output.weight
+        return head.numel() * head.element_size() if self.apart else self.sizes.total.stored
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one of its ranks for one micro-batch of every student rank."""
+        return self.turns * self.sizes.num_layers * self.layer.forward_flops
+
+
+def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: int, update: int) -> Iterator[Moment]:
+    """Return the phases of a step that may be its peak, from its second micro-batch or step on.
+
+    Args:
+        student: the trained model.
+        teacher: the teacher; None: only labels.
+        loss: cost of the loss from hidden states.
+        accumulation: micro-batches per step.
+        update: bytes of the optimizer's temporaries.
+    """
+    held = _held(student, teacher, accumulation)
+    if teacher is not None and not teacher.apart:
+        yield from teacher_moments(teacher, held)
+    yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
+    yield from _backward(student, held)
+    end = {**held, "gradients": _own(student.sizes, student.sizes.total.gradients)}
+    yield Moment("the optimizer's step", **end, loss=update)
+
+
+def _own(sizes: ModelSizes, share: int) -> int:
+    """Return a rank's share if it is on the device, 0 if it is offloaded."""
+    return 0 if sizes.is_offloaded else share
+
+
+def _buffer(sizes: ModelSizes, unit: Unit) -> int:
+    """Return the bytes of a unit's all-gather buffer."""
+    return unit.whole if sizes.num_shards > 1 else 0
+
+
+def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[str, int]:
+    """Return the bytes allocated throughout a step, by purpose."""
+    own = student.sizes.total
+    held = {
+        "weights": _own(student.sizes, own.stored),
+        "optimizer": _own(student.sizes, own.state),
+        "gradients": _own(student.sizes, own.gradients) if accumulation > 1 else 0,
+        "gathered": 0,
+    }
+    if teacher is None:
+        return held
+    if teacher.apart:
+        return {**held, "weights": held["weights"] + teacher.stored}
+    return {name: size + teacher_held(teacher).get(name, 0) for name, size in held.items()}
+
+
+def teacher_held(teacher: Taught) -> dict[str, int]:
+    """Return the bytes allocated throughout a step on the ranks that compute the teacher, by purpose."""
+    sizes = teacher.sizes
+    layers = 0 if sizes.reshards else sizes.num_layers * sizes.layer.whole
+    return {"weights": _own(sizes, sizes.total.stored), "gathered": sizes.rest.whole + layers}
+
+
+def teacher_moments(teacher: Taught, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Moment]:
+    """Return the phases of its forward that may be its peak, besides `teacher_held` and an output not yet fetched."""
+    sizes = teacher.sizes
+    layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
+    first = sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
+    yield Moment("the teacher's first use", weights=held["weights"], gathered=first)
+    gathered = held["gathered"] + (layer.whole + buffer if sizes.reshards else 0)
+    activations = unfetched + teacher.fixed + teacher.layer.forward_peak
+    yield Moment("the teacher's forward", **{**held, "gathered": gathered}, activations=activations)
+
+
+def _forward(student: Trained, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Moment]:
+    """Yield the phases of the student's forward and the loss; `answer`: bytes of the teacher's output."""
+    sizes = student.sizes
+    layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
+    first = held["gathered"] + sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
+    yield Moment("the student's first use", **{**held, "gathered": first}, activations=answer)
+    kept_whole = 0 if sizes.reshards else sizes.num_layers * layer.whole
+    rest = held["gathered"] + sizes.rest.whole
+    below = student.fixed + (sizes.num_layers - 1) * student.kept
+    working = student.kept if student.recomputes else student.layer.forward_peak
+    forward = {**held, "gathered": rest + max(kept_whole, layer.whole) + buffer}
+    yield Moment("the student's forward", **forward, activations=answer + below + working)
+    full = {**held, "gathered": rest + kept_whole}
+    yield Moment("the loss", **full, activations=answer + student.activations, loss=loss.forward_peak)
+    yield Moment("the loss's backward", **full, activations=student.activations, loss=loss.backward_peak)
+
+
+def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
+    sizes, whole = student.sizes, student.sizes.is_sharded
+    layer, count, buffer = sizes.layer, sizes.num_layers, _buffer(sizes, sizes.layer)
+    is_first = held["gradients"] == 0
+    # The head's gradient exists from the loss on: unreduced, or as this process's own.
+    head = _gradient_bytes(sizes, "output")
+    embeddings = _gradient_bytes(sizes, "tok_embeddings")
+    rest = held["gathered"] + sizes.rest.whole
+    shard = -(-layer.reduced // max(1, sizes.num_shards))
+    for name, index in (("last", count - 1), ("last but one", count - 2), ("first", 0)):
+        if index < 0:
+            continue
+        done = count - 1 - index
+        waiting = layer.reduced if done else 0
+        own = _own(sizes, done * layer.gradients) if is_first else held["gradients"]
+        pending = head
+        if not whole:
+            own, pending = own + (head if is_first else 0), 0 if is_first else head
+        below = student.fixed + index * student.kept
+        gathered = rest + (layer.whole + (buffer if index else 0) if sizes.reshards else (index + 1) * layer.whole)
+        now = {**held, "gradients": own, "gathered": gathered}
+        yield Moment(
+            f"the backward of the {name} layer",
+            **now,
+            activations=below + student.layer_backward + student.hidden,
+            reduction=pending + waiting,
+        )
+        if whole:
+            now["gathered"] -= layer.whole
+            sent = max(layer.whole_gradients + layer.reduced, layer.reduced + 2 * shard)
+            yield Moment(
+                f"the reduction of the {name} layer",
+                **now,
+                activations=below + student.hidden,
+                reduction=pending + sent,
+            )
+    own = _own(sizes, count * layer.gradients) if is_first else held["gradients"]
+    if not whole:
+        # A tied head's gradient and the embeddings' are summed into one.
+        own = own + head if is_first else own
+        yield Moment(
+            "the embeddings' backward", **{**held, "gradients": own}, activations=student.hidden, reduction=embeddings
+        )
+        return
+    now = {**held, "gradients": own, "gathered": rest}
+    waiting = layer.reduced + head + embeddings
+    yield Moment("the embeddings' backward", **now, activations=student.hidden, reduction=waiting)
+    shard = -(-sizes.rest.reduced // max(1, sizes.num_shards))
+    sent = max(sizes.rest.whole_gradients + sizes.rest.reduced, sizes.rest.reduced + 2 * shard)
+    yield Moment("the reduction of embeddings and head", **{**now, "gathered": held["gathered"]}, reduction=sent)
+
+
+def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
+    """Return the bytes of the unreduced gradients of a module of the rest."""
+    parameters = sizes.pieces.get_submodule(name).parameters()
+    return sum(one.numel() * one.element_size() for one in parameters if one.requires_grad)
+
+
+def volume(
+    student: ModelSizes, teacher: Taught | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
+) -> Volume:
+    """Return the bytes that a rank receives in a step; `teacher`: None if it is not used."""
+    gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
+    gathered = _ring(gather, student.num_shards)
+    reduced = student.total.reduced
+    replicas = student.layout[0] if student.is_sharded else 1
+    summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
+    cut = _cut_volume(student, batch, passes=3 if recomputes else 2, exchanges=2)
+    answers = 0
+    if teacher is not None and teacher.apart:
+        answers = teacher.hidden
+    elif teacher is not None:
+        gathered += teacher_gather(teacher)
+        cut += _cut_volume(teacher.sizes, batch, passes=1, exchanges=1)
+    parts = (gathered, _ring(reduced, student.num_shards), summed, cut, answers)
+    return Volume(*(accumulation * part for part in parts))
+
+
+def teacher_gather(teacher: Taught) -> int:
+    """Return the bytes of weights that one of its ranks receives for one micro-batch of every student rank."""
+    sizes = teacher.sizes
+    return teacher.turns * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
+
+
+def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:
+    """Return the bytes of tensor parallelism for a micro-batch, given the passes over the layers and exchanges of logits."""
+    tp = sizes.layout[-1]
+    hidden = hidden_bytes(sizes.pieces, batch)
+    logits = batch.num_tokens * len(sizes.pieces.output.weight) * torch.float32.itemsize
+    # A sum is sent as two rings; of a process's logits, all but its own tokens' go to the others.
+    return passes * 2 * sizes.num_layers * 2 * _ring(hidden, tp) + 2 * _ring(hidden, tp) + exchanges * _ring(logits, tp)
+
+
+def _ring(total: int, ranks: int) -> int:
+    """Return the bytes that each of this many ranks receives of a total of which each has a shard."""
+    return total * (ranks - 1) // ranks

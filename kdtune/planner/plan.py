@@ -1,0 +1,218 @@
+"""Estimate what a run takes on each rank, from the config alone: memory, communication, operations, time.
+
+Sizes of parameters, gradients and optimizer state are exact: the real model is sharded, on the meta device. The costs of a
+layer and the loss are measured by running them there; `plan_moments` determines what exists at which point of a step.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kdtune.config import factory, instantiate
+from kdtune.distributed import Parallelism, World
+from kdtune.errors import ConfigError
+from kdtune.losses import Divergence, divergence_of
+from kdtune.models import dtype_from_name, has_adapters
+from kdtune.parallel import meta_model
+from kdtune.planner.costs import (
+    MicroBatch,
+    fixed_bytes,
+    hidden_bytes,
+    layer_cost,
+    longest_batch,
+    loss_cost,
+    norm_kept,
+)
+from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
+from kdtune.planner.meta_device import Cost
+from kdtune.planner.moments import Moment, Taught, Trained, Volume, moments, volume
+from kdtune.planner.sizes import Unit, model_sizes, update_bytes
+from kdtune.planner.teacher import TeacherPlan, teacher_afar, teacher_beside
+
+# What the configs of recipes that train have.
+_NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimate for one rank of a run."""
+
+    world_size: int
+    """Number of all processes, including those of a disaggregated teacher."""
+    batch: MicroBatch
+    seq_len_source: str
+    accumulation: int
+    student: Trained
+    teacher: Taught | None
+    loss: Cost
+    moments: tuple[Moment, ...]
+    volume: Volume
+    dtype: str
+    """Dtype of the computation."""
+    save_weights: str
+    apart: TeacherPlan | None = None
+    """Estimate for a rank of a disaggregated teacher, if known."""
+
+    @property
+    def held(self) -> Unit:
+        """The rank's shares of the trained model: exact."""
+        return self.student.sizes.total
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Sizes of the mesh: dp_replicate, dp_shard, and any further dimension."""
+        return self.student.sizes.layout
+
+    @property
+    def peak(self) -> Moment:
+        """The phase of a step with the most memory."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a step, over all ranks."""
+        return self.batch.num_tokens * self.accumulation * self.layout[0] * self.layout[1]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step on one rank, including recomputed layers."""
+        student = self.student
+        forwards = 2 if student.recomputes else 1
+        layer = forwards * student.layer.forward_flops + student.layer.backward_flops
+        total = student.sizes.num_layers * layer + self.loss.forward_flops
+        if self.teacher is not None and not self.teacher.apart:
+            total += self.teacher.flops
+        return self.accumulation * total
+
+    @property
+    def step_checkpoint(self) -> int:
+        """Bytes of a `step_N`, over all ranks: weights (of a model with adapters only these) and resume state."""
+        weights = self.held.all_trained if has_adapters(self.student.sizes.pieces) else self.held.all_stored
+        return weights + self.held.all_state
+
+    @property
+    def final_checkpoint(self) -> int:
+        """Bytes of `final/`: the model with merged adapters, the adapters, or both."""
+        if not has_adapters(self.student.sizes.pieces):
+            return self.held.all_stored
+        base = self.held.all_stored - self.held.all_trained
+        return {"both": self.held.all_stored, "merged": base, "adapter": self.held.all_trained}[self.save_weights]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that a rank holds in CPU memory instead (cpu_offload)."""
+        own = self.held.stored + self.held.gradients + self.held.state if self.student.sizes.is_offloaded else 0
+        if self.teacher is not None and not self.teacher.apart and self.teacher.sizes.is_offloaded:
+            own += self.teacher.sizes.total.stored
+        return own
+
+    def computing(self, gpu: GPU) -> float:
+        """Seconds of computation per step, from stated figures; a disaggregated teacher adds the slower side's time and one wait."""
+        # The optimizer reads weights, gradients and state, and writes weights and state.
+        updated = 3 * self.held.gradients + 2 * self.held.state
+        speed = UTILIZATION * gpu.flops(is_bf16=self.dtype == "bf16")
+        own = self.flops / speed
+        if self.teacher is not None and self.teacher.apart:
+            # It is asked for all micro-batches at the step's start: the first is waited for, or the student's last one follows.
+            answer = self.teacher.flops / speed
+            own = max(answer + own, self.accumulation * answer + own / self.accumulation)
+        return own + updated / (1e9 * gpu.memory_gb_s)
+
+    def communicating(self, gpu: GPU) -> float:
+        """Seconds of communication per step, from stated figures. Its overlap with computation is unknown."""
+        inner_gb_s, outer_gb_s, bridge_gb_s = (
+            gpu.host_link_gb_s if ranks <= GPUS_PER_HOST else gpu.network_gb_s
+            for ranks in (math.prod(self.layout[1:]), math.prod(self.layout), self.world_size)
+        )
+        shared = self.volume.gather + self.volume.reduce_scatter + self.volume.tensor_parallel
+        summed, answers = self.volume.all_reduce, self.volume.answers
+        return (shared / inner_gb_s + summed / outer_gb_s + answers / bridge_gb_s) / 1e9
+
+
+def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len: int | None = None) -> Plan:
+    """Estimate a training recipe's config for one rank. Loads no weights; all ranks of a real world call it.
+
+    Args:
+        cfg: config of a recipe that trains.
+        world: the rank to estimate, among those that hold the student; rank 0 of `fake_world(size)` for a world that does not
+            exist.
+        device_type: device type of the ranks, such as "cuda"; None: the world's.
+        seq_len: tokens per example; None: the tokenizer's max_seq_len, the upper limit.
+
+    Raises:
+        ConfigError: the recipe does not train, or its sizes do not fit the number of processes.
+        CheckpointError: only the checkpoint describes a model, and it cannot be read.
+    """
+    check_trains(cfg)
+    parallelism: Parallelism = instantiate(cfg.parallelism)
+    parallelism.sizes(world.size)
+    model = meta_model(
+        factory(cfg.model),
+        instantiate(cfg.checkpointer),
+        adapter=factory(cfg.adapter),
+        dtype=dtype_from_name(cfg.dtype),
+    )
+    ours = model_sizes(model, parallelism, world, cfg.optimizer)
+    kd_ratio, apart = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
+    batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
+    student = Trained(
+        ours,
+        layer_cost(ours.pieces, batch, backward=True),
+        norm_kept(ours.pieces, batch),
+        hidden_bytes(ours.pieces, batch),
+        fixed_bytes(ours.pieces, batch),
+        recomputes=cfg.enable_activation_checkpointing,
+    )
+    teacher: Taught | None = None
+    divergence: Divergence = _no_divergence
+    if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
+        teacher = teacher_afar(cfg, world.size, batch) if apart else teacher_beside(cfg, world, batch)
+        divergence = divergence_of(instantiate(cfg.kd_loss))
+    asked = teacher if kd_ratio > 0 else None
+    loss = loss_cost(
+        ours.pieces,
+        asked.sizes.pieces if asked else None,
+        batch,
+        divergence=divergence,
+        kd_ratio=kd_ratio,
+        chunk_size=cfg.loss_chunk_size,
+    )
+    update = update_bytes(cfg.optimizer, ours, batch.device_type)
+    return Plan(
+        world_size=world.size + apart,
+        batch=batch,
+        seq_len_source=source,
+        accumulation=cfg.gradient_accumulation_steps,
+        student=student,
+        teacher=teacher,
+        loss=loss,
+        moments=tuple(moments(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
+        volume=volume(
+            ours,
+            asked,
+            cfg.gradient_accumulation_steps,
+            batch,
+            recomputes=cfg.enable_activation_checkpointing,
+        ),
+        dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
+        save_weights=cfg.save_weights,
+    )
+
+
+def check_trains(cfg: Any) -> None:
+    """Raise if the config is not one of a recipe that trains.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if missing := [key for key in _NEEDED if not hasattr(cfg, key)]:
+        raise ConfigError(
+            f"plan: the config has no {missing[0]}, so its recipe does not train; allowed are configs of finetune and "
+            "knowledge_distillation (`kdtune ls` lists them)"
+        )
+
+
+def _no_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    raise AssertionError("there is no teacher")

@@ -1,0 +1,265 @@
+"""Bytes of a model, its gradients and its optimizer state on one rank, from the real sharding without weights."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from kdtune.config import instantiate
+from kdtune.distributed import Parallelism, World, local
+from kdtune.models import Transformer, dtype_from_name
+from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
+from kdtune.models.quantization import num_bytes
+from kdtune.parallel import shard_model
+from kdtune.planner.meta_device import LiveBytes
+
+# Sizes that no optimizer has of its own, so that what has them in its state has them from the parameter.
+_PROBE = (29, 31, 37, 41)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP gathers together (an FSDP unit); bytes on one rank unless stated otherwise."""
+
+    stored: int = 0
+    """This rank's shards of the parameters."""
+    gradients: int = 0
+    """Its shards of their gradients."""
+    state: int = 0
+    """Its shards of the optimizer's state."""
+    whole: int = 0
+    """The all-gathered parameters, in the compute dtype; 0 if nothing is gathered."""
+    whole_gradients: int = 0
+    """The gradients before they are reduced."""
+    reduced: int = 0
+    """The input of reduce-scatter; 0 without one."""
+    all_stored: int = 0
+    """The parameters on all ranks, each once."""
+    all_trained: int = 0
+    """The trained ones among those."""
+    all_state: int = 0
+    """The optimizer's state on all ranks, each entry once."""
+
+    def plus(self, other: Self, times: int = 1) -> "Unit":
+        """Return the sum of this unit and the other one, times a factor."""
+        return Unit(*(getattr(self, field.name) + times * getattr(other, field.name) for field in fields(Unit)))
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model on one rank: its layers are alike, the rest (embeddings, norm, head) is another unit."""
+
+    pieces: Transformer
+    """One layer and the rest, on the meta device, with a rank's compute shapes and dtypes."""
+    num_layers: int
+    layer: Unit
+    rest: Unit
+    is_sharded: bool
+    """True if FSDP gathers it."""
+    parallelism: Parallelism
+    layout: tuple[int, ...]
+    """Sizes of the mesh: dp_replicate, dp_shard, and any further dimension."""
+
+    @property
+    def total(self) -> Unit:
+        """Sum of all units."""
+        return self.rest.plus(self.layer, self.num_layers)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks that a gathered parameter is sharded over."""
+        return self.layout[1] if self.is_sharded else 1
+
+    @property
+    def reshards(self) -> bool:
+        """Return whether a layer's all-gathered parameters are freed after its forward."""
+        return self.parallelism.reshard_after_forward
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Return whether the shards are in CPU memory."""
+        return self.is_sharded and self.parallelism.cpu_offload
+
+
+# Of each parameter, the tensors of its state: for each dimension its size, or -1 - d for the size of dimension d.
+State = dict[str, list[tuple[tuple[int, ...], int]]]
+
+
+def model_sizes(model: Transformer, parallelism: Parallelism, world: World, optimizer: Any = None) -> ModelSizes:
+    """Return the sizes on a rank of a model on the meta device; the model is modified and unusable afterwards.
+
+    Args:
+        model: as a run builds it, before it is sharded.
+        parallelism: how it is parallelized.
+        world: the rank; for several ranks, `fake_world`'s.
+        optimizer: component node of its optimizer; None: it is not trained.
+    """
+    num_layers, model.layers = len(model.layers), model.layers[:1]
+    state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
+    pieces = copy.deepcopy(model)
+    shard_model(model, parallelism, world)
+    is_sharded = isinstance(model, FSDPModule)
+    shards = parallelism.sizes(world.size)["dp_shard"] if is_sharded else 0
+    widths = _Widths(parallelism, is_sharded)
+    _take_shapes(pieces, model, widths)
+    units = {True: Unit(), False: Unit()}
+    for name, parameter in model.named_parameters():
+        unit = _unit(parameter, shards, widths, state.get(name, []))
+        in_layer = name.startswith("layers.")
+        units[in_layer] = units[in_layer].plus(unit)
+    layout = tuple(parallelism.sizes(world.size).values())
+    return ModelSizes(pieces, num_layers, units[True], units[False], is_sharded, parallelism, layout)
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Dtypes in which FSDP gathers and reduces."""
+
+    parallelism: Parallelism
+    is_sharded: bool
+
+    def compute(self, dtype: torch.dtype) -> torch.dtype:
+        name = self.parallelism.param_dtype if self.is_sharded else None
+        return dtype_from_name(name) if name and dtype.is_floating_point else dtype
+
+    def reduce(self, dtype: torch.dtype) -> torch.dtype:
+        name = self.parallelism.reduce_dtype
+        return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
+
+
+def _unit(parameter: Tensor, shards: int, widths: _Widths, state: list[tuple[tuple[int, ...], int]]) -> Unit:
+    own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
+    senders = shards if isinstance(parameter, DTensor) else 0
+    gathered = senders * _num_padded(parameter)
+    whole = math.prod(shape_in_use(parameter))
+    return Unit(
+        stored=num_bytes(own),
+        gradients=_bytes(own) * trained,
+        state=sum(_state_bytes(one, own.shape) for one in state),
+        whole=senders * _rows_bytes(own) if is_nf4(own) else gathered * widths.compute(dtype).itemsize,
+        whole_gradients=whole * widths.compute(dtype).itemsize * trained,
+        reduced=gathered * widths.reduce(dtype).itemsize * trained,
+        all_stored=parameter.numel() * dtype.itemsize,
+        all_trained=parameter.numel() * dtype.itemsize * trained,
+        all_state=sum(_state_bytes(one, parameter.shape) for one in state),
+    )
+
+
+def _rows_bytes(weight: Tensor) -> int:
+    """Return the bytes that are sent of an NF4 weight."""
+    return sum(_bytes(part) for name, part in nf4_parts(weight).items() if name in BY_ROWS)
+
+
+def _num_padded(parameter: Tensor) -> int:
+    """Return the number of values of a parameter's largest shard, which every rank sends."""
+    rows = shape_in_use(parameter)[0]
+    shards = _ranks(parameter, "dp_shard") if isinstance(parameter, DTensor) else 1
+    return -(-rows // shards) * math.prod(local(parameter).shape[1:])
+
+
+def _ranks(parameter: DTensor, name: str) -> int:
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ()
+    return mesh.size(names.index(name)) if name in names else 1
+
+
+def shape_in_use(parameter: Tensor) -> torch.Size:
+    """Return the parameter's shape in computation: gathered by FSDP, still sharded by tensor parallelism."""
+    shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for index, (name, placement) in enumerate(zip(mesh.mesh_dim_names or (), parameter.placements, strict=True)):
+            if not name.startswith("dp_") and placement.is_shard():
+                dimension = placement.dim  # type: ignore[attr-defined]
+                shape[dimension] = -(-shape[dimension] // mesh.size(index))
+    return torch.Size(shape)
+
+
+def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None:
+    """Give the pieces the shapes and dtypes that the sharded model's parameters have in computation."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for name, parameter in sharded.named_parameters(remove_duplicate=False):
+        if parameter not in made:
+            # torchao gathers NF4 weights quantized and dequantizes them in their own dtype, whatever FSDP's compute dtype is.
+            dtype = parameter.dtype if is_nf4(parameter) else widths.compute(parameter.dtype)
+            empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
+            made[parameter] = (
+                quantize_nf4(empty) if is_nf4(parameter) else nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            )
+        path, _, leaf = name.rpartition(".")
+        setattr(pieces.get_submodule(path), leaf, made[parameter])
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def state_shapes(optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]) -> State:
+    """Return an optimizer's state per parameter, from a step on small ones of the same names and dtypes."""
+    instance, small = _stepped(optimizer, trained)
+    return {
+        name: [
+            (_pattern(value.shape, parameter.shape), value.element_size()) for value in _tensors(instance, parameter)
+        ]
+        for name, parameter in small.items()
+    }
+
+
+def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
+    """Estimate the temporary bytes of the optimizer's step, from a step on small parameters."""
+    trained = _trained(sizes.pieces)
+    instance, small = _stepped(optimizer, trained)
+    group = instance.param_groups[0]
+    # Of plain tensors on a GPU, torch updates all at once unless told not to.
+    at_once = group.get("foreach") or (
+        device_type == "cuda" and not sizes.is_sharded and "foreach" in group and not group.get("fused")
+    )
+    live = LiveBytes()
+    live.ignore(*small.values(), *(parameter.grad for parameter in small.values()))
+    live.ignore(*(value for parameter in small.values() for value in _tensors(instance, parameter)))
+    with live:
+        instance.step()
+    if at_once:
+        return sizes.total.gradients * live.peak // sum(map(_bytes, small.values()))
+    widest = max(_bytes(parameter) for _, parameter in trained) // max(1, sizes.num_shards)
+    return widest * live.peak // max(map(_bytes, small.values()))
+
+
+def _stepped(
+    optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]
+) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """Return the optimizer after a step on small parameters of the same names and dtypes, and these parameters."""
+    small = {name: _small(parameter) for name, parameter in trained}
+    instance: torch.optim.Optimizer = instantiate(optimizer, params=list(small.items()))
+    for parameter in small.values():
+        parameter.grad = torch.ones_like(parameter)
+    instance.step()
+    return instance, small
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _small(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(_PROBE[: parameter.ndim], dtype=parameter.dtype))
+
+
+def _tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    return [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+
+
+def _pattern(shape: Sequence[int], parameter_shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = list(parameter_shape)
+    return tuple(-1 - sizes.index(size) if size in sizes else size for size in shape)
+
+
+def _state_bytes(state: tuple[tuple[int, ...], int], shape: Sequence[int]) -> int:
+    pattern, itemsize = state
+    return itemsize * math.prod(size if size >= 0 else shape[-1 - size] for size in pattern)

@@ -1,0 +1,95 @@
+"""The teacher in a plan: colocated with the student, or on its own processes (kdtune/teachers/remote.py)."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kdtune.config import factory, instantiate
+from kdtune.distributed import Parallelism, World
+from kdtune.models import dtype_from_name
+from kdtune.parallel import meta_model, model_config
+from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
+from kdtune.planner.meta_device import Cost
+from kdtune.planner.moments import Moment, Taught, teacher_gather, teacher_held, teacher_moments
+from kdtune.planner.sizes import ModelSizes, model_sizes
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """Estimate for a rank that holds only the teacher."""
+
+    teacher: Taught
+    moments: tuple[Moment, ...]
+    flops: int
+    """Floating-point operations of a step."""
+    gather: int
+    """Bytes received of its weights in a step."""
+
+    @property
+    def peak(self) -> Moment:
+        """The phase with the most memory."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def make_teacher_plan(
+    cfg: Any, world: World, num_students: int, *, device_type: str | None = None, seq_len: int | None = None
+) -> TeacherPlan:
+    """Estimate a rank that holds only the teacher (`teacher_processes`); see `make_plan`.
+
+    Args:
+        cfg: config of a distillation recipe.
+        world: the rank among the teacher's.
+        num_students: number of the student's ranks.
+        device_type: device type of the ranks, such as "cuda"; None: the world's.
+        seq_len: tokens per example; None: the tokenizer's max_seq_len, the upper limit.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes.
+        CheckpointError: only the checkpoint describes a model, and it cannot be read.
+    """
+    context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
+    batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
+    share, turns = _share(batch, num_students, world.size)
+    teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), apart=world.size, turns=turns)
+    # The answer before is kept until it has been fetched.
+    found = teacher_moments(teacher, teacher_held(teacher), unfetched=teacher.hidden)
+    steps = cfg.gradient_accumulation_steps
+    return TeacherPlan(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
+
+
+def teacher_beside(cfg: Any, world: World, batch: MicroBatch) -> Taught:
+    """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
+    return _taught(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
+
+
+def teacher_afar(cfg: Any, num_students: int, batch: MicroBatch) -> Taught:
+    """Return the disaggregated teacher as a student rank sees it; its sizes are those of the full model."""
+    share, turns = _share(batch, num_students, cfg.teacher_processes)
+    # Head and hidden states come in the dtype that it computes in.
+    dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
+    sizes = _sizes(cfg, Parallelism(), World(torch.device("cpu")), dtype=dtype)
+    answer = hidden_bytes(sizes.pieces, batch)
+    return replace(_taught(sizes, share), hidden=answer, apart=cfg.teacher_processes, turns=turns)
+
+
+def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> Taught:
+    cost = layer_cost(sizes.pieces, batch, backward=False) if runs else Cost(0, 0, 0, 0, 0)
+    return Taught(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
+
+
+def _parallelism(cfg: Any) -> Parallelism:
+    parallelism: Parallelism = instantiate(cfg.teacher_parallelism) or instantiate(cfg.parallelism)
+    return parallelism
+
+
+def _sizes(cfg: Any, parallelism: Parallelism, world: World, *, dtype: str | None = None) -> ModelSizes:
+    own = dtype_from_name(dtype or cfg.teacher_dtype or cfg.dtype)
+    model = meta_model(factory(cfg.teacher_model), instantiate(cfg.teacher_checkpointer), dtype=own)
+    return model_sizes(model.requires_grad_(False), parallelism, world)
+
+
+def _share(batch: MicroBatch, num_students: int, num_teachers: int) -> tuple[MicroBatch, int]:
+    """Return the largest batch that a teacher rank computes at once, and how many per micro-batch of all student ranks."""
+    sharers = max(1, num_teachers // num_students)
+    return replace(batch, batch_size=-(-batch.batch_size // sharers)), -(-num_students // num_teachers)

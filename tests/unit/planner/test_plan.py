@@ -1,0 +1,361 @@
+"""The plan's parts, each against something that it did not compute: hooks, torch's counter, real optimizers and weights."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exit_codes import run_command
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from kdtune import _assets, losses, training
+from kdtune._assets import find_recipe
+from kdtune.config import instantiate, load
+from kdtune.config.recipe import import_recipe
+from kdtune.distributed import World, fake_world
+from kdtune.models import Transformer, dtype_from_name
+from kdtune.parallel import apply_activation_checkpointing
+from kdtune.planner import plan_on_paper
+from kdtune.planner.hardware import find_gpu
+from kdtune.planner.plan import Plan, make_plan
+from kdtune.planner.sizes import state_shapes
+from kdtune.planner.teacher import make_teacher_plan
+
+CPU = torch.device("cpu")
+SMALL = ["model.vocab_size=500", "model.embed_dim=64", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=64",
+         "tokenizer.max_seq_len=48", "batch_size=3", "gradient_accumulation_steps=1"]  # fmt: skip
+ADAPTERS = {
+    "full": ["adapter=null"],
+    "lora": ["adapter=kdtune.models.apply_lora"],
+    "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true"],
+}
+
+
+def config(recipe: str, *overrides: str, source: str | None = None) -> Any:
+    return load(source or f"tiny/{recipe}", list(overrides), import_recipe(find_recipe(recipe)).frame)
+
+
+def on_paper(cfg: Any, size: int, **options: Any) -> Plan:
+    if size == 1:
+        return make_plan(cfg, World(CPU), **options)
+    with fake_world(size) as world:
+        return make_plan(cfg, world, **options)
+
+
+def real_model(cfg: Any) -> Transformer:
+    model = instantiate(cfg.model).to(dtype_from_name(cfg.dtype))
+    return instantiate(cfg.adapter, model=model) if cfg.adapter else model
+
+
+def tokens_of(cfg: Any) -> Tensor:
+    return torch.randint(300, (cfg.batch_size, cfg.tokenizer["max_seq_len"]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_activations_are_what_autograd_saves(kind: str, dtype: str) -> None:
+    cfg = config("finetune", *SMALL, *ADAPTERS[kind], f"dtype={dtype}")
+    model, tokens = real_model(cfg), tokens_of(cfg)
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(tokens, return_hidden=True)
+    saved.setdefault(hidden.untyped_storage()._cdata, hidden)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert on_paper(cfg, 1).student.activations == pytest.approx(found, rel=0.1)
+
+
+def raw(count: Any) -> Any:
+    """A function of torch's registry as the counter takes one."""
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        return count(*arguments, **options)
+
+    counted._get_raw = True  # type: ignore[attr-defined]
+    return counted
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_operations_are_those_that_torch_counts(kind: str, recomputed: bool) -> None:
+    """Of a whole real step, teacher and loss among it; torch's counter lacks addmm_ and the CPU's attention kernel."""
+    cfg = config(
+        "knowledge_distillation", *SMALL, *ADAPTERS[kind], "teacher_model.vocab_size=500", "model.num_layers=6",
+        f"enable_activation_checkpointing={recomputed}",
+    )  # fmt: skip
+    student, teacher, tokens = real_model(cfg), instantiate(cfg.teacher_model), tokens_of(cfg)
+    counted_as = {
+        torch.ops.aten.addmm_: torch.ops.aten.addmm,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            torch.ops.aten._scaled_dot_product_flash_attention_backward
+        ),
+    }
+    mapping = {operation: raw(flop_registry[known]) for operation, known in counted_as.items()}
+    if recomputed:
+        apply_activation_checkpointing(student)
+    kd_loss = losses.KDLoss(kd_ratio=cfg.kd_ratio, chunk_size=64)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter:
+        with torch.no_grad():
+            signal = losses.HiddenSignal(teacher(tokens, return_hidden=True), teacher.output)
+        total, _ = kd_loss(student(tokens, return_hidden=True), student.output, signal, tokens)
+        total.backward()
+    assert on_paper(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
+    """`MemTracker`, which follows tensors, on a step of one process; the profiler is the witness in tests/distributed."""
+    cfg = config("finetune", *SMALL, "adapter=null")
+    model, tokens = real_model(cfg), tokens_of(cfg)
+    optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(model))
+    ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=64)
+
+    def step() -> None:
+        total, _ = ce_loss(model(tokens, return_hidden=True), model.output, None, tokens)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step()
+    found = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    assert on_paper(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"_component_": "torch.optim.AdamW", "lr": 0.1},
+        {"_component_": "torch.optim.AdamW", "lr": 0.1, "fused": True, "amsgrad": True},
+        {"_component_": "torch.optim.SGD", "lr": 0.1},
+        {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
+        {"_component_": "torch.optim.Adafactor", "lr": 0.1},
+        {"_component_": "torch.optim.RMSprop", "lr": 0.1, "centered": True},
+        {"_component_": "kdtune.training.Muon", "lr": 0.1},
+        {"_component_": "kdtune.training.adamw", "lr": 0.1},
+    ],
+    ids=lambda node: ", ".join(map(str, node.values())),
+)
+def test_optimizer_state_is_that_of_a_real_step(optimizer: dict[str, Any]) -> None:
+    cfg = config("finetune", *SMALL, "adapter=null")
+    cfg.optimizer = optimizer
+    model = real_model(cfg)
+    instance = instantiate(optimizer, params=training.trainable_parameters(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    instance.step()
+    values = [value for entry in instance.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    found = sum(value.numel() * value.element_size() for value in values)
+    held = on_paper(cfg, 1).held
+    assert held.state == held.all_state == found
+    assert (held.stored, held.gradients) == (sum(p.numel() * 4 for p in model.parameters()),) * 2
+
+
+def test_state_has_the_parameters_dimensions() -> None:
+    shapes = state_shapes(
+        {"_component_": "torch.optim.Adafactor", "lr": 0.1}, [("layers.0.w", nn.Parameter(torch.ones(7, 5)))]
+    )
+    assert sorted(pattern for pattern, _ in shapes["layers.0.w"]) == [(), (-1, 1), (1, -2)]
+
+
+def test_memory_falls_with_the_number_of_processes() -> None:
+    cfg = config("knowledge_distillation", source="llama3_1/70B_to_8B_kd_distributed")
+    plans = [on_paper(cfg, size, device_type="cuda") for size in (1, 8, 64, 1024)]
+    for plan, fewer in zip(plans[1:], plans, strict=False):
+        assert plan.peak.total < fewer.peak.total
+        assert plan.held.stored * plan.world_size >= plan.held.all_stored
+        assert plan.held.all_state == pytest.approx(plans[0].held.state, rel=1e-6)
+        assert plan.tokens == plan.world_size * plans[0].tokens
+    assert plans[0].held.stored == 4 * 8_030_261_248  # Llama 3.1 8B's parameters, in fp32
+    assert plans[2].volume.gather > plans[1].volume.gather > plans[0].volume.gather == 0
+
+
+def test_hybrid_sharding_copies_over_and_offloading_moves_out() -> None:
+    base = ["adapter=null", *SMALL]
+    sharded, hybrid, offloaded = (
+        on_paper(config("finetune", *base, *extra), 4, device_type="cuda")
+        for extra in ([], ["parallelism.dp_replicate=2"], ["parallelism.cpu_offload=true"])
+    )
+    assert hybrid.held.stored == 2 * sharded.held.stored and hybrid.volume.all_reduce > sharded.volume.all_reduce == 0
+    held = offloaded.held
+    assert offloaded.host_bytes == held.stored + held.gradients + held.state
+    assert sharded.peak.total - offloaded.peak.total >= held.stored
+    assert offloaded.moments[0].weights == 0
+
+
+def test_mixed_precision_gathers_in_it() -> None:
+    full, mixed = (
+        on_paper(config("finetune", *SMALL, "adapter=null", *extra), 4)
+        for extra in ([], ["parallelism.param_dtype=bf16"])
+    )
+    assert mixed.held.stored == full.held.stored
+    assert 2 * mixed.held.whole == full.held.whole
+    assert mixed.held.reduced == full.held.reduced
+    assert mixed.student.layer.kept < 0.7 * full.student.layer.kept
+
+
+def test_a_gpu_keeps_less_than_a_cpu() -> None:
+    """Its kernels share heads without copying them, and normalize without copies in fp32."""
+    cfg = config("finetune", *SMALL, "adapter=null", "dtype=bf16")
+    kept = {kind: on_paper(cfg, 1, device_type=kind).student.layer.kept for kind in ("cpu", "cuda")}
+    num_tokens, dim = 3 * 48, 64
+    heads = 2 * num_tokens * 2 * 2 * (dim // 4)  # two of four heads of keys and values, bf16
+    # The inputs of two norms in fp32; on a GPU that of the second as it is, the first's being the layer's input.
+    norms = num_tokens * dim * (2 * 4 - 2)
+    assert kept["cpu"] - kept["cuda"] == pytest.approx(heads + norms, rel=0.02)
+
+
+def test_recomputation_keeps_a_layers_input_only() -> None:
+    kept, recomputed = (
+        on_paper(config("finetune", *SMALL, f"enable_activation_checkpointing={flag}"), 1) for flag in (False, True)
+    )
+    assert recomputed.student.activations < 0.2 * kept.student.activations
+    assert recomputed.flops > 1.2 * kept.flops
+
+
+def test_what_is_on_disk() -> None:
+    full = on_paper(config("finetune", *SMALL, "adapter=null"), 1)
+    assert full.step_checkpoint == full.held.stored + full.held.state
+    assert full.final_checkpoint == full.held.stored
+    sizes = {
+        how: on_paper(config("finetune", *SMALL, *ADAPTERS["lora"], f"save_weights={how}"), 1)
+        for how in ("both", "merged", "adapter")
+    }
+    adapter = sizes["adapter"].final_checkpoint
+    assert adapter == sizes["adapter"].held.gradients < sizes["merged"].final_checkpoint == full.final_checkpoint
+    assert sizes["both"].final_checkpoint == sizes["merged"].final_checkpoint + adapter
+    assert sizes["both"].step_checkpoint == adapter + sizes["both"].held.state
+
+
+def test_times_come_from_stated_figures() -> None:
+    plan = on_paper(config("knowledge_distillation", source="llama3_1/70B_to_8B_kd_distributed"), 8, device_type="cuda")
+    slow, fast = find_gpu("a100-80gb"), find_gpu("h100-80gb")
+    assert plan.computing(slow) / plan.computing(fast) == pytest.approx(989 / 312, rel=0.01)
+    received = plan.volume.gather + plan.volume.reduce_scatter
+    assert plan.communicating(slow) == pytest.approx(received / 300e9)
+
+
+def test_a_teacher_apart_is_not_on_the_students_processes() -> None:
+    base = [*SMALL, "adapter=null", "gradient_accumulation_steps=4"]
+    cfg = config("knowledge_distillation", *base, "teacher_processes=3")
+    together = on_paper(config("knowledge_distillation", *base), 2)
+    student = on_paper(cfg, 2)
+    with fake_world(3) as world:
+        teacher = make_teacher_plan(cfg, world, 2)
+    assert student.world_size == 5 and student.tokens == together.tokens
+    whole = instantiate(cfg.teacher_model)
+    head = whole.output.weight
+    assert student.teacher.stored == head.numel() * 4
+    assert student.peak.weights == student.held.stored + head.numel() * 4
+    assert {moment.name for moment in together.moments} - {moment.name for moment in student.moments} == {
+        "the teacher's first use",
+        "the teacher's forward",
+    }
+    # Three of the teacher's share the rows of two students: one student's are computed by one process alone.
+    assert together.flops - student.flops == teacher.flops
+    assert student.volume.answers == 4 * 3 * 48 * head.shape[1] * 4
+    assert student.volume.gather < together.volume.gather and teacher.gather > 0
+    assert sum(p.numel() * 4 for p in whole.parameters()) == teacher.teacher.sizes.total.all_stored
+    assert teacher.peak.total < together.peak.total
+
+
+def test_time_with_a_teacher_apart_is_the_slower_sides_and_one_wait() -> None:
+    names = ("knowledge_distillation", "teacher_processes=8")
+    gpu, source = find_gpu("a100-80gb"), "llama3_1/70B_to_8B_kd_distributed"
+    for students in (8, 64):
+        plan = on_paper(config(*names, source=source), students, device_type="cuda")
+        speed, steps = 0.4 * 312e12, plan.accumulation
+        own, answer = plan.flops / steps / speed, plan.teacher.flops / speed
+        # A micro-batch after the other: the student computes one as soon as it is answered and the one before is done.
+        done = 0.0
+        for index in range(steps):
+            done = max(done, (index + 1) * answer) + own
+        updated = 3 * plan.held.gradients + 2 * plan.held.state
+        assert plan.computing(gpu) == pytest.approx(done + updated / (1e9 * gpu.memory_gb_s))
+
+
+def test_command_line_with_a_teacher_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "llama3_1/70B_to_8B_kd_distributed", "--world-size", "16,24", "teacher_processes=8"]
+    assert run_command(argv) == 0
+    out = capsys.readouterr().out
+    cells = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+    assert cells["processes"] == ["16", "24"] and cells["of these, with the teacher alone"] == ["8", "8"]
+    assert cells["teacher's head"] == ["1.96", "1.96"]  # 128,256 x 8,192 in bf16
+    assert "\nmemory a process of the teacher, GiB\n" in out
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_command(
+        ["plan", "llama3_2/1B_full_distributed", "--world-size", "1,4", "--gpu", "h100-80gb", "batch_size=1"]
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    lines = {line[:33].strip(): line[33:].split() for line in out.splitlines() if line.startswith(("processes", "  "))}
+    assert lines["processes"] == ["1", "4"]
+    first, second = map(float, lines["weights"])
+    assert first == pytest.approx(4 * second, rel=0.01) and first > 2
+    assert any(line.startswith("fits into h100-80gb") for line in lines)
+    assert "2,048 tokens" in out or "512 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["quantization"], "does not train"),
+        (["tiny/finetune", "--world-size", "0"], "not a number of processes"),
+        (["tiny/finetune", "--world-size", "2,x"], "'x'"),
+        (["tiny/finetune", "--gpu", "h900"], "a100-80gb"),
+        (["tiny/finetune", "--seq-len", "0"], "at least 1"),
+        (["tiny/finetune", "--world-size", "3", "parallelism.dp_replicate=2"], "multiple of 2"),
+        (["tiny/finetune", "batch_size=0"], "batch_size"),
+        (
+            ["llama3_1/8B_qlora_single_device", "--world-size", "2", "parallelism.tp=2"],
+            "an NF4 base is cut by rows for FSDP alone",
+        ),
+        (["tiny/knowledge_distillation", "--world-size", "2", "teacher_processes=2"], "leaves none for the student"),
+        (
+            ["tiny/knowledge_distillation", "--world-size", "4", "teacher_processes=2", "parallelism.tp=2"],
+            "tp=1 on both",
+        ),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_command_line_errors(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plan", *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_documented_plan_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(_assets.__file__).parents[1] / "docs" / "plan.md").read_text()
+    command = next(line.split() for line in page.splitlines() if line.startswith("    kdtune plan"))
+    assert run_command(command[1:]) == 0
+    assert textwrap.indent(capsys.readouterr().out, "    ") in page
+
+
+def test_an_assumed_length_is_said() -> None:
+    cfg = config("finetune", *SMALL, "tokenizer.max_seq_len=null", "model.max_seq_len=256")
+    assert "256 tokens (assumed" in plan_on_paper(cfg, [1])
+    assert "32 tokens (as asked for)" in plan_on_paper(cfg, [1], seq_len=32)
+
+
+def test_a_plan_fits_into_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("finetune", *SMALL)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = plan_on_paper(cfg, [1, 8])
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = plan_on_paper(cfg, [1, 8])
+    assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
+    assert narrow.split() == wide.split()
