@@ -30,11 +30,11 @@ def execute(arguments: argparse.Namespace) -> None:
     recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
 
     from kdtune.config import load
-    from kdtune.planner import plan_on_paper
+    from kdtune.planner import estimate_text
     from kdtune.training import context_note
 
     cfg = load(arguments.config, arguments.overrides, recipe.frame)
-    print(plan_on_paper(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
+    print(estimate_text(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
     if note := context_note(cfg):
         print(f"note: {note}")
 

@@ -1,5 +1,5 @@
-from .text import plan_on_paper
+from .text import estimate_text
 
 __all__ = [
-    "plan_on_paper",
+    "estimate_text",
 ]

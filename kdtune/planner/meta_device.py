@@ -34,7 +34,7 @@ class Cost:
     backward_flops: int
 
 
-class AsOn(TorchFunctionMode):
+class FakeDevice(TorchFunctionMode):
     """A mode in which meta tensors report this device type, and operations behave as on it."""
 
     def __init__(self, device_type: str) -> None:
@@ -84,7 +84,7 @@ def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | None = None)
     return torch.mm(one.expand(a.shape), one.expand(b.shape), out=out)
 
 
-class LiveBytes(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Count the live bytes of storages that operations allocate, and floating-point operations as torch counts them."""
 
     def __init__(self) -> None:
@@ -136,9 +136,9 @@ def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str
         device_type: such as "cuda".
         backward: also run a backward pass.
     """
-    live = LiveBytes()
+    live = MemoryTracker()
     live.ignore(*held)
-    with torch.set_grad_enabled(backward), AsOn(device_type), live:
+    with torch.set_grad_enabled(backward), FakeDevice(device_type), live:
         output = function()
         kept, forward_peak, forward_flops = live.live, live.peak, live.flops
         backward_peak = 0
@@ -156,9 +156,9 @@ def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str
 
 def kept_bytes(function: Callable[[], Tensor], held: list[Tensor], device_type: str) -> int:
     """Return the bytes that a function of meta tensors leaves: the tensors saved for backward, and its output."""
-    live = LiveBytes()
+    live = MemoryTracker()
     live.ignore(*held)
-    with AsOn(device_type), live:
+    with FakeDevice(device_type), live:
         output = function()
         kept = live.live
         del output

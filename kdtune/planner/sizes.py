@@ -17,14 +17,14 @@ from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
 from kdtune.models.quantization import num_bytes
 from kdtune.parallel import shard_model
-from kdtune.planner.meta_device import LiveBytes
+from kdtune.planner.meta_device import MemoryTracker
 
 # Sizes that no optimizer has of its own, so that what has them in its state has them from the parameter.
 _PROBE = (29, 31, 37, 41)
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """Parameters that FSDP gathers together (an FSDP unit); bytes on one rank unless stated otherwise."""
 
     stored: int = 0
@@ -46,9 +46,9 @@ class Unit:
     all_state: int = 0
     """The optimizer's state on all ranks, each entry once."""
 
-    def plus(self, other: Self, times: int = 1) -> "Unit":
+    def plus(self, other: Self, times: int = 1) -> "FSDPUnit":
         """Return the sum of this unit and the other one, times a factor."""
-        return Unit(*(getattr(self, field.name) + times * getattr(other, field.name) for field in fields(Unit)))
+        return FSDPUnit(*(getattr(self, field.name) + times * getattr(other, field.name) for field in fields(FSDPUnit)))
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ModelSizes:
     pieces: Transformer
     """One layer and the rest, on the meta device, with a rank's compute shapes and dtypes."""
     num_layers: int
-    layer: Unit
-    rest: Unit
+    layer: FSDPUnit
+    rest: FSDPUnit
     is_sharded: bool
     """True if FSDP gathers it."""
     parallelism: Parallelism
@@ -67,7 +67,7 @@ class ModelSizes:
     """Sizes of the mesh: dp_replicate, dp_shard, and any further dimension."""
 
     @property
-    def total(self) -> Unit:
+    def total(self) -> FSDPUnit:
         """Sum of all units."""
         return self.rest.plus(self.layer, self.num_layers)
 
@@ -106,9 +106,9 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
     shard_model(model, parallelism, world)
     is_sharded = isinstance(model, FSDPModule)
     shards = parallelism.sizes(world.size)["dp_shard"] if is_sharded else 0
-    widths = _Widths(parallelism, is_sharded)
+    widths = _DTypes(parallelism, is_sharded)
     _take_shapes(pieces, model, widths)
-    units = {True: Unit(), False: Unit()}
+    units = {True: FSDPUnit(), False: FSDPUnit()}
     for name, parameter in model.named_parameters():
         unit = _unit(parameter, shards, widths, state.get(name, []))
         in_layer = name.startswith("layers.")
@@ -118,7 +118,7 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
 
 
 @dataclass(frozen=True)
-class _Widths:
+class _DTypes:
     """Dtypes in which FSDP gathers and reduces."""
 
     parallelism: Parallelism
@@ -133,12 +133,12 @@ class _Widths:
         return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
 
 
-def _unit(parameter: Tensor, shards: int, widths: _Widths, state: list[tuple[tuple[int, ...], int]]) -> Unit:
+def _unit(parameter: Tensor, shards: int, widths: _DTypes, state: list[tuple[tuple[int, ...], int]]) -> FSDPUnit:
     own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
     senders = shards if isinstance(parameter, DTensor) else 0
     gathered = senders * _num_padded(parameter)
     whole = math.prod(shape_in_use(parameter))
-    return Unit(
+    return FSDPUnit(
         stored=num_bytes(own),
         gradients=_bytes(own) * trained,
         state=sum(_state_bytes(one, own.shape) for one in state),
@@ -181,7 +181,7 @@ def shape_in_use(parameter: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _Widths) -> None:
+def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _DTypes) -> None:
     """Give the pieces the shapes and dtypes that the sharded model's parameters have in computation."""
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
@@ -220,7 +220,7 @@ def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
     at_once = group.get("foreach") or (
         device_type == "cuda" and not sizes.is_sharded and "foreach" in group and not group.get("fused")
     )
-    live = LiveBytes()
+    live = MemoryTracker()
     live.ignore(*small.values(), *(parameter.grad for parameter in small.values()))
     live.ignore(*(value for parameter in small.values() for value in _tensors(instance, parameter)))
     with live:

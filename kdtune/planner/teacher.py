@@ -11,31 +11,31 @@ from kdtune.models import dtype_from_name
 from kdtune.parallel import meta_model, model_config
 from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
 from kdtune.planner.meta_device import Cost
-from kdtune.planner.moments import Moment, Taught, teacher_gather, teacher_held, teacher_moments
+from kdtune.planner.phases import Phase, TeacherCost, teacher_gather, teacher_held, teacher_phases
 from kdtune.planner.sizes import ModelSizes, model_sizes
 
 
 @dataclass(frozen=True)
-class TeacherPlan:
+class TeacherEstimate:
     """Estimate for a rank that holds only the teacher."""
 
-    teacher: Taught
-    moments: tuple[Moment, ...]
+    teacher: TeacherCost
+    phases: tuple[Phase, ...]
     flops: int
     """Floating-point operations of a step."""
     gather: int
     """Bytes received of its weights in a step."""
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> Phase:
         """The phase with the most memory."""
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda moment: moment.total)
 
 
-def make_teacher_plan(
+def make_teacher_estimate(
     cfg: Any, world: World, num_students: int, *, device_type: str | None = None, seq_len: int | None = None
-) -> TeacherPlan:
-    """Estimate a rank that holds only the teacher (`teacher_processes`); see `make_plan`.
+) -> TeacherEstimate:
+    """Estimate a rank that holds only the teacher (`teacher_processes`); see `make_estimate`.
 
     Args:
         cfg: config of a distillation recipe.
@@ -53,17 +53,17 @@ def make_teacher_plan(
     share, turns = _share(batch, num_students, world.size)
     teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), apart=world.size, turns=turns)
     # The answer before is kept until it has been fetched.
-    found = teacher_moments(teacher, teacher_held(teacher), unfetched=teacher.hidden)
+    found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
     steps = cfg.gradient_accumulation_steps
-    return TeacherPlan(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
+    return TeacherEstimate(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
 
 
-def teacher_beside(cfg: Any, world: World, batch: MicroBatch) -> Taught:
+def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
     """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
     return _taught(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
 
 
-def teacher_afar(cfg: Any, num_students: int, batch: MicroBatch) -> Taught:
+def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:
     """Return the disaggregated teacher as a student rank sees it; its sizes are those of the full model."""
     share, turns = _share(batch, num_students, cfg.teacher_processes)
     # Head and hidden states come in the dtype that it computes in.
@@ -73,9 +73,9 @@ def teacher_afar(cfg: Any, num_students: int, batch: MicroBatch) -> Taught:
     return replace(_taught(sizes, share), hidden=answer, apart=cfg.teacher_processes, turns=turns)
 
 
-def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> Taught:
+def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:
     cost = layer_cost(sizes.pieces, batch, backward=False) if runs else Cost(0, 0, 0, 0, 0)
-    return Taught(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
+    return TeacherCost(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
 
 
 def _parallelism(cfg: Any) -> Parallelism:

@@ -11,11 +11,11 @@ from kdtune.config import instantiate
 from kdtune.distributed import World, fake_world, layout_problems
 from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
+from kdtune.planner.estimate import Estimate, check_trains, make_estimate
 from kdtune.planner.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu
-from kdtune.planner.plan import Plan, check_trains, make_plan
-from kdtune.planner.teacher import TeacherPlan, make_teacher_plan
+from kdtune.planner.teacher import TeacherEstimate, make_teacher_estimate
 
-T = TypeVar("T", Plan, TeacherPlan)
+T = TypeVar("T", Estimate, TeacherEstimate)
 # A label and a cell for each plan; no cells: a heading.
 Row = tuple[str, list[str]]
 _GIB = 2**30
@@ -23,7 +23,7 @@ _GIB = 2**30
 _USABLE = 0.9
 
 
-def plan_text(plans: Sequence[Plan], gpu: GPU | None) -> str:
+def table_text(plans: Sequence[Estimate], gpu: GPU | None) -> str:
     """Format plans of one config for several numbers of processes side by side; times only for a known card."""
     apart = [plan.apart for plan in plans if plan.apart]
     rows = [
@@ -45,16 +45,16 @@ def _lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def plan_on_paper(
+def estimate_text(
     cfg: Any, world_sizes: Sequence[int], *, gpu_name: str | None = None, seq_len: int | None = None
 ) -> str:
-    """Estimate a config for numbers of processes that need not exist; see `plan_text`.
+    """Estimate a config for numbers of processes that need not exist; see `table_text`.
 
     Args:
         cfg: config of a recipe that trains.
         world_sizes: numbers of processes, one column each.
         gpu_name: a name of `hardware.GPUS`; None: the default one, unless the config's device is the CPU.
-        seq_len: as in `make_plan`.
+        seq_len: as in `make_estimate`.
 
     Raises:
         ConfigError: the recipe does not train, the card is not known, or the config does not fit a number of processes.
@@ -77,13 +77,13 @@ def plan_on_paper(
             raise ConfigError("; ".join(problems))
         # One process without torchrun has no process group, and FSDP nothing to do.
         with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
-            plan = make_plan(cfg, world, device_type=device_type, seq_len=seq_len)
+            plan = make_estimate(cfg, world, device_type=device_type, seq_len=seq_len)
         if apart:
             with fake_world(apart) as world:
-                own = make_teacher_plan(cfg, world, students, device_type=device_type, seq_len=seq_len)
+                own = make_teacher_estimate(cfg, world, students, device_type=device_type, seq_len=seq_len)
                 plan = replace(plan, apart=own)
         plans.append(plan)
-    return plan_text(plans, gpu)
+    return table_text(plans, gpu)
 
 
 def _row(label: str, plans: Sequence[T], value: Callable[[T], str]) -> Row:
@@ -94,7 +94,7 @@ def _bytes_row(label: str, plans: Sequence[T], unit: int, value: Callable[[T], i
     return _row(f"  {label}", plans, lambda plan: _digits(value(plan) / unit))
 
 
-def _unit(plans: Sequence[Plan] | Sequence[TeacherPlan]) -> tuple[int, str]:
+def _unit(plans: Sequence[Estimate] | Sequence[TeacherEstimate]) -> tuple[int, str]:
     return (_GIB, "GiB") if max(plan.peak.total for plan in plans) >= _GIB else (2**20, "MiB")
 
 
@@ -102,11 +102,11 @@ def _fits_row(plans: Sequence[T], gpu: GPU) -> Row:
     return _row(f"  fits into {gpu.name}", plans, lambda plan: _fits(plan.peak.total / _GIB, gpu.memory_gib))
 
 
-def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
+def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
     unit, name = _unit(plans)
     teacher = plans[0].teacher
 
-    def row(label: str, value: Callable[[Plan], int]) -> Row:
+    def row(label: str, value: Callable[[Estimate], int]) -> Row:
         return _bytes_row(label, plans, unit, value)
 
     rows = [_row("processes", plans, lambda plan: f"{plan.world_size:,}")]
@@ -125,9 +125,9 @@ def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
         row("optimizer state", lambda plan: plan.held.state),
         row("at the peak, activations", lambda plan: plan.peak.activations),
         row("... loss, or optimizer's step", lambda plan: plan.peak.loss),
-        row("... weights made whole", lambda plan: plan.peak.gathered),
-        row("... gradients summed so far", lambda plan: plan.peak.gradients),
-        row("... gradients being summed", lambda plan: plan.peak.reduction),
+        row("... all-gathered weights", lambda plan: plan.peak.gathered),
+        row("... reduced gradients", lambda plan: plan.peak.gradients),
+        row("... reduce-scatter buffers", lambda plan: plan.peak.reduction),
         row("peak", lambda plan: plan.peak.total),
     ]
     if any(plan.host_bytes for plan in plans):
@@ -135,14 +135,14 @@ def _memory_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
     return [*rows, _fits_row(plans, gpu)] if gpu is not None else rows
 
 
-def _teacher_rows(plans: Sequence[TeacherPlan], gpu: GPU | None) -> list[Row]:
+def _teacher_rows(plans: Sequence[TeacherEstimate], gpu: GPU | None) -> list[Row]:
     """Return the table rows of ranks that hold only the teacher."""
     unit, name = _unit(plans)
     rows = [
         (f"memory a process of the teacher, {name}", []),
         _bytes_row("weights", plans, unit, lambda plan: plan.teacher.sizes.total.stored),
         _bytes_row("at the peak, activations", plans, unit, lambda plan: plan.peak.activations),
-        _bytes_row("... weights made whole", plans, unit, lambda plan: plan.peak.gathered),
+        _bytes_row("... all-gathered weights", plans, unit, lambda plan: plan.peak.gathered),
         _bytes_row("peak", plans, unit, lambda plan: plan.peak.total),
     ]
     if gpu is not None:
@@ -156,7 +156,7 @@ def _teacher_rows(plans: Sequence[TeacherPlan], gpu: GPU | None) -> list[Row]:
     return rows
 
 
-def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
+def _step_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
     rows = [
         ("a step", []),
         _row("  tokens, all processes", plans, lambda plan: f"{plan.tokens:,}"),
@@ -181,7 +181,7 @@ def _step_rows(plans: Sequence[Plan], gpu: GPU | None) -> list[Row]:
     return rows
 
 
-def _checkpoint_rows(plans: Sequence[Plan]) -> list[Row]:
+def _checkpoint_rows(plans: Sequence[Estimate]) -> list[Row]:
     unit, name = (1e9, "GB") if max(plan.final_checkpoint for plan in plans) >= 1e9 else (1e6, "MB")
     return [
         (f"on disk, {name}", []),
@@ -190,7 +190,7 @@ def _checkpoint_rows(plans: Sequence[Plan]) -> list[Row]:
     ]
 
 
-def _notes(plans: Sequence[Plan], gpu: GPU | None) -> list[str]:
+def _notes(plans: Sequence[Estimate], gpu: GPU | None) -> list[str]:
     first = plans[0]
     peaks: dict[str, list[str]] = {}
     for plan in plans:
@@ -221,11 +221,11 @@ def _digits(value: float) -> str:
 
 def _fits(needed_gib: float, memory_gib: float) -> str:
     share = needed_gib / memory_gib
-    word = "yes" if share <= _USABLE else "barely" if share <= 1 else "no"
+    word = "yes" if share <= _USABLE else "tight" if share <= 1 else "no"
     return f"{word}, {share:.0%}"
 
 
-def _speed(plan: Plan, gpu: GPU) -> str:
+def _speed(plan: Estimate, gpu: GPU) -> str:
     computing, communicating = plan.computing(gpu), plan.communicating(gpu)
     slow, fast = (plan.tokens / seconds for seconds in (computing + communicating, max(computing, communicating)))
     return _digits(fast) if plan.world_size == 1 else f"{_rounded(slow):,} to {_rounded(fast):,}"

@@ -111,7 +111,7 @@ class RemoteTeacher:
 
 
 class Interrupt(Protocol):
-    """A context manager in which signals only set `requested`, such as `kdtune.training.InterruptFlag`."""
+    """A context manager in which signals only set `requested`, such as `kdtune.runs.InterruptFlag`."""
 
     @property
     def requested(self) -> bool:

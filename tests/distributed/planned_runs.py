@@ -15,8 +15,8 @@ from kdtune.config import factory, instantiate
 from kdtune.distributed import local
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
-from kdtune.planner.plan import make_plan
-from kdtune.planner.teacher import make_teacher_plan
+from kdtune.planner.estimate import make_estimate
+from kdtune.planner.teacher import make_teacher_estimate
 
 
 def live_bytes() -> int:
@@ -48,7 +48,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     """Two steps as the recipe makes them: what this rank held, and what a plan that it makes itself says, in bytes."""
     parallelism, dtype = instantiate(cfg.parallelism), dtype_from_name(cfg.dtype)
 
-    plan = make_plan(cfg, world)
+    plan = make_estimate(cfg, world)
     teacher = teachers.build_teacher(cfg, world)
     student = parallel.build_model(
         factory(cfg.model), None, dtype=dtype, world=world, parallelism=parallelism, adapter=factory(cfg.adapter),
@@ -90,7 +90,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 
 def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
     """What a process of a teacher apart holds while the student's make their steps, and what a plan says of it, in bytes."""
-    plan = make_teacher_plan(cfg, world, world.bridge.num_students)
+    plan = make_teacher_estimate(cfg, world, world.bridge.num_students)
     model = teachers.build_teacher_model(cfg, world)
     weights, before = _bytes(model.parameters()), live_bytes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

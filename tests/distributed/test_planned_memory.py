@@ -13,8 +13,8 @@ from kdtune._assets import find_recipe
 from kdtune.config import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
-from kdtune.planner.plan import Plan, make_plan
-from kdtune.planner.teacher import TeacherPlan, make_teacher_plan
+from kdtune.planner.estimate import Estimate, make_estimate
+from kdtune.planner.teacher import TeacherEstimate, make_teacher_estimate
 
 SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
          "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip
@@ -58,11 +58,11 @@ EVERYWHERE = ("full", "dora")
 QUICK = (("full", "1"), ("full", "HSDP 2x2"), ("dora", "2"), ("qlora", "2"))
 
 
-def planned(cfg: Any, ranks: int, rank: int = 0) -> Plan:
+def planned(cfg: Any, ranks: int, rank: int = 0) -> Estimate:
     if ranks == 1:
-        return make_plan(cfg, World(torch.device("cpu")))
+        return make_estimate(cfg, World(torch.device("cpu")))
     with fake_world(ranks, rank) as world:
-        return make_plan(cfg, world)
+        return make_estimate(cfg, world)
 
 
 def config(*overrides: str) -> Any:
@@ -104,7 +104,7 @@ def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path
     check_peak(plans[0], 2 * plans[0].student.sizes.layer.reduced, [one["peak"] for one in found])
 
 
-def check_peak(plan: Plan | TeacherPlan, late: int, found: list[int]) -> None:
+def check_peak(plan: Estimate | TeacherEstimate, late: int, found: list[int]) -> None:
     """10 %. Gloo's threads let go late of copies of what they send, on each rank at another time; the rest is the step's own."""
     assert 0.9 * (max(found) - late) <= plan.peak.total <= 1.1 * min(found)
 
@@ -178,10 +178,10 @@ def test_memory_of_a_teacher_apart(students: int, num_teachers: int, launch, tmp
     plans: list[Any] = []
     for rank in range(students):
         with fake_world(students, rank) as world:
-            plans.append(make_plan(cfg, world))
+            plans.append(make_estimate(cfg, world))
     for rank in range(num_teachers):
         with fake_world(num_teachers, rank) as world:
-            plans.append(make_teacher_plan(cfg, world, students))
+            plans.append(make_teacher_estimate(cfg, world, students))
     found = measured(launch, cfg, students + num_teachers, tmp_path)
     for plan, one in zip(plans[:students], found[:students], strict=True):
         sizes = [plan.held.stored, plan.held.gradients, plan.held.state]

@@ -18,11 +18,11 @@ from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.parallel import apply_activation_checkpointing
-from kdtune.planner import plan_on_paper
+from kdtune.planner import estimate_text
+from kdtune.planner.estimate import Estimate, make_estimate
 from kdtune.planner.hardware import find_gpu
-from kdtune.planner.plan import Plan, make_plan
 from kdtune.planner.sizes import state_shapes
-from kdtune.planner.teacher import make_teacher_plan
+from kdtune.planner.teacher import make_teacher_estimate
 
 CPU = torch.device("cpu")
 SMALL = ["model.vocab_size=500", "model.embed_dim=64", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=64",
@@ -38,11 +38,11 @@ def config(recipe: str, *overrides: str, source: str | None = None) -> Any:
     return load(source or f"tiny/{recipe}", list(overrides), import_recipe(find_recipe(recipe)).frame)
 
 
-def on_paper(cfg: Any, size: int, **options: Any) -> Plan:
+def estimated(cfg: Any, size: int, **options: Any) -> Estimate:
     if size == 1:
-        return make_plan(cfg, World(CPU), **options)
+        return make_estimate(cfg, World(CPU), **options)
     with fake_world(size) as world:
-        return make_plan(cfg, world, **options)
+        return make_estimate(cfg, world, **options)
 
 
 def real_model(cfg: Any) -> Transformer:
@@ -71,7 +71,7 @@ def test_activations_are_what_autograd_saves(kind: str, dtype: str) -> None:
         hidden = model(tokens, return_hidden=True)
     saved.setdefault(hidden.untyped_storage()._cdata, hidden)
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert on_paper(cfg, 1).student.activations == pytest.approx(found, rel=0.1)
+    assert estimated(cfg, 1).student.activations == pytest.approx(found, rel=0.1)
 
 
 def raw(count: Any) -> Any:
@@ -110,7 +110,7 @@ def test_operations_are_those_that_torch_counts(kind: str, recomputed: bool) -> 
             signal = losses.HiddenSignal(teacher(tokens, return_hidden=True), teacher.output)
         total, _ = kd_loss(student(tokens, return_hidden=True), student.output, signal, tokens)
         total.backward()
-    assert on_paper(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert estimated(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
@@ -132,7 +132,7 @@ def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
     with tracker:
         step()
     found = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    assert on_paper(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+    assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_optimizer_state_is_that_of_a_real_step(optimizer: dict[str, Any]) -> No
     instance.step()
     values = [value for entry in instance.state.values() for value in entry.values() if isinstance(value, Tensor)]
     found = sum(value.numel() * value.element_size() for value in values)
-    held = on_paper(cfg, 1).held
+    held = estimated(cfg, 1).held
     assert held.state == held.all_state == found
     assert (held.stored, held.gradients) == (sum(p.numel() * 4 for p in model.parameters()),) * 2
 
@@ -173,7 +173,7 @@ def test_state_has_the_parameters_dimensions() -> None:
 
 def test_memory_falls_with_the_number_of_processes() -> None:
     cfg = config("knowledge_distillation", source="llama3_1/70B_to_8B_kd_distributed")
-    plans = [on_paper(cfg, size, device_type="cuda") for size in (1, 8, 64, 1024)]
+    plans = [estimated(cfg, size, device_type="cuda") for size in (1, 8, 64, 1024)]
     for plan, fewer in zip(plans[1:], plans, strict=False):
         assert plan.peak.total < fewer.peak.total
         assert plan.held.stored * plan.world_size >= plan.held.all_stored
@@ -186,19 +186,19 @@ def test_memory_falls_with_the_number_of_processes() -> None:
 def test_hybrid_sharding_copies_over_and_offloading_moves_out() -> None:
     base = ["adapter=null", *SMALL]
     sharded, hybrid, offloaded = (
-        on_paper(config("finetune", *base, *extra), 4, device_type="cuda")
+        estimated(config("finetune", *base, *extra), 4, device_type="cuda")
         for extra in ([], ["parallelism.dp_replicate=2"], ["parallelism.cpu_offload=true"])
     )
     assert hybrid.held.stored == 2 * sharded.held.stored and hybrid.volume.all_reduce > sharded.volume.all_reduce == 0
     held = offloaded.held
     assert offloaded.host_bytes == held.stored + held.gradients + held.state
     assert sharded.peak.total - offloaded.peak.total >= held.stored
-    assert offloaded.moments[0].weights == 0
+    assert offloaded.phases[0].weights == 0
 
 
 def test_mixed_precision_gathers_in_it() -> None:
     full, mixed = (
-        on_paper(config("finetune", *SMALL, "adapter=null", *extra), 4)
+        estimated(config("finetune", *SMALL, "adapter=null", *extra), 4)
         for extra in ([], ["parallelism.param_dtype=bf16"])
     )
     assert mixed.held.stored == full.held.stored
@@ -210,7 +210,7 @@ def test_mixed_precision_gathers_in_it() -> None:
 def test_a_gpu_keeps_less_than_a_cpu() -> None:
     """Its kernels share heads without copying them, and normalize without copies in fp32."""
     cfg = config("finetune", *SMALL, "adapter=null", "dtype=bf16")
-    kept = {kind: on_paper(cfg, 1, device_type=kind).student.layer.kept for kind in ("cpu", "cuda")}
+    kept = {kind: estimated(cfg, 1, device_type=kind).student.layer.kept for kind in ("cpu", "cuda")}
     num_tokens, dim = 3 * 48, 64
     heads = 2 * num_tokens * 2 * 2 * (dim // 4)  # two of four heads of keys and values, bf16
     # The inputs of two norms in fp32; on a GPU that of the second as it is, the first's being the layer's input.
@@ -220,18 +220,18 @@ def test_a_gpu_keeps_less_than_a_cpu() -> None:
 
 def test_recomputation_keeps_a_layers_input_only() -> None:
     kept, recomputed = (
-        on_paper(config("finetune", *SMALL, f"enable_activation_checkpointing={flag}"), 1) for flag in (False, True)
+        estimated(config("finetune", *SMALL, f"enable_activation_checkpointing={flag}"), 1) for flag in (False, True)
     )
     assert recomputed.student.activations < 0.2 * kept.student.activations
     assert recomputed.flops > 1.2 * kept.flops
 
 
 def test_what_is_on_disk() -> None:
-    full = on_paper(config("finetune", *SMALL, "adapter=null"), 1)
+    full = estimated(config("finetune", *SMALL, "adapter=null"), 1)
     assert full.step_checkpoint == full.held.stored + full.held.state
     assert full.final_checkpoint == full.held.stored
     sizes = {
-        how: on_paper(config("finetune", *SMALL, *ADAPTERS["lora"], f"save_weights={how}"), 1)
+        how: estimated(config("finetune", *SMALL, *ADAPTERS["lora"], f"save_weights={how}"), 1)
         for how in ("both", "merged", "adapter")
     }
     adapter = sizes["adapter"].final_checkpoint
@@ -241,7 +241,9 @@ def test_what_is_on_disk() -> None:
 
 
 def test_times_come_from_stated_figures() -> None:
-    plan = on_paper(config("knowledge_distillation", source="llama3_1/70B_to_8B_kd_distributed"), 8, device_type="cuda")
+    plan = estimated(
+        config("knowledge_distillation", source="llama3_1/70B_to_8B_kd_distributed"), 8, device_type="cuda"
+    )
     slow, fast = find_gpu("a100-80gb"), find_gpu("h100-80gb")
     assert plan.computing(slow) / plan.computing(fast) == pytest.approx(989 / 312, rel=0.01)
     received = plan.volume.gather + plan.volume.reduce_scatter
@@ -251,16 +253,16 @@ def test_times_come_from_stated_figures() -> None:
 def test_a_teacher_apart_is_not_on_the_students_processes() -> None:
     base = [*SMALL, "adapter=null", "gradient_accumulation_steps=4"]
     cfg = config("knowledge_distillation", *base, "teacher_processes=3")
-    together = on_paper(config("knowledge_distillation", *base), 2)
-    student = on_paper(cfg, 2)
+    together = estimated(config("knowledge_distillation", *base), 2)
+    student = estimated(cfg, 2)
     with fake_world(3) as world:
-        teacher = make_teacher_plan(cfg, world, 2)
+        teacher = make_teacher_estimate(cfg, world, 2)
     assert student.world_size == 5 and student.tokens == together.tokens
     whole = instantiate(cfg.teacher_model)
     head = whole.output.weight
     assert student.teacher.stored == head.numel() * 4
     assert student.peak.weights == student.held.stored + head.numel() * 4
-    assert {moment.name for moment in together.moments} - {moment.name for moment in student.moments} == {
+    assert {moment.name for moment in together.phases} - {moment.name for moment in student.phases} == {
         "the teacher's first use",
         "the teacher's forward",
     }
@@ -276,7 +278,7 @@ def test_time_with_a_teacher_apart_is_the_slower_sides_and_one_wait() -> None:
     names = ("knowledge_distillation", "teacher_processes=8")
     gpu, source = find_gpu("a100-80gb"), "llama3_1/70B_to_8B_kd_distributed"
     for students in (8, 64):
-        plan = on_paper(config(*names, source=source), students, device_type="cuda")
+        plan = estimated(config(*names, source=source), students, device_type="cuda")
         speed, steps = 0.4 * 312e12, plan.accumulation
         own, answer = plan.flops / steps / speed, plan.teacher.flops / speed
         # A micro-batch after the other: the student computes one as soon as it is answered and the one before is done.
@@ -347,15 +349,15 @@ def test_the_documented_plan_is_what_is_printed(capsys: pytest.CaptureFixture[st
 
 def test_an_assumed_length_is_said() -> None:
     cfg = config("finetune", *SMALL, "tokenizer.max_seq_len=null", "model.max_seq_len=256")
-    assert "256 tokens (assumed" in plan_on_paper(cfg, [1])
-    assert "32 tokens (as asked for)" in plan_on_paper(cfg, [1], seq_len=32)
+    assert "256 tokens (assumed" in estimate_text(cfg, [1])
+    assert "32 tokens (as asked for)" in estimate_text(cfg, [1], seq_len=32)
 
 
 def test_a_plan_fits_into_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config("finetune", *SMALL)
     monkeypatch.delenv("COLUMNS", raising=False)
-    wide = plan_on_paper(cfg, [1, 8])
+    wide = estimate_text(cfg, [1, 8])
     monkeypatch.setenv("COLUMNS", "60")
-    narrow = plan_on_paper(cfg, [1, 8])
+    narrow = estimate_text(cfg, [1, 8])
     assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
     assert narrow.split() == wide.split()

@@ -14,7 +14,8 @@ import pytest
 from terminal import output_in_terminal
 
 from kdtune.log import get_logger
-from kdtune.runs import Progress, StepLog, validation_text
+from kdtune.runs import Progress, validation_text
+from kdtune.training import StepLog
 
 ROOT = Path(__file__).parents[3]
 ROW = {"loss": 1.5, "kd_loss": 4.0, "class_loss": 3.25, "lr": 3e-4, "step_seconds": 0.5, "tokens_per_second": 12345.6,
@@ -118,6 +119,7 @@ TERMINAL = """
 import time
 from kdtune.log import get_logger
 from kdtune.runs import Progress
+from kdtune.training import StepLog
 with Progress() as progress:
     progress.phase("reading the data")
     progress.start(3)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
-from kdtune import _assets, config, data, losses, models, teachers, training
+from kdtune import _assets, config, data, losses, models, runs, teachers, training
 from kdtune.config.load import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World
@@ -40,7 +40,7 @@ class EnoughError(Exception):
 def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Run the recipe under FakeTensorMode until its second step waits; return the number of values of each wait."""
     run = sys.modules[import_recipe(_assets.find_recipe(recipe)).__module__].run
-    world, progress = World(torch.device("cpu")), training.Progress(silent=True)
+    world, progress = World(torch.device("cpu")), runs.Progress(silent=True)
     mode, waits = FakeTensorMode(), list[int]()
 
     def without_values(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def check_a_step_waits_once(
     assert cfg.gradient_accumulation_steps == 2
     waits = waits_of(recipe, cfg, monkeypatch)
     assert waits == [2 * num_parts + 1] * 2, "those of both micro-batches, and the norm of the gradient"
-    assert training.read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1, "the first step was made to its end"
+    assert runs.read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1, "the first step was made to its end"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

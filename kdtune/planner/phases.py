@@ -17,11 +17,11 @@ import torch
 
 from kdtune.planner.costs import MicroBatch, hidden_bytes
 from kdtune.planner.meta_device import Cost
-from kdtune.planner.sizes import ModelSizes, Unit
+from kdtune.planner.sizes import FSDPUnit, ModelSizes
 
 
 @dataclass(frozen=True)
-class Moment:
+class Phase:
     """Bytes on a rank's device in one phase of a step, by purpose."""
 
     name: str
@@ -45,7 +45,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Volume:
+class CommVolume:
     """Bytes that a rank receives in a step, with ring algorithms."""
 
     gather: int
@@ -58,7 +58,7 @@ class Volume:
 
 
 @dataclass(frozen=True)
-class Trained:
+class StudentCost:
     """Costs of the trained model: sizes, one layer, and the final norm's saved tensors; bytes."""
 
     sizes: ModelSizes
@@ -87,7 +87,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherCost:
     """Costs of the teacher: sizes and one layer; bytes."""
 
     sizes: ModelSizes
@@ -112,7 +112,9 @@ class Taught:
         return self.turns * self.sizes.num_layers * self.layer.forward_flops
 
 
-def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: int, update: int) -> Iterator[Moment]:
+def phases(
+    student: StudentCost, teacher: TeacherCost | None, loss: Cost, accumulation: int, update: int
+) -> Iterator[Phase]:
     """Return the phases of a step that may be its peak, from its second micro-batch or step on.
 
     Args:
@@ -124,11 +126,11 @@ def moments(student: Trained, teacher: Taught | None, loss: Cost, accumulation: 
     """
     held = _held(student, teacher, accumulation)
     if teacher is not None and not teacher.apart:
-        yield from teacher_moments(teacher, held)
+        yield from teacher_phases(teacher, held)
     yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
     yield from _backward(student, held)
     end = {**held, "gradients": _own(student.sizes, student.sizes.total.gradients)}
-    yield Moment("the optimizer's step", **end, loss=update)
+    yield Phase("the optimizer's step", **end, loss=update)
 
 
 def _own(sizes: ModelSizes, share: int) -> int:
@@ -136,12 +138,12 @@ def _own(sizes: ModelSizes, share: int) -> int:
     return 0 if sizes.is_offloaded else share
 
 
-def _buffer(sizes: ModelSizes, unit: Unit) -> int:
+def _buffer(sizes: ModelSizes, unit: FSDPUnit) -> int:
     """Return the bytes of a unit's all-gather buffer."""
     return unit.whole if sizes.num_shards > 1 else 0
 
 
-def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[str, int]:
+def _held(student: StudentCost, teacher: TeacherCost | None, accumulation: int) -> dict[str, int]:
     """Return the bytes allocated throughout a step, by purpose."""
     own = student.sizes.total
     held = {
@@ -157,42 +159,42 @@ def _held(student: Trained, teacher: Taught | None, accumulation: int) -> dict[s
     return {name: size + teacher_held(teacher).get(name, 0) for name, size in held.items()}
 
 
-def teacher_held(teacher: Taught) -> dict[str, int]:
+def teacher_held(teacher: TeacherCost) -> dict[str, int]:
     """Return the bytes allocated throughout a step on the ranks that compute the teacher, by purpose."""
     sizes = teacher.sizes
     layers = 0 if sizes.reshards else sizes.num_layers * sizes.layer.whole
     return {"weights": _own(sizes, sizes.total.stored), "gathered": sizes.rest.whole + layers}
 
 
-def teacher_moments(teacher: Taught, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Moment]:
+def teacher_phases(teacher: TeacherCost, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Phase]:
     """Return the phases of its forward that may be its peak, besides `teacher_held` and an output not yet fetched."""
     sizes = teacher.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
     first = sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
-    yield Moment("the teacher's first use", weights=held["weights"], gathered=first)
+    yield Phase("the teacher's first use", weights=held["weights"], gathered=first)
     gathered = held["gathered"] + (layer.whole + buffer if sizes.reshards else 0)
     activations = unfetched + teacher.fixed + teacher.layer.forward_peak
-    yield Moment("the teacher's forward", **{**held, "gathered": gathered}, activations=activations)
+    yield Phase("the teacher's forward", **{**held, "gathered": gathered}, activations=activations)
 
 
-def _forward(student: Trained, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Moment]:
+def _forward(student: StudentCost, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Phase]:
     """Yield the phases of the student's forward and the loss; `answer`: bytes of the teacher's output."""
     sizes = student.sizes
     layer, buffer = sizes.layer, _buffer(sizes, sizes.layer)
     first = held["gathered"] + sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
-    yield Moment("the student's first use", **{**held, "gathered": first}, activations=answer)
+    yield Phase("the student's first use", **{**held, "gathered": first}, activations=answer)
     kept_whole = 0 if sizes.reshards else sizes.num_layers * layer.whole
     rest = held["gathered"] + sizes.rest.whole
     below = student.fixed + (sizes.num_layers - 1) * student.kept
     working = student.kept if student.recomputes else student.layer.forward_peak
     forward = {**held, "gathered": rest + max(kept_whole, layer.whole) + buffer}
-    yield Moment("the student's forward", **forward, activations=answer + below + working)
+    yield Phase("the student's forward", **forward, activations=answer + below + working)
     full = {**held, "gathered": rest + kept_whole}
-    yield Moment("the loss", **full, activations=answer + student.activations, loss=loss.forward_peak)
-    yield Moment("the loss's backward", **full, activations=student.activations, loss=loss.backward_peak)
+    yield Phase("the loss", **full, activations=answer + student.activations, loss=loss.forward_peak)
+    yield Phase("the loss's backward", **full, activations=student.activations, loss=loss.backward_peak)
 
 
-def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
+def _backward(student: StudentCost, held: dict[str, int]) -> Iterator[Phase]:
     sizes, whole = student.sizes, student.sizes.is_sharded
     layer, count, buffer = sizes.layer, sizes.num_layers, _buffer(sizes, sizes.layer)
     is_first = held["gradients"] == 0
@@ -213,7 +215,7 @@ def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
         below = student.fixed + index * student.kept
         gathered = rest + (layer.whole + (buffer if index else 0) if sizes.reshards else (index + 1) * layer.whole)
         now = {**held, "gradients": own, "gathered": gathered}
-        yield Moment(
+        yield Phase(
             f"the backward of the {name} layer",
             **now,
             activations=below + student.layer_backward + student.hidden,
@@ -222,7 +224,7 @@ def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
         if whole:
             now["gathered"] -= layer.whole
             sent = max(layer.whole_gradients + layer.reduced, layer.reduced + 2 * shard)
-            yield Moment(
+            yield Phase(
                 f"the reduction of the {name} layer",
                 **now,
                 activations=below + student.hidden,
@@ -232,16 +234,16 @@ def _backward(student: Trained, held: dict[str, int]) -> Iterator[Moment]:
     if not whole:
         # A tied head's gradient and the embeddings' are summed into one.
         own = own + head if is_first else own
-        yield Moment(
+        yield Phase(
             "the embeddings' backward", **{**held, "gradients": own}, activations=student.hidden, reduction=embeddings
         )
         return
     now = {**held, "gradients": own, "gathered": rest}
     waiting = layer.reduced + head + embeddings
-    yield Moment("the embeddings' backward", **now, activations=student.hidden, reduction=waiting)
+    yield Phase("the embeddings' backward", **now, activations=student.hidden, reduction=waiting)
     shard = -(-sizes.rest.reduced // max(1, sizes.num_shards))
     sent = max(sizes.rest.whole_gradients + sizes.rest.reduced, sizes.rest.reduced + 2 * shard)
-    yield Moment("the reduction of embeddings and head", **{**now, "gathered": held["gathered"]}, reduction=sent)
+    yield Phase("the reduction of embeddings and head", **{**now, "gathered": held["gathered"]}, reduction=sent)
 
 
 def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
@@ -251,8 +253,8 @@ def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
 
 
 def volume(
-    student: ModelSizes, teacher: Taught | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
-) -> Volume:
+    student: ModelSizes, teacher: TeacherCost | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
+) -> CommVolume:
     """Return the bytes that a rank receives in a step; `teacher`: None if it is not used."""
     gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
     gathered = _ring(gather, student.num_shards)
@@ -267,10 +269,10 @@ def volume(
         gathered += teacher_gather(teacher)
         cut += _cut_volume(teacher.sizes, batch, passes=1, exchanges=1)
     parts = (gathered, _ring(reduced, student.num_shards), summed, cut, answers)
-    return Volume(*(accumulation * part for part in parts))
+    return CommVolume(*(accumulation * part for part in parts))
 
 
-def teacher_gather(teacher: Taught) -> int:
+def teacher_gather(teacher: TeacherCost) -> int:
     """Return the bytes of weights that one of its ranks receives for one micro-batch of every student rank."""
     sizes = teacher.sizes
     return teacher.turns * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0

@@ -27,16 +27,16 @@ from kdtune.planner.costs import (
 )
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
-from kdtune.planner.moments import Moment, Taught, Trained, Volume, moments, volume
-from kdtune.planner.sizes import Unit, model_sizes, update_bytes
-from kdtune.planner.teacher import TeacherPlan, teacher_afar, teacher_beside
+from kdtune.planner.phases import CommVolume, Phase, StudentCost, TeacherCost, phases, volume
+from kdtune.planner.sizes import FSDPUnit, model_sizes, update_bytes
+from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher
 
 # What the configs of recipes that train have.
 _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Estimate for one rank of a run."""
 
     world_size: int
@@ -44,19 +44,19 @@ class Plan:
     batch: MicroBatch
     seq_len_source: str
     accumulation: int
-    student: Trained
-    teacher: Taught | None
+    student: StudentCost
+    teacher: TeacherCost | None
     loss: Cost
-    moments: tuple[Moment, ...]
-    volume: Volume
+    phases: tuple[Phase, ...]
+    volume: CommVolume
     dtype: str
     """Dtype of the computation."""
     save_weights: str
-    apart: TeacherPlan | None = None
+    apart: TeacherEstimate | None = None
     """Estimate for a rank of a disaggregated teacher, if known."""
 
     @property
-    def held(self) -> Unit:
+    def held(self) -> FSDPUnit:
         """The rank's shares of the trained model: exact."""
         return self.student.sizes.total
 
@@ -66,9 +66,9 @@ class Plan:
         return self.student.sizes.layout
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> Phase:
         """The phase of a step with the most memory."""
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda moment: moment.total)
 
     @property
     def tokens(self) -> int:
@@ -131,7 +131,7 @@ class Plan:
         return (shared / inner_gb_s + summed / outer_gb_s + answers / bridge_gb_s) / 1e9
 
 
-def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len: int | None = None) -> Plan:
+def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq_len: int | None = None) -> Estimate:
     """Estimate a training recipe's config for one rank. Loads no weights; all ranks of a real world call it.
 
     Args:
@@ -157,7 +157,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
     ours = model_sizes(model, parallelism, world, cfg.optimizer)
     kd_ratio, apart = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
-    student = Trained(
+    student = StudentCost(
         ours,
         layer_cost(ours.pieces, batch, backward=True),
         norm_kept(ours.pieces, batch),
@@ -165,10 +165,10 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
         fixed_bytes(ours.pieces, batch),
         recomputes=cfg.enable_activation_checkpointing,
     )
-    teacher: Taught | None = None
+    teacher: TeacherCost | None = None
     divergence: Divergence = _no_divergence
     if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
-        teacher = teacher_afar(cfg, world.size, batch) if apart else teacher_beside(cfg, world, batch)
+        teacher = remote_teacher(cfg, world.size, batch) if apart else colocated_teacher(cfg, world, batch)
         divergence = divergence_of(instantiate(cfg.kd_loss))
     asked = teacher if kd_ratio > 0 else None
     loss = loss_cost(
@@ -180,7 +180,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
         chunk_size=cfg.loss_chunk_size,
     )
     update = update_bytes(cfg.optimizer, ours, batch.device_type)
-    return Plan(
+    return Estimate(
         world_size=world.size + apart,
         batch=batch,
         seq_len_source=source,
@@ -188,7 +188,7 @@ def make_plan(cfg: Any, world: World, *, device_type: str | None = None, seq_len
         student=student,
         teacher=teacher,
         loss=loss,
-        moments=tuple(moments(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
+        phases=tuple(phases(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
         volume=volume(
             ours,
             asked,
