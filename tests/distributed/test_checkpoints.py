@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtune import distributed, parallel
 from kdtune._cli.main import main
-from kdtune.checkpoint import CheckpointManager, peft, ranks, save_model, sharded, step_folders
+from kdtune.checkpoint import CheckpointManager, peft, save_model, sharded, step_folders
 from kdtune.checkpoint.sharded import tensor_writer
 from kdtune.models import Transformer, apply_lora, llama, merged_weights
 from kdtune.models.llama import convert
@@ -59,12 +59,13 @@ def odd_model(kind: str) -> Transformer:
 def write_gathered(model: Transformer, folder: Path) -> None:
     """The same files by safetensors itself, every tensor made whole first."""
     whole = {
-        convert.kdtune_to_hf(name): ranks.whole(compute()).clone() for name, compute in merged_weights(model).items()
+        convert.kdtune_to_hf(name): distributed.whole(compute()).clone()
+        for name, compute in merged_weights(model).items()
     }
     split = split_torch_state_dict_into_shards(
         whole, filename_pattern="model{suffix}.safetensors", max_shard_size=SMALL_FILES
     )
-    adapter = {name: ranks.whole(tensor) for name, tensor in peft.peft_tensors(model).items()}
+    adapter = {name: distributed.whole(tensor) for name, tensor in peft.peft_tensors(model).items()}
     if dist.get_rank() == 0:
         folder.mkdir()
         for file, names in split.filename_to_tensors.items():

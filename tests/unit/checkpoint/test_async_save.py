@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader, load
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from kdtune.checkpoint import CheckpointManager, manager, ranks, sharded, step_folders
+from kdtune.checkpoint import CheckpointManager, manager, sharded, step_folders
+from kdtune.distributed import to_cpu_copy
 from kdtune.errors import CheckpointError
 from kdtune.models import Transformer, apply_lora
 
@@ -201,7 +202,7 @@ def test_a_copy_shares_nothing_with_a_quantized_optimizer_state() -> None:
     state = OptimState8bit.zeros((64, 256), signed=True, block_size=256)
     state.codes.random_()
     state.scale.uniform_()
-    copied = ranks.to_cpu_copy(state)
+    copied = to_cpu_copy(state)
     codes, scale = state.codes.clone(), state.scale.clone()
     state.codes.zero_()
     state.scale.zero_()
