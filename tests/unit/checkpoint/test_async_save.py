@@ -1,6 +1,5 @@
 """Saving in the background: the same folder as without, of the moment when `save` was called, and no error gets lost."""
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from kdtune.checkpoint import CheckpointManager, manager, sharded, step_folders
 from kdtune.distributed import to_cpu_copy
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
 from kdtune.models import Transformer, apply_lora
 
 
@@ -169,8 +169,7 @@ def test_the_runs_own_error_comes_first(
         save(saver, 1, model, optimizer)
         raise ZeroDivisionError
     assert [folder.name for folder in step_folders(tmp_path)] == ["step_1"]
-    logger = logging.getLogger("kdtune")
-    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     with (
         full_disk(monkeypatch),
         pytest.raises(ZeroDivisionError),

@@ -18,6 +18,7 @@ from kdtune.data import (
     text_completion_dataset,
 )
 from kdtune.errors import ConfigError, DataError
+from kdtune.log import get_logger
 
 
 def keep_short(row):
@@ -170,7 +171,7 @@ def test_untrainable_rows_are_left_out_and_reported(jsonl, caplog, monkeypatch):
     tokenizer = WordTokenizer(max_seq_len=6)
     rows = [{"input": "a", "output": "x"}, {"input": "a b c d e", "output": "x"}, {"input": "a", "output": "x y z"}]
     source = jsonl(rows)
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     with caplog.at_level(logging.INFO, logger="kdtune"):
         dataset = instruct_dataset(tokenizer, source=source, truncation="right")
     report = dataset.report

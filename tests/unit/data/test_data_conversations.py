@@ -10,6 +10,7 @@ from word_tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, WordTokenizer
 from kdtune.constants import IGNORE_INDEX as I
 from kdtune.data import alpaca_dataset, chat_dataset, instruct_dataset, parse_conversation, quickstart_dataset
 from kdtune.errors import ConfigError, DataError
+from kdtune.log import get_logger
 from kdtune.tokenizers import byte_tokenizer
 
 TEMPLATE = (
@@ -41,7 +42,7 @@ def byte_chat():
 @pytest.fixture
 def told(caplog, monkeypatch):
     """What is logged."""
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO, logger="kdtune")
     return caplog
 

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import logging
 import os
 import shutil
 import traceback
@@ -17,6 +16,7 @@ from huggingface_hub.utils import WeakFileLock
 from kdtune.download import Download, download_repository
 from kdtune.download.fetch import RemoteFile, file_digest
 from kdtune.errors import CheckpointError
+from kdtune.log import get_logger
 
 SECRET = "hf_verysecrettoken123"
 WEIGHTS = "model.safetensors"
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_fetched_again(
         path.unlink()
     else:
         path.write_bytes(body[:-1] + bytes([body[-1] ^ 1]) if damage == "flip" else body[:100])
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     assert get(hub, tmp_path).fetched == (WEIGHTS,)
     assert path.read_bytes() == body
     assert ("not what the repository holds" in caplog.text) == (damage != "delete")

@@ -1,6 +1,5 @@
 """A hub that sends what no hub should: one message each, nothing endless, nothing raw on the terminal, no token given away."""
 
-import logging
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -9,6 +8,8 @@ import pytest
 from exit_codes import run_command
 from hub_server import Hub
 from test_download_hub import SECRET, WEIGHTS, error_of, get, held
+
+from kdtune.log import get_logger
 
 FILE = {"type": "file", "path": "a.json", "size": 3, "oid": "0" * 40}
 
@@ -134,7 +135,7 @@ def test_a_busy_server_says_how_long_to_wait(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr("kdtune.download.fetch.time.sleep", slept.append)
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     hub.statuses[path] = [429, 503]
     hub.retry_after = "40" if form == "seconds" else formatdate(time.time() + 40, usegmt=True)
     get(hub, tmp_path)

@@ -1,13 +1,13 @@
 """Prompts from files, and as token ids."""
 
 import json
-import logging
 
 import pytest
 
 from kdtune.data import Conversation, Message
 from kdtune.errors import DataError
 from kdtune.generation import encode_prompt, read_prompts
+from kdtune.log import get_logger
 from kdtune.tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -41,7 +41,7 @@ def test_rows_of_json(tmp_path, suffix):
 
 
 def test_rows_with_tools_and_with_columns_that_are_not_read(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     tools, call = [{"type": "function", "function": {"name": "f"}}], {"function": {"name": "f", "arguments": {}}}
     turns = [
         {"role": "user", "content": "Hi"},

@@ -1,13 +1,12 @@
 """The run's tokenizer against the one in a model's folder."""
 
-import logging
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kdtune import tokenizers
 from kdtune.checkpoint import Checkpointer
 from kdtune.errors import ConfigError
+from kdtune.log import get_logger
 from kdtune.teachers import check_tokenizer
 from kdtune.tokenizers import byte_tokenizer
 
@@ -33,7 +32,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kdtune"), "propagate", True)
+    monkeypatch.setattr(get_logger(), "propagate", True)
     return caplog
 
 
