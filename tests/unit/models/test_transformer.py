@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -54,6 +55,11 @@ def test_published_parameter_counts(name):
 def test_every_size_has_a_builder_and_a_count():
     assert SIZES.keys() == PARAMETERS.keys()
     assert set(models.__all__) >= SIZES.keys()
+
+
+@pytest.mark.parametrize("name", ["rope_base", "norm_eps", "max_seq_len"])
+def test_what_a_size_of_ones_own_leaves_out_is_llama_3s(name):
+    assert inspect.signature(models.llama).parameters[name].default == getattr(SIZES["llama3_8b"], name)
 
 
 def test_state_dict_names():
