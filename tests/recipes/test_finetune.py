@@ -1,17 +1,15 @@
 """The finetune recipe on tiny models: adapters and all parameters, what it writes, how it resumes."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Fork
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -128,24 +126,16 @@ def test_killed_and_resumed_is_bit_identical(
 ) -> None:
     """Dropout draws the same after a resume, and adapters come back from the step folder."""
     settings = (base, *adapter, "save_every_n_steps=1", "run_val_every_n_steps=null", "resume_from_checkpoint=true")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(output_dir: Path) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "kdtune", *arguments(output_dir, *settings)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
     assert cli(*arguments(tmp_path / "whole", *settings)).code == 0
     expected, output_dir = losses(tmp_path / "whole"), tmp_path / "killed"
     draw = random.Random(0)
     for _ in range(num_kills):
-        before, process = len(step_folders(output_dir)), start(output_dir)
-        while process.poll() is None and len(step_folders(output_dir)) <= before:
+        before, process = len(step_folders(output_dir)), Fork(*arguments(output_dir, *settings))
+        while process.is_running and len(step_folders(output_dir)) <= before:
             time.sleep(0.005)
         time.sleep(draw.uniform(0.0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send(signal.SIGKILL)
+        process.end()
         assert step_folders(output_dir)
     assert len(step_folders(output_dir)) < len(expected), "the run ended before it was killed"
     assert cli(*arguments(output_dir, *settings)).code == 0

@@ -1,17 +1,14 @@
 """The recipe through its CLI on the tiny config: what it writes, how it resumes, what it refuses."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import ROOT, run_here
+from command_line import Fork, run_here
 from transformers import AutoModelForCausalLM
 
 from kdtune.checkpoint import load_model, step_folders
@@ -29,13 +26,6 @@ def run(output_dir: Path, *overrides: str, code: int = 0) -> str:
     done = run_here(*arguments(output_dir, *overrides))
     assert done.code == code, done.err[-2000:]
     return done.out + done.err
-
-
-def start(output_dir: Path, *overrides: str, **streams: int) -> "subprocess.Popen[str]":
-    """A run in a process of its own, to be killed or told to stop."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kdtune", *arguments(output_dir, *overrides)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
 
 
 def losses(output_dir: Path) -> list[tuple[int, float]]:
@@ -89,14 +79,13 @@ def test_killed_and_resumed_is_bit_identical(num_kills: int, how: tuple[str, ...
     draw, output_dir, resumed_from = random.Random(0), tmp_path / "killed", []
     for _ in range(num_kills):
         made = len(step_folders(output_dir))
-        process = start(output_dir, *settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Fork(*arguments(output_dir, *settings))
         # Past the start-up, which writes nothing: until this run has written its first step.
-        while process.poll() is None and len(step_folders(output_dir)) <= made:
+        while process.is_running and len(step_folders(output_dir)) <= made:
             time.sleep(0.005)
         time.sleep(draw.uniform(0.0, 0.3))
-        assert process.poll() is None, "the run ended before it was killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send(signal.SIGKILL)
+        assert process.end().code == -signal.SIGKILL, "the run ended before it was killed"
         resumed_from.append(len(step_folders(output_dir)))
         for folder in step_folders(output_dir):
             load_model(folder)
@@ -118,18 +107,17 @@ def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path
     settings = (
         "save_every_n_steps=null",
         "gradient_accumulation_steps=1",
-        "max_steps_per_epoch=24",
+        "max_steps_per_epoch=14",
         "run_val_every_n_steps=2",
     )
-    process = start(output_dir, *settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    metrics = output_dir / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
+    process, metrics = Fork(*arguments(output_dir, *settings)), output_dir / "metrics.jsonl"
+    while process.is_running and not (metrics.exists() and '"loss"' in metrics.read_text()):
         time.sleep(0.005)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr[-2000:]
-    assert f"{number.name}: the run will save after this step and end" in stderr
-    assert "resume_from_checkpoint=true" in stdout
+    process.send(number)
+    ended = process.end()
+    assert ended.code == 0, ended.err[-2000:]
+    assert f"{number.name}: the run will save after this step and end" in ended.err
+    assert "resume_from_checkpoint=true" in ended.out
     before = losses(output_dir)
     assert [folder.name for folder in step_folders(output_dir)] == [f"step_{len(before)}"]
     run(output_dir, *settings, "resume_from_checkpoint=true")

@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from command_line import ROOT
+from command_line import Fork
 
 from kdtune.checkpoint import load_model
 from kdtune.config import load
@@ -42,22 +40,18 @@ SEARCH = ("model.num_layers=12", "num_layers=2", "num_candidates=6", "num_calibr
 
 
 def stopped(folder, number, num_removals):
-    """Starts the search in a process of its own, and sends it a signal when so many removals are decided."""
-    command = ["run", "prune", "--config", "tiny/prune", f"output_dir={folder}", *SEARCH]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kdtune", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Starts the search, and sends it a signal when so many removals are decided."""
+    process = Fork("run", "prune", "--config", "tiny/prune", f"output_dir={folder}", *SEARCH)
     record = folder.with_name(f"{folder.name}.partial")
     deadline = time.monotonic() + 60
     while not record.exists() or len(json.loads(record.read_text())["removals"]) < num_removals:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.is_running and time.monotonic() < deadline, process.end(timeout=0)
         time.sleep(0.002)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 1), err
+    process.send(number)
+    ended = process.end(timeout=60)
+    assert ended.code == (-number if number == signal.SIGKILL else 1), ended.err
     assert not folder.exists(), "the signal came too late"
-    return err, json.loads(record.read_text())["removals"]
+    return ended.err, json.loads(record.read_text())["removals"]
 
 
 def test_a_search_that_is_stopped_continues(cli, tmp_path):

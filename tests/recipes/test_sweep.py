@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import ROOT, run_here
+from command_line import ROOT, Fork, run_here
 
 # A recipe that takes no time: it "trains" by writing numbers, `slow` seconds apart.
 TOY = '''"""A toy."""
@@ -85,20 +84,14 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def command(config: Path | str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "kdtune", "run", "sweep", "--config", str(config), *overrides]
+    return ["run", "sweep", "--config", str(config), *overrides]
 
 
 def run(config: Path | str, *overrides: str, code: int = 0) -> str:
     """What a sweep prints; it runs in this process, and only its steps are processes of their own."""
-    done = run_here(*command(config, *overrides)[3:])
+    done = run_here(*command(config, *overrides))
     assert done.code == code, done.out[-2000:] + done.err[-2000:]
     return done.out + done.err
-
-
-def start(config: Path | str, *overrides: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command(config, *overrides), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -118,10 +111,10 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock" and path.is_file()}
 
 
-def wait_until(condition: Any, process: "subprocess.Popen[bytes]") -> None:
+def wait_until(condition: Callable[[], bool], process: Fork) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the sweep ended first"
+        assert process.is_running, "the sweep ended first"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -174,17 +167,17 @@ def test_a_shared_step_that_fails_is_tried_once(sweep: Path) -> None:
 
 @pytest.mark.parametrize("group", [True, False], ids=["with its step", "alone"])
 def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
-    (sweep / "toy.yaml").write_text("slow: 0.4\n")
+    (sweep / "toy.yaml").write_text("slow: 0.2\n")
     settings = ("only.lr=[1.0]", QUICK_TEACHER)
     run(sweep / "sweep.yaml", *settings, f"output_dir={sweep}/whole")
     folder = sweep / "sweep"
-    process = start(sweep / "sweep.yaml", *settings)
+    process = Fork(*command(sweep / "sweep.yaml", *settings))
     # In the middle of the first cell's training: the teacher is done, the second cell not begun.
     wait_until(
         lambda: any(len(p.read_text().splitlines()) >= 2 for p in folder.glob("steps/train-*/metrics.jsonl")), process
     )
-    process.kill()
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.end()
     if group:
         step = next(iter(folder.glob("steps/train-*"))).name.removesuffix(".log")
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
@@ -208,13 +201,13 @@ def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
 
 def test_an_interrupt_reaches_the_step_and_stops_cleanly(sweep: Path) -> None:
     (sweep / "toy.yaml").write_text("slow: 3.0\n")
-    process = start(sweep / "sweep.yaml", QUICK_TEACHER)
+    process = Fork(*command(sweep / "sweep.yaml", QUICK_TEACHER))
     folder = sweep / "sweep"
     wait_until(lambda: any(folder.glob("steps/train-*/metrics.jsonl")), process)
     busy = run(sweep / "sweep.yaml", QUICK_TEACHER, code=2)
     assert f"the sweep of process {process.pid} is running there" in busy
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    process.send(signal.SIGTERM)
+    assert process.end(timeout=60).code == 0
     assert len(list(folder.glob("steps/*.json"))) == 1 and results(folder) == []
     # The lock is free: the step ended with the sweep.
     assert "0 done; 3 steps, 2 to run" in run(sweep / "sweep.yaml", QUICK_TEACHER, "dry_run=true", "only.lr=[1.0]")
@@ -293,18 +286,18 @@ def test_a_baseline_and_metrics_that_are_not_there_yet_are_said(sweep: Path) -> 
 
 
 def test_seconds_count_every_start_of_a_resumed_step(sweep: Path) -> None:
-    (sweep / "toy.yaml").write_text("slow: 1.5\n")
+    (sweep / "toy.yaml").write_text("slow: 0.8\n")
     settings = ("axes.seed=[0]", "axes.lr=[1.0]", QUICK_TEACHER)
-    process = start(sweep / "sweep.yaml", *settings)
+    process = Fork(*command(sweep / "sweep.yaml", *settings))
     folder = sweep / "sweep"
     wait_until(
         lambda: any(len(p.read_text().splitlines()) >= 5 for p in folder.glob("steps/train-*/metrics.jsonl")), process
     )
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    process.send(signal.SIGTERM)
+    assert process.end(timeout=60).code == 0
     assert len(list(folder.glob("steps/train-*.seconds"))) == 1
     run(sweep / "sweep.yaml", *settings)
-    assert results(folder)[0]["seconds"]["train"] > 6 * 1.5
+    assert results(folder)[0]["seconds"]["train"] > 6 * 0.8
     assert not list(folder.glob("steps/*.seconds"))
 
 
@@ -346,10 +339,10 @@ axes: {kd_ratio: [0.25, 0.75]}
     (tmp_path / "sweep.yaml").write_text(text)
     run(tmp_path / "sweep.yaml", f"output_dir={tmp_path}/whole")
     killed = tmp_path / "killed"
-    process = start(tmp_path / "sweep.yaml", f"output_dir={killed}")
+    process = Fork(*command(tmp_path / "sweep.yaml", f"output_dir={killed}"))
     wait_until(lambda: any(killed.glob("steps/train-*/step_2")), process)
-    process.kill()
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.end()
     run(tmp_path / "sweep.yaml", f"output_dir={killed}")
     assert without_times(results(killed)) == without_times(results(tmp_path / "whole"))
     assert (killed / "report/report.csv").read_text() == (tmp_path / "whole/report/report.csv").read_text()
