@@ -9,6 +9,14 @@ from kdtune.runs import InterruptFlag
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    """A SIGHUP that is ignored stays so; the tests themselves may be run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_only_sets_the_flag(number):
     told = []
