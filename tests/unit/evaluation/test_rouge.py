@@ -2,10 +2,12 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation import InstructionSet, evaluate_rouge, rouge_l
@@ -102,6 +104,16 @@ def test_answers_do_not_depend_on_the_batches(model, source, temperature):
     assert math.isfinite(runs[0].stderr)
     if temperature:
         assert {r["answer"] for r in records if r["seed"] == 10} != {r["answer"] for r in records if r["seed"] == 20}
+
+
+def test_the_standard_error_is_that_of_the_instructions_means(model, source, monkeypatch):
+    by_seed = np.array([[0.0, 30.0, 90.0], [10.0, 70.0, 50.0]])
+    scores = iter(by_seed.flatten().tolist())
+    monkeypatch.setattr("kdtune.evaluation.rouge.rouge_l", lambda answer, references: next(scores))
+    one = InstructionSet(name="own", source=source, max_new_tokens=1, temperature=1.0, seeds=[10, 20])
+    found = evaluate_rouge(model, byte_tokenizer(), one, one.read(), max_length=256)
+    assert found.mean == pytest.approx(by_seed.mean())
+    assert found.stderr == pytest.approx(stats.sem(by_seed.mean(0)))
 
 
 def test_long_prompts_are_cut_and_counted(model, source):

@@ -141,6 +141,13 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(parameter, before * factor)
 
 
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay"])
+def test_adamw_has_torchs_defaults(name):
+    model = tiny_model()
+    ours = training.adamw(training.trainable_parameters(model))
+    assert ours.param_groups[0][name] == torch.optim.AdamW(model.parameters()).param_groups[0][name]
+
+
 def test_frozen_parameters_are_left_out():
     model = tiny_model().requires_grad_(False)
     with pytest.raises(ConfigError, match="0 trainable parameters"):
