@@ -60,7 +60,7 @@ def found(package: str, made: str) -> list[str]:
     """Return the package's public functions that build such an object, by dotted path; they need nothing but config arguments."""
     module, kind = resolve(package), resolve(made)
     names = []
-    for name in module.__all__:
+    for name in dir(module):
         target = getattr(module, name)
         given = returned_class(target) if inspect.isfunction(target) else None
         takes_model = "model" in (parameters_of(target) or {}) if given else False

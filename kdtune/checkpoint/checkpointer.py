@@ -1,29 +1,25 @@
 """Read a model from a folder or GGUF file in any supported format: problems, config, weights."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized
+from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized, readers
 from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
-from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers, check_tensors, fill_model
+from kdtune.checkpoint.tensors import StoredModel, check_tensors, fill_model
+from kdtune.config import resolve
 from kdtune.distributed import is_sharded
-from kdtune.errors import CheckpointError
-from kdtune.gguf_file import read_gguf
-from kdtune.model_files import read_json
-from kdtune.models import Transformer, TransformerConfig, weight_shapes
-from kdtune.models.llama import configs, convert
+from kdtune.errors import CheckpointError, ConfigError
+from kdtune.models import Family, Transformer, TransformerConfig, family_of
 from kdtune.paths import user_path
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
+_READERS = {"huggingface": readers.read_huggingface, "meta": readers.read_meta, "gguf": readers.read_gguf}
 
 
 def load_model(
@@ -51,6 +47,8 @@ class Checkpointer:
             GGUF before Meta's consolidated.NN.pth.
         adapter_dir: A PEFT folder with an adapter for that model. `load` merges it into the weights; if the given model has
             adapters, `load` fills those instead.
+        family: Family of the model, as an object or by its dotted path, such as "my_qwen.QWEN2"; None: one of kdtune's, found
+            in the files, or that of the model that `load` is given.
 
     Nothing is read until a method asks for it.
     """
@@ -60,6 +58,7 @@ class Checkpointer:
         checkpoint_dir: str | Path,
         checkpoint_files: Sequence[str] | None = None,
         adapter_dir: str | Path | None = None,
+        family: str | Family | None = None,
     ) -> None:
         path = user_path(checkpoint_dir)
         if path.is_file():
@@ -77,6 +76,7 @@ class Checkpointer:
             )
         self.checkpoint_dir = path
         self.adapter_dir = None if adapter_dir is None else user_path(adapter_dir)
+        self.family = _named_family(family)
         self._named_files = checkpoint_files
 
     def problems(self) -> list[str]:
@@ -95,11 +95,11 @@ class Checkpointer:
         try:
             if _format(files[0]) == "quantized":
                 self._refuse_adapter(files[0])
-                quantized.check(files[0])
+                quantized.check(files[0], self.family)
                 return []
-            config = self._read().config
+            config = self._read(self.family).config
             if self.adapter_dir is not None:
-                peft.check_adapter(peft.read_adapter(self.adapter_dir), _on_meta(config))
+                peft.check_adapter(peft.read_adapter(self.adapter_dir, family_of(config)), _on_meta(config))
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -143,10 +143,15 @@ class Checkpointer:
         """
         files = self.files()
         if _format(files[0]) == "quantized":
-            return quantized.check(files[0]) if files[0].is_file() else quantized.read_config(files[0].parent)
+            folder = files[0].parent
+            return (
+                quantized.check(files[0], self.family)
+                if files[0].is_file()
+                else quantized.read_config(folder, self.family)
+            )
         if _format(files[0]) == "huggingface" and not all(map(os.path.isfile, files)):
-            return _hf_config(files[0].parent)
-        return self._read().config
+            return readers.hf_config(files[0].parent, self.family)
+        return self._read(self.family).config
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the model's config, and size and hash of each weight file: equal for equal weights.
@@ -160,7 +165,7 @@ class Checkpointer:
         if self.adapter_dir is not None:
             named |= {f"adapter_dir/{name}": self.adapter_dir / name for name in (peft.CONFIG, peft.WEIGHTS)}
         return {
-            "config": asdict(self.model_config()),
+            "config": self.model_config().described(),
             **dict(zip(named, file_fingerprints(list(named.values())), strict=True)),
         }
 
@@ -182,21 +187,22 @@ class Checkpointer:
                 is named.
         """
         files = self.files()
+        family = self.family or (model.config.family if model is not None else None)
         if _format(files[0]) == "quantized":
             self._refuse_adapter(files[0])
-            stored_config = quantized.check(files[0])
+            stored_config = quantized.check(files[0], family)
             if model is not None:
                 self._check_same(model.config, stored_config)
                 self._refuse_shards(model)
             return quantized.fill_model(model or _on_meta(stored_config), files[0], dtype=dtype, device=device)
-        stored = self._read()
+        stored = self._read(family)
         if model is None:
             model = _on_meta(stored.config)
         else:
             self._check_same(model.config, stored.config)
         if self.adapter_dir is None:
             return fill_model(model, stored, dtype=dtype, device=device)
-        adapter = peft.read_adapter(self.adapter_dir)
+        adapter = peft.read_adapter(self.adapter_dir, family_of(model.config))
         peft.check_adapter(adapter, model)
         return peft.fill_adapter(fill_model(model, stored, dtype=dtype, device=device), adapter)
 
@@ -215,10 +221,10 @@ class Checkpointer:
                 "teacher_parallelism.dp_replicate=-1), a student is trained from unquantized weights"
             )
 
-    def _read(self) -> StoredModel:
+    def _read(self, family: Family | None) -> StoredModel:
         """Read the checkpoint's description and check it against the tensor headers."""
         files = self.files()
-        stored = _READERS[_format(files[0])](files)
+        stored = _READERS[_format(files[0])](files, family)
         check_tensors(stored.config, stored)
         return stored
 
@@ -242,6 +248,15 @@ class Checkpointer:
 def _on_meta(config: TransformerConfig) -> Transformer:
     with torch.device("meta"):
         return Transformer(config)
+
+
+def _named_family(family: str | Family | None) -> Family | None:
+    found = resolve(family) if isinstance(family, str) else family
+    if found is not None and not isinstance(found, Family):
+        raise ConfigError(
+            f"family={family}: is a {type(found).__name__}; a kdtune.models.Family expected (docs/extending.md)"
+        )
+    return found
 
 
 def _format(file: Path) -> str:
@@ -277,96 +292,3 @@ def _refuse_other_weights(folder: Path) -> None:
             f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the "
             "index too, or name the files in checkpoint_files"
         )
-
-
-@contextmanager
-def _in_file(path: Path) -> Iterator[None]:
-    """Prefix the path to the message of an error that knows only the tensor or setting."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {str(error).removeprefix(path.name + ': ')}") from error
-
-
-def _hf_config(folder: Path) -> TransformerConfig:
-    path = folder / huggingface.CONFIG
-    document = read_json(path)
-    with _in_file(path):
-        return configs.config_from_hf(document)
-
-
-def _read_huggingface(files: list[Path]) -> StoredModel:
-    folder = files[0].parent
-    config = _hf_config(folder)
-    index = huggingface.read_index(folder) if (folder / huggingface.INDEX).is_file() else None
-    if index is not None and set(index.values()) != {file.name for file in files}:
-        index = None
-    tensors = huggingface.stored_tensors(files, index)
-    # Saved from a model without head (LlamaModel), whose names lack the part before the layers.
-    prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
-    renamed = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in tensors.items()}
-    return StoredModel(
-        config, _by_our_names(renamed, convert.HF), lambda name: convert.kdtune_to_hf(name).removeprefix(prefix)
-    )
-
-
-def _read_meta(files: list[Path]) -> StoredModel:
-    path = files[0].parent / meta.PARAMS
-    params = read_json(path)
-    parts = meta.load_parts(files)
-    is_tied = convert.kdtune_to_meta("output.weight") not in parts[0]
-    embedding = parts[0].get(convert.kdtune_to_meta("tok_embeddings.weight"))
-    # Llama 2's params.json leaves the vocabulary to the tokenizer; its parts are cut along the other dimension.
-    rows = None if embedding is None else len(embedding)
-    with _in_file(path):
-        config = configs.config_from_meta(params, vocab_size=rows, tie_embeddings=True if is_tied else None)
-    check_num_layers(config, len(parts[0]), path.parent)
-    shapes = {convert.kdtune_to_meta(name): shape for name, shape in weight_shapes(config).items()}
-    tensors = _by_our_names(meta.stored_tensors(files, parts, shapes), convert.META)
-    return StoredModel(config, _unpermuted(tensors, config), convert.kdtune_to_meta)
-
-
-def _read_gguf(files: list[Path]) -> StoredModel:
-    file = files[0]
-    header = read_gguf(file)
-    stored = gguf.stored_tensors(file, header)
-    embedding = stored.get(convert.kdtune_to_gguf("tok_embeddings.weight"))
-    if embedding is not None:
-        header.metadata.setdefault("llama.vocab_size", embedding.shape[0])
-    factors = stored.get(convert.GGUF_ROPE_FACTORS)
-    with _in_file(file):
-        config = configs.config_from_gguf(
-            header.metadata,
-            tie_embeddings=convert.kdtune_to_gguf("output.weight") not in stored,
-            rope_factors=factors.read() if factors else None,
-        )
-    tensors = _unpermuted(_by_our_names(stored, convert.GGUF), config)
-    return StoredModel(config, tensors, convert.kdtune_to_gguf)
-
-
-_READERS = {"huggingface": _read_huggingface, "meta": _read_meta, "gguf": _read_gguf}
-
-
-def _by_our_names(tensors: dict[str, StoredTensor], names: convert.KeyMap) -> dict[str, StoredTensor]:
-    renamed = {}
-    for name, stored in tensors.items():
-        if names.is_derived(name):
-            continue
-        with _in_file(stored.file):
-            renamed[names.to_kdtune(name)] = stored
-    return renamed
-
-
-def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> dict[str, StoredTensor]:
-    """Return the tensors with q and k in our row order; Meta and GGUF interleave the two halves of each rotary pair."""
-    result = {}
-    for name, stored in tensors.items():
-        heads = convert.rotary_heads(name, config)
-        result[name] = (
-            stored if heads is None else replace(stored, pieces=partial(_unpermuted_pieces, stored, heads), part=None)
-        )
-    return result
-
-
-def _unpermuted_pieces(stored: StoredTensor, num_heads: int) -> Iterator[Tensor]:
-    yield convert.unpermute(stored.read(), num_heads)

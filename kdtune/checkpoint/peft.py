@@ -15,8 +15,7 @@ from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.distributed import is_sharded, local, local_region, whole
 from kdtune.errors import CheckpointError
 from kdtune.model_files import read_json
-from kdtune.models import LoRALinear, Transformer, adapted_linears, adapter_parameters
-from kdtune.models.llama import convert
+from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
 from kdtune.models.lora import merged
 from kdtune.models.lora_merge import untie_head
 from kdtune.paths import user_path
@@ -29,12 +28,7 @@ _PREFIX = "base_model.model."
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _OURS = {theirs: ours for ours, theirs in _PARTS.items()} | {"lora_magnitude_vector.weight": "magnitude"}
 # If the embeddings or the head are adapted, PEFT also stores a copy of their own weights.
-_BASE_COPIES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.embed_tokens.base_layer.weight": "tok_embeddings.weight",
-    "lm_head.weight": "output.weight",
-    "lm_head.base_layer.weight": "output.weight",
-}
+_BASE_COPIES = ("tok_embeddings.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -61,8 +55,8 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
-def read_adapter(folder: str | Path) -> StoredAdapter:
-    """Describe the adapter of a PEFT folder; reads its config and the names and shapes of its tensors.
+def read_adapter(folder: str | Path, family: Family) -> StoredAdapter:
+    """Describe the adapter, for a model of the family, of a PEFT folder; reads its config and the tensors' names and shapes.
 
     Raises:
         CheckpointError: the folder or a file is missing or damaged, a setting is not supported, or config and tensors
@@ -75,15 +69,15 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     tensors: dict[str, StoredTensor] = {}
     copies: dict[str, StoredTensor] = {}
     for name, stored in stored_tensors([path / WEIGHTS]).items():
-        theirs = name.removeprefix(_PREFIX)
-        if theirs in _BASE_COPIES:
-            copies[_BASE_COPIES[theirs]] = stored
+        weight = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        if family.hf_keys.knows(weight) and family.hf_keys.to_kdtune(weight) in _BASE_COPIES:
+            copies[family.hf_keys.to_kdtune(weight)] = stored
         else:
-            tensors[_our_name(name, stored)] = stored
+            tensors[_our_name(name, stored, family)] = stored
     modules = dict.fromkeys(name.rpartition(".lora_")[0] or name.removesuffix(".magnitude") for name in tensors)
     if not modules:
         raise CheckpointError(f"{path / WEIGHTS}: holds no adapter tensors; write the adapter again")
-    scaling = {module: _check_module(module, config, tensors, path) for module in modules}
+    scaling = {module: _check_module(module, family, config, tensors, path) for module in modules}
     return StoredAdapter(path, tensors, scaling, bool(config.get("use_dora")), copies)
 
 
@@ -99,22 +93,24 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(what)
 
 
-def _our_name(name: str, stored: StoredTensor) -> str:
+def _our_name(name: str, stored: StoredTensor, family: Family) -> str:
     theirs = name.removeprefix(_PREFIX)
     for part, ours in _OURS.items():
         if name.startswith(_PREFIX) and theirs.endswith(f".{part}"):
             weight = theirs.removesuffix(part) + "weight"
-            if convert.HF.knows(weight):
-                return convert.hf_to_kdtune(weight).removesuffix("weight") + ours
+            if family.hf_keys.knows(weight):
+                return family.hf_keys.to_kdtune(weight).removesuffix("weight") + ours
     raise CheckpointError(
-        f"{stored}: unexpected; {_PREFIX}MODULE.PART expected, with a linear layer of a Llama as MODULE and "
+        f"{stored}: unexpected; {_PREFIX}MODULE.PART expected, with a linear layer of a {family.name} as MODULE and "
         f"{', '.join(_PARTS.values())} as PART: this is an adapter for another kind of model or of another kind"
     )
 
 
-def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> float:
+def _check_module(
+    module: str, family: Family, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path
+) -> float:
     """Check that a module's tensors agree with the config and with each other, and return its scaling."""
-    theirs = _hf_module(module)
+    theirs = _hf_module(module, family)
     parts = ["lora_a.weight", "lora_b.weight"] + (["magnitude"] if config.get("use_dora") else [])
     for part in parts:
         if f"{module}.{part}" not in tensors:
@@ -136,8 +132,8 @@ def _check_module(module: str, config: Mapping[str, Any], tensors: Mapping[str, 
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def _hf_module(module: str) -> str:
-    return convert.kdtune_to_hf(f"{module}.weight").removesuffix(".weight")
+def _hf_module(module: str, family: Family) -> str:
+    return family.hf_keys.from_kdtune(f"{module}.weight").removesuffix(".weight")
 
 
 def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
@@ -176,9 +172,10 @@ def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -
     config = read_json(path)
     linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
     for module in [*linears, "output"]:
-        if is_target(_hf_module(module), config, path) and module not in adapter.scaling:
+        theirs = _hf_module(module, family_of(model.config))
+        if is_target(theirs, config, path) and module not in adapter.scaling:
             raise CheckpointError(
-                f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + _hf_module(module) + '.lora_A.weight'!r} missing; {CONFIG} "
+                f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + theirs + '.lora_A.weight'!r} missing; {CONFIG} "
                 f"adapts it (target_modules={config['target_modules']!r}) in each of the base's "
                 f"{model.config.num_layers} layers; {advice}"
             )
@@ -260,16 +257,16 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
 
 def peft_tensors(model: Transformer) -> dict[str, Tensor]:
     """Return the adapters' parameters by PEFT's names."""
-    tensors = {}
+    tensors, family = {}, family_of(model.config)
     for name, parameter in adapter_parameters(model).items():
         module, part = next((name.removesuffix(f".{part}"), part) for part in _PARTS if name.endswith(f".{part}"))
-        tensors[f"{_PREFIX}{_hf_module(module)}.{_PARTS[part]}"] = parameter.detach().contiguous()
+        tensors[f"{_PREFIX}{_hf_module(module, family)}.{_PARTS[part]}"] = parameter.detach().contiguous()
     return tensors
 
 
 def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
     """Return an ``adapter_config.json`` for the model's adapters. `base` is the location of the base model."""
-    linears = adapted_linears(model)
+    linears, family = adapted_linears(model), family_of(model.config)
     first = next(iter(linears.values()))
     alpha = first.alpha
     return {
@@ -277,7 +274,8 @@ def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(user_path(base).absolute()),
         "inference_mode": True,
-        "target_modules": _target_modules(linears),
+        # The last parts of the adapted modules' names: each stands for all layers.
+        "target_modules": sorted({_hf_module(name, family).rpartition(".")[2] for name in linears}),
         "r": first.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.dropout,
@@ -292,17 +290,12 @@ def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
     }
 
 
-def _target_modules(linears: Mapping[str, LoRALinear]) -> list[str]:
-    """Return the last parts of the adapted modules' names; each stands for all layers."""
-    return sorted({_hf_module(name).rpartition(".")[2] for name in linears})
-
-
 def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     """Load the adapter of a PEFT folder into a model that holds its base, in place: into its adapters if any, else merged.
 
     Raises:
         CheckpointError: the folder is missing or damaged, or does not belong to the model; see `Checkpointer`.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, family_of(model.config))
     check_adapter(adapter, model)
     return fill_adapter(model, adapter)

@@ -21,8 +21,7 @@ from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.model_files import read_json
-from kdtune.models import Transformer, TransformerConfig, weight_shapes
-from kdtune.models.llama import configs, convert
+from kdtune.models import Family, Transformer, TransformerConfig, family_of, read_hf_config, weight_shapes
 from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
 from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
 
@@ -49,8 +48,9 @@ def write_quantized(
     """
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
+    keys = family_of(model.config).hf_keys
     for name, parameter in model.named_parameters():
-        name = convert.kdtune_to_hf(name)
+        name = keys.from_kdtune(name)
         if is_quantized(parameter):
             parts, metadata[name] = _flatten(name, parameter.detach())
             tensors |= {key: part.cpu() for key, part in parts.items()}
@@ -67,8 +67,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
 
 
-def read_config(folder: Path) -> TransformerConfig:
-    """Return the config of the quantized model in the folder.
+def read_config(folder: Path, named: Family | None = None) -> TransformerConfig:
+    """Return the config of the quantized model in the folder; `named` is its family, if not one of kdtune's.
 
     Raises:
         CheckpointError: it is missing or damaged, or its scheme is unknown.
@@ -76,21 +76,21 @@ def read_config(folder: Path) -> TransformerConfig:
     document = read_json(folder / CONFIG)
     _scheme(document, folder / CONFIG)
     try:
-        return configs.config_from_hf({**document, "quantization_config": None})
+        return read_hf_config({**document, "quantization_config": None}, named)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix(CONFIG + ': ')}") from error
 
 
-def check(file: Path) -> TransformerConfig:
+def check(file: Path, named: Family | None = None) -> TransformerConfig:
     """Check that the file holds the tensors that the config describes, by name, and return the config; reads no weights.
 
     Raises:
         CheckpointError: file or config is damaged, or a tensor is missing or unexpected.
     """
-    config = read_config(file.parent)
+    config = read_config(file.parent, named)
     with open_safetensors(file) as handle:
         check_num_layers(config, len(handle.keys()), file)
-        _keys_by_weight(file, handle, _names(config))
+        _keys_by_weight(file, handle, config, _names(config))
     return config
 
 
@@ -102,6 +102,7 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
             or file or config is damaged.
     """
     device = torch.device(device)
+    keys = family_of(model.config).hf_keys
     document = read_json(file.parent / CONFIG)
     scheme = _scheme(document, file.parent / CONFIG)
     parameters = dict(model.named_parameters())
@@ -112,8 +113,9 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
             "beside them: train on the folder that was quantized"
         )
     with open_safetensors(file, str(device)) as handle:
-        keys_by_weight = _keys_by_weight(file, handle, list(parameters))
-        stored = _stored_dtype(handle)
+        keys_by_weight = _keys_by_weight(file, handle, model.config, list(parameters))
+        # The final norm is never quantized: its dtype is the one that the weights were quantized from.
+        stored = handle.get_tensor(keys.from_kdtune("norm.weight")).dtype
         if dtype not in (None, stored):
             raise CheckpointError(
                 f"{file}: holds {scheme} weights made from {_name(stored)}, which cannot be turned into {_name(dtype)}; "
@@ -123,7 +125,7 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
             raise CheckpointError(f"{file}: {problems[0]}")
         metadata = handle.metadata() or {}
         for name, parameter in parameters.items():
-            hf_name = convert.kdtune_to_hf(name)
+            hf_name = keys.from_kdtune(name)
             parts = {key: handle.get_tensor(key) for key in keys_by_weight[name]}
             weight = _unflatten(file, hf_name, parts, metadata[hf_name]) if hf_name in metadata else parts[hf_name]
             if weight.shape != parameter.shape:
@@ -163,13 +165,13 @@ def _prefix(hf_name: str) -> str:
     return f"{module}._{weight}_"
 
 
-def _keys_by_weight(file: Path, handle: Any, names: list[str]) -> dict[str, list[str]]:
+def _keys_by_weight(file: Path, handle: Any, config: TransformerConfig, names: list[str]) -> dict[str, list[str]]:
     """Return the file's tensor names for each weight (our name); there must be no others."""
     keys = list(handle.keys())
     metadata = handle.metadata() or {}
     by_weight = {}
     for name in names:
-        hf_name = convert.kdtune_to_hf(name)
+        hf_name = family_of(config).hf_keys.from_kdtune(name)
         prefix = _prefix(hf_name)
         found = [key for key in keys if key.startswith(prefix)] if hf_name in metadata else [hf_name]
         if not found or not set(found) <= set(keys):
@@ -179,12 +181,6 @@ def _keys_by_weight(file: Path, handle: Any, names: list[str]) -> dict[str, list
     if extra := [key for key in keys if key not in used]:
         raise CheckpointError(f"{file}: tensor {extra[0]!r} unexpected; weights and config do not belong together")
     return by_weight
-
-
-def _stored_dtype(handle: Any) -> torch.dtype:
-    """Return the dtype that the weights were quantized from, read from the final norm, which is never quantized."""
-    dtype: torch.dtype = handle.get_tensor(convert.kdtune_to_hf("norm.weight")).dtype
-    return dtype
 
 
 def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:

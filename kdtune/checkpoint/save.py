@@ -18,8 +18,7 @@ from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.distributed import is_rank_zero, reshard, together
 from kdtune.errors import ConfigError
 from kdtune.model_files import read_json
-from kdtune.models import Transformer, has_adapters, merged_config, merged_weights
-from kdtune.models.llama import configs, convert
+from kdtune.models import Transformer, family_of, has_adapters, merged_config, merged_weights, write_hf_config
 from kdtune.paths import user_path
 
 GENERATION_CONFIG = "generation_config.json"
@@ -148,7 +147,8 @@ def model_writer(
     The arguments are those of `write_model`. With `staged`, the current weights are copied to CPU memory, so the model may
     change before they are written.
     """
-    weights = {convert.kdtune_to_hf(name): compute for name, compute in merged_weights(model).items()}
+    keys = family_of(model.config).hf_keys
+    weights = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
     planned = _planned(model, weights)
     split = split_torch_state_dict_into_shards(
         planned, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
@@ -275,7 +275,8 @@ def _folder_of(base: str | Path | None) -> Path | None:
 def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Return tensors of the weights' shapes and dtypes that take no memory: merging is deferred until a shard is written."""
     state = model.state_dict()
-    shapes = {name: state[convert.hf_to_kdtune(name)] for name in weights}
+    keys = family_of(model.config).hf_keys
+    shapes = {name: state[keys.to_kdtune(name)] for name in weights}
     return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
 
 
@@ -287,7 +288,7 @@ def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | N
             of_base = _special_ids(tokenizer) | {"eos_token_id": tokenizer.eos_id}
         else:
             of_base = _with_trained_ids(of_base, tokenizer, is_chat)
-    return configs.config_to_hf(merged_config(model), base=of_base, dtype=dtype)
+    return write_hf_config(merged_config(model), base=of_base, dtype=dtype)
 
 
 def _generation_config(base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from kdtune.distributed import is_sharded, local, local_region, row_norms
 from kdtune.errors import CheckpointError
-from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, weight_shapes
+from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, family_of, weight_shapes
 from kdtune.models.lora import draw_a_
 from kdtune.models.nf4 import dequantized, fill_rows, quantize_nf4
 
@@ -153,8 +153,9 @@ def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
     if missing := [name for name in expected if name not in tensors]:
         hint = ""
         if missing == [_TIED[1]]:
+            family = family_of(config)
             hint = (
-                ", or save it with transformers from LlamaForCausalLM (LlamaModel has no head); a model whose head is the "
+                f", or save it with transformers from {family.architecture} ({family.headless} has no head); a model whose head is the "
                 "embedding says so in its config (tie_word_embeddings: true)"
             )
         raise CheckpointError(

@@ -110,7 +110,7 @@ def _import(module: str, dotted: str) -> Any:
 
 
 def _public_names(holder: Any) -> list[str]:
-    return list(getattr(holder, "__all__", None) or [name for name in dir(holder) if not name.startswith("_")])
+    return [name for name in dir(holder) if not name.startswith("_")]
 
 
 def bind(

@@ -33,6 +33,8 @@ def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     found.setdefault("tokenizer", {"_component_": "kdtune.tokenizers.load", "path": str(folder)})
     found["output_dir"] = str(user_path(run) / ("evaluation" if weights == FINAL else f"evaluation_{weights}"))
     found["checkpointer"] = {"_component_": _CHECKPOINTER, "checkpoint_dir": str(folder)}
+    if family := (values.get("checkpointer") or {}).get("family"):
+        found["checkpointer"]["family"] = family
     if checkpoint.is_adapter_folder(folder) and (base := values.get("checkpointer")):
         found["checkpointer"] = {**base, "adapter_dir": str(folder)}
         found["model"] = values.get("model")

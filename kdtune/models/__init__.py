@@ -1,5 +1,23 @@
 """Decoders in plain PyTorch, their published sizes, adapters, and student initialization by pruning."""
 
+from typing import Any
+
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_attached, _listed, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return _attached(name)
+    from kdtune.models.builders import BUILDERS
+
+    if name in BUILDERS:
+        return BUILDERS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from kdtune.models.builders import BUILDERS
+
+    return sorted({*_listed(), *BUILDERS})

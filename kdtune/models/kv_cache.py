@@ -3,14 +3,10 @@
 Shape suffixes: B batch, S new tokens, K key/value heads, C capacity of the cache, P cached tokens, E head dim.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kdtune.models.transformer import TransformerConfig
-
+from kdtune.models.architecture import TransformerConfig
 
 # Tokens that a cache begins with room for; it then doubles.
 _FIRST_ROOM = 1024
@@ -63,7 +59,7 @@ class KVCache:
     For inference only: the writes are in place, so gradients cannot flow through them.
     """
 
-    def __init__(self, config: "TransformerConfig", batch_size: int, max_seq_len: int) -> None:
+    def __init__(self, config: TransformerConfig, batch_size: int, max_seq_len: int) -> None:
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
         self.length = 0

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.lora import OUTPUT, LoRALinear, adapted_linears, adapter_parameters, replace_module
-from kdtune.models.transformer import Transformer, TransformerConfig
+from kdtune.models.transformer import Transformer
 
 
 def merge_adapters(model: Transformer) -> Transformer:

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.nf4 import quiet_torchao
-from kdtune.models.transformer import Transformer, TransformerConfig
+from kdtune.models.transformer import Transformer
 
 
 @dataclass(frozen=True)

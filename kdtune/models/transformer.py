@@ -1,75 +1,21 @@
-"""The Llama decoder: plain modules that know nothing of files, configs, devices, adapters or parallelism.
+"""The decoder: plain modules that know nothing of files, configs, devices, adapters or parallelism.
 
 Shape suffixes: B batch, S sequence, T tokens attended to, D embedding, H heads, K kv heads, E head dim, V vocabulary,
 F feed-forward.
 """
 
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdtune.errors import ConfigError
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention
 from kdtune.models.feed_forward import FeedForward
 from kdtune.models.kv_cache import KVCache, LayerCache
-from kdtune.models.rope import RopeScaling, inverse_frequencies, rope_tables
+from kdtune.models.rope import inverse_frequencies, rope_tables
 
-# Standard deviation of a fresh model's weights: what Llama and GPT-2 start from.
+# Standard deviation of a fresh model's weights, as in GPT-2 and its successors.
 INIT_STD = 0.02
-
-_MOST = {"num_layers": 10_000, "head_dim": 2**16, "max_seq_len": 2**48, "norm_eps": 1e6, "rope_base": 1e30}
-_MOST_OF_THE_REST = 2**28
-_MOST_PARAMETERS = 10**16
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Architecture of a decoder.
-
-    ``max_seq_len`` is the context the weights were trained for; forward does not enforce it.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_dim: int
-    max_seq_len: int
-    norm_eps: float
-    rope_base: float
-    rope_scaling: RopeScaling | None
-    tie_embeddings: bool
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("rope_scaling", "tie_embeddings"):
-                continue
-            # No model is near these sizes: such a value is a mistake that would fill the memory before it is noticed.
-            most = _MOST.get(field.name, _MOST_OF_THE_REST)
-            if not 0 < value <= most:
-                raise ConfigError(f"{field.name}={value}: must be above 0 and at most {most}")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
-        if self.num_parameters > _MOST_PARAMETERS:
-            names = ("embed_dim", "num_layers", "num_heads", "head_dim", "intermediate_dim", "vocab_size")
-            raise ConfigError(
-                f"{', '.join(f'{name}={getattr(self, name)}' for name in names)}: {self.num_parameters:.2g} parameters; must be "
-                f"at most {_MOST_PARAMETERS:.0e}; check the sizes"
-            )
-
-    @property
-    def num_parameters(self) -> int:
-        """Return the number of parameters of a model of these sizes, a tied head counted once."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2)
-        return self.embed_dim * ((1 if self.tie_embeddings else 2) * self.vocab_size + 1) + self.num_layers * layer
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -94,6 +40,11 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def rotary_heads(name: str, config: TransformerConfig) -> int | None:
+    """Return the number of heads of a weight whose rows are in rotary order, as q and k; None for the others."""
+    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype."""
 
@@ -103,7 +54,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain, as in Llama."""
+        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain."""
         return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
 
 
@@ -131,7 +82,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model of the Llama family, built on the current default device and dtype."""
+    """Decoder-only language model, built on the current default device and dtype."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

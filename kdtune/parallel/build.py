@@ -56,7 +56,9 @@ def build_model(
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
     """
     resumed = weights if weights is not None and is_adapter_folder(weights) else None
-    source = Checkpointer(weights) if weights is not None and not resumed else checkpointer
+    source = checkpointer
+    if weights is not None and not resumed:
+        source = Checkpointer(weights, family=getattr(checkpointer, "family", None))
     parallelism = parallelism or Parallelism()
     device = parallelism.home(world)
     if source is None:

@@ -27,8 +27,7 @@ from kdtune import distributed, parallel
 from kdtune._cli.main import main
 from kdtune.checkpoint import CheckpointManager, peft, save_model, sharded, step_folders
 from kdtune.checkpoint.sharded import tensor_writer
-from kdtune.models import Transformer, apply_lora, llama, merged_weights
-from kdtune.models.llama import convert
+from kdtune.models import LLAMA, Transformer, apply_lora, llama, merged_weights
 
 SMALL_FILES = 30_000
 CPU = torch.device("cpu")
@@ -59,7 +58,7 @@ def odd_model(kind: str) -> Transformer:
 def write_gathered(model: Transformer, folder: Path) -> None:
     """The same files by safetensors itself, every tensor made whole first."""
     whole = {
-        convert.kdtune_to_hf(name): distributed.whole(compute()).clone()
+        LLAMA.hf_keys.from_kdtune(name): distributed.whole(compute()).clone()
         for name, compute in merged_weights(model).items()
     }
     split = split_torch_state_dict_into_shards(

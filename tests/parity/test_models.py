@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from kdtune.models import KVCache, Transformer, TransformerConfig
-from kdtune.models.llama import convert
+from kdtune.models import LLAMA, KVCache, Transformer, TransformerConfig, read_hf_config, write_hf_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,8 +54,8 @@ def reference(generation: str, dtype: torch.dtype = torch.float32):
 
 
 def ours(theirs) -> Transformer:
-    model = Transformer(convert.config_from_hf(theirs.config.to_dict())).to(next(theirs.parameters()).dtype)
-    state = {convert.hf_to_kdtune(name): tensor for name, tensor in theirs.state_dict().items()}
+    model = Transformer(read_hf_config(theirs.config.to_dict())).to(next(theirs.parameters()).dtype)
+    state = {LLAMA.hf_keys.to_kdtune(name): tensor for name, tensor in theirs.state_dict().items()}
     model.load_state_dict(state, strict=True)
     return model
 
@@ -82,7 +81,7 @@ def test_gradients(generation):
     theirs(tokens).logits.logsumexp(-1).sum().backward()
     model(tokens).logsumexp(-1).sum().backward()
     for name, parameter in theirs.named_parameters():
-        grad = model.get_parameter(convert.hf_to_kdtune(name)).grad
+        grad = model.get_parameter(LLAMA.hf_keys.to_kdtune(name)).grad
         torch.testing.assert_close(grad, parameter.grad, atol=1e-4 * parameter.grad.abs().max().item(), rtol=0)
 
 
@@ -116,8 +115,8 @@ def test_cached_generation():
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_config_round_trip_through_transformers(generation, tmp_path):
-    config = convert.config_from_hf(reference(generation).config.to_dict())
-    written = convert.config_to_hf(config, base={"bos_token_id": 5, "eos_token_id": [6, 7]}, dtype="bfloat16")
+    config = read_hf_config(reference(generation).config.to_dict())
+    written = write_hf_config(config, base={"bos_token_id": 5, "eos_token_id": [6, 7]}, dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(written))
     read = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(read) is transformers.LlamaConfig
@@ -125,12 +124,12 @@ def test_config_round_trip_through_transformers(generation, tmp_path):
     assert (read.bos_token_id, read.eos_token_id) == (5, [6, 7])
     expected = {"rope_type": "default", "rope_theta": config.rope_base}
     assert read.rope_parameters == expected | GENERATIONS[generation].get("rope_scaling", {})
-    assert convert.config_from_hf(read.to_dict()) == config
+    assert read_hf_config(read.to_dict()) == config
 
     # Each spelling alone says the same: transformers 4 reads the old one, other readers only the new one.
     old = {key: value for key, value in written.items() if key != "rope_parameters"}
     new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
-    assert convert.config_from_hf(old) == convert.config_from_hf(new) == config
+    assert read_hf_config(old) == read_hf_config(new) == config
     assert transformers.LlamaConfig(**old).rope_parameters == transformers.LlamaConfig(**new).rope_parameters
 
 
@@ -139,6 +138,6 @@ def test_rope_frequencies_are_transformers(generation):
     from kdtune.models.rope import inverse_frequencies
 
     theirs = reference(generation)
-    config: TransformerConfig = convert.config_from_hf(theirs.config.to_dict())
+    config: TransformerConfig = read_hf_config(theirs.config.to_dict())
     frequencies = inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
     assert torch.equal(frequencies, theirs.model.rotary_emb.inv_freq)

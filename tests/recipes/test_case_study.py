@@ -11,17 +11,17 @@ from kdtune import _assets
 from kdtune._cli.names import import_recipe
 from kdtune.checkpoint import load_model
 from kdtune.config import instantiate, load
-from kdtune.models.llama.sizes import SIZES
+from kdtune.models import LLAMA
 
 SIZES_OF = {"70b": 70_553_706_496, "8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
-LLAMA = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
+CONFIGS = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
 WITH_MODELS_DIR = [config for config in _assets.configs()
                    if config.recipe != "sweep" and "models_dir" in config.path.read_text()]  # fmt: skip
 
 
 def adapter_parameters(builder: str, rank: int) -> int:
     """Rank times the sum of inputs and outputs of q, v, output projection, gate, up and down, in each layer."""
-    size = SIZES[builder]
+    _, size = LLAMA.sizes[builder]
     q, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     shapes = [
         (size.embed_dim, q),
@@ -32,7 +32,7 @@ def adapter_parameters(builder: str, rank: int) -> int:
     return size.num_layers * sum(rank * (a + b) for a, b in shapes)
 
 
-@pytest.mark.parametrize("name", LLAMA)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
     config = _assets.find_config(name)
     assert config.recipe

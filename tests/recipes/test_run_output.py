@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kdtune.checkpoint import load_model
-from kdtune.models.llama import convert
+from kdtune.models import LLAMA
 from kdtune.tokenizers import load
 
 RECIPE = "knowledge_distillation_single_device"
@@ -31,9 +31,9 @@ def check_weights(folder: Path, dtype: torch.dtype) -> Any:
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours, state = load_model(folder), theirs.state_dict()
     assert theirs.dtype == dtype
-    assert {convert.kdtune_to_hf(name) for name in ours.state_dict()} == state.keys()
+    assert {LLAMA.hf_keys.from_kdtune(name) for name in ours.state_dict()} == state.keys()
     for name, tensor in ours.state_dict().items():
-        other = state[convert.kdtune_to_hf(name)]
+        other = state[LLAMA.hf_keys.from_kdtune(name)]
         assert tensor.dtype == other.dtype == dtype and torch.equal(tensor, other), name
     return theirs.float().eval()
 

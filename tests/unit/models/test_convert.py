@@ -8,10 +8,19 @@ import torch
 
 from kdtune import models
 from kdtune.errors import CheckpointError
-from kdtune.models import RopeScaling
-from kdtune.models.llama import convert
-from kdtune.models.llama.sizes import SIZES
+from kdtune.models import LLAMA, RopeScaling, family_of_gguf, read_hf_config, write_hf_config
+from kdtune.models.architecture import unpermute
+from kdtune.models.file_configs import config_from_gguf
+from kdtune.models.llama import config_from_meta
 from kdtune.models.rope import inverse_frequencies, rotate
+from kdtune.models.transformer import rotary_heads
+
+HF, META, GGUF = LLAMA.hf_keys, LLAMA.meta_keys, LLAMA.gguf_keys
+SIZES = {name: replace(config, family=LLAMA) for name, (_, config) in LLAMA.sizes.items()}
+
+
+def read_gguf(metadata, **about):
+    return config_from_gguf(family_of_gguf(metadata)[0], metadata, **about)
 
 
 def names() -> list[str]:
@@ -20,7 +29,7 @@ def names() -> list[str]:
     return list(model.state_dict())
 
 
-@pytest.mark.parametrize("key_map", [convert.HF, convert.META, convert.GGUF], ids=lambda key_map: key_map.format)
+@pytest.mark.parametrize("key_map", [HF, META, GGUF], ids=lambda key_map: key_map.format)
 def test_names_round_trip(key_map):
     theirs = [key_map.from_kdtune(name) for name in names()]
     assert len(set(theirs)) == len(names())
@@ -37,29 +46,29 @@ def test_names_round_trip(key_map):
     ],
 )
 def test_hugging_face_names(theirs, ours):
-    assert convert.hf_to_kdtune(theirs) == ours
-    assert convert.kdtune_to_hf(ours) == theirs
+    assert HF.to_kdtune(theirs) == ours
+    assert HF.from_kdtune(ours) == theirs
 
 
 def test_gguf_names_are_the_gguf_packages():
     gguf = pytest.importorskip("gguf")
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
     for ours in names():
-        theirs = convert.kdtune_to_gguf(ours)
-        assert name_map.get_name(convert.kdtune_to_hf(ours), try_suffixes=(".weight",)) == theirs
-        assert convert.gguf_to_kdtune(theirs) == ours
-        assert name_map.get_name(convert.kdtune_to_meta(ours), try_suffixes=(".weight",)) == theirs
+        theirs = GGUF.from_kdtune(ours)
+        assert name_map.get_name(HF.from_kdtune(ours), try_suffixes=(".weight",)) == theirs
+        assert GGUF.to_kdtune(theirs) == ours
+        assert name_map.get_name(META.from_kdtune(ours), try_suffixes=(".weight",)) == theirs
 
 
 def test_unknown_names_are_errors_and_derived_tables_are_told_apart():
     for name in ("lm_head.bias", "model.layers.1.self_attn.q_proj.bias", "model.layers.x.mlp.up_proj.weight"):
-        assert not convert.HF.knows(name)
+        assert not HF.knows(name)
         with pytest.raises(CheckpointError, match=name):
-            convert.hf_to_kdtune(name)
-    assert convert.HF.is_derived("model.layers.3.self_attn.rotary_emb.inv_freq")
-    assert convert.META.is_derived("rope.freqs")
-    assert convert.GGUF.is_derived("rope_freqs.weight")
-    assert not convert.HF.is_derived("lm_head.weight")
+            HF.to_kdtune(name)
+    assert HF.is_derived("model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert META.is_derived("rope.freqs")
+    assert GGUF.is_derived("rope_freqs.weight")
+    assert not HF.is_derived("lm_head.weight")
 
 
 def test_unpermuted_rows_rotate_as_interleaved_pairs_do():
@@ -70,15 +79,14 @@ def test_unpermuted_rows_rotate_as_interleaved_pairs_do():
     x, angles = torch.randn(dim, dtype=torch.float64), torch.rand(head_dim // 2, dtype=torch.float64)
     pairs = (interleaved @ x).view(num_heads, head_dim // 2, 2)
     turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)
-    weight = convert.unpermute(interleaved, num_heads)
+    weight = unpermute(interleaved, num_heads)
     heads = rotate((weight @ x).view(1, 1, num_heads, head_dim), (angles.cos(), angles.sin()))[0, 0]
     torch.testing.assert_close(heads, torch.cat((turned.real, turned.imag), dim=-1))
-    assert torch.equal(convert.permute(weight, num_heads), interleaved)
 
 
 def test_only_q_and_k_are_permuted():
     config = replace(SIZES["llama3_2_1b"], num_layers=2)
-    heads = {name: convert.rotary_heads(name, config) for name in names()}
+    heads = {name: rotary_heads(name, config) for name in names()}
     assert {name for name, count in heads.items() if count} == {
         f"layers.{i}.attn.{proj}_proj.weight" for i in range(12) for proj in "qk"
     }
@@ -112,19 +120,19 @@ HF_CONFIG = {
 
 
 def test_published_hugging_face_config_is_the_published_size():
-    assert convert.config_from_hf(HF_CONFIG) == SIZES["llama3_2_1b"]
+    assert read_hf_config(HF_CONFIG) == SIZES["llama3_2_1b"]
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_hf_config_round_trip(name):
-    written = convert.config_to_hf(SIZES[name])
-    assert convert.config_from_hf(written) == SIZES[name]
+    written = write_hf_config(SIZES[name])
+    assert read_hf_config(written) == SIZES[name]
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
 
 
 def test_base_settings_are_kept_but_not_its_quantization():
     base = HF_CONFIG | {"eos_token_id": [7, 8], "quantization_config": {"bits": 4}, "transformers_version": "4.45.0"}
-    written = convert.config_to_hf(replace(SIZES["llama3_2_1b"], num_layers=4), base=base, dtype="float32")
+    written = write_hf_config(replace(SIZES["llama3_2_1b"], num_layers=4), base=base, dtype="float32")
     assert written["eos_token_id"] == [7, 8]
     assert written["num_hidden_layers"] == 4
     assert written["dtype"] == "float32"
@@ -141,7 +149,7 @@ def test_absent_settings_have_transformers_defaults():
         "num_attention_heads",
         "intermediate_size",
     )
-    config = convert.config_from_hf({key: HF_CONFIG[key] for key in sizes})
+    config = read_hf_config({key: HF_CONFIG[key] for key in sizes})
     assert (config.num_kv_heads, config.head_dim, config.max_seq_len) == (32, 64, 2048)
     assert (config.norm_eps, config.rope_base, config.rope_scaling, config.tie_embeddings) == (1e-6, 1e4, None, False)
 
@@ -168,7 +176,7 @@ def test_absent_settings_have_transformers_defaults():
 )
 def test_unsupported_hf_settings_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        convert.config_from_hf(HF_CONFIG | changes)
+        read_hf_config(HF_CONFIG | changes)
 
 
 META_PARAMS = {
@@ -198,20 +206,20 @@ META_PARAMS = {
 
 @pytest.mark.parametrize("name", META_PARAMS)
 def test_published_meta_params_are_the_published_size(name):
-    assert convert.config_from_meta(META_PARAMS[name], vocab_size=32_000) == SIZES[name]
+    assert config_from_meta(META_PARAMS[name], vocab_size=32_000) == SIZES[name]
 
 
 def test_meta_params_of_no_published_size():
     params = META_PARAMS["llama3_8b"] | {"n_layers": 3, "use_scaled_rope": True}
-    config = convert.config_from_meta(params, max_seq_len=64, tie_embeddings=True)
+    config = config_from_meta(params, max_seq_len=64, tie_embeddings=True)
     assert config == replace(SIZES["llama3_1_8b"], num_layers=3, max_seq_len=64, tie_embeddings=True)
-    assert convert.config_from_meta(params | {"rope_scaling_factor": 16}).rope_scaling.factor == 16.0
+    assert config_from_meta(params | {"rope_scaling_factor": 16}).rope_scaling.factor == 16.0
     with pytest.raises(CheckpointError, match="vocab_size"):
-        convert.config_from_meta(META_PARAMS["llama2_7b"])
+        config_from_meta(META_PARAMS["llama2_7b"])
     with pytest.raises(CheckpointError, match="quantization_args"):
-        convert.config_from_meta(params | {"quantization_args": {}})
+        config_from_meta(params | {"quantization_args": {}})
     with pytest.raises(CheckpointError, match="n_layers is missing"):
-        convert.config_from_meta({key: value for key, value in params.items() if key != "n_layers"})
+        config_from_meta({key: value for key, value in params.items() if key != "n_layers"})
 
 
 GGUF_METADATA = {
@@ -230,9 +238,9 @@ GGUF_METADATA = {
 
 
 def test_gguf_metadata():
-    assert convert.config_from_gguf(GGUF_METADATA, tie_embeddings=True) == SIZES["smollm2_135m"]
+    assert read_gguf(GGUF_METADATA, tie_embeddings=True) == SIZES["smollm2_135m"]
     without = {key: value for key, value in GGUF_METADATA.items() if key != "llama.vocab_size"}
-    config = convert.config_from_gguf(without | {"tokenizer.ggml.tokens": ["a", "b"]}, tie_embeddings=False)
+    config = read_gguf(without | {"tokenizer.ggml.tokens": ["a", "b"]}, tie_embeddings=False)
     assert (config.vocab_size, config.tie_embeddings) == (2, False)
 
 
@@ -249,14 +257,12 @@ def test_gguf_rope_factors(factor):
         else:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             divisors.append(1 / ((1 - smooth) / factor + smooth))
-    config = convert.config_from_gguf(GGUF_METADATA, tie_embeddings=True, rope_factors=torch.tensor(divisors))
+    config = read_gguf(GGUF_METADATA, tie_embeddings=True, rope_factors=torch.tensor(divisors))
     assert config.rope_scaling == (None if factor == 1.0 else RopeScaling(factor, 1.0, 4.0, 8192))
     scaled = inverse_frequencies(64, 100_000.0, config.rope_scaling)
     torch.testing.assert_close(scaled, inverse_frequencies(64, 100_000.0, None) / torch.tensor(divisors))
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        convert.config_from_gguf(
-            GGUF_METADATA, tie_embeddings=True, rope_factors=torch.tensor(divisors) + torch.arange(32) % 2
-        )
+        read_gguf(GGUF_METADATA, tie_embeddings=True, rope_factors=torch.tensor(divisors) + torch.arange(32) % 2)
 
 
 @pytest.mark.parametrize(
@@ -272,4 +278,4 @@ def test_gguf_rope_factors(factor):
 )
 def test_unsupported_gguf_settings_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        convert.config_from_gguf(GGUF_METADATA | changes, tie_embeddings=True)
+        read_gguf(GGUF_METADATA | changes, tie_embeddings=True)

@@ -208,10 +208,8 @@ def test_what_is_listed_is_adapted_and_nothing_else(settings: dict[str, object],
 
 
 def test_every_builder_has_its_adapted_ones() -> None:
-    from kdtune.models.llama import builders
-
     settings = inspect.signature(apply_lora).parameters
-    names = [name for name, thing in vars(builders).items() if inspect.isfunction(thing)]
+    names = ["llama", *models.LLAMA.sizes]
     assert len(names) == 14
     for name in names:
         own = inspect.signature(getattr(models, name)).parameters

@@ -10,8 +10,7 @@ import torch
 
 from kdtune import models
 from kdtune.errors import ConfigError
-from kdtune.models import KVCache, Transformer
-from kdtune.models.llama.sizes import SIZES
+from kdtune.models import LLAMA, KVCache, Transformer
 
 PARAMETERS = {
     "llama2_7b": 6_738_415_616,
@@ -53,8 +52,8 @@ def test_published_parameter_counts(name):
 
 
 def test_every_size_has_a_builder_and_a_count():
-    assert SIZES.keys() == PARAMETERS.keys()
-    assert set(models.__all__) >= SIZES.keys()
+    assert LLAMA.sizes.keys() == PARAMETERS.keys()
+    assert set(dir(models)) >= LLAMA.sizes.keys()
 
 
 @pytest.mark.parametrize("name", ["rope_base", "norm_eps", "max_seq_len"])

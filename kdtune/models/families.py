@@ -1,0 +1,99 @@
+"""The model families that kdtune knows, and how a file's family is found."""
+
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kdtune.errors import CheckpointError, ConfigError
+from kdtune.models.architecture import Family, KeyMap, TransformerConfig
+from kdtune.models.llama import LLAMA
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+_OWN = "the checkpointer's `family` names one of your own (docs/extending.md)"
+
+
+def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> TransformerConfig:
+    """Return the config of the model that a ``config.json`` describes.
+
+    Its family is one of `FAMILIES`, or `named`.
+
+    Raises:
+        CheckpointError: It is of another family, lacks a size, or has a setting that our decoder does not compute.
+    """
+    architectures, model_type = document.get("architectures"), document.get("model_type")
+    families = FAMILIES if named is None else (named,)
+    for family in families:
+        # A model saved without its head; the head is missed where the embedding does not take its place.
+        if architectures in ([family.architecture], [family.headless]) or (
+            not architectures and model_type == family.model_type
+        ):
+            return family.config_from_hf(family, document)
+    wanted = " or ".join(f"{family.architecture} (model_type {family.model_type!r})" for family in families)
+    raise CheckpointError(
+        f"config.json: architectures={reprlib.repr(architectures)}, model_type={reprlib.repr(model_type)}; want {wanted}"
+        + (f"; {_OWN}" if named is None else f", which family={named} stands for")
+    )
+
+
+def family_of_gguf(metadata: Mapping[str, Any], named: Family | None = None) -> tuple[Family, KeyMap]:
+    """Return the family of the model that a GGUF file's metadata describes, and its names there; `named` as in :func:`read_hf_config`.
+
+    Raises:
+        CheckpointError: It is none of them.
+    """
+    architecture = metadata.get("general.architecture")
+    families = FAMILIES if named is None else (named,)
+    for family in families:
+        if family.gguf_keys is not None and family.gguf_architecture == architecture:
+            return family, family.gguf_keys
+    known = [repr(family.gguf_architecture) for family in families if family.gguf_keys is not None]
+    raise CheckpointError(
+        f"GGUF: general.architecture={architecture!r}; want {' or '.join(known) or f'safetensors, for family={named}'}"
+    )
+
+
+def family_of_meta(named: Family | None = None) -> tuple[KeyMap, Callable[..., TransformerConfig]]:
+    """Return the names of the family whose files are Meta's, and what reads its params.json; `named` as above.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    for family in FAMILIES if named is None else (named,):
+        if family.meta_keys is not None and family.config_from_meta is not None:
+            return family.meta_keys, family.config_from_meta
+    raise CheckpointError(f"params.json: not of family={named}; give its safetensors")
+
+
+def write_hf_config(
+    config: TransformerConfig, *, base: Mapping[str, Any] | None = None, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """Return a ``config.json`` that transformers 4 and 5 both read as ``config``.
+
+    Args:
+        config: The model.
+        base: The ``config.json`` the model came from; its other values, such as token ids, are kept.
+            Without one add ``bos_token_id`` and ``eos_token_id``: transformers would assume its own.
+        dtype: Dtype of the weights in the same folder, such as "bfloat16".
+
+    Raises:
+        ConfigError: The model belongs to no family.
+    """
+    dropped = ("transformers_version", "_name_or_path", "quantization_config")
+    kept = {key: value for key, value in (base or {}).items() if key not in dropped}
+    family = family_of(config)
+    return kept | family.config_to_hf(family, config) | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def family_of(config: TransformerConfig) -> Family:
+    """Return the family of a model.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if config.family is None:
+        raise ConfigError(
+            "the model belongs to no family, which says how its files are named; give its TransformerConfig a `family` "
+            "(docs/extending.md)"
+        )
+    return config.family

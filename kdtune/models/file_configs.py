@@ -1,0 +1,239 @@
+"""A model's settings in its files: read and write config.json as transformers does, and read GGUF metadata; for any family."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.errors import CheckpointError, ConfigError
+from kdtune.models.architecture import Family, TransformerConfig
+from kdtune.models.rope import RopeScaling, inverse_frequencies
+
+# Settings that change a decoder's arithmetic in ways that ours does not compute, with the values that do not.
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0, None),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# The tensor of frequency factors is computed from the config by the model, but it is the only place where a GGUF file says
+# how the frequencies are scaled.
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Above any setting of a model, and what float64 holds: JSON has integers of any length, and Infinity.
+_TOO_LARGE = 2**200
+
+
+class Settings:
+    """Settings by key, and the file that they are from, which begins each error."""
+
+    def __init__(self, values: Mapping[str, Any], file: str) -> None:
+        self.values, self.file = values, file
+
+    def size(self, key: str, *, kind: type = int) -> Any:
+        """Return a positive number of the kind.
+
+        Raises:
+            CheckpointError: The key is absent, or has another value.
+        """
+        value = self.number(key, kind=kind)
+        if value is None:
+            raise CheckpointError(f"{self.file}: {key} is missing")
+        return value
+
+    def number(self, key: str, default: Any = None, *, kind: type = int) -> Any:
+        """Return a positive number of the kind (an int passes for a float); the default if the key is absent or null."""
+        value: Any = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, kind) or not 0 < value < _TOO_LARGE:
+            wanted = f"want a positive {'integer' if kind is int else 'number'}"
+            raise CheckpointError(f"{self.file}: {key}={reprlib.repr(value)}; {wanted}")
+        return kind(value)
+
+    def flag(self, key: str) -> bool:
+        """Return a bool; False if the key is absent."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.file}: {key}={reprlib.repr(value)}; want true or false")
+        return value
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """Return the settings below a key; empty if it is absent or null."""
+        found = self.values.get(key) or {}
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{self.file}: {key}={reprlib.repr(found)}; want an object of settings, or null")
+        return found
+
+    def config(self, **fields: Any) -> TransformerConfig:
+        """Return the config with these fields; CheckpointError for values that do not go together."""
+        try:
+            return TransformerConfig(**fields)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.file}: {error}") from error
+
+
+def config_from_hf(family: Family, document: Mapping[str, Any]) -> TransformerConfig:
+    """Return the config of the model of that family in a ``config.json``.
+
+    Absent keys get the defaults of transformers' LlamaConfig. Reads ``rope_theta`` with ``rope_scaling`` (transformers 4)
+    and ``rope_parameters`` (transformers 5).
+
+    Raises:
+        CheckpointError: A missing size, or a setting this model does not compute.
+    """
+    constants = {key: (value, None) if value is False else (value,) for key, value in family.hf_constants.items()}
+    for key, plain in {**_PLAIN_VALUES, **constants}.items():
+        if key in document and document[key] not in plain:
+            raise CheckpointError(
+                f"config.json: {key}={reprlib.repr(document[key])} is not supported; want {plain[0]!r}"
+            )
+    found = Settings(document, "config.json")
+    embed_dim, num_heads = found.size("hidden_size"), found.size("num_attention_heads")
+    max_seq_len = found.number("max_position_embeddings", 2048)
+    rope_base, rope_scaling = _rope_from_hf(found, max_seq_len)
+    return found.config(
+        vocab_size=found.size("vocab_size"),
+        embed_dim=embed_dim,
+        num_layers=found.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=found.number("num_key_value_heads", num_heads),
+        head_dim=found.number("head_dim", embed_dim // num_heads),
+        intermediate_dim=found.size("intermediate_size"),
+        max_seq_len=max_seq_len,
+        norm_eps=found.number("rms_norm_eps", 1e-6, kind=float),
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
+        tie_embeddings=found.flag("tie_word_embeddings"),
+        family=family,
+        **family.switches,
+    )
+
+
+def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
+    """Return the settings of a ``config.json`` that transformers 4 and 5 both read as ``config``."""
+    scaling: dict[str, Any] = {}
+    if config.rope_scaling is not None:
+        rope = config.rope_scaling
+        values = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_seq_len)
+        scaling = dict(zip(_ROPE_SCALING_KEYS, values, strict=True))
+    rope_type = "llama3" if scaling else "default"
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **family.hf_constants,
+        # transformers 4 reads these two, transformers 5 the third where the second is null.
+        "rope_theta": config.rope_base,
+        "rope_scaling": {"rope_type": rope_type, **scaling} if scaling else None,
+        "rope_parameters": {"rope_type": rope_type, "rope_theta": config.rope_base, **scaling},
+    }
+
+
+def _rope_from_hf(found: Settings, max_seq_len: int) -> tuple[float, RopeScaling | None]:
+    old, new = found.section("rope_scaling"), found.section("rope_parameters")
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise CheckpointError(
+                f"config.json: rope_scaling.{key}={reprlib.repr(old[key])} and rope_parameters.{key}={reprlib.repr(new[key])} disagree"
+            )
+    rope = {**new, **old}
+    read = Settings(rope, found.file)
+    base = read.number("rope_theta", found.number("rope_theta", 10_000.0, kind=float), kind=float)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise CheckpointError(
+            f"config.json: rope_type={reprlib.repr(rope_type)} is not supported; want 'default' or 'llama3'"
+        )
+    if rope.get("partial_rotary_factor", 1.0) not in _PLAIN_VALUES["partial_rotary_factor"]:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor={reprlib.repr(rope['partial_rotary_factor'])} is not supported; want 1.0"
+        )
+    allowed = _ROPE_KEYS | set(_ROPE_SCALING_KEYS if rope_type == "llama3" else ())
+    if unknown := sorted(rope.keys() - allowed):
+        raise CheckpointError(f"config.json: unknown rope settings {unknown}; {rope_type!r} has {sorted(allowed)}")
+    if rope_type == "default":
+        return float(base), None
+    rope.setdefault("original_max_position_embeddings", max_seq_len)
+    if missing := [key for key in _ROPE_SCALING_KEYS if rope.get(key) is None]:
+        raise CheckpointError(f"config.json: rope_type 'llama3' without {missing}")
+    factor, low, high, original = (read.number(key, kind=float) for key in _ROPE_SCALING_KEYS)
+    if not low < high:
+        raise CheckpointError(
+            f"config.json: low_freq_factor={low} and high_freq_factor={high}; want a lower and a higher one"
+        )
+    return base, RopeScaling(factor, low, high, int(original))
+
+
+def config_from_gguf(
+    family: Family, metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors: Tensor | None = None
+) -> TransformerConfig:
+    """Return the config of the model of that family that a GGUF file's metadata describes.
+
+    Args:
+        family: The family, whose GGUF architecture begins the keys.
+        metadata: The file's fields, such as "llama.block_count", as plain Python values.
+        tie_embeddings: Whether the file lacks the tensor ``output.weight``.
+        rope_factors: The tensor ``rope_freqs.weight``, if the file has one: the divisor of each frequency.
+
+    Raises:
+        CheckpointError: A missing size, or a setting this model does not compute.
+    """
+    prefix = f"{family.gguf_architecture}."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    found = Settings(own, "GGUF")
+    if own.get("expert_count"):
+        raise CheckpointError(f"GGUF: {prefix}expert_count={own['expert_count']} is not supported; want a dense model")
+    if own.get("rope.scaling.type", "none") != "none":
+        raise CheckpointError(
+            f"GGUF: {prefix}rope.scaling.type={own['rope.scaling.type']!r} is not supported; want none"
+        )
+    embed_dim, num_heads = found.size("embedding_length"), found.size("attention.head_count")
+    head_dim = own.get("attention.key_length", embed_dim // num_heads)
+    if own.get("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError(
+            f"GGUF: {prefix}rope.dimension_count={own['rope.dimension_count']}; want head_dim={head_dim}"
+        )
+    rope_base = float(own.get("rope.freq_base", 10_000.0))
+    return found.config(
+        vocab_size=own.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
+        embed_dim=embed_dim,
+        num_layers=found.size("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=own.get("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        intermediate_dim=found.size("feed_forward_length"),
+        max_seq_len=found.size("context_length"),
+        # Stored as a 32-bit float: 1e-5 reads as 9.9999997e-06.
+        norm_eps=float(f"{found.size('attention.layer_norm_rms_epsilon', kind=float):.7g}"),
+        rope_base=rope_base,
+        rope_scaling=None if rope_factors is None else _scaling_from_factors(rope_factors, head_dim, rope_base),
+        tie_embeddings=tie_embeddings,
+        family=family,
+        **family.switches,
+    )
+
+
+def _scaling_from_factors(rope_factors: Tensor, head_dim: int, rope_base: float) -> RopeScaling | None:
+    """Return the Llama 3.1 scaling with these divisors (models differ only in its factor); None if all are 1."""
+    factors = rope_factors.detach().float().cpu()
+    scaling = RopeScaling(factors.max().item(), 1.0, 4.0, 8192)
+    expected = inverse_frequencies(head_dim, rope_base, None) / inverse_frequencies(head_dim, rope_base, scaling)
+    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
+        raise CheckpointError("GGUF: rope_freqs.weight is not a Llama 3.1 frequency scaling; no other is supported")
+    return None if scaling.factor == 1.0 else scaling
