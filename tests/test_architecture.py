@@ -139,6 +139,45 @@ def test_recipes_stand_alone(path: Path) -> None:
     assert ast.get_docstring(tree)
 
 
+# What reads, writes, spreads, plans and prunes a model asks its config for the family; the decoder itself knows none.
+FAMILY_BLIND = [
+    path
+    for path in SOURCES
+    if part_of(path) in ("checkpoint", "distributed", "parallel", "teachers", "training")
+    or (part_of(path) == "models" and path.stem not in ("llama", "families", "builders"))
+]
+
+
+def named_families(tree: ast.AST) -> set[str]:
+    """Identifiers and strings, other than docstrings, that name a model family. llama.cpp is a program."""
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            found.add(re.sub(r"llama(\.cpp|-gguf)", "", node.value))
+        for field in ("id", "attr", "name", "arg", "module"):
+            if isinstance(value := getattr(node, field, None), str):
+                found.add(value)
+    return {text for text in found if "llama" in text.lower()}
+
+
+@pytest.mark.parametrize("path", FAMILY_BLIND, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_a_familys_own_file_names_it(path: Path) -> None:
+    # model_card and origin name licences, and a rotary scaling is called by its name in config.json.
+    licences = path.stem in ("origin", "model_card")
+    allowed = {"llama3"} if path.stem == "file_configs" else set()
+    assert licences or {text for text in named_families(ast.parse(path.read_text())) if text not in allowed} == set()
+
+
+@pytest.mark.parametrize(
+    "line", ["from kdtune.models.llama import LLAMA", "from kdtune.models import llama", "convert = models.LLAMA.hf_keys",
+             "keys['llama.vocab_size']", "architecture == 'LlamaForCausalLM'"],
+)  # fmt: skip
+def test_a_named_family_is_found(line: str) -> None:
+    assert named_families(ast.parse(line))
+    assert not named_families(ast.parse('def f():\n    """As in Llama."""\n    raise ValueError("use llama.cpp")'))
+
+
 @pytest.mark.parametrize("path", SOURCES + RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path: Path) -> None:
     lines = path.read_text().splitlines()
