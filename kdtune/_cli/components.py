@@ -7,7 +7,8 @@ from typing import Any
 
 from kdtune.config.check import MismatchError, conform
 from kdtune.config.check import describe as type_text
-from kdtune.config.component import parameters_of, resolve, returned_class
+from kdtune.config.component import parameters_of, returned_class
+from kdtune.config.resolve import resolve
 from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
 

@@ -12,9 +12,8 @@ from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized, readers
 from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.tensors import StoredModel, check_tensors, fill_model
-from kdtune.config import resolve
 from kdtune.distributed import is_sharded
-from kdtune.errors import CheckpointError, ConfigError
+from kdtune.errors import CheckpointError
 from kdtune.models import Family, Transformer, TransformerConfig, family_of
 from kdtune.paths import user_path
 
@@ -47,8 +46,8 @@ class Checkpointer:
             GGUF before Meta's consolidated.NN.pth.
         adapter_dir: A PEFT folder with an adapter for that model. `load` merges it into the weights; if the given model has
             adapters, `load` fills those instead.
-        family: Family of the model, as an object or by its dotted path, such as "my_qwen.QWEN2"; None: one of kdtune's, found
-            in the files, or that of the model that `load` is given.
+        family: Family of the model, in a config by its dotted path, such as my_qwen.QWEN2; None: one of kdtune's, found in the
+            files, or that of the model that `load` is given.
 
     Nothing is read until a method asks for it.
     """
@@ -58,7 +57,7 @@ class Checkpointer:
         checkpoint_dir: str | Path,
         checkpoint_files: Sequence[str] | None = None,
         adapter_dir: str | Path | None = None,
-        family: str | Family | None = None,
+        family: Family | None = None,
     ) -> None:
         path = user_path(checkpoint_dir)
         if path.is_file():
@@ -76,7 +75,7 @@ class Checkpointer:
             )
         self.checkpoint_dir = path
         self.adapter_dir = None if adapter_dir is None else user_path(adapter_dir)
-        self.family = _named_family(family)
+        self.family = family
         self._named_files = checkpoint_files
 
     def problems(self) -> list[str]:
@@ -248,15 +247,6 @@ class Checkpointer:
 def _on_meta(config: TransformerConfig) -> Transformer:
     with torch.device("meta"):
         return Transformer(config)
-
-
-def _named_family(family: str | Family | None) -> Family | None:
-    found = resolve(family) if isinstance(family, str) else family
-    if found is not None and not isinstance(found, Family):
-        raise ConfigError(
-            f"family={family}: is a {type(found).__name__}; a kdtune.models.Family expected (docs/extending.md)"
-        )
-    return found
 
 
 def _format(file: Path) -> str:

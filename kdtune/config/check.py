@@ -5,6 +5,7 @@ import types
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin
 
+from kdtune.config.resolve import resolve
 from kdtune.errors import ConfigError
 from kdtune.paths import PATH_MARK, user_path
 
@@ -20,6 +21,10 @@ class MismatchError(ValueError):
     """A value that does not fit its annotation; the text says what was found and what is allowed."""
 
 
+class UnknownNameError(MismatchError):
+    """A dotted path of no object."""
+
+
 def is_component(value: Any) -> bool:
     """Return whether a config value is a component node: a mapping with a `_component_` key."""
     return isinstance(value, dict) and COMPONENT in value
@@ -28,7 +33,8 @@ def is_component(value: Any) -> bool:
 def conform(value: Any, annotation: Any) -> Any:
     """Convert the value to its annotation: an int to a float, a string to a Path, a list to a tuple or set.
 
-    In a string that is a path (PathText, or beside Path in a union), a leading `~` becomes the home folder.
+    In a string that is a path (PathText, or beside Path in a union), a leading `~` becomes the home folder. Where an object of
+    some other class is wanted, a string is its dotted path.
 
     Component nodes are unchanged, and so are values whose annotation no YAML value can violate.
 
@@ -126,10 +132,19 @@ def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: A
     elif plain in _MAPPINGS and isinstance(value, dict):
         return {key: _item(item, key, args[1:]) for key, item in value.items()}
     else:
+        if isinstance(value, str) and "." in value and plain not in (tuple, *_LISTS, *_MAPPINGS):
+            value = _named(value)
         fits = isinstance(value, plain) and not isinstance(value, str)
     if not fits:
         raise MismatchError(_mismatch(value, annotation))
     return value
+
+
+def _named(dotted: str) -> Any:
+    try:
+        return resolve(dotted)
+    except ConfigError as error:
+        raise UnknownNameError(str(error)) from None
 
 
 def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], annotation: Any) -> tuple[Any, ...]:
@@ -143,16 +158,20 @@ def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], an
 def _conform_union(value: Any, annotation: Any) -> Any:
     """Convert the value to the member that changes it least: `int | float` keeps 3 an int, `float | None` makes it 3.0."""
     converted = []
+    unknown: UnknownNameError | None = None
     for member in get_args(annotation):
         try:
             result = conform(value, member)
+        except UnknownNameError as error:
+            unknown = error
+            continue
         except MismatchError:
             continue
         if type(result) is type(value):
             return result
         converted.append(result)
     if not converted:
-        raise MismatchError(_mismatch(value, annotation))
+        raise unknown or MismatchError(_mismatch(value, annotation))
     return converted[0]
 
 

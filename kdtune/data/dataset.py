@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from kdtune.config.component import resolve
+from kdtune.config.resolve import resolve
 from kdtune.data.columns import MissingColumnError, Row, Suggest
 from kdtune.data.messages import type_name
 from kdtune.data.sources import PREVIEW, Source, empty_text, open_rows, read_stream

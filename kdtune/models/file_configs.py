@@ -235,5 +235,7 @@ def _scaling_from_factors(rope_factors: Tensor, head_dim: int, rope_base: float)
     scaling = RopeScaling(factors.max().item(), 1.0, 4.0, 8192)
     expected = inverse_frequencies(head_dim, rope_base, None) / inverse_frequencies(head_dim, rope_base, scaling)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
-        raise CheckpointError("GGUF: rope_freqs.weight is not a Llama 3.1 frequency scaling; no other is supported")
+        raise CheckpointError(
+            "GGUF: rope_freqs.weight is not the frequency scaling that config.json calls llama3; no other is supported"
+        )
     return None if scaling.factor == 1.0 else scaling

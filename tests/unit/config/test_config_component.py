@@ -149,3 +149,28 @@ def test_the_arguments_of_an_unpacked_typed_dict_are_checked_by_name_and_type() 
     assert len(problems) == 2
     assert problems[0].startswith("dataset.split: ")
     assert "dataset.train_on_inputs" in problems[1] and "did you mean 'train_on_input'?" in problems[1]
+
+
+class Shape:
+    """An object that a config cannot write out."""
+
+
+SQUARE = Shape()
+
+
+def drawn(shape: Shape | None = None, sizes: list[int] | None = None) -> Shape | None:
+    return shape
+
+
+def test_an_object_is_named_by_its_dotted_path() -> None:
+    node = {"_component_": f"{__name__}.drawn", "shape": f"{__name__}.SQUARE"}
+    assert instantiate(node) is SQUARE
+    for value, problem in (
+        (f"{__name__}.SQARE", "has no 'SQARE'; did you mean 'SQUARE'?"),
+        (f"{__name__}.drawn", "is not allowed; must be Shape or null"),
+        ("square", "is not allowed; must be Shape or null"),
+    ):
+        (found,) = bind({**node, "shape": value}, key="picture")
+        assert found.startswith("picture.shape: ") and found.endswith(problem)
+    (found,) = bind({**node, "sizes": "1.5"}, key="picture")
+    assert found.endswith("must be a list of int or null")
