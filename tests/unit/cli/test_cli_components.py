@@ -34,8 +34,8 @@ def test_every_dataset_and_builder_is_listed(capsys: pytest.CaptureFixture[str])
     builders = {name for name in kdtune.data.__all__ if name.endswith("_dataset")}
     assert datasets == builders - {"load_dataset"}, "load_dataset makes what a config names"
     models = {row.split()[0].rpartition(".")[2] for row in shown(capsys, "models").partition("\n\n")[0].splitlines()}
-    families = ("llama", "smollm2", "lora_llama", "lora_smollm2", "qlora_")
-    assert models == {name for name in kdtune.models.__all__ if name.startswith(families)}
+    sizes = ["llama", *(name for family in kdtune.models.FAMILIES for name in family.sizes)]
+    assert models == {prefix + name for prefix in ("", "lora_", "qlora_") for name in sizes} and len(models) == 42
 
 
 def test_a_component_shows_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
