@@ -58,7 +58,7 @@ def test_every_size_has_a_builder_and_a_count():
 
 @pytest.mark.parametrize("name", ["rope_base", "norm_eps", "max_seq_len"])
 def test_what_a_size_of_ones_own_leaves_out_is_llama_3s(name):
-    assert inspect.signature(models.llama).parameters[name].default == getattr(SIZES["llama3_8b"], name)
+    assert inspect.signature(models.llama).parameters[name].default == getattr(LLAMA.sizes["llama3_8b"][1], name)
 
 
 def test_state_dict_names():
