@@ -14,7 +14,7 @@ PACKAGE = ROOT / "kdtune"
 # docs/architecture.md, "Who may import whom": a package may import packages of lower layers only.
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
-        ["constants", "errors", "log", "paths", "escape", "model_files", "gguf_file", "_assets", "__init__"], 0
+        ["constants", "errors", "log", "paths", "escape", "json_files", "gguf_file", "_assets", "__init__"], 0
     ),
     **dict.fromkeys(["config", "distributed", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
@@ -107,7 +107,7 @@ def test_the_ground_floor_needs_the_standard_library_only(path: Path) -> None:
     ("part", "other", "is_allowed"),
     [
         ("errors", "escape", True), ("training", "models", True), ("_cli", "config", True), ("data", "data", True),
-        ("errors", "models", False), ("model_files", "config", False), ("models", "losses", False),
+        ("errors", "models", False), ("json_files", "config", False), ("models", "losses", False),
         ("models", "checkpoint", False), ("distributed", "checkpoint", False), ("_cli", "models", False), ("new", "errors", False),
     ],
 )  # fmt: skip

@@ -109,7 +109,9 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
         match = _HIDDEN.match(entry.name)
         if match is None or entry in _in_use:
             continue
-        if _is_other_process(int(match["pid"])) if match["host"] == _host() else _is_fresh(entry):
+        pid = int(match["pid"])
+        # Ids are reused: our own id marks an earlier process.
+        if (pid != os.getpid() and is_running(pid)) if match["host"] == _host() else _is_fresh(entry):
             continue
         with writing(entry):
             if entry.is_dir() and not entry.is_symlink():
@@ -173,10 +175,8 @@ def _is_fresh(entry: Path) -> bool:
     return True
 
 
-def _is_other_process(pid: int) -> bool:
-    """Return whether a process other than this one has this id. Ids are reused, so our own id marks an earlier process."""
-    if pid == os.getpid():
-        return False
+def is_running(pid: int) -> bool:
+    """Return whether a process of this machine has the id."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

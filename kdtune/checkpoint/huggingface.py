@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

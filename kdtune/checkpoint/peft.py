@@ -14,7 +14,7 @@ from kdtune.checkpoint.peft_config import check_config, is_target, value_for
 from kdtune.checkpoint.tensors import StoredTensor
 from kdtune.distributed import is_sharded, local, local_region, whole
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
 from kdtune.models.lora import merged
 from kdtune.models.lora_merge import untie_head

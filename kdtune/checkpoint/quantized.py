@@ -20,7 +20,7 @@ from kdtune.checkpoint.huggingface import CONFIG, open_safetensors
 from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 from kdtune.models import Family, Transformer, TransformerConfig, family_of, read_hf_config, weight_shapes
 from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
 from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems

@@ -12,7 +12,7 @@ from kdtune.checkpoint import gguf, huggingface, meta
 from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import read_gguf as read_gguf_header
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 from kdtune.models import (
     Family,
     TransformerConfig,

@@ -17,7 +17,7 @@ from kdtune.checkpoint.huggingface import CONFIG, INDEX
 from kdtune.checkpoint.sharded import Write, tensor_writer
 from kdtune.distributed import is_rank_zero, reshard, together
 from kdtune.errors import ConfigError
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 from kdtune.models import Transformer, family_of, has_adapters, merged_config, merged_weights, write_hf_config
 from kdtune.paths import user_path
 

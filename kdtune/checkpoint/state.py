@@ -22,8 +22,8 @@ from kdtune.checkpoint.atomic import atomic_write_text
 from kdtune.checkpoint.sharded import Write
 from kdtune.distributed import is_rank_zero, to_cpu_copy, together
 from kdtune.errors import CheckpointError
+from kdtune.json_files import read_json
 from kdtune.log import get_logger
-from kdtune.model_files import read_json
 from kdtune.paths import user_path
 
 STATE_FILE = "state.json"

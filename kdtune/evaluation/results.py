@@ -1,7 +1,5 @@
 """Results of an evaluation: results.json, the documents' answers, and the rows of a table."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.evaluation.lm_eval import flat_metrics, results_rows
+from kdtune.json_files import to_json
 
 # Of lm-eval's document, what is said task by task.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -49,9 +48,11 @@ class Measured:
         Non-finite numbers become null, objects that JSON lacks become text, lone surrogates are escaped.
         """
         document = {"metrics": self.all_metrics, "versions": versions, **self.details}
-        atomic_write_text(folder / "results.json", _json(document, indent=1) + "\n")
+        atomic_write_text(folder / "results.json", to_json(document, indent=1, default=str) + "\n")
         for name, records in self.samples.items() if log_samples else ():
-            atomic_write_text(folder / "samples" / f"{name}.jsonl", "".join(_json(record) + "\n" for record in records))
+            atomic_write_text(
+                folder / "samples" / f"{name}.jsonl", "".join(to_json(record, default=str) + "\n" for record in records)
+            )
 
 
 def repeated(names: Sequence[str]) -> list[str]:
@@ -66,16 +67,3 @@ def _metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:
         for name, value in metrics.items()
         if name.removesuffix("_stderr") == name or name.removesuffix("_stderr") not in metrics
     ]  # fmt: skip
-
-
-def _json(document: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, indent=indent, default=str)
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinite and undefined numbers in the value by None, at any depth."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

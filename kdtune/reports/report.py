@@ -7,6 +7,7 @@ from typing import Any
 from kdtune.checkpoint import atomic_write_text
 from kdtune.errors import ConfigError
 from kdtune.escape import markdown_fence, markdown_table, markdown_text
+from kdtune.json_files import read_json_lines
 from kdtune.log import get_logger
 from kdtune.paths import user_path
 from kdtune.reports.baseline import Baseline, find_baseline, planned_rows, row_problems
@@ -24,7 +25,7 @@ from kdtune.reports.tables import (
     summary_table,
 )
 from kdtune.runs import has_facts, run_facts
-from kdtune.sweeps.results import DONE, finite_metrics, read_rows
+from kdtune.sweeps.results import DONE, finite_metrics
 
 log = get_logger(__name__)
 
@@ -38,9 +39,10 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Read the cells of a results.jsonl.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or is not a sweep's.
+        CheckpointError: the file cannot be read, or has a line that is no JSON object.
+        ConfigError: it is empty, or not a sweep's.
     """
-    results = read_rows(path)
+    results = read_json_lines(user_path(path))
     if not results:
         raise ConfigError(f"{path}: holds no cell; run the sweep until one is finished")
     for number, row in enumerate(results, start=1):

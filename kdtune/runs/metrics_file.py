@@ -1,14 +1,12 @@
 """JSON lines files of a run: metrics.jsonl and samples.jsonl."""
 
-import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from kdtune.errors import CheckpointError
+from kdtune.checkpoint import atomic_write_text
+from kdtune.json_files import read_json_lines, to_json
 from kdtune.paths import user_path
 
 
@@ -27,7 +25,7 @@ class JSONLLogger:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append the step's values: numbers, or any other JSON value (such as a sample answer)."""
         if self._file is not None:
-            self._file.write(_line({"step": step, **values}))
+            self._file.write(to_json({"step": step, **values}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -50,35 +48,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: any other line is not a JSON object with a `step`.
     """
-    rows = []
-    lines = user_path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise CheckpointError(
-                f"{path}: line {number} must be a JSON object with a step, is {line[:60]!r}; remove it"
-            )
-        rows.append(row)
-    return rows
+    return read_json_lines(user_path(path), key="step")
 
 
 def truncate_metrics(path: str | Path, step: int) -> None:
     """Keep a metrics.jsonl's lines up to and including `step`, without a truncated last one. Atomic."""
-    path = user_path(path)
-    kept = [_line(row) for row in read_metrics(path) if row["step"] <= step]
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write_text(path, "".join(to_json(row) + "\n" for row in read_metrics(path) if row["step"] <= step))

@@ -1,13 +1,14 @@
 """A run's own record: the config in config.yaml, and its starts in run.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kdtune.config.load import read_resolved
 from kdtune.errors import CheckpointError, ConfigError
+from kdtune.json_files import read_json
 
-_NOT_OURS = "it was cut off or changed by hand: put it right, or remove it"
+_ADVICE = "put it right, or remove it"
+_NOT_OURS = f"it was cut off or changed by hand: {_ADVICE}"
 
 
 def read_resolved_config(output_dir: Path) -> dict[str, Any]:
@@ -34,12 +35,9 @@ def recorded_starts(folder: Path) -> list[dict[str, Any]]:
     runs_file = folder / "run.json"
     if not runs_file.exists():
         return []
-    try:
-        starts = json.loads(runs_file.read_text(encoding="utf-8-sig"))["starts"]
-        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-            raise TypeError("starts must be a list of objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{runs_file}: is no record of a run's starts ({error}); {_NOT_OURS}") from error
+    starts = read_json(runs_file, advice=_ADVICE).get("starts")
+    if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+        raise CheckpointError(f"{runs_file}: is no record of a run's starts (a list of objects); {_NOT_OURS}")
     return starts
 
 

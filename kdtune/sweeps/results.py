@@ -8,35 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
-from kdtune.errors import ConfigError
-from kdtune.paths import user_path
+from kdtune.json_files import read_json, read_json_lines
 from kdtune.sweeps.plan import Cell, Step
 
 DONE, FAILED = "done", "failed"
 LOSSES = ("loss", "class_loss", "kd_loss")
 _VALIDATION = "val_"
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON lines file, ignoring a truncated last line.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        lines = user_path(path).read_text(encoding="utf-8-sig").split("\n")[:-1]
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}: line {number} must be a JSON object, is {line[:60]!r}")
-        rows.append(row)
-    return rows
+_ADVICE = "remove it, and the sweep runs the step again"
 
 
 def step_metrics(folder: Path) -> dict[str, float | None]:
@@ -47,10 +25,10 @@ def step_metrics(folder: Path) -> dict[str, float | None]:
     """
     found: dict[str, Any] = {}
     if (folder / "metrics.jsonl").exists():
-        for row in read_rows(folder / "metrics.jsonl"):
+        for row in read_json_lines(folder / "metrics.jsonl"):
             found |= {name: value for name, value in row.items() if name in LOSSES or name.startswith(_VALIDATION)}
     if (folder / "results.json").exists():
-        found |= json.loads((folder / "results.json").read_text(encoding="utf-8-sig"))["metrics"]
+        found |= read_json(folder / "results.json", advice=_ADVICE).get("metrics", {})
     return finite_metrics({name: value for name, value in found.items() if isinstance(value, int | float | None)})
 
 
@@ -62,8 +40,12 @@ def finite_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | Non
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of a finished step: metrics, seconds and command, and the parts of its folder deleted since."""
-    return json.loads(path.read_text(encoding="utf-8-sig"))
+    """Read the record of a finished step: metrics, seconds and command, and the parts of its folder deleted since.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return read_json(path, advice=_ADVICE)
 
 
 def steps_to_run(cell: Cell) -> list[Step]:

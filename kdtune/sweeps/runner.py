@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdtune.checkpoint import atomic_write_text, partial_of, remove_folder
+from kdtune.checkpoint.atomic import is_running
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.sweeps.check import can_resume, step_overrides
@@ -43,7 +44,7 @@ def locked(folder: Path) -> Iterator[int]:
         waiting = False
         while not _try_lock(file.fileno()):
             owner = int(path.read_text() or 0)
-            if owner and _is_running(owner):
+            if owner and is_running(owner):
                 raise ConfigError(
                     f"{folder}: the sweep of process {owner} is running there; wait for it, stop it, "
                     "or choose another output_dir"
@@ -63,16 +64,6 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json_if_there
+from kdtune.json_files import read_json_if_there
 from kdtune.tokenizers.base import check_control_tokens
 from kdtune.tokenizers.folder import ADDED_TOKENS, SPECIAL_TOKEN_KEYS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 

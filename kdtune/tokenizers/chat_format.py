@@ -14,7 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
-from kdtune.model_files import read_json, read_text
+from kdtune.json_files import read_json, read_text
 from kdtune.paths import user_path
 from kdtune.tokenizers.folder import TOKENIZER_CONFIG, write_tokenizer_config
 from kdtune.tokenizers.template_limits import METER, LimitedEnvironment, LimitError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.errors import CheckpointError
+from kdtune.json_files import read_json_if_there
 from kdtune.log import get_logger
-from kdtune.model_files import read_json_if_there
 
 log = get_logger(__name__)
 

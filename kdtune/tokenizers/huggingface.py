@@ -8,8 +8,8 @@ from typing import Any
 import tokenizers
 
 from kdtune.errors import CheckpointError
+from kdtune.json_files import read_json_if_there, read_text
 from kdtune.log import get_logger
-from kdtune.model_files import read_json_if_there, read_text
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
 from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json
+from kdtune.json_files import read_json
 from kdtune.paths import user_path
 from kdtune.tokenizers.base import Tokenizer
 from kdtune.tokenizers.folder import check_flags

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from kdtune.errors import CheckpointError
-from kdtune.model_files import read_json_if_there
+from kdtune.json_files import read_json_if_there
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import ADDED_TOKENS, generation_eos_ids

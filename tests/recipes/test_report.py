@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_named(results: Path, tmp_path: Path, settings: dic
 )
 def test_files_that_are_not_results(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "results.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises((ConfigError, CheckpointError), match=words):
         write_report(tmp_path / "results.jsonl", tmp_path, title="t")
 
 
@@ -436,12 +436,19 @@ def test_runs_of_a_users_own_recipe_are_left_out_of_what_was_run(tmp_path: Path)
     assert "## What was run" in text and "| seed | 0 |" in text and len(panels(tmp_path)["class_loss"][0]) == len(cells)
 
 
-@pytest.mark.parametrize("content", ['{"starts": [{"ver', '{"starts": [1]}', "{}"])
-def test_a_damaged_record_of_a_run_is_named(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ('{"starts": [{"ver', "is not JSON"),
+        ('{"starts": [1]}', "is no record of a run's starts"),
+        ("{}", "is no record of a run's starts"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path, content: str, what: str) -> None:
     row = trained_cell(tmp_path, {"a": 0})
     file = tmp_path / row["folders"]["train"] / "run.json"
     file.write_text(content)
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: is no record of a run's starts"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: {what}.*put it right, or remove it"):
         write(tmp_path, [row])
 
 
