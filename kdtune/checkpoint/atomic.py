@@ -1,5 +1,6 @@
 """Write folders and files atomically: they are complete or absent, whenever the process is killed."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -183,6 +184,20 @@ def is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    return True
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file without waiting; False if another process holds it, None if its file system has no locks.
+
+    The lock is released when this process and those that inherited the descriptor have closed it, however they end.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
     return True
 
 

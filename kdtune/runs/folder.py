@@ -1,10 +1,10 @@
 """The output folder of a run: whether it may be used, and its lock."""
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from kdtune.checkpoint.atomic import try_lock
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.paths import user_path
@@ -89,15 +89,12 @@ def lock(folder: Path) -> None:
     if path in _held:
         return
     descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    is_locked = try_lock(descriptor)
+    if is_locked is False:
         os.close(descriptor)
-        raise ConfigError(f"output_dir={folder}: {_IN_USE}") from error
-    except OSError as error:
-        log.warning(
-            "%s: its file system has no locks (%s); a second run there would not be noticed", folder, error.strerror
-        )
+        raise ConfigError(f"output_dir={folder}: {_IN_USE}")
+    if is_locked is None:
+        log.warning("%s: its file system has no locks; a second run there would not be noticed", folder)
     _held[path] = descriptor
 
 
@@ -120,12 +117,6 @@ def _is_locked(folder: Path) -> bool:
     except OSError:  # no run has been there; what may not be read is told by the other checks
         return False
     try:
-        # Shared: the processes of one run look at the same time.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
+        return try_lock(descriptor, shared=True) is False  # the processes of one run look at the same time
     finally:
         os.close(descriptor)
-    return False

@@ -1,6 +1,5 @@
 """Run the steps of a sweep as separate processes, one after the other, under a lock on the sweep's folder."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdtune.checkpoint import atomic_write_text, partial_of, remove_folder
-from kdtune.checkpoint.atomic import is_running
+from kdtune.checkpoint.atomic import is_running, try_lock
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.sweeps.check import can_resume, step_overrides
@@ -42,7 +41,7 @@ def locked(folder: Path) -> Iterator[int]:
     path = folder / "lock"
     with path.open("a+") as file:
         waiting = False
-        while not _try_lock(file.fileno()):
+        while try_lock(file.fileno()) is False:
             owner = int(path.read_text() or 0)
             if owner and is_running(owner):
                 raise ConfigError(
@@ -57,14 +56,6 @@ def locked(folder: Path) -> Iterator[int]:
         file.write(str(os.getpid()))
         file.flush()
         yield file.fileno()
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
