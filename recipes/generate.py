@@ -106,9 +106,8 @@ class Config:
         if self.batch_size < 1:
             found.append(f"batch_size={self.batch_size}: must be at least 1")
         try:
-            generation.check_sampling(
-                max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-            )
+            generation.check_max_new_tokens(self.max_new_tokens)
+            generation.Sampling(self.temperature, self.top_k, self.top_p)
         except ConfigError as error:
             found.append(str(error))
         if self.model is None and self.checkpointer is None:
@@ -306,8 +305,11 @@ def printed_in_order() -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
 
 def sampling(cfg: Config, tokenizer: Any) -> dict[str, Any]:
     """Return the settings that every prompt shares."""
-    settings = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    return settings | {"stop_ids": tokenizer.stop_ids}
+    return {
+        "max_new_tokens": cfg.max_new_tokens,
+        "stop_ids": tokenizer.stop_ids,
+        "sampling": generation.Sampling(cfg.temperature, cfg.top_k, cfg.top_p),
+    }
 
 
 def as_row(conversation: Conversation, prompt: list[int], new_ids: list[int], tokenizer: Any) -> dict[str, Any]:

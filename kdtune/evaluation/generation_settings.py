@@ -6,6 +6,7 @@ from typing import Any
 
 from kdtune._assets import did_you_mean
 from kdtune.errors import ConfigError
+from kdtune.generation import Sampling
 
 _LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KEYS = (*_LENGTH_KEYS, "until", "do_sample", "temperature", "top_k", "top_p")
@@ -15,13 +16,11 @@ _DEFAULT_LENGTH = 256
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Stop strings, the longest answer in tokens, and the sampling settings (temperature 0: the most likely token)."""
+    """Stop strings, the longest answer in tokens, and how tokens are chosen."""
 
     until: tuple[str, ...]
     max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
+    sampling: Sampling
 
     def prompt_room(self, max_length: int) -> int:
         """Return the number of tokens left for the prompt.
@@ -59,7 +58,5 @@ def read_generation_settings(given: Mapping[str, Any]) -> GenerationSettings:
     return GenerationSettings(
         until=tuple([until] if isinstance(until, str) else until),
         max_new_tokens=lengths[0] if lengths else _DEFAULT_LENGTH,
-        temperature=temperature,
-        top_k=given.get("top_k"),
-        top_p=given.get("top_p"),
+        sampling=Sampling(temperature, given.get("top_k"), given.get("top_p")),
     )

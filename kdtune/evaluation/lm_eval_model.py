@@ -134,9 +134,7 @@ class KDTuneLM(LM):
             [prompt[-room:] for prompt in prompts],
             max_new_tokens=settings.max_new_tokens,
             stop_ids=self._text_tokenizer.stop_ids,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
+            sampling=settings.sampling,
             seed=seeds,
             should_stop=stops,
         )

@@ -84,9 +84,8 @@ class InstructionSet:
         if self.num_examples is not None and self.num_examples < 1:
             raise ConfigError(f"rouge.{self.name}.num_examples={self.num_examples}: must be at least 1")
         try:
-            generation.check_sampling(
-                max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-            )
+            generation.check_max_new_tokens(self.max_new_tokens)
+            _ = self.sampling
         except ConfigError as error:
             raise ConfigError(f"rouge.{self.name}.{error}") from error
         if not self.seeds or (len(self.seeds) > 1 and self.temperature == 0.0):
@@ -94,6 +93,11 @@ class InstructionSet:
                 f"rouge.{self.name}.seeds={self.seeds}: one seed, or several with a temperature above 0 "
                 "(at 0 every answer is the same)"
             )
+
+    @property
+    def sampling(self) -> generation.Sampling:
+        """How tokens are chosen."""
+        return generation.Sampling(self.temperature, self.top_k, self.top_p)
 
     def read(self) -> list[Instruction]:
         """Read the instructions.
@@ -236,9 +240,7 @@ def _answers(
             [prompts[index] for index in batch],
             max_new_tokens=settings.max_new_tokens,
             stop_ids=tokenizer.stop_ids,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
+            sampling=settings.sampling,
             # Each answer has its own random stream, so that it does not depend on the rest of the batch.
             seed=[seed + _SEED_STEP * index for index in batch],
         )

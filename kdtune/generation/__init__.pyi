@@ -1,15 +1,16 @@
 from .eval_mode import eval_mode
-from .generate import check_sampling, generate, generate_batch
+from .generate import check_max_new_tokens, generate, generate_batch
 from .prompts import encode_prompt, read_prompts
 from .samples import Generator, answer
-from .sampling import sample_token, sample_tokens
+from .sampling import Sampling, sample_token, sample_tokens
 from .stream import TextStream
 
 __all__ = [
     "Generator",
+    "Sampling",
     "TextStream",
     "answer",
-    "check_sampling",
+    "check_max_new_tokens",
     "encode_prompt",
     "eval_mode",
     "generate",

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from kdtune.distributed import from_main
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.eval_mode import eval_mode
-from kdtune.generation.sampling import sample_tokens
+from kdtune.generation.sampling import GREEDY, Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer
 
 
@@ -22,9 +22,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     on_token: Callable[[int], object] | None = None,
     sync_tokens: bool = False,
@@ -35,9 +33,7 @@ def generate(
         [prompt_ids],
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         seed=seed,
         on_token=None if on_token is None else lambda _, token: on_token(token),
         sync_tokens=sync_tokens,
@@ -51,9 +47,7 @@ def generate_batch(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling = GREEDY,
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], object] | None = None,
     should_stop: Callable[[int, list[int]], bool] | None = None,
@@ -71,9 +65,7 @@ def generate_batch(
         prompts: ids, at least one each.
         max_new_tokens: at least one.
         stop_ids: ids that end a text.
-        temperature: 0 takes the most likely token each time.
-        top_k: sample from this many most likely tokens; None: from all.
-        top_p: sample from the fewest most likely tokens that hold this share of the probability; None: from all.
+        sampling: how each token is chosen; the most likely one by default.
         seed: prompt number i, from 0, samples with the seed `seed + i`; or one seed per prompt.
         on_token: called with a prompt's number and its new id, for each new id.
         should_stop: called with a prompt's number and its new ids so far (not to be changed); true ends that text.
@@ -84,7 +76,7 @@ def generate_batch(
         ConfigError: a number is out of range.
         DataError: a prompt is empty or leaves no room in the model's context.
     """
-    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_max_new_tokens(max_new_tokens)
     if not prompts:
         return []
     limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
@@ -102,9 +94,7 @@ def generate_batch(
             hidden_BSD = _forward(model, tokens_BS, padding_B, cache)
             # Only the last position is projected: a long prompt's [S, V] logits would be thrown away.
             logits_BV = model.output(hidden_BSD[:, -1])
-            tokens = sample_tokens(
-                logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generators=[generators[i] for i in active]
-            )
+            tokens = sample_tokens(logits_BV, sampling, [generators[i] for i in active])
             tokens = from_main(tokens) if sync_tokens else tokens
             rows = []
             for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
@@ -123,16 +113,10 @@ def generate_batch(
             tokens_BS = torch.tensor(tokens, device=weight.device)[:, None]
 
 
-def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise a ConfigError that names a number out of range; the arguments are generate_batch's."""
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    """Raise a ConfigError if no token could be generated."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
-    if not 0.0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature}: must be 0 (the most likely token) or more")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k}: must be 1 or more, or null for the whole vocabulary")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ConfigError(f"top_p={top_p}: must be above 0 and at most 1, or null for the whole vocabulary")
 
 
 def _new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[int]:

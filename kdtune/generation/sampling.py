@@ -1,37 +1,57 @@
 """Sample the next tokens. Shape suffixes: B batch, V vocabulary, N candidate tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kdtune.errors import CheckpointError
+from kdtune.errors import CheckpointError, ConfigError
 
 # Below it a temperature would be 0 in fp32; what is drawn is the most likely token long before.
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
-def sample_tokens(
-    logits_BV: Tensor,
-    *,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generators: Sequence[torch.Generator],
-) -> list[int]:
-    """Return each sequence's next id: the most likely at temperature 0, else drawn by :func:`sample_token`.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most likely one, or drawn from softmax(logits / temperature).
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int | None = None
+    """Sample from this many most likely tokens; None: from all."""
+    top_p: float | None = None
+    """Sample from the fewest most likely tokens that hold at least this share of the probability left by temperature and
+    top_k (nucleus sampling, arXiv 1904.09751); None: from all."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (the most likely token) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k}: must be 1 or more, or null for the whole vocabulary")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1, or null for the whole vocabulary")
+
+
+GREEDY = Sampling()
+
+
+def sample_tokens(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """Return each sequence's next id.
 
     Args:
         logits_BV: [B, V], any dtype and device.
-        temperature: 0 or more.
-        top_k: as in :func:`sample_token`.
-        top_p: as in :func:`sample_token`.
+        sampling: how it is chosen.
         generators: one per sequence, so that its draws do not depend on its neighbours.
 
     Raises:
         CheckpointError: logits that are not finite.
     """
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         best_B, ids_B = logits_BV.max(dim=-1)
         _check_finite(best_B)
         chosen: list[int] = ids_B.tolist()
@@ -39,38 +59,25 @@ def sample_tokens(
     # One transfer for the whole batch.
     logits_BV = logits_BV.to("cpu", torch.float32)
     return [
-        sample_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        for logits_V, generator in zip(logits_BV, generators, strict=True)
+        sample_token(logits_V, sampling, generator) for logits_V, generator in zip(logits_BV, generators, strict=True)
     ]
 
 
-def sample_token(
-    logits_V: Tensor,
-    *,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator,
-) -> int:
-    """Return the next token's id: the most likely at temperature 0, else drawn from softmax(logits / temperature).
+def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return the next token's id, from logits [V] of any dtype and device.
 
-    Args:
-        logits_V: [V], any dtype and device.
-        temperature: 0 or more.
-        top_k: sample from this many most likely tokens; None: from all.
-        top_p: sample from the fewest most likely tokens that hold at least this share of the probability left by
-            temperature and top_k (nucleus sampling, arXiv 1904.09751); None: from all.
-        generator: a CPU generator; sampling happens on the CPU, so that a seed gives the same tokens on every device.
+    `generator` is a CPU generator: sampling happens on the CPU, so that a seed gives the same tokens on every device.
 
     Raises:
         CheckpointError: logits that are not finite.
     """
+    top_k, top_p = sampling.top_k, sampling.top_p
     best, best_id = logits_V.to("cpu", torch.float32).max(dim=-1)
     _check_finite(best)
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         return int(best_id)
     # From the largest down, so that no temperature makes one of them infinite.
-    scaled_V = (logits_V.to("cpu", torch.float32) - best) / max(temperature, _LEAST_TEMPERATURE)
+    scaled_V = (logits_V.to("cpu", torch.float32) - best) / max(sampling.temperature, _LEAST_TEMPERATURE)
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled_V.softmax(dim=-1), 1, generator=generator))
     # Sorted from the most likely on.

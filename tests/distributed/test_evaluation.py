@@ -15,7 +15,7 @@ from kdtune._cli.main import main
 from kdtune.checkpoint import load_model
 from kdtune.distributed import is_sharded
 from kdtune.evaluation import score
-from kdtune.generation import generate_batch
+from kdtune.generation import Sampling, generate_batch
 
 SHARDED = ["parallelism.dp_shard=-1", "parallelism.dp_replicate=1"]
 LAYOUTS = {
@@ -135,7 +135,7 @@ def share_unequally(model_folder: Path, sharded: bool) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     whole = load_model(model_folder).eval()
     items = [[5, 6, 7], [8], *([[9, 10]] * (size * 16 - 3)), [11, 12]]
-    settings = {"stop_ids": (), "temperature": 1.0}
+    settings = {"stop_ids": (), "sampling": Sampling(1.0)}
     with distributed.start_world(torch.device("cpu")) as world:
         model = load_model(model_folder).requires_grad_(False)
         if sharded:

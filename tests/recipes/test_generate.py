@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kdtune import generation
 from kdtune.checkpoint import load_model
 from kdtune.data import Conversation, Message
-from kdtune.generation import encode_prompt, generate
+from kdtune.generation import Sampling, encode_prompt, generate
 from kdtune.tokenizers import byte_tokenizer
 
 CONFIG = "tiny/generate"
@@ -58,7 +58,7 @@ def test_many_prompts_go_to_a_file_whatever_the_batch_size(cli, good, tmp_path, 
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS
     for number, row in enumerate(rows):
-        assert row["answer"] == expected(good, row["prompt"], temperature=0.8, top_p=0.9, seed=5 + number)
+        assert row["answer"] == expected(good, row["prompt"], sampling=Sampling(0.8, top_p=0.9), seed=5 + number)
         assert row["finish_reason"] in ("stop", "length")
 
 

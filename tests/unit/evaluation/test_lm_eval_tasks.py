@@ -106,7 +106,8 @@ def test_generation_settings_that_have_no_function(folder):
 def test_generation_settings_are_lm_evals(given):
     ours, theirs = read_generation_settings(given), normalize_gen_kwargs(given)
     assert list(ours.until) == theirs["until"] and ours.max_new_tokens == theirs["max_gen_toks"]
-    assert ours.temperature == (theirs.get("temperature", 0.0) if theirs["do_sample"] else 0.0)
+    assert ours.sampling.top_p == given.get("top_p")
+    assert ours.sampling.temperature == (theirs.get("temperature", 0.0) if theirs["do_sample"] else 0.0)
 
 
 def test_stop_strings():

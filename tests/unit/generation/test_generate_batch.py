@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdtune.errors import ConfigError, DataError
-from kdtune.generation import answer, eval_mode, generate, generate_batch, sample_token
+from kdtune.generation import Sampling, answer, eval_mode, generate, generate_batch, sample_token
 from kdtune.models import KVCache, llama
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -53,21 +53,21 @@ def test_sampling_repeats_by_seed_and_leaves_the_global_generator_alone(model):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = generate(model, PROMPT, max_new_tokens=20, stop_ids=(), temperature=1.0, seed=1)
+    first = generate(model, PROMPT, max_new_tokens=20, stop_ids=(), sampling=Sampling(1.0), seed=1)
     assert torch.equal(torch.rand(3), expected)
-    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), temperature=1.0, seed=1) == first
-    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), temperature=1.0, seed=2) != first
+    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), sampling=Sampling(1.0), seed=1) == first
+    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), sampling=Sampling(1.0), seed=2) != first
 
 
 def test_the_only_kept_token_is_the_greedy_one(model):
     greedy = generate(model, PROMPT, max_new_tokens=20, stop_ids=())
-    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), temperature=3.0, top_k=1) == greedy
+    assert generate(model, PROMPT, max_new_tokens=20, stop_ids=(), sampling=Sampling(3.0, top_k=1)) == greedy
 
 
 def test_samples_follow_the_softmax():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0], dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    draws = [sample_token(logits, temperature=2.0, top_k=3, generator=generator) for _ in range(4000)]
+    draws = [sample_token(logits, Sampling(2.0, top_k=3), generator) for _ in range(4000)]
     weights = torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64).div(2.0).exp()
     found = torch.bincount(torch.tensor(draws), minlength=4)
     assert found[2] == 0
@@ -97,9 +97,8 @@ def test_a_prompt_that_does_not_fit(model, length):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
@@ -108,9 +107,14 @@ def test_a_prompt_that_does_not_fit(model, length):
         ({"top_p": float("nan")}, "top_p=nan"),
     ],
 )
-def test_numbers_out_of_range(model, arguments, message):
+def test_numbers_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
-        generate(model, PROMPT, **{"max_new_tokens": 2, "stop_ids": (), **arguments})
+        Sampling(**settings)
+
+
+def test_no_token_to_generate(model):
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        generate(model, PROMPT, max_new_tokens=0, stop_ids=())
 
 
 def test_as_transformers_generates():
@@ -177,13 +181,13 @@ def test_answer_goes_through_the_chat_template(model):
 PROMPTS = [PROMPT, [7], list(range(2, 20)), [9, 2], [30, 30, 30]]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 8, "top_p": 0.9}])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.5, top_k=8, top_p=0.9)])
 def test_a_batch_gives_what_each_prompt_gives_alone(model, sampling):
     alone = [
-        generate(model, prompt, max_new_tokens=30, stop_ids={11, 3}, seed=5 + i, **sampling)
+        generate(model, prompt, max_new_tokens=30, stop_ids={11, 3}, seed=5 + i, sampling=sampling)
         for i, prompt in enumerate(PROMPTS)
     ]
-    batch = generate_batch(model, PROMPTS, max_new_tokens=30, stop_ids={11, 3}, seed=5, **sampling)
+    batch = generate_batch(model, PROMPTS, max_new_tokens=30, stop_ids={11, 3}, seed=5, sampling=sampling)
     assert batch == alone
     assert len({len(ids) for ids in alone}) > 2  # they end at different times
 
@@ -235,7 +239,7 @@ def test_the_bad_prompt_of_a_batch_is_named(model):
 
 
 def test_seeds_can_be_given_one_by_one(model):
-    settings = {"max_new_tokens": 12, "stop_ids": (), "temperature": 1.0}
+    settings = {"max_new_tokens": 12, "stop_ids": (), "sampling": Sampling(1.0)}
     seeds = [9, 4, 4, 0, 7]
     alone = [generate(model, prompt, seed=seed, **settings) for prompt, seed in zip(PROMPTS, seeds, strict=True)]
     assert generate_batch(model, PROMPTS, seed=seeds, **settings) == alone

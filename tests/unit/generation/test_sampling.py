@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdtune.errors import CheckpointError
-from kdtune.generation import sample_token, sample_tokens
+from kdtune.generation import Sampling, sample_token, sample_tokens
 
 
 def brute_force(logits, temperature, top_k, top_p) -> dict[int, float]:
@@ -26,7 +26,7 @@ def brute_force(logits, temperature, top_k, top_p) -> dict[int, float]:
 
 def draws(logits, number=4000, **settings) -> list[int]:
     generator = torch.Generator().manual_seed(0)
-    return [sample_token(torch.tensor(logits), generator=generator, **settings) for _ in range(number)]
+    return [sample_token(torch.tensor(logits), Sampling(**settings), generator) for _ in range(number)]
 
 
 LOGITS = [2.0, 0.1, -1.0, 1.0, 1.7, -3.0]
@@ -63,9 +63,9 @@ def test_the_most_likely_token_always_stays():
 def test_each_sequence_draws_with_its_own_generator():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     for settings in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "top_p": 0.8}, {"temperature": 0.0}):
-        together = sample_tokens(logits, generators=[torch.Generator().manual_seed(i) for i in range(3)], **settings)
+        together = sample_tokens(logits, Sampling(**settings), [torch.Generator().manual_seed(i) for i in range(3)])
         alone = [
-            sample_token(row, generator=torch.Generator().manual_seed(i), **settings) for i, row in enumerate(logits)
+            sample_token(row, Sampling(**settings), torch.Generator().manual_seed(i)) for i, row in enumerate(logits)
         ]
         assert together == alone
 
@@ -77,9 +77,9 @@ def test_logits_that_are_not_numbers_are_told(bad, temperature):
     logits_BV[1, 2] = bad
     generators = [torch.Generator(), torch.Generator()]
     with pytest.raises(CheckpointError, match=f"logits are not numbers .found {bad}.: its weights hold NaN"):
-        sample_tokens(logits_BV, temperature=temperature, generators=generators)
+        sample_tokens(logits_BV, Sampling(temperature), generators)
     with pytest.raises(CheckpointError, match="logits are not numbers"):
-        sample_token(logits_BV[1], temperature=temperature, top_k=3, generator=generators[1])
+        sample_token(logits_BV[1], Sampling(temperature, top_k=3), generators[1])
 
 
 @pytest.mark.parametrize(
