@@ -28,7 +28,7 @@ class ConfigError(KDTuneError):
     """A config, an override or a command line that cannot be used. The message names the key."""
 
 
-class LayoutError(ConfigError):
+class ParallelismError(ConfigError):
     """A model that cannot be parallelized as the config asks."""
 
 

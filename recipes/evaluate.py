@@ -183,7 +183,7 @@ class Config:
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
-        found += parallel.spread_problems(self)
+        found += parallel.problems(self)
         found += runs.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
@@ -202,7 +202,7 @@ def main(cfg: Config) -> None:
     """Run the recipe."""
     with (
         config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
-        world.one_voice(),
+        world.rank0_stderr(),
     ):
         tokenizer, cfg = training.load_tokenizer(cfg)
         measured = run(cfg, tokenizer, world)

@@ -119,7 +119,7 @@ class Config:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = training.device_problems(self.device, self.dtype or "fp32", distributed=True)
-        found += parallel.spread_problems(self)
+        found += parallel.problems(self)
         parallelism = config.instantiate(self.parallelism)
         is_copy = parallelism and {parallelism.dp_shard, parallelism.tp} == {1} and parallelism.is_plain
         if distributed.is_under_torchrun() and self.dtype is None and parallelism and not is_copy:
@@ -140,7 +140,7 @@ def main(cfg: Config) -> None:
     """Run the recipe."""
     with (
         config.instantiate(cfg.parallelism).start_world(training.resolve_device(cfg.device)) as world,
-        world.one_voice(),
+        world.rank0_stderr(),
     ):
         run(cfg, world)
 
@@ -250,7 +250,7 @@ def stream(
     def answer(prompt: list[int]) -> list[int]:
         return generation.generate(model, prompt, **sampling(cfg, tokenizer), seed=cfg.seed, on_token=on_token)
 
-    (new_ids,) = distributed.spread(answer, prompts, model, world)  # the main process's, as it is the first
+    (new_ids,) = distributed.parallel_map(answer, prompts, model, world)  # the main process's, as it is the first
     if cfg.output_file is None and world.is_main:
         text.finish()
         print("\n")
@@ -275,7 +275,7 @@ def answer_in_batches(
         )
 
     with tqdm(total=len(prompts), unit="prompt", desc="generating", **bar_settings()) as bar:
-        distributed.spread_in_batches(
+        distributed.parallel_map_batched(
             answer, lengths, cfg.batch_size, model, world, on_done=bar.update, on_result=on_answer
         )
 

@@ -189,7 +189,7 @@ def test_sizes(path: Path) -> None:
 def test_what_models_are_built_and_run_with_takes_objects(part: str) -> None:
     """Config nodes are for recipes, the functions that take their `cfg`, and checks of it."""
     users = [path for path in SOURCES if part_of(path) == part and "config" in imported_parts(path)]
-    assert users == ([PACKAGE / "parallel" / "problems.py"] if part == "parallel" else [])
+    assert users == ([PACKAGE / "parallel" / "checks.py"] if part == "parallel" else [])
 
 
 def test_only_config_load_imports_omegaconf() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 
-from kdtune.distributed import from_main, is_rank_zero, together
+from kdtune.distributed import broadcast_object, is_rank_zero, raise_on_all_ranks
 from kdtune.errors import CheckpointError
 from kdtune.paths import user_path
 
@@ -39,18 +39,18 @@ def atomic_folder(path: str | Path, *, group: ProcessGroup | None = None) -> Ite
         CheckpointError: `path` is a file or a folder with something in it, or the disk is full or cannot be written.
     """
     target = user_path(path).absolute()
-    with together(group):
+    with raise_on_all_ranks(group):
         if is_rank_zero():
             _refuse_existing(target)
-    hidden = from_main(_hidden_sibling(target, "partial"), group)
+    hidden = broadcast_object(_hidden_sibling(target, "partial"), group)
     _in_use.add(hidden)
     try:
-        with together(group), writing(target):
+        with raise_on_all_ranks(group), writing(target):
             if is_rank_zero():
                 hidden.mkdir(parents=True)
-        with together(group), writing(target):
+        with raise_on_all_ranks(group), writing(target):
             yield hidden
-        with together(group), writing(target):
+        with raise_on_all_ranks(group), writing(target):
             if is_rank_zero():
                 _sync_tree(hidden)
                 # Someone may have made the target meanwhile: rename replaces an empty folder and refuses any other.

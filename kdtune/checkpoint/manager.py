@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
 from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
-from kdtune.distributed import background_group, is_rank_zero, reshard, together
+from kdtune.distributed import background_group, is_rank_zero, raise_on_all_ranks, reshard
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
@@ -155,7 +155,7 @@ class CheckpointManager:
             with atomic_folder(folder, group=self._group) as hidden:
                 write_model(hidden, self._group)
                 write_state(hidden / STATE_DIR, self._group)
-            with together(self._group):
+            with raise_on_all_ranks(self._group):
                 if is_rank_zero():
                     self._delete_old()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.peft_config import check_config, is_target, value_for
 from kdtune.checkpoint.tensors import StoredTensor
-from kdtune.distributed import is_sharded, local, local_region, whole
+from kdtune.distributed import full_tensor, is_sharded, local_slices, to_local
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
@@ -215,7 +215,9 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
     check_adapter(adapter, model)
     for name, stored in adapter.base_copies.items():
         weight = model.get_parameter(name)
-        if stored.shape != tuple(weight.shape) or not _same_values(stored.read().to(weight.device), whole(weight)):
+        if stored.shape != tuple(weight.shape) or not _same_values(
+            stored.read().to(weight.device), full_tensor(weight)
+        ):
             raise CheckpointError(
                 f"{stored}: a copy of the base's weights that differs from the base's own {name!r}; the adapter was trained "
                 "beside changed embeddings, which is not supported: merge it with peft and give the merged model"
@@ -230,13 +232,13 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
             _check_can_be_untied(model, adapter)
             untie_head(model)
         weight = model.get_parameter(f"{module}.weight")
-        rows, columns = local_region(weight)
+        rows, columns = local_slices(weight)
         a, b, *magnitude = (stored.read().to(weight.device) for stored in adapter.named(module).values())
         if columns.stop - columns.start < weight.shape[1]:
             # DoRA needs the norms of full rows.
-            local(weight).copy_(merged(whole(weight), a, b, scaling, *magnitude)[rows, columns])
+            to_local(weight).copy_(merged(full_tensor(weight), a, b, scaling, *magnitude)[rows, columns])
         else:
-            local(weight).copy_(merged(local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
+            to_local(weight).copy_(merged(to_local(weight), a, b[rows], scaling, *(gain[rows] for gain in magnitude)))
     return model
 
 

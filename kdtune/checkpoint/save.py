@@ -15,7 +15,7 @@ from kdtune.checkpoint import peft
 from kdtune.checkpoint.atomic import atomic_folder, writing
 from kdtune.checkpoint.huggingface import CONFIG, INDEX
 from kdtune.checkpoint.sharded import Write, tensor_writer
-from kdtune.distributed import is_rank_zero, reshard, together
+from kdtune.distributed import is_rank_zero, raise_on_all_ranks, reshard
 from kdtune.errors import ConfigError
 from kdtune.json_files import read_json
 from kdtune.models import Transformer, family_of, has_adapters, merged_config, merged_weights, write_hf_config
@@ -89,7 +89,7 @@ def save_model(
             return
         write_model(model, hidden, base=base, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, is_chat=is_chat)
         if save_weights == "both" and adapted:
-            with together(), writing(hidden):
+            with raise_on_all_ranks(), writing(hidden):
                 (hidden / ADAPTER).mkdir(exist_ok=True)
             write_adapter(model, hidden / ADAPTER, base=base, tokenizer=tokenizer, is_chat=is_chat)
             _write_card(hidden / ADAPTER, card, "adapter")
@@ -99,7 +99,7 @@ def save_model(
 def _write_card(
     folder: Path, card: Callable[[Literal["model", "adapter"]], str | None] | None, kind: Literal["model", "adapter"]
 ) -> None:
-    with together(), writing(folder):
+    with raise_on_all_ranks(), writing(folder):
         text = card(kind) if card is not None and is_rank_zero() else None
         if text is not None:
             (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -159,7 +159,7 @@ def model_writer(
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
-        with together(group), writing(folder):
+        with raise_on_all_ranks(group), writing(folder):
             if is_rank_zero():
                 if split.is_sharded:
                     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -249,7 +249,7 @@ def adapter_writer(
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
-        with together(group), writing(folder):
+        with raise_on_all_ranks(group), writing(folder):
             if is_rank_zero():
                 _write_json(folder / peft.CONFIG, config)
                 _write_json(folder / GENERATION_CONFIG, _generation_config(_folder_of(base), tokenizer, is_chat))

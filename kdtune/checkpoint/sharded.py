@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdtune.checkpoint.atomic import sync, writing
-from kdtune.distributed import holds_first, is_rank_zero, local, local_region, to_cpu_copy, together, whole
+from kdtune.distributed import (
+    full_tensor,
+    is_first_replica,
+    is_rank_zero,
+    local_slices,
+    raise_on_all_ranks,
+    to_cpu_copy,
+    to_local,
+)
 
 Write = Callable[[Path, ProcessGroup | None], None]
 """Writes something into a folder that exists; all processes call it, and talk to each other in the group (None: the run's)."""
@@ -48,11 +56,11 @@ def tensor_writer(
         shards = [replace(shard, values=to_cpu_copy(shard.values)) for shard in shards]
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
-        with together(group), writing(folder):
+        with raise_on_all_ranks(group), writing(folder):
             if is_rank_zero():
                 for file, layout in layouts.items():
                     _create(folder / file, layout)
-        with together(group), writing(folder):
+        with raise_on_all_ranks(group), writing(folder):
             _write_shards(folder, shards)
 
     return write
@@ -104,9 +112,9 @@ def _shards(
         for name, compute in tensors.items():
             tensor = compute()
             if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
-                tensor = whole(tensor)
-            values, region = local(tensor), local_region(tensor)
-            if holds_first(tensor) and values.numel():
+                tensor = full_tensor(tensor)
+            values, region = to_local(tensor), local_slices(tensor)
+            if is_first_replica(tensor) and values.numel():
                 yield _Shard(file, layouts[file].begins[name], tensor.shape, region, values)
 
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_write_text
 from kdtune.checkpoint.sharded import Write
-from kdtune.distributed import is_rank_zero, to_cpu_copy, together
+from kdtune.distributed import is_rank_zero, raise_on_all_ranks, to_cpu_copy
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.log import get_logger
@@ -79,7 +79,7 @@ def state_writer(
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         dcp.write_tensors(folder, kept, group)
-        with together(group):
+        with raise_on_all_ranks(group):
             if is_rank_zero():
                 atomic_write_text(folder / STATE_FILE, text)
 

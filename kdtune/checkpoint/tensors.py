@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kdtune.distributed import is_sharded, local, local_region, row_norms
+from kdtune.distributed import is_sharded, local_slices, row_norms, to_local
 from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, family_of, weight_shapes
 from kdtune.models.lora import draw_a_
@@ -40,9 +40,9 @@ class StoredTensor:
 
     def fill(self, target: Tensor) -> None:
         """Copy it into `target`, converted; for a DTensor, only this process's shard is read if the format allows."""
-        shard = local(target)
+        shard = to_local(target)
         if shard is not target:
-            region = local_region(target)
+            region = local_slices(target)
             if shard.numel():
                 shard.copy_(self.part(region) if self.part else self.read()[region])
             return
@@ -185,14 +185,14 @@ def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
 def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
     """Apply `LoRALinear.set_base` to a sharded layer: every process draws all of A, as a single one would, and keeps its shard."""
     if linear.quantize_base:
-        fill_rows(local(linear.weight), quantize_nf4(base), local_region(linear.weight)[0])
+        fill_rows(to_local(linear.weight), quantize_nf4(base), local_slices(linear.weight)[0])
     whole_a = draw_a_(torch.empty(linear.lora_a.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device))
-    local(linear.lora_a.weight).copy_(whole_a[local_region(linear.lora_a.weight)])
-    local(linear.lora_b.weight).zero_()
+    to_local(linear.lora_a.weight).copy_(whole_a[local_slices(linear.lora_a.weight)])
+    to_local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
         norms = row_norms(dequantized(linear.weight))
         is_cut = isinstance(linear.weight, DTensor)
-        local(linear.magnitude).copy_(norms if is_cut else norms[local_region(linear.magnitude)])
+        to_local(linear.magnitude).copy_(norms if is_cut else norms[local_slices(linear.magnitude)])
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

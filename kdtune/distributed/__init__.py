@@ -1,4 +1,4 @@
-"""The processes of a run: their world, collective operations, sharded tensors, and the channel to a teacher apart."""
+"""The processes of a run: their world, collective operations, sharded tensors, and the channel to a disaggregated teacher."""
 
 import lazy_loader
 

@@ -1,40 +1,40 @@
-from .channel import END, Bridge, Sent
-from .collectives import background_group, from_main, is_distributed, is_rank_zero, together, wait_for_all
-from .dtensor import holds_first, is_sharded, local, local_region, reshard, row_norms, to_cpu_copy, whole
+from .channel import END, Channel, PendingSend
+from .collectives import background_group, barrier, broadcast_object, is_distributed, is_rank_zero, raise_on_all_ranks
+from .dtensor import full_tensor, is_first_replica, is_sharded, local_slices, reshard, row_norms, to_cpu_copy, to_local
 from .fake import fake_world
-from .parallel_map import in_step, spread, spread_in_batches
-from .parallelism import Parallelism, layout_problems, parallelism_problems
+from .map import lockstep_forwards, parallel_map, parallel_map_batched
+from .parallelism import Parallelism, mesh_problems, parallelism_problems
 from .world import SINGLE_PROCESS, World, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "END",
     "SINGLE_PROCESS",
-    "Bridge",
+    "Channel",
     "Parallelism",
-    "Sent",
+    "PendingSend",
     "World",
     "background_group",
+    "barrier",
+    "broadcast_object",
     "fake_world",
-    "from_main",
-    "holds_first",
-    "in_step",
+    "full_tensor",
     "is_distributed",
     "is_first_on_host",
+    "is_first_replica",
     "is_rank_zero",
     "is_sharded",
     "is_under_torchrun",
-    "layout_problems",
-    "local",
-    "local_region",
+    "local_slices",
+    "lockstep_forwards",
+    "mesh_problems",
+    "parallel_map",
+    "parallel_map_batched",
     "parallelism_problems",
+    "raise_on_all_ranks",
     "reshard",
     "row_norms",
-    "spread",
-    "spread_in_batches",
     "start_world",
     "to_cpu_copy",
-    "together",
-    "wait_for_all",
-    "whole",
+    "to_local",
     "world_size",
 ]

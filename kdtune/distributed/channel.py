@@ -23,19 +23,19 @@ from kdtune.errors import TrainingError
 END = 0
 """The tag by which a student rank says that it will request nothing more."""
 _DTYPES = (torch.int64, torch.float32, torch.bfloat16, torch.float64, torch.float16)
-# note, dtype, whether it comes by way of the GPUs, number of dimensions, their lengths
+# tag, dtype, whether it comes by way of the GPUs, number of dimensions, their lengths
 _MAX_DIMENSIONS = 3
 _HEADER_LENGTH = 4 + _MAX_DIMENSIONS
 
 # Long enough for a peer that is receiving; short, for one that is busy.
-_PATIENCE = timedelta(seconds=5)
+_FAIL_TIMEOUT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
-class Sent:
+class PendingSend:
     """A pending send; it keeps the tensors, which must not be changed before they have arrived."""
 
-    bridge: "Bridge"
+    channel: "Channel"
     rank: int
     works: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
@@ -46,13 +46,13 @@ class Sent:
         Raises:
             TrainingError: the other process is gone, or does not receive it.
         """
-        with self.bridge.naming(self.rank):
+        with self.channel.naming_peer(self.rank):
             for work in self.works:
                 work.wait(timeout) if timeout else work.wait()
 
 
 @dataclass(frozen=True)
-class Bridge:
+class Channel:
     """This process's end of the connections between the two sides."""
 
     rank: int
@@ -77,23 +77,23 @@ class Bridge:
         return self.rank >= self.num_students
 
     @property
-    def partners(self) -> range:
+    def peers(self) -> range:
         """The peers of this process: ranks, among all, of the other side; at least one."""
         if self.is_teacher:
             return range((self.rank - self.num_students) % self.num_students, self.num_students, self.num_teachers)
         return range(self.num_students + self.rank % self.num_teachers, self.num_processes, self.num_students)
 
     @property
-    def turns(self) -> int:
+    def rounds(self) -> int:
         """Return the largest number of peers of any teacher rank: all teacher ranks run that many forwards when every
         student asks once.
         """
         return -(-self.num_students // self.num_teachers)
 
-    def send(self, rank: int, note: int, tensor: Tensor | None = None) -> Sent:
+    def send(self, rank: int, tag: int, tensor: Tensor | None = None) -> PendingSend:
         """Send a tag (0 or more) and optionally a tensor of up to three dimensions, without waiting for them."""
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
-        header[0] = note
+        header[0] = tag
         groups, tensors = [self.control], [header]
         if tensor is not None:
             on_gpu = self.data is not None and tensor.is_cuda
@@ -103,9 +103,9 @@ class Bridge:
             if tensor.numel():
                 groups.append(self.data if on_gpu else self.control)
                 tensors.append(tensor)
-        with self.naming(rank):
+        with self.naming_peer(rank):
             works = tuple(group.send([one], rank, 0) for group, one in zip(groups, tensors, strict=True))
-        return Sent(self, rank, works, tuple(tensors))
+        return PendingSend(self, rank, works, tuple(tensors))
 
     def receive(self, rank: int) -> tuple[int, Tensor]:
         """Receive the next tag and tensor from this process; an empty tensor if it sent only the tag.
@@ -114,43 +114,43 @@ class Bridge:
             TrainingError: it is gone, has sent nothing before the timeout, or has failed; the error then has its exit code.
         """
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
-        with self.naming(rank):
+        with self.naming_peer(rank):
             self.control.recv([header], rank, 0).wait()
-        note, dtype, on_gpu, num_dimensions, *lengths = header.tolist()
-        if note < 0:
-            raise self._loss(rank, "has ended with an error of its own", exit_code=-note)
+        tag, dtype, on_gpu, num_dimensions, *lengths = header.tolist()
+        if tag < 0:
+            raise self._peer_error(rank, "has ended with an error of its own", exit_code=-tag)
         shape = lengths[:num_dimensions] if num_dimensions else [0]
         tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self.device if on_gpu else "cpu")
         if tensor.numel():
-            with self.naming(rank):
+            with self.naming_peer(rank):
                 (self.data if on_gpu else self.control).recv([tensor], rank, 0).wait()
-        return note, tensor
+        return tag, tensor
 
     def close(self) -> None:
         """Close the channel: the student's processes announce the end, and the teacher's wait for it."""
         if not self.is_teacher:
-            for sent in [self.send(rank, END) for rank in self.partners]:
+            for sent in [self.send(rank, END) for rank in self.peers]:
                 sent.wait()
         if self.data is not None:
             self.data.shutdown()
 
     def fail(self, exit_code: int) -> None:
         """Tell the waiting peers that this process ends with a user's error, so that they end with the same exit code."""
-        for rank in self.partners:
+        for rank in self.peers:
             with suppress(TrainingError):  # a peer that is gone or busy finds out by itself
-                self.send(rank, -exit_code).wait(_PATIENCE)
+                self.send(rank, -exit_code).wait(_FAIL_TIMEOUT)
 
     @contextmanager
-    def naming(self, rank: int) -> Iterator[None]:
+    def naming_peer(self, rank: int) -> Iterator[None]:
         """Turn torch's errors about a broken connection into one that names the process at its other end."""
         try:
             yield
         except RuntimeError as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             what = f"is gone or has kept this one waiting for longer than parallelism.timeout_minutes ({reason})"
-            raise self._loss(rank, what) from error
+            raise self._peer_error(rank, what) from error
 
-    def _loss(self, rank: int, what: str, *, exit_code: int = 1) -> TrainingError:
+    def _peer_error(self, rank: int, what: str, *, exit_code: int = 1) -> TrainingError:
         whose = "student" if self.is_teacher else "teacher"
         host = socket.gethostname()
         error = TrainingError(
@@ -169,7 +169,7 @@ def start_two_worlds(
     backend: str,
     device: torch.device,
     timeout: timedelta,
-) -> Bridge:
+) -> Channel:
     """Start the default process group of this process's side, and the channel to the other side.
 
     Args:
@@ -188,11 +188,11 @@ def start_two_worlds(
     dist.init_process_group(
         backend, store=PrefixStore(name, store), rank=rank - first, world_size=own_size, timeout=timeout
     )
-    control = dist.ProcessGroupGloo(PrefixStore("bridge", store), rank, size, timeout)
+    control = dist.ProcessGroupGloo(PrefixStore("channel", store), rank, size, timeout)
     data = None
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         options.global_ranks_in_group = list(range(size))
-        data = dist.ProcessGroupNCCL(PrefixStore("bridge_nccl", store), rank, size, options)
-    return Bridge(rank, num_students, num_teachers, device, control, data)
+        data = dist.ProcessGroupNCCL(PrefixStore("channel_nccl", store), rank, size, options)
+    return Channel(rank, num_students, num_teachers, device, control, data)

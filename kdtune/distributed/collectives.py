@@ -29,14 +29,14 @@ def is_rank_zero() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait for all processes (barrier)."""
     if is_distributed():
         dist.barrier()
 
 
 @contextmanager
-def together(group: ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(group: ProcessGroup | None = None) -> Iterator[None]:
     """A block that ends on all processes together; a KDTuneError in one of them is raised on all.
 
     Raises:
@@ -71,7 +71,7 @@ def background_group() -> ProcessGroup | None:
     return group
 
 
-def from_main(value: T, group: ProcessGroup | None = None) -> T:
+def broadcast_object(value: T, group: ProcessGroup | None = None) -> T:
     """Broadcast rank 0's value to every process. It is pickled; the processes trust each other."""
     if not is_distributed():
         return value

@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from kdtune.distributed.collectives import is_rank_zero
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor, all-gathered from its shards, on every process; called by all of them."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -27,12 +27,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return this process's shard, sharing its memory; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_region(tensor: Tensor) -> tuple[slice, ...]:
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return the slices of the full tensor that this process's shard covers, one per dimension; empty slices if it covers none."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, length) for length in tensor.shape)
@@ -43,7 +43,7 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
 def row_norms(matrix: Tensor) -> Tensor:
     """Return the Euclidean norms of the rows of which this process has a part, in fp32 or wider; called by all that share them."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(local(matrix), dim=1, dtype=wide)
+    norms = torch.linalg.vector_norm(to_local(matrix), dim=1, dtype=wide)
     if isinstance(matrix, DTensor):
         for dimension, placement in enumerate(matrix.placements):
             if placement.is_shard(1):
@@ -53,7 +53,7 @@ def row_norms(matrix: Tensor) -> Tensor:
     return norms
 
 
-def holds_first(tensor: Tensor) -> bool:
+def is_first_replica(tensor: Tensor) -> bool:
     """Return whether this process is the first replica of its shard on the tensor's mesh: the one that writes it.
 
     The norms of a tensor-parallel model are not on its mesh: each of its processes writes them, the same bytes to the same place.

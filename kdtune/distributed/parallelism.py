@@ -74,7 +74,7 @@ class Parallelism:
         tp = self.sizes(world_size() - teacher_processes)[TP_DIM]
         return start_world(device, tp=tp, timeout_minutes=self.timeout_minutes, teacher_processes=teacher_processes)
 
-    def home(self, world: World) -> torch.device:
+    def param_device(self, world: World) -> torch.device:
         """Device that holds the weights between their uses."""
         return torch.device("cpu") if self.cpu_offload else world.device
 
@@ -104,7 +104,7 @@ def parallelism_problems(
         return ["parallelism=null: kdtune.distributed.Parallelism expected; leave the key out for its default"]
     if problems := teacher_processes_problems(teacher_processes):
         return problems
-    found = layout_problems(parallelism, teacher, world_size(), teacher_processes=teacher_processes)
+    found = mesh_problems(parallelism, teacher, world_size(), teacher_processes=teacher_processes)
     for name, one in (("parallelism", parallelism), ("teacher_parallelism", teacher)):
         found += [f"{name}: {problem}" for problem in (one.problems() if one else [])]
     for name in ("reduce_dtype", "timeout_minutes"):
@@ -116,7 +116,7 @@ def parallelism_problems(
     return found
 
 
-def layout_problems(
+def mesh_problems(
     parallelism: Parallelism,
     teacher: Parallelism | None,
     num_processes: int,

@@ -15,15 +15,15 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from kdtune.distributed.channel import Bridge, start_two_worlds
-from kdtune.distributed.collectives import from_main
+from kdtune.distributed.channel import Channel, start_two_worlds
+from kdtune.distributed.collectives import broadcast_object
 from kdtune.errors import KDTuneError
 
 T = TypeVar("T")
 
 # Longer than the processes of a run are apart from each other while they start, and short where only one has found a mistake.
-_PATIENCE_SECONDS = 5
-_LAST_TENSORS_SECONDS = 0.2
+_EXIT_TIMEOUT_SECONDS = 5
+_SEND_RELEASE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class World:
     """Number of consecutive processes that compute the same batches together (tensor parallelism)."""
     timeout: timedelta | None = None
     """Timeout of a process that waits for the others; None: torch's default."""
-    bridge: Bridge | None = None
+    channel: Channel | None = None
     """Channel between the student's world and the teacher's; None: one world holds both."""
 
     @property
@@ -61,7 +61,7 @@ class World:
     @property
     def is_teacher(self) -> bool:
         """Return whether this process holds only the teacher."""
-        return self.bridge is not None and self.bridge.is_teacher
+        return self.channel is not None and self.channel.is_teacher
 
     @property
     def has_group(self) -> bool:
@@ -100,10 +100,10 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every process. It is pickled; the processes trust each other."""
-        return value if self.size == 1 else from_main(value)
+        return value if self.size == 1 else broadcast_object(value)
 
     @contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def rank0_stderr(self) -> Iterator[None]:
         """A context in which only rank 0's output on stderr is seen, such as a library's progress bars."""
         if self.is_main:
             yield
@@ -138,40 +138,42 @@ def start_world(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout, bridge = timedelta(minutes=timeout_minutes), None
+    timeout, channel = timedelta(minutes=timeout_minutes), None
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if teacher_processes:
-        bridge = start_two_worlds(store, rank, size, teacher_processes, backend=backend, device=device, timeout=timeout)
+        channel = start_two_worlds(
+            store, rank, size, teacher_processes, backend=backend, device=device, timeout=timeout
+        )
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size(), tp, timeout, bridge)
-        if bridge is not None:
-            bridge.close()
+        yield World(device, dist.get_rank(), dist.get_world_size(), tp, timeout, channel)
+        if channel is not None:
+            channel.close()
     except Exception as error:
         if not isinstance(error, KDTuneError):
             print(f"[rank {rank} on {socket.gethostname()}] {type(error).__name__}:", file=sys.stderr, flush=True)
         else:
-            if bridge is not None:
-                bridge.fail(error.exit_code)
-            _leave_together(store, rank, size, error)
-            _let_go()
+            if channel is not None:
+                channel.fail(error.exit_code)
+            _exit_together(store, rank, size, error)
+            _release_sends()
         raise
     dist.destroy_process_group()
-    _let_go()
+    _release_sends()
 
 
-def _let_go() -> None:
+def _release_sends() -> None:
     """Wait for gloo's threads to release the last tensors sent, for which they need the interpreter.
 
     A thread that needs it while the interpreter shuts down aborts the process (torch 2.13,
     https://github.com/pytorch/pytorch/pull/179291): of six processes on two cores, nearly always one did.
     """
-    time.sleep(_LAST_TENSORS_SECONDS)
+    time.sleep(_SEND_RELEASE_SECONDS)
 
 
-def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> None:
+def _exit_together(store: Store, rank: int, size: int, error: KDTuneError) -> None:
     """Wait until all processes have come here, or for a few seconds.
 
     A user's mistake is found by all processes. One that left at once would break connections that the others still need to
@@ -180,14 +182,14 @@ def _leave_together(store: Store, rank: int, size: int, error: KDTuneError) -> N
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     with suppress(RuntimeError):  # the process that holds the store has left, as it found all of them here
         store.set(f"mistake of {rank}", str(error))
-        if _all_are_here(store, "mistaken", size):
+        if _all_arrived(store, "mistaken", size):
             error.is_repeated = rank != first and store.get(f"mistake of {first}") == str(error).encode()
-            _all_are_here(store, "leaving", size)
+            _all_arrived(store, "leaving", size)
 
 
-def _all_are_here(store: Store, place: str, size: int) -> bool:
+def _all_arrived(store: Store, place: str, size: int) -> bool:
     """Return whether all processes have called this with the same place within a few seconds."""
-    give_up = time.monotonic() + _PATIENCE_SECONDS
+    give_up = time.monotonic() + _EXIT_TIMEOUT_SECONDS
     store.add(place, 1)
     while (arrived := store.add(place, 0)) < size and time.monotonic() < give_up:
         time.sleep(0.02)

@@ -7,7 +7,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from kdtune import generation
-from kdtune.distributed import SINGLE_PROCESS, World, spread_in_batches
+from kdtune.distributed import SINGLE_PROCESS, World, parallel_map_batched
 from kdtune.evaluation.encoding import encode_pair, encode_text
 from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
 from kdtune.evaluation.rolling import score_texts
@@ -118,7 +118,7 @@ class KDTuneLM(LM):
             return self._generate([prompts[index] for index in batch], settings[batch[0]], seeds)
 
         with self._bar(len(requests), "generating", disable_tqdm) as bar:
-            return spread_in_batches(
+            return parallel_map_batched(
                 answer, lengths, self.batch_size, self.model, self._world, groups=settings, on_done=bar.update
             )
 

@@ -24,7 +24,7 @@ from kdtune.data.columns import (
     text_column,
 )
 from kdtune.data.files import DataFiles
-from kdtune.distributed import SINGLE_PROCESS, World, spread_in_batches
+from kdtune.distributed import SINGLE_PROCESS, World, parallel_map_batched
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation.results import repeated
 from kdtune.models import Transformer
@@ -245,5 +245,5 @@ def _answers(
             seed=[seed + _SEED_STEP * index for index in batch],
         )
 
-    answers = spread_in_batches(generate, lengths, batch_size, model, world, on_done=on_answered)
+    answers = parallel_map_batched(generate, lengths, batch_size, model, world, on_done=on_answered)
     return [tokenizer.decode(ids, skip_special=True).strip() for ids in answers]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdtune.distributed import SINGLE_PROCESS, World, spread
+from kdtune.distributed import SINGLE_PROCESS, World, parallel_map
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
 from kdtune.models import Transformer
@@ -96,7 +96,7 @@ def score(
             on_scored(sum(len(row.paths) for rows in batches for row in rows))
 
     with eval_mode(model):
-        scored = spread(
+        scored = parallel_map(
             lambda rows: _score_rows(model, rows, continuations),
             list(_batches(_rows(inputs), batch_tokens)), model, world, on_done=count,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from kdtune.distributed import from_main
+from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.eval_mode import eval_mode
 from kdtune.generation.sampling import GREEDY, Sampling, sample_tokens
@@ -95,7 +95,7 @@ def generate_batch(
             # Only the last position is projected: a long prompt's [S, V] logits would be thrown away.
             logits_BV = model.output(hidden_BSD[:, -1])
             tokens = sample_tokens(logits_BV, sampling, [generators[i] for i in active])
-            tokens = from_main(tokens) if sync_tokens else tokens
+            tokens = broadcast_object(tokens) if sync_tokens else tokens
             rows = []
             for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
                 new_ids[index].append(token)

@@ -1,9 +1,9 @@
 from .activation_checkpoint import apply_activation_checkpointing
 from .build import build_model
+from .checks import problems
 from .compile import apply_compile
 from .fsdp import shard_model
 from .meta import Adapter, Builder, meta_model, model_config
-from .problems import spread_problems
 
 __all__ = [
     "Adapter",
@@ -13,6 +13,6 @@ __all__ = [
     "build_model",
     "meta_model",
     "model_config",
+    "problems",
     "shard_model",
-    "spread_problems",
 ]

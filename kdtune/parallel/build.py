@@ -52,7 +52,7 @@ def build_model(
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model, or the sizes of
             the parallelism the number of processes.
-        LayoutError: the parallelism does not fit the model.
+        ParallelismError: the parallelism does not fit the model.
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
     """
     resumed = weights if weights is not None and is_adapter_folder(weights) else None
@@ -60,7 +60,7 @@ def build_model(
     if weights is not None and not resumed:
         source = Checkpointer(weights, family=getattr(checkpointer, "family", None))
     parallelism = parallelism or Parallelism()
-    device = parallelism.home(world)
+    device = parallelism.param_device(world)
     if source is None:
         _check_room(builder, device)
 

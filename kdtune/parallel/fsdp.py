@@ -10,7 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from kdtune.constants import TP_DIM
 from kdtune.distributed import Parallelism, World
-from kdtune.errors import LayoutError
+from kdtune.errors import ParallelismError
 from kdtune.models import Transformer, adapted_linears
 from kdtune.models.nf4 import is_cut_by_rows
 from kdtune.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problem
@@ -34,14 +34,14 @@ def device_mesh(model: Transformer, parallelism: Parallelism, world: World) -> D
 
     Raises:
         ConfigError: the sizes do not fit the number of processes.
-        LayoutError: they do not fit the model.
+        ParallelismError: they do not fit the model.
     """
     sizes = parallelism.sizes(world.size)
     if not world.has_group or (sizes[TP_DIM] == 1 and _is_copy(model, parallelism, sizes["dp_shard"])):
         return None
     # Before any communication: all processes have to get this far.
     if problem := model_problem(model, parallelism, world.size):
-        raise LayoutError(f"parallelism: {problem}")
+        raise ParallelismError(f"parallelism: {problem}")
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if world.timeout is not None:

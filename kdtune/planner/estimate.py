@@ -52,7 +52,7 @@ class Estimate:
     dtype: str
     """Dtype of the computation."""
     save_weights: str
-    apart: TeacherEstimate | None = None
+    teacher_estimate: TeacherEstimate | None = None
     """Estimate for a rank of a disaggregated teacher, if known."""
 
     @property
@@ -82,7 +82,7 @@ class Estimate:
         forwards = 2 if student.recomputes else 1
         layer = forwards * student.layer.forward_flops + student.layer.backward_flops
         total = student.sizes.num_layers * layer + self.loss.forward_flops
-        if self.teacher is not None and not self.teacher.apart:
+        if self.teacher is not None and not self.teacher.num_ranks:
             total += self.teacher.flops
         return self.accumulation * total
 
@@ -104,7 +104,7 @@ class Estimate:
     def host_bytes(self) -> int:
         """Bytes that a rank holds in CPU memory instead (cpu_offload)."""
         own = self.held.stored + self.held.gradients + self.held.state if self.student.sizes.is_offloaded else 0
-        if self.teacher is not None and not self.teacher.apart and self.teacher.sizes.is_offloaded:
+        if self.teacher is not None and not self.teacher.num_ranks and self.teacher.sizes.is_offloaded:
             own += self.teacher.sizes.total.stored
         return own
 
@@ -114,7 +114,7 @@ class Estimate:
         updated = 3 * self.held.gradients + 2 * self.held.state
         speed = UTILIZATION * gpu.flops(is_bf16=self.dtype == "bf16")
         own = self.flops / speed
-        if self.teacher is not None and self.teacher.apart:
+        if self.teacher is not None and self.teacher.num_ranks:
             # It is asked for all micro-batches at the step's start: the first is waited for, or the student's last one follows.
             answer = self.teacher.flops / speed
             own = max(answer + own, self.accumulation * answer + own / self.accumulation)
@@ -155,7 +155,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         dtype=dtype_from_name(cfg.dtype),
     )
     ours = model_sizes(model, parallelism, world, cfg.optimizer)
-    kd_ratio, apart = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
+    kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
     student = StudentCost(
         ours,
@@ -168,7 +168,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     teacher: TeacherCost | None = None
     divergence: Divergence = _no_divergence
     if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
-        teacher = remote_teacher(cfg, world.size, batch) if apart else colocated_teacher(cfg, world, batch)
+        teacher = remote_teacher(cfg, world.size, batch) if num_teachers else colocated_teacher(cfg, world, batch)
         divergence = divergence_of(instantiate(cfg.kd_loss))
     asked = teacher if kd_ratio > 0 else None
     loss = loss_cost(
@@ -181,7 +181,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     )
     update = update_bytes(cfg.optimizer, ours, batch.device_type)
     return Estimate(
-        world_size=world.size + apart,
+        world_size=world.size + num_teachers,
         batch=batch,
         seq_len_source=source,
         accumulation=cfg.gradient_accumulation_steps,

@@ -95,21 +95,21 @@ class TeacherCost:
     hidden: int
     """Its output for a micro-batch."""
     fixed: int
-    apart: int = 0
+    num_ranks: int = 0
     """Number of ranks that hold only the teacher (the student's then have a copy of its head); 0: it is colocated."""
-    turns: int = 1
+    rounds: int = 1
     """Forwards of one of its ranks for one micro-batch of every student rank."""
 
     @property
     def stored(self) -> int:
         """Its shards, or its head, on a rank of the student."""
         head = self.sizes.pieces.output.weight
-        return head.numel() * head.element_size() if self.apart else self.sizes.total.stored
+        return head.numel() * head.element_size() if self.num_ranks else self.sizes.total.stored
 
     @property
     def flops(self) -> int:
         """Floating-point operations of one of its ranks for one micro-batch of every student rank."""
-        return self.turns * self.sizes.num_layers * self.layer.forward_flops
+        return self.rounds * self.sizes.num_layers * self.layer.forward_flops
 
 
 def phases(
@@ -125,7 +125,7 @@ def phases(
         update: bytes of the optimizer's temporaries.
     """
     held = _held(student, teacher, accumulation)
-    if teacher is not None and not teacher.apart:
+    if teacher is not None and not teacher.num_ranks:
         yield from teacher_phases(teacher, held)
     yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
     yield from _backward(student, held)
@@ -154,7 +154,7 @@ def _held(student: StudentCost, teacher: TeacherCost | None, accumulation: int) 
     }
     if teacher is None:
         return held
-    if teacher.apart:
+    if teacher.num_ranks:
         return {**held, "weights": held["weights"] + teacher.stored}
     return {name: size + teacher_held(teacher).get(name, 0) for name, size in held.items()}
 
@@ -263,7 +263,7 @@ def volume(
     summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
     cut = _cut_volume(student, batch, passes=3 if recomputes else 2, exchanges=2)
     answers = 0
-    if teacher is not None and teacher.apart:
+    if teacher is not None and teacher.num_ranks:
         answers = teacher.hidden
     elif teacher is not None:
         gathered += teacher_gather(teacher)
@@ -275,7 +275,7 @@ def volume(
 def teacher_gather(teacher: TeacherCost) -> int:
     """Return the bytes of weights that one of its ranks receives for one micro-batch of every student rank."""
     sizes = teacher.sizes
-    return teacher.turns * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
+    return teacher.rounds * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
 
 
 def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kdtune.config import instantiate
-from kdtune.distributed import Parallelism, World, local
+from kdtune.distributed import Parallelism, World, to_local
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
 from kdtune.models.quantization import num_bytes
@@ -134,7 +134,7 @@ class _DTypes:
 
 
 def _unit(parameter: Tensor, shards: int, widths: _DTypes, state: list[tuple[tuple[int, ...], int]]) -> FSDPUnit:
-    own, dtype, trained = local(parameter), parameter.dtype, parameter.requires_grad
+    own, dtype, trained = to_local(parameter), parameter.dtype, parameter.requires_grad
     senders = shards if isinstance(parameter, DTensor) else 0
     gathered = senders * _num_padded(parameter)
     whole = math.prod(shape_in_use(parameter))
@@ -160,7 +160,7 @@ def _num_padded(parameter: Tensor) -> int:
     """Return the number of values of a parameter's largest shard, which every rank sends."""
     rows = shape_in_use(parameter)[0]
     shards = _ranks(parameter, "dp_shard") if isinstance(parameter, DTensor) else 1
-    return -(-rows // shards) * math.prod(local(parameter).shape[1:])
+    return -(-rows // shards) * math.prod(to_local(parameter).shape[1:])
 
 
 def _ranks(parameter: DTensor, name: str) -> int:

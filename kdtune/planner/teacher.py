@@ -50,8 +50,8 @@ def make_teacher_estimate(
     """
     context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
-    share, turns = _share(batch, num_students, world.size)
-    teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), apart=world.size, turns=turns)
+    share, rounds = _share(batch, num_students, world.size)
+    teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds)
     # The answer before is kept until it has been fetched.
     found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
     steps = cfg.gradient_accumulation_steps
@@ -65,12 +65,12 @@ def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
 
 def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:
     """Return the disaggregated teacher as a student rank sees it; its sizes are those of the full model."""
-    share, turns = _share(batch, num_students, cfg.teacher_processes)
+    share, rounds = _share(batch, num_students, cfg.teacher_processes)
     # Head and hidden states come in the dtype that it computes in.
     dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
     sizes = _sizes(cfg, Parallelism(), World(torch.device("cpu")), dtype=dtype)
     answer = hidden_bytes(sizes.pieces, batch)
-    return replace(_taught(sizes, share), hidden=answer, apart=cfg.teacher_processes, turns=turns)
+    return replace(_taught(sizes, share), hidden=answer, num_ranks=cfg.teacher_processes, rounds=rounds)
 
 
 def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from kdtune.config import instantiate
-from kdtune.distributed import World, fake_world, layout_problems
+from kdtune.distributed import World, fake_world, mesh_problems
 from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
 from kdtune.planner.estimate import Estimate, check_trains, make_estimate
@@ -25,10 +25,10 @@ _USABLE = 0.9
 
 def table_text(plans: Sequence[Estimate], gpu: GPU | None) -> str:
     """Format plans of one config for several numbers of processes side by side; times only for a known card."""
-    apart = [plan.apart for plan in plans if plan.apart]
+    teachers = [plan.teacher_estimate for plan in plans if plan.teacher_estimate]
     rows = [
         *_memory_rows(plans, gpu),
-        *(_teacher_rows(apart, gpu) if apart else []),
+        *(_teacher_rows(teachers, gpu) if teachers else []),
         *_step_rows(plans, gpu),
         *_checkpoint_rows(plans),
     ]
@@ -65,23 +65,25 @@ def estimate_text(
     gpu = None if on_cpu else find_gpu(gpu_name or DEFAULT_GPU)
     device_type = "cpu" if on_cpu else "cuda"
     parallelism, teacher = instantiate(cfg.parallelism), instantiate(getattr(cfg, "teacher_parallelism", None))
-    apart = getattr(cfg, "teacher_processes", 0)
+    num_teachers = getattr(cfg, "teacher_processes", 0)
     plans = []
     for size in world_sizes:
-        students = size - apart
+        students = size - num_teachers
         if students < 1:
-            raise ConfigError(f"teacher_processes={apart}: --world-size {size} leaves none for the student; give more")
-        if problems := layout_problems(
-            parallelism, teacher, size, teacher_processes=apart, advice="give another --world-size"
+            raise ConfigError(
+                f"teacher_processes={num_teachers}: --world-size {size} leaves none for the student; give more"
+            )
+        if problems := mesh_problems(
+            parallelism, teacher, size, teacher_processes=num_teachers, advice="give another --world-size"
         ):
             raise ConfigError("; ".join(problems))
         # One process without torchrun has no process group, and FSDP nothing to do.
         with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
             plan = make_estimate(cfg, world, device_type=device_type, seq_len=seq_len)
-        if apart:
-            with fake_world(apart) as world:
+        if num_teachers:
+            with fake_world(num_teachers) as world:
                 own = make_teacher_estimate(cfg, world, students, device_type=device_type, seq_len=seq_len)
-                plan = replace(plan, apart=own)
+                plan = replace(plan, teacher_estimate=own)
         plans.append(plan)
     return table_text(plans, gpu)
 
@@ -110,15 +112,15 @@ def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
         return _bytes_row(label, plans, unit, value)
 
     rows = [_row("processes", plans, lambda plan: f"{plan.world_size:,}")]
-    if teacher and teacher.apart:
-        rows.append(_row("of these, with the teacher alone", plans, lambda _: f"{teacher.apart:,}"))
+    if teacher and teacher.num_ranks:
+        rows.append(_row("of these, with the teacher alone", plans, lambda _: f"{teacher.num_ranks:,}"))
     rows += [
         _row("replicas x shards x tp", plans, lambda plan: " x ".join(map(str, plan.layout))),
         (f"memory a process, {name}", []),
         row("student's weights" if teacher else "weights", lambda plan: plan.held.stored),
     ]
     if teacher:
-        label = "teacher's head" if teacher.apart else "teacher's weights"
+        label = "teacher's head" if teacher.num_ranks else "teacher's weights"
         rows.append(row(label, lambda plan: plan.teacher.stored if plan.teacher else 0))
     rows += [
         row("gradients", lambda plan: plan.held.gradients),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from kdtune.checkpoint import SaveWeights, atomic_write_text, discard_steps_after, remove_folder, save_model, writing
 from kdtune.config.load import resolved_values
-from kdtune.distributed import World, together, wait_for_all
+from kdtune.distributed import World, barrier, raise_on_all_ranks
 from kdtune.log import get_logger
 from kdtune.models import Transformer
 from kdtune.runs.differences import ABSENT, differing_values
@@ -30,8 +30,8 @@ def start_run(output_dir: Path, world: World, *, step: int, resolved_config: str
         CheckpointError: a file in it is damaged (nothing is written then), or it cannot be written.
         ConfigError: another run is writing into it.
     """
-    wait_for_all()
-    with together():
+    barrier()
+    with raise_on_all_ranks():
         if not world.is_main:
             return
         before, now = read_resolved_config(output_dir), resolved_values(resolved_config)

@@ -19,14 +19,14 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
 
     See `build_teacher_model` for the keys and the errors.
     """
-    if world.bridge is None:
+    if world.channel is None:
         return OnlineTeacher(build_teacher_model(cfg, world))
-    log.info("the teacher is on %d of the run's %d processes", world.bridge.num_teachers, world.bridge.num_processes)
+    log.info("the teacher is on %d of the run's %d processes", world.channel.num_teachers, world.channel.num_processes)
     if cfg.teacher_checkpointer is None:
         # Drawn and dropped: the student's random weights come after the teacher's, as they do where both are together.
-        with instantiate(cfg.teacher_parallelism or cfg.parallelism).home(world):
+        with instantiate(cfg.teacher_parallelism or cfg.parallelism).param_device(world):
             instantiate(cfg.teacher_model)
-    return RemoteTeacher(world.bridge, world.device)
+    return RemoteTeacher(world.channel, world.device)
 
 
 def build_teacher_model(cfg: Any, world: World) -> Transformer:

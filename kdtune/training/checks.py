@@ -7,7 +7,7 @@ from typing import Any
 from kdtune.config import instantiate
 from kdtune.config.frame import frame_defaults
 from kdtune.data import first_row_problems
-from kdtune.distributed import World, together
+from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_divergence
@@ -45,7 +45,7 @@ def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
     Raises:
         ConfigError: one of them refuses its arguments; raised on all processes.
     """
-    with together():
+    with raise_on_all_ranks():
         if not world.is_main:
             return None, None
         profiler = instantiate(cfg.profiler, optional={"output_dir": cfg.output_dir})

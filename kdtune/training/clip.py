@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-from kdtune.distributed import local
+from kdtune.distributed import to_local
 from kdtune.errors import TrainingError
 
 
@@ -28,7 +28,7 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
     groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for gradient in gradients:
         sharding = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        groups[sharding].append(local(gradient))
+        groups[sharding].append(to_local(gradient))
     norms = [_norm(shards, sharding).to(gradients[0].device) for sharding, shards in groups.items()]
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:

@@ -129,7 +129,7 @@ class TrainingConfig:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
-        found += parallel.spread_problems(self)
+        found += parallel.problems(self)
         found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Dataset
-from kdtune.distributed import World, is_first_on_host, together
+from kdtune.distributed import World, is_first_on_host, raise_on_all_ranks
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.parallel import model_config
@@ -43,12 +43,12 @@ def check_inputs(
     """
     rows = check_data(cfg, datasets, world)
     _check_sample_prompts(cfg, tokenizer)
-    with together():
+    with raise_on_all_ranks():
         own = _files(cfg, tokenizer) if is_first_on_host() else None
     by_rank = {rank: files for rank, files in enumerate(world.gather(own)) if files is not None}
     _check_same_files(by_rank)
     found = {**by_rank[0], **rows}
-    with together():
+    with raise_on_all_ranks():
         if world.is_main and cfg.resume_from_checkpoint:
             _check_as_recorded(Path(cfg.output_dir), found)
     return {_KEY: found}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdtune.config import instantiate
-from kdtune.distributed import from_main
+from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.paths import user_path
@@ -29,7 +29,7 @@ def load_tokenizer(cfg: Config) -> tuple[Tokenizer, Config]:
     """
     values: Any = cfg
     node: dict[str, Any] = values.tokenizer
-    day = from_main(_recorded(cfg) or today())
+    day = broadcast_object(_recorded(cfg) or today())
     tokenizer = instantiate(node, optional={"date": day})
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdtune import data, distributed, losses, parallel, runs, teachers, training
 from kdtune.config import factory, instantiate
-from kdtune.distributed import local
+from kdtune.distributed import to_local
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
 from kdtune.planner.estimate import make_estimate
@@ -90,7 +90,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 
 def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
     """What a process of a teacher apart holds while the student's make their steps, and what a plan says of it, in bytes."""
-    plan = make_teacher_estimate(cfg, world, world.bridge.num_students)
+    plan = make_teacher_estimate(cfg, world, world.channel.num_students)
     model = teachers.build_teacher_model(cfg, world)
     weights, before = _bytes(model.parameters()), live_bytes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -99,7 +99,7 @@ def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(part.nbytes for tensor in tensors for part in _parts(local(tensor)))
+    return sum(part.nbytes for tensor in tensors for part in _parts(to_local(tensor)))
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:

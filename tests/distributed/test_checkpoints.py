@@ -58,13 +58,13 @@ def odd_model(kind: str) -> Transformer:
 def write_gathered(model: Transformer, folder: Path) -> None:
     """The same files by safetensors itself, every tensor made whole first."""
     whole = {
-        LLAMA.hf_keys.from_kdtune(name): distributed.whole(compute()).clone()
+        LLAMA.hf_keys.from_kdtune(name): distributed.full_tensor(compute()).clone()
         for name, compute in merged_weights(model).items()
     }
     split = split_torch_state_dict_into_shards(
         whole, filename_pattern="model{suffix}.safetensors", max_shard_size=SMALL_FILES
     )
-    adapter = {name: distributed.whole(tensor) for name, tensor in peft.peft_tensors(model).items()}
+    adapter = {name: distributed.full_tensor(tensor) for name, tensor in peft.peft_tensors(model).items()}
     if dist.get_rank() == 0:
         folder.mkdir()
         for file, names in split.filename_to_tensors.items():

@@ -147,7 +147,7 @@ def share_unequally(model_folder: Path, sharded: bool) -> None:
             (ids,) = generate_batch(model, [prompt], max_new_tokens=len(prompt) ** 2, **settings)
             return rank, ids
 
-        found = distributed.spread(answer, items, model, world, on_done=rounds.append)
+        found = distributed.parallel_map(answer, items, model, world, on_done=rounds.append)
         assert [owner for owner, _ in found] == [index % size for index in range(len(items))]
         assert mine == items[rank::size] and [item for one in rounds for item in one] == items
         for prompt, (_, ids) in zip(items, found, strict=True):
@@ -160,7 +160,7 @@ def share_unequally(model_folder: Path, sharded: bool) -> None:
             score(whole, pairs, max_length=64, batch_tokens=64),
         )
         assert mine == pytest.approx(theirs, rel=1e-6)
-        assert distributed.spread(answer, [], model, world) == []
+        assert distributed.parallel_map(answer, [], model, world) == []
 
 
 @pytest.mark.parametrize("sharded", [False, True])

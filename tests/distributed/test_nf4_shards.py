@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from kdtune import distributed, parallel
 from kdtune.checkpoint import Checkpointer, save_model
-from kdtune.distributed import local, whole
+from kdtune.distributed import full_tensor, to_local
 from kdtune.models import Transformer, adapted_linears, apply_lora, llama
 from kdtune.models.nf4 import BY_ROWS, dequantized, nf4_parts
 from kdtune.tokenizers import byte_tokenizer
@@ -31,7 +31,7 @@ def build(model: Path, world: distributed.World | None, dtype: torch.dtype, reco
     )  # fmt: skip
     for linear in adapted_linears(built).values():
         # Or B is zero, and A has no gradient.
-        torch.nn.init.constant_(local(linear.lora_b.weight.detach()), 0.1)
+        torch.nn.init.constant_(to_local(linear.lora_b.weight.detach()), 0.1)
     return built
 
 
@@ -43,18 +43,18 @@ def compare(model: Path, dtype: torch.dtype, ranks: int) -> None:
         assert sum(isinstance(linear.weight, DTensor) for linear, _ in pairs) == NUM_CUT[ranks]
         for linear, plain in pairs:
             share = ranks if isinstance(linear.weight, DTensor) else 1
-            parts, all_parts = nf4_parts(local(linear.weight)), nf4_parts(plain.weight)
+            parts, all_parts = nf4_parts(to_local(linear.weight)), nf4_parts(plain.weight)
             assert all(share * parts[name].numel() == all_parts[name].numel() for name in BY_ROWS)
-            assert torch.equal(whole(dequantized(linear.weight)), dequantized(plain.weight))
-            assert torch.equal(whole(linear.magnitude), plain.magnitude)
-            assert torch.equal(whole(linear.merged_weight()), plain.merged_weight())
+            assert torch.equal(full_tensor(dequantized(linear.weight)), dequantized(plain.weight))
+            assert torch.equal(full_tensor(linear.magnitude), plain.magnitude)
+            assert torch.equal(full_tensor(linear.merged_weight()), plain.merged_weight())
         for _ in range(2):  # the second finds the gathered weights freed
             outputs = [one(TOKENS).float() for one in (found, expected)]
             assert torch.equal(*outputs)
             for one in outputs:
                 one.square().mean().backward()
         for linear, plain in pairs:
-            gradient = whole(linear.lora_a.weight.grad) / ranks  # every process had all tokens
+            gradient = full_tensor(linear.lora_a.weight.grad) / ranks  # every process had all tokens
             rtol = 1e-5 if dtype == torch.float32 else 1e-2  # a third of a bf16 number is rounded
             torch.testing.assert_close(gradient, plain.lora_a.weight.grad, rtol=rtol, atol=1e-7)
 

@@ -13,8 +13,8 @@ from torch import distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from kdtune import distributed, losses, parallel, training
-from kdtune.distributed import local
-from kdtune.distributed import whole as whole_tensor
+from kdtune.distributed import full_tensor as whole_tensor
+from kdtune.distributed import to_local
 from kdtune.models import Transformer, apply_lora, llama
 from kdtune.tokenizers import byte_tokenizer
 
@@ -162,7 +162,7 @@ def compare_gradients(kind: str, tied: bool, replicate: int, tp: int = 1, teache
                 torch.testing.assert_close(whole_tensor(parameter.grad), expected[name].grad, rtol=1e-9,
                                            atol=1e-9 * expected[name].grad.abs().max().item())  # fmt: skip
         assert all(
-            local(parameter).numel() < parameter.numel()
+            to_local(parameter).numel() < parameter.numel()
             for name, parameter in student.named_parameters()
             if name.endswith("proj.weight")
         )

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from kdtune.constants import IGNORE_INDEX, TP_DIM
-from kdtune.distributed import Parallelism, whole
+from kdtune.distributed import Parallelism, full_tensor
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss
 
@@ -46,7 +46,7 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
         kd_loss = KDLoss(kd_ratio=0.3, chunk_size=5)
         loss, parts = kd_loss(inputs, head, HiddenSignal(answer, teacher_head), labels)
         loss.backward()
-        found = (loss, parts["class_loss"], parts["kd_loss"], inputs.grad, whole(head.weight.grad))
+        found = (loss, parts["class_loss"], parts["kd_loss"], inputs.grad, full_tensor(head.weight.grad))
         for one, other in zip(found, (expected, ce, kd, *gradients), strict=True):
             torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-12, atol=1e-12)
         assert parts["agreement"].item() == (logits.argmax(-1) == logits_of_teacher.argmax(-1)).sum()

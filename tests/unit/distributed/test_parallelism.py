@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from kdtune.distributed import Parallelism, layout_problems, parallelism_problems
+from kdtune.distributed import Parallelism, mesh_problems, parallelism_problems
 from kdtune.errors import ConfigError
 from kdtune.models import llama
 from kdtune.parallel.tensor_parallel import tensor_parallel_problem
@@ -44,7 +44,7 @@ def test_sizes_that_do_not_fit(given: tuple[int, ...], processes: int, message: 
 
 
 def test_the_advice_is_that_of_the_command() -> None:
-    (problem,) = layout_problems(Parallelism(tp=3), None, 2, advice="give another --world-size")
+    (problem,) = mesh_problems(Parallelism(tp=3), None, 2, advice="give another --world-size")
     assert problem.endswith("needs a multiple of 3 processes, found 2; give another --world-size or change the sizes")
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdtune.distributed import SINGLE_PROCESS, Bridge, World
+from kdtune.distributed import SINGLE_PROCESS, Channel, World
 
 CPU = torch.device("cpu")
 
@@ -28,8 +28,8 @@ def test_shares_of_the_data(rank: int, size: int, tp: int, expected: tuple[int, 
 
 def test_the_teachers_side_has_no_main_process() -> None:
     # Of five processes, the last two hold the teacher; each side has a rank 0 of its own.
-    ends = [Bridge(rank, 3, 2, CPU, None, None) for rank in range(5)]
-    worlds = [World(CPU, rank if rank < 3 else rank - 3, 2 if rank > 2 else 3, bridge=ends[rank]) for rank in range(5)]
+    ends = [Channel(rank, 3, 2, CPU, None, None) for rank in range(5)]
+    worlds = [World(CPU, rank if rank < 3 else rank - 3, 2 if rank > 2 else 3, channel=ends[rank]) for rank in range(5)]
     assert [world.is_main for world in worlds] == [True, False, False, False, False]
     assert [world.is_teacher for world in worlds] == [False, False, False, True, True]
-    assert replace(worlds[3], bridge=None).is_main
+    assert replace(worlds[3], channel=None).is_main

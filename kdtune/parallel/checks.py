@@ -11,7 +11,7 @@ from kdtune.parallel.fsdp import model_problem
 from kdtune.parallel.meta import meta_model
 
 
-def spread_problems(cfg: Any) -> list[str]:
+def problems(cfg: Any) -> list[str]:
     """Return why a config's models cannot be spread over the processes that were started, one sentence each; read no weights.
 
     cfg: with the key parallelism, and those of model, checkpointer, adapter, teacher_parallelism, teacher_processes,

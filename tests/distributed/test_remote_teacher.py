@@ -129,7 +129,7 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
             return
         assert (world.size, dist.get_world_size()) == (int(os.environ["WORLD_SIZE"]) - num_teachers,) * 2
         parallel.shard_model(student, distributed.Parallelism(), world)
-        remote = teachers.RemoteTeacher(world.bridge, world.device)
+        remote = teachers.RemoteTeacher(world.channel, world.device)
         share = 12 // world.size
         start = world.rank * share
         # Of unequal size: with one process of the student, 3 of the teacher share 10 rows, and then 2.
@@ -168,7 +168,7 @@ def holds_the_head_alone() -> None:
             teachers.serve(teacher_model, world, runs.InterruptFlag())
             return
         before = matrices()  # what tests before this one have left to the forked process
-        teacher = teachers.RemoteTeacher(world.bridge, world.device)
+        teacher = teachers.RemoteTeacher(world.channel, world.device)
         tokens = torch.randint(64, (2, 8))
         signal = teacher(Batch.from_labels(tokens, tokens))
         assert signal.hidden_BSD.shape == (2, 8, 48) and signal.output.weight.shape == (64, 48)

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 _ITEMS_AT_A_TIME = 16
 
 
-def spread(
+def parallel_map(
     work: Callable[[Item], Result],
     items: Sequence[Item],
     model: nn.Module,
@@ -36,7 +36,7 @@ def spread(
     Args:
         work: may call the model any number of times, under `torch.no_grad()`; its result is pickled.
         items: inputs of `work`.
-        model: the model that `work` uses; if it is sharded, the processes' forwards run in lockstep (`in_step`).
+        model: the model that `work` uses; if it is sharded, the processes' forwards run in lockstep (`lockstep_forwards`).
         world: the processes.
         on_done: called with the items of a round, one per process, when this process has done its own. For progress bars.
         on_result: called with each item and its result as soon as this process has it: its own at once, the others' when
@@ -47,7 +47,7 @@ def spread(
     for start in range(0, len(items), size * _ITEMS_AT_A_TIME):
         part = items[start : start + size * _ITEMS_AT_A_TIME]
         own = []
-        with in_step(model, world):
+        with lockstep_forwards(model, world):
             for first in range(0, len(part), size):
                 for item in part[first + rank : first + rank + 1]:
                     own.append(work(item))
@@ -63,7 +63,7 @@ def spread(
     return found
 
 
-def spread_in_batches(
+def parallel_map_batched(
     work: Callable[[list[int]], Sequence[Result]],
     lengths: Sequence[int],
     batch_size: int,
@@ -74,7 +74,7 @@ def spread_in_batches(
     on_done: Callable[[int], object] | None = None,
     on_result: Callable[[int, Result], object] | None = None,
 ) -> list[Result]:
-    """Return a result for each sequence, in order, on every process; like `spread`, but `work` gets batches.
+    """Return a result for each sequence, in order, on every process; like `parallel_map`, but `work` gets batches.
 
     Args:
         work: returns the results for a batch, given the indices of its sequences.
@@ -84,7 +84,7 @@ def spread_in_batches(
         world: the processes.
         groups: a key for each sequence; only sequences with equal keys share a batch. None: any may.
         on_done: called with the number of sequences that a round has done. For progress bars.
-        on_result: called with a sequence's index and its result as soon as this process has it, see `spread`.
+        on_result: called with a sequence's index and its result as soon as this process has it, see `parallel_map`.
     """
     groups = groups or [None] * len(lengths)
     batches: list[list[int]] = []
@@ -102,13 +102,13 @@ def spread_in_batches(
             if on_result:
                 on_result(index, result)
 
-    found = spread(work, batches, model, world, on_done=count, on_result=tell)
+    found = parallel_map(work, batches, model, world, on_done=count, on_result=tell)
     results = dict(zip(chain.from_iterable(batches), chain.from_iterable(found), strict=True))
     return [results[index] for index in range(len(lengths))]
 
 
 @contextmanager
-def in_step(model: nn.Module, world: World) -> Iterator[None]:
+def lockstep_forwards(model: nn.Module, world: World) -> Iterator[None]:
     """A context in which ranks may run different numbers of forward passes of a sharded model; no effect on other models.
 
     FSDP all-gathers a layer's weights, which takes all ranks, so a forward on one rank must be a forward on all. Before each
