@@ -176,9 +176,19 @@ def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> 
     launch.call(compare_gradients, kind, tied, replicate, ranks=4)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+EVERY_KIND, FULL_ALONE = [(2, 1, 2, 2), (4, 2, 2, 2)], [(4, 1, 2, 1), (4, 1, 4, 4)]
+MORE = pytest.mark.slow(
+    "four processes on two cores; full weights are cut like this, and adapters in other ways, in the quick tests"
+)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "replicate", "tp", "teacher_tp"), [(2, 1, 2, 2), (4, 1, 2, 1), (4, 2, 2, 2), (4, 1, 4, 4)]
+    ("kind", "ranks", "replicate", "tp", "teacher_tp"),
+    [
+        *(pytest.param(kind, *layout) for kind in ("full", "lora", "dora") for layout in EVERY_KIND),
+        *(pytest.param("full", *layout) for layout in FULL_ALONE),
+        *(pytest.param(kind, *layout, marks=MORE) for kind in ("lora", "dora") for layout in FULL_ALONE),
+    ],
 )
 def test_gradients_under_tensor_parallelism(
     kind: str, ranks: int, replicate: int, tp: int, teacher_tp: int, launch

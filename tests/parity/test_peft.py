@@ -169,6 +169,7 @@ def test_a_folder_goes_through_both_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow("four copies of a real model; tiny ones have peft's logits, merged too")
 @torch.no_grad()
 def test_real_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
     """The real model: fp32 logits are peft's; merging costs no more than fp32 itself does, and in float64 nothing."""

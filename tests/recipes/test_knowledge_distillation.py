@@ -128,15 +128,20 @@ def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, tmp_path: Path
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     text = run(
         tmp_path / "kept", "save_every_n_steps=1", "run_val_every_n_steps=1", "keep_last_n_checkpoints=2",
-        "best_metric=val_class_loss",
+        "best_metric=val_class_loss", "max_steps_per_epoch=5",
     )  # fmt: skip
     assert "best step" in text
-    assert {folder.name for folder in step_folders(tmp_path / "kept")} >= {"step_9", "step_10"}
+    assert {folder.name for folder in step_folders(tmp_path / "kept")} >= {"step_4", "step_5"}
     assert len(step_folders(tmp_path / "kept")) <= 3
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path: Path) -> None:
-    settings = ("optimizer={_component_: torch.optim.SGD, lr: 0.5}", "max_steps_per_epoch=4", "shuffle=false")
+    settings = (
+        "optimizer={_component_: torch.optim.SGD, lr: 0.5}",
+        "max_steps_per_epoch=4",
+        "shuffle=false",
+        "~dataset_val",
+    )
     for size, accumulation in ((8, 1), (4, 2), (1, 8)):
         run(tmp_path / f"{size}", f"batch_size={size}", f"gradient_accumulation_steps={accumulation}", *settings)
     one, two, eight = (losses(tmp_path / name) for name in ("8", "4", "1"))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torchao.quantization import to_nf4
 
 from kdtune.errors import ConfigError
 from kdtune.models import Transformer, adapter_parameters, apply_lora, llama, lora_llama, merge_adapters
@@ -36,6 +37,13 @@ def tiny(dtype: torch.dtype = torch.float32) -> Transformer:
 
 def quantized(dtype: torch.dtype = torch.float32, *, use_dora: bool = False) -> Transformer:
     return apply_lora(tiny(dtype), lora_rank=4, apply_lora_to_output=True, use_dora=use_dora, quantize_base=True)
+
+
+def test_rows_of_256_scales_are_quantized_as_torchao_does_by_default() -> None:
+    weight = torch.randn(2, 64 * 256, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nf4_parts(quantize_nf4(weight)), nf4_parts(to_nf4(weight))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
