@@ -8,11 +8,12 @@ from .alpaca import (
 from .batch import Batch, collate
 from .chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
 from .conversation import TrainingOptions, conversation_encoder
-from .dataset import Dataset, MapDataset, Report, RowStream, StreamDataset, TokenizedDataset
+from .dataset import Dataset, MapDataset, Report, StreamDataset, TokenizedDataset
 from .first_row import dataset_nodes, first_row_problems, read_problems
 from .loader import Loader, Position, batches
 from .messages import Conversation, Message, parse_conversation
 from .mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
+from .rows import RowStream
 from .sources import Source, open_rows, previewed
 from .text import text_completion_dataset
 from .transforms import EncodedRow, Example, make_example, truncate

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
 from kdtune.data.conversation import TrainingOptions, Truncation, conversation_encoder
-from kdtune.data.dataset import Dataset, FilterFn, RowEncoder, TokenizedDataset, build_dataset, tokenize_rows
+from kdtune.data.dataset import Dataset, TokenizedDataset
 from kdtune.data.messages import Conversation, Message
+from kdtune.data.rows import FilterFn, RowEncoder, build_dataset, tokenize_rows
 from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn

@@ -12,7 +12,7 @@ from kdtune.data.columns import (
     text_column,
 )
 from kdtune.data.conversation import Truncation, conversation_encoder
-from kdtune.data.dataset import Dataset, FilterFn, build_dataset
+from kdtune.data.dataset import Dataset
 from kdtune.data.messages import (
     CONVERSATION_STYLES,
     TEMPLATE_VARIABLES,
@@ -22,6 +22,7 @@ from kdtune.data.messages import (
     parse_conversation,
     row_conversation,
 )
+from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn

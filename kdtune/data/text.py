@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.columns import Row, suggest_text_column, text_column
-from kdtune.data.dataset import Dataset, FilterFn, build_dataset
+from kdtune.data.dataset import Dataset
+from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import EncodedRow, end_ids, truncate
 

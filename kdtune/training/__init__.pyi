@@ -1,5 +1,4 @@
-from .builders import builder_problems
-from .checks import divergence_problems, may_change
+from .checks import builder_problems, divergence_problems, may_change
 from .clip import check_finite, clip_grad_norm_
 from .config import TrainingConfig
 from .inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths

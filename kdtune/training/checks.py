@@ -1,23 +1,25 @@
 """Checks shared by the training recipes: config problems, changes allowed on resume, and when periodic work is due."""
 
+import json
 import os
 from dataclasses import fields
 from typing import Any
 
-from kdtune.config import instantiate
+from kdtune import data, losses, parallel
+from kdtune.config import factory, instantiate, resolve
 from kdtune.config.frame import frame_defaults
-from kdtune.data import first_row_problems
 from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
-from kdtune.losses import check_divergence
 from kdtune.models import Transformer, has_adapters
 from kdtune.runs.changes import resume_changes_problems
-from kdtune.training.builders import builder_problems
 from kdtune.training.optim import optimizer_problems
 from kdtune.training.precision import device_name_problems
 
 log = get_logger(__name__)
+
+# Nodes that were found to be in order: a sweep asks for the same ones hundreds of times.
+_IN_ORDER: set[str] = set()
 
 # Settings that only mean something beside another: a shipped config may be run without the other, and says so.
 _NEEDS = {
@@ -100,13 +102,13 @@ def loop_problems(cfg: Any) -> list[str]:
     # At most so many steps; how many there are, the data will say.
     most = cfg.epochs * cfg.max_steps_per_epoch if cfg.max_steps_per_epoch else None
     found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler, most if most and most > 0 else None)
-    return found + builder_problems(cfg) + first_row_problems(cfg)
+    return found + builder_problems(cfg) + data.first_row_problems(cfg)
 
 
 def divergence_problems(kd_loss: Any) -> list[str]:
     """Return problems with the `kd_loss` divergence, found by calling it on a few tokens."""
     try:
-        check_divergence(instantiate(kd_loss))
+        losses.check_divergence(instantiate(kd_loss))
     except KDTuneError as error:
         return [str(error)]
     return []
@@ -125,3 +127,27 @@ def check_save_weights(model: Transformer, save_weights: str) -> None:
 def is_due(step: int, every: int | None) -> bool:
     """Return True at every `every`-th step; never for None."""
     return every is not None and step % every == 0
+
+
+def builder_problems(cfg: Any) -> list[str]:
+    """Return problems with kdtune's builders in `model` and `teacher_model`, such as sizes that no model has.
+
+    They are built without weights. cfg: of any recipe.
+    """
+    found = []
+    for key in ("model", "teacher_model"):
+        node = getattr(cfg, key, None)
+        name = json.dumps(node, sort_keys=True, default=str)
+        if node is None or name in _IN_ORDER or not _is_ours(node):
+            continue
+        try:
+            parallel.model_config(factory(node), None)
+        except KDTuneError as error:
+            found.append(f"{key}: {error}")
+        else:
+            _IN_ORDER.add(name)
+    return found
+
+
+def _is_ours(node: Any) -> bool:
+    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")

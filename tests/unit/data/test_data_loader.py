@@ -11,7 +11,7 @@ from datasets import IterableDataset
 from word_tokenizer import WordTokenizer
 
 from kdtune.data import EncodedRow, Loader, Report, RowStream, TokenizedDataset, instruct_dataset
-from kdtune.data.dataset import RowEncoder
+from kdtune.data.rows import RowEncoder
 from kdtune.errors import ConfigError, DataError
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_BATCHES = 23, 4, 6

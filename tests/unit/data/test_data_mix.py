@@ -15,8 +15,8 @@ from kdtune.data import (
     TokenizedDataset,
     mixed_dataset,
 )
-from kdtune.data.dataset import RowEncoder
 from kdtune.data.mix import whole_shares
+from kdtune.data.rows import RowEncoder
 from kdtune.errors import ConfigError
 
 
