@@ -340,7 +340,7 @@ def measure_held_out(
     """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
-        return evaluation.evaluate_ce(model, held_out, device=world.device, progress=progress, total=world.sum)
+        return evaluation.evaluate_ce(model, held_out, world=world, progress=progress)
     parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
     dtype = cfg.teacher_dtype or cfg.dtype
     teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
@@ -348,8 +348,8 @@ def measure_held_out(
     kd_loss = config.instantiate(cfg.kd_loss)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss)
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
-    found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, device=world.device,
-                                   progress=progress, total=world.sum, with_teacher_loss=True)  # fmt: skip
+    found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, world=world,
+                                   progress=progress, with_teacher_loss=True)  # fmt: skip
     return {**found, "perplexity": evaluation.perplexity(found["class_loss"])}
 
 

@@ -89,9 +89,7 @@ def validate(
     """Return the held-out cross entropy in nats per token; {} without held-out data."""
     if held_out is None:
         return {}
-    found = evaluation.evaluate_ce(
-        model, held_out, device=world.device, progress=progress.validating, loss=ce_loss, total=world.sum
-    )
+    found = evaluation.evaluate_ce(model, held_out, world=world, progress=progress.validating, loss=ce_loss)
     return {"val_class_loss": found["class_loss"]}
 
 

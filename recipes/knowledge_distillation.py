@@ -137,8 +137,8 @@ def validate(
     teacher.prefetch(held_out)
     # The divergence is measured whatever kd_ratio is.
     loss = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
-    found = evaluation.evaluate_kd(student, teacher, loss, held_out, device=world.device, progress=progress.validating,
-                                   total=world.sum, with_teacher_loss=with_teacher_loss)  # fmt: skip
+    found = evaluation.evaluate_kd(student, teacher, loss, held_out, world=world, progress=progress.validating,
+                                   with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}
 
 

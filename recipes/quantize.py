@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
 
 def run(cfg: Config) -> None:
     """Load held-out data and model, quantize, and write the folder."""
-    device, dtype = training.resolve_device(cfg.device), dtype_from_name(cfg.dtype)
+    world, dtype = World(training.resolve_device(cfg.device)), dtype_from_name(cfg.dtype)
     tokenizer, cfg = training.load_tokenizer(cfg)
     held_out = None
     if cfg.dataset_val is not None:
@@ -109,13 +109,13 @@ def run(cfg: Config) -> None:
     checkpointer = config.instantiate(cfg.checkpointer)
     teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)
-    model = parallel.build_model(config.factory(cfg.model), checkpointer, dtype=dtype, world=World(device))
+    model = parallel.build_model(config.factory(cfg.model), checkpointer, dtype=dtype, world=world)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
 
     def held_out_loss() -> float | None:
         if held_out is None:
             return None
-        return evaluation.evaluate_ce(model, held_out, device=device)["class_loss"]
+        return evaluation.evaluate_ce(model, held_out, world=world)["class_loss"]
 
     before = {"weights": cfg.dtype, "size (MB)": megabytes(model), "held-out loss (nats/token)": held_out_loss()}
     linears = quantization.target_linears(model, quantize_output=cfg.quantize_output)

@@ -2,12 +2,12 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
 from kdtune.data import Batch
+from kdtune.distributed import World
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
 from kdtune.losses import KDLoss, Signal, TopKSignal, signal_cross_entropy
@@ -15,7 +15,6 @@ from kdtune.models import Transformer
 
 # Wraps the batches to show progress, such as tqdm.
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
-Total = Callable[[Sequence[float]], list[float]]
 
 
 def evaluate_kd(
@@ -24,9 +23,8 @@ def evaluate_kd(
     loss: KDLoss,
     batches: Iterable[Batch],
     *,
-    device: torch.device | str,
+    world: World,
     progress: Progress | None = None,
-    total: Total = list,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
     """Return `class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
@@ -37,13 +35,12 @@ def evaluate_kd(
     no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
 
     Args:
-        student: on `device`.
+        student: on the world's device.
         teacher: returns a batch's signal, such as `kdtune.teachers.OnlineTeacher`.
         loss: the run's own loss; `kd_loss` is its divergence.
         batches: a finite pass over held-out data.
-        device: device that the batches are moved to.
+        world: the processes that share the work, each with its own batches; they are moved to its device.
         progress: wraps `batches`.
-        total: sums numbers over the processes that share the work, each with its own batches.
         with_teacher_loss: measure `teacher_class_loss` too, the teacher's cross entropy.
 
     Raises:
@@ -57,28 +54,27 @@ def evaluate_kd(
             parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
         return parts
 
-    return _means(student, parts_of, batches, device=device, progress=progress, total=total)
+    return _means(student, parts_of, batches, world=world, progress=progress)
 
 
 def evaluate_ce(
     model: Transformer,
     batches: Iterable[Batch],
     *,
-    device: torch.device | str,
+    world: World,
     progress: Progress | None = None,
     loss: KDLoss | None = None,
-    total: Total = list,
 ) -> dict[str, float]:
     """Return `class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
 
-    `model` is on `device`. `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
+    `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
     """
     loss = loss or KDLoss(kd_ratio=0.0)
 
     def parts_of(batch: Batch) -> dict[str, Tensor]:
         return loss(model(**batch.inputs, return_hidden=True), model.output, None, batch.targets)[1]
 
-    result = _means(model, parts_of, batches, device=device, progress=progress, total=total)
+    result = _means(model, parts_of, batches, world=world, progress=progress)
     return {
         "class_loss": result["class_loss"],
         "perplexity": perplexity(result["class_loss"]),
@@ -96,19 +92,18 @@ def _means(
     parts_of: Callable[[Batch], dict[str, Tensor]],
     batches: Iterable[Batch],
     *,
-    device: torch.device | str,
+    world: World,
     progress: Progress | None,
-    total: Total,
 ) -> dict[str, float]:
-    """Return means per valid token of the sums that parts_of returns for each batch, moved to `device`; and `tokens`, their number."""
+    """Return means per valid token of the sums that parts_of returns for each batch, and `tokens`, their number."""
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(model):
         for held_out in progress(batches) if progress else batches:
             num_tokens += held_out.num_valid_tokens
-            for name, value in parts_of(held_out.to(device)).items():
+            for name, value in parts_of(held_out.to(world.device)).items():
                 sums[name] += float(value)
-    *totals, num_tokens = total([*sums.values(), num_tokens])
+    *totals, num_tokens = world.sum([*sums.values(), num_tokens])
     if num_tokens == 0:
         raise DataError(
             "validation: 0 valid tokens; at least one label is needed; give dataset_val examples with answers"

@@ -3,12 +3,13 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from kdtune.data import Batch
+from kdtune.distributed import SINGLE_PROCESS, World
 from kdtune.errors import TrainingError
 
 
@@ -18,17 +19,17 @@ class Metrics:
     The sums stay on their device; `pop` fetches them all in one transfer and adds them in float64.
 
     Args:
-        total: sums numbers over the processes of the run, such as `World.sum`; by default there is one process.
+        world: the processes of the run.
         clock: returns seconds, for the speed.
     """
 
     def __init__(
         self,
-        total: Callable[[Sequence[float]], list[float]] = list,
+        world: World = SINGLE_PROCESS,
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._total = total
+        self._world = world
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._counts = [0, 0, 0]  # valid, all but padding, padding
@@ -68,7 +69,7 @@ class Metrics:
         values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
         now, parts = self._clock(), list(self._sums)
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in parts]
-        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._total([*own, *self._counts])
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._world.sum([*own, *self._counts])
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         seconds = max(now - self._since, 1e-9)

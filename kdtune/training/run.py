@@ -118,7 +118,7 @@ class Run:
     ) -> None:
         self.inputs, self.world, self.progress = inputs, world, progress
         self.cfg = cfg = inputs.cfg
-        self.metrics = Metrics(world.sum)
+        self.metrics = Metrics(world)
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from kdtune.checkpoint import load_model, step_folders
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.evaluation import evaluate_ce
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_the_held_out_loss_falls_and_is_the_models(finished: Path) -> None:
 
     tokenizer = tokenizers.load(finished / "final", max_seq_len=256)
     held_out = data.batches(data.quickstart_dataset(tokenizer, split="test"), 4, pad_id=tokenizer.pad_id)
-    merged = evaluate_ce(load_model(finished / "final"), held_out, device="cpu")
+    merged = evaluate_ce(load_model(finished / "final"), held_out, world=SINGLE_PROCESS)
     assert merged["class_loss"] == pytest.approx(validated[-1], rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data import Batch
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import DataError
 from kdtune.evaluation import evaluate_ce, evaluate_kd, perplexity
 from kdtune.losses import ForwardKLLoss, KDLoss
@@ -65,7 +66,7 @@ def brute_force(student, teacher, batches):
 def test_as_float64_brute_force(chunk_size, teacher_vocab_size):
     loss = KDLoss(ForwardKLLoss(), kd_ratio=0.3, chunk_size=chunk_size)
     teacher = OnlineTeacher(tiny(2, teacher_vocab_size, embed_dim=12))
-    found = evaluate_kd(tiny(1), teacher, loss, ragged_batches(), device="cpu", with_teacher_loss=True)
+    found = evaluate_kd(tiny(1), teacher, loss, ragged_batches(), world=SINGLE_PROCESS, with_teacher_loss=True)
     expected = brute_force(tiny(1), tiny(2, teacher_vocab_size, embed_dim=12), ragged_batches())
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0 < found["agreement"] < 1
@@ -74,13 +75,13 @@ def test_as_float64_brute_force(chunk_size, teacher_vocab_size):
 
 def test_a_teacher_compared_with_itself():
     model = tiny(1)
-    found = evaluate_kd(model, OnlineTeacher(model), KDLoss(kd_ratio=0.5), ragged_batches(), device="cpu")
+    found = evaluate_kd(model, OnlineTeacher(model), KDLoss(kd_ratio=0.5), ragged_batches(), world=SINGLE_PROCESS)
     assert found["kd_loss"] == pytest.approx(0.0, abs=1e-6)
     assert found["agreement"] == 1.0
 
 
 def test_cross_entropy_alone():
-    found = evaluate_ce(tiny(1), ragged_batches(), device="cpu")
+    found = evaluate_ce(tiny(1), ragged_batches(), world=SINGLE_PROCESS)
     expected = brute_force(tiny(1), tiny(1), ragged_batches())
     assert found == pytest.approx(
         {
@@ -104,7 +105,7 @@ def test_mode_and_gradients_are_left_alone_and_progress_sees_every_batch():
             seen.append(batch)
             yield batch
 
-    evaluate_kd(student, OnlineTeacher(tiny(2)), KDLoss(), ragged_batches(), device="cpu", progress=progress)
+    evaluate_kd(student, OnlineTeacher(tiny(2)), KDLoss(), ragged_batches(), world=SINGLE_PROCESS, progress=progress)
     assert len(seen) == 3
     assert [module.training for module in student.modules()] == modes
     assert all(parameter.grad is None and parameter.requires_grad for parameter in student.parameters())
@@ -114,4 +115,4 @@ def test_nothing_valid_is_an_error_that_says_so():
     batch = Batch.from_labels(torch.ones(1, 3, dtype=torch.int64), torch.full((1, 3), IGNORE_INDEX))
     for batches in ([], [batch]):
         with pytest.raises(DataError, match="validation: 0 valid tokens"):
-            evaluate_ce(tiny(1), batches, device="cpu")
+            evaluate_ce(tiny(1), batches, world=SINGLE_PROCESS)

@@ -3,6 +3,7 @@ import torch
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data import Batch
+from kdtune.distributed import World
 from kdtune.errors import TrainingError
 from kdtune.training import Metrics
 
@@ -88,11 +89,12 @@ def test_means_are_over_all_processes():
     """Another process has as many sums again, over 6 of 10 tokens."""
     seen = []
 
-    def total(values):
-        seen.append(list(values))
-        return [2 * value for value in values]
+    class Two(World):
+        def sum(self, values):
+            seen.append(list(values))
+            return [2 * value for value in values]
 
-    metrics = Metrics(total, clock=iter([0.0, 2.0]).__next__)
+    metrics = Metrics(Two(torch.device("cpu"), size=2), clock=iter([0.0, 2.0]).__next__)
     metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, batch(6, 10, 1))
     found = metrics.pop()
     assert seen == [[12.0, 3.0, 6, 10, 1]]
