@@ -12,54 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdtune.checkpoint.atomic import writing
 from kdtune.checkpoint.huggingface import CONFIG, open_safetensors
-from kdtune.checkpoint.save import SavesItself, write_description
 from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.models import Family, Transformer, TransformerConfig, family_of, read_hf_config, weight_shapes
-from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
-from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
+from kdtune.models.nf4 import nf4_from_parts, quiet_torchao
+from kdtune.models.quantization import SCHEMES, scheme_problems
 
 WEIGHTS = "model.quantized.safetensors"
-_QUANT_METHOD = "kdtune"
-_NF4 = "NF4Tensor"
-
-
-def write_quantized(
-    model: Transformer,
-    folder: Path,
-    *,
-    scheme: str,
-    group_size: int | None = None,
-    base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
-) -> None:
-    """Write a quantized model into an existing folder, with its config, tokenizer and licence, as `write_model` does.
-
-    scheme, group_size: how the model was quantized, recorded in its config. The other arguments are write_model's.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
-    keys = family_of(model.config).hf_keys
-    for name, parameter in model.named_parameters():
-        name = keys.from_kdtune(name)
-        if is_quantized(parameter):
-            parts, metadata[name] = _flatten(name, parameter.detach())
-            tensors |= {key: part.cpu() for key, part in parts.items()}
-        else:
-            tensors[name] = parameter.detach().cpu().contiguous()
-    quantization = {"quant_method": _QUANT_METHOD, "scheme": scheme, "group_size": group_size}
-    with writing(folder):
-        save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        write_description(model, folder, base=base, tokenizer=tokenizer, quantization=quantization)
+QUANT_METHOD = "kdtune"
+NF4 = "NF4Tensor"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -118,8 +83,8 @@ def fill_model(model: Transformer, file: Path, *, dtype: torch.dtype | None, dev
         stored = handle.get_tensor(keys.from_kdtune("norm.weight")).dtype
         if dtype not in (None, stored):
             raise CheckpointError(
-                f"{file}: holds {scheme} weights made from {_name(stored)}, which cannot be turned into {_name(dtype)}; "
-                f"load them as stored (dtype null or {_name(stored)}), or quantize the model in {_name(dtype)}"
+                f"{file}: holds {scheme} weights made from {dtype_name(stored)}, which cannot be turned into {dtype_name(dtype)}; "
+                f"load them as stored (dtype null or {dtype_name(stored)}), or quantize the model in {dtype_name(dtype)}"
             )
         if problems := scheme_problems(scheme, device, stored):
             raise CheckpointError(f"{file}: {problems[0]}")
@@ -143,11 +108,11 @@ def _scheme(document: Mapping[str, Any], path: Path) -> str:
     found = document.get("quantization_config")
     if (
         not isinstance(found, dict)
-        or found.get("quant_method") != _QUANT_METHOD
+        or found.get("quant_method") != QUANT_METHOD
         or found.get("scheme") not in list(SCHEMES)
     ):
         raise CheckpointError(
-            f"{path}: quantization_config={reprlib.repr(found)}; quant_method {_QUANT_METHOD!r} and a scheme of "
+            f"{path}: quantization_config={reprlib.repr(found)}; quant_method {QUANT_METHOD!r} and a scheme of "
             f"{', '.join(SCHEMES)} expected beside {WEIGHTS}: quantize the model again"
         )
     scheme: str = found["scheme"]
@@ -159,7 +124,7 @@ def _names(config: TransformerConfig) -> list[str]:
     return [name for name in weight_shapes(config) if not (config.tie_embeddings and name == "output.weight")]
 
 
-def _prefix(hf_name: str) -> str:
+def name_prefix(hf_name: str) -> str:
     """Return the prefix of the names of a quantized weight's parts."""
     module, _, weight = hf_name.rpartition(".")
     return f"{module}._{weight}_"
@@ -172,7 +137,7 @@ def _keys_by_weight(file: Path, handle: Any, config: TransformerConfig, names: l
     by_weight = {}
     for name in names:
         hf_name = family_of(config).hf_keys.from_kdtune(name)
-        prefix = _prefix(hf_name)
+        prefix = name_prefix(hf_name)
         found = [key for key in keys if key.startswith(prefix)] if hf_name in metadata else [hf_name]
         if not found or not set(found) <= set(keys):
             raise CheckpointError(f"{file}: tensor {hf_name!r} missing; quantize the model again")
@@ -183,25 +148,12 @@ def _keys_by_weight(file: Path, handle: Any, config: TransformerConfig, names: l
     return by_weight
 
 
-def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
-    """Split a quantized weight into parts by name, and the metadata to reassemble them."""
-    if is_nf4(weight):
-        scales: int = weight.scaler_block_size  # type: ignore[attr-defined]
-        about = {"_type": _NF4, "shape": list(weight.shape), "dtype": _name(weight.dtype), "scaler_block_size": scales}
-        return {_prefix(hf_name) + field: part for field, part in nf4_parts(weight).items()}, json.dumps(about)
-    with quiet_torchao():
-        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    parts, metadata = flatten_tensor_state_dict({hf_name: weight})
-    return parts, metadata[hf_name]
-
-
 def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str) -> Tensor:
-    """The inverse of `_flatten`."""
+    """Reassemble a quantized weight: the inverse of `save_quantized.flatten`."""
     try:
         about = json.loads(metadata)
-        if about["_type"] == _NF4:
-            own = {key.removeprefix(_prefix(hf_name)): part for key, part in parts.items()}
+        if about["_type"] == NF4:
+            own = {key.removeprefix(name_prefix(hf_name)): part for key, part in parts.items()}
             shape, dtype = torch.Size(about["shape"]), getattr(torch, about["dtype"])
             return nf4_from_parts(own, shape, dtype, scaler_block_size=about["scaler_block_size"])
         with quiet_torchao():
@@ -217,5 +169,6 @@ def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str
     return weight
 
 
-def _name(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Return a dtype as the file's metadata name it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -5,14 +5,13 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from kdtune import data, losses, parallel
+from kdtune import data, losses, parallel, runs
 from kdtune.config import factory, instantiate, resolve
 from kdtune.config.frame import frame_defaults
 from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
-from kdtune.runs.changes import resume_changes_problems
 from kdtune.training.optim import optimizer_problems
 from kdtune.training.precision import device_name_problems
 
@@ -72,7 +71,7 @@ def loop_problems(cfg: Any) -> list[str]:
     if cfg.num_workers < 0:
         found.append(f"num_workers={cfg.num_workers}: must be 0 (the run itself prepares its batches) or more")
     found += device_name_problems(cfg.device)
-    found += resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
+    found += runs.resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")
     if cfg.save_weights != "both" and cfg.adapter is None and cfg.model is None:

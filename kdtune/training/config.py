@@ -5,10 +5,9 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, data, parallel, tokenizers
+from kdtune import checkpoint, data, parallel, runs, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer
-from kdtune.runs.folder import output_dir_problems
 from kdtune.training.checks import loop_problems
 from kdtune.training.precision import device_problems
 
@@ -130,7 +129,7 @@ class TrainingConfig:
         """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
         found += parallel.problems(self)
-        found += output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
+        found += runs.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):
                 found += [f"{name}: {problem}" for problem in node.problems()]
