@@ -5,17 +5,29 @@ from pathlib import Path
 import pytest
 from distributed_runs import FINETUNE, KD, check_same_rows, rows
 
+LAYOUTS = {
+    "1": (1, 4, []),
+    "FSDP 2": (2, 2, []),
+    "TP 2": (2, 4, ["parallelism.tp=2"]),
+    "2 x 2": (4, 2, ["parallelism.tp=2"]),
+}
+
 
 @pytest.mark.parametrize(
-    "use_dora",
+    ("use_dora", "names"),
     [
+        pytest.param(True, ["1", "FSDP 2", "TP 2"], id="dora"),
         pytest.param(
-            False, id="lora", marks=pytest.mark.slow("11 processes; DoRA's merge is LoRA's and a norm of whole rows")
+            True, ["1", "2 x 2"], id="dora, 2 x 2", marks=pytest.mark.slow("four processes on two cores; two cut each way")
         ),
-        pytest.param(True, id="dora"),
+        pytest.param(
+            False, list(LAYOUTS), id="lora", marks=pytest.mark.slow("11 processes; DoRA's merge is LoRA's and a norm of whole rows")
+        ),
     ],
-)
-def test_an_adapter_merged_into_shards(use_dora: bool, launch, small_model: Path, tmp_path: Path) -> None:
+)  # fmt: skip
+def test_an_adapter_merged_into_shards(
+    use_dora: bool, names: list[str], launch, small_model: Path, tmp_path: Path
+) -> None:
     node = f"{{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}"
     ended = launch.kdtune(
         *FINETUNE, "adapter=kdtune.models.apply_lora", f"adapter.use_dora={use_dora}", "save_weights=adapter",
@@ -24,9 +36,8 @@ def test_an_adapter_merged_into_shards(use_dora: bool, launch, small_model: Path
     assert ended[0].code == 0, ended[0].text
     run = [*KD, f"teacher_checkpointer={node}, adapter_dir: {tmp_path / 'made' / 'final'}}}", "teacher_model=null",
            "optimizer=torch.optim.SGD", "~lr_scheduler", "max_steps_per_epoch=1", "sample_prompts=[]"]  # fmt: skip
-    cut = ["parallelism.tp=2"]
-    layouts = {"1": (1, 4, []), "FSDP 2": (2, 2, []), "TP 2": (2, 4, cut), "2 x 2": (4, 2, cut)}
-    for name, (ranks, accumulation, layout) in layouts.items():
+    for name in names:
+        ranks, accumulation, layout = LAYOUTS[name]
         ended = launch.kdtune(
             *run, *layout, f"gradient_accumulation_steps={accumulation}", f"output_dir={tmp_path / name}", ranks=ranks
         )

@@ -51,7 +51,7 @@ def test_a_rank_that_hangs(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     started[1].process.join()
 
 
-def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
+def wait_in_a_group_of_the_mesh(layout: dict[str, int], given_up: Path) -> None:
     """Rank 1 stays away from a forward: rank 0, which shares a group with it that is not all processes, gives up in time."""
     parallelism = distributed.Parallelism(**layout, timeout_minutes=0.05)
     with parallelism.start_world(torch.device("cpu")) as world:
@@ -59,8 +59,9 @@ def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
         if world.rank == 0:
             with pytest.raises(RuntimeError, match="Timed out waiting 3000ms"):
                 model(torch.zeros(1, 4, dtype=torch.int64), return_hidden=True)
-        else:
-            time.sleep(12)
+            given_up.touch()
+        while not given_up.exists():
+            time.sleep(0.05)
         os._exit(0)  # nothing can be shut down in order
 
 
@@ -73,8 +74,8 @@ def wait_in_a_group_of_the_mesh(layout: dict[str, int]) -> None:
         ),
     ],
 )
-def test_the_groups_of_a_mesh_wait_as_long_as_the_run(layout: dict[str, int], launch) -> None:
-    launch.call(wait_in_a_group_of_the_mesh, layout, ranks=4)
+def test_the_groups_of_a_mesh_wait_as_long_as_the_run(layout: dict[str, int], launch, tmp_path: Path) -> None:
+    launch.call(wait_in_a_group_of_the_mesh, layout, tmp_path / "given_up", ranks=4)
 
 
 @pytest.mark.parametrize("damage", ["logger", "file"])

@@ -243,7 +243,8 @@ def test_an_answer_ends_on_all_processes_at_once(launch, tmp_path: Path, monkeyp
         return tokens if os.environ["RANK"] == "0" else [next(iter(byte_tokenizer().stop_ids))] * len(tokens)
 
     monkeypatch.setattr(module, "sample_tokens", stops_elsewhere)
-    run = [*KD, "~lr_scheduler", "max_steps_per_epoch=1", "sample_max_new_tokens=4", "parallelism.timeout_minutes=0.2"]
+    run = [*KD, "~lr_scheduler", "max_steps_per_epoch=1", "sample_max_new_tokens=4", "parallelism.timeout_minutes=0.2",
+           "dataset_val=null", "run_val_every_n_steps=null"]  # fmt: skip
     for name, ranks, layout in (("sharded", 2, []), ("apart", 3, ["teacher_processes=1"])):
         ended = launch.kdtune(*run, *layout, f"output_dir={tmp_path / name}", ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
