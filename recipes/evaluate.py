@@ -22,19 +22,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import (
-    checkpoint,
-    config,
-    data,
-    distributed,
-    evaluation,
-    losses,
-    parallel,
-    runs,
-    teachers,
-    tokenizers,
-    training,
-)
+from kdtune import checkpoint, config, data, evaluation, losses, parallel, runs, teachers, tokenizers, training
+from kdtune.distributed import Parallelism, World
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name
 
@@ -211,7 +200,7 @@ def main(cfg: Config) -> None:
         write_results(cfg, measured)
 
 
-def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) -> evaluation.Measured:
+def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluation.Measured:
     """Load data and model, and measure."""
     training.set_seed(cfg.seed)
 
@@ -219,17 +208,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
     tasks = evaluation.load_tasks(cfg.tasks, cfg.include_path, num_fewshot=cfg.num_fewshot) if cfg.tasks else []
     texts = {Path(path).stem: evaluation.read_text(path) for path in cfg.perplexity_files}
     rouge_sets = [(one, one.read()) for one in config.instantiate(cfg.rouge)]
-    held_out = None
-    training.check_context(cfg, "max_seq_length")
-    dataset_val = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
-    if dataset_val is not None:
-        training.check_data(cfg, {"dataset_val": dataset_val}, world)
-        held_out = list(
-            data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
-        )
-    for key in ("checkpointer", "teacher_checkpointer"):
-        teachers.check_tokenizer(tokenizer, config.instantiate(getattr(cfg, key)), key, path=cfg.tokenizer.get("path"),
-                                 is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip
+    held_out = load_held_out(cfg, tokenizer, world)
 
     # Model.
     parallelism = config.instantiate(cfg.parallelism)
@@ -237,7 +216,8 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     if held_out is not None:
         losses.check_head("model", model.output)
-    max_length = cfg.max_seq_length or model.config.max_seq_len
+    shared: dict[str, Any] = {"max_length": cfg.max_seq_length or model.config.max_seq_len, "batch_size": cfg.batch_size,
+                              "world": world}  # fmt: skip
 
     # Measurements; each is saved when it is done, so that a stopped evaluation keeps them.
     measured = evaluation.Measured()
@@ -253,52 +233,42 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: distributed.World) 
         keep()
     for name, text in texts.items():
         found = evaluation.text_perplexity(
-            model,
-            tokenizer,
-            text,
-            max_length=max_length,
-            stride=cfg.perplexity_stride,
-            batch_size=cfg.batch_size,
-            show_progress=True,
-            world=world,
+            model, tokenizer, text, stride=cfg.perplexity_stride, show_progress=True, **shared
         )
-        measured.details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
-        # A file's name has no "/", so metrics of different texts have different names.
-        measured.metrics |= {f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token"): value
-                             for key, value in found.metrics.items()}  # fmt: skip
+        measured.add_perplexity(name, found)
         keep()
     for one, instructions in rouge_sets:
         total = len(instructions) * len(one.seeds)
         with tqdm(total=total, desc=f"answering {one.name}", unit="answer", **bar_settings()) as bar:
-            scored = evaluation.evaluate_rouge(
-                model,
-                tokenizer,
-                one,
-                instructions,
-                max_length=max_length,
-                batch_size=cfg.batch_size,
-                on_answered=bar.update,
-                world=world,
-            )
-        measured.metrics |= {f"rouge/{one.name}": scored.mean, f"rouge/{one.name}_stderr": scored.stderr}
-        measured.details.setdefault("rouge", {})[one.name] = {
-            "instructions": len(instructions), "truncated": scored.truncated
-        }  # fmt: skip
-        measured.samples[f"rouge_{one.name}"] = scored.records
+            scored = evaluation.evaluate_rouge(model, tokenizer, one, instructions, on_answered=bar.update, **shared)
+        measured.add_rouge(one.name, scored, len(instructions))
         keep()
     for task in tasks:
-        measured.add_tasks(evaluation.evaluate_tasks(
-            model, tokenizer, [task], limit=cfg.limit, num_fewshot=cfg.num_fewshot, batch_size=cfg.batch_size,
-            max_length=max_length, apply_chat_template=cfg.apply_chat_template, seed=cfg.seed, log_samples=cfg.log_samples,
-            world=world,
-        ))  # fmt: skip
+        settings = {
+            key: getattr(cfg, key) for key in ("limit", "num_fewshot", "apply_chat_template", "seed", "log_samples")
+        }
+        measured.add_tasks(evaluation.evaluate_tasks(model, tokenizer, [task], **settings, **shared))
         keep()
     return measured
 
 
-def build_model(
-    builder: Any, checkpointer: Any, dtype: str, parallelism: distributed.Parallelism, world: distributed.World
-) -> Transformer:
+def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> list[data.Batch] | None:
+    """Return this process's batches of dataset_val, checked with the tokenizer against both checkpoints' folders."""
+    training.check_context(cfg, "max_seq_length")
+    dataset_val = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
+    if dataset_val is not None:
+        training.check_data(cfg, {"dataset_val": dataset_val}, world)
+    for key in ("checkpointer", "teacher_checkpointer"):
+        teachers.check_tokenizer(tokenizer, config.instantiate(getattr(cfg, key)), key, path=cfg.tokenizer.get("path"),
+                                 is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip
+    if dataset_val is None:
+        return None
+    return list(
+        data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
+    )
+
+
+def build_model(builder: Any, checkpointer: Any, dtype: str, parallelism: Parallelism, world: World) -> Transformer:
     """Build a model to be measured, parallelized over the processes."""
     return parallel.build_model(
         config.factory(builder),
@@ -335,7 +305,7 @@ def write_results(cfg: Config, measured: evaluation.Measured) -> None:
 
 
 def measure_held_out(
-    cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: distributed.World
+    cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: World
 ) -> dict[str, float]:
     """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731

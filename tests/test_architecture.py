@@ -42,10 +42,8 @@ CLI_MAY_IMPORT = {
 
 # Lines of a file, and of a function without its docstring.
 FILE_LINES, FUNCTION_LINES = 400, 60
-# The training recipes are read in a few minutes: all of a file is counted. evaluate.py's `run` is still longer than a function
-# should be; the number only goes down.
+# The training recipes are read in a few minutes: all of a file is counted.
 RECIPE_LINES = {"knowledge_distillation.py": 150, "finetune.py": 120}
-RUN_LINES = {"evaluate.py": 83}
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "_recipes" not in p.parts)
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -179,8 +177,7 @@ def test_sizes(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False) or ""
             length = (node.end_lineno or node.lineno) - node.lineno + 1 - len(docstring.splitlines())
-            limit = RUN_LINES.get(of_recipe, FUNCTION_LINES) if node.name == "run" else FUNCTION_LINES
-            assert length <= limit, f"{node.name} has {length} lines"
+            assert length <= FUNCTION_LINES, f"{node.name} has {length} lines"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.evaluation.lm_eval import flat_metrics, results_rows
+from kdtune.evaluation.rolling import TextPerplexity
+from kdtune.evaluation.rouge import RougeResult
 from kdtune.json_files import to_json
 
 # Of lm-eval's document, what is said task by task.
@@ -23,6 +25,18 @@ class Measured:
     """Further details; the key lm_eval has its own results document."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Documents and answers by the name of their task or set."""
+
+    def add_perplexity(self, name: str, found: TextPerplexity) -> None:
+        """Add the perplexity of a text; its name, that of a file, has no "/"."""
+        self.details.setdefault("perplexity", {})[name] = {**vars(found), **found.metrics}
+        for key, value in found.metrics.items():
+            self.metrics[f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token")] = value
+
+    def add_rouge(self, name: str, found: RougeResult, num_instructions: int) -> None:
+        """Add ROUGE-L of the answers to a set of instructions."""
+        self.metrics |= {f"rouge/{name}": found.mean, f"rouge/{name}_stderr": found.stderr}
+        self.details.setdefault("rouge", {})[name] = {"instructions": num_instructions, "truncated": found.truncated}
+        self.samples[f"rouge_{name}"] = found.records
 
     def add_tasks(self, found: Mapping[str, Any]) -> None:
         """Add lm-eval's document on some of the tasks."""
