@@ -281,7 +281,7 @@ def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) ->
 
 
 def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     of_base = read_json(base / CONFIG) if base is not None and (base / CONFIG).is_file() else None
     if tokenizer is not None:
         if of_base is None:

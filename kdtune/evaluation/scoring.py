@@ -161,7 +161,7 @@ def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
 def _score_rows(
     model: Transformer, rows: list[_Row], continuations: Sequence[Sequence[int]]
 ) -> list[tuple[int, Score]]:
-    device = model.tok_embeddings.weight.device
+    device = model.device
     length = max(len(row.tokens) for row in rows)
     tokens_BS = _padded([row.tokens for row in rows], length).to(device)
     positions_BS = _padded([row.positions for row in rows], length).to(device)

@@ -81,9 +81,8 @@ def generate_batch(
         return []
     limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
     if isinstance(model, FSDPModule):
-        model.unshard()  # only then has the embedding the dtype and device that the layers compute in
-    weight = model.tok_embeddings.weight
-    tokens_BS, padding_B = _left_padded(prompts, weight.device)
+        model.unshard()  # only then have its weights the dtype and device that they compute in
+    tokens_BS, padding_B = _left_padded(prompts, model.device)
     cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits))
     seeds = [seed + index for index in range(len(prompts))] if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(each) for each in seeds]
@@ -110,7 +109,7 @@ def generate_batch(
                 cache.keep_sequences(rows)
                 active, tokens = [active[row] for row in rows], [tokens[row] for row in rows]
                 padding_B = None if padding_B is None else padding_B[rows]
-            tokens_BS = torch.tensor(tokens, device=weight.device)[:, None]
+            tokens_BS = torch.tensor(tokens, device=model.device)[:, None]
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:

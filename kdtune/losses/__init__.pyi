@@ -1,6 +1,6 @@
 from .contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of
 from .divergences import ForwardKL, forward_kl
-from .heads import FactoredHead, check_head
+from .heads import Head, check_head
 from .kd_loss import KDLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss
 from .signal import DenseSignal, HiddenSignal, Signal, TopKSignal
@@ -11,9 +11,9 @@ __all__ = [
     "DenseSignal",
     "Divergence",
     "DivergenceLoss",
-    "FactoredHead",
     "ForwardKL",
     "ForwardKLLoss",
+    "Head",
     "HiddenSignal",
     "KDLoss",
     "Signal",

@@ -5,7 +5,8 @@ they are still there, and the result is multiplied straight back into the gradie
 backward pass only scales what the forward pass has stored, and memory does not grow with the number of tokens.
 
 With g the gradient of a token's loss with respect to its log-probabilities, found by autograd on the divergence alone,
-the gradient with respect to its logits is g - softmax * sum(g). Therefore any differentiable divergence works.
+the gradient with respect to its logits z is g - softmax * sum(g); under a soft-cap, 1 - (z / softcap)^2 times that.
+Therefore any differentiable divergence works.
 
 Shapes: T positions of the batch, N valid tokens among them, C tokens of a chunk, R tokens of a block of a chunk,
 V the student's vocabulary, D embedding width (the student's and the teacher's may differ). The teacher gives no probability
@@ -66,21 +67,29 @@ def fused_linear_kd(student: Projection, task: Task) -> Sums:
 
     Gradients flow to the student's hidden states and, if it requires one, to its weight; not to the teacher.
     """
-    sums = _FusedLinear.apply(student.hidden_TD, student.weight_VD, student.shards, task, torch.is_grad_enabled())
+    sums = _FusedLinear.apply(
+        student.hidden_TD, student.weight_VD, student.shards, student.softcap, task, torch.is_grad_enabled()
+    )
     return Sums(*sums)
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, shards: VocabShards | None, task: Task, with_grad: bool
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        shards: VocabShards | None,
+        softcap: float | None,
+        task: Task,
+        with_grad: bool,
     ) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
         # Summed over all chunks, hence not in half precision.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=_sum_dtype(hidden_TD)) if needs_weight else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            sums = _run_chunks(Projection(hidden_TD, weight_VD, shards), task, grad_hidden_TD, grad_weight_VD)
+            sums = _run_chunks(Projection(hidden_TD, weight_VD, shards, softcap), task, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         parts = (sums.ce, sums.kd, sums.agreement, sums.outside)
@@ -101,7 +110,7 @@ class _FusedLinear(torch.autograd.Function):
             # In place, for a second matrix would cost as much as the head. Autograd's version check then refuses a
             # second backward through the same graph.
             grad_weight_VD = grad_weight_VD.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None, None
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
 def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
@@ -140,7 +149,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
         for block in _slices(len(logits_CV), _block_size(logits_CV)):
             teacher_RV = None if teacher_CV is None else teacher_CV[block]
-            parts = _compare_(logits_CV[block], teacher_RV, labels_C[own][block], task, needs_grad)
+            parts = _compare_(logits_CV[block], teacher_RV, labels_C[own][block], task, needs_grad, student.softcap)
             for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         # From here on, logits_CV holds the gradient with respect to the logits.
@@ -161,9 +170,17 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
 
 
 def _compare_(
-    logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, task: Task, needs_grad: bool
+    logits_RV: Tensor,
+    teacher_RV: Tensor | None,
+    labels_R: Tensor,
+    task: Task,
+    needs_grad: bool,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]:
-    """Return the parts of each token, as `Sums` names them. If needs_grad, logits_RV becomes the loss's gradient."""
+    """Return the parts of each token, as `Sums` names them. If needs_grad, logits_RV becomes the loss's gradient.
+
+    Given soft-capped logits z, it is the gradient with respect to the product before the cap: 1 - (z / softcap)^2 times z's.
+    """
     logp_RV = logits_RV.log_softmax(-1)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
@@ -180,7 +197,10 @@ def _compare_(
             (grad_logp_RV,) = torch.autograd.grad(kd_R, logp_RV, torch.full_like(kd_R, task.kd_ratio))
         kd_R = kd_R.detach()
     if needs_grad:
+        slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
         _logit_grad(logp_RV.detach(), grad_logp_RV, labels_R, task.kd_ratio, out_RV=logits_RV)
+        if slope_RV is not None:
+            logits_RV.mul_(slope_RV)
     return ce_R.detach(), kd_R, agreement_R, outside_R
 
 
@@ -257,9 +277,9 @@ def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Ten
     num_ids = min(head.vocab_size, vocab_size)
     if head.shards is None:
         hidden_RD = head.hidden_TD[positions_C[own]]
-        _project(hidden_RD, head.weight_VD, buffer[:, :num_ids])
+        _project(hidden_RD, head, buffer[:, :num_ids])
         return buffer[: len(hidden_RD)]
-    logits_RV = head.shards.to_rows(_project(head.hidden_TD[positions_C], head.weight_VD, buffer), num_ids)
+    logits_RV = head.shards.to_rows(_project(head.hidden_TD[positions_C], head, buffer), num_ids)
     return logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf)
 
 
@@ -270,14 +290,14 @@ def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int) -> Tensor
     return F.pad(logp_RV, (0, num_lacking), value=-torch.inf) if num_lacking else logp_RV
 
 
-def _project(hidden_CD: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
+def _project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:
     """Return logits [C, V] of a chunk, in the first rows of the buffer."""
     logits_CV = buffer[: len(hidden_CD)]
-    dtype = _operand_dtype(hidden_CD, weight_VD, buffer.dtype)
+    dtype = _operand_dtype(hidden_CD, head.weight_VD, buffer.dtype)
     hidden_CD = hidden_CD.to(dtype)
-    for tile, weight in _tiles(weight_VD, logits_CV.shape[1], dtype):
+    for tile, weight in _tiles(head.weight_VD, logits_CV.shape[1], dtype):
         _mm(hidden_CD, weight.T, out=logits_CV[:, tile])
-    return logits_CV
+    return logits_CV if head.softcap is None else logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
 def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:

@@ -14,11 +14,12 @@ from kdtune.losses.vocab_shards import VocabShards
 
 @dataclass(frozen=True)
 class Projection:
-    """Hidden states and the head that maps them to logits: hidden_TD @ weight_VD.T."""
+    """Hidden states and the head that maps them to logits: hidden_TD @ weight_VD.T, soft-capped."""
 
     hidden_TD: Tensor
     weight_VD: Tensor  # of a head in shards, this process's rows
     shards: VocabShards | None = None
+    softcap: float | None = None  # the logits are softcap * tanh(product / softcap)
 
     @property
     def vocab_size(self) -> int:
@@ -31,11 +32,17 @@ class Projection:
 
 
 @runtime_checkable
-class FactoredHead(Protocol):
-    """An output head of more than one weight, such as one with an adapter, that is still one product of two matrices."""
+class Head(Protocol):
+    """An output head that the loss can compute chunk by chunk, such as `kdtune.models.OutputHead`, with an adapter or without."""
+
+    softcap: float | None
+    """The logits are ``softcap * tanh(product / softcap)``; None: the product itself."""
 
     def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [T, K] and [V, K], whose product ``first @ second.T`` is the head's output for the hidden states."""
+        """Return [T, K] and [V, K], whose product is ``first @ second.T``."""
+
+    def projection_problem(self) -> str | None:
+        """Return what keeps `projection` from being two plain matrices, such as "has a quantized weight"; None if nothing does."""
 
 
 def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
@@ -49,17 +56,18 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
     Raises:
         ConfigError: the head cannot be fused with the loss (see `check_head`), or is sharded by FSDP.
     """
+    check_head(owner, output)
     hidden_TD = hidden_BSD.flatten(0, 1)
     weight = getattr(output, "weight", None)
     mesh = weight.device_mesh if isinstance(weight, DTensor) else None
-    if isinstance(output, FactoredHead):
+    if isinstance(output, Head):
         if mesh is not None:
             hidden_TD = DTensor.from_local(hidden_TD, mesh, [Replicate()], run_check=False)
-        hidden_TD, weight_VD = output.projection(hidden_TD)
+        (hidden_TD, weight_VD), softcap = output.projection(hidden_TD), output.softcap
     else:
-        weight_VD = _head_weight(owner, output)
+        weight_VD, softcap = output.get_parameter("weight"), None
     if mesh is None:
-        return Projection(hidden_TD, weight_VD)
+        return Projection(hidden_TD, weight_VD, softcap=softcap)
     if mesh.mesh_dim_names != (TP_DIM,):
         raise ConfigError(
             f"the {owner}'s output head cannot be fused with the loss: it is in shards over {mesh.mesh_dim_names}; allowed is "
@@ -67,7 +75,7 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
         )
     shards = VocabShards(mesh.get_group(), len(weight_VD))
     hidden_TD, weight_VD = (one.to_local() if isinstance(one, DTensor) else one for one in (hidden_TD, weight_VD))
-    return Projection(hidden_TD, weight_VD, shards)
+    return Projection(hidden_TD, weight_VD, shards, softcap)
 
 
 def check_head(owner: str, output: nn.Module) -> None:
@@ -75,27 +83,25 @@ def check_head(owner: str, output: nn.Module) -> None:
 
     Args:
         owner: whose head it is, for the message, such as "student".
-        output: the head.
+        output: the head: a `Head`, or a plain torch.nn.Linear.
 
     Raises:
         ConfigError: it is not a plain weight [V, D], nor a product of two, such as a quantized head or one with a bias.
     """
-    if not isinstance(output, FactoredHead):
-        _head_weight(owner, output)
+    problem = output.projection_problem() if isinstance(output, Head) else _linear_problem(output)
+    if problem is not None:
+        raise ConfigError(
+            f"the {owner}'s output head cannot be fused with the loss: it {problem}; allowed is a head without bias whose "
+            "weight is a plain matrix (kdtune.models.OutputHead, torch.nn.Linear); leave the head out of quantization and sharding"
+        )
 
 
-def _head_weight(owner: str, output: nn.Module) -> Tensor:
-    """Return the head's weight [V, D], if its product with the hidden states is all that the head computes."""
-    plain = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward
-    if not plain:
-        found = f"a {type(output).__name__}"
-    elif output.bias is not None:
-        found = f"a {type(output).__name__} with a bias"
-    elif type(output.weight) not in (Tensor, nn.Parameter, DTensor, FakeTensor):
-        found = f"a {type(output).__name__} whose weight is a {type(output.weight).__name__}"  # such as a quantized one
-    else:
-        return output.weight
-    raise ConfigError(
-        f"the {owner}'s output head cannot be fused with the loss: it is {found}; allowed is a torch.nn.Linear without "
-        "bias whose weight is a plain matrix; leave the head out of quantization and sharding"
-    )
+def _linear_problem(output: nn.Module) -> str | None:
+    """Return what keeps the product with its weight from being all that a module computes; None if nothing does."""
+    if not isinstance(output, nn.Linear) or type(output).forward is not nn.Linear.forward:
+        return f"is a {type(output).__name__}"
+    if output.bias is not None:
+        return f"is a {type(output).__name__} with a bias"
+    if type(output.weight) not in (Tensor, nn.Parameter, DTensor, FakeTensor):  # such as a quantized one
+        return f"is a {type(output).__name__} whose weight is a {type(output.weight).__name__}"
+    return None

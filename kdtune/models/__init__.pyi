@@ -2,6 +2,7 @@ from .architecture import Family, TransformerConfig
 from .builders import Builder
 from .dtypes import dtype_from_name
 from .families import FAMILIES, family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
+from .head import OutputHead
 from .kv_cache import KVCache
 from .llama import LLAMA, llama
 from .lora import LoRALinear, adapted_linears, adapter_parameters, apply_lora, has_adapters
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "KVCache",
     "LoRALinear",
+    "OutputHead",
     "RopeScaling",
     "Transformer",
     "TransformerConfig",

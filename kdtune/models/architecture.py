@@ -23,7 +23,8 @@ class TransformerConfig:
     """Architecture of a decoder.
 
     ``max_seq_len`` is the context the weights were trained for; forward does not enforce it. ``family`` says how the model's
-    files are named and described; None: the model cannot be saved.
+    files are named and described; None: the model cannot be saved. ``logit_softcap`` bounds the logits (Gemma 2), see
+    ``OutputHead``.
     """
 
     vocab_size: int
@@ -38,12 +39,13 @@ class TransformerConfig:
     rope_base: float
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
+    logit_softcap: float | None = None
     family: "Family | None" = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name in ("rope_scaling", "tie_embeddings", "family"):
+            if each.name in ("rope_scaling", "tie_embeddings", "family") or value is each.default:
                 continue
             # No model is near these sizes: such a value is a mistake that would fill the memory before it is noticed.
             most = _MOST.get(each.name, _MOST_OF_THE_REST)

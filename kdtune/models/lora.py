@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
+from kdtune.models.head import OutputHead, soft_capped
 from kdtune.models.nf4 import check_nf4_shape, dequantized, is_nf4, map_nf4, quantize_nf4
 from kdtune.models.transformer import Transformer
 
@@ -77,23 +78,6 @@ class LoRALinear(nn.Linear):
             outputs = outputs * self._gain(self.magnitude).to(outputs.dtype)
         return outputs if self.bias is None else outputs + self.bias
 
-    def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return matrices [T, K] and [V, K] with ``forward(hidden) = first @ second.T``, for a loss that works in chunks.
-
-        The low-rank update becomes R more columns, so that it is not lost in half precision.
-
-        Raises:
-            ConfigError: The layer has a bias.
-        """
-        if self.bias is not None:
-            raise ConfigError(
-                "the output head has a bias: it is not one product of two matrices; allowed is a head without"
-            )
-        weight_VK = torch.cat((dequantized(self.weight), self.lora_b.weight), dim=1)
-        if self.magnitude is not None:
-            weight_VK = weight_VK * self._gain(self.magnitude).to(weight_VK.dtype)[:, None]
-        return torch.cat((hidden_TD, self._low_rank(hidden_TD)), dim=1), weight_VK
-
     def merged_weight(self) -> Tensor:
         """Return the weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
         parts: list[Any] = [self.lora_a.weight, self.lora_b.weight, self.magnitude]
@@ -128,6 +112,32 @@ class LoRALinear(nn.Linear):
         memo[id(self)] = result
         result.__setstate__(copy.deepcopy(self.__dict__, memo))
         return result
+
+
+class LoRAHead(LoRALinear):
+    """An output head with a low-rank update, which the loss can still use chunk by chunk: see ``OutputHead``."""
+
+    def __init__(self, base: OutputHead, **settings: Any) -> None:
+        super().__init__(base, **settings)
+        self.softcap = base.softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] for hidden states [..., D], in their dtype."""
+        return soft_capped(super().forward(hidden), self.softcap)
+
+    def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, D + R] and [V, D + R], whose product ``first @ second.T`` is the logits before the soft-cap.
+
+        The low-rank update becomes R more columns, so that it is not lost in half precision.
+        """
+        weight_VK = torch.cat((dequantized(self.weight), self.lora_b.weight), dim=1)
+        if self.magnitude is not None:
+            weight_VK = weight_VK * self._gain(self.magnitude).to(weight_VK.dtype)[:, None]
+        return torch.cat((hidden_TD, self._low_rank(hidden_TD)), dim=1), weight_VK
+
+    def projection_problem(self) -> str | None:
+        """Return "has a bias" if it has one; None: it is the product of two plain matrices."""
+        return None if self.bias is None else "has a bias"
 
 
 def apply_lora(
@@ -182,7 +192,8 @@ def apply_lora(
     bases = {name: _checked_base(model, name, quantize_base and name != OUTPUT) for name in names}
     model.requires_grad_(False)
     for name, base in bases.items():
-        adapted = LoRALinear(
+        kind: type[LoRALinear] = LoRAHead if isinstance(base, OutputHead) else LoRALinear
+        adapted = kind(
             base,
             rank=lora_rank,
             alpha=lora_alpha,
@@ -212,7 +223,7 @@ def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linea
 def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
     base = model.get_submodule(name)
     weight = getattr(base, "weight", None)
-    if type(base) is not nn.Linear or type(weight) not in (nn.Parameter, FakeTensor):
+    if type(base) not in (nn.Linear, OutputHead) or type(weight) not in (nn.Parameter, FakeTensor):
         raise ConfigError(
             f"{name}: is a {type(base).__name__} whose weight is a {type(weight).__name__}; adapters go on a plain "
             "torch.nn.Linear: load unquantized weights"

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.lora import OUTPUT, LoRALinear, adapted_linears, adapter_parameters, replace_module
+from kdtune.models.head import OutputHead
+from kdtune.models.lora import OUTPUT, LoRAHead, LoRALinear, adapted_linears, adapter_parameters, replace_module
 from kdtune.models.transformer import Transformer
 
 
@@ -72,7 +73,10 @@ def _checked(model: Transformer) -> dict[str, LoRALinear]:
 
 def _plain(linear: LoRALinear) -> nn.Linear:
     with torch.device("meta"):
-        plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+        if isinstance(linear, LoRAHead):
+            plain: nn.Linear = OutputHead(linear.in_features, linear.out_features, softcap=linear.softcap)
+        else:
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
     plain.weight = nn.Parameter(linear.merged_weight(), requires_grad=False)
     plain.bias = linear.bias
     return plain.train(linear.training)

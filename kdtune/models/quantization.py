@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
 from kdtune.models.architecture import TransformerConfig
+from kdtune.models.head import is_plain
 from kdtune.models.nf4 import quiet_torchao
 from kdtune.models.transformer import Transformer
 
@@ -127,8 +127,7 @@ def quantize(
         ConfigError: the scheme does not work for this model, dtype or device (see `scheme_problems`,
             `shape_problems`), or left a weight unquantized.
     """
-    weight = model.tok_embeddings.weight
-    problems = scheme_problems(scheme, weight.device, weight.dtype, group_size)
+    problems = scheme_problems(scheme, model.device, model.dtype, group_size)
     if problems := problems or shape_problems(scheme, model.config, group_size, quantize_output=quantize_output):
         raise ConfigError("\n".join(problems))
     quantize_linear = _quantizer(scheme, group_size or SCHEMES[scheme].default_group_size)
@@ -149,7 +148,7 @@ def quantize(
 
 def is_quantized(weight: Tensor) -> bool:
     """Return whether the weight is one of torchao's tensors and not plain numbers."""
-    return type(weight) not in (Tensor, nn.Parameter, FakeTensor)
+    return not is_plain(weight)
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention
 from kdtune.models.feed_forward import FeedForward
+from kdtune.models.head import OutputHead
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
 
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
         # A tied head needs no memory of its own, not even for a moment.
         head_device = "meta" if config.tie_embeddings else None
-        self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False, device=head_device)
+        self.output = OutputHead(config.embed_dim, config.vocab_size, softcap=config.logit_softcap, device=head_device)
         # A plain attribute, not a buffer: to_empty, .to(bfloat16) and checkpoints must not touch it.
         self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
         self.tie_weights()
@@ -116,6 +117,26 @@ class Transformer(nn.Module):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=INIT_STD)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights, on which tokens are expected."""
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings, and so of the hidden states."""
+        return self.tok_embeddings.weight.dtype
+
+    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the first layer's input [B, S, D], and the rotary tables that all layers take beside theirs.
+
+        ``input_pos`` is the position of each token, [S] or [B, S]; None starts from 0.
+        """
+        if input_pos is None:
+            input_pos = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden_BSD = self.tok_embeddings(tokens)
+        return hidden_BSD, self.rope(input_pos, hidden_BSD.dtype)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotary tables that all layers of one forward share, for positions [S] or [B, S]."""
@@ -151,8 +172,7 @@ class Transformer(nn.Module):
         if input_pos is None:
             input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
         mask = _attention_mask(mask, num_held, num_new, tokens.device)
-        hidden_BSD = self.tok_embeddings(tokens)
-        rope = self.rope(input_pos, hidden_BSD.dtype)
+        hidden_BSD, rope = self.embed(tokens, input_pos)
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache.layers[index]
             hidden_BSD = layer(hidden_BSD, rope, mask, cache, num_held)

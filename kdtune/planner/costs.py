@@ -9,7 +9,7 @@ from torch import Tensor
 from kdtune.losses import Divergence
 from kdtune.losses.contract import over_student_ids
 from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Task, fused_linear_kd
-from kdtune.losses.heads import FactoredHead, Projection
+from kdtune.losses.heads import Projection
 from kdtune.models import Transformer
 from kdtune.planner.meta_device import Cost, kept_bytes, measure
 
@@ -32,12 +32,12 @@ class MicroBatch:
 
 def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
     """Return the bytes of one hidden state [B, S, D]."""
-    return batch.num_tokens * pieces.config.embed_dim * pieces.norm.weight.dtype.itemsize
+    return batch.num_tokens * pieces.config.embed_dim * pieces.dtype.itemsize
 
 
 def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
     """Return the bytes of the rotary tables that all layers share."""
-    return batch.seq_len * pieces.config.head_dim * pieces.norm.weight.dtype.itemsize
+    return sum(table.nbytes for table in _rope(pieces, batch))
 
 
 def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
@@ -70,9 +70,9 @@ def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None)
 
 def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:
     """Return the cost of a layer; see `Cost`."""
-    layer, config, dtype = pieces.layers[0], pieces.config, pieces.norm.weight.dtype
+    layer = pieces.layers[0]
     hidden_BSD = _hidden(pieces, batch, backward=backward)
-    rope = tuple(torch.empty(batch.seq_len, 1, config.head_dim // 2, dtype=dtype, device="meta") for _ in range(2))
+    rope = _rope(pieces, batch)
     held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
     return measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
 
@@ -132,11 +132,13 @@ def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_rati
 
 
 def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
-    if isinstance(model.output, FactoredHead):
-        return Projection(*model.output.projection(hidden_TD))
-    return Projection(hidden_TD, model.output.weight)
+    return Projection(*model.output.projection(hidden_TD), softcap=model.output.softcap)
+
+
+def _rope(pieces: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    return pieces.rope(torch.empty(batch.seq_len, dtype=torch.int64, device="meta"), pieces.dtype)
 
 
 def _hidden(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Tensor:
     shape = (batch.batch_size, batch.seq_len, pieces.config.embed_dim)
-    return torch.empty(shape, dtype=pieces.norm.weight.dtype, device="meta", requires_grad=backward)
+    return torch.empty(shape, dtype=pieces.dtype, device="meta", requires_grad=backward)

@@ -57,7 +57,8 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
     check_layers(model, layers)
     with torch.device("meta"):
         pruned = Transformer(replace(model.config, num_layers=len(layers)))
-    pruned.tok_embeddings, pruned.norm, pruned.output = model.tok_embeddings, model.norm, model.output
+    for name, module in model.named_children():
+        setattr(pruned, name, module)
     pruned.layers = nn.ModuleList(model.layers[index] for index in layers)
     return pruned.train(model.training)
 
@@ -107,7 +108,7 @@ def block_influence(model: Transformer, batches: Iterable[TokenBatch]) -> list[f
     count = 0
     for batch in batches:
         valid = _valid(batch)
-        hidden_BSD, rope = _embed(model, batch)
+        hidden_BSD, rope = model.embed(batch.tokens)
         for index, layer in enumerate(model.layers):
             output_BSD = _through(layer, hidden_BSD, rope)
             cosines_N = functional.cosine_similarity(hidden_BSD[valid].float(), output_BSD[valid].float(), dim=-1)
@@ -123,7 +124,7 @@ def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequenc
     stack = model.layers if layers is None else [model.layers[index] for index in layers]
     total, count = 0.0, 0
     for batch in batches:
-        hidden_BSD, rope = _embed(model, batch)
+        hidden_BSD, rope = model.embed(batch.tokens)
         for layer in stack:
             hidden_BSD = _through(layer, hidden_BSD, rope)
         total += _summed_loss(model, hidden_BSD, batch)
@@ -212,7 +213,7 @@ class _Text:
 
     def __init__(self, model: Transformer, batch: TokenBatch) -> None:
         self._model, self._batch = model, batch
-        hidden_BSD, self._rope = _embed(model, batch)
+        hidden_BSD, self._rope = model.embed(batch.tokens)
         self._inputs = [hidden_BSD]
         self.size = batch.tokens.numel()
 
@@ -265,13 +266,6 @@ def _checked_count(num_valid: int) -> int:
 
 def _valid(batch: TokenBatch) -> Tensor:
     return batch.labels != IGNORE_INDEX
-
-
-def _embed(model: Transformer, batch: TokenBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the first layer's input [B, S, D] and the rotary tables."""
-    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    hidden_BSD = model.tok_embeddings(batch.tokens)
-    return hidden_BSD, model.rope(positions, hidden_BSD.dtype)
 
 
 def _through(layer: nn.Module, hidden_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,8 +16,8 @@ from kdtune.data import Batch
 from kdtune.distributed import END, Channel, PendingSend, World
 from kdtune.errors import ParallelismError
 from kdtune.generation import generate
-from kdtune.losses import FactoredHead, HiddenSignal
-from kdtune.models import Transformer
+from kdtune.losses import HiddenSignal
+from kdtune.models import OutputHead, Transformer
 
 # What a process of the student asks for; END is the last that it says.
 _START, _HEAD, _HIDDEN, _GENERATE = END + 1, END + 2, END + 3, END + 4
@@ -45,8 +45,11 @@ class RemoteTeacher:
         first, *others = channel.peers
         sent = [channel.send(first, _HEAD), *(channel.send(rank, _START) for rank in others)]
         _, head_VD = channel.receive(first)
+        _, softcap = channel.receive(first)  # [1], or [0] for none
         _wait(sent)
-        self._head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False, device="meta")
+        self._head = OutputHead(
+            head_VD.shape[1], head_VD.shape[0], softcap=next(iter(softcap.tolist()), None), device="meta"
+        )
         self._head.weight = nn.Parameter(head_VD.to(device), requires_grad=False)
 
     @property
@@ -150,7 +153,9 @@ def _serve(build: Callable[[], Any], channel: Channel, device: torch.device, int
     nothing_BS = torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(nothing_BS, return_hidden=True)
     head_peers = [rank for rank, tag in zip(channel.peers, requests, strict=True) if tag == _HEAD]
-    _wait([channel.send(rank, 0, model.output.weight) for rank in head_peers])
+    softcap = [] if model.output.softcap is None else [model.output.softcap]
+    for part in (model.output.weight, torch.tensor(softcap, dtype=torch.float64)):
+        _wait([channel.send(rank, 0, part) for rank in head_peers])
 
     before: list[PendingSend] = []
     while True:
@@ -185,7 +190,7 @@ def check_sendable(head: nn.Module) -> None:
     Raises:
         ParallelismError: it has an adapter beside it.
     """
-    if isinstance(head, FactoredHead):
+    if len(list(head.parameters())) > 1:
         raise ParallelismError(
             "teacher_processes: the teacher's output head has an adapter, and it is sent to the student as one matrix; leave "
             "the head out of teacher_model's adapters, or merge them (teacher_checkpointer.adapter_dir)"

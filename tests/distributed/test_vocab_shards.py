@@ -10,15 +10,22 @@ from kdtune.constants import IGNORE_INDEX, TP_DIM
 from kdtune.distributed import Parallelism, full_tensor
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss
+from kdtune.models import OutputHead
 
 
-def head_of(weight_VD: Tensor) -> nn.Linear:
-    head = nn.Linear(weight_VD.shape[1], len(weight_VD), bias=False, device="meta")
+def head_of(weight_VD: Tensor, softcap: float | None = None) -> OutputHead:
+    head = OutputHead(weight_VD.shape[1], len(weight_VD), softcap=softcap, device="meta")
     head.weight = nn.Parameter(weight_VD)
     return head
 
 
-def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is_cut: bool) -> None:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def compare(
+    vocab_size: int, teacher_vocab_size: int, num_valid: int, softcap: float | None, teacher_is_cut: bool
+) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     hidden, answer = torch.randn(2, 9, 6, requires_grad=True), torch.randn(2, 9, 8)
@@ -29,7 +36,8 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
     labels = labels.view(2, 9)
 
     valid = labels != IGNORE_INDEX
-    logits, logits_of_teacher = (hidden @ ours.T)[valid], (answer @ theirs.T)[valid][:, :shared]
+    logits = capped(hidden @ ours.T, softcap)[valid]
+    logits_of_teacher = capped(answer @ theirs.T, softcap)[valid][:, :shared]
     logq, logp = logits.log_softmax(-1), logits_of_teacher.log_softmax(-1)
     ce, kd = -logq.gather(1, labels[valid][:, None]).sum(), (logp.exp() * (logp - logq[:, :shared])).sum()
     expected = 0.7 * ce + 0.3 * kd
@@ -41,7 +49,7 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
         def cut(weight: Tensor) -> Tensor:
             return distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
 
-        head, teacher_head = head_of(cut(ours)), head_of(cut(theirs) if teacher_is_cut else theirs)
+        head, teacher_head = head_of(cut(ours), softcap), head_of(cut(theirs) if teacher_is_cut else theirs, softcap)
         inputs = hidden.detach().requires_grad_()
         kd_loss = KDLoss(kd_ratio=0.3, chunk_size=5)
         loss, parts = kd_loss(inputs, head, HiddenSignal(answer, teacher_head), labels)
@@ -59,11 +67,11 @@ def compare(vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is
 
 @pytest.mark.parametrize("teacher_is_cut", [True, False])
 @pytest.mark.parametrize(
-    ("vocab_size", "teacher_vocab_size", "num_valid"),
-    [(40, 40, 18), (42, 37, 13), (37, 44, 1), (40, 22, 7), (40, 40, 0)],
+    ("vocab_size", "teacher_vocab_size", "num_valid", "softcap"),
+    [(40, 40, 18, None), (42, 37, 13, 2.0), (37, 44, 1, None), (40, 22, 7, None), (40, 40, 0, 2.0)],
 )
 def test_against_plain_logits(
-    vocab_size: int, teacher_vocab_size: int, num_valid: int, teacher_is_cut: bool, launch
+    vocab_size: int, teacher_vocab_size: int, num_valid: int, softcap: float | None, teacher_is_cut: bool, launch
 ) -> None:
     """Of other sizes than the processes divide, chunks of fewer tokens than processes, and processes with no id that counts."""
-    launch.call(compare, vocab_size, teacher_vocab_size, num_valid, teacher_is_cut, ranks=4)
+    launch.call(compare, vocab_size, teacher_vocab_size, num_valid, softcap, teacher_is_cut, ranks=4)

@@ -11,35 +11,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss
-from kdtune.models import LoRALinear, adapter_parameters, apply_lora, llama
+from kdtune.models import OutputHead, adapter_parameters, apply_lora, llama
+from kdtune.models.lora import LoRAHead
 from kdtune.models.nf4 import quantize_nf4
 
 TOKENS, WIDTH, VOCAB, RANK = 10, 16, 40, 3
 KINDS = [pytest.param(False, id="lora"), pytest.param(True, id="dora")]
 
 
-def adapted_head(*, use_dora: bool, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoRALinear:
-    base = nn.Linear(WIDTH, VOCAB, bias=False, dtype=dtype).requires_grad_(False)
-    head = LoRALinear(base, rank=RANK, alpha=4.5, dropout=dropout, use_dora=use_dora, quantize_base=False)
+def adapted_head(
+    *, use_dora: bool, dropout: float = 0.0, dtype: torch.dtype = torch.float32, softcap: float | None = None
+) -> LoRAHead:
+    base = OutputHead(WIDTH, VOCAB, softcap=softcap).to(dtype).requires_grad_(False)
+    head = LoRAHead(base, rank=RANK, alpha=4.5, dropout=dropout, use_dora=use_dora, quantize_base=False)
     with torch.no_grad():
         head.lora_b.weight.normal_(std=0.3)
     return head
 
 
-def plain_logits(hidden: Tensor, head: LoRALinear, parts: dict[str, Tensor]) -> Tensor:
+def plain_logits(hidden: Tensor, head: LoRAHead, parts: dict[str, Tensor]) -> Tensor:
     """From the papers, in float64."""
     weight = head.weight.double() + 1.5 * parts["lora_b.weight"] @ parts["lora_a.weight"]
     if "magnitude" in parts:
         weight = parts["magnitude"][:, None] * weight / weight.detach().norm(dim=1, keepdim=True)
-    return hidden @ weight.T
+    logits = hidden @ weight.T
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("use_dora", KINDS)
-def test_value_and_gradients(use_dora: bool, chunk_size: int | None, kd_ratio: float) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_value_and_gradients(use_dora: bool, chunk_size: int | None, kd_ratio: float, softcap: float | None) -> None:
     torch.manual_seed(0)
-    student, teacher = (adapted_head(use_dora=use_dora) for _ in range(2))
+    student, teacher = (adapted_head(use_dora=use_dora, softcap=softcap) for _ in range(2))
     hidden, teacher_hidden = (torch.randn(2, TOKENS // 2, WIDTH) for _ in range(2))
     labels = torch.randint(VOCAB, (2, TOKENS // 2))
     labels[0, 1] = IGNORE_INDEX
@@ -150,7 +155,7 @@ def test_heads_that_are_no_product_are_refused() -> None:
     hidden, labels = torch.randn(1, TOKENS, WIDTH), torch.randint(VOCAB, (1, TOKENS))
     biased = adapted_head(use_dora=False)
     biased.bias = nn.Parameter(torch.zeros(VOCAB))
-    quantized = nn.Linear(WIDTH, VOCAB, bias=False)
+    quantized = OutputHead(WIDTH, VOCAB)
     quantized.weight = quantize_nf4(quantized.weight)
     for head, message in ((biased, "has a bias"), (quantized, "NF4Tensor")):
         with pytest.raises(ConfigError, match=message):

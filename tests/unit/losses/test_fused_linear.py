@@ -14,6 +14,7 @@ from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import TrainingError
 from kdtune.losses import ForwardKLLoss, HiddenSignal, KDLoss
 from kdtune.losses import fused_linear as module
+from kdtune.models import OutputHead
 
 STUDENT_DIM, TEACHER_DIM = 6, 5
 
@@ -21,13 +22,13 @@ STUDENT_DIM, TEACHER_DIM = 6, 5
 @dataclass
 class Case:
     hidden: Tensor
-    output: nn.Linear
+    output: OutputHead
     signal: HiddenSignal
     labels: Tensor
 
 
-def head(inputs: int, outputs: int, generator: torch.Generator, *, trainable: bool = True) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False).double()
+def head(inputs: int, outputs: int, generator: torch.Generator, *, trainable: bool = True) -> OutputHead:
+    linear = OutputHead(inputs, outputs).double()
     with torch.no_grad():
         linear.weight.normal_(generator=generator)
     return linear.requires_grad_(trainable)
@@ -53,18 +54,22 @@ def make_case(
     )
 
 
+def capped(output: OutputHead, logits: Tensor) -> Tensor:
+    return logits if output.softcap is None else output.softcap * (logits / output.softcap).tanh()
+
+
 def brute_force(case: Case, kd_ratio: float) -> tuple[Tensor, dict[str, float]]:
     """The loss and its parts from the definitions, in float64, on logits that exist."""
     valid = case.labels != IGNORE_INDEX
     weight, teacher_weight = case.output.weight.double(), case.signal.output.weight.detach().double()
-    logits = (case.hidden.double() @ weight.T)[valid]
+    logits = capped(case.output, (case.hidden.double() @ weight.T)[valid])
     logq = logits - logits.exp().sum(-1, keepdim=True).log()
     ce = -logq[torch.arange(len(logq)), case.labels[valid]].sum()
     parts = {"class_loss": ce.item()}
     if kd_ratio == 0:
         return ce, parts
     shared = min(len(weight), len(teacher_weight))
-    teacher_logits = (case.signal.hidden_BSD.double() @ teacher_weight.T)[valid][:, :shared]
+    teacher_logits = capped(case.signal.output, (case.signal.hidden_BSD.double() @ teacher_weight.T)[valid][:, :shared])
     p = teacher_logits.exp() / teacher_logits.exp().sum(-1, keepdim=True)
     kd = (p * (p.log() - logq[:, :shared])).sum()
     agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
@@ -108,6 +113,26 @@ def test_ragged_rows(batch: int, chunk_size: int | None) -> None:
 def test_heads_of_different_height(rows: int, teacher_rows: int, kd_ratio: float) -> None:
     case = make_case(2, 7, rows=rows, teacher_rows=teacher_rows)
     assert_equals_brute_force(case, kd_ratio, 3)
+
+
+@pytest.mark.parametrize(("rows", "teacher_rows"), [(13, 13), (13, 11), (11, 13)])
+@pytest.mark.parametrize(("cap", "teacher_cap"), [(1.5, None), (None, 1.5), (0.7, 30.0)])
+@pytest.mark.parametrize("kd_ratio", [0, 0.5, 1])
+def test_soft_capped_logits(
+    rows: int, teacher_rows: int, cap: float | None, teacher_cap: float | None, kd_ratio: float
+) -> None:
+    case = make_case(2, 7, rows=rows, teacher_rows=teacher_rows)
+    case.output.softcap, case.signal.output.softcap = cap, teacher_cap
+    assert_equals_brute_force(case, kd_ratio, 3)
+    torch.testing.assert_close(case.output(case.hidden), capped(case.output, case.hidden @ case.output.weight.T))
+
+
+def test_a_plain_linear_is_a_head_without_a_cap() -> None:
+    case = make_case(2, 7)
+    plain = nn.Linear(STUDENT_DIM, 13, bias=False, dtype=torch.float64)
+    plain.weight = case.output.weight
+    found, expected = (KDLoss()(case.hidden, head, case.signal, case.labels)[0] for head in (plain, case.output))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 3])
