@@ -223,7 +223,9 @@ def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linea
 def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
     base = model.get_submodule(name)
     weight = getattr(base, "weight", None)
-    if type(base) not in (nn.Linear, OutputHead) or type(weight) not in (nn.Parameter, FakeTensor):
+
+    known = (nn.Linear, OutputHead)
+    if not isinstance(base, nn.Linear) or type(base) not in known or type(weight) not in (nn.Parameter, FakeTensor):
         raise ConfigError(
             f"{name}: is a {type(base).__name__} whose weight is a {type(weight).__name__}; adapters go on a plain "
             "torch.nn.Linear: load unquantized weights"
