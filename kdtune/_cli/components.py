@@ -5,10 +5,9 @@ import re
 import textwrap
 from typing import Any
 
-from kdtune.config.check import MismatchError, conform
+from kdtune.config.check import MismatchError, conform, resolve
 from kdtune.config.check import describe as type_text
 from kdtune.config.component import parameters_of, returned_class
-from kdtune.config.resolve import resolve
 from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
 

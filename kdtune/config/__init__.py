@@ -1,11 +1,10 @@
 """Configs: load YAML and overrides into a recipe's typed dataclass, and instantiate component nodes."""
 
-from kdtune.config.check import MISSING, is_component
+from kdtune.config.check import MISSING, is_component, resolve
 from kdtune.config.component import bind, component, factory, instantiate, key
 from kdtune.config.frame import KeyDoc, field_docs
 from kdtune.config.load import as_values, check_machine, load, to_yaml
 from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
-from kdtune.config.resolve import resolve
 from kdtune.errors import ConfigError
 from kdtune.paths import PathText
 

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, shown
-from kdtune.config.resolve import resolve
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, resolve, shown
 from kdtune.config.torchtune_keys import key_hint
 from kdtune.errors import ConfigError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from kdtune.config.resolve import resolve
+from kdtune.config.check import resolve
 from kdtune.data.columns import MissingColumnError, Row, Suggest
 from kdtune.data.messages import type_name
 from kdtune.data.sources import PREVIEW, Source, empty_text, open_rows, read_stream

@@ -1,6 +1,9 @@
-"""Weight dtypes by the names that configs use."""
+"""Weight dtypes by the names that configs use, and weights that are plain numbers."""
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from kdtune.errors import ConfigError
 
@@ -21,3 +24,8 @@ def dtype_from_name(name: str) -> torch.dtype:
             "use bf16 (the same memory, the range of fp32) or fp32"
         )
     raise ConfigError(f"dtype={name}: unknown; use fp32 or bf16")
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Return whether the weight, or this process's shard of it, is plain numbers, not one of torchao's tensors."""
+    return type(weight) in (Tensor, nn.Parameter, DTensor, FakeTensor)

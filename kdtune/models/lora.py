@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
-from kdtune.models.head import OutputHead, soft_capped
 from kdtune.models.nf4 import check_nf4_shape, dequantized, is_nf4, map_nf4, quantize_nf4
-from kdtune.models.transformer import Transformer
+from kdtune.models.transformer import OutputHead, Transformer, soft_capped
 
 AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")

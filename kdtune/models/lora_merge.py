@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.head import OutputHead
 from kdtune.models.lora import OUTPUT, LoRAHead, LoRALinear, adapted_linears, adapter_parameters, replace_module
-from kdtune.models.transformer import Transformer
+from kdtune.models.transformer import OutputHead, Transformer
 
 
 def merge_adapters(model: Transformer) -> Transformer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.head import is_plain
+from kdtune.models.dtypes import is_plain
 from kdtune.models.nf4 import quiet_torchao
 from kdtune.models.transformer import Transformer
 

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention
-from kdtune.models.feed_forward import FeedForward
-from kdtune.models.head import OutputHead
+from kdtune.models.dtypes import is_plain
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
 
@@ -59,6 +58,21 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
 
 
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, without biases."""
+
+    def __init__(self, embed_dim: int, intermediate_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(embed_dim, intermediate_dim, bias=False)
+        self.up_proj = nn.Linear(embed_dim, intermediate_dim, bias=False)
+        self.down_proj = nn.Linear(intermediate_dim, embed_dim, bias=False)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        inner_BSF = functional.silu(self.gate_proj(hidden_BSD)) * self.up_proj(hidden_BSD)
+        return self.down_proj(inner_BSF)
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
@@ -80,6 +94,42 @@ class TransformerLayer(nn.Module):
         """Map [B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
         hidden_BSD = hidden_BSD + self.attn(self.attn_norm(hidden_BSD), rope, mask, cache, cache_length)
         return hidden_BSD + self.mlp(self.mlp_norm(hidden_BSD))
+
+
+class OutputHead(nn.Linear):
+    """Linear map from hidden states to logits, without bias, and an optional soft-cap on the logits.
+
+    Call it for logits. A loss that computes them chunk by chunk asks for ``projection`` and ``softcap``, see
+    ``kdtune.losses.Head``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vocab_size: int,
+        *,
+        softcap: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(embed_dim, vocab_size, bias=False, device=device)
+        self.softcap = softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] for hidden states [..., D]."""
+        return soft_capped(super().forward(hidden), self.softcap)
+
+    def projection(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, K] and [V, K], whose product ``first @ second.T`` is the logits before the soft-cap; here K is D."""
+        return hidden_TD, self.weight
+
+    def projection_problem(self) -> str | None:
+        """Return what keeps ``projection`` from being two plain matrices, such as a quantized weight; None if nothing does."""
+        return None if is_plain(self.weight) else f"has a weight that is a {type(self.weight).__name__}"
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118); the logits themselves for None."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class Transformer(nn.Module):

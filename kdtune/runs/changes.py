@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdtune.config.check import resolve
 from kdtune.config.component import parameters_of
-from kdtune.config.resolve import resolve
 
 _WHOLE = ("lr_scheduler", "kd_ratio", "clip_grad_norm")
 _NUM_STEPS = "num_training_steps"
