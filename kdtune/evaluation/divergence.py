@@ -67,7 +67,7 @@ def evaluate_ce(
 ) -> dict[str, float]:
     """Return `class_loss` (cross entropy, nats per token), `perplexity` (its exponential) and `tokens`; see `evaluate_kd`.
 
-    `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
+    `model` is on the world's device. `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
     """
     loss = loss or KDLoss(kd_ratio=0.0)
 
