@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdtune.checkpoint import atomic_write_text
 from kdtune.evaluation.lm_eval import flat_metrics, results_rows
 from kdtune.evaluation.rolling import TextPerplexity
-from kdtune.evaluation.rouge import RougeResult
 from kdtune.json_files import to_json
+
+if TYPE_CHECKING:
+    # rouge.py needs `repeated`.
+    from kdtune.evaluation.rouge import RougeResult
 
 # Of lm-eval's document, what is said task by task.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -32,7 +35,7 @@ class Measured:
         for key, value in found.metrics.items():
             self.metrics[f"perplexity/{name}/{key.removesuffix('_perplexity')}".removesuffix("/token")] = value
 
-    def add_rouge(self, name: str, found: RougeResult, num_instructions: int) -> None:
+    def add_rouge(self, name: str, found: "RougeResult", num_instructions: int) -> None:
         """Add ROUGE-L of the answers to a set of instructions."""
         self.metrics |= {f"rouge/{name}": found.mean, f"rouge/{name}_stderr": found.stderr}
         self.details.setdefault("rouge", {})[name] = {"instructions": num_instructions, "truncated": found.truncated}
