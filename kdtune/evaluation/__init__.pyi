@@ -8,9 +8,9 @@ from .lm_eval import (
     results_rows,
     task_problems,
 )
-from .results import Measured, repeated
+from .results import Measured
 from .rolling import TextPerplexity, read_text, text_perplexity
-from .rouge import InstructionSet, RougeResult, evaluate_rouge, rouge_l, rouge_problems
+from .rouge import InstructionSet, RougeResult, evaluate_rouge, repeated, rouge_l, rouge_problems
 from .scoring import Score, score
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Results of an evaluation: results.json, the documents' answers, and the rows of a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,6 @@ class Measured:
             atomic_write_text(
                 folder / "samples" / f"{name}.jsonl", "".join(to_json(record, default=str) + "\n" for record in records)
             )
-
-
-def repeated(names: Sequence[str]) -> list[str]:
-    """Return the names that occur more than once."""
-    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _metric_rows(metrics: Mapping[str, float]) -> list[dict[str, object]]:

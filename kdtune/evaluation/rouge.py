@@ -26,7 +26,6 @@ from kdtune.data.columns import (
 from kdtune.data.files import DataFiles
 from kdtune.distributed import SINGLE_PROCESS, World, parallel_map_batched
 from kdtune.errors import ConfigError, DataError
-from kdtune.evaluation.results import repeated
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer
 
@@ -139,6 +138,11 @@ class InstructionSet:
             messages = [Message("user", instruction.prompt)]
             return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
         return tokenizer.encode(instruction.prompt, add_bos=tokenizer.begins_with_bos, add_eos=False)
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """Return the names that occur more than once."""
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def rouge_problems(nodes: Any) -> list[str]:
