@@ -37,3 +37,15 @@ def smollm2_gguf() -> Path:
 def llama3_tokenizer_file() -> Path:
     """The real Llama 3 tokenizer.model (tiktoken)."""
     return _real("llama3-tokenizer/tokenizer.model")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by a test that looks at a run's loss.png."""
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave loss.png empty: drawing it takes a third of a tiny run's time. tests/unit/runs draws every kind of run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("kdtune.runs.summary.plot_losses", lambda metrics_file, png, **_: Path(png).touch())

@@ -96,6 +96,11 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.fixture(autouse=True)
+def runs_are_undrawn(undrawn: None) -> None:
+    """No test here looks at a plot."""
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Launcher:
     """Starts several processes of one run."""

@@ -14,6 +14,11 @@ RECIPE = "knowledge_distillation_single_device"
 CONFIG = "tiny/knowledge_distillation"
 
 
+@pytest.fixture(autouse=True)
+def runs_of_tests_are_undrawn(undrawn: None) -> None:
+    """Those of fixtures are drawn."""
+
+
 @pytest.fixture(scope="session")
 def cli() -> CLI:
     """`run_here`."""

@@ -666,7 +666,7 @@ def test_files_that_may_not_grow(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
-def test_a_disk_that_is_full_at_the_very_end(cli: Callable[..., Any], good: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_very_end(cli: Callable[..., Any], good: Path, tmp_path: Path, drawn: None) -> None:
     given = Given(tmp_path, good)
     given.out.mkdir()
     (given.out / "loss.png").symlink_to("/dev/full")
