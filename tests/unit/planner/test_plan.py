@@ -20,7 +20,7 @@ from kdtune.models import Transformer, dtype_from_name
 from kdtune.parallel import apply_activation_checkpointing
 from kdtune.planner import estimate_text
 from kdtune.planner.estimate import Estimate, make_estimate
-from kdtune.planner.hardware import find_gpu
+from kdtune.planner.hardware import GPUS, find_gpu
 from kdtune.planner.sizes import state_shapes
 from kdtune.planner.teacher import make_teacher_estimate
 
@@ -238,6 +238,24 @@ def test_what_is_on_disk() -> None:
     assert adapter == sizes["adapter"].held.gradients < sizes["merged"].final_checkpoint == full.final_checkpoint
     assert sizes["both"].final_checkpoint == sizes["merged"].final_checkpoint + adapter
     assert sizes["both"].step_checkpoint == adapter + sizes["both"].held.state
+
+
+# GB of memory; TFLOPS of bf16 and fp32 matrices without sparsity; GB/s of memory; GB/s of NVLink, both ways; Gb/s of network a GPU
+# in a DGX: as in NVIDIA's data sheets of A100, H100 SXM, H200 SXM, DGX A100 and DGX H100.
+DATA_SHEETS = {
+    "a100-40gb": (40, 312, 19.5, 1555, 600, 200),
+    "a100-80gb": (80, 312, 19.5, 2039, 600, 200),
+    "h100-80gb": (80, 989, 67, 3350, 900, 400),
+    "h200-141gb": (141, 989, 67, 4800, 900, 400),
+}
+
+
+def test_figures_are_those_of_the_data_sheets() -> None:
+    assert GPUS.keys() == DATA_SHEETS.keys()
+    for name, figures in DATA_SHEETS.items():
+        gpu = GPUS[name]
+        links = (2 * gpu.host_link_gb_s, 8 * gpu.network_gb_s)
+        assert (gpu.memory_gib, gpu.bf16_tflops, gpu.fp32_tflops, gpu.memory_gb_s, *links) == figures
 
 
 def test_times_come_from_stated_figures() -> None:
