@@ -1,13 +1,12 @@
 from .alpaca import (
     alpaca_cleaned_dataset,
     alpaca_dataset,
-    alpaca_messages,
     alpaca_prompt,
     quickstart_dataset,
 )
 from .batch import Batch, collate
-from .chat import chat_dataset, chat_messages, instruct_dataset, instruct_messages
-from .conversation import TrainingOptions, conversation_encoder
+from .chat import chat_dataset, instruct_dataset
+from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions, conversation_dataset
 from .dataset import Dataset, MapDataset, Report, StreamDataset, TokenizedDataset
 from .first_row import dataset_nodes, first_row_problems, read_problems
 from .loader import Loader, Position, batches
@@ -21,6 +20,8 @@ from .transforms import EncodedRow, Example, make_example, truncate
 __all__ = [
     "Batch",
     "Conversation",
+    "ConversationEncoder",
+    "ConversationOptions",
     "Dataset",
     "EncodedRow",
     "Example",
@@ -38,17 +39,14 @@ __all__ = [
     "TrainingOptions",
     "alpaca_cleaned_dataset",
     "alpaca_dataset",
-    "alpaca_messages",
     "alpaca_prompt",
     "batches",
     "chat_dataset",
-    "chat_messages",
     "collate",
-    "conversation_encoder",
+    "conversation_dataset",
     "dataset_nodes",
     "first_row_problems",
     "instruct_dataset",
-    "instruct_messages",
     "load_dataset",
     "make_example",
     "mixed_dataset",

@@ -1,17 +1,17 @@
 """Alpaca: instruction, optional input, output."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
-from kdtune.data.conversation import TrainingOptions, Truncation, conversation_encoder
+from kdtune.data.conversation import ConversationEncoder, ConversationOptions, TrainingOptions, conversation_dataset
 from kdtune.data.dataset import Dataset, TokenizedDataset
 from kdtune.data.messages import Conversation, Message
-from kdtune.data.rows import FilterFn, RowEncoder, build_dataset, tokenize_rows
-from kdtune.data.sources import Source, SourceOptions, read_json, split_parts
+from kdtune.data.rows import RowEncoder, tokenize_rows
+from kdtune.data.sources import read_json, split_parts
 from kdtune.errors import ConfigError
-from kdtune.tokenizers.base import TrainOn
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -42,38 +42,29 @@ def plain_prompt(instruction: str, input: str = "") -> str:
     return f"{instruction}\n\n{input}" if input else instruction
 
 
-def alpaca_messages(
-    column_map: Mapping[str, str] | None = None, prompt: Callable[[str, str], str] = alpaca_prompt
-) -> Callable[[Row], list[Message]]:
-    """Return a function from a row to its two messages: the prompt from the user, the output from the assistant.
+PROMPTS = {"alpaca": alpaca_prompt, "plain": plain_prompt}
 
-    column_map: from instruction, input, output to the row's columns. The input may be null; its column may be missing
-    unless it is mapped.
+
+def alpaca_conversation(
+    row: Row, columns: Mapping[str, str], prompt: Callable[[str, str], str] = alpaca_prompt
+) -> Conversation:
+    """Return the two messages of a row: the prompt from the user, the output from the assistant.
+
+    columns: from instruction, input, output to the row's columns. The input may be null; its column may be missing unless
+    it is mapped.
     prompt: a function of an instruction and its input ("" for none).
     """
-    columns = check_column_map(column_map, _COLUMNS)
-    instruction, output = columns.get("instruction", "instruction"), columns.get("output", "output")
-    input_column = columns.get("input", "input")
-    input_required = "input" in columns
-
-    def to_messages(row: Row) -> list[Message]:
-        if input_required:
-            any_column(row, input_column)
-        context = "" if row.get(input_column) is None else text_column(row, input_column)
-        question = prompt(text_column(row, instruction), context)
-        return [Message("user", question), Message("assistant", text_column(row, output))]
-
-    return to_messages
+    instruction, context, output = (columns.get(name, name) for name in _COLUMNS)
+    if "input" in columns:
+        any_column(row, context)
+    question = prompt(text_column(row, instruction), "" if row.get(context) is None else text_column(row, context))
+    return Conversation([Message("user", question), Message("assistant", text_column(row, output))])
 
 
-_PROMPTS = {"alpaca": alpaca_prompt, "plain": plain_prompt}
-
-
-class AlpacaOptions(SourceOptions, TrainingOptions, total=False):
+class AlpacaOptions(ConversationOptions, total=False):
     """Arguments of alpaca_dataset other than `source`."""
 
     column_map: Mapping[str, str] | None
-    filter_fn: FilterFn | str | None
 
 
 def alpaca_dataset(
@@ -81,11 +72,7 @@ def alpaca_dataset(
     *,
     source: str = "tatsu-lab/alpaca",
     column_map: Mapping[str, str] | None = None,
-    train_on: TrainOn | None = None,
-    train_on_input: bool | None = None,
-    truncation: Truncation | None = None,
-    filter_fn: FilterFn | str | None = None,
-    **where: Unpack[SourceOptions],
+    **options: Unpack[ConversationOptions],
 ) -> Dataset:
     """Build a dataset of Alpaca rows, in the Alpaca prompt.
 
@@ -100,18 +87,16 @@ def alpaca_dataset(
         ConfigError: settings contradict each other.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    to_messages = alpaca_messages(column_map)
-    encode = conversation_encoder(
+    columns = check_column_map(column_map, _COLUMNS)
+    return conversation_dataset(
         tokenizer,
-        lambda row: Conversation(to_messages(row)),
+        partial(alpaca_conversation, columns=columns),
+        source,
         default="all",
-        train_on=train_on,
-        train_on_input=train_on_input,
-        truncation=truncation,
+        columns=[columns.get(name, name) for name in _COLUMNS],
+        suggest=suggest_question_columns(_COLUMNS),
+        **options,
     )
-    columns = [(column_map or {}).get(name, name) for name in _COLUMNS]
-    suggest = suggest_question_columns(_COLUMNS)
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=columns, suggest=suggest, is_chat=True)
 
 
 def alpaca_cleaned_dataset(
@@ -147,8 +132,10 @@ def quickstart_dataset(
     }
     parts = split_parts(split, splits, label, {name: len(part) for name, part in splits.items()})
     chosen = [row for name, start, stop in parts for row in splits[name][start:stop]]
-    if prompt not in _PROMPTS:
-        raise ConfigError(f"quickstart_dataset: prompt={prompt!r}; allowed are {', '.join(_PROMPTS)}")
-    to_messages = alpaca_messages(prompt=_PROMPTS[prompt])
-    encode = conversation_encoder(tokenizer, lambda row: Conversation(to_messages(row)), default="all", **options)
-    return tokenize_rows(chosen, RowEncoder(encode, columns=_COLUMNS, is_chat=True), label)
+    if prompt not in PROMPTS:
+        raise ConfigError(f"quickstart_dataset: prompt={prompt!r}; allowed are {', '.join(PROMPTS)}")
+    encoder = ConversationEncoder(tokenizer, default="all", **options)
+    to_row = RowEncoder(
+        lambda row: encoder(alpaca_conversation(row, {}, PROMPTS[prompt])), columns=_COLUMNS, is_chat=True
+    )
+    return tokenize_rows(chosen, to_row, label)

@@ -1,11 +1,14 @@
 """Tokenize conversations: mark what is trained on, and truncate those that are too long."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
 
-from kdtune.data.columns import Row
+from kdtune.data.columns import Row, Suggest
+from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
+from kdtune.data.rows import FilterFn, build_dataset
+from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import Encoded, EncodedRow, end_ids, truncate
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn
@@ -30,6 +33,15 @@ class TrainingOptions(TypedDict, total=False):
     train_on: TrainOn | None
     train_on_input: bool | None
     truncation: Truncation | None
+
+
+class ConversationOptions(SourceOptions, TrainingOptions, total=False):
+    """Arguments that all conversation builders take beside `source`.
+
+    filter_fn: a function, or its dotted path, that returns whether to keep a row.
+    """
+
+    filter_fn: FilterFn | str | None
 
 
 class _Beside(TypedDict):
@@ -57,51 +69,85 @@ def chosen_train_on(train_on: TrainOn | None, train_on_input: bool | None, defau
     return train_on
 
 
-def conversation_encoder(
+def conversation_dataset(
     tokenizer: "Tokenizer",
     to_conversation: Callable[[Row], Conversation],
+    source: str,
     *,
     default: TrainOn,
+    columns: Collection[str],
+    suggest: Suggest,
     train_on: TrainOn | None = None,
     train_on_input: bool | None = None,
     truncation: Truncation | None = None,
-) -> Callable[[Row], EncodedRow | None]:
-    """Return a function that tokenizes a row by the chat template: token ids and training flags, truncated to fit.
+    filter_fn: FilterFn | str | None = None,
+    **where: Unpack[SourceOptions],
+) -> Dataset:
+    """Build the dataset of a source whose rows are conversations.
 
-    The function returns None for a row that does not fit. A dataset made with it has `is_chat` True (see `Dataset`).
+    to_conversation: turns a row into a conversation. columns, suggest: see RowEncoder. The other arguments are those of
+    ConversationEncoder and ConversationOptions.
 
-    to_conversation: turns a row into a conversation.
-    The other arguments are those of TrainingOptions; `default` is train_on if neither key sets it.
+    Raises:
+        ConfigError: settings contradict each other, or source or filter_fn cannot be used.
+        DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
+    """
+    encoder = ConversationEncoder(
+        tokenizer, default=default, train_on=train_on, train_on_input=train_on_input, truncation=truncation
+    )
+    return build_dataset(
+        lambda row: encoder(to_conversation(row)),
+        Source(source, **where),
+        filter_fn,
+        columns=columns,
+        suggest=suggest,
+        is_chat=True,
+    )
+
+
+class ConversationEncoder:
+    """Tokenizes conversations by the chat template: token ids and training flags, truncated to fit.
+
+    Its arguments are those of TrainingOptions; `default` is train_on if neither key sets it.
 
     Raises:
         ConfigError: train_on and train_on_input contradict each other, or a value is unknown.
     """
-    chosen = chosen_train_on(train_on, train_on_input, default)
-    if truncation not in (None, "turns", "right", "drop"):
-        raise ConfigError(f"truncation={truncation}: unknown; allowed: turns, right, drop")
-    cut = truncation or ("right" if chosen == "all" else "turns")
-    room = tokenizer.max_seq_len
 
-    def encode(row: Row) -> EncodedRow | None:
-        conversation = to_conversation(row)
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        *,
+        default: TrainOn,
+        train_on: TrainOn | None = None,
+        train_on_input: bool | None = None,
+        truncation: Truncation | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._train_on = chosen_train_on(train_on, train_on_input, default)
+        if truncation not in (None, "turns", "right", "drop"):
+            raise ConfigError(f"truncation={truncation}: unknown; allowed: turns, right, drop")
+        self._truncation = truncation or ("right" if self._train_on == "all" else "turns")
+
+    def __call__(self, conversation: Conversation) -> EncodedRow | None:
+        """Return the tokens of a conversation; None if it does not fit."""
+        tokenizer, messages, room = self._tokenizer, conversation.messages, self._tokenizer.max_seq_len
         beside: _Beside = {"tools": conversation.tools, "template_variables": conversation.template_variables}
 
         def tokens_of(messages: Sequence[Message]) -> Encoded:
-            return tokenizer.tokenize_messages(messages, train_on=chosen, **beside)
+            return tokenizer.tokenize_messages(messages, train_on=self._train_on, **beside)
 
-        ids, trained = tokens_of(conversation.messages)
+        ids, trained = tokens_of(messages)
         remarks = [
-            *(f"the chat template leaves out {name}" for name in tokenizer.left_out(conversation.messages, **beside)),
-            *_unheeded_marks(conversation.messages, chosen),
+            *(f"the chat template leaves out {name}" for name in tokenizer.left_out(messages, **beside)),
+            *_unheeded_marks(messages, self._train_on),
         ]
         if room is None or len(ids) <= room:
             return EncodedRow(ids, trained, remarks=remarks)
-        if cut == "right":
+        if self._truncation == "right":
             return EncodedRow(*truncate(ids, trained, room, end_ids(tokenizer)), truncated=True, remarks=remarks)
-        shortest = None if cut == "drop" else _fitting(tokens_of, conversation.messages, room)
+        shortest = None if self._truncation == "drop" else _fitting(tokens_of, messages, room)
         return None if shortest is None else EncodedRow(*shortest, truncated=True, remarks=remarks)
-
-    return encode
 
 
 def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]:

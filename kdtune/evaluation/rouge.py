@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from kdtune import generation
 from kdtune.config import instantiate
-from kdtune.data import Message, Source, alpaca_prompt, open_rows, read_problems
+from kdtune.data import Message, Source, open_rows, read_problems
+from kdtune.data.alpaca import PROMPTS
 from kdtune.data.columns import (
     MissingColumnError,
     any_column,
@@ -124,13 +125,9 @@ class InstructionSet:
         columns = {name: (self.column_map or {}).get(name, name) for name in _COLUMNS}
         instruction = text_column(row, columns["instruction"])
         context = "" if row.get(columns["input"]) is None else text_column(row, columns["input"])
-        if self.prompt == "alpaca":
-            prompt = alpaca_prompt(instruction, context)
-        else:
-            prompt = f"{instruction}\n\n{context}" if context else instruction
         found = any_column(row, columns["output"])
         references = tuple(found) if isinstance(found, list) and found else (text_column(row, columns["output"]),)
-        return Instruction(prompt, references)
+        return Instruction(PROMPTS[self.prompt](instruction, context), references)
 
     def prompt_ids(self, tokenizer: Tokenizer, instruction: Instruction) -> list[int]:
         """Return the token ids of an instruction's prompt."""
