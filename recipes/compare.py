@@ -48,7 +48,7 @@ def run(cfg: Config) -> None:
     found, notes = runs.comparable(runs.read_runs(cfg.runs))
     output_dir = Path(cfg.output_dir or shared_parent(cfg.runs))
     metrics = {name: one.rows for name, one in found.items()}
-    divergence = runs.divergence_of(found)
+    divergence = runs.shared_divergence_title(found)
     table, plot = output_dir / "comparison.csv", output_dir / "comparison.png"
     with checkpoint.writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)

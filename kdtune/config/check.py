@@ -258,6 +258,11 @@ def resolve(dotted: str) -> Any:
     return target
 
 
+def is_ours(node: collections.abc.Mapping[str, Any]) -> bool:
+    """Return whether a node's component is kdtune's, and not the user's own."""
+    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")
+
+
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None

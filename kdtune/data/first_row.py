@@ -5,7 +5,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kdtune.config import instantiate, is_component, resolve
+from kdtune.config import instantiate, is_component
+from kdtune.config.check import is_ours
 from kdtune.data.columns import MissingColumnError
 from kdtune.data.files import ElsewhereError
 from kdtune.data.sources import previewed
@@ -71,7 +72,7 @@ def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> li
     found = []
     for key, node in nodes.items():
         name = json.dumps(node, sort_keys=True, default=str)
-        if name in _IN_ORDER or not _is_ours(node):
+        if name in _IN_ORDER or not is_ours(node):
             continue
         try:
             with previewed(1, local_only=True):
@@ -85,7 +86,3 @@ def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> li
         else:
             _IN_ORDER.add(name)
     return found
-
-
-def _is_ours(node: Mapping[str, Any]) -> bool:
-    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")

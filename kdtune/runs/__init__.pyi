@@ -1,5 +1,5 @@
 from .changes import resume_changes_problems
-from .comparison import comparable, divergence_of, metrics_csv, read_runs
+from .comparison import comparable, metrics_csv, read_runs, shared_divergence_title
 from .folder import holds_run, new_folder_problems, output_dir_problems, writing_problems
 from .interrupt import InterruptFlag
 from .metrics_file import JSONLLogger, read_metrics, truncate_metrics
@@ -23,7 +23,6 @@ __all__ = [
     "comparable",
     "comparison_table",
     "curve_look",
-    "divergence_of",
     "divergence_title",
     "format_table",
     "has_facts",
@@ -45,6 +44,7 @@ __all__ = [
     "resume_changes_problems",
     "run_facts",
     "samples_text",
+    "shared_divergence_title",
     "start_run",
     "step_to_resume",
     "stopped_text",

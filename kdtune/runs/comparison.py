@@ -88,7 +88,7 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
     return dict(runs), []
 
 
-def divergence_of(runs: Mapping[str, TrainingRun]) -> str:
+def shared_divergence_title(runs: Mapping[str, TrainingRun]) -> str:
     """Display name of the runs' `val_kd_loss`, the same for comparable runs."""
     return next((divergence_title(run.config, run.start) for run in runs.values() if _has_teacher(run)), "KL")
 

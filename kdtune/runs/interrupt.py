@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # A terminal that closes sends SIGHUP; SIGUSR1 is what Slurm is often told to send before the time limit.
@@ -52,8 +52,6 @@ class InterruptFlag:
         self._previous = {number: signal.signal(number, self._handle) for number in kept}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -172,9 +171,7 @@ class Progress:
             threading.Thread(target=self._watch, name="kdtune-progress", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from kdtune.runs.metrics_file import JSONLLogger, read_metrics
@@ -52,9 +51,7 @@ class StepLog:
     def __enter__(self) -> "StepLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.end_steps()
         self._file.close()
         if self._second is not None:

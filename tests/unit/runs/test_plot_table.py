@@ -7,7 +7,7 @@ import pytest
 
 import kdtune.runs.table
 from kdtune.errors import DataError
-from kdtune.runs import TrainingRun, comparison_table, divergence_of, format_table, plot_losses
+from kdtune.runs import TrainingRun, comparison_table, format_table, plot_losses, shared_divergence_title
 
 
 def write_metrics(path, rows):
@@ -108,8 +108,8 @@ def test_runs_that_are_compared_name_their_divergence(tmp_path):
     rows = [{"step": 0, "val_class_loss": 2.0, "val_kd_loss": 1.0}]
     runs = {name: TrainingRun(tmp_path, {"kd_loss": {"_component_": name}}, rows) for name in (
         "kdtune.losses.ForwardKLLoss", "mine.JensenShannonLoss")}  # fmt: skip
-    assert [divergence_of({"run": run}) for run in runs.values()] == ["KL", "JensenShannon"]
-    assert divergence_of({"sft": TrainingRun(tmp_path, {}, [{"step": 0, "val_class_loss": 2.0}])}) == "KL"
+    assert [shared_divergence_title({"run": run}) for run in runs.values()] == ["KL", "JensenShannon"]
+    assert shared_divergence_title({"sft": TrainingRun(tmp_path, {}, [{"step": 0, "val_class_loss": 2.0}])}) == "KL"
 
 
 def test_the_last_table_of_a_run_fits_into_sixty_columns(monkeypatch):
