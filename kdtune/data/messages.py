@@ -3,13 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from kdtune.errors import DataError
 from kdtune.tokenizers.messages import MARKS, training_mark
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
-ConversationStyle = Literal["openai", "sharegpt"]
 
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool",
