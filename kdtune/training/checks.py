@@ -6,7 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from kdtune import data, losses, parallel, runs
-from kdtune.config import factory, instantiate, resolve
+from kdtune.config import factory, instantiate
+from kdtune.config.check import is_ours
 from kdtune.config.frame import frame_defaults
 from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
@@ -137,7 +138,7 @@ def builder_problems(cfg: Any) -> list[str]:
     for key in ("model", "teacher_model"):
         node = getattr(cfg, key, None)
         name = json.dumps(node, sort_keys=True, default=str)
-        if node is None or name in _IN_ORDER or not _is_ours(node):
+        if node is None or name in _IN_ORDER or not is_ours(node):
             continue
         try:
             parallel.model_config(factory(node), None)
@@ -146,7 +147,3 @@ def builder_problems(cfg: Any) -> list[str]:
         else:
             _IN_ORDER.add(name)
     return found
-
-
-def _is_ours(node: Any) -> bool:
-    return str(getattr(resolve(node["_component_"]), "__module__", "")).startswith("kdtune.")
