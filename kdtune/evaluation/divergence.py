@@ -4,8 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
-
 from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.errors import DataError
@@ -19,7 +17,7 @@ Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 def evaluate_kd(
     student: Transformer,
-    teacher: Callable[[Batch], Signal],
+    teacher: Callable[[Batch], Signal] | None,
     loss: KDLoss,
     batches: Iterable[Batch],
     *,
@@ -36,7 +34,7 @@ def evaluate_kd(
 
     Args:
         student: on the world's device.
-        teacher: returns a batch's signal, such as `kdtune.teachers.OnlineTeacher`.
+        teacher: returns a batch's signal, such as `kdtune.teachers.OnlineTeacher`; None: only `class_loss` is measured.
         loss: the run's own loss; `kd_loss` is its divergence.
         batches: a finite pass over held-out data.
         world: the processes that share the work, each with its own batches; they are moved to its device.
@@ -46,15 +44,25 @@ def evaluate_kd(
     Raises:
         DataError: if no token of the batches is valid.
     """
-
-    def parts_of(batch: Batch) -> dict[str, Tensor]:
-        signal = teacher(batch)
-        _, parts = loss(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
-        if with_teacher_loss and not isinstance(signal, TopKSignal):  # which gives a label outside its K no probability
-            parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
-        return parts
-
-    return _means(student, parts_of, batches, world=world, progress=progress)
+    sums: defaultdict[str, float] = defaultdict(float)
+    num_tokens: float = 0
+    with eval_mode(student):
+        for held_out in progress(batches) if progress else batches:
+            num_tokens += held_out.num_valid_tokens
+            batch = held_out.to(world.device)
+            signal = None if teacher is None else teacher(batch)
+            _, parts = loss(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
+            # A signal of K ids gives a label outside them no probability.
+            if with_teacher_loss and signal is not None and not isinstance(signal, TopKSignal):
+                parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
+            for name, value in parts.items():
+                sums[name] += float(value)
+    *totals, num_tokens = world.sum([*sums.values(), num_tokens])
+    if num_tokens == 0:
+        raise DataError(
+            "validation: 0 valid tokens; at least one label is needed; give dataset_val examples with answers"
+        )
+    return {**{name: value / num_tokens for name, value in zip(sums, totals, strict=True)}, "tokens": int(num_tokens)}
 
 
 def evaluate_ce(
@@ -69,43 +77,14 @@ def evaluate_ce(
 
     `model` is on the world's device. `loss` has the chunk size and must have kd_ratio 0. None: the default loss.
     """
-    loss = loss or KDLoss(kd_ratio=0.0)
-
-    def parts_of(batch: Batch) -> dict[str, Tensor]:
-        return loss(model(**batch.inputs, return_hidden=True), model.output, None, batch.targets)[1]
-
-    result = _means(model, parts_of, batches, world=world, progress=progress)
+    found = evaluate_kd(model, None, loss or KDLoss(kd_ratio=0.0), batches, world=world, progress=progress)
     return {
-        "class_loss": result["class_loss"],
-        "perplexity": perplexity(result["class_loss"]),
-        "tokens": result["tokens"],
+        "class_loss": found["class_loss"],
+        "perplexity": perplexity(found["class_loss"]),
+        "tokens": found["tokens"],
     }
 
 
 def perplexity(class_loss: float) -> float:
     """Return the exponential of a cross entropy in nats per token; infinite beyond float64's range (above 709 nats)."""
     return math.exp(class_loss) if class_loss < 709.0 else math.inf
-
-
-def _means(
-    model: Transformer,
-    parts_of: Callable[[Batch], dict[str, Tensor]],
-    batches: Iterable[Batch],
-    *,
-    world: World,
-    progress: Progress | None,
-) -> dict[str, float]:
-    """Return means per valid token of the sums that parts_of returns for each batch, and `tokens`, their number."""
-    sums: defaultdict[str, float] = defaultdict(float)
-    num_tokens: float = 0
-    with eval_mode(model):
-        for held_out in progress(batches) if progress else batches:
-            num_tokens += held_out.num_valid_tokens
-            for name, value in parts_of(held_out.to(world.device)).items():
-                sums[name] += float(value)
-    *totals, num_tokens = world.sum([*sums.values(), num_tokens])
-    if num_tokens == 0:
-        raise DataError(
-            "validation: 0 valid tokens; at least one label is needed; give dataset_val examples with answers"
-        )
-    return {**{name: value / num_tokens for name, value in zip(sums, totals, strict=True)}, "tokens": int(num_tokens)}
