@@ -1,7 +1,9 @@
 """What is written beside the weights, and that it comes whole or not at all. transformers reads it in tests/parity."""
 
 import json
+import multiprocessing
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kdtune.checkpoint import clean_leftovers, load_model, save_model
+from kdtune.checkpoint.atomic import atomic_folder
+from kdtune.checkpoint.state import state_writer
 from kdtune.errors import CheckpointError
+from kdtune.models import llama
 
 
 class FakeTokenizer:
@@ -153,36 +158,37 @@ def test_tokenizer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def save_on_a_full_disk(target: Path, told: Path) -> None:
+    """A limit on a file's size stands for the full disk."""
+    model = llama(vocab_size=64, embed_dim=64, num_layers=2, num_heads=4, intermediate_dim=128)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(8).reshape(1, 8)).sum().backward()
+    optimizer.step()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    def save_state(folder: Path) -> None:
+        with atomic_folder(folder) as hidden:
+            state_writer(model=model, optimizer=optimizer, extra={})(hidden, None)
+
+    for save in (lambda folder: save_model(model, folder), save_state):
+        with pytest.raises(CheckpointError) as error:
+            save(target)
+        with told.open("a") as lines:
+            print(error.value, file=lines)
+
+
 def test_full_disk_is_one_readable_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on a file's size stands for the full disk; one for the weights, one for the resume state."""
-    script = """
-import resource, sys, torch
-from kdtune.checkpoint import save_model
-from kdtune.checkpoint.atomic import atomic_folder
-from kdtune.checkpoint.state import state_writer
-from kdtune.errors import CheckpointError
-from kdtune.models import llama
-model = llama(vocab_size=64, embed_dim=64, num_layers=2, num_heads=4, intermediate_dim=128)
-optimizer = torch.optim.AdamW(model.parameters())
-model(torch.arange(8).reshape(1, 8)).sum().backward()
-optimizer.step()
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-def save_state(folder):
-    with atomic_folder(folder) as hidden:
-        state_writer(model=model, optimizer=optimizer, extra={})(hidden, None)
-for save in (lambda p: save_model(model, p), save_state):
-    try:
-        save(sys.argv[1])
-    except CheckpointError as error:
-        print(error)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "m")], capture_output=True, text=True, check=True
-    )
-    lines = run.stdout.splitlines()
-    assert len(lines) == 2, run.stdout
-    assert all(str(tmp_path / "m") in line and "free" in line and ".partial-" not in line for line in lines), lines
-    assert list(tmp_path.iterdir()) == []
+    """One for the weights, one for the resume state; the limit is a fork's."""
+    told, folder = tmp_path / "told", tmp_path / "folder"
+    folder.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=save_on_a_full_disk, args=(folder / "m", told))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    lines = told.read_text().splitlines()
+    assert len(lines) == 2, lines
+    assert all(str(folder / "m") in line and "free" in line and ".partial-" not in line for line in lines), lines
+    assert list(folder.iterdir()) == []
 
 
 SAVER = """
