@@ -18,7 +18,7 @@ from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.parallel import apply_activation_checkpointing
-from kdtune.planner import estimate_text
+from kdtune.planner import estimate_text, text
 from kdtune.planner.estimate import Estimate, make_estimate
 from kdtune.planner.hardware import GPUS, find_gpu
 from kdtune.planner.sizes import state_shapes
@@ -256,6 +256,13 @@ def test_figures_are_those_of_the_data_sheets() -> None:
         gpu = GPUS[name]
         links = (2 * gpu.host_link_gb_s, 8 * gpu.network_gb_s)
         assert (gpu.memory_gib, gpu.bf16_tflops, gpu.fp32_tflops, gpu.memory_gb_s, *links) == figures
+
+
+@pytest.mark.parametrize(
+    ("gib", "word"), [(72.0, "yes, 90%"), (72.8, "tight, 91%"), (80.0, "tight, 100%"), (80.8, "no, 101%")]
+)
+def test_it_fits_up_to_nine_tenths_of_a_card(gib: float, word: str) -> None:
+    assert text._fits(gib, 80.0) == word
 
 
 def test_times_come_from_stated_figures() -> None:
