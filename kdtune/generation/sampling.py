@@ -64,7 +64,7 @@ def sample_tokens(logits_BV: Tensor, sampling: Sampling, generators: Sequence[to
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token's id, from logits [V] of any dtype and device.
+    """Return the next token's id, from `logits_V` [V] of any dtype and device.
 
     `generator` is a CPU generator: sampling happens on the CPU, so that a seed gives the same tokens on every device.
 

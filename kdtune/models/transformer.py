@@ -99,7 +99,8 @@ class TransformerLayer(nn.Module):
 class OutputHead(nn.Linear):
     """Linear map from hidden states to logits, without bias, and an optional soft-cap on the logits.
 
-    Call it for logits. A loss that computes them chunk by chunk asks for ``projection`` and ``softcap``, see
+    It maps ``embed_dim`` to ``vocab_size`` values, with its weight on ``device``. Call it for logits. A loss that computes them
+    chunk by chunk asks for ``projection`` and ``softcap``, see
     ``kdtune.losses.Head``.
     """
 
