@@ -74,36 +74,35 @@ def conform(value: Any, annotation: Any) -> Any:
 
 def is_path(annotation: Any) -> bool:
     """Return whether a string of this annotation is a path."""
-    if get_origin(annotation) is Annotated:
-        return PATH_MARK in get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return any(is_path(member) for member in get_args(annotation))
-    return _is_path_class(get_origin(annotation) or annotation)
+    return any(_is_path_class(get_origin(member) or member) for member in _members(annotation))
 
 
 def is_text(annotation: Any) -> bool:
     """Return whether every string fits the annotation."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return is_text(get_args(annotation)[0])
-    if isinstance(annotation, NewType):
-        return is_text(annotation.__supertype__)
-    if origin in (Union, types.UnionType):
-        return any(is_text(member) for member in get_args(annotation))
-    return annotation is str or _is_path_class(origin or annotation)
+    return is_path(annotation) or any(member is str for member in _members(annotation))
 
 
 def item_annotation(annotation: Any) -> Any:
     """Return the annotation of the items of a list or mapping of this annotation; Any if it has none."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return item_annotation(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        items = [item_annotation(member) for member in get_args(annotation)]
-        return next((item for item in items if item is not Any), Any)
-    if origin in (tuple, *_LISTS, *_MAPPINGS) and get_args(annotation):
-        return get_args(annotation)[1 if origin in _MAPPINGS else 0]
+    for member in _members(annotation):
+        origin, args = get_origin(member), get_args(member)
+        if args and origin in (tuple, *_LISTS, *_MAPPINGS):
+            item = args[1 if origin in _MAPPINGS else 0]
+            if item is not Any:
+                return item
     return Any
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Return the members of a union, in a union too; of any other annotation itself. PathText is Path."""
+    args = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return [Path] if PATH_MARK in args else _members(args[0])
+    if isinstance(annotation, NewType):
+        return _members(annotation.__supertype__)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [inner for member in args for inner in _members(member)]
+    return [annotation]
 
 
 def _is_path_class(plain: Any) -> bool:
