@@ -4,11 +4,19 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from kdtune._cli.main import main
+from kdtune.checkpoint import Checkpointer, load_model
+from kdtune.config import resolve
+from kdtune.errors import CheckpointError
+from kdtune.tokenizers import byte_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs/extending.md"
 
@@ -29,7 +37,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name, config in (("Qwen2.5-0.5B", transformers.Qwen2Config), ("Qwen3-0.6B", transformers.Qwen3Config)):
+        write_base(tmp_path / name, config)
     return tmp_path
+
+
+def write_base(folder: Path, config: Any) -> None:
+    """A random model of transformers, and the byte tokenizer, which the tiny configs use."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "use_sliding_window": False}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    byte_tokenizer().save(folder)
+
+
+def shown_to(model: Any) -> torch.Tensor:
+    """Logits of a few tokens."""
+    with torch.no_grad():
+        found = model.eval()(torch.arange(30, 60)[None])
+    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def rows(folder: Path) -> list[dict]:
@@ -38,19 +68,19 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("heading", files_and_commands())
 def test_the_file_of_a_section_is_run(heading: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in files_and_commands()[heading]:
-        arguments = shlex.split(command)[1:]
+    for number, command in enumerate(files_and_commands()[heading]):
+        arguments, out = shlex.split(command)[1:], folder / f"out{number}"
         if arguments[0] == "run":
-            arguments.append(f"output_dir={folder / 'out'}")
+            arguments.append(f"output_dir={out}")
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         printed = capsys.readouterr()
         assert ended.value.code == 0, printed.err
         if arguments[0] != "run":
             continue
-        trained = [row for row in rows(folder / "out") if "loss" in row]
+        trained = [row for row in rows(out) if "loss" in row]
         assert len(trained) == 10 and trained[-1]["class_loss"] < trained[0]["class_loss"]
-        assert (folder / "out/final/model.safetensors").is_file()
+        assert (out / "final/model.safetensors").is_file()
         if heading == "A divergence":
             assert "skew KL (0.2) to teacher" in printed.out
         if heading == "A teacher":
@@ -60,7 +90,7 @@ def test_the_file_of_a_section_is_run(heading: str, folder: Path, capsys: pytest
 
 
 def test_every_section_is_a_file_with_its_command(folder: Path) -> None:
-    assert len(list(folder.glob("my_*.py"))) == len(files_and_commands()) == 4
+    assert len(list(folder.glob("my_*.py"))) == len(files_and_commands()) == 5
     assert all(files_and_commands().values())
     assert os.environ.get("RANK") is None
 
@@ -78,3 +108,41 @@ def test_a_finished_run_of_ones_own_recipe_is_left_as_it_is(folder: Path, capsys
     for files in found:  # drawn again
         files.pop("loss.png")
     assert found[0] == found[1]
+
+
+def test_a_family_of_ones_own_is_trained_resumed_and_read_by_transformers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = files_and_commands()["A model family"][0]
+    run = [*shlex.split(command)[1:], "adapter=null", f"output_dir={folder / 'out'}"]
+
+    def kdtune(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    family = resolve("my_qwen.QWEN2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "Qwen2.5-0.5B")
+    ours = Checkpointer(folder / "Qwen2.5-0.5B", family=family).load()
+    torch.testing.assert_close(shown_to(ours), shown_to(theirs), rtol=1e-5, atol=1e-5)
+
+    kdtune("validate", *run[1:])
+    kdtune(*run)
+    final = transformers.AutoModelForCausalLM.from_pretrained(folder / "out/final")
+    assert type(final).__name__ == "Qwen2ForCausalLM"
+    biases = [weight for name, weight in final.named_parameters() if name.endswith("q_proj.bias")]
+    assert len(biases) == 2 and not torch.equal(biases[0], theirs.model.layers[0].self_attn.q_proj.bias)
+    trained = shown_to(Checkpointer(folder / "out/final", family=family).load())
+    torch.testing.assert_close(shown_to(final), trained, rtol=1e-5, atol=1e-5)
+
+    before = (folder / "out/final/model.safetensors").read_bytes()
+    for name in ("final", "step_10"):
+        shutil.rmtree(folder / "out" / name)
+    kdtune(*run, "resume_from_checkpoint=true")
+    assert (folder / "out/final/model.safetensors").read_bytes() == before
+
+    kdtune("run", "evaluate", f"run={folder / 'out'}", "tasks=[]", "batch_size=4")
+    with pytest.raises(CheckpointError, match=r"Qwen2ForCausalLM.*want LlamaForCausalLM.*`family`"):
+        load_model(folder / "out/final")

@@ -23,8 +23,8 @@ class TransformerConfig:
     """Architecture of a decoder.
 
     ``max_seq_len`` is the context the weights were trained for; forward does not enforce it. ``family`` says how the model's
-    files are named and described; None: the model cannot be saved. ``logit_softcap`` bounds the logits (Gemma 2), see
-    ``OutputHead``.
+    files are named and described; None: the model cannot be saved. ``qkv_bias`` and
+    ``qk_norm`` are ``Attention``'s; ``logit_softcap`` bounds the logits, see ``OutputHead``.
     """
 
     vocab_size: int
@@ -39,6 +39,8 @@ class TransformerConfig:
     rope_base: float
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
     logit_softcap: float | None = None
     family: "Family | None" = field(default=None, hash=False)
 
@@ -74,7 +76,8 @@ class TransformerConfig:
     def num_parameters(self) -> int:
         """Return the number of parameters of a model of these sizes, a tied head counted once."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2)
+        biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2) + biases + 2 * self.qk_norm * self.head_dim
         return self.embed_dim * ((1 if self.tie_embeddings else 2) * self.vocab_size + 1) + self.num_layers * layer
 
 

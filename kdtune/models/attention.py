@@ -8,20 +8,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.kv_cache import LayerCache
 from kdtune.models.rope import rotate
 
 
-class Attention(nn.Module):
-    """Query heads in groups that share one key and one value head."""
+class RMSNorm(nn.Module):
+    """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype."""
 
-    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain."""
+        return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Query heads in groups that share one key and one value head.
+
+    ``qkv_bias`` adds a bias to queries, keys and values; ``qk_norm`` normalizes each query and key head before its rotation.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        embed_dim, head_dim, bias = config.embed_dim, config.head_dim, config.qkv_bias
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False)
-        self.output_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=False)
+        self.q_proj = nn.Linear(embed_dim, config.num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
+        self.output_proj = nn.Linear(config.num_heads * head_dim, embed_dim, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
     def forward(
         self,
@@ -37,8 +56,11 @@ class Attention(nn.Module):
         that already holds tokens, None is correct only for a single new token.
         """
         heads = (*hidden_BSD.shape[:2], -1, self.head_dim)
-        q_BHSE = rotate(self.q_proj(hidden_BSD).view(heads), rope).transpose(1, 2)
-        k_BKTE = rotate(self.k_proj(hidden_BSD).view(heads), rope).transpose(1, 2)
+        q_BSHE, k_BSKE = self.q_proj(hidden_BSD).view(heads), self.k_proj(hidden_BSD).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
+        q_BHSE = rotate(q_BSHE, rope).transpose(1, 2)
+        k_BKTE = rotate(k_BSKE, rope).transpose(1, 2)
         v_BKTE = self.v_proj(hidden_BSD).view(heads).transpose(1, 2)
         if cache is not None:
             k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)

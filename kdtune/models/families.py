@@ -79,7 +79,8 @@ def write_hf_config(
     Raises:
         ConfigError: The model belongs to no family.
     """
-    dropped = ("transformers_version", "_name_or_path", "quantization_config")
+    # layer_types are of the base's layers, all alike: transformers fills them in.
+    dropped = ("transformers_version", "_name_or_path", "quantization_config", "layer_types")
     kept = {key: value for key, value in (base or {}).items() if key not in dropped}
     family = family_of(config)
     return kept | family.config_to_hf(family, config) | {"dtype": dtype, "torch_dtype": dtype}

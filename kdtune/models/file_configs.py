@@ -19,6 +19,7 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
+_FULL_ATTENTION = "full_attention"
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -89,11 +90,19 @@ def config_from_hf(family: Family, document: Mapping[str, Any]) -> TransformerCo
         CheckpointError: A missing size, or a setting this model does not compute.
     """
     constants = {key: (value, None) if value is False else (value,) for key, value in family.hf_constants.items()}
-    for key, plain in {**_PLAIN_VALUES, **constants}.items():
+    plain_values = {**_PLAIN_VALUES, **constants}
+    if document.get("use_sliding_window") is False:  # then the window's size says nothing
+        del plain_values["sliding_window"]
+    for key, plain in plain_values.items():
         if key in document and document[key] not in plain:
             raise CheckpointError(
                 f"config.json: {key}={reprlib.repr(document[key])} is not supported; want {plain[0]!r}"
             )
+    kinds = document.get("layer_types")
+    if kinds and not (isinstance(kinds, list) and all(kind == _FULL_ATTENTION for kind in kinds)):
+        raise CheckpointError(
+            f"config.json: layer_types={reprlib.repr(kinds)} is not supported; want {_FULL_ATTENTION!r} alone"
+        )
     found = Settings(document, "config.json")
     embed_dim, num_heads = found.size("hidden_size"), found.size("num_attention_heads")
     max_seq_len = found.number("max_position_embeddings", 2048)

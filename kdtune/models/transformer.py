@@ -4,15 +4,21 @@ Shape suffixes: B batch, S sequence, T tokens attended to, D embedding, H heads,
 F feed-forward.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.attention import Attention
+from kdtune.models.attention import Attention, RMSNorm
 from kdtune.models.dtypes import is_plain
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
+
+TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "shared"]
+"""Each process has some of a linear layer's outputs, or of its inputs; applies a norm to its own heads; or does all of it."""
 
 # Standard deviation of a fresh model's weights, as in GPT-2 and its successors.
 INIT_STD = 0.02
@@ -21,12 +27,19 @@ INIT_STD = 0.02
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a model's weights, as in its `state_dict()`, without building it."""
     dim, inner = config.embed_dim, config.intermediate_dim
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    attn_extras: dict[str, tuple[int, ...]] = {}
+    if config.qkv_bias:
+        attn_extras |= {f"attn.{name}_proj.bias": (count * config.head_dim,) for name, count in heads.items()}
+    if config.qk_norm:
+        attn_extras |= {f"attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     of_layer = {
         "attn_norm.weight": (dim,),
         "attn.q_proj.weight": (config.num_heads * config.head_dim, dim),
         "attn.k_proj.weight": (config.num_kv_heads * config.head_dim, dim),
         "attn.v_proj.weight": (config.num_kv_heads * config.head_dim, dim),
         "attn.output_proj.weight": (dim, config.num_heads * config.head_dim),
+        **attn_extras,
         "mlp_norm.weight": (dim,),
         "mlp.gate_proj.weight": (inner, dim),
         "mlp.up_proj.weight": (inner, dim),
@@ -43,19 +56,6 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def rotary_heads(name: str, config: TransformerConfig) -> int | None:
     """Return the number of heads of a weight whose rows are in rotary order, as q and k; None for the others."""
     return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain."""
-        return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
 
 
 class FeedForward(nn.Module):
@@ -76,10 +76,18 @@ class FeedForward(nn.Module):
 class TransformerLayer(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
+    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
+        **dict.fromkeys(("attn_norm", "mlp_norm"), "shared"),
+        **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), "by_outputs"),
+        **dict.fromkeys(("attn.q_norm", "attn.k_norm"), "by_heads"),
+        **dict.fromkeys(("attn.output_proj", "mlp.down_proj"), "by_inputs"),
+    }
+    """How tensor parallelism divides each module among processes, see ``kdtune.parallel.tensor_parallel``."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.attn = Attention(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.mlp = FeedForward(config.embed_dim, config.intermediate_dim)
 
@@ -160,11 +168,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights from N(0, 0.02²) and set the norms' gains to 1."""
-        for parameter in self.parameters():
+        """Draw all weights from N(0, 0.02²), set the norms' gains to 1 and biases to 0."""
+        for name, parameter in self.named_parameters():
             if parameter.is_meta:  # where a value is none, drawing it only takes time
                 continue
-            if parameter.ndim == 1:
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=INIT_STD)

@@ -38,17 +38,22 @@ class _Style:
     """None: as the inputs, which takes an all-reduce."""
 
 
-_BY_OUTPUTS = {"weight": Shard(0), "lora_a.weight": Replicate(), "lora_b.weight": Shard(0), "magnitude": Shard(0)}
+_BY_OUTPUTS = {
+    "weight": Shard(0),
+    "bias": Shard(0),
+    "lora_a.weight": Replicate(),
+    "lora_b.weight": Shard(0),
+    "magnitude": Shard(0),
+}
 _BY_INPUTS = {"weight": Shard(1), "lora_a.weight": Shard(1), "lora_b.weight": Replicate(), "magnitude": Replicate()}
 # Several of them share an input, whose gradient is summed once, where it came from (`_share_inputs`).
 _COLUMN = _Style(_BY_OUTPUTS, Replicate(), Shard(-1), input_gradients=Partial())
 _ROW = _Style(_BY_INPUTS, Shard(-1), Replicate())
 _VOCABULARY = _Style(_BY_OUTPUTS, Replicate(), Replicate())
 
-_LAYER = {
-    **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), _COLUMN),
-    **dict.fromkeys(("attn.output_proj", "mlp.down_proj"), _ROW),
-}
+# A norm of this process's heads; its gradient, a part of the sum, is reduced with the other gradients.
+_HEADS = _Style({"weight": Replicate()}, Shard(2), Shard(2))
+_STYLES = {"by_outputs": _COLUMN, "by_inputs": _ROW, "by_heads": _HEADS}
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
@@ -61,10 +66,12 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
         return
     mesh = mesh[TP_DIM]
     for layer in model.layers:
-        for name, style in _LAYER.items():
-            _distribute(layer.get_submodule(name), mesh, style)
-        for name in ("attn_norm", "mlp_norm"):
-            layer.get_submodule(name).register_forward_hook(partial(_share_inputs, mesh))
+        modules = dict(layer.named_modules())
+        for name, style in layer.TENSOR_PARALLEL.items():
+            if style == "shared":
+                modules[name].register_forward_hook(partial(_share_inputs, mesh))
+            elif name in modules:
+                _distribute(modules[name], mesh, _STYLES[style])
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,13 @@ def float64_model(kind: str, *, tied: bool) -> Transformer:
     torch.set_default_dtype(torch.float64)
     model = llama(vocab_size=64, embed_dim=32, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_dim=64, max_seq_len=64,
                   tie_embeddings=tied)  # fmt: skip
+    kind, _, switched = kind.partition(", ")
+    if switched:
+        model = Transformer(replace(model.config, qkv_bias=True, qk_norm=True, logit_softcap=5.0))
     with torch.no_grad():
         for parameter in model.parameters():
+            if switched and parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) / 2)
             parameter.mul_(5 if parameter.ndim > 1 else 1)
     if kind != "full":
         model = apply_lora(model, lora_rank=4, use_dora=kind == "dora", apply_lora_to_output=True)
@@ -170,7 +176,8 @@ def compare_gradients(kind: str, tied: bool, replicate: int, tp: int = 1, teache
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "replicate"), [("full", True, 2), ("full", False, 1), ("lora", True, 1), ("dora", False, 2)]
+    ("kind", "tied", "replicate"),
+    [("full", True, 2), ("full", False, 1), ("lora", True, 1), ("dora", False, 2), ("full, switched", False, 1)],
 )
 def test_gradients_in_float64(kind: str, tied: bool, replicate: int, launch) -> None:
     launch.call(compare_gradients, kind, tied, replicate, ranks=4)
@@ -187,6 +194,7 @@ MORE = pytest.mark.slow(
     [
         *(pytest.param(kind, *layout) for kind in ("full", "lora", "dora") for layout in EVERY_KIND),
         *(pytest.param("full", *layout) for layout in FULL_ALONE),
+        *(pytest.param(f"{kind}, switched", *EVERY_KIND[0]) for kind in ("full", "dora")),
         *(pytest.param(kind, *layout, marks=MORE) for kind in ("lora", "dora") for layout in FULL_ALONE),
     ],
 )
