@@ -55,7 +55,7 @@ _NO_EQUIVALENT = {
     "preferences or rewards",
     r"qat_.*|.*_qat_.*": "quantization is not trained for; finetune, then `kdtune run quantize`",
     r"(code_llama2|gemma2?|llama3_2_vision|llama4|mistral|phi[34]|qwen2(_5)?|qwen3)/.*": "kdtune trains models of the Llama architecture; "
-    "`kdtune cp` a config of llama3_2 and change its paths",
+    "`kdtune cp` a config of llama3_2 and change its paths; Qwen2.5 and Qwen3 take a file of your own (docs/extending.md)",
 }
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from kdtune.constants import TP_DIM
 from kdtune.models import LoRALinear, Transformer, TransformerConfig
+from kdtune.models.transformer import TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
     mesh = mesh[TP_DIM]
     for layer in model.layers:
         modules = dict(layer.named_modules())
-        for name, style in layer.TENSOR_PARALLEL.items():
+        for name, style in TransformerLayer.TENSOR_PARALLEL.items():
             if style == "shared":
                 modules[name].register_forward_hook(partial(_share_inputs, mesh))
             elif name in modules:
