@@ -110,6 +110,12 @@ class OutputHead(nn.Linear):
     It maps ``embed_dim`` to ``vocab_size`` values, with its weight on ``device``. Call it for logits. A loss that computes them
     chunk by chunk asks for ``projection`` and ``softcap``, see
     ``kdtune.losses.Head``.
+
+    Args:
+        embed_dim: Width of the hidden states.
+        vocab_size: Number of logits.
+        softcap: Bound on the logits; None: none.
+        device: Device of the weight; None: torch's default.
     """
 
     def __init__(
