@@ -8,7 +8,7 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.losses import KDLoss, Signal, TopKSignal, signal_cross_entropy
+from kdtune.losses import ForwardKL, KDLoss, Signal, TopKSignal, signal_cross_entropy
 from kdtune.models import Transformer
 
 # Wraps the batches to show progress, such as tqdm.
@@ -25,9 +25,11 @@ def evaluate_kd(
     progress: Progress | None = None,
     with_teacher_loss: bool = False,
 ) -> dict[str, float]:
-    """Return `class_loss` and `kd_loss` in nats per token, `agreement` (share of tokens with equal arg-max) and `tokens`.
+    """Return `class_loss`, `kd_loss` and `forward_kl` per token, `agreement` (share of equal arg-maxes) and `tokens`.
 
-    If the student's head has ids that the teacher's lacks, also `student_mass_outside`, its probability for them.
+    `kd_loss` is the loss's divergence, `forward_kl` is KL(teacher || student) at temperature 1 whatever was trained, so
+    that runs with different divergences can be compared; losses are in nats. If the student's head has ids that the
+    teacher's lacks, also `student_mass_outside`, its probability for them.
 
     Means over the valid tokens of all batches, so they do not depend on how the tokens are cut into batches. Runs under
     no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
@@ -44,6 +46,8 @@ def evaluate_kd(
     Raises:
         DataError: if no token of the batches is valid.
     """
+    is_forward_kl = isinstance(loss.divergence, ForwardKL) and loss.divergence.temperature == 1
+    forward_kl = loss if is_forward_kl else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(student):
@@ -51,7 +55,10 @@ def evaluate_kd(
             num_tokens += held_out.num_valid_tokens
             batch = held_out.to(world.device)
             signal = None if teacher is None else teacher(batch)
-            _, parts = loss(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
+            inputs = (student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
+            _, parts = loss(*inputs)
+            if signal is not None:
+                parts["forward_kl"] = (parts if forward_kl is loss else forward_kl(*inputs)[1])["kd_loss"]
             # A signal of K ids gives a label outside them no probability.
             if with_teacher_loss and signal is not None and not isinstance(signal, TopKSignal):
                 parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)

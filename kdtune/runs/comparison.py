@@ -16,7 +16,13 @@ VALIDATION = "val_class_loss"
 # What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.
 _DATA_KEYS = ("dataset_val", "tokenizer")
 _TEACHER_KEYS = ("teacher_checkpointer", "teacher_model", "kd_loss")
-_TEACHER_METRICS = ("val_kd_loss", "val_agreement", "val_teacher_class_loss", "val_student_mass_outside")
+_TEACHER_METRICS = (
+    "val_kd_loss",
+    "val_forward_kl",
+    "val_agreement",
+    "val_teacher_class_loss",
+    "val_student_mass_outside",
+)
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, TrainingRun]:

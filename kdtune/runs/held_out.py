@@ -14,6 +14,7 @@ class HeldOut(NamedTuple):
     class_loss: float | None
     kd_loss: float | None
     agreement: float | None
+    forward_kl: float | None = None
 
     @property
     def perplexity_text(self) -> str | None:
@@ -28,13 +29,13 @@ class HeldOut(NamedTuple):
 
 def held_out(row: Mapping[str, Any]) -> HeldOut:
     """Return the metrics in a row of metrics.jsonl that has a validation."""
-    return HeldOut(row[CLASS_LOSS], row.get("val_kd_loss"), row.get("val_agreement"))
+    return HeldOut(row[CLASS_LOSS], row.get("val_kd_loss"), row.get("val_agreement"), row.get("val_forward_kl"))
 
 
 def teacher_held_out(rows: Sequence[Mapping[str, Any]]) -> HeldOut | None:
     """Return the teacher's metrics, from the first row that has them; it agrees with itself."""
     losses = (row[_TEACHER_LOSS] for row in rows if row.get(_TEACHER_LOSS) is not None)
-    return next((HeldOut(loss, 0.0, 1.0) for loss in losses), None)
+    return next((HeldOut(loss, 0.0, 1.0, 0.0) for loss in losses), None)
 
 
 def validated_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

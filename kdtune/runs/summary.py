@@ -14,6 +14,7 @@ from kdtune.runs.metrics_file import read_metrics
 from kdtune.runs.plot import plot_losses
 from kdtune.runs.table import format_table
 
+_DIVERGENCE, _FORWARD_KL = "divergence", "forward KL"
 _SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 
 
@@ -41,6 +42,7 @@ def validation_text(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]],
     shown = [
         _measured("cross entropy", "val_class_loss", row, before, ".3f", 1.0),
         _measured(divergence, "val_kd_loss", row, before, ".3f", 1.0),
+        None if divergence == "KL" else _measured("KL", "val_forward_kl", row, before, ".3f", 1.0),
         _measured("agreement", "val_agreement", row, before, ".1f", 100.0),
         _measured("teacher's cross entropy", "val_teacher_class_loss", row, [], ".3f", 1.0),
     ]
@@ -119,7 +121,9 @@ def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergenc
 
 def _table(lines: Sequence[Mapping[str, Any]], divergence: str) -> str:
     columns = [column for column in (lines[0] if lines else []) if any(line[column] is not None for line in lines)]
-    renamed = {"KL to teacher": f"{divergence} to teacher"}
+    if divergence == "KL" or not any(line[_FORWARD_KL] for line in lines):  # the same numbers, or only the teacher's 0
+        columns = [column for column in columns if column != _FORWARD_KL]
+    renamed = {_DIVERGENCE: f"{divergence} to teacher", _FORWARD_KL: "KL to teacher (nats)"}
     if divergence != "KL":  # whose unit is not known
         renamed |= {"held-out (nats)": "held-out", "cross entropy": "cross entropy (nats)"}
     return format_table([{renamed.get(column, column): line[column] for column in columns} for line in lines])
@@ -144,7 +148,8 @@ def _line(title: str, found: HeldOut) -> dict[str, Any]:
         "held-out (nats)": title,
         "cross entropy": found.class_loss,
         "perplexity": None if perplexity is None else perplexity.rjust(10),
-        "KL to teacher": found.kd_loss,
+        _DIVERGENCE: found.kd_loss,
+        _FORWARD_KL: found.forward_kl,
         "top-1 agreement": None if agreement is None else agreement.rjust(15),
     }
 

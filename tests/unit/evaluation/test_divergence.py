@@ -8,7 +8,7 @@ from kdtune.data import Batch
 from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import DataError
 from kdtune.evaluation import evaluate_ce, evaluate_kd, perplexity
-from kdtune.losses import ForwardKLLoss, KDLoss
+from kdtune.losses import ForwardKL, ForwardKLLoss, KDLoss
 from kdtune.models import llama
 from kdtune.teachers import OnlineTeacher
 
@@ -23,6 +23,10 @@ def tiny(seed, vocab_size=20, embed_dim=8):
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.4)
     return model
+
+
+def total_variation(student_logp_NV, teacher_logp_NV):
+    return 0.5 * (student_logp_NV.exp() - teacher_logp_NV.exp()).abs().sum(-1)
 
 
 def ragged_batches():
@@ -55,6 +59,7 @@ def brute_force(student, teacher, batches):
     return {
         "class_loss": math.fsum(losses) / count,
         "kd_loss": math.fsum(divergences) / count,
+        "forward_kl": math.fsum(divergences) / count,
         "teacher_class_loss": math.fsum(teacher_losses) / count,
         "agreement": sum(agreements) / count,
         "tokens": count,
@@ -71,6 +76,17 @@ def test_as_float64_brute_force(chunk_size, teacher_vocab_size):
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0 < found["agreement"] < 1
     assert type(found["class_loss"]) is float and type(found["tokens"]) is int
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(temperature=3.0), total_variation], ids=["tempered", "another"])
+def test_forward_kl_is_measured_whatever_was_trained(divergence):
+    """So that runs with different divergences can be compared; the others' numbers stay as they are."""
+    loss, teacher = KDLoss(divergence, kd_ratio=1.0), OnlineTeacher(tiny(2))
+    found = evaluate_kd(tiny(1), teacher, loss, ragged_batches(), world=SINGLE_PROCESS)
+    expected = brute_force(tiny(1), tiny(2), ragged_batches())
+    assert found["forward_kl"] == pytest.approx(expected["forward_kl"], rel=1e-5)
+    assert found["kd_loss"] != pytest.approx(expected["kd_loss"], rel=1e-2)
+    assert found["agreement"] == expected["agreement"]
 
 
 def test_a_teacher_compared_with_itself():

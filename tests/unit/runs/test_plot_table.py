@@ -102,6 +102,10 @@ def test_the_divergence_has_its_own_name_in_the_table():
     text = comparison_table({"student": rows}, divergence="JensenShannon")
     assert "JensenShannon to teacher" in text and "KL" not in text
     assert text.split("  ")[0] == "held-out" and "cross entropy (nats)" in text, "only the KL is known to be in nats"
+    rows[0]["val_forward_kl"] = 0.75
+    header, _, *lines = comparison_table({"student": rows}, divergence="JensenShannon").splitlines()
+    assert "KL to teacher (nats)" in header and "  0.750  " in lines[-1]
+    assert "0.750" not in comparison_table({"student": rows})
 
 
 def test_runs_that_are_compared_name_their_divergence(tmp_path):
