@@ -46,8 +46,8 @@ def evaluate_kd(
     Raises:
         DataError: if no token of the batches is valid.
     """
-    is_forward_kl = isinstance(loss.divergence, ForwardKL) and loss.divergence.temperature == 1
-    forward_kl = loss if is_forward_kl else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
+    measures_it = loss.kd_ratio > 0 and isinstance(loss.divergence, ForwardKL) and loss.divergence.temperature == 1
+    forward_kl = loss if measures_it else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(student):

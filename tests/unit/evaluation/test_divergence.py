@@ -87,6 +87,8 @@ def test_forward_kl_is_measured_whatever_was_trained(divergence):
     assert found["forward_kl"] == pytest.approx(expected["forward_kl"], rel=1e-5)
     assert found["kd_loss"] != pytest.approx(expected["kd_loss"], rel=1e-2)
     assert found["agreement"] == expected["agreement"]
+    found = evaluate_kd(tiny(1), teacher, KDLoss(kd_ratio=0.0), ragged_batches(), world=SINGLE_PROCESS)
+    assert found["forward_kl"] == pytest.approx(expected["forward_kl"], rel=1e-5) and "kd_loss" not in found
 
 
 def test_a_teacher_compared_with_itself():
