@@ -86,6 +86,8 @@ def test_unshuffled_sources_are_evenly_spaced(tokenizer):
     pairs = seen(mix, shuffle=False)
     assert Counter(source for source, _ in pairs[:4]) == Counter(source for source, _ in pairs[4:]) == {10: 3, 20: 1}
     assert [number for source, number in pairs if source == 10] == [0, 1, 2, 3, 0, 1]
+    one = mixed_dataset(tokenizer, datasets=[numbered(10, 4), numbered(20, 4)], weights=[4, 1], epoch_length=5)
+    assert [source for source, _ in seen(one, shuffle=False)] == [10, 10, 20, 10, 10], "one alone is in the middle"
 
 
 def test_a_mix_of_mixes(tokenizer):

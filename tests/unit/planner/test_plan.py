@@ -110,7 +110,9 @@ def test_operations_are_those_that_torch_counts(kind: str, recomputed: bool) -> 
             signal = losses.HiddenSignal(teacher(tokens, return_hidden=True), teacher.output)
         total, _ = kd_loss(student(tokens, return_hidden=True), student.output, signal, tokens)
         total.backward()
-    assert estimated(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    # Torch stops recomputing a layer where backward needs no more of it, the estimate does not.
+    tolerance = 0.05 if recomputed and kind == "full" else 0.012
+    assert estimated(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
 def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
@@ -300,10 +302,10 @@ def test_a_teacher_apart_is_not_on_the_students_processes() -> None:
 
 
 def test_time_with_a_teacher_apart_is_the_slower_sides_and_one_wait() -> None:
-    names = ("knowledge_distillation", "teacher_processes=8")
     gpu, source = find_gpu("a100-80gb"), "llama3_1/70B_to_8B_kd_distributed"
-    for students in (8, 64):
-        plan = estimated(config(*names, source=source), students, device_type="cuda")
+    for students, accumulation in ((8, 1), (8, 4), (64, 1), (64, 4)):
+        names = ("teacher_processes=8", f"gradient_accumulation_steps={accumulation}")
+        plan = estimated(config("knowledge_distillation", *names, source=source), students, device_type="cuda")
         speed, steps = 0.4 * 312e12, plan.accumulation
         own, answer = plan.flops / steps / speed, plan.teacher.flops / speed
         # A micro-batch after the other: the student computes one as soon as it is answered and the one before is done.

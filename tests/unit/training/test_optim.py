@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -146,6 +147,15 @@ def test_adamw_has_torchs_defaults(name):
     model = tiny_model()
     ours = training.adamw(training.trainable_parameters(model))
     assert ours.param_groups[0][name] == torch.optim.AdamW(model.parameters()).param_groups[0][name]
+
+
+def test_muon_has_torchs_defaults_and_the_papers_for_adamw():
+    """The betas and the scale are those of arXiv 2502.16982."""
+    ours, theirs = (inspect.signature(one).parameters for one in (training.Muon, torch.optim.Muon))
+    for name in ("weight_decay", "momentum", "nesterov", "ns_steps"):
+        assert ours[name].default == theirs[name].default, name
+    assert (ours["betas"].default, ours["adjust_lr_fn"].default) == ((0.9, 0.95), "match_rms_adamw")
+    assert ours["eps"].default == inspect.signature(torch.optim.AdamW).parameters["eps"].default
 
 
 def test_frozen_parameters_are_left_out():

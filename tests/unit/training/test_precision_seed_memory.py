@@ -90,4 +90,4 @@ def test_memory_on_cpu_is_the_resident_peak():
     stats = memory_stats("cpu")
     with open("/proc/self/status", encoding="ascii") as status:
         peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    assert stats == {"peak_memory_rss": pytest.approx(peak_kib / 2**20, rel=0.05)}
+    assert stats == {"peak_memory_rss": pytest.approx(peak_kib / 2**20, rel=0.01)}
