@@ -4,10 +4,12 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
@@ -16,7 +18,7 @@ import transformers
 from kdtune.checkpoint import Checkpointer, save_model, write_quantized
 from kdtune.errors import CheckpointError
 from kdtune.generation import generate
-from kdtune.models import Transformer, apply_lora, merge_adapters, weight_shapes
+from kdtune.models import LLAMA, Transformer, apply_lora, merge_adapters, weight_shapes
 from kdtune.models.quantization import quantize
 from kdtune.pruning import keep_layers
 
@@ -157,7 +159,38 @@ def test_what_a_family_does_not_compute_is_refused(my_qwen: ModuleType, tmp_path
     assert "want Qwen3ForCausalLM (model_type 'qwen3'), which family=Qwen3 stands for" in problem(my_qwen.QWEN3)
     unnamed = problem(None)
     assert "want LlamaForCausalLM (model_type 'llama'); the checkpointer's `family` names one of your own" in unnamed
-    with pytest.raises(CheckpointError, match="q_proj.bias"):
-        Checkpointer(tmp_path, family=my_qwen.replace(my_qwen.QWEN2, hf_keys=my_qwen.LLAMA.hf_keys)).load()
+    with pytest.raises(CheckpointError, match="proj.bias"):
+        Checkpointer(tmp_path, family=replace(my_qwen.QWEN2, hf_keys=LLAMA.hf_keys)).load()
     (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 32, "use_sliding_window": False}))
     assert Checkpointer(tmp_path, family=my_qwen.QWEN2).problems() == []
+
+
+def test_a_gguf_file_without_interleaved_rows(my_qwen: ModuleType, tmp_path: Path) -> None:
+    """Named as the gguf package names Qwen2's tensors; llama.cpp reorders the q and k of Llama alone."""
+    theirs = reference("QWEN2", tmp_path / "base")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 3)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1000.0)
+    for name, parameter in theirs.named_parameters():
+        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(renamed, parameter.detach().float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    biases = {f"blk.{{}}.attn_{name}.bias": f"layers.{{}}.attn.{name}_proj.bias" for name in "qkv"}
+    keys = replace(LLAMA.gguf_keys.plus(biases), is_interleaved=False)
+    family = replace(my_qwen.QWEN2, gguf_architecture="qwen2", gguf_keys=keys)
+    model = Checkpointer(tmp_path / "m.gguf", family=family).load()
+    torch.testing.assert_close(model(TOKENS), theirs.float()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    (problem,) = Checkpointer(tmp_path / "m.gguf", family=my_qwen.QWEN2).problems()
+    assert "general.architecture='qwen2'; want safetensors, for family=Qwen2" in problem
+    (problem,) = Checkpointer(tmp_path / "m.gguf").problems()
+    assert "general.architecture='qwen2'; want 'llama'" in problem
