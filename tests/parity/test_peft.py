@@ -1,5 +1,6 @@
 """Adapters against peft: folders that we write there, and folders that it writes here."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,17 @@ def test_training_goes_on_from_pefts_adapter(tmp_path: Path, tie: bool, use_dora
         optimizer.step()
     with torch.no_grad():
         assert_close(ours(TOKENS), model(TOKENS).logits)
+
+
+def test_defaults_are_pefts_and_an_alpha_of_twice_the_rank() -> None:
+    ours, theirs = inspect.signature(apply_lora).parameters, peft.LoraConfig()
+    found = {name: ours[name].default for name in ("lora_rank", "lora_alpha", "lora_dropout", "use_dora")}
+    assert found == {
+        "lora_rank": theirs.r,
+        "lora_alpha": 2 * theirs.r,
+        "lora_dropout": theirs.lora_dropout,
+        "use_dora": theirs.use_dora,
+    }
 
 
 def test_a_folder_goes_through_both_unchanged(tmp_path: Path) -> None:

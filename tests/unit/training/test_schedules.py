@@ -31,7 +31,8 @@ WARMUP = [2.0 * (k + 1) / 4 for k in range(4)]
         ("linear", {}, lambda t: 1 - t),
         ("linear", {"min_lr_ratio": 0.2}, lambda t: 1 - 0.8 * t),
         ("constant", {}, lambda t: 1.0),
-        ("exponential", {"min_lr_ratio": 0.01}, lambda t: 10 ** (-2 * t)),
+        ("exponential", {}, lambda t: 10 ** (-2 * t)),
+        ("exponential", {"min_lr_ratio": 0.1}, lambda t: 10**-t),
     ],
 )
 def test_warmup_then_the_closed_formula(schedule, arguments, after):
