@@ -194,3 +194,13 @@ def test_a_gguf_file_without_interleaved_rows(my_qwen: ModuleType, tmp_path: Pat
     assert "general.architecture='qwen2'; want safetensors, for family=Qwen2" in problem
     (problem,) = Checkpointer(tmp_path / "m.gguf").problems()
     assert "general.architecture='qwen2'; want 'llama'" in problem
+
+
+def test_fresh_weights(my_qwen: ModuleType) -> None:
+    """As transformers starts: biases 0, gains 1."""
+    model = my_qwen.qwen(vocab_size=96, embed_dim=32, num_layers=1, num_heads=4, intermediate_dim=64)
+    assert model.config.family is my_qwen.QWEN2
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
+    assert [tuple(bias.shape) for bias in biases] == [(32,), (16,), (16,)] and not any(bias.any() for bias in biases)
+    model = Transformer(replace(model.config, qkv_bias=False, qk_norm=True, family=my_qwen.QWEN3))
+    assert torch.equal(model.layers[0].attn.q_norm.weight, torch.ones(8))
