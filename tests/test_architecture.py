@@ -133,7 +133,7 @@ def test_recipes_stand_alone(path: Path) -> None:
     text = path.read_text()
     tree = ast.parse(text)
     assert not imported_recipes(tree), "a recipe imports another"
-    assert [n.name for n in tree.body if isinstance(n, ast.ClassDef)] == ["Config"], "one class, the frame"
+    assert [n.name for n in tree.body if isinstance(n, ast.ClassDef)] == ["Config"], "one class, the schema"
     assert ast.get_docstring(tree)
 
 

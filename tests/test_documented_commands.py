@@ -39,7 +39,7 @@ def test_a_documented_command_is_accepted(command: str, monkeypatch: pytest.Monk
 
 
 def accept(command: str) -> None:
-    """Parses a command and passes its config, if it has one, through the gates."""
+    """Parses a command and passes its config, if it has one, through the validation stages."""
     words = [STANDS_FOR.get(word, word) for word in shlex.split(command, comments=True)[1:]]
     arguments = parse(words)
     if words[0] == "run":

@@ -46,8 +46,8 @@ def test_the_script_of_the_docs_trains_and_saves(tmp_path: Path) -> None:
 
 
 PACKAGES = (
-    "checkpoint", "config", "data", "distributed", "download", "evaluation", "generation", "losses", "models", "sweeps", "teachers",
-    "tokenizers", "training",
+    "checkpoint", "config", "data", "distributed", "download", "evaluation", "generation", "losses", "models", "parallel", "planner",
+    "pruning", "reports", "runs", "sweeps", "teachers", "tokenizers", "training",
 )  # fmt: skip
 
 

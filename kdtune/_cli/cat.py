@@ -38,6 +38,6 @@ def resolved(config: _assets.ConfigFile, source: str, overrides: list[str]) -> s
     from kdtune.config import field_docs, load, resolved_yaml
 
     recipe = partner_recipe(config)
-    cfg = load(source, overrides, import_recipe(recipe).frame)
+    cfg = load(source, overrides, import_recipe(recipe).schema)
     docs = field_docs(recipe.path.read_text(encoding="utf-8-sig"))
     return f"recipe: {config.recipe}\n\n{resolved_yaml(cfg, docs)}"

@@ -5,7 +5,7 @@ import re
 import textwrap
 from typing import Any
 
-from kdtune.config.check import MismatchError, conform, resolve
+from kdtune.config.check import MismatchError, coerce, resolve
 from kdtune.config.check import describe as type_text
 from kdtune.config.component import parameters_of, returned_class
 from kdtune.errors import ConfigError
@@ -135,7 +135,7 @@ def _default_text(parameter: inspect.Parameter) -> str:
 
 def _takes_null(annotation: Any) -> bool:
     try:
-        conform(None, annotation)
+        coerce(None, annotation)
     except MismatchError:
         return False
     return True

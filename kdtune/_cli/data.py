@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from kdtune.data import dataset_nodes
     from kdtune.training import load_tokenizer
 
-    cfg = load(arguments.config, arguments.overrides, recipe.frame)
+    cfg = load(arguments.config, arguments.overrides, recipe.schema)
     nodes = dict(dataset_nodes(cfg))
     keys = [key.partition(".")[0] for key in nodes]
     if not nodes:

@@ -50,7 +50,7 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
     parsed = parse_args(torchrun_arguments(options, recipe, rest))
     # Once here, not in every process.
     check_partner(recipe.path, arguments.config)
-    added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).frame, _RESUME))
+    added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).schema, _RESUME))
     with _at_level(logging.ERROR, "kdtune"):  # the first process gives the warnings
         cfg = validate(recipe, arguments.config, [*overrides, *added])
         check_first_process(cfg, arguments.config, parsed)

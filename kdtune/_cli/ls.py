@@ -82,7 +82,7 @@ def _rows(left: str, right: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 def describe(recipe: _assets.Recipe) -> str:
     """Describe a recipe: summary, aliases, configs, and its keys with type, default and meaning."""
-    from kdtune.config.frame import field_docs
+    from kdtune.config.schema import field_docs
 
     names = (recipe.name, *recipe.aliases)
     partners = [config.name for config in _assets.configs() if config.recipe in names]

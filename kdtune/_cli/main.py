@@ -77,6 +77,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown and not hasattr(arguments, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if unknown:
-        # Overrides after an option, which argparse does not collect, and --key=value, which the config gates explain.
+        # Overrides after an option, which argparse does not collect, and --key=value, which the config's validation stages explain.
         arguments.overrides += unknown
     return arguments

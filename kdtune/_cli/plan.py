@@ -33,7 +33,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from kdtune.planner import estimate_text
     from kdtune.training import context_note
 
-    cfg = load(arguments.config, arguments.overrides, recipe.frame)
+    cfg = load(arguments.config, arguments.overrides, recipe.schema)
     print(estimate_text(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
     if note := context_note(cfg):
         print(f"note: {note}")

@@ -63,5 +63,5 @@ def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
     """
     from kdtune.config import load
 
-    cfg: Any = load(source, overrides, import_recipe(recipe).frame)
+    cfg: Any = load(source, overrides, import_recipe(recipe).schema)
     return cfg

@@ -11,7 +11,7 @@ import torch
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized, readers
 from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
-from kdtune.checkpoint.tensors import StoredModel, check_tensors, fill_model
+from kdtune.checkpoint.tensors import LazyModel, check_tensors, fill_model
 from kdtune.distributed import is_sharded
 from kdtune.errors import CheckpointError
 from kdtune.models import Family, Transformer, TransformerConfig, family_of
@@ -220,7 +220,7 @@ class Checkpointer:
                 "teacher_parallelism.dp_replicate=-1), a student is trained from unquantized weights"
             )
 
-    def _read(self, family: Family | None) -> StoredModel:
+    def _read(self, family: Family | None) -> LazyModel:
         """Read the checkpoint's description and check it against the tensor headers."""
         files = self.files()
         stored = _READERS[_format(files[0])](files, family)

@@ -10,7 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from torch import Tensor
 
-from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.checkpoint.tensors import LazyTensor
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import GGUFHeader, GGUFTensor
 
@@ -28,7 +28,7 @@ def gguf_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.gguf"))
 
 
-def stored_tensors(file: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
+def stored_tensors(file: Path, header: GGUFHeader) -> dict[str, LazyTensor]:
     """Return the file's tensors by their GGUF names, unread. Quantized ones read as float32.
 
     Raises:
@@ -52,7 +52,7 @@ def stored_tensors(file: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
                 f"{file}: not a whole GGUF file: tensor {name!r}: {error}; it is cut off or corrupt: download it again"
             ) from error
         dtype = _DTYPES.get(kind, torch.float32)
-        found[name] = StoredTensor(file, name, tensor.shape, dtype, partial(_pieces, file, name, tensor, dtype))
+        found[name] = LazyTensor(file, name, tensor.shape, dtype, partial(_pieces, file, name, tensor, dtype))
     return found
 
 

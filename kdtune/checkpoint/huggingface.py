@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.checkpoint.tensors import LazyTensor
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 
@@ -69,7 +69,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -> dict[str, StoredTensor]:
+def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -> dict[str, LazyTensor]:
     """Return the tensors of safetensors files by the names in the files, unread.
 
     If an index is given, the files must hold exactly the tensors that it lists.
@@ -77,7 +77,7 @@ def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -
     Raises:
         CheckpointError: a file is missing, cut off or corrupt; two hold the same tensor; index and files disagree.
     """
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, LazyTensor] = {}
     for file in files:
         for stored in _header(file):
             if stored.name in found:
@@ -91,7 +91,7 @@ def stored_tensors(files: Sequence[Path], index: dict[str, str] | None = None) -
     return found
 
 
-def _check_index(found: dict[str, StoredTensor], index: dict[str, str], folder: Path) -> None:
+def _check_index(found: dict[str, LazyTensor], index: dict[str, str], folder: Path) -> None:
     for name, file in index.items():
         if name not in found or found[name].file.name != file:
             place = f"it lies in {found[name].file.name}" if name in found else "no file holds it"
@@ -105,7 +105,7 @@ def _check_index(found: dict[str, StoredTensor], index: dict[str, str], folder: 
         )
 
 
-def _header(file: Path) -> list[StoredTensor]:
+def _header(file: Path) -> list[LazyTensor]:
     with open_safetensors(file) as handle:
         stored = []
         for name in handle.keys():  # noqa: SIM118 (not a dict)
@@ -117,7 +117,7 @@ def _header(file: Path) -> list[StoredTensor]:
                 )
             shape = tuple(view.get_shape())
             read, part = partial(_read, file, name), partial(_read_part, file, name)
-            stored.append(StoredTensor(file, name, shape, _DTYPES[code], read, part))
+            stored.append(LazyTensor(file, name, shape, _DTYPES[code], read, part))
     return stored
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
 from kdtune.checkpoint.atomic import atomic_folder, clean_leftovers, remove_folder
-from kdtune.checkpoint.save import SavesItself, adapter_writer, model_writer
+from kdtune.checkpoint.save import SupportsSave, adapter_writer, model_writer
 from kdtune.distributed import background_group, is_rank_zero, raise_on_all_ranks, reshard
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
@@ -124,7 +124,7 @@ class CheckpointManager:
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,
-        tokenizer: SavesItself | None = None,
+        tokenizer: SupportsSave | None = None,
         is_chat: bool = False,
     ) -> Path:
         """Write `step_N`, model and state in one atomic folder, delete the surplus ones, and return the folder.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.checkpoint.tensors import LazyTensor
 from kdtune.errors import CheckpointError
 
 PARAMS = "params.json"
@@ -31,7 +31,7 @@ def load_parts(files: Sequence[Path]) -> list[dict[str, Tensor]]:
 
 def stored_tensors(
     files: Sequence[Path], parts: Sequence[dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, StoredTensor]:
+) -> dict[str, LazyTensor]:
     """Return the tensors of one model by Meta's names, unread.
 
     Several files are the shards of a model-parallel run: each tensor is concatenated along the one dimension in which
@@ -54,7 +54,7 @@ def stored_tensors(
         if dim is not None:
             shape[dim] *= len(parts)
         whole_in = files[:1] if dim is None else files
-        found[name] = StoredTensor(files[0], name, tuple(shape), first.dtype, partial(_pieces, whole_in, name, dim))
+        found[name] = LazyTensor(files[0], name, tuple(shape), first.dtype, partial(_pieces, whole_in, name, dim))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.peft_config import check_config, is_target, value_for
-from kdtune.checkpoint.tensors import StoredTensor
+from kdtune.checkpoint.tensors import LazyTensor
 from kdtune.distributed import full_tensor, is_sharded, local_slices, to_local
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
@@ -36,15 +36,15 @@ class StoredAdapter:
     """An adapter stored in files, unread."""
 
     folder: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, LazyTensor]
     """By the names of the parameters in a model with adapters, such as "layers.0.attn.q_proj.lora_a.weight"."""
     scaling: Mapping[str, float]
     """Scaling of each adapted module's update, by module name; its keys are the adapted modules, in order."""
     use_dora: bool
-    base_copies: Mapping[str, StoredTensor]
+    base_copies: Mapping[str, LazyTensor]
     """Weights of the base that are stored beside the adapter, by the model's names."""
 
-    def named(self, module: str) -> dict[str, StoredTensor]:
+    def named(self, module: str) -> dict[str, LazyTensor]:
         """Return the tensors of one adapted module, as "lora_a.weight", "lora_b.weight" and "magnitude"."""
         return {part: self.tensors[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in self.tensors}
 
@@ -66,8 +66,8 @@ def read_adapter(folder: str | Path, family: Family) -> StoredAdapter:
     _check_folder(path)
     config = read_json(path / CONFIG)
     check_config(path / CONFIG, config)
-    tensors: dict[str, StoredTensor] = {}
-    copies: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
+    copies: dict[str, LazyTensor] = {}
     for name, stored in stored_tensors([path / WEIGHTS]).items():
         weight = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if family.hf_keys.knows(weight) and family.hf_keys.to_kdtune(weight) in _BASE_COPIES:
@@ -93,7 +93,7 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(what)
 
 
-def _our_name(name: str, stored: StoredTensor, family: Family) -> str:
+def _our_name(name: str, stored: LazyTensor, family: Family) -> str:
     theirs = name.removeprefix(_PREFIX)
     for part, ours in _OURS.items():
         if name.startswith(_PREFIX) and theirs.endswith(f".{part}"):
@@ -107,7 +107,7 @@ def _our_name(name: str, stored: StoredTensor, family: Family) -> str:
 
 
 def _check_module(
-    module: str, family: Family, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path
+    module: str, family: Family, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], path: Path
 ) -> float:
     """Check that a module's tensors agree with the config and with each other, and return its scaling."""
     theirs = _hf_module(module, family)

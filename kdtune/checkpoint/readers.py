@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kdtune.checkpoint import gguf, huggingface, meta
-from kdtune.checkpoint.tensors import StoredModel, StoredTensor, check_num_layers
+from kdtune.checkpoint.tensors import LazyModel, LazyTensor, check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import read_gguf as read_gguf_header
 from kdtune.json_files import read_json
@@ -35,7 +35,7 @@ def hf_config(folder: Path, named: Family | None = None) -> TransformerConfig:
         return read_hf_config(document, named)
 
 
-def read_huggingface(files: list[Path], named: Family | None) -> StoredModel:
+def read_huggingface(files: list[Path], named: Family | None) -> LazyModel:
     """Describe the model in safetensors files and the config.json beside them."""
     folder = files[0].parent
     config = hf_config(folder, named)
@@ -47,10 +47,10 @@ def read_huggingface(files: list[Path], named: Family | None) -> StoredModel:
     prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
     renamed = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in tensors.items()}
     keys = family_of(config).hf_keys
-    return StoredModel(config, _by_our_names(renamed, keys), lambda name: keys.from_kdtune(name).removeprefix(prefix))
+    return LazyModel(config, _by_our_names(renamed, keys), lambda name: keys.from_kdtune(name).removeprefix(prefix))
 
 
-def read_meta(files: list[Path], named: Family | None) -> StoredModel:
+def read_meta(files: list[Path], named: Family | None) -> LazyModel:
     """Describe the model in Meta's consolidated.NN.pth files and the params.json beside them."""
     path = files[0].parent / meta.PARAMS
     params = read_json(path)
@@ -68,7 +68,7 @@ def read_meta(files: list[Path], named: Family | None) -> StoredModel:
     return _stored_model(config, meta.stored_tensors(files, parts, shapes), keys)
 
 
-def read_gguf(files: list[Path], named: Family | None) -> StoredModel:
+def read_gguf(files: list[Path], named: Family | None) -> LazyModel:
     """Describe the model in a GGUF file."""
     file = files[0]
     header = read_gguf_header(file)
@@ -98,12 +98,12 @@ def _in_file(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {str(error).removeprefix(path.name + ': ')}") from error
 
 
-def _stored_model(config: TransformerConfig, stored: dict[str, StoredTensor], keys: KeyMap) -> StoredModel:
+def _stored_model(config: TransformerConfig, stored: dict[str, LazyTensor], keys: KeyMap) -> LazyModel:
     tensors = _by_our_names(stored, keys)
-    return StoredModel(config, _unpermuted(tensors, config) if keys.is_interleaved else tensors, keys.from_kdtune)
+    return LazyModel(config, _unpermuted(tensors, config) if keys.is_interleaved else tensors, keys.from_kdtune)
 
 
-def _by_our_names(tensors: dict[str, StoredTensor], names: KeyMap) -> dict[str, StoredTensor]:
+def _by_our_names(tensors: dict[str, LazyTensor], names: KeyMap) -> dict[str, LazyTensor]:
     renamed = {}
     for name, stored in tensors.items():
         if names.is_derived(name):
@@ -113,7 +113,7 @@ def _by_our_names(tensors: dict[str, StoredTensor], names: KeyMap) -> dict[str, 
     return renamed
 
 
-def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> dict[str, StoredTensor]:
+def _unpermuted(tensors: dict[str, LazyTensor], config: TransformerConfig) -> dict[str, LazyTensor]:
     """Return the tensors with q and k in our row order, from the order that interleaves the halves of each rotary pair."""
     result = {}
     for name, stored in tensors.items():
@@ -124,5 +124,5 @@ def _unpermuted(tensors: dict[str, StoredTensor], config: TransformerConfig) -> 
     return result
 
 
-def _unpermuted_pieces(stored: StoredTensor, num_heads: int) -> Iterator[Tensor]:
+def _unpermuted_pieces(stored: LazyTensor, num_heads: int) -> Iterator[Tensor]:
     yield unpermute(stored.read(), num_heads)

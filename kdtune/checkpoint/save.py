@@ -31,7 +31,7 @@ SaveWeights = Literal["both", "merged", "adapter"]
 ADAPTER = "adapter"
 
 
-class SavesItself(Protocol):
+class SupportsSave(Protocol):
     """The tokenizer's methods that are used here."""
 
     bos_id: int | None
@@ -53,7 +53,7 @@ def save_model(
     folder: str | Path,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     max_shard_bytes: int = 5 * 2**30,
     save_weights: SaveWeights = "merged",
     is_chat: bool = False,
@@ -110,7 +110,7 @@ def write_model(
     folder: Path,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     max_shard_bytes: int = 5 * 2**30,
     is_chat: bool = False,
 ) -> None:
@@ -137,7 +137,7 @@ def model_writer(
     model: Transformer,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     max_shard_bytes: int = 5 * 2**30,
     is_chat: bool = False,
     staged: bool = False,
@@ -174,7 +174,7 @@ def write_description(
     folder: Path,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything of `write_model` except the weights. `quantization` becomes the config's `quantization_config`."""
@@ -185,7 +185,7 @@ def _description(
     model: Transformer,
     *,
     base: str | Path | None,
-    tokenizer: SavesItself | None,
+    tokenizer: SupportsSave | None,
     is_chat: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[Path], None]:
@@ -208,7 +208,7 @@ def write_adapter(
     folder: Path,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     is_chat: bool = False,
 ) -> None:
     """Write the adapters as a PEFT folder, with generation config, tokenizer and licence files, into an existing folder.
@@ -231,7 +231,7 @@ def adapter_writer(
     model: Transformer,
     *,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
     is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
@@ -258,7 +258,7 @@ def adapter_writer(
     return write
 
 
-def _write_companions(folder: Path, base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> None:
+def _write_companions(folder: Path, base: Path | None, tokenizer: SupportsSave | None, is_chat: bool) -> None:
     for file in _licence_files(base):
         shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
@@ -280,7 +280,7 @@ def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) ->
     return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
 
 
-def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:
+def _hf_config(model: Transformer, base: Path | None, tokenizer: SupportsSave | None, is_chat: bool) -> dict[str, Any]:
     dtype = str(model.dtype).removeprefix("torch.")
     of_base = read_json(base / CONFIG) if base is not None and (base / CONFIG).is_file() else None
     if tokenizer is not None:
@@ -291,7 +291,7 @@ def _hf_config(model: Transformer, base: Path | None, tokenizer: SavesItself | N
     return write_hf_config(merged_config(model), base=of_base, dtype=dtype)
 
 
-def _generation_config(base: Path | None, tokenizer: SavesItself | None, is_chat: bool) -> dict[str, Any]:
+def _generation_config(base: Path | None, tokenizer: SupportsSave | None, is_chat: bool) -> dict[str, Any]:
     if base is not None and (base / GENERATION_CONFIG).is_file():
         kept = read_json(base / GENERATION_CONFIG)
         kept.pop("transformers_version", None)
@@ -299,7 +299,7 @@ def _generation_config(base: Path | None, tokenizer: SavesItself | None, is_chat
     return {"_from_model_config": False} | (_special_ids(tokenizer) if tokenizer is not None else {})
 
 
-def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None) -> dict[str, Any]:
+def _special_ids(tokenizer: SupportsSave, stop_ids: Collection[int] | None = None) -> dict[str, Any]:
     # The tokenizer's own eos comes first: readers that want a single one take the first.
     found = sorted(tokenizer.stop_ids if stop_ids is None else stop_ids, key=lambda i: (i != tokenizer.eos_id, i))
     return {
@@ -309,7 +309,7 @@ def _special_ids(tokenizer: SavesItself, stop_ids: Collection[int] | None = None
     }
 
 
-def _with_trained_ids(document: dict[str, Any], tokenizer: SavesItself, is_chat: bool) -> dict[str, Any]:
+def _with_trained_ids(document: dict[str, Any], tokenizer: SupportsSave, is_chat: bool) -> dict[str, Any]:
     """Return the base's document with the tokenizer's special ids if its own differ from what was trained.
 
     A document with the tokenizer's bos that already stops at the ids that end trained sequences is unchanged. Otherwise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdtune.checkpoint.atomic import writing
 from kdtune.checkpoint.quantized import NF4, QUANT_METHOD, WEIGHTS, dtype_name, name_prefix
-from kdtune.checkpoint.save import SavesItself, write_description
+from kdtune.checkpoint.save import SupportsSave, write_description
 from kdtune.models import Transformer, family_of
 from kdtune.models.nf4 import is_nf4, nf4_parts, quiet_torchao
 from kdtune.models.quantization import is_quantized
@@ -21,7 +21,7 @@ def write_quantized(
     scheme: str,
     group_size: int | None = None,
     base: str | Path | None = None,
-    tokenizer: SavesItself | None = None,
+    tokenizer: SupportsSave | None = None,
 ) -> None:
     """Write a quantized model into an existing folder, with its config, tokenizer and licence, as `write_model` does.
 

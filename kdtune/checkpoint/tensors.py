@@ -19,7 +19,7 @@ _TIED = ("tok_embeddings.weight", "output.weight")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class LazyTensor:
     """One tensor of a checkpoint file, unread."""
 
     file: Path
@@ -57,17 +57,17 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class StoredModel:
+class LazyModel:
     """A model stored in files, unread."""
 
     config: TransformerConfig
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, LazyTensor]
     """Tensors by kdtune's names, rows in kdtune's order."""
     name_in_file: Callable[[str], str]
     """Maps one of kdtune's names to the name in the files."""
 
 
-def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype in which most weights are stored, counted in elements."""
     counts: Counter[torch.dtype] = Counter()
     for stored in tensors.values():
@@ -78,7 +78,7 @@ def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def fill_model(
-    model: Transformer, stored: StoredModel, *, dtype: torch.dtype | None, device: torch.device | str
+    model: Transformer, stored: LazyModel, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> Transformer:
     """Fill `model` (allocated here if it is on the meta device) in place on `device` in `dtype` and return it.
 
@@ -138,7 +138,7 @@ def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | 
         )
 
 
-def check_tensors(config: TransformerConfig, stored: StoredModel) -> None:
+def check_tensors(config: TransformerConfig, stored: LazyModel) -> None:
     """Check names, shapes and dtypes of all tensors against the model of the config, without reading or building anything.
 
     Raises:
@@ -195,7 +195,7 @@ def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
         to_local(linear.magnitude).copy_(norms if is_cut else norms[local_slices(linear.magnitude)])
 
 
-def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+def _check_tied(embedding: LazyTensor, head: LazyTensor) -> None:
     if not torch.equal(embedding.read(), head.read()):
         raise CheckpointError(
             f"{head}: differs from the embedding {embedding.name!r}, but the config says that the two are one "

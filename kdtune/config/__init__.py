@@ -2,9 +2,9 @@
 
 from kdtune.config.check import MISSING, is_component, resolve
 from kdtune.config.component import bind, component, factory, instantiate, key
-from kdtune.config.frame import KeyDoc, field_docs
 from kdtune.config.load import as_values, check_machine, load, to_yaml
 from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
+from kdtune.config.schema import KeyDoc, field_docs
 from kdtune.errors import ConfigError
 from kdtune.paths import PathText
 

@@ -34,7 +34,7 @@ def is_component(value: Any) -> bool:
     return isinstance(value, dict) and COMPONENT in value
 
 
-def conform(value: Any, annotation: Any) -> Any:
+def coerce(value: Any, annotation: Any) -> Any:
     """Convert the value to its annotation: an int to a float, a string to a Path, a list to a tuple or set.
 
     In a string that is a path (PathText, or beside Path in a union), a leading `~` becomes the home folder. Where an object of
@@ -49,9 +49,9 @@ def conform(value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and is_path(annotation):
         value = _expanded(value)
     if origin is Annotated:
-        return conform(value, get_args(annotation)[0])
+        return coerce(value, get_args(annotation)[0])
     if isinstance(annotation, NewType):
-        return conform(value, annotation.__supertype__)
+        return coerce(value, annotation.__supertype__)
     if origin in (Union, types.UnionType):
         return _conform_union(value, annotation)
     if origin is Literal:
@@ -164,7 +164,7 @@ def _conform_union(value: Any, annotation: Any) -> Any:
     unknown: UnknownNameError | None = None
     for member in get_args(annotation):
         try:
-            result = conform(value, member)
+            result = coerce(value, member)
         except UnknownNameError as error:
             unknown = error
             continue
@@ -182,7 +182,7 @@ def _item(value: Any, position: int | str, annotation: tuple[Any, ...]) -> Any:
     if not annotation:
         return value
     try:
-        return conform(value, annotation[0])
+        return coerce(value, annotation[0])
     except MismatchError as error:
         raise MismatchError(f"item {position}: {error}") from None
 

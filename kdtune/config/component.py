@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MISSING, MismatchError, conform, is_component, resolve, shown
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, coerce, is_component, resolve, shown
 from kdtune.config.torchtune_keys import key_hint
 from kdtune.errors import ConfigError
 
@@ -179,7 +179,7 @@ def _type_problem(value: Any, parameter: inspect.Parameter, key: str) -> list[st
     if value == MISSING:
         return [f"{key}: has no value ({MISSING}); set it"]
     try:
-        conform(value, parameter.annotation)
+        coerce(value, parameter.annotation)
     except MismatchError as error:
         return [f"{key}: {error}"]
     return []
@@ -273,7 +273,7 @@ def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], i
     for name, value in node.items():
         if name != COMPONENT:
             annotation = parameters[name].annotation if name in parameters else Any
-            arguments[name] = _build(conform(value, annotation), {}, {}, offered)
+            arguments[name] = _build(coerce(value, annotation), {}, {}, offered)
     for name, parameter in parameters.items():
         if name not in arguments and parameter.kind in _NAMED:
             if name in optional:

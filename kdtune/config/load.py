@@ -14,18 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kdtune._assets import find_config
 from kdtune.config.check import MISSING, is_component
-from kdtune.config.frame import (
+from kdtune.config.overrides import apply_overrides
+from kdtune.config.schema import (
     KeyDoc,
     check_components,
-    check_frame,
+    check_schema,
     declared_type,
     expand_paths,
-    frame_defaults,
-    frame_fields,
     is_component_field,
     plain,
+    schema_defaults,
+    schema_fields,
 )
-from kdtune.config.overrides import apply_overrides
 from kdtune.config.yaml_text import AmbiguousValueError, parse_yaml
 from kdtune.errors import ConfigError
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 RECIPE_KEY = "recipe"
 
 
-def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
+def load(source: str | Path, overrides: list[str], schema: type[T]) -> T:
     """Fill the schema from a config (a shipped one's name, or a path) and overrides; component nodes stay plain data.
 
     A schema may have a class method `inherited(given)`: it derives values for keys that the config omits from those that it
@@ -47,9 +47,9 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
     """
     config = find_config(source)
     given = read_yaml(config.path)
-    given.pop(RECIPE_KEY, None) if RECIPE_KEY not in frame_fields(frame) else None
-    defaults = frame_defaults(frame)
-    component_keys = {name for name, field in frame_fields(frame).items() if is_component_field(field)}
+    given.pop(RECIPE_KEY, None) if RECIPE_KEY not in schema_fields(schema) else None
+    defaults = schema_defaults(schema)
+    component_keys = {name for name, field in schema_fields(schema).items() if is_component_field(field)}
     # What an argument is, text or a number, its component says, which another override may name.
     draft: dict[str, Any] = {}
 
@@ -57,26 +57,26 @@ def load(source: str | Path, overrides: list[str], frame: type[T]) -> T:
         tree = {key: _with_default_component(value, defaults.get(key)) for key, value in tree.items()}
         return apply_overrides(
             tree, overrides, defaults=defaults, component_keys=component_keys, parse_value=parse_value,
-            declared=lambda parts: declared_type(parts, {**defaults, **draft}, frame),
+            declared=lambda parts: declared_type(parts, {**defaults, **draft}, schema),
         )  # fmt: skip
 
     draft, _ = apply(given)
-    if inherited := getattr(frame, "inherited", None):
-        resolved, _ = resolve_interpolations(expand_paths({**defaults, **draft}, frame))
+    if inherited := getattr(schema, "inherited", None):
+        resolved, _ = resolve_interpolations(expand_paths({**defaults, **draft}, schema))
         given = inherited({key: value for key, value in resolved.items() if key in draft}) | given
         draft, _ = apply(given)
     given, problems = apply(given)
     raise_problems(str(source), problems)
 
-    tree, problems = resolve_interpolations(expand_paths({**defaults, **given}, frame))
-    values, frame_problems = check_frame(tree, frame)
+    tree, problems = resolve_interpolations(expand_paths({**defaults, **given}, schema))
+    values, schema_problems = check_schema(tree, schema)
     # A key whose interpolation failed is already an error; its absence from the tree is not a second one.
     failed = {problem.partition(":")[0].partition(".")[0] for problem in problems}
-    problems += [problem for problem in frame_problems if problem.partition(":")[0] not in failed]
-    problems += check_components(values, frame)
+    problems += [problem for problem in schema_problems if problem.partition(":")[0] not in failed]
+    problems += check_components(values, schema)
     raise_problems(str(source), problems)
 
-    cfg = frame(**values)
+    cfg = schema(**values)
     own_problems = getattr(cfg, "problems", None)
     if own_problems is not None:
         raise_problems(str(source), list(own_problems()))
@@ -270,9 +270,9 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 def as_values(cfg: Any) -> dict[str, Any]:
     """Return a config instance as its keys and values."""
-    return {name: getattr(cfg, name) for name in frame_fields(type(cfg))}
+    return {name: getattr(cfg, name) for name in schema_fields(type(cfg))}
 
 
-def is_frame(frame: Any) -> bool:
+def is_schema(schema: Any) -> bool:
     """Return whether an object can serve as a config schema: a dataclass type."""
-    return isinstance(frame, type) and dataclasses.is_dataclass(frame)
+    return isinstance(schema, type) and dataclasses.is_dataclass(schema)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MismatchError, conform, is_component, is_text, shown
+from kdtune.config.check import COMPONENT, MismatchError, coerce, is_component, is_text, shown
 from kdtune.config.yaml_text import AmbiguousValueError
 from kdtune.errors import ConfigError
 
@@ -122,7 +122,7 @@ def is_broken_interpolation(text: str, parse_value: Callable[[str], Any]) -> boo
 def _is_allowed(value: Any, annotation: Any) -> bool:
     """Return whether a value that is not a string fits the annotation."""
     try:
-        conform(value, annotation)
+        coerce(value, annotation)
     except MismatchError:
         return False
     return not isinstance(value, str)

@@ -18,9 +18,9 @@ from typing import Any, Protocol, TypeVar, cast
 
 import kdtune
 from kdtune import _assets
-from kdtune.config.frame import KeyDoc
-from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_frame, load, to_yaml
+from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_schema, load, to_yaml
 from kdtune.config.overrides import held_out_note
+from kdtune.config.schema import KeyDoc
 from kdtune.errors import ConfigError, KDTuneError, exit_on_error
 from kdtune.log import get_logger, outlive_readers
 
@@ -42,7 +42,7 @@ class Origin:
 class EntryPoint(Protocol):
     """A recipe's main as `entry_point` wraps it: takes the command line, returns nothing, exits the process on an error."""
 
-    frame: type[Any]
+    schema: type[Any]
     function: Callable[[Any], Any]
     default_config: str | None
 
@@ -53,25 +53,25 @@ class EntryPoint(Protocol):
         """Run the recipe on these command-line arguments (None: the process's own)."""
 
 
-def entry_point(frame: type[T], *, default_config: str | None = None) -> Callable[[Callable[[T], Any]], EntryPoint]:
+def entry_point(schema: type[T], *, default_config: str | None = None) -> Callable[[Callable[[T], Any]], EntryPoint]:
     """Decorate a recipe's `main(cfg)`: it becomes `main(argv=None)` with `--config NAME|PATH [key=value|~key]...`.
 
     `default_config` is used if the command line omits --config; None: --config is required.
 
     All five validation stages pass before the function receives the config. A KDTuneError is printed without a traceback and ends the
     process with its exit code (2: the user can fix it, 1: the run failed); any other exception ends it with its
-    traceback and 1. The result keeps `.frame`, `.default_config`, and its two halves: `.read(argv)` returns the config and
+    traceback and 1. The result keeps `.schema`, `.default_config`, and its two halves: `.read(argv)` returns the config and
     `.function(cfg)` is the function itself; both raise instead of exiting.
     """
-    if not is_frame(frame):
-        raise TypeError(f"entry_point({frame!r}): must be a dataclass")
+    if not is_schema(schema):
+        raise TypeError(f"entry_point({schema!r}): must be a dataclass")
 
     def decorate(function: Callable[[T], Any]) -> EntryPoint:
         def read(argv: list[str] | None = None) -> T:
             path = Path(inspect.getfile(function))
             arguments, overrides = parse_arguments(argv, _summary(function), path.stem, default_config)
             prepare_imports(path)
-            return _checked_config(frame, path, arguments.config, overrides)
+            return _checked_config(schema, path, arguments.config, overrides)
 
         @functools.wraps(function)
         def main(argv: list[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def entry_point(frame: type[T], *, default_config: str | None = None) -> Callabl
                 function(read(argv))
 
         wrapped = cast(Any, main)
-        wrapped.frame, wrapped.function, wrapped.read, wrapped.default_config = frame, function, read, default_config
+        wrapped.schema, wrapped.function, wrapped.read, wrapped.default_config = schema, function, read, default_config
         # functools.wraps would otherwise show the undecorated signature.
         del wrapped.__wrapped__
         return cast(EntryPoint, wrapped)
@@ -149,17 +149,17 @@ def import_recipe(recipe: _assets.Recipe) -> EntryPoint:
             raise
         raise ConfigError(f"{recipe.path}: needs the module {error.name!r}, which is not installed") from error
     main = getattr(module, "main", None)
-    if not hasattr(main, "frame"):
+    if not hasattr(main, "schema"):
         raise ConfigError(f"{recipe.path}: has no main decorated with kdtune.config.entry_point(Config)")
     return cast(EntryPoint, main)
 
 
-def _checked_config(frame: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
+def _checked_config(schema: type[T], recipe: Path, source: str, overrides: list[str]) -> T:
     """Return the config after all five validation stages; the first process of each host prints what they find."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         check_partner(recipe, source)
-        cfg = load(source, overrides, frame)
+        cfg = load(source, overrides, schema)
         if is_first and (note := held_out_note(cfg, overrides)):
             _log.warning(note)
         check_machine(cfg, source)

@@ -6,10 +6,10 @@ from .alpaca import (
 )
 from .batch import Batch, collate
 from .chat import chat_dataset, instruct_dataset
-from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions, conversation_dataset
-from .dataset import Dataset, MapDataset, Report, StreamDataset, TokenizedDataset
+from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions
+from .dataset import Dataset, DatasetStats, MapDataset, StreamDataset, TokenizedDataset
 from .first_row import dataset_nodes, first_row_problems, read_problems
-from .loader import Loader, Position, batches
+from .loader import Loader, LoaderState, batches
 from .messages import Conversation, Message, parse_conversation
 from .mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
 from .rows import RowStream
@@ -23,15 +23,15 @@ __all__ = [
     "ConversationEncoder",
     "ConversationOptions",
     "Dataset",
+    "DatasetStats",
     "EncodedRow",
     "Example",
     "Loader",
+    "LoaderState",
     "MapDataset",
     "Message",
     "MixedDataset",
     "MixedStream",
-    "Position",
-    "Report",
     "RowStream",
     "Source",
     "StreamDataset",
@@ -43,7 +43,6 @@ __all__ = [
     "batches",
     "chat_dataset",
     "collate",
-    "conversation_dataset",
     "dataset_nodes",
     "first_row_problems",
     "instruct_dataset",

@@ -21,7 +21,7 @@ _FINGERPRINT_EXAMPLES = 64
 
 
 @dataclass
-class Report:
+class DatasetStats:
     """Counts of a source's rows: how many are used, and why the others are not."""
 
     source: str
@@ -62,9 +62,9 @@ class Report:
         return found
 
 
-def total_report(reports: Iterable[Report], source: str) -> Report:
+def total_report(reports: Iterable[DatasetStats], source: str) -> DatasetStats:
     """Sum several reports under one name."""
-    total = Report(source)
+    total = DatasetStats(source)
     for report in reports:
         for name in ("rows", "filtered", "truncated", "untrainable", "too_long", "remarks", "unread"):
             setattr(total, name, getattr(total, name) + getattr(report, name))
@@ -79,7 +79,7 @@ def random_state(*key: int) -> np.random.Generator:
 class Dataset(ABC):
     """Examples to iterate epoch by epoch, in an order that depends only on (seed, epoch)."""
 
-    report: Report
+    report: DatasetStats
     is_chat: bool = False
     """True if examples are conversations in the tokenizer's chat template. What a recipe saves then carries the template and
     stops after an answer. A class of your own whose examples are conversations sets it to True."""
@@ -143,7 +143,7 @@ class TokenizedDataset(MapDataset):
     come from. is_chat: see `Dataset`.
     """
 
-    def __init__(self, encoded: Iterable[Encoded], report: Report, *, is_chat: bool = False) -> None:
+    def __init__(self, encoded: Iterable[Encoded], report: DatasetStats, *, is_chat: bool = False) -> None:
         ids, trained, ends = array("i"), bytearray(), array("q", [0])
         for example_ids, example_trained in encoded:
             ids.extend(example_ids)
@@ -191,6 +191,6 @@ def _hash_of_arrays(arrays: Iterable[npt.NDArray[Any]]) -> str:
     return found.hexdigest()[:16]
 
 
-def report_copy(report: Report) -> Report:
+def report_copy(report: DatasetStats) -> DatasetStats:
     """Return a copy of the report in its current state."""
     return replace(report, remarks=report.remarks.copy(), unread=report.unread.copy())

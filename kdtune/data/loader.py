@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from kdtune.data.batch import Batch, collate
-from kdtune.data.dataset import Dataset, MapDataset, Report, StreamDataset, report_copy
+from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, StreamDataset, report_copy
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError, DataError
 
 T = TypeVar("T")
-Position: TypeAlias = tuple[int, int]
+LoaderState: TypeAlias = tuple[int, int]
 """(epoch, batch of that epoch), both from 0: the next batch to be returned."""
 
 
@@ -64,7 +64,7 @@ class Loader:
         self.report = dataset.report
         self._settings = _Settings(batch_size, pad_id, shuffle, seed, rank, num_ranks)
         self._num_workers = num_workers
-        self._position: Position = (0, 0)
+        self._position: LoaderState = (0, 0)
         self._ahead: Iterator[Any] | None = None
         if self.batches_per_epoch == 0:
             raise DataError(
@@ -73,7 +73,7 @@ class Loader:
             )
 
     @property
-    def position(self) -> Position:
+    def position(self) -> LoaderState:
         """The next batch to be returned: (epoch, batch of that epoch), from (0, 0)."""
         return self._position
 
@@ -179,7 +179,7 @@ class _Numbered(TorchDataset[Example]):
 class _IndexBatches:
     """Yield the indices of each batch from a position on, endlessly."""
 
-    def __init__(self, dataset: MapDataset, settings: _Settings, start: Position) -> None:
+    def __init__(self, dataset: MapDataset, settings: _Settings, start: LoaderState) -> None:
         self._dataset = dataset
         self._settings = settings
         self._start = start
@@ -199,8 +199,8 @@ class _IndexBatches:
 @dataclass(frozen=True)
 class _StreamItem:
     batch: Batch
-    next_position: Position
-    report: Report
+    next_position: LoaderState
+    report: DatasetStats
 
 
 class _StreamBatches(IterableDataset[Any]):
@@ -209,7 +209,7 @@ class _StreamBatches(IterableDataset[Any]):
     An error is yielded as an item, so that it keeps its own message when it comes from a worker process.
     """
 
-    def __init__(self, dataset: Dataset, settings: _Settings, start: Position) -> None:
+    def __init__(self, dataset: Dataset, settings: _Settings, start: LoaderState) -> None:
         self._dataset = dataset
         self._settings = settings
         self._start = start

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kdtune.config import instantiate
-from kdtune.data.dataset import Dataset, MapDataset, Order, Report, StreamDataset, random_state, total_report
+from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, Order, StreamDataset, random_state, total_report
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError
 
@@ -173,7 +173,7 @@ class MixedStream(StreamDataset):
         self._epoch_length = epoch_length
 
     @property
-    def report(self) -> Report:  # type: ignore[override]  # computed: the datasets count while they are read
+    def report(self) -> DatasetStats:  # type: ignore[override]  # computed: the datasets count while they are read
         """The sum of the datasets' reports."""
         return _mixed_report(self._datasets)
 
@@ -221,7 +221,7 @@ def _own_seed(*key: int) -> int:
     return int(random_state(*key).integers(2**31))
 
 
-def _mixed_report(datasets: Sequence[Dataset]) -> Report:
+def _mixed_report(datasets: Sequence[Dataset]) -> DatasetStats:
     return total_report(
         [dataset.report for dataset in datasets], " + ".join(dataset.report.source for dataset in datasets)
     )

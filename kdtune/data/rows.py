@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-from kdtune.data.dataset import Dataset, Report, StreamDataset, TokenizedDataset, random_state
+from kdtune.data.dataset import Dataset, DatasetStats, StreamDataset, TokenizedDataset, random_state
 
 log = get_logger(__name__)
 
@@ -29,7 +29,7 @@ FilterFn: TypeAlias = Callable[[Row], bool]
 DEFAULT_SHUFFLE_BUFFER = 10_000
 
 
-def check_not_empty(report: Report) -> None:
+def check_not_empty(report: DatasetStats) -> None:
     """Raise a DataError that says why, if no row of a source can be trained on."""
     if report.rows == 0:
         raise DataError(empty_text(report.source))
@@ -51,7 +51,7 @@ class RowEncoder:
     suggest: Suggest | None = None
     is_chat: bool = False
 
-    def encoded(self, rows: Iterable[Row], report: Report) -> Iterator[Encoded]:
+    def encoded(self, rows: Iterable[Row], report: DatasetStats) -> Iterator[Encoded]:
         """Yield the rows that can be trained on, tokenized and truncated; the report counts every row read."""
         for row in rows:
             report.rows += 1
@@ -89,7 +89,7 @@ class RowStream(StreamDataset):
     def __init__(
         self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int
     ) -> None:
-        self.report = Report(source)
+        self.report = DatasetStats(source)
         self.is_chat = encoder.is_chat
         self._rows = rows
         self._encoder = encoder
@@ -101,7 +101,7 @@ class RowStream(StreamDataset):
         Raises:
             DataError: a row cannot be used, or the whole epoch had no example.
         """
-        report = self.report = Report(self.report.source)
+        report = self.report = DatasetStats(self.report.source)
         rows: Iterable[Row] = self._rows
         if shuffle:
             random = random_state(seed, epoch)
@@ -164,7 +164,7 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
     Raises:
         DataError: a row cannot be used, or nothing can be trained on.
     """
-    report, preview = Report(source), PREVIEW.get()
+    report, preview = DatasetStats(source), PREVIEW.get()
     if preview is not None:
         rows = islice(rows, preview.rows)
     total = len(rows) if isinstance(rows, Sized) else None
@@ -191,7 +191,7 @@ def _kept(keep: FilterFn, row: Row) -> bool:
     return bool(answer)
 
 
-def _log_report(report: Report, *, always: bool = False) -> None:
+def _log_report(report: DatasetStats, *, always: bool = False) -> None:
     """Log the report; without `always`, only if rows were dropped or truncated, or part of their content is not read."""
     if always or report.rows > report.examples or report.truncated:
         log.info("%s", report)

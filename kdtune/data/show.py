@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdtune.constants import IGNORE_INDEX
-from kdtune.data.dataset import Report
+from kdtune.data.dataset import DatasetStats
 from kdtune.data.transforms import Example
 from kdtune.escape import printable
 
@@ -53,7 +53,7 @@ def _shortened(text: str, limit: int | None) -> str:
     return f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
 
 
-def rows_table(report: Report, lengths: Sequence[int], num_trained: int, max_seq_len: int | None) -> str:
+def rows_table(report: DatasetStats, lengths: Sequence[int], num_trained: int, max_seq_len: int | None) -> str:
     """Summarize the rows: used and dropped, tokens, and trained tokens; 60 columns wide."""
     total = sum(lengths)
     lines = [("rows read", f"{report.rows:,}")]

@@ -7,9 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kdtune import _assets
-from kdtune.config.frame import frame_fields
 from kdtune.config.load import check_machine, load
 from kdtune.config.recipe import check_partner, import_recipe
+from kdtune.config.schema import schema_fields
 from kdtune.errors import KDTuneError
 from kdtune.log import bar_settings, told_once
 from kdtune.sweeps.plan import Plan, Step
@@ -18,14 +18,14 @@ RESUME_KEY = "resume_from_checkpoint"
 
 
 @cache
-def recipe_frame(recipe: str) -> type[Any]:
+def recipe_schema(recipe: str) -> type[Any]:
     """Return the config dataclass of a recipe, by its name or path."""
-    return import_recipe(_assets.find_recipe(recipe)).frame
+    return import_recipe(_assets.find_recipe(recipe)).schema
 
 
 def can_resume(step: Step) -> bool:
     """Return whether a step that was stopped half-way can be resumed; otherwise it starts again."""
-    return RESUME_KEY in frame_fields(recipe_frame(step.recipe))
+    return RESUME_KEY in schema_fields(recipe_schema(step.recipe))
 
 
 def step_overrides(step: Step) -> list[str]:
@@ -53,7 +53,7 @@ def _problems(steps: Sequence[Step], *, machine: bool) -> list[str]:
         try:
             recipe = _assets.find_recipe(step.recipe)
             check_partner(recipe.path, step.config)
-            cfg = load(step.config, step_overrides(step), recipe_frame(step.recipe))
+            cfg = load(step.config, step_overrides(step), recipe_schema(step.recipe))
             # What a recipe that cannot resume has left is removed before it starts again.
             if machine and not step.needs and (can_resume(step) or not step.folder.exists()):
                 check_machine(cfg, step.config)

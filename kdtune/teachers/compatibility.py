@@ -71,12 +71,12 @@ def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path
             )
         if len(beyond) >= len(lacking):
             raise ConfigError(
-                f"{keys}: teacher and student have the same ids for text, but the teacher has control tokens that the run's tokenizer "
+                f"{keys}: teacher and student have the same ids for text, but the teacher has special tokens that the run's tokenizer "
                 f"lacks ({_listed(beyond)}), as an instruct model and a base model of one family do; train the student in the teacher's "
                 f"format: tokenizer.path={folder}"
             )
         raise ConfigError(
-            f"{keys}: teacher and student have the same ids for text, but the run's tokenizer has control tokens that the teacher lacks "
+            f"{keys}: teacher and student have the same ids for text, but the run's tokenizer has special tokens that the teacher lacks "
             f"({_listed(lacking)}), as an instruct model and a base model of one family do: the teacher knows nothing of them; choose an "
             f"instruct teacher, or train in the teacher's format: tokenizer.path={folder}"
         )
@@ -91,7 +91,7 @@ def _check_model(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) 
     difference = tokenizers.same_ids(tokenizer, own)
     if difference and (beyond := tokenizers.lacking_control_tokens(tokenizer, own)) is not None:
         what = (
-            f"the run's tokenizer has control tokens that the model's lacks ({_listed(beyond)})"
+            f"the run's tokenizer has special tokens that the model's lacks ({_listed(beyond)})"
             if beyond
             else difference
         )

@@ -17,10 +17,17 @@ from kdtune.tokenizers.chat_format import (
     save_template,
     template_file,
 )
-from kdtune.tokenizers.chat_regions import Control, ControlFinder, answer_spans, message_span, protect, split_pieces
+from kdtune.tokenizers.chat_regions import (
+    SpecialToken,
+    SpecialTokenMatcher,
+    answer_spans,
+    message_span,
+    protect,
+    split_pieces,
+)
 from kdtune.tokenizers.messages import Messages, is_masked, left_out, message_fields
 
-# Control tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
+# Special tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 # Headers and system prompts recur in every example: ids of short texts are kept, this many of up to this length.
@@ -79,7 +86,7 @@ def check_control_tokens(tokens: Iterable[str], origin: Path | str) -> None:
     for token in tokens:
         if len(token) > _LONGEST_CONTROL_TOKEN or well_formed(token) != token:
             raise CheckpointError(
-                f"{origin}: the control token {reprlib.repr(token)} ({len(token)} characters) is none: at most "
+                f"{origin}: the special token {reprlib.repr(token)} ({len(token)} characters) is none: at most "
                 f"{_LONGEST_CONTROL_TOKEN} characters of well-formed text expected; download the tokenizer again"
             )
 
@@ -126,7 +133,7 @@ class Tokenizer(ABC):
         for template in filter(None, (self.chat_template, tool_template)):
             check_template(template, origin=self._template_file)
         self._named = {"bos_token": "", "eos_token": "", **control.named}
-        self._finder = ControlFinder(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
+        self._finder = SpecialTokenMatcher(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
         self._date: str | None = None
         self._answer_ends = self._find_answer_ends()
@@ -323,7 +330,7 @@ class Tokenizer(ABC):
         self,
         text: str,
         mark: str,
-        controls: Sequence[Control],
+        controls: Sequence[SpecialToken],
         answers: Collection[tuple[int, int]],
         chosen: Sequence[tuple[int, int]],
     ) -> tuple[list[int], list[bool]]:

@@ -24,7 +24,7 @@ Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 
 @dataclass(frozen=True)
-class Control:
+class SpecialToken:
     """A special token in a rendered text: characters [start, end) and its id."""
 
     start: int
@@ -41,7 +41,7 @@ class Piece:
     token: int | None
 
 
-class ControlFinder:
+class SpecialTokenMatcher:
     """Find and escape special-token strings. Built once per tokenizer; patterns are compiled once.
 
     `lstrip` and `rstrip` list the tokens that also absorb the whitespace before or after them (AddedToken's flags).
@@ -63,14 +63,14 @@ class ControlFinder:
         self._longest = max(map(len, ordered), default=0)
         self._single = [token for token in ordered if len(token) == 1]
 
-    def find(self, text: str) -> list[Control]:
+    def find(self, text: str) -> list[SpecialToken]:
         """Return the special tokens in a rendered text, left to right."""
         if self._match is None:
             return []
         found = []
         for match in self._match.finditer(text):
             string = match[0].strip() if self._strips and match[0] not in self.ids else match[0]
-            found.append(Control(match.start(), match.end(), self.ids[string]))
+            found.append(SpecialToken(match.start(), match.end(), self.ids[string]))
         return found
 
     def breaks(self, text: str, mark: str) -> str:
@@ -80,7 +80,7 @@ class ControlFinder:
         for token in self._single:
             if token in text:
                 raise DataError(
-                    f"a message holds {token!r}, which is a control token of one character and cannot be kept apart "
+                    f"a message holds {token!r}, which is a special token of one character and cannot be kept apart "
                     "from the template's own; take it out of the data"
                 )
         reach = range(1, min(self._longest, len(text) + 1))
@@ -89,7 +89,7 @@ class ControlFinder:
         return head + self._start.sub(rf"\1{mark}", text) + tail
 
 
-def protect(data: T, finder: ControlFinder) -> tuple[T, str]:
+def protect(data: T, finder: SpecialTokenMatcher) -> tuple[T, str]:
     """Escape special-token strings in messages, tools and the like; also return the mark ("" if nothing was escaped).
 
     Raises:
@@ -102,11 +102,11 @@ def protect(data: T, finder: ControlFinder) -> tuple[T, str]:
     if mark is None:
         raise DataError(
             "a conversation holds control-token strings and all 32 noncharacters U+FDD0..U+FDEF, of which one is "
-            "needed to keep those strings from becoming control tokens; clean the text"
+            "needed to keep those strings from becoming special tokens; clean the text"
         )
 
     def change(text: str, is_key: bool) -> str:
-        # The template asks for keys by name: those that hold no control token stay as they are.
+        # The template asks for keys by name: those that hold no special token stay as they are.
         return text if is_key and not finder.find(text) else finder.breaks(text, mark)
 
     return cast(T, map_strings(data, change)), mark
@@ -114,7 +114,7 @@ def protect(data: T, finder: ControlFinder) -> tuple[T, str]:
 
 def answer_spans(
     text: str,
-    controls: Sequence[Control],
+    controls: Sequence[SpecialToken],
     messages: Sequence[Mapping[str, Any]],
     *,
     stop_ids: Collection[int],
@@ -183,7 +183,7 @@ def message_span(text: str, messages: Sequence[Mapping[str, Any]], index: int, *
     return ends[0], ends[1]
 
 
-def split_pieces(text: str, controls: Sequence[Control], cuts: Iterable[int]) -> list[Piece]:
+def split_pieces(text: str, controls: Sequence[SpecialToken], cuts: Iterable[int]) -> list[Piece]:
     """Split the text into special tokens and the ordinary text between them, and at `cuts`; empty pieces are dropped."""
     edges = sorted({0, len(text), *cuts})
     pieces: list[Piece] = []

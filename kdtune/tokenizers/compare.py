@@ -18,7 +18,7 @@ BATTERY = (
     "<|im_start|> <|im_end|> <|eot_id|> <s> </s> <unk> [INST]",
 )
 PLAIN_BATTERY = BATTERY[:-1]
-"""Those without the names of control tokens."""
+"""Those without the names of special tokens."""
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
@@ -37,7 +37,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
     for token in sorted(a.control_tokens.keys() | b.control_tokens.keys()):
         left, right = a.control_tokens.get(token), b.control_tokens.get(token)
         if left != right:
-            return f"they differ in the control token {token!r}: id {left} against {right}"
+            return f"they differ in the special token {token!r}: id {left} against {right}"
     return same_text_ids(a, b)
 
 

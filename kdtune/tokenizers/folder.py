@@ -48,7 +48,7 @@ def check_flags(folder: Path) -> None:
         )
     if config.get("split_special_tokens"):
         raise CheckpointError(
-            f"{file}: split_special_tokens=true: a chat template's own control tokens would be cut into pieces of text, which is "
+            f"{file}: split_special_tokens=true: a chat template's own special tokens would be cut into pieces of text, which is "
             "not supported; set it to false, or take it out"
         )
 

@@ -59,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
             t.content for t in backend.get_added_tokens_decoder().values() if t.special and t.single_word
         ]:
             raise CheckpointError(
-                f"{origin}: the control token {whole_words[0]!r} has single_word=true, by which it would stay text beside a letter in "
+                f"{origin}: the special token {whole_words[0]!r} has single_word=true, by which it would stay text beside a letter in "
                 "a chat template; this is not supported: set it to false"
             )
         added = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -112,7 +112,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _add_named(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:
-    # A token named as bos, eos, ... is a control token even where tokenizer.json does not say so.
+    # A token named as bos, eos, ... is a special token even where tokenizer.json does not say so.
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for text in dict.fromkeys(named.values()):
         token = known.get(text) or tokenizers.AddedToken(text, normalized=False)

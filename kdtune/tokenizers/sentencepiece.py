@@ -95,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._control_strings = dict(zip(self.control_tokens.values(), self.control_tokens, strict=True))
 
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
-        # Meta's reference starts a sentence, dummy space included, after each bos; Llama 2's tokenizer.json after each control token.
+        # Meta's reference starts a sentence, dummy space included, after each bos; Llama 2's tokenizer.json after each special token.
         starts_sentence = previous is None or previous in self._control_strings
         return list((self._model if starts_sentence else self._continuing).encode(text))
 
@@ -166,7 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
         )
         plain = {token: AddedToken(token, normalized=False) for token in self.control_tokens}
         backend.add_special_tokens(list((control or plain).values()))
-        backend.encode_special_tokens = True  # control tokens in a text are text, as in the sentencepiece library
+        backend.encode_special_tokens = True  # special tokens in a text are text, as in the sentencepiece library
         if any(backend.encode(text).ids != model.encode(text) for text in BATTERY):
             return None
         backend.encode_special_tokens = False

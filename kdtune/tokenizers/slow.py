@@ -83,7 +83,7 @@ def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) 
 
 
 def _set_prefix(backend: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Configure where a leading space is added: at text start, with `legacy` after each control token too, or never."""
+    """Configure where a leading space is added: at text start, with `legacy` after each special token too, or never."""
     if config.get("add_prefix_space") is False:
         backend.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
     else:

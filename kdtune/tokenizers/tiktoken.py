@@ -18,7 +18,7 @@ from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
 from kdtune.tokenizers.huggingface import put_bos_first, write_tokenizer
 
-# Another number is a truncated file, or another family's, whose pattern and control tokens are not these.
+# Another number is a truncated file, or another family's, whose pattern and special tokens are not these.
 NUM_RANKS = 128_000
 NUM_CONTROL_TOKENS = 256
 

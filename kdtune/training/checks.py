@@ -8,7 +8,7 @@ from typing import Any
 from kdtune import data, losses, parallel, runs
 from kdtune.config import factory, instantiate
 from kdtune.config.check import is_ours
-from kdtune.config.frame import frame_defaults
+from kdtune.config.schema import schema_defaults
 from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
@@ -33,12 +33,12 @@ _NEEDS = {
 _MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 
 
-def may_change(frame: type[Any]) -> list[str]:
+def may_change(schema: type[Any]) -> list[str]:
     """Keys that a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, how long.
 
     step_to_resume checks the part of gradient_accumulation_steps and of the parallelism that must not change.
     """
-    return [field.name for field in fields(frame) if field.metadata.get("may_change")]
+    return [field.name for field in fields(schema) if field.metadata.get("may_change")]
 
 
 def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def loop_problems(cfg: Any) -> list[str]:
     if cfg.dataset_val is None and cfg.best_metric:
         found.append(f"best_metric={cfg.best_metric}: needs dataset_val; give one, or ~best_metric")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        defaults = frame_defaults(type(cfg))
+        defaults = schema_defaults(type(cfg))
         for key, needed in _NEEDS.items():
             if getattr(cfg, key) != defaults[key] and not getattr(cfg, needed):
                 log.warning(f"{key}={getattr(cfg, key)}: has no effect without {needed}; to remove it too: ~{key}")

@@ -66,8 +66,8 @@ def planned(cfg: Any, ranks: int, rank: int = 0) -> Estimate:
 
 
 def config(*overrides: str) -> Any:
-    frame = import_recipe(find_recipe("knowledge_distillation")).frame
-    return load("tiny/knowledge_distillation", [*SIZES, *TEACHER, *overrides], frame)
+    schema = import_recipe(find_recipe("knowledge_distillation")).schema
+    return load("tiny/knowledge_distillation", [*SIZES, *TEACHER, *overrides], schema)
 
 
 def measured(launch: Any, cfg: Any, ranks: int, folder: Path) -> list[dict[str, int]]:

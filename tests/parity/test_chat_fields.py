@@ -72,7 +72,7 @@ def test_rows_render_as_in_transformers(
         copy.deepcopy(row["messages"]), tools=row.get("tools"), tokenize=False, **row.get("chat_template_kwargs", {})
     )
     assert tokenizer.decode(example.tokens, skip_special=False) == want
-    # What the data hold never becomes a control token.
+    # What the data hold never becomes a special token.
     turns = len(row["messages"])
     assert [example.tokens.tolist().count(i) for i in (tokenizer.bos_id, tokenizer.eos_id)] == [turns, turns]
     direct = tokenizer.render(

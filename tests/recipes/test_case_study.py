@@ -36,7 +36,7 @@ def adapter_parameters(builder: str, rank: int) -> int:
 def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
     config = _assets.find_config(name)
     assert config.recipe
-    cfg = load(name, [], import_recipe(_assets.find_recipe(config.recipe)).frame)
+    cfg = load(name, [], import_recipe(_assets.find_recipe(config.recipe)).schema)
     for key in ("model", "teacher_model"):
         node = getattr(cfg, key, None)
         if node is None:
@@ -51,8 +51,8 @@ def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
 
 
 def test_the_distillation_reads_its_teacher_where_the_finetuning_leaves_it() -> None:
-    finetune = import_recipe(_assets.find_recipe("lora_finetune_single_device")).frame
-    distil = import_recipe(_assets.find_recipe("knowledge_distillation_single_device")).frame
+    finetune = import_recipe(_assets.find_recipe("lora_finetune_single_device")).schema
+    distil = import_recipe(_assets.find_recipe("knowledge_distillation_single_device")).schema
     for teacher_name, names in (
         ("8B_lora_single_device", ("knowledge_distillation_single_device", "8B_to_3B_kd_single_device")),
         ("8B_lora_distributed", ("knowledge_distillation_distributed",)),
@@ -65,14 +65,14 @@ def test_the_distillation_reads_its_teacher_where_the_finetuning_leaves_it() -> 
 
 
 def test_the_evaluation_reads_what_the_runs_leave() -> None:
-    frames = {
-        name: import_recipe(_assets.find_recipe(name)).frame
+    schemas = {
+        name: import_recipe(_assets.find_recipe(name)).schema
         for name in ("finetune", "knowledge_distillation", "evaluate")
     }
     elsewhere = ["models_dir=/elsewhere"]
-    teacher = load("llama3_1/8B_lora_single_device", elsewhere, frames["finetune"])
-    student = load("llama3_2/knowledge_distillation_single_device", elsewhere, frames["knowledge_distillation"])
-    evaluation = load("llama3_2/evaluation", elsewhere, frames["evaluate"])
+    teacher = load("llama3_1/8B_lora_single_device", elsewhere, schemas["finetune"])
+    student = load("llama3_2/knowledge_distillation_single_device", elsewhere, schemas["knowledge_distillation"])
+    evaluation = load("llama3_2/evaluation", elsewhere, schemas["evaluate"])
     assert evaluation.checkpointer["checkpoint_dir"] == f"{student.output_dir}/final"
     assert evaluation.teacher_checkpointer["checkpoint_dir"] == f"{teacher.output_dir}/final"
 
@@ -80,7 +80,7 @@ def test_the_evaluation_reads_what_the_runs_leave() -> None:
 @pytest.mark.parametrize("config", WITH_MODELS_DIR, ids=lambda config: config.name)
 def test_a_config_with_models_dir_has_no_path_outside_it(config: _assets.ConfigFile) -> None:
     assert config.recipe
-    cfg = load(config.name, ["models_dir=/elsewhere"], import_recipe(_assets.find_recipe(config.recipe)).frame)
+    cfg = load(config.name, ["models_dir=/elsewhere"], import_recipe(_assets.find_recipe(config.recipe)).schema)
     paths = [cfg.tokenizer["path"], cfg.checkpointer["checkpoint_dir"]]
     if getattr(cfg, "teacher_checkpointer", None):
         paths.append(cfg.teacher_checkpointer["checkpoint_dir"])

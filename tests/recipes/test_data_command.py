@@ -12,7 +12,7 @@ import pytest
 import torch
 from exit_codes import run_command
 
-from kdtune.data import Report, show
+from kdtune.data import DatasetStats, show
 from kdtune.data.transforms import make_example
 from kdtune.models import Transformer
 from kdtune.tokenizers import byte_tokenizer
@@ -67,7 +67,7 @@ def test_a_pipe_gets_marks_and_60_columns(
     assert "<|im_start|>assistant\nHello.<|im_end|>\n" in out and "<|im_start|>assistant\n[[Bye.<|im_end|>]]\n" in out
     assert "\x1b" not in out and "Hi \\x1b[2J" in out
     table = dict(re.findall(r"^ *([a-z][a-z :,0-9]+?) {2,}([\d,]+)", out, re.MULTILINE))
-    # One id a byte, and one for each of the 8 control tokens; a line end after each turn.
+    # One id a byte, and one for each of the 8 special tokens; a line end after each turn.
     length = sum(len(f"{m['role']}\n{m['content']}\n") + 2 for m in CHAT["messages"])  # type: ignore[union-attr,index,attr-defined]
     assert table == {"rows read": "2", "left out: too long": "1", "examples": "1", "tokens": str(length),
                      "trained on": "5", "an example, mean": str(length), "longest": str(length)}  # fmt: skip
@@ -166,4 +166,4 @@ def test_marked_stretches_spell_the_whole_text() -> None:
     ids = tokenizer.encode("añb", add_bos=False)
     example = make_example(ids, [False, True, True, True, False])
     assert show.example_text(example, tokenizer) == "a[[ñb]]<|im_end|>"
-    assert show.rows_table(Report("x"), [], 0, None).splitlines()[0].split() == ["rows", "read", "0"]
+    assert show.rows_table(DatasetStats("x"), [], 0, None).splitlines()[0].split() == ["rows", "read", "0"]

@@ -44,10 +44,10 @@ def distinct() -> dict[str, list[str]]:
 )
 def test_a_config_without_one_of_its_keys_is_valid_or_says_what_to_type(name: str, keys: list[str]) -> None:
     config = _assets.find_config(name)
-    frame = import_recipe(_assets.find_recipe(config.recipe or "")).frame
+    schema = import_recipe(_assets.find_recipe(config.recipe or "")).schema
     for key in keys:
         try:
-            load(name, [f"~{key}"], frame)
+            load(name, [f"~{key}"], schema)
         except ConfigError as error:
             _, *findings = str(error).splitlines()
             top = key.partition(".")[0]
@@ -75,11 +75,11 @@ def test_a_config_without_one_of_its_keys_is_valid_or_says_what_to_type(name: st
 )  # fmt: skip
 def test_what_the_message_says_to_type_makes_the_config_valid(name: str, removed: str, told: str, too: str) -> None:
     config = _assets.find_config(name)
-    frame = import_recipe(_assets.find_recipe(config.recipe or "")).frame
+    schema = import_recipe(_assets.find_recipe(config.recipe or "")).schema
     with pytest.raises(ConfigError) as error:
-        load(name, [removed], frame)
+        load(name, [removed], schema)
     assert told in str(error.value)
-    load(name, [removed, *too.split()], frame)
+    load(name, [removed, *too.split()], schema)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_what_the_message_says_to_type_makes_the_config_valid(name: str, removed
 def test_of_two_keys_that_exclude_each_other_the_one_to_remove_is_named(
     name: str, given: str, told: str, too: str
 ) -> None:
-    frame = import_recipe(_assets.find_recipe(_assets.find_config(name).recipe or "")).frame
+    schema = import_recipe(_assets.find_recipe(_assets.find_config(name).recipe or "")).schema
     with pytest.raises(ConfigError) as error:
-        load(name, [given], frame)
+        load(name, [given], schema)
     assert told in str(error.value)
-    load(name, [given, *too.split()], frame)
+    load(name, [given, *too.split()], schema)
 
 
 def test_a_builder_with_adapters_beside_an_adapter(cli: CLI, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from kdtune.checkpoint import load_model, save_model
-from kdtune.data import Report, TokenizedDataset
+from kdtune.data import DatasetStats, TokenizedDataset
 from kdtune.models import llama
 from kdtune.tokenizers import load
 
@@ -198,7 +198,7 @@ def test_rows_made_in_python_say_what_they_are(base: Path, tmp_path: Path) -> No
     tokenizer = load(base)
     chat = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
     for is_chat in (False, True):
-        rows = TokenizedDataset([tokenizer.tokenize_messages(chat)], Report("mine"), is_chat=is_chat)
+        rows = TokenizedDataset([tokenizer.tokenize_messages(chat)], DatasetStats("mine"), is_chat=is_chat)
         folder = tmp_path / str(is_chat)
         save_model(load_model(base), folder, base=base, tokenizer=tokenizer, is_chat=rows.is_chat)
         assert (folder / "chat_template.jinja").exists() == is_chat

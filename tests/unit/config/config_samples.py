@@ -67,7 +67,7 @@ def int_of(text: str) -> int:
 
 @dataclass
 class Config:
-    """A frame as recipes have it."""
+    """A schema as recipes have it."""
 
     output_dir: str = MISSING
     """Folder of the run."""

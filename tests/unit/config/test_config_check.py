@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NewType, Optional, Protocol, TypeVar
 
 import pytest
 
-from kdtune.config.check import MismatchError, conform, describe
+from kdtune.config.check import MismatchError, coerce, describe
 
 Name = NewType("Name", str)
 V = TypeVar("V")
@@ -59,7 +59,7 @@ NODE = {"_component_": "a.b"}
     ],
 )
 def test_fits_and_is_converted(value: Any, annotation: Any, expected: Any) -> None:
-    result = conform(value, annotation)
+    result = coerce(value, annotation)
     assert result == expected
     assert type(result) is type(expected)
 
@@ -92,13 +92,13 @@ def test_fits_and_is_converted(value: Any, annotation: Any, expected: Any) -> No
 )
 def test_is_refused_in_words(value: Any, annotation: Any, words: str) -> None:
     with pytest.raises(MismatchError) as error:
-        conform(value, annotation)
+        coerce(value, annotation)
     assert words in str(error.value)
 
 
 def test_long_values_are_cut() -> None:
     with pytest.raises(MismatchError) as error:
-        conform("x" * 500, int)
+        coerce("x" * 500, int)
     assert len(str(error.value)) < 120
 
 

@@ -1,4 +1,4 @@
-"""YAML files and overrides through the gates into a frame."""
+"""YAML files and overrides through the validation stages into a config."""
 
 from collections.abc import Callable
 from pathlib import Path

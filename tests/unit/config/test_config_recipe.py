@@ -55,7 +55,7 @@ def test_loads_and_calls(base: Path) -> None:
 
 
 def test_keeps_frame_and_function(base: Path) -> None:
-    assert main.frame is Config
+    assert main.schema is Config
     with pytest.raises(TrainingError):
         main.function(Config(output_dir="training", tokenizer=None, dataset=None))
 

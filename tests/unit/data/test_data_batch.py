@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 
 from kdtune.constants import IGNORE_INDEX as I
-from kdtune.data import Batch, Loader, Report, TokenizedDataset, batches, collate, make_example
+from kdtune.data import Batch, DatasetStats, Loader, TokenizedDataset, batches, collate, make_example
 
 
 def test_collate_pads_on_the_right_to_the_longest():
@@ -36,7 +36,7 @@ def test_a_row_knows_its_example_and_where_its_answer_starts():
 
 def test_loaders_number_the_examples_of_a_dataset_and_not_those_of_a_stream():
     encoded = [([1, 10 + i, 2], [False, True, True]) for i in range(5)]
-    dataset = TokenizedDataset(encoded, Report("rows"))
+    dataset = TokenizedDataset(encoded, DatasetStats("rows"))
     for num_workers in (0, 1):
         loader = Loader(dataset, batch_size=2, pad_id=0, shuffle=True, seed=3, num_workers=num_workers)
         for _ in range(3):

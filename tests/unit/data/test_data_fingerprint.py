@@ -5,20 +5,29 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from kdtune.data import Dataset, Example, MapDataset, MixedDataset, MixedStream, Report, TokenizedDataset, make_example
+from kdtune.data import (
+    Dataset,
+    DatasetStats,
+    Example,
+    MapDataset,
+    MixedDataset,
+    MixedStream,
+    TokenizedDataset,
+    make_example,
+)
 from kdtune.data.dataset import StreamDataset
 
 ROWS = [([1, 2, 3], [False, True, True]), ([4, 5], [False, True])]
 
 
 def tokenized(rows: Sequence[tuple[list[int], list[bool]]] = ROWS) -> TokenizedDataset:
-    return TokenizedDataset(rows, Report("rows", rows=len(rows)))
+    return TokenizedDataset(rows, DatasetStats("rows", rows=len(rows)))
 
 
 class Lazy(MapDataset):
     """A user's own, which says nothing of itself."""
 
-    report = Report("lazy")
+    report = DatasetStats("lazy")
 
     def __init__(self, count: int, change: int = 0) -> None:
         self._count, self._change = count, change
@@ -31,7 +40,7 @@ class Lazy(MapDataset):
 
 
 class Stream(StreamDataset):
-    report = Report("stream")
+    report = DatasetStats("stream")
 
     def __init__(self, first: int) -> None:
         self._first = first

@@ -10,7 +10,7 @@ import torch
 from datasets import IterableDataset
 from word_tokenizer import WordTokenizer
 
-from kdtune.data import EncodedRow, Loader, Report, RowStream, TokenizedDataset, instruct_dataset
+from kdtune.data import DatasetStats, EncodedRow, Loader, RowStream, TokenizedDataset, instruct_dataset
 from kdtune.data.rows import RowEncoder
 from kdtune.errors import ConfigError, DataError
 
@@ -19,7 +19,9 @@ NUM_EXAMPLES, BATCH_SIZE, NUM_BATCHES = 23, 4, 6
 
 def numbered(size=NUM_EXAMPLES):
     """Example n is n + 2 long and holds its number."""
-    return TokenizedDataset((([n] * (n % 5 + 2), [True] * (n % 5 + 2)) for n in range(size)), Report("numbers", size))
+    return TokenizedDataset(
+        (([n] * (n % 5 + 2), [True] * (n % 5 + 2)) for n in range(size)), DatasetStats("numbers", size)
+    )
 
 
 def rows(size):

@@ -6,11 +6,11 @@ from datasets import IterableDataset
 
 from kdtune.config import bind, instantiate
 from kdtune.data import (
+    DatasetStats,
     EncodedRow,
     Loader,
     MixedDataset,
     MixedStream,
-    Report,
     RowStream,
     TokenizedDataset,
     mixed_dataset,
@@ -23,7 +23,7 @@ from kdtune.errors import ConfigError
 def numbered(source, size):
     """Examples [source, number, 1]: the first token names the source, the second the example."""
     return TokenizedDataset(
-        ([([source, number, 1], [True] * 3)][0] for number in range(size)), Report(str(source), size)
+        ([([source, number, 1], [True] * 3)][0] for number in range(size)), DatasetStats(str(source), size)
     )
 
 

@@ -40,7 +40,7 @@ def check_stream_equals_text(tokenizer):
         assert "".join(pieces) == tokenizer.decode(ids) == text
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     draw = random.Random(0)
-    for _ in range(100):  # random ids: bytes that are no characters, control tokens
+    for _ in range(100):  # random ids: bytes that are no characters, special tokens
         ids = [draw.randrange(tokenizer.vocab_size) for _ in range(30)]
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 

@@ -35,7 +35,7 @@ ADAPTERS = {
 
 
 def config(recipe: str, *overrides: str, source: str | None = None) -> Any:
-    return load(source or f"tiny/{recipe}", list(overrides), import_recipe(find_recipe(recipe)).frame)
+    return load(source or f"tiny/{recipe}", list(overrides), import_recipe(find_recipe(recipe)).schema)
 
 
 def estimated(cfg: Any, size: int, **options: Any) -> Estimate:

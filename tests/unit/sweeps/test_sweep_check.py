@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtune.sweeps import make_plan, step_problems
-from kdtune.sweeps.check import recipe_frame
+from kdtune.sweeps.check import recipe_schema
 
 KD = "tiny/knowledge_distillation"
 
@@ -19,7 +19,7 @@ def test_five_hundred_cells_are_checked_in_seconds(tmp_path: Path) -> None:
         f"{key}={{{axis}}}" for key, axis in (("kd_ratio", "kd_ratio"), ("optimizer.lr", "lr"), ("seed", "seed"))
     ]
     overrides.append("tokenizer.max_seq_len=${{model.max_seq_len}}")
-    recipe_frame("knowledge_distillation")  # imports torch
+    recipe_schema("knowledge_distillation")  # imports torch
     start = time.process_time()
     plan = make_plan(steps_dir=tmp_path, steps={"train": {"config": KD, "overrides": overrides}}, axes=axes)
     assert len(plan.steps) == 500

@@ -12,7 +12,7 @@ from kdtune.tokenizers import byte_tokenizer
 
 
 def other_ids():
-    """Byte level, as the folder's tokenizer, with one control token at another id."""
+    """Byte level, as the folder's tokenizer, with one special token at another id."""
     tokenizer = byte_tokenizer()
     tokenizer.control_tokens["<|im_end|>"] = 300
     return tokenizer
@@ -87,14 +87,14 @@ def test_an_instruct_teacher_of_a_base_student_leads_to_its_tokenizer(pair, warn
     base, instruct = pair
     with pytest.raises(
         ConfigError,
-        match=rf"the teacher has control tokens that the run's tokenizer lacks \(<\|user\|>, <\|tool\|>\), .*: tokenizer.path={instruct}$",
+        match=rf"the teacher has special tokens that the run's tokenizer lacks \(<\|user\|>, <\|tool\|>\), .*: tokenizer.path={instruct}$",
     ):
         check_tokenizer(tokenizers.load(base), Checkpointer(instruct))
     # What the message asks for is then taken, with the base model as the student.
     check_tokenizer(tokenizers.load(instruct), Checkpointer(instruct))
     assert not warnings.text
     check_tokenizer(tokenizers.load(instruct), Checkpointer(base), "checkpointer")
-    assert "has control tokens that the model's lacks (<|user|>, <|tool|>); the run goes by its own" in warnings.text
+    assert "has special tokens that the model's lacks (<|user|>, <|tool|>); the run goes by its own" in warnings.text
 
 
 def test_a_base_teacher_of_an_instruct_student_is_told(pair):

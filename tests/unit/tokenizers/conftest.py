@@ -37,7 +37,7 @@ def byte_level_bpe() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def chatml_folder(tmp_path: Path) -> Path:
-    """A tokenizer.json with ChatML's control tokens and no chat template."""
+    """A tokenizer.json with ChatML's special tokens and no chat template."""
     folder = tmp_path / "chatml"
     folder.mkdir()
     byte_level_bpe().save(str(folder / "tokenizer.json"))

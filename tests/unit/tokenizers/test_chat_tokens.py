@@ -1,4 +1,4 @@
-"""Which tokens a conversation gives: nothing a message holds becomes a control token, and only answers are trained."""
+"""Which tokens a conversation gives: nothing a message holds becomes a special token, and only answers are trained."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -81,8 +81,8 @@ def check_a_step_waits_once(
     recipe: str, num_parts: int, kind: str, dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`num_parts`: the loss and its parts."""
-    frame = import_recipe(_assets.find_recipe(recipe)).frame
-    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}"], frame)
+    schema = import_recipe(_assets.find_recipe(recipe)).schema
+    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}"], schema)
     assert cfg.gradient_accumulation_steps == 2
     waits = waits_of(recipe, cfg, monkeypatch)
     assert waits == [2 * num_parts + 1] * 2, "those of both micro-batches, and the norm of the gradient"

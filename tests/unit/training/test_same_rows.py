@@ -2,13 +2,13 @@
 
 import pytest
 
-from kdtune.data import Report, TokenizedDataset
+from kdtune.data import DatasetStats, TokenizedDataset
 from kdtune.errors import DataError
 from kdtune.training.inputs import _check_same_rows
 
 
 def rows(first: int) -> str:
-    return TokenizedDataset([([first, 2], [False, True])], Report("rows")).fingerprint()
+    return TokenizedDataset([([first, 2], [False, True])], DatasetStats("rows")).fingerprint()
 
 
 def test_the_same_rows_pass() -> None:

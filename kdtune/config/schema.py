@@ -1,4 +1,4 @@
-"""Config schemas ("frames"): a recipe's dataclass as its list of keys, with types, defaults and the docs below each."""
+"""A recipe's schema: its dataclass as a list of keys, with types, defaults and the docs below each."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ from kdtune.config.check import (
     COMPONENT,
     MISSING,
     MismatchError,
-    conform,
+    coerce,
     is_component,
     is_path,
     item_annotation,
@@ -34,27 +34,27 @@ class KeyDoc:
     doc: str
 
 
-def frame_fields(frame: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+def schema_fields(schema: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     """Return the schema's keys: its dataclass fields by name, except those that the caller does not set."""
-    return {field.name: field for field in dataclasses.fields(frame) if field.init}
+    return {field.name: field for field in dataclasses.fields(schema) if field.init}
 
 
-def frame_hints(frame: type[Any]) -> dict[str, Any]:
+def schema_hints(schema: type[Any]) -> dict[str, Any]:
     """Return the types of the schema's keys."""
-    return typing.get_type_hints(frame, include_extras=True)
+    return typing.get_type_hints(schema, include_extras=True)
 
 
-def declared_type(parts: list[str], tree: Mapping[str, Any], frame: type[Any]) -> Any:
+def declared_type(parts: list[str], tree: Mapping[str, Any], schema: type[Any]) -> Any:
     """Return the annotation of the key or component argument at a dotted path of the tree; Any if nothing declares one.
 
     A component's own key has the annotation `object`, which no text fits.
     """
-    field = frame_fields(frame).get(parts[0])
+    field = schema_fields(schema).get(parts[0])
     if field is None:
         return Any
     if is_component_field(field) and len(parts) == 1:
         return object
-    annotation: Any = frame_hints(frame)[parts[0]]
+    annotation: Any = schema_hints(schema)[parts[0]]
     value: Any = tree.get(parts[0])
     for part in parts[1:]:
         annotation = argument_type(value[COMPONENT], part) if is_component(value) else item_annotation(annotation)
@@ -65,23 +65,23 @@ def declared_type(parts: list[str], tree: Mapping[str, Any], frame: type[Any]) -
     return annotation
 
 
-def expand_paths(tree: Mapping[str, Any], frame: type[Any]) -> dict[str, Any]:
+def expand_paths(tree: Mapping[str, Any], schema: type[Any]) -> dict[str, Any]:
     """Return the tree with `~` expanded in the schema's path keys, so that interpolations see the expanded path."""
-    hints = frame_hints(frame)
+    hints = schema_hints(schema)
     return {key: _expanded(value, hints.get(key)) for key, value in tree.items()}
 
 
 def _expanded(value: Any, annotation: Any) -> Any:
     try:
-        return conform(value, annotation) if isinstance(value, str) and is_path(annotation) else value
-    except MismatchError:  # which `check_frame` tells
+        return coerce(value, annotation) if isinstance(value, str) and is_path(annotation) else value
+    except MismatchError:  # which `check_schema` tells
         return value
 
 
-def frame_defaults(frame: type[Any]) -> dict[str, Any]:
+def schema_defaults(schema: type[Any]) -> dict[str, Any]:
     """Return the defaults of the keys that have one, as plain YAML values."""
     defaults = {}
-    for name, field in frame_fields(frame).items():
+    for name, field in schema_fields(schema).items():
         if field.default is not NO_DEFAULT and not _is_missing(field.default):
             defaults[name] = plain(field.default)
         elif field.default_factory is not NO_DEFAULT:
@@ -112,10 +112,10 @@ def is_component_field(field: dataclasses.Field[Any]) -> bool:
     return bool(field.metadata.get("component"))
 
 
-def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, Any], list[str]]:
+def check_schema(tree: Mapping[str, Any], schema: type[Any]) -> tuple[dict[str, Any], list[str]]:
     """Convert the values to the types of the schema's keys; also return the unknown, missing and wrongly typed keys."""
-    fields = frame_fields(frame)
-    hints = frame_hints(frame)
+    fields = schema_fields(schema)
+    hints = schema_hints(schema)
     values: dict[str, Any] = {}
     problems = []
     for key in tree:
@@ -128,16 +128,16 @@ def check_frame(tree: Mapping[str, Any], frame: type[Any]) -> tuple[dict[str, An
                 problems.append(f"{name}: is missing; give {name}=... (`kdtune ls RECIPE` describes the keys)")
             continue
         try:
-            values[name] = conform(tree[name], hints[name])
+            values[name] = coerce(tree[name], hints[name])
         except MismatchError as error:
             problems.append(f"{name}: {error}")
     return values, problems
 
 
-def check_components(values: Mapping[str, Any], frame: type[Any]) -> list[str]:
+def check_components(values: Mapping[str, Any], schema: type[Any]) -> list[str]:
     """Return the errors of the component nodes in the schema's values: unresolved paths, arguments that do not bind."""
     problems = []
-    for name, field in frame_fields(frame).items():
+    for name, field in schema_fields(schema).items():
         if name not in values:
             continue
         value = values[name]
@@ -170,14 +170,14 @@ def _not_nodes(value: Any, key: str, *, nullable: bool) -> list[str]:
     return [f"{key}: {shown(value)} is not a component; write {{{COMPONENT}: dotted.path, argument: value}}"]
 
 
-def field_docs(source: str, frame: str | None = None) -> dict[str, KeyDoc]:
+def field_docs(source: str, schema: str | None = None) -> dict[str, KeyDoc]:
     """Return the keys of the schema in a recipe's source text, in order, read from its syntax tree without importing it.
 
-    `frame` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names. Keys that it
+    `schema` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names. Keys that it
     inherits from a dataclass of kdtune come first.
     """
     tree = ast.parse(source)
-    name = frame or _frame_name(tree)
+    name = schema or _schema_name(tree)
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             inherited = [_inherited(tree, ast.unparse(base)) for base in statement.bases]
@@ -212,7 +212,7 @@ def _inherited(tree: ast.Module, base: str, within: str = "") -> dict[str, KeyDo
     return field_docs(source, name) or _inherited(ast.parse(source), name, ".".join(parts[:-1]))
 
 
-def _frame_name(tree: ast.Module) -> str:
+def _schema_name(tree: ast.Module) -> str:
     for statement in tree.body:
         for decorator in getattr(statement, "decorator_list", []):
             if (

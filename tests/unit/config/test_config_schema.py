@@ -25,7 +25,7 @@ class Other:
 
 @dataclass
 class Settings:
-    """The frame."""
+    """The schema."""
 
     output_dir: str = config.MISSING
     """Where to."""
