@@ -120,7 +120,7 @@ def block_influence(model: Transformer, batches: Iterable[TokenBatch]) -> list[f
 
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Iterable[TokenBatch], layers: Sequence[int] | None = None) -> float:
-    """Return the cross entropy in nats per valid token of the model, or of a stack of only the given layers."""
+    """Return the cross entropy, in nats per valid token of the batches, of the model or of a stack of only the given layers."""
     stack = model.layers if layers is None else [model.layers[index] for index in layers]
     total, count = 0.0, 0
     for batch in batches:

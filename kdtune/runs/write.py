@@ -85,7 +85,8 @@ def write_final(
     """Write `final/` into `output_dir`, replacing that of a shorter run that was resumed with more steps.
 
     `save_weights` selects the content for a model with adapters, see `save_model`: "both" is the merged model in `final/` and
-    a PEFT folder in `final/adapter/`. Each has a model card, see `model_card`. `is_chat`: as in `save_model`.
+    a PEFT folder in `final/adapter/`. Each has a model card, see `model_card`. `is_chat`: as in `save_model`. `world`: the
+    processes, all of which call this.
 
     Raises:
         CheckpointError: it cannot be written.
