@@ -141,7 +141,8 @@ def test_recipes_stand_alone(path: Path) -> None:
 FAMILY_BLIND = [
     path
     for path in SOURCES
-    if part_of(path) in ("checkpoint", "parallel", "teachers", "training", "planner", "pruning", "losses", "generation")
+    if part_of(path)
+    in ("checkpoint", "distributed", "parallel", "teachers", "training", "planner", "pruning", "losses", "generation")
     or (part_of(path) == "models" and path.stem not in ("llama", "families", "builders"))
 ]
 
