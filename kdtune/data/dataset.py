@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kdtune.data.batch import Batch, collate
 from kdtune.data.transforms import Encoded, Example, make_example
 
 Order: TypeAlias = npt.NDArray[np.int64]
@@ -87,6 +88,14 @@ class Dataset(ABC):
     @abstractmethod
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         """Yield the examples of one epoch, in that epoch's order."""
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """Make the batch of these examples, see `kdtune.data.collate`.
+
+        A dataset whose batches have other inputs or another layout overrides it; its examples may be of a subclass of
+        `Example`. Without examples, the batch has no label.
+        """
+        return collate(examples, pad_id)
 
     @property
     def lengths(self) -> Sequence[int] | None:

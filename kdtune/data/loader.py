@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from kdtune.data.batch import Batch, collate
+from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, StreamDataset, report_copy
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError, DataError
@@ -136,7 +136,7 @@ class Loader:
         }
         if isinstance(self.dataset, MapDataset):
             indices = _IndexBatches(self.dataset, self._settings, self._position)
-            pad = partial(collate, pad_id=self._settings.pad_id)
+            pad = partial(self.dataset.collate, pad_id=self._settings.pad_id)
             return DataLoader(_Numbered(self.dataset), batch_sampler=indices, collate_fn=pad, **common)
         stream = _StreamBatches(self.dataset, self._settings, self._position)
         return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **common)
@@ -150,7 +150,7 @@ def batches(dataset: Dataset, batch_size: int, pad_id: int, *, rank: int = 0, nu
     """
     groups = _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size)
     for round_of_groups in _grouped(groups, num_ranks):
-        yield collate(_share(round_of_groups, rank), pad_id)
+        yield dataset.collate(_share(round_of_groups, rank), pad_id)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,9 @@ class _StreamBatches(IterableDataset[Any]):
                 yield waiting
             count += len(round_of_groups)
             own = _share(round_of_groups, settings.rank)
-            waiting = _StreamItem(collate(own, settings.pad_id), (epoch, count), report_copy(self._dataset.report))
+            waiting = _StreamItem(
+                self._dataset.collate(own, settings.pad_id), (epoch, count), report_copy(self._dataset.report)
+            )
         if waiting is None:
             raise _outside(epoch, first, count, self._dataset)
         yield _StreamItem(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))

@@ -1,7 +1,7 @@
 """Several datasets mixed by weight."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kdtune.config import instantiate
+from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, Order, StreamDataset, random_state, total_report
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError
@@ -40,6 +41,9 @@ def mixed_dataset(
     built = [instantiate(node, tokenizer=tokenizer) if isinstance(node, Mapping) else node for node in datasets]
     for number, dataset in enumerate(built):
         _check_is_dataset(dataset, f"datasets.{number} is")
+    if len({_collate_of(dataset) for dataset in built}) > 1:
+        kinds = ", ".join(type(dataset).__name__ for dataset in built)
+        raise ConfigError(f"datasets: {kinds} make batches in different ways (collate); mix datasets that share it")
     if all(isinstance(dataset, MapDataset) for dataset in built):
         return MixedDataset(cast(list[MapDataset], built), shares, epoch_length)
     return MixedStream(built, shares, epoch_length)
@@ -56,6 +60,12 @@ def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer
     if node is not None:
         _check_is_dataset(found, f"{key}: {node['_component_']} returns")
     return found
+
+
+def _collate_of(dataset: Dataset) -> Callable[..., Batch]:
+    """Return the function that makes the dataset's batches; a mix has that of its parts."""
+    is_mix = isinstance(dataset, MixedDataset | MixedStream)
+    return _collate_of(dataset._datasets[0]) if is_mix else type(dataset).collate
 
 
 def _check_is_dataset(found: Any, what: str) -> None:
@@ -118,6 +128,10 @@ class MixedDataset(MapDataset):
         """Number of examples of all datasets together."""
         return int(self._starts[-1])
 
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """Make the batch of these examples, as each of the datasets would."""
+        return self._datasets[0].collate(examples, pad_id)
+
     def __getitem__(self, index: int) -> Example:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._datasets[number][index - int(self._starts[number])]
@@ -171,6 +185,10 @@ class MixedStream(StreamDataset):
         self._datasets = list(datasets)
         self._shares = np.asarray(shares)
         self._epoch_length = epoch_length
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """Make the batch of these examples, as each of the datasets would."""
+        return self._datasets[0].collate(examples, pad_id)
 
     @property
     def report(self) -> DatasetStats:  # type: ignore[override]  # computed: the datasets count while they are read
