@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdtune"
 
-# docs/architecture.md, "Who may import whom": a package may import packages of lower layers only.
+# docs/architecture.md: a package may import packages of lower layers only.
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ["constants", "errors", "log", "paths", "escape", "json_files", "gguf_file", "_assets", "__init__"], 0

@@ -64,8 +64,9 @@ def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer
 
 def _collate_of(dataset: Dataset) -> Callable[..., Batch]:
     """Return the function that makes the dataset's batches; a mix has that of its parts."""
-    is_mix = isinstance(dataset, MixedDataset | MixedStream)
-    return _collate_of(dataset._datasets[0]) if is_mix else type(dataset).collate
+    if isinstance(dataset, MixedDataset | MixedStream):
+        return _collate_of(dataset._datasets[0])
+    return type(dataset).collate
 
 
 def _check_is_dataset(found: Any, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Decoders in plain PyTorch, their published sizes, adapters, and student initialization by pruning."""
+"""Decoders in plain PyTorch: families, published sizes, adapters and quantization."""
 
 from typing import Any
 
