@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import CLI
+from transformers import AutoModelForCausalLM
+
+from kdtune.data import Loader, quickstart_dataset
+from kdtune.tokenizers import byte_tokenizer
 
 SHORT = ("sample_prompts=[]", "max_steps_per_epoch=2", "save_every_n_steps=null", "run_val_every_n_steps=null")
 DIVERGENCES = """
@@ -81,3 +86,22 @@ def test_a_divergence_of_the_wrong_shape_is_a_finding(command: tuple[str, ...], 
     assert "kd_loss: the divergence own_divergences.MeanKL.divergence gives a tensor of shape []" in done.err
     assert "allowed is one value a token" in done.err
     assert not (here / "out").exists()
+
+
+def test_a_steps_gradient_is_that_of_transformers_mean_over_the_labels(cli: CLI, good: Path, here: Path) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {good / 'model'}}}"
+    done = cli(
+        "run", "finetune", "--config", "tiny/finetune", f"output_dir={here / 'one'}", *SHORT, "~model", "~adapter", base,
+        "shuffle=false", "batch_size=4", "gradient_accumulation_steps=2", "dtype=fp32", "tokenizer.max_seq_len=256",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    loader = Loader(quickstart_dataset(byte_tokenizer(max_seq_len=256)), batch_size=8, pad_id=0, shuffle=False)
+    batch, model = next(loader), AutoModelForCausalLM.from_pretrained(good / "model", dtype=torch.float32)
+    loss = torch.nn.functional.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten())
+    loss.backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    first = next(row for row in rows(here / "one") if row["step"] == 1)
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(
+        norm.item(), rel=2e-3
+    )  # another count of tokens is off by tens of percent
