@@ -46,17 +46,17 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     progress.phase("loading the model")
     model = training.build_trained_model(cfg, world, inputs, "model")
     tokenizers.check_vocabulary(inputs.tokenizer, model.config.vocab_size)
-    ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=cfg.loss_chunk_size)
+    loss_fn = losses.KDLoss(kd_ratio=0.0, chunk_size=cfg.loss_chunk_size)
     optimizer, scheduler = training.build_optimizer(cfg, model, inputs.num_steps)
 
     with training.Run(inputs, world, progress, model=model, optimizer=optimizer, scheduler=scheduler) as session:
         if session.is_new:
-            session.log(validate(model, ce_loss, inputs.held_out, world, progress))
+            session.log(validate(model, loss_fn, inputs.held_out, world, progress))
             session.sample({"model": model})
 
         for step in session.steps():
             for batch in step.micro_batches():
-                loss, parts = ce_step(model, ce_loss, batch)
+                loss, parts = ce_step(model, loss_fn, batch)
                 (loss / step.num_valid_tokens).backward()
                 step.add(loss, parts, batch)
             grad_norm = training.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm)
@@ -69,19 +69,19 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
             # Periodic work. The session does the rest that is due after a step (samples, checkpoints, signals).
             if step.is_validated:
                 with session.paused():
-                    step.log(validate(model, ce_loss, inputs.held_out, world, progress))
+                    step.log(validate(model, loss_fn, inputs.held_out, world, progress))
     session.finish()
 
 
-def ce_step(model: models.Transformer, ce_loss: losses.KDLoss, batch: data.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def ce_step(model: models.Transformer, loss_fn: losses.KDLoss, batch: data.Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the cross entropy summed over the micro-batch's valid tokens, and its named parts."""
     hidden_BSD = model(**batch.inputs, return_hidden=True)
-    return ce_loss(hidden_BSD, model.output, None, batch.targets)
+    return loss_fn(hidden_BSD, model.output, None, batch.targets)
 
 
 def validate(
     model: models.Transformer,
-    ce_loss: losses.KDLoss,
+    loss_fn: losses.KDLoss,
     held_out: list[data.Batch] | None,
     world: World,
     progress: runs.Progress,
@@ -89,7 +89,7 @@ def validate(
     """Return the held-out cross entropy in nats per token; {} without held-out data."""
     if held_out is None:
         return {}
-    found = evaluation.evaluate_ce(model, held_out, world=world, progress=progress.validating, loss=ce_loss)
+    found = evaluation.evaluate_ce(model, held_out, world=world, progress=progress.validating, loss=loss_fn)
     return {"val_class_loss": found["class_loss"]}
 
 

@@ -78,7 +78,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     teachers.check_vocabularies(inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence)
 
     # Loss and optimizer.
-    kd_loss = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
 
     with training.Run(
@@ -91,10 +91,10 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
-            if kd_loss.kd_ratio > 0:
+            if loss_fn.kd_ratio > 0:
                 teacher.prefetch(step.batches)
             for batch in step.micro_batches():
-                loss, parts = kd_step(student, teacher, kd_loss, batch)
+                loss, parts = kd_step(student, teacher, loss_fn, batch)
                 (loss / step.num_valid_tokens).backward()
                 step.add(loss, parts, batch)
             grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
@@ -112,12 +112,12 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
 
 
 def kd_step(
-    student: models.Transformer, teacher: teachers.Teacher, kd_loss: losses.KDLoss, batch: data.Batch
+    student: models.Transformer, teacher: teachers.Teacher, loss_fn: losses.KDLoss, batch: data.Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss summed over the micro-batch's valid tokens, and its named parts."""
-    signal = teacher(batch) if kd_loss.kd_ratio > 0 else None
+    signal = teacher(batch) if loss_fn.kd_ratio > 0 else None
     hidden_BSD = student(**batch.inputs, return_hidden=True)
-    return kd_loss(hidden_BSD, student.output, signal, batch.targets)
+    return loss_fn(hidden_BSD, student.output, signal, batch.targets)
 
 
 def validate(
@@ -136,8 +136,8 @@ def validate(
         return {}
     teacher.prefetch(held_out)
     # The divergence is measured whatever kd_ratio is.
-    loss = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
-    found = evaluation.evaluate_kd(student, teacher, loss, held_out, world=world, progress=progress.validating,
+    loss_fn = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
+    found = evaluation.evaluate_kd(student, teacher, loss_fn, held_out, world=world, progress=progress.validating,
                                    with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}
 
