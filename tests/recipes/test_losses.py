@@ -102,6 +102,4 @@ def test_a_steps_gradient_is_that_of_transformers_mean_over_the_labels(cli: CLI,
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     first = next(row for row in rows(here / "one") if row["step"] == 1)
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert first["grad_norm"] == pytest.approx(
-        norm.item(), rel=2e-3
-    )  # another count of tokens is off by tens of percent
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
