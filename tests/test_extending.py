@@ -146,3 +146,40 @@ def test_a_family_of_ones_own_is_trained_resumed_and_read_by_transformers(
     kdtune("run", "evaluate", f"run={folder / 'out'}", "tasks=[]", "batch_size=4")
     with pytest.raises(CheckpointError, match=r"Qwen2ForCausalLM.*want LlamaForCausalLM.*`family`"):
         load_model(folder / "out/final")
+
+
+OWN_BUILDER = """
+from kdtune.models import Transformer, TransformerConfig
+
+def tiny(qk_norm: bool = False) -> Transformer:
+    return Transformer(TransformerConfig(
+        vocab_size=320, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_dim=64, max_seq_len=256,
+        norm_eps=1e-5, rope_base=1e4, rope_scaling=None, tie_embeddings=False, qk_norm=qk_norm,
+    ))
+"""
+
+
+def test_a_builder_of_ones_own_that_names_no_family(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its model is saved and read again as Llama's are; one that no Llama computes is refused before it is trained."""
+    (folder / "own_builder.py").write_text(OWN_BUILDER)
+
+    def finetune(name: str, *overrides: str) -> int | str | None:
+        few = [
+            "max_steps_per_epoch=3",
+            "~dataset_val",
+            "~run_val_every_n_steps",
+            "~sample_prompts",
+            "~sample_max_new_tokens",
+        ]
+        model = "model={_component_: own_builder.tiny}"
+        with pytest.raises(SystemExit) as ended:
+            main(["run", "finetune", "--config", "tiny/finetune", *few, model, f"output_dir={name}", *overrides])
+        return ended.value.code
+
+    assert finetune("first") == 0, capsys.readouterr().err
+    stored = ["checkpointer={_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: first/final}"]
+    assert finetune("second", *stored) == 0, capsys.readouterr().err
+    assert (folder / "second/final/config.json").exists()
+    assert finetune("third", "model.qk_norm=true") == 2
+    assert "belongs to no family" in capsys.readouterr().err
+    assert not list((folder / "third").glob("step_*")) and not (folder / "third/final").exists()

@@ -234,6 +234,8 @@ class Checkpointer:
             silent.add("tie_embeddings")
             if given.rope_scaling is not None and stored.rope_scaling is not None:
                 silent.add("rope_scaling")
+        if given.family is None:  # a builder that names none
+            silent.add("family")
         names = [field.name for field in fields(given) if field.name not in silent]
         different = [name for name in names if getattr(given, name) != getattr(stored, name)]
         if different:

@@ -135,7 +135,8 @@ def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: A
     elif plain in _MAPPINGS and isinstance(value, dict):
         return {key: _item(item, key, args[1:]) for key, item in value.items()}
     else:
-        if isinstance(value, str) and "." in value and plain not in (tuple, *_LISTS, *_MAPPINGS):
+        is_path = isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
+        if is_path and plain not in (tuple, *_LISTS, *_MAPPINGS):
             value = _named(value)
         fits = isinstance(value, plain) and not isinstance(value, str)
     if not fits:

@@ -7,7 +7,7 @@ from .alpaca import (
 from .batch import Batch, collate
 from .chat import chat_dataset, instruct_dataset
 from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions
-from .dataset import Dataset, DatasetStats, MapDataset, StreamDataset, TokenizedDataset
+from .dataset import Dataset, DatasetStats, MapDataset, Report, StreamDataset, TokenizedDataset
 from .first_row import dataset_nodes, first_row_problems, read_problems
 from .loader import Loader, LoaderState, batches
 from .messages import Conversation, Message, parse_conversation
@@ -32,6 +32,7 @@ __all__ = [
     "Message",
     "MixedDataset",
     "MixedStream",
+    "Report",
     "RowStream",
     "Source",
     "StreamDataset",

@@ -63,6 +63,10 @@ class DatasetStats:
         return found
 
 
+# Its name in datasets written for earlier versions.
+Report = DatasetStats
+
+
 def total_report(reports: Iterable[DatasetStats], source: str) -> DatasetStats:
     """Sum several reports under one name."""
     total = DatasetStats(source)

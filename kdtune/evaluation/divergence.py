@@ -46,7 +46,7 @@ def evaluate_kd(
     Raises:
         DataError: if no token of the batches is valid.
     """
-    measures_it = loss.kd_ratio > 0 and isinstance(loss.divergence, ForwardKL) and loss.divergence.temperature == 1
+    measures_it = loss.kd_ratio > 0 and type(loss.divergence) is ForwardKL and loss.divergence.temperature == 1
     forward_kl = loss if measures_it else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0

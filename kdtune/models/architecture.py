@@ -23,8 +23,8 @@ class TransformerConfig:
     """Architecture of a decoder.
 
     ``max_seq_len`` is the context the weights were trained for; forward does not enforce it. ``family`` says how the model's
-    files are named and described; None: the model cannot be saved. ``qkv_bias`` and
-    ``qk_norm`` are ``Attention``'s; ``logit_softcap`` bounds the logits, see ``OutputHead``.
+    files are named and described; None: as Llama's, for a model without the switches below. ``qkv_bias`` and ``qk_norm``
+    are ``Attention``'s; ``logit_softcap`` bounds the logits, see ``OutputHead``.
     """
 
     vocab_size: int

@@ -87,11 +87,13 @@ def write_hf_config(
 
 
 def family_of(config: TransformerConfig) -> Family:
-    """Return the family of a model.
+    """Return the family of a model; Llama's for a config without one that computes what Llama's models compute.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: It has none, and switches that no family stands for.
     """
+    if config.family is None and not (config.qkv_bias or config.qk_norm or config.logit_softcap):
+        return LLAMA
     if config.family is None:
         raise ConfigError(
             "the model belongs to no family, which says how its files are named; give its TransformerConfig a `family` "

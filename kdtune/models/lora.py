@@ -116,9 +116,9 @@ class LoRALinear(nn.Linear):
 class LoRAHead(LoRALinear):
     """An output head with a low-rank update, which the loss can still use chunk by chunk: see ``OutputHead``."""
 
-    def __init__(self, base: OutputHead, **settings: Any) -> None:
+    def __init__(self, base: nn.Linear, **settings: Any) -> None:
         super().__init__(base, **settings)
-        self.softcap = base.softcap
+        self.softcap = getattr(base, "softcap", None)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] for hidden states [..., D], in their dtype."""
@@ -191,7 +191,7 @@ def apply_lora(
     bases = {name: _checked_base(model, name, quantize_base and name != OUTPUT) for name in names}
     model.requires_grad_(False)
     for name, base in bases.items():
-        kind: type[LoRALinear] = LoRAHead if isinstance(base, OutputHead) else LoRALinear
+        kind: type[LoRALinear] = LoRAHead if name == OUTPUT else LoRALinear
         adapted = kind(
             base,
             rank=lora_rank,
@@ -222,9 +222,11 @@ def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linea
 def _checked_base(model: Transformer, name: str, quantize: bool) -> nn.Linear:
     base = model.get_submodule(name)
     weight = getattr(base, "weight", None)
-
-    known = (nn.Linear, OutputHead)
-    if not isinstance(base, nn.Linear) or type(base) not in known or type(weight) not in (nn.Parameter, FakeTensor):
+    if (
+        not isinstance(base, nn.Linear)
+        or type(base) not in (nn.Linear, OutputHead)
+        or type(weight) not in (nn.Parameter, FakeTensor)
+    ):
         raise ConfigError(
             f"{name}: is a {type(base).__name__} whose weight is a {type(weight).__name__}; adapters go on a plain "
             "torch.nn.Linear: load unquantized weights"

@@ -1,7 +1,7 @@
 """Estimate what a run takes on each rank, from the config alone: memory, communication, operations, time.
 
 Sizes of parameters, gradients and optimizer state are exact: the real model is sharded, on the meta device. The costs of a
-layer and the loss are measured by running them there; `plan_moments` determines what exists at which point of a step.
+layer and the loss are measured by running them there; `phases` determines what exists at which point of a step.
 """
 
 import math
@@ -68,7 +68,7 @@ class Estimate:
     @property
     def peak(self) -> Phase:
         """The phase of a step with the most memory."""
-        return max(self.phases, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def tokens(self) -> int:

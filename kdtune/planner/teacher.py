@@ -29,7 +29,7 @@ class TeacherEstimate:
     @property
     def peak(self) -> Phase:
         """The phase with the most memory."""
-        return max(self.phases, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda phase: phase.total)
 
 
 def make_teacher_estimate(

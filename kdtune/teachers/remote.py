@@ -153,7 +153,7 @@ def _serve(build: Callable[[], Any], channel: Channel, device: torch.device, int
     nothing_BS = torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(nothing_BS, return_hidden=True)
     head_peers = [rank for rank, tag in zip(channel.peers, requests, strict=True) if tag == _HEAD]
-    softcap = [] if model.output.softcap is None else [model.output.softcap]
+    softcap = [value for value in [getattr(model.output, "softcap", None)] if value is not None]
     for part in (model.output.weight, torch.tensor(softcap, dtype=torch.float64)):
         _wait([channel.send(rank, 0, part) for rank in head_peers])
 
@@ -188,11 +188,11 @@ def check_sendable(head: nn.Module) -> None:
     """Raise ParallelismError unless a head is one weight.
 
     Raises:
-        ParallelismError: it has an adapter beside it.
+        ParallelismError: it has more than one weight, such as an adapter or a bias.
     """
     if len(list(head.parameters())) > 1:
         raise ParallelismError(
-            "teacher_processes: the teacher's output head has an adapter, and it is sent to the student as one matrix; leave "
+            "teacher_processes: the teacher's output head has an adapter or a bias, and it is sent to the student as one matrix; leave "
             "the head out of teacher_model's adapters, or merge them (teacher_checkpointer.adapter_dir)"
         )
 

@@ -2,7 +2,7 @@ from .checks import builder_problems, divergence_problems, may_change
 from .clip import check_finite, clip_grad_norm_
 from .config import TrainingConfig
 from .inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
-from .loggers import MetricLogger, TensorBoardLogger, WandBLogger
+from .loggers import JSONLLogger, MetricLogger, TensorBoardLogger, WandBLogger
 from .memory import memory_stats
 from .metrics import Metrics
 from .optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
@@ -28,6 +28,7 @@ from .tokenizer import load_tokenizer
 
 __all__ = [
     "Inputs",
+    "JSONLLogger",
     "MetricLogger",
     "Metrics",
     "Muon",

@@ -79,7 +79,7 @@ def loop_problems(cfg: Any) -> list[str]:
         found.append(
             f"save_weights={cfg.save_weights}: needs adapters, from `adapter` or a lora_ builder in `model`; give one, or ~save_weights"
         )
-    if cfg.best_metric in ("val_kd_loss", "val_agreement") and not hasattr(cfg, "kd_loss"):
+    if cfg.best_metric in ("val_kd_loss", "val_forward_kl", "val_agreement") and not hasattr(cfg, "kd_loss"):
         found.append(f"best_metric={cfg.best_metric}: is measured against a teacher, and this recipe has none; allowed is "
                      "val_class_loss")  # fmt: skip
     if cfg.dataset_val is None and cfg.best_metric:

@@ -101,7 +101,9 @@ class TrainingConfig:
     """Older step_N folders are deleted (never the best); null: all are kept."""
     enable_async_checkpointing: bool = key(False, may_change=True)
     """Continue training while a step_N is written, from a copy in the CPU's memory; false: wait for it."""
-    best_metric: Literal["val_class_loss", "val_kd_loss", "val_agreement"] | None = key(None, may_change=True)
+    best_metric: Literal["val_class_loss", "val_kd_loss", "val_forward_kl", "val_agreement"] | None = key(
+        None, may_change=True
+    )
     """The validation metric whose best step_N is kept and named at the end; the last two need a teacher."""
     save_weights: Literal["both", "merged", "adapter"] = "both"
     """Content of final/ for a model with adapters: the merged model with the adapter in final/adapter/, or one of them."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
+from kdtune.runs.metrics_file import JSONLLogger as JSONLLogger
 
 
 class MetricLogger(Protocol):

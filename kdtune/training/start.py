@@ -14,7 +14,7 @@ from kdtune.data import Batch, Loader, batches, load_dataset
 from kdtune.distributed import World
 from kdtune.log import get_logger
 from kdtune.losses import check_head
-from kdtune.models import Transformer, dtype_from_name
+from kdtune.models import Transformer, dtype_from_name, family_of
 from kdtune.runs.progress import Progress
 from kdtune.runs.resume import is_finished, step_to_resume
 from kdtune.tokenizers import Tokenizer
@@ -150,6 +150,7 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
         activation_checkpointing=cfg.enable_activation_checkpointing,
     )
     check_save_weights(model, cfg.save_weights)
+    family_of(model.config)  # before it is trained: a model without one cannot be saved
     check_head(name, model.output)
     return model
 
