@@ -97,9 +97,11 @@ def test_a_steps_gradient_is_that_of_transformers_mean_over_the_labels(cli: CLI,
     assert done.code == 0, done.err
     loader = Loader(quickstart_dataset(byte_tokenizer(max_seq_len=256)), batch_size=8, pad_id=0, shuffle=False)
     batch, model = next(loader), AutoModelForCausalLM.from_pretrained(good / "model", dtype=torch.float32)
+    # transformers leaves the gradient of the pad id's embedding out, also where the id (here eos) is a token of the text.
+    model.model.embed_tokens.padding_idx = None
     loss = torch.nn.functional.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten())
     loss.backward()
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     first = next(row for row in rows(here / "one") if row["step"] == 1)
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
