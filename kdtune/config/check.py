@@ -53,7 +53,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     if isinstance(annotation, NewType):
         return coerce(value, annotation.__supertype__)
     if origin in (Union, types.UnionType):
-        return _conform_union(value, annotation)
+        return _coerce_union(value, annotation)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in get_args(annotation)):
             raise MismatchError(_mismatch(value, annotation))
@@ -69,7 +69,7 @@ def coerce(value: Any, annotation: Any) -> Any:
         if plain in _SCALARS:
             raise MismatchError(_mismatch(value, annotation))
         return value
-    return _conform_class(value, plain, get_args(annotation), annotation)
+    return _coerce_class(value, plain, get_args(annotation), annotation)
 
 
 def is_path(annotation: Any) -> bool:
@@ -118,7 +118,7 @@ def _expanded(text: str) -> str:
         raise MismatchError(str(error)) from None
 
 
-def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: Any) -> Any:
+def _coerce_class(value: Any, plain: type, args: tuple[Any, ...], annotation: Any) -> Any:
     if plain is float and type(value) is int:
         return float(value)
     if plain in _SCALARS:
@@ -128,7 +128,7 @@ def _conform_class(value: Any, plain: type, args: tuple[Any, ...], annotation: A
         fits = isinstance(value, str | PurePath)
         value = Path(value) if fits and plain is Path else value
     elif plain is tuple and isinstance(value, list | tuple):
-        return _conform_tuple(value, args, annotation)
+        return _coerce_tuple(value, args, annotation)
     elif plain in _LISTS and isinstance(value, list | tuple | set | frozenset):
         items = [_item(item, index, args[:1]) for index, item in enumerate(value)]
         return set(items) if plain is set else frozenset(items) if plain is frozenset else items
@@ -151,7 +151,7 @@ def _named(dotted: str) -> Any:
         raise UnknownNameError(str(error)) from None
 
 
-def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], annotation: Any) -> tuple[Any, ...]:
+def _coerce_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], annotation: Any) -> tuple[Any, ...]:
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(value)
     if args and len(args) != len(value):
@@ -159,7 +159,7 @@ def _conform_tuple(value: list[Any] | tuple[Any, ...], args: tuple[Any, ...], an
     return tuple(_item(item, index, args[index : index + 1]) for index, item in enumerate(value))
 
 
-def _conform_union(value: Any, annotation: Any) -> Any:
+def _coerce_union(value: Any, annotation: Any) -> Any:
     """Convert the value to the member that changes it least: `int | float` keeps 3 an int, `float | None` makes it 3.0."""
     converted = []
     unknown: UnknownNameError | None = None

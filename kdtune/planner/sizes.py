@@ -106,11 +106,11 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
     shard_model(model, parallelism, world)
     is_sharded = isinstance(model, FSDPModule)
     shards = parallelism.sizes(world.size)["dp_shard"] if is_sharded else 0
-    widths = _DTypes(parallelism, is_sharded)
-    _take_shapes(pieces, model, widths)
+    dtypes = _DTypes(parallelism, is_sharded)
+    _take_shapes(pieces, model, dtypes)
     units = {True: FSDPUnit(), False: FSDPUnit()}
     for name, parameter in model.named_parameters():
-        unit = _unit(parameter, shards, widths, state.get(name, []))
+        unit = _unit(parameter, shards, dtypes, state.get(name, []))
         in_layer = name.startswith("layers.")
         units[in_layer] = units[in_layer].plus(unit)
     layout = tuple(parallelism.sizes(world.size).values())
@@ -133,7 +133,7 @@ class _DTypes:
         return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
 
 
-def _unit(parameter: Tensor, shards: int, widths: _DTypes, state: list[tuple[tuple[int, ...], int]]) -> FSDPUnit:
+def _unit(parameter: Tensor, shards: int, dtypes: _DTypes, state: list[tuple[tuple[int, ...], int]]) -> FSDPUnit:
     own, dtype, trained = to_local(parameter), parameter.dtype, parameter.requires_grad
     senders = shards if isinstance(parameter, DTensor) else 0
     gathered = senders * _num_padded(parameter)
@@ -142,9 +142,9 @@ def _unit(parameter: Tensor, shards: int, widths: _DTypes, state: list[tuple[tup
         stored=num_bytes(own),
         gradients=_bytes(own) * trained,
         state=sum(_state_bytes(one, own.shape) for one in state),
-        whole=senders * _rows_bytes(own) if is_nf4(own) else gathered * widths.compute(dtype).itemsize,
-        whole_gradients=whole * widths.compute(dtype).itemsize * trained,
-        reduced=gathered * widths.reduce(dtype).itemsize * trained,
+        whole=senders * _rows_bytes(own) if is_nf4(own) else gathered * dtypes.compute(dtype).itemsize,
+        whole_gradients=whole * dtypes.compute(dtype).itemsize * trained,
+        reduced=gathered * dtypes.reduce(dtype).itemsize * trained,
         all_stored=parameter.numel() * dtype.itemsize,
         all_trained=parameter.numel() * dtype.itemsize * trained,
         all_state=sum(_state_bytes(one, parameter.shape) for one in state),
@@ -181,13 +181,13 @@ def shape_in_use(parameter: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def _take_shapes(pieces: nn.Module, sharded: nn.Module, widths: _DTypes) -> None:
+def _take_shapes(pieces: nn.Module, sharded: nn.Module, dtypes: _DTypes) -> None:
     """Give the pieces the shapes and dtypes that the sharded model's parameters have in computation."""
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         if parameter not in made:
             # torchao gathers NF4 weights quantized and dequantizes them in their own dtype, whatever FSDP's compute dtype is.
-            dtype = parameter.dtype if is_nf4(parameter) else widths.compute(parameter.dtype)
+            dtype = parameter.dtype if is_nf4(parameter) else dtypes.compute(parameter.dtype)
             empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")
             made[parameter] = (
                 quantize_nf4(empty) if is_nf4(parameter) else nn.Parameter(empty, requires_grad=parameter.requires_grad)

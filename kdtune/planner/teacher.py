@@ -51,7 +51,7 @@ def make_teacher_estimate(
     context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
     share, rounds = _share(batch, num_students, world.size)
-    teacher = replace(_taught(_sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds)
+    teacher = replace(_teacher_cost(_sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds)
     # The answer before is kept until it has been fetched.
     found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
     steps = cfg.gradient_accumulation_steps
@@ -60,7 +60,7 @@ def make_teacher_estimate(
 
 def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
     """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
-    return _taught(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
+    return _teacher_cost(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
 
 
 def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:
@@ -70,10 +70,10 @@ def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCos
     dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
     sizes = _sizes(cfg, Parallelism(), World(torch.device("cpu")), dtype=dtype)
     answer = hidden_bytes(sizes.pieces, batch)
-    return replace(_taught(sizes, share), hidden=answer, num_ranks=cfg.teacher_processes, rounds=rounds)
+    return replace(_teacher_cost(sizes, share), hidden=answer, num_ranks=cfg.teacher_processes, rounds=rounds)
 
 
-def _taught(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:
+def _teacher_cost(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:
     cost = layer_cost(sizes.pieces, batch, backward=False) if runs else Cost(0, 0, 0, 0, 0)
     return TeacherCost(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
 

@@ -98,14 +98,14 @@ def lock(folder: Path) -> None:
     _held[path] = descriptor
 
 
-def _let_go() -> None:
+def _release() -> None:
     """Release the lock in a forked child, such as a data worker, which must not hold it after its parent was killed."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release)
 
 
 def _is_locked(folder: Path) -> bool:

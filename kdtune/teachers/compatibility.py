@@ -63,7 +63,7 @@ def check_tokenizer(
 
 def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) -> None:
     if difference := tokenizers.same_ids(tokenizer, own):
-        beyond, lacking = (tokenizers.lacking_control_tokens(*pair) for pair in ((own, tokenizer), (tokenizer, own)))
+        beyond, lacking = (tokenizers.lacking_special_tokens(*pair) for pair in ((own, tokenizer), (tokenizer, own)))
         if beyond is None or lacking is None:
             raise ConfigError(
                 f"{keys}: teacher and student have different tokenizers: {difference}; "
@@ -89,7 +89,7 @@ def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path
 
 def _check_model(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) -> None:
     difference = tokenizers.same_ids(tokenizer, own)
-    if difference and (beyond := tokenizers.lacking_control_tokens(tokenizer, own)) is not None:
+    if difference and (beyond := tokenizers.lacking_special_tokens(tokenizer, own)) is not None:
         what = (
             f"the run's tokenizer has special tokens that the model's lacks ({_listed(beyond)})"
             if beyond

@@ -1,6 +1,6 @@
 from .base import Tokenizer
 from .byte import byte_tokenizer
-from .compare import check_vocabulary, fingerprint, lacking_control_tokens, same_ids, same_tokenizer
+from .compare import check_vocabulary, fingerprint, lacking_special_tokens, same_ids, same_tokenizer
 from .gguf import GGUFTokenizer
 from .huggingface import HuggingFaceTokenizer
 from .loading import llama2_tokenizer, llama3_tokenizer, load
@@ -16,7 +16,7 @@ __all__ = [
     "byte_tokenizer",
     "check_vocabulary",
     "fingerprint",
-    "lacking_control_tokens",
+    "lacking_special_tokens",
     "llama2_tokenizer",
     "llama3_tokenizer",
     "load",

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json_if_there
-from kdtune.tokenizers.base import check_control_tokens
+from kdtune.tokenizers.base import check_special_tokens
 from kdtune.tokenizers.folder import ADDED_TOKENS, SPECIAL_TOKEN_KEYS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -121,7 +121,7 @@ def _text(entry: Any) -> str | None:
 def _token(entry: Any, file: Path) -> AddedToken:
     text = _text(entry)
     assert text is not None
-    check_control_tokens([text], file)
+    check_special_tokens([text], file)
     if not isinstance(entry, Mapping):
         return AddedToken(text, special=True)
     return AddedToken(text, **{flag: bool(entry[flag]) for flag in _FLAGS if flag in entry})

@@ -41,8 +41,8 @@ TrainOn: TypeAlias = Literal["last", "answers", "all"]
 
 
 @dataclass(frozen=True)
-class ControlTokens:
-    """The special ("control") tokens of a tokenizer: their strings and roles.
+class SpecialTokens:
+    """The special tokens of a tokenizer: their strings and roles.
 
     `named` holds bos_token, eos_token, pad_token, ... as chat templates name them. `lstrip` and `rstrip` list tokens that
     absorb the whitespace beside them.
@@ -77,7 +77,7 @@ def well_formed(text: str) -> str:
     return text
 
 
-def check_control_tokens(tokens: Iterable[str], origin: Path | str) -> None:
+def check_special_tokens(tokens: Iterable[str], origin: Path | str) -> None:
     """Raise if a special token cannot be searched for in texts: it must be valid text, and short.
 
     Raises:
@@ -97,13 +97,13 @@ class Tokenizer(ABC):
     Subclasses implement `_encode_text`, `_decode_ids` and `_save_files`. `max_seq_len` is only stored: datasets truncate.
 
     vocab_size: number of ids, including those that no text encodes to. bos_id, eos_id, pad_id: None if the model has none.
-    control: the special tokens by text. chat_template, tool_template: Jinja templates of conversations without and with tools.
+    special: the special tokens by text. chat_template, tool_template: Jinja templates of conversations without and with tools.
     extra_stop_ids: ids that end an answer, besides eos. origin: path it was read from, for messages.
     """
 
     def __init__(
         self,
-        control: ControlTokens,
+        special: SpecialTokens,
         *,
         vocab_size: int,
         pad_id: int | None = None,
@@ -114,26 +114,26 @@ class Tokenizer(ABC):
         origin: Path | str = "tokenizer",
     ) -> None:
         self.max_seq_len = check_max_seq_len(max_seq_len)
-        check_control_tokens(control.ids, origin)
+        check_special_tokens(special.ids, origin)
         self.vocab_size = vocab_size
         """Number of ids that can occur: the largest one plus 1."""
-        self.control_tokens = dict(control.ids)
-        self.bos_id = control.id_of("bos_token")
-        self.eos_id = control.id_of("eos_token")
-        found_pad = control.id_of("pad_token") if pad_id is None else pad_id
+        self.special_tokens = dict(special.ids)
+        self.bos_id = special.id_of("bos_token")
+        self.eos_id = special.id_of("eos_token")
+        found_pad = special.id_of("pad_token") if pad_id is None else pad_id
         # Padding is never attended to nor trained on, so any id will do where the tokenizer names none.
         self.pad_id: int = next(i for i in (found_pad, self.eos_id, 0) if i is not None)
-        ends = {control.ids[token] for token in END_TOKENS if token in control.ids}
+        ends = {special.ids[token] for token in END_TOKENS if token in special.ids}
         if self.eos_id is not None:
             ends.add(self.eos_id)
-        self.chat_template = family_template(control.ids) if chat_template is None else chat_template
+        self.chat_template = family_template(special.ids) if chat_template is None else chat_template
         self.tool_template = tool_template
         """The chat template of conversations with tools, if it is a different one."""
         self._template_file = template_file(origin)
         for template in filter(None, (self.chat_template, tool_template)):
             check_template(template, origin=self._template_file)
-        self._named = {"bos_token": "", "eos_token": "", **control.named}
-        self._finder = SpecialTokenMatcher(control.ids, lstrip=control.lstrip, rstrip=control.rstrip)
+        self._named = {"bos_token": "", "eos_token": "", **special.named}
+        self._finder = SpecialTokenMatcher(special.ids, lstrip=special.lstrip, rstrip=special.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
         self._date: str | None = None
         self._answer_ends = self._find_answer_ends()
@@ -190,7 +190,7 @@ class Tokenizer(ABC):
             return frozenset()
         at = text.rfind(answer)
         after = [] if at < 0 else self._finder.find(text[at:])
-        return frozenset(control.token for control in after[:1])
+        return frozenset(special.token for special in after[:1])
 
     def encode(self, text: str, *, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the ids of the text. Special-token strings in it stay text; a bos or eos the tokenizer lacks adds nothing."""
@@ -306,13 +306,13 @@ class Tokenizer(ABC):
         text = render(shown, add_generation_prompt)
         if mark and text.replace(mark, "") != self._render(fields, add_generation_prompt, tools, template_variables):
             raise DataError(
-                "a message holds a control-token string that the chat template looks at, so it cannot be kept as text "
-                f"(known: {', '.join(sorted(self.control_tokens)[:8])}, ...); take it out of the data"
+                "a message holds a special-token string that the chat template looks at, so it cannot be kept as text "
+                f"(known: {', '.join(sorted(self.special_tokens)[:8])}, ...); take it out of the data"
             )
-        controls = self._finder.find(text)
+        specials = self._finder.find(text)
         answers = answer_spans(
             text,
-            controls,
+            specials,
             shown,
             stop_ids=self.stop_ids,
             render=render,
@@ -324,13 +324,13 @@ class Tokenizer(ABC):
         else:
             wanted = answers if train_on == "answers" else list(answers)[-1:]
             chosen = [answers[i] for i in wanted if i not in masked]
-        return self._encode_pieces(text, mark, controls, {*answers.values()}, chosen)
+        return self._encode_pieces(text, mark, specials, {*answers.values()}, chosen)
 
     def _encode_pieces(
         self,
         text: str,
         mark: str,
-        controls: Sequence[SpecialToken],
+        specials: Sequence[SpecialToken],
         answers: Collection[tuple[int, int]],
         chosen: Sequence[tuple[int, int]],
     ) -> tuple[list[int], list[bool]]:
@@ -338,7 +338,7 @@ class Tokenizer(ABC):
         cuts = {edge for span in (*answers, *chosen) for edge in span}
         ids: list[int] = []
         trained: list[bool] = []
-        for piece in split_pieces(text, controls, cuts):
+        for piece in split_pieces(text, specials, cuts):
             if piece.token is None:
                 shown_text = text[piece.start : piece.end]
                 new = self._encode_cached(

@@ -64,11 +64,11 @@ CHATML = """\
 """
 
 
-def family_template(control_tokens: Container[str]) -> str:
+def family_template(special_tokens: Container[str]) -> str:
     """Return the template of the family with these special tokens: llama 3, ChatML, else llama 2 with its marks in text."""
-    if "<|start_header_id|>" in control_tokens:
+    if "<|start_header_id|>" in special_tokens:
         return LLAMA3
-    return CHATML if "<|im_start|>" in control_tokens else LLAMA2
+    return CHATML if "<|im_start|>" in special_tokens else LLAMA2
 
 
 def folder_tool_template(folder: Path) -> str | None:

@@ -101,7 +101,7 @@ def protect(data: T, finder: SpecialTokenMatcher) -> tuple[T, str]:
     mark = next((m for m in _NONCHARACTERS if not any(m in text for text in texts)), None)
     if mark is None:
         raise DataError(
-            "a conversation holds control-token strings and all 32 noncharacters U+FDD0..U+FDEF, of which one is "
+            "a conversation holds special-token strings and all 32 noncharacters U+FDD0..U+FDEF, of which one is "
             "needed to keep those strings from becoming special tokens; clean the text"
         )
 
@@ -114,7 +114,7 @@ def protect(data: T, finder: SpecialTokenMatcher) -> tuple[T, str]:
 
 def answer_spans(
     text: str,
-    controls: Sequence[SpecialToken],
+    specials: Sequence[SpecialToken],
     messages: Sequence[Mapping[str, Any]],
     *,
     stop_ids: Collection[int],
@@ -140,7 +140,7 @@ def answer_spans(
     spans: dict[int, tuple[int, int]] = {}
     limits = [*list(starts.values())[1:], len(text)]
     for (i, start), limit in zip(starts.items(), limits, strict=True):
-        stop = next((c.end for c in controls if c.start >= start and c.token in stop_ids), None)
+        stop = next((c.end for c in specials if c.start >= start and c.token in stop_ids), None)
         if i < len(messages) - 1 or add_generation_prompt:
             upto = render(messages[: i + 1], False)
             if text.startswith(upto):
@@ -183,7 +183,7 @@ def message_span(text: str, messages: Sequence[Mapping[str, Any]], index: int, *
     return ends[0], ends[1]
 
 
-def split_pieces(text: str, controls: Sequence[SpecialToken], cuts: Iterable[int]) -> list[Piece]:
+def split_pieces(text: str, specials: Sequence[SpecialToken], cuts: Iterable[int]) -> list[Piece]:
     """Split the text into special tokens and the ordinary text between them, and at `cuts`; empty pieces are dropped."""
     edges = sorted({0, len(text), *cuts})
     pieces: list[Piece] = []
@@ -193,9 +193,9 @@ def split_pieces(text: str, controls: Sequence[SpecialToken], cuts: Iterable[int
         pieces.extend(Piece(a, b, None) for a, b in pairwise(inner) if a < b)
 
     position = 0
-    for control in controls:
-        add_text(position, control.start)
-        pieces.append(Piece(control.start, control.end, control.token))
-        position = control.end
+    for special in specials:
+        add_text(position, special.start)
+        pieces.append(Piece(special.start, special.end, special.token))
+        position = special.end
     add_text(position, len(text))
     return pieces

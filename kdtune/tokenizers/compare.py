@@ -34,8 +34,8 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> str | None:
     """Like `same_tokenizer` without bos and eos, which a base model and its finetuned form may choose differently."""
-    for token in sorted(a.control_tokens.keys() | b.control_tokens.keys()):
-        left, right = a.control_tokens.get(token), b.control_tokens.get(token)
+    for token in sorted(a.special_tokens.keys() | b.special_tokens.keys()):
+        left, right = a.special_tokens.get(token), b.special_tokens.get(token)
         if left != right:
             return f"they differ in the special token {token!r}: id {left} against {right}"
     return same_text_ids(a, b)
@@ -51,7 +51,7 @@ def same_text_ids(a: Tokenizer, b: Tokenizer) -> str | None:
     return None
 
 
-def lacking_control_tokens(tokenizer: Tokenizer, other: Tokenizer) -> list[str] | None:
+def lacking_special_tokens(tokenizer: Tokenizer, other: Tokenizer) -> list[str] | None:
     """Return the special tokens that `tokenizer` has and `other` lacks; None if they use an id for different texts.
 
     A base model and its instruct model differ in this way: text has the same ids, and the latter has further special tokens,
@@ -60,13 +60,13 @@ def lacking_control_tokens(tokenizer: Tokenizer, other: Tokenizer) -> list[str] 
     if same_text_ids(tokenizer, other) is not None:
         return None
     for one, its in ((tokenizer, other), (other, tokenizer)):
-        free = set(its.control_tokens.values())
-        for token, i in one.control_tokens.items():
+        free = set(its.special_tokens.values())
+        for token, i in one.special_tokens.items():
             taken = i < its.vocab_size and i not in free and its.decode([i], skip_special=False) != token
-            if its.control_tokens.get(token, i) != i or taken:
+            if its.special_tokens.get(token, i) != i or taken:
                 return None
     return sorted(
-        tokenizer.control_tokens.keys() - other.control_tokens.keys(), key=tokenizer.control_tokens.__getitem__
+        tokenizer.special_tokens.keys() - other.special_tokens.keys(), key=tokenizer.special_tokens.__getitem__
     )
 
 
@@ -89,7 +89,7 @@ def fingerprint(tokenizer: Tokenizer) -> dict[str, str]:
     Covers the ids of a fixed set of texts in many scripts and of the special tokens.
     """
     parts = {
-        "ids": [tokenizer.control_tokens, [tokenizer.encode(text, add_bos=False, add_eos=False) for text in BATTERY]],
+        "ids": [tokenizer.special_tokens, [tokenizer.encode(text, add_bos=False, add_eos=False) for text in BATTERY]],
         "special_ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, sorted(tokenizer.stop_ids)],
         "chat_template": tokenizer.chat_template,
         "tool_template": tokenizer.tool_template,

@@ -11,7 +11,7 @@ from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json_if_there, read_text
 from kdtune.log import get_logger
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
-from kdtune.tokenizers.base import ControlTokens, Tokenizer, check_control_tokens, well_formed
+from kdtune.tokenizers.base import SpecialTokens, Tokenizer, check_special_tokens, well_formed
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
@@ -53,7 +53,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
-        check_control_tokens(named.values(), origin)
+        check_special_tokens(named.values(), origin)
         _add_named(backend, named)
         if whole_words := [
             t.content for t in backend.get_added_tokens_decoder().values() if t.special and t.single_word
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         added = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
         super().__init__(
-            ControlTokens(
+            SpecialTokens(
                 {token.content: i for i, token in added.items()},
                 named,
                 lstrip={token.content for token in added.values() if token.lstrip},
@@ -77,7 +77,7 @@ class HuggingFaceTokenizer(Tokenizer):
             extra_stop_ids=extra_stop_ids,
             origin=origin,
         )
-        self._control_ids = frozenset(self.control_tokens.values())
+        self._special_ids = frozenset(self.special_tokens.values())
         self._continuing, self._prefix_after_control = _without_prefix(backend)
         self._keep_special_strings_as_text()
 
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
-        prefixed = previous is None or (self._prefix_after_control and previous in self._control_ids)
+        prefixed = previous is None or (self._prefix_after_control and previous in self._special_ids)
         backend = self._backend if prefixed else self._continuing
         return backend.encode(text, add_special_tokens=False).ids
 

@@ -123,9 +123,9 @@ def _has_own_tokens(json_file: Path, model: Path) -> bool:
     original = SentencePieceTokenizer(model)
     if lists_other_tokens(original):
         return True
-    control = original.control_tokens
+    special = original.special_tokens
     added = read_json(json_file).get("added_tokens") or []
     try:
-        return any(control.get(token.get("content")) != token.get("id") for token in added)
+        return any(special.get(token.get("content")) != token.get("id") for token in added)
     except (AttributeError, TypeError):  # no list of tokens: whatever reads the file says so
         return True

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Tokenizers
 
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
-from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.base import SpecialTokens, Tokenizer
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.compare import BATTERY, PLAIN_BATTERY
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids, take_tokenizer_json_as_it_stands
@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
         roles = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         super().__init__(
-            ControlTokens(ids, {name: model.id_to_piece(i) for name, i in roles.items() if i >= 0}),
+            SpecialTokens(ids, {name: model.id_to_piece(i) for name, i in roles.items() if i >= 0}),
             vocab_size=size,
             pad_id=model.pad_id() if model.pad_id() >= 0 else None,
             max_seq_len=max_seq_len,
@@ -92,21 +92,21 @@ class SentencePieceTokenizer(Tokenizer):
             extra_stop_ids=generation_eos_ids(file.parent),
             origin=file,
         )
-        self._control_strings = dict(zip(self.control_tokens.values(), self.control_tokens, strict=True))
+        self._special_strings = dict(zip(self.special_tokens.values(), self.special_tokens, strict=True))
 
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
         # Meta's reference starts a sentence, dummy space included, after each bos; Llama 2's tokenizer.json after each special token.
-        starts_sentence = previous is None or previous in self._control_strings
+        starts_sentence = previous is None or previous in self._special_strings
         return list((self._model if starts_sentence else self._continuing).encode(text))
 
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
         if skip_special:
-            return str(self._model.decode([i for i in ids if i not in self._control_strings]))
+            return str(self._model.decode([i for i in ids if i not in self._special_strings]))
         parts: list[str] = []
-        for is_control, group in groupby(ids, self._control_strings.__contains__):
+        for is_special, group in groupby(ids, self._special_strings.__contains__):
             members = list(group)
             parts.append(
-                "".join(self._control_strings[i] for i in members) if is_control else self._model.decode(members)
+                "".join(self._special_strings[i] for i in members) if is_special else self._model.decode(members)
             )
         return "".join(parts)
 
@@ -139,11 +139,11 @@ class SentencePieceTokenizer(Tokenizer):
             backend = read_backend(file)
         except CheckpointError:
             return True
-        begin = self._named["bos_token"] or next(iter(self.control_tokens))
+        begin = self._named["bos_token"] or next(iter(self.special_tokens))
         return any(
             backend.encode(before + text, add_special_tokens=False).ids != [*ids, *self._model.encode(text)]
             for text in (*PLAIN_BATTERY, " x", "  x", "   ")
-            for before, ids in (("", []), (begin, [self.control_tokens[begin]]))
+            for before, ids in (("", []), (begin, [self.special_tokens[begin]]))
         )
 
     @property
@@ -151,10 +151,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Return bos_token, eos_token and unk_token of the model; "" for one that it lacks."""
         return dict(self._named)
 
-    def backend(self, control: Mapping[str, AddedToken] | None = None) -> Tokenizers | None:
+    def backend(self, special: Mapping[str, AddedToken] | None = None) -> Tokenizers | None:
         """Return the same tokenizer for the `tokenizers` library; None if it would give other ids.
 
-        `control`: the special tokens as they are added, if not unchanged.
+        `special`: the special tokens as they are added, if not unchanged.
         """
         model, ids = self._model, range(self.vocab_size)
         pieces = [model.id_to_piece(i) for i in ids]
@@ -164,8 +164,8 @@ class SentencePieceTokenizer(Tokenizer):
             unknown=pieces[max(model.unk_id(), 0)],
             prefix=model.encode("a") != self._continuing.encode("a"),
         )
-        plain = {token: AddedToken(token, normalized=False) for token in self.control_tokens}
-        backend.add_special_tokens(list((control or plain).values()))
+        plain = {token: AddedToken(token, normalized=False) for token in self.special_tokens}
+        backend.add_special_tokens(list((special or plain).values()))
         backend.encode_special_tokens = True  # special tokens in a text are text, as in the sentencepiece library
         if any(backend.encode(text).ids != model.encode(text) for text in BATTERY):
             return None

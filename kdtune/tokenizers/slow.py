@@ -21,7 +21,7 @@ def lists_other_tokens(model: SentencePieceTokenizer) -> bool:
     files = read_tokens(model.file.parent)
     renamed = any(files.names.get(name, token) != token for name, token in model.named_tokens.items() if token)
     flagged = any(token.lstrip or token.rstrip or token.single_word for token in files.all())
-    return renamed or flagged or not {token.content for token in files.all()} <= model.control_tokens.keys()
+    return renamed or flagged or not {token.content for token in files.all()} <= model.special_tokens.keys()
 
 
 def _check_listed(folder: Path, files: TokenFiles) -> None:
@@ -49,17 +49,17 @@ def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) 
     _check_listed(folder, files)
     named = {name: token for name, token in (model.named_tokens | files.names).items() if token}
     added = {token.content: token for token in files.all()}
-    control = {text: added.get(text) or AddedToken(text, special=True) for text in model.control_tokens}
-    for token in control.values():
+    special = {text: added.get(text) or AddedToken(text, special=True) for text in model.special_tokens}
+    for token in special.values():
         token.special = True
-    backend = model.backend(control)
+    backend = model.backend(special)
     if backend is None:
         raise CheckpointError(
             f"{file}: has tokens added beside it, and is a sentencepiece model that the tokenizers library cannot follow; save it "
             "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and take that folder"
         )
     _set_prefix(backend, files.settings)
-    backend.add_tokens([token for text, token in added.items() if text not in control])
+    backend.add_tokens([token for text, token in added.items() if text not in special])
     for i, token in files.listed.items():
         if (given := backend.token_to_id(token.content)) != i:
             raise CheckpointError(

@@ -12,7 +12,7 @@ import tiktoken
 import tokenizers
 
 from kdtune.errors import CheckpointError
-from kdtune.tokenizers.base import ControlTokens, Tokenizer
+from kdtune.tokenizers.base import SpecialTokens, Tokenizer
 from kdtune.tokenizers.byte_level import tokenizer_from_ranks
 from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import copy_files, generation_eos_ids
@@ -106,7 +106,7 @@ class TiktokenTokenizer(Tokenizer):
             "pad_token": "<|finetune_right_pad_id|>",
         }
         super().__init__(
-            ControlTokens({name: len(self._ranks) + i for i, name in enumerate(names)}, named),
+            SpecialTokens({name: len(self._ranks) + i for i, name in enumerate(names)}, named),
             vocab_size=len(self._ranks) + NUM_CONTROL_TOKENS,
             max_seq_len=max_seq_len,
             chat_template=folder_template(self._files_folder),
@@ -114,7 +114,7 @@ class TiktokenTokenizer(Tokenizer):
             extra_stop_ids=generation_eos_ids(self._files_folder),
             origin=file,
         )
-        self._control_strings = dict(zip(self.control_tokens.values(), self.control_tokens, strict=True))
+        self._special_strings = dict(zip(self.special_tokens.values(), self.special_tokens, strict=True))
 
     @property
     def _files_folder(self) -> Path:
@@ -133,7 +133,7 @@ class TiktokenTokenizer(Tokenizer):
     def _backend(self) -> tokenizers.Tokenizer:
         """Build the same tokenizer for the `tokenizers` library; takes seconds, so it is done once, for the first save."""
         backend = tokenizer_from_ranks(self._ranks, SPLIT_PATTERN)
-        backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self.control_tokens])
+        backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self.special_tokens])
         put_bos_first(backend, self._named["bos_token"])
         return backend
 
@@ -148,11 +148,11 @@ class TiktokenTokenizer(Tokenizer):
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
         pieces: list[bytes] = []
         for i in ids:
-            control = self._control_strings.get(i)
-            if control is None:
+            special = self._special_strings.get(i)
+            if special is None:
                 pieces.append(self._encoding.decode_single_token_bytes(i))
             elif not skip_special:
-                pieces.append(control.encode())
+                pieces.append(special.encode())
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def _save_files(self, folder: Path) -> None:

@@ -279,7 +279,7 @@ def test_llama3_ids(llama3_tokenizer_file: Path) -> None:
     assert ours.vocab_size == 128_256
     known = {"<|begin_of_text|>": 128_000, "<|finetune_right_pad_id|>": 128_004, "<|eot_id|>": 128_009}
     known |= {"<|python_tag|>": 128_010, "<|reserved_special_token_247|>": 128_255}
-    assert known.items() <= ours.control_tokens.items()
+    assert known.items() <= ours.special_tokens.items()
 
 
 @pytest.mark.real

@@ -23,7 +23,7 @@ def findings(base: Path) -> Callable[..., list[str]]:
     return collect
 
 
-def test_fills_the_frame(base: Path) -> None:
+def test_fills_the_schema(base: Path) -> None:
     cfg = load(base, ["kd_ratio=1", "resume=some/where", "prompts=[a, b]"], Config)
     assert isinstance(cfg, Config)
     assert cfg.kd_ratio == 1.0 and type(cfg.kd_ratio) is float
@@ -111,7 +111,7 @@ def test_gate_one_overrides_come_first(findings: Callable[..., list[str]]) -> No
     assert "no leading dashes; write kd_ratio=0.7" in lines[1]
 
 
-def test_gate_four_reports_what_the_frame_finds(findings: Callable[..., list[str]]) -> None:
+def test_the_fourth_stage_reports_the_schemas_problems(findings: Callable[..., list[str]]) -> None:
     lines = findings("kd_ratio=3", "batch_size=0")
     assert lines[0].endswith("2 problems")
     assert "kd_ratio=3.0: must lie between 0 and 1" in lines[1]

@@ -54,7 +54,7 @@ def test_loads_and_calls(base: Path) -> None:
     assert seen[0].output_dir == "runs/y"
 
 
-def test_keeps_frame_and_function(base: Path) -> None:
+def test_keeps_schema_and_function(base: Path) -> None:
     assert main.schema is Config
     with pytest.raises(TrainingError):
         main.function(Config(output_dir="training", tokenizer=None, dataset=None))

@@ -14,7 +14,7 @@ from kdtune.tokenizers import byte_tokenizer
 def other_ids():
     """Byte level, as the folder's tokenizer, with one special token at another id."""
     tokenizer = byte_tokenizer()
-    tokenizer.control_tokens["<|im_end|>"] = 300
+    tokenizer.special_tokens["<|im_end|>"] = 300
     return tokenizer
 
 
@@ -105,10 +105,10 @@ def test_a_base_teacher_of_an_instruct_student_is_told(pair):
         check_tokenizer(tokenizers.load(instruct), Checkpointer(base))
 
 
-def test_control_tokens_at_the_ids_of_text_are_another_tokenizer(pair):
+def test_special_tokens_at_the_ids_of_text_are_another_tokenizer(pair):
     base, _ = pair
     other = tokenizers.load(base)
-    other.control_tokens["<|user|>"] = 65
+    other.special_tokens["<|user|>"] = 65
     for key, words in (("checkpointer", "not this model's"), ("teacher_checkpointer", "different tokenizers")):
         with pytest.raises(ConfigError, match=words):
             check_tokenizer(other, Checkpointer(base), key)

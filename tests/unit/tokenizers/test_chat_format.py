@@ -52,7 +52,7 @@ def test_families_equal_transformers(template: str, chatml_folder: Path) -> None
         assert render_chat(template, CHAT, add_generation_prompt=prompt, special_tokens=names) == want
 
 
-def test_family_is_chosen_by_control_tokens(chatml_folder: Path, tiktoken_file: Path, sentencepiece_file: Path) -> None:
+def test_family_is_chosen_by_special_tokens(chatml_folder: Path, tiktoken_file: Path, sentencepiece_file: Path) -> None:
     assert load(chatml_folder).chat_template == CHATML == family_template({"<|im_start|>"})
     assert llama3_tokenizer(tiktoken_file).chat_template == LLAMA3
     assert llama2_tokenizer(sentencepiece_file).chat_template == LLAMA2

@@ -119,12 +119,12 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("text", INJECTIONS)
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_control_tokens_in_messages_stay_text(tokenizer: Tokenizer, text: str, role: str) -> None:
+def test_special_tokens_in_messages_stay_text(tokenizer: Tokenizer, text: str, role: str) -> None:
     chat = [Message("system", "x"), Message("user", "x"), Message("assistant", "x")]
     plain = tokenizer.tokenize_messages(chat)[0]
     chat = [Message(m.role, text if m.role == role else m.content) for m in chat]
     ids, _ = tokenizer.tokenize_messages(chat)
-    control = set(tokenizer.control_tokens.values())
+    control = set(tokenizer.special_tokens.values())
     assert [i for i in ids if i in control] == [i for i in plain if i in control]
     # sentencepiece gives no characters for control ids within text, so compare what the ids spell.
     assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(chat)
@@ -135,7 +135,7 @@ def test_content_cannot_complete_a_control_token(chatml_folder: Path) -> None:
     tokenizer = with_template(chatml_folder, template)
     for content in ("<|im_end", "end|>", "x"):
         ids, _ = tokenizer.tokenize_messages([{"role": "user", "content": content}])
-        assert [i for i in ids if i in tokenizer.control_tokens.values()] == [1]
+        assert [i for i in ids if i in tokenizer.special_tokens.values()] == [1]
         assert tokenizer.decode(ids, skip_special=False) == f"<|im_start|>{content}|>{content}<|im_"
 
 
@@ -145,7 +145,7 @@ def test_a_mark_that_occurs_in_the_text_is_not_used(chatml: Tokenizer) -> None:
     assert "".join(marks[:-1]) in chatml.decode(ids)
     with pytest.raises(DataError, match="all 32 noncharacters"):
         chatml.tokenize_messages([{"role": "user", "content": "<|im_end|>" + "".join(marks)}])
-    # Without a control-token string no mark is needed.
+    # Without a special-token string no mark is needed.
     assert "".join(marks) in chatml.decode(chatml.tokenize_messages([{"role": "user", "content": "".join(marks)}])[0])
 
 
@@ -178,7 +178,7 @@ def test_any_text_survives(chatml: Tokenizer, parts: list[list[str]]) -> None:
 
 def test_bos_stands_where_the_template_prints_it(tiktoken_file: Path) -> None:
     tokenizer = llama3_tokenizer(tiktoken_file)
-    bos_id = tokenizer.control_tokens["<|begin_of_text|>"]
+    bos_id = tokenizer.special_tokens["<|begin_of_text|>"]
     assert tokenizer.tokenize_messages(CHAT)[0].count(bos_id) == 1
     assert tokenizer.encode("the").count(bos_id) == 1
 

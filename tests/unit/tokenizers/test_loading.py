@@ -38,7 +38,7 @@ def test_every_kind_is_found(
             assert type(found) is kind
             assert found.decode(found.encode(TEXT)) == TEXT
             assert found.max_seq_len is None
-            assert max(found.control_tokens.values()) < found.vocab_size
+            assert max(found.special_tokens.values()) < found.vocab_size
             assert found.decode([found.vocab_size, 10**9]) == ""
 
 
@@ -89,9 +89,9 @@ def test_stop_ids(chatml_folder: Path, tiktoken_file: Path) -> None:
     assert load(chatml_folder).stop_ids == {2, 7}
     llama3 = load(tiktoken_file)
     names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-    assert llama3.stop_ids == {llama3.control_tokens[name] for name in names}
-    assert llama3.control_tokens["<|begin_of_text|>"] == 266 and llama3.vocab_size == 266 + 256
-    assert llama3.control_tokens["<|reserved_special_token_247|>"] == 266 + 255
+    assert llama3.stop_ids == {llama3.special_tokens[name] for name in names}
+    assert llama3.special_tokens["<|begin_of_text|>"] == 266 and llama3.vocab_size == 266 + 256
+    assert llama3.special_tokens["<|reserved_special_token_247|>"] == 266 + 255
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "8"])

@@ -118,7 +118,7 @@ def test_a_special_tokens_map_that_names_another_eos(sentencepiece_file: Path) -
     assert {tokenizer.eos_id, tokenizer.pad_id} == {size, size + 1}
 
 
-def test_flags_of_the_models_own_control_tokens(sentencepiece_file: Path) -> None:
+def test_flags_of_the_models_own_special_tokens(sentencepiece_file: Path) -> None:
     decoder = {"2": {**PLAIN, "content": "</s>", "lstrip": True, "rstrip": True}}
     (sentencepiece_file.parent / "tokenizer_config.json").write_text(
         json.dumps({**CONFIG, "eos_token": "</s>", "added_tokens_decoder": decoder})
@@ -235,9 +235,9 @@ def test_flags_of_tokenizer_config_go_before_those_of_tokenizer_json(
         assert ours.encode_rendered(text) == reference(text, add_special_tokens=False).input_ids, text
     is_text = (not there) if flag == "special" else special
     assert (
-        (ours.control_tokens["<|new|>"] not in ours.encode("a<|new|>b"))
+        (ours.special_tokens["<|new|>"] not in ours.encode("a<|new|>b"))
         if is_text
-        else "<|new|>" not in ours.control_tokens
+        else "<|new|>" not in ours.special_tokens
     )
 
 
@@ -246,7 +246,7 @@ def test_an_id_that_the_token_does_not_get_is_told(chatml_folder: Path, caplog: 
     with caplog.at_level(logging.WARNING, "kdtune"):
         ours = load(chatml_folder)
     reference = transformers.AutoTokenizer.from_pretrained(chatml_folder)
-    assert ours.control_tokens["<|new|>"] == reference.convert_tokens_to_ids("<|new|>")
+    assert ours.special_tokens["<|new|>"] == reference.convert_tokens_to_ids("<|new|>")
     assert "the token '<|new|>' is listed with the id 9000 and gets" in caplog.text
 
 

@@ -10,7 +10,7 @@ def test_which_part_differs() -> None:
     other_template.chat_template += " "
     other_tools.tool_template = "{{ tools }}"
     other_end.eos_id = None
-    other_ids.control_tokens["<|im_end|>"] = 300
+    other_ids.special_tokens["<|im_end|>"] = 300
     changed = {
         "chat_template": other_template,
         "tool_template": other_tools,
