@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -18,6 +19,7 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
 
     def take_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests' own process may ignore it, as under nohup
         os.setsid()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
