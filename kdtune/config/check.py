@@ -239,7 +239,7 @@ def resolve(dotted: str) -> Any:
     """
     parts = dotted.split(".") if isinstance(dotted, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{dotted!r} is not a dotted path; write one such as torch.optim.AdamW")
+        raise ConfigError(f"{shown(dotted)} is not a dotted path; write one such as torch.optim.AdamW")
     if parts[0] == "torchtune":
         raise ConfigError(f"{dotted!r} is torchtune's; {component_hint(parts[-1])}")
     target: Any = _import(parts[0], dotted)

@@ -46,8 +46,9 @@ def evaluate_kd(
     Raises:
         DataError: if no token of the batches is valid.
     """
-    measures_it = loss.kd_ratio > 0 and type(loss.divergence) is ForwardKL and loss.divergence.temperature == 1
-    forward_kl = loss if measures_it else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
+    # The loss itself measures it where it is what is trained.
+    is_trained = loss.kd_ratio > 0 and type(loss.divergence) is ForwardKL and loss.divergence.temperature == 1
+    forward_kl = loss if is_trained else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
     with eval_mode(student):

@@ -30,7 +30,7 @@ def build_model(
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> Transformer:
-    """Build the model of a run, spread over its processes: each shard is placed before its weights are read.
+    """Build the model of a run, sharded over its processes: each shard is placed before its weights are read.
 
     Without a checkpointer the weights are random: drawn in fp32 from torch's seed before they are sharded, so all processes
     draw the same.
@@ -40,7 +40,7 @@ def build_model(
         checkpointer: reads the weights; None: random weights.
         dtype: dtype of the weights; None: as stored, for a model that is not sharded.
         world: the processes, with the device of this one.
-        parallelism: how the model is spread over them; None: the default, sharded over all of them.
+        parallelism: how it is divided among them; None: the default, sharded over all of them.
         adapter: called with the model as `model`, adds adapters, such as `kdtune.models.apply_lora`; None: no adapters except
             those that the builder makes.
         weights: a folder that replaces the checkpointer's, such as the step folder a run is resumed from. If it holds an

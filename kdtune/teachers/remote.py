@@ -153,8 +153,9 @@ def _serve(build: Callable[[], Any], channel: Channel, device: torch.device, int
     nothing_BS = torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(nothing_BS, return_hidden=True)
     head_peers = [rank for rank, tag in zip(channel.peers, requests, strict=True) if tag == _HEAD]
-    softcap = [value for value in [getattr(model.output, "softcap", None)] if value is not None]
-    for part in (model.output.weight, torch.tensor(softcap, dtype=torch.float64)):
+    softcap = getattr(model.output, "softcap", None)  # a plain Linear has none
+    softcaps = torch.tensor([] if softcap is None else [softcap], dtype=torch.float64)
+    for part in (model.output.weight, softcaps):
         _wait([channel.send(rank, 0, part) for rank in head_peers])
 
     before: list[PendingSend] = []

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
-from kdtune.runs.metrics_file import JSONLLogger as JSONLLogger
+from kdtune.runs.metrics_file import JSONLLogger as JSONLLogger  # configs name it kdtune.training.JSONLLogger
 
 
 class MetricLogger(Protocol):
