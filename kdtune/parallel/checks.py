@@ -1,4 +1,4 @@
-"""Check that a config's models can be spread over the processes that were started; no weights are read."""
+"""Check that a config's models can be divided among the processes that were started; no weights are read."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from kdtune.parallel.meta import meta_model
 
 
 def problems(cfg: Any) -> list[str]:
-    """Return why a config's models cannot be spread over the processes that were started, one sentence each; read no weights.
+    """Return why a config's models cannot be divided among the processes that were started, one sentence each; read no weights.
 
     cfg: with the key parallelism, and those of model, checkpointer, adapter, teacher_parallelism, teacher_processes,
     teacher_model and teacher_checkpointer that its recipe has.
     """
     parallelism: Parallelism = instantiate(cfg.parallelism)
     teacher: Parallelism | None = instantiate(getattr(cfg, "teacher_parallelism", None))
-    apart = getattr(cfg, "teacher_processes", 0)
-    if found := parallelism_problems(parallelism, teacher, teacher_processes=apart):
+    num_teachers = getattr(cfg, "teacher_processes", 0)
+    if found := parallelism_problems(parallelism, teacher, teacher_processes=num_teachers):
         return found
     teacher_name = "teacher_parallelism" if teacher else "parallelism, for the teacher"
     for name, prefix, settings, num_processes in (
-        ("parallelism", "", parallelism, world_size() - apart),
-        (teacher_name, "teacher_", teacher or parallelism, apart or world_size()),
+        ("parallelism", "", parallelism, world_size() - num_teachers),
+        (teacher_name, "teacher_", teacher or parallelism, num_teachers or world_size()),
     ):
         builder = factory(getattr(cfg, f"{prefix}model", None))
         source = instantiate(getattr(cfg, f"{prefix}checkpointer", None))

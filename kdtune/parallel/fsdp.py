@@ -87,7 +87,7 @@ def _is_copy(model: Transformer, parallelism: Parallelism, num_shards: int) -> b
 
 
 def model_problem(model: Transformer, parallelism: Parallelism, num_processes: int) -> str | None:
-    """Return why a model cannot be spread over this many processes by `tp` or `cpu_offload`, None if it can; no weights are needed."""
+    """Return why a model cannot be divided among this many processes by `tp` or `cpu_offload`, None if it can; no weights are needed."""
     tp = parallelism.sizes(num_processes)[TP_DIM]
     if problem := tensor_parallel_problem(model.config, tp):
         return problem
