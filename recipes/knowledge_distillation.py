@@ -40,12 +40,18 @@ class Config(training.TrainingConfig):
     """A teacher of another kind, in place of a model (docs/extending.md); null: the model of the keys above."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence between teacher and student."""
+    teacher_targets: Any = config.component(default=None)
+    """What the divergence sees of the teacher's distribution: kdtune.losses.TopKTargets or SampledTargets; null: all of it."""
     kd_ratio: float = 0.5
     """Weight of the divergence; cross entropy has 1 - kd_ratio."""
 
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
-        found = [*super().problems(), *training.divergence_problems(self.kd_loss), *teachers.problems(self)]
+        found = [
+            *super().problems(),
+            *training.divergence_problems(self.kd_loss, self.teacher_targets),
+            *teachers.problems(self),
+        ]
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
         return found
@@ -78,7 +84,8 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     teachers.check_vocabularies(inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence)
 
     # Loss and optimizer.
-    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
+    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size,
+                            teacher_targets=config.instantiate(cfg.teacher_targets))  # fmt: skip
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
 
     with training.Run(

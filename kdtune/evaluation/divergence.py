@@ -47,7 +47,8 @@ def evaluate_kd(
         DataError: if no token of the batches is valid.
     """
     # The loss itself measures it where it is what is trained.
-    is_trained = loss.kd_ratio > 0 and type(loss.divergence) is ForwardKL and loss.divergence.temperature == 1
+    is_kl = type(loss.divergence) is ForwardKL and loss.divergence.temperature == 1
+    is_trained = loss.kd_ratio > 0 and is_kl and loss.teacher_targets is None
     forward_kl = loss if is_trained else KDLoss(kd_ratio=1.0, chunk_size=loss.chunk_size)
     sums: defaultdict[str, float] = defaultdict(float)
     num_tokens: float = 0
@@ -62,7 +63,8 @@ def evaluate_kd(
                 parts["forward_kl"] = (parts if forward_kl is loss else forward_kl(*inputs)[1])["kd_loss"]
             # A signal of K ids gives a label outside them no probability.
             if with_teacher_loss and signal is not None and not isinstance(signal, TopKSignal):
-                parts["teacher_class_loss"] = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
+                teacher_loss = signal_cross_entropy(signal, batch.targets, loss.chunk_size)
+                parts |= {} if teacher_loss is None else {"teacher_class_loss": teacher_loss}
             for name, value in parts.items():
                 sums[name] += float(value)
     *totals, num_tokens = world.sum([*sums.values(), num_tokens])

@@ -1,12 +1,23 @@
-from .contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of
-from .divergences import ForwardKL, forward_kl
+from .contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of, value_and_gradient
+from .divergences.adaptive_kl import AdaptiveKL
+from .divergences.alpha_beta import AlphaBeta
+from .divergences.arg_max import ArgMaxCrossEntropy
+from .divergences.concrete_score import ConcreteScore
+from .divergences.jensen_shannon import JensenShannon, TotalVariation
+from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, SymmetricKL, forward_kl
+from .divergences.mixture import Mixture, WeightedSum
 from .heads import Head, check_head
 from .kd_loss import KDLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss
-from .signal import DenseSignal, HiddenSignal, Signal, TopKSignal
+from .signal import DenseSignal, HiddenSignal, SampledSignal, Signal, TopKSignal
+from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
 
 __all__ = [
+    "AdaptiveKL",
+    "AlphaBeta",
+    "ArgMaxCrossEntropy",
+    "ConcreteScore",
     "CrossEntropyLoss",
     "DenseSignal",
     "Divergence",
@@ -15,15 +26,30 @@ __all__ = [
     "ForwardKLLoss",
     "Head",
     "HiddenSignal",
+    "JensenShannon",
     "KDLoss",
+    "Mixture",
+    "ReverseKL",
+    "SampledSignal",
+    "SampledTargets",
     "Signal",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SparseRows",
+    "SymmetricKL",
     "Targets",
+    "TeacherTargets",
     "TopKSignal",
+    "TopKTargets",
+    "TotalVariation",
+    "WeightedSum",
     "check_divergence",
     "check_head",
+    "check_targets",
     "covers_extra_ids",
     "divergence_name",
     "divergence_of",
     "forward_kl",
     "signal_cross_entropy",
+    "value_and_gradient",
 ]

@@ -1,11 +1,12 @@
 """Check divergences by calling them on a few tokens, and choose the ids they are computed over."""
 
-import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune.errors import ConfigError
@@ -73,6 +74,34 @@ def divergence_of(kd_loss: Any) -> Divergence:
     )
 
 
+def value_and_gradient(
+    divergence: Divergence, student_logp_NV: Tensor, teacher_logp_NV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence [N], and its partial derivatives [N, V] with respect to student_logp_NV, both detached.
+
+    By the divergence's own method of this name, a formula; without one, by autograd.
+
+    Raises:
+        ConfigError: it does not return one value per token.
+    """
+    by_formula = getattr(divergence, "value_and_gradient", None)
+    if by_formula is None:
+        return gradient_by_autograd(divergence, student_logp_NV, teacher_logp_NV)
+    values_N, gradient_NV = by_formula(student_logp_NV, teacher_logp_NV)
+    return one_a_token(values_N, len(student_logp_NV), divergence), gradient_NV
+
+
+def gradient_by_autograd(
+    divergence: Divergence, student_logp_NV: Tensor, teacher_logp_NV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `value_and_gradient` does, by autograd."""
+    with torch.enable_grad():
+        student_logp_NV = student_logp_NV.detach().requires_grad_()
+        values_N = one_a_token(divergence(student_logp_NV, teacher_logp_NV), len(student_logp_NV), divergence)
+        (gradient_NV,) = torch.autograd.grad(values_N, student_logp_NV, torch.ones_like(values_N))
+    return values_N.detach(), gradient_NV
+
+
 def divergence_name(kd_loss: Any) -> str:
     """Display name of a divergence: its `name`, such as "KL" for the forward KL alone, else its class's name."""
     divergence = divergence_of(kd_loss)
@@ -137,11 +166,36 @@ def over_student_ids(divergence: Divergence, vocab_size: int, num_shared: int) -
     if num_shared == vocab_size or covers_extra_ids(divergence):
         return divergence
 
-    @functools.wraps(divergence)
-    def on_shared_ids(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-        return divergence(student_logp_NV[:, :num_shared].log_softmax(-1), teacher_logp_NV[:, :num_shared])
+    return OnSharedIds(divergence, num_shared)
 
-    return on_shared_ids
+
+@dataclass(frozen=True)
+class OnSharedIds:
+    """A divergence of the two distributions over the first ids alone, renormalized."""
+
+    __wrapped__: Divergence
+    num_shared: int
+
+    def __call__(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+        """Return the divergence of each token, [N]."""
+        return self.__wrapped__(self._shared(student_logp_NV), teacher_logp_NV[:, : self.num_shared])
+
+    def value_and_gradient(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values [N] and partial derivatives [N, V]."""
+        teacher = teacher_logp_NV[:, : self.num_shared]
+        return self.restricted(student_logp_NV, lambda student: value_and_gradient(self.__wrapped__, student, teacher))
+
+    def restricted(
+        self, student_logp_NV: Tensor, compare: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values and partial derivatives of a function of the student's distribution over the shared ids."""
+        shared = self._shared(student_logp_NV)
+        values_N, slope = compare(shared)
+        slope = slope - shared.exp() * slope.sum(-1, keepdim=True)
+        return values_N, F.pad(slope, (0, student_logp_NV.shape[1] - self.num_shared))
+
+    def _shared(self, student_logp_NV: Tensor) -> Tensor:
+        return student_logp_NV[:, : self.num_shared].log_softmax(-1)
 
 
 def _few_tokens(*, of_teacher: bool = False) -> Tensor:

@@ -4,9 +4,9 @@ For each chunk, student and teacher are projected, the loss is differentiated wi
 they are still there, and the result is multiplied straight back into the gradients of hidden states and head. The
 backward pass only scales what the forward pass has stored, and memory does not grow with the number of tokens.
 
-With g the gradient of a token's loss with respect to its log-probabilities, found by autograd on the divergence alone,
-the gradient with respect to its logits z is g - softmax * sum(g); under a soft-cap, 1 - (z / softcap)^2 times that.
-Therefore any differentiable divergence works.
+With g the gradient of a token's loss with respect to its log-probabilities, by the divergence's formula or by autograd on the
+divergence alone, the gradient with respect to its logits z is g - softmax * sum(g); under a soft-cap, 1 - (z / softcap)^2
+times that. Therefore any differentiable divergence works, and one of sparse targets too.
 
 Shapes: T positions of the batch, N valid tokens among them, C tokens of a chunk, R tokens of a block of a chunk,
 V the student's vocabulary, D embedding width (the student's and the teacher's may differ). The teacher gives no probability
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtune.errors import TrainingError
-from kdtune.losses.contract import Divergence, one_a_token
+from kdtune.losses.contract import Divergence, value_and_gradient
 from kdtune.losses.heads import Projection
 from kdtune.losses.signal import Signal
+from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets, sparse_value_and_gradient
 from kdtune.losses.vocab_shards import VocabShards
 
 # The sizes below were chosen with bench/loss.py.
@@ -47,6 +48,8 @@ class Task:
     divergence: Divergence  # of log-probabilities of the student's ids; the teacher's are -inf where it has no row
     kd_ratio: float
     chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
+    weights_N: Tensor | None = None  # of each token's loss; None: all 1
+    teacher_targets: TeacherTargets | None = None  # what the loss keeps of dense teacher rows; None: all
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,18 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         # The tokens whose full rows of logits are here: all of the chunk, or a share with a sharded head.
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
         logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
-        teacher_CV = None
+        teacher_CV: Tensor | SparseRows | None = None
         if isinstance(task.teacher, Projection) and teacher_buffer is not None:
             teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
         elif isinstance(task.teacher, Signal):
-            teacher_CV = _signal_rows(task.teacher, positions_C[own], vocab_size).to(dtype)
+            teacher_CV = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
         for block in _slices(len(logits_CV), _block_size(logits_CV)):
             teacher_RV = None if teacher_CV is None else teacher_CV[block]
-            parts = _compare_(logits_CV[block], teacher_RV, labels_C[own][block], task, needs_grad, student.softcap)
+            weights_R = None if task.weights_N is None else task.weights_N[chunk][own][block].to(dtype)
+            parts = _compare_(
+                logits_CV[block], teacher_RV, labels_C[own][block], weights_R, task, needs_grad, student.softcap
+            )
             for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         # From here on, logits_CV holds the gradient with respect to the logits.
@@ -171,8 +177,9 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
 
 def _compare_(
     logits_RV: Tensor,
-    teacher_RV: Tensor | None,
+    teacher: Tensor | SparseRows | None,
     labels_R: Tensor,
+    weights_R: Tensor | None,
     task: Task,
     needs_grad: bool,
     softcap: float | None,
@@ -187,21 +194,38 @@ def _compare_(
     agreement_R: Tensor | float = 0.0
     outside_R: Tensor | float = 0.0
     grad_logp_RV = None
-    if task.teacher is not None and teacher_RV is not None:
-        agreement_R = (logits_RV.argmax(-1) == teacher_RV.argmax(-1)).to(ce_R.dtype)
+    if task.teacher is not None and teacher is not None:
+        agreement_R = _agreement(logits_RV, teacher)
         outside_R = logp_RV[:, task.teacher.vocab_size :].exp().sum(-1)
-        with torch.set_grad_enabled(needs_grad):
-            kd_R = task.divergence(logp_RV.requires_grad_(needs_grad), teacher_RV.log_softmax(-1))
-        kd_R = one_a_token(kd_R, len(labels_R), task.divergence)
-        if needs_grad:
-            (grad_logp_RV,) = torch.autograd.grad(kd_R, logp_RV, torch.full_like(kd_R, task.kd_ratio))
-        kd_R = kd_R.detach()
+        kd_R, grad_logp_RV = _divergence(logp_RV, teacher, task)
+        grad_logp_RV.mul_(task.kd_ratio)
     if needs_grad:
         slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
-        _logit_grad(logp_RV.detach(), grad_logp_RV, labels_R, task.kd_ratio, out_RV=logits_RV)
-        if slope_RV is not None:
-            logits_RV.mul_(slope_RV)
-    return ce_R.detach(), kd_R, agreement_R, outside_R
+        _logit_grad(logp_RV, grad_logp_RV, labels_R, task.kd_ratio, out_RV=logits_RV)
+        for scale in (slope_RV, None if weights_R is None else weights_R[:, None]):
+            if scale is not None:
+                logits_RV.mul_(scale)
+    if weights_R is not None:
+        ce_R, kd_R = ce_R * weights_R, kd_R * weights_R
+    return ce_R, kd_R, agreement_R, outside_R
+
+
+def _divergence(logp_RV: Tensor, teacher: Tensor | SparseRows, task: Task) -> tuple[Tensor, Tensor]:
+    """Return the divergence [R] from the teacher's rows and its partial derivatives [R, V] with respect to logp_RV."""
+    if isinstance(teacher, Tensor):
+        teacher = teacher.log_softmax(-1)
+        teacher = task.teacher_targets.of(teacher) if task.teacher_targets else teacher
+    if isinstance(teacher, Tensor):
+        return value_and_gradient(task.divergence, logp_RV, teacher)
+    return sparse_value_and_gradient(task.divergence, logp_RV, teacher)
+
+
+def _agreement(logits_RV: Tensor, teacher: Tensor | SparseRows) -> Tensor:
+    """Return 1 for tokens to which both give the same most likely id, else 0, [R]; NaN if the teacher's is not known."""
+    if isinstance(teacher, SampledRows):
+        return logits_RV.new_full((len(logits_RV),), torch.nan)
+    best_R = teacher.argmax(-1) if isinstance(teacher, Tensor) else teacher.most_likely()
+    return (logits_RV.argmax(-1) == best_R).to(logits_RV.dtype)
 
 
 def _logit_grad(
@@ -283,11 +307,14 @@ def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Ten
     return logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf)
 
 
-def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int) -> Tensor:
-    """Return log-probabilities [R, V] of a signal, cut to the student's ids or -inf for those that the teacher lacks."""
-    logp_RV = signal.log_probs(positions_R)[:, :vocab_size]
-    num_lacking = vocab_size - logp_RV.shape[1]
-    return F.pad(logp_RV, (0, num_lacking), value=-torch.inf) if num_lacking else logp_RV
+def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor | SparseRows:
+    """Return a signal's rows; dense ones [R, V] cut to the student's ids, or -inf for those that the teacher lacks."""
+    rows = signal.log_probs(positions_R)
+    if not isinstance(rows, Tensor):
+        return rows.to(dtype)
+    rows = rows[:, :vocab_size].to(dtype)
+    num_lacking = vocab_size - rows.shape[1]
+    return F.pad(rows, (0, num_lacking), value=-torch.inf) if num_lacking else rows
 
 
 def _project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Cross entropy and distillation from hidden states. Shapes: B batch, S sequence, N valid tokens, V vocabulary, D embedding."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, divergence_of, over_student_ids
-from kdtune.losses.divergences import ForwardKL
+from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection, project
-from kdtune.losses.plain import DivergenceLoss
 from kdtune.losses.signal import HiddenSignal, Signal
+from kdtune.losses.sparse import TeacherTargets, check_targets
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 
 
@@ -25,14 +27,17 @@ class KDLoss:
             None: forward KL.
         kd_ratio: weight of the divergence, 0 to 1. At 0 the teacher is not computed and may be missing.
         chunk_size: tokens projected at a time; None: as many as fit a fixed number of bytes.
+        teacher_targets: what the divergence sees of a teacher's whole distribution, such as `kdtune.losses.TopKTargets`; None: all
+            of it.
     """
 
     def __init__(
         self,
-        kd_loss: Divergence | DivergenceLoss | None = None,
+        kd_loss: Callable[..., Tensor] | None = None,
         *,
         kd_ratio: float = 0.5,
         chunk_size: int | None = None,
+        teacher_targets: TeacherTargets | None = None,
     ) -> None:
         if not 0.0 <= kd_ratio <= 1.0:
             raise ConfigError(
@@ -45,6 +50,8 @@ class KDLoss:
         self.divergence = ForwardKL() if kd_loss is None else divergence_of(kd_loss)
         self.kd_ratio = kd_ratio
         self.chunk_size = chunk_size
+        self.teacher_targets = teacher_targets
+        check_targets(self.divergence, teacher_targets)
         self._over: dict[tuple[int, int], Divergence] = {}
 
     def __call__(
@@ -55,7 +62,8 @@ class KDLoss:
         These are "kd_loss", the divergence; "agreement", the number of tokens to which both models give the same most
         likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
         probability that the student gives to them. Its softmax is over all of its ids, with a teacher as without one; see
-        `kdtune.losses.covers_extra_ids` for what the divergence is taken over. Softmax and sums are in fp32 (float64 for
+        `kdtune.losses.covers_extra_ids` for what the divergence is taken over. The targets' weights multiply the loss of each
+        token and its two losses among the parts. Softmax and sums are in fp32 (float64 for
         float64 hidden states).
 
         Args:
@@ -83,6 +91,8 @@ class KDLoss:
             divergence=self._divergence_over(student.vocab_size, num_shared),
             kd_ratio=self.kd_ratio,
             chunk_size=self.chunk_size,
+            weights_N=targets.weights_N,
+            teacher_targets=self.teacher_targets,
         )
         sums = fused_linear_kd(student, task)
         parts = {
@@ -125,8 +135,10 @@ class KDLoss:
 
 
 @torch.no_grad()
-def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | None = None) -> Tensor:
+def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | None = None) -> Tensor | None:
     """Return the cross entropy of a teacher with the labels, summed over valid tokens, over all of its own ids.
+
+    None if the signal does not know the probability of every id.
 
     Args:
         signal: the teacher's.
@@ -136,6 +148,10 @@ def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | Non
     if isinstance(signal, HiddenSignal):
         return KDLoss(kd_ratio=0.0, chunk_size=chunk_size)(signal.hidden_BSD, signal.output, None, targets)[0]
     size = chunk_size or max(1, CHUNK_BYTES // (signal.vocab_size * torch.float32.itemsize))
-    pieces = zip(targets.positions_N.split(size), targets.labels_N.split(size), strict=True)
-    losses = [-signal.log_probs(positions_C).gather(1, labels_C[:, None]).sum() for positions_C, labels_C in pieces]
-    return torch.stack(losses).sum()
+    total = torch.zeros((), device=targets.labels_N.device)
+    for positions_C, labels_C in zip(targets.positions_N.split(size), targets.labels_N.split(size), strict=True):
+        rows_CV = signal.log_probs(positions_C)
+        if not isinstance(rows_CV, Tensor):
+            return None
+        total = total - rows_CV.gather(1, labels_C[:, None]).sum()
+    return total

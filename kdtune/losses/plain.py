@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.losses.contract import Divergence, one_a_token, over_student_ids
-from kdtune.losses.divergences import ForwardKL
+from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.targets import check_positions, check_target_ids
 
 

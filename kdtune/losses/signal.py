@@ -5,10 +5,13 @@ K ids that are kept per position.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from kdtune.losses.divergences.base import raised
+from kdtune.losses.sparse import SampledRows, SparseRows, TopKRows, log1mexp
 
 
 @runtime_checkable
@@ -26,8 +29,11 @@ class Signal(Protocol):
     def vocab_size(self) -> int:
         """V: number of ids, from 0, that it may give probability to."""
 
-    def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Return natural log-probabilities [C, V], fp32 or wider; -inf for none. positions_C index the flattened [B, S]."""
+    def log_probs(self, positions_C: Tensor) -> Tensor | SparseRows:
+        """Return natural log-probabilities [C, V], fp32 or wider, -inf for none; or sparse rows.
+
+        positions_C index the flattened [B, S].
+        """
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,45 @@ class DenseSignal:
 class TopKSignal:
     """The K most likely ids of every position with their log-probabilities, as a cache stores them.
 
-    Renormalized: the K ids share all of the probability, other ids have none. Divergences that are infinite where only
-    the student gives probability, such as reverse KL, are infinite on it.
+    Renormalized, the K ids share all of the probability, other ids have none; divergences that are infinite where only the
+    student gives probability, such as reverse KL, are infinite on it. With a tail, the other ids are one id more, which has
+    the probability that the K leave: see `kdtune.losses.TopKTargets`.
     """
 
     ids_BSK: Tensor
     """int64."""
     logp_BSK: Tensor
-    """Natural log-probabilities, or logits, of these ids."""
+    """Natural log-probabilities, or, renormalized, logits, of these ids."""
+    vocab_size: int
+    outside: Literal["renormalize", "tail"] = "renormalize"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S)."""
+        return tuple(self.ids_BSK.shape[:-1])
+
+    def log_probs(self, positions_C: Tensor) -> Tensor | SparseRows:
+        """Return natural log-probabilities [C, V], fp32 or wider, -inf for ids that are not among the K; or them with a tail."""
+        ids_CK = self.ids_BSK.flatten(0, -2)[positions_C]
+        logp_CK = self.logp_BSK.flatten(0, -2)[positions_C]
+        if self.outside == "tail":
+            (logp_CK,) = raised(logp_CK)
+            return TopKRows(ids_CK, logp_CK, log1mexp(logp_CK.logsumexp(-1)))
+        logp_CK = _log_softmax(logp_CK)
+        dense_CV = logp_CK.new_full((len(ids_CK), self.vocab_size), -torch.inf)
+        return dense_CV.scatter(1, ids_CK, logp_CK)
+
+
+@dataclass(frozen=True)
+class SampledSignal:
+    """Ids drawn from the teacher at every position, as a cache stores them (arXiv 2503.16870); see `kdtune.losses.SampledTargets`."""
+
+    ids_BSK: Tensor
+    """int64; ids may repeat."""
+    logp_BSK: Tensor
+    """The teacher's natural log-probabilities of these ids."""
+    weights_BSK: Tensor
+    """1 / (number of draws * probability of drawing this id)."""
     vocab_size: int
 
     @property
@@ -97,13 +134,11 @@ class TopKSignal:
         """(B, S)."""
         return tuple(self.ids_BSK.shape[:-1])
 
-    def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Return natural log-probabilities [C, V], fp32 or wider; -inf for ids that are not among the K."""
-        ids_CK = self.ids_BSK.flatten(0, -2)[positions_C]
-        logp_CK = _log_softmax(self.logp_BSK.flatten(0, -2)[positions_C])
-        dense_CV = logp_CK.new_full((len(ids_CK), self.vocab_size), -torch.inf)
-        return dense_CV.scatter(1, ids_CK, logp_CK)
+    def log_probs(self, positions_C: Tensor) -> SparseRows:
+        """Return the positions' draws."""
+        rows = (x.flatten(0, -2)[positions_C] for x in (self.ids_BSK, self.logp_BSK, self.weights_BSK))
+        return SampledRows(*rows).to(torch.promote_types(self.logp_BSK.dtype, torch.float32))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return raised(logits)[0].log_softmax(-1)

@@ -25,6 +25,8 @@ class Targets:
     """(B, S), or the leading shape of the hidden states in general."""
     id_range: tuple[int, int]
     """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without reading from the device."""
+    weights_N: Tensor | None = None
+    """Factors of the tokens' losses, floating-point; None: all 1."""
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "Targets":

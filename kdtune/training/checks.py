@@ -105,10 +105,12 @@ def loop_problems(cfg: Any) -> list[str]:
     return found + builder_problems(cfg) + data.first_row_problems(cfg)
 
 
-def divergence_problems(kd_loss: Any) -> list[str]:
-    """Return problems with the `kd_loss` divergence, found by calling it on a few tokens."""
+def divergence_problems(kd_loss: Any, teacher_targets: Any = None) -> list[str]:
+    """Return problems with the `kd_loss` divergence, found by calling it on a few tokens, and with its targets."""
     try:
-        losses.check_divergence(instantiate(kd_loss))
+        divergence = instantiate(kd_loss)
+        losses.check_divergence(divergence)
+        losses.check_targets(losses.divergence_of(divergence), instantiate(teacher_targets))
     except KDTuneError as error:
         return [str(error)]
     return []

@@ -1,0 +1,60 @@
+"""Concrete score matching: differences of logits. Notation as in `base`."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdtune.errors import ConfigError
+from kdtune.losses.divergences.base import TemperedDivergence
+
+Weight = Literal["student", "teacher", "uniform"]
+
+
+class ConcreteScore(TemperedDivergence):
+    """1/4 * sum_vu w1_v w2_u (d_v - d_u)², with d = s - t, the difference of the logits (CSD, arXiv 2509.25837).
+
+    It is 0 if and only if all differences of two logits are the same in both models, wherever w1 and w2 are above 0. The
+    weights are probabilities, taken for constants; with w1 = w2 = w it is half of the variance of d under w. The gradient is
+    1/2 [w1 (d - E_w2 d) + w2 (d - E_w1 d)]: linear in V. An id with a weight that one of the two excludes makes it infinite; one
+    that both exclude counts nowhere.
+
+    Args:
+        weights: w1 and w2, each "student", "teacher" (its softmax) or "uniform" (1 / V).
+        temperature: both distributions are softmax(logits / temperature). 1: unchanged.
+        scale_by_temperature_squared: multiply by temperature squared.
+    """
+
+    def __init__(
+        self,
+        weights: tuple[Weight, Weight] = ("teacher", "student"),
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool = False,
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature_squared)
+        if len(weights) != 2 or not set(weights) <= {"student", "teacher", "uniform"}:
+            raise ConfigError(f"weights={list(weights)}: must be two of student, teacher, uniform")
+        self.weights = tuple(weights)
+        self.label = f"concrete score ({', '.join(weights)})"
+
+    def compare(self, s_NV: Tensor, t_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return value [N] and slope [N, V], at temperature 1."""
+        no_s_NV, no_t_NV = s_NV == -torch.inf, t_NV == -torch.inf
+        neither_NV = no_s_NV & no_t_NV
+        of = {
+            "student": lambda: s_NV.detach().exp(),
+            "teacher": lambda: t_NV.exp(),
+            "uniform": lambda: (~neither_NV).to(s_NV.dtype) / (~neither_NV).sum(-1, keepdim=True),
+        }
+        w1_NV, w2_NV = (of[name]() for name in self.weights)
+        d_NV = (s_NV - t_NV).masked_fill(neither_NV | ((w1_NV == 0) & (w2_NV == 0)), 0.0)
+        infinite_NV = d_NV.isinf()
+        d_NV = d_NV.masked_fill(infinite_NV, 0.0)
+        mean1_N1 = (w1_NV * d_NV).sum(-1, keepdim=True)
+        mean2_N1 = (w2_NV * d_NV).sum(-1, keepdim=True)
+        slope_NV = 0.5 * (w1_NV * (d_NV - mean2_N1) + w2_NV * (d_NV - mean1_N1))
+        # Centred before it is squared: d may have a constant that is large beside its differences.
+        centred_NV = d_NV - 0.5 * (mean1_N1 + mean2_N1)
+        spread_N = (w1_NV * centred_NV.square()).sum(-1) + (w2_NV * centred_NV.square()).sum(-1)
+        values_N = 0.25 * spread_N + 0.125 * (mean1_N1 - mean2_N1).square().squeeze(-1)
+        return values_N.masked_fill(infinite_NV.any(-1), torch.inf), slope_NV
