@@ -84,17 +84,15 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     teachers.check_vocabularies(inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence)
 
     # Loss and optimizer.
-    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size,
-                            teacher_targets=config.instantiate(cfg.teacher_targets))  # fmt: skip
+    targets = config.instantiate(cfg.teacher_targets)
+    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size, teacher_targets=targets)
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
 
     with training.Run(
         inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, **names
     ) as session:
         if session.is_new:
-            session.log(
-                validate(cfg, student, teacher, divergence, inputs.held_out, world, progress, with_teacher_loss=True)
-            )
+            session.log(validate(student, teacher, loss_fn, inputs.held_out, world, progress, with_teacher_loss=True))
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
@@ -114,7 +112,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
             # Periodic work. The session does the rest that is due after a step (samples, checkpoints, signals).
             if step.is_validated:
                 with session.paused():
-                    step.log(validate(cfg, student, teacher, divergence, inputs.held_out, world, progress))
+                    step.log(validate(student, teacher, loss_fn, inputs.held_out, world, progress))
     session.finish()
 
 
@@ -128,10 +126,9 @@ def kd_step(
 
 
 def validate(
-    cfg: Config,
     student: models.Transformer,
     teacher: teachers.Teacher,
-    divergence: Any,
+    loss_fn: losses.KDLoss,
     held_out: list[data.Batch] | None,
     world: World,
     progress: runs.Progress,
@@ -143,8 +140,8 @@ def validate(
         return {}
     teacher.prefetch(held_out)
     # The divergence is measured whatever kd_ratio is.
-    loss_fn = losses.KDLoss(divergence, kd_ratio=1.0, chunk_size=cfg.loss_chunk_size)
-    found = evaluation.evaluate_kd(student, teacher, loss_fn, held_out, world=world, progress=progress.validating,
+    measured = loss_fn.with_kd_ratio(1.0)
+    found = evaluation.evaluate_kd(student, teacher, measured, held_out, world=world, progress=progress.validating,
                                    with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}
 

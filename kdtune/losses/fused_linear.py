@@ -59,7 +59,9 @@ class Sums:
     total: Tensor  # (1 - kd_ratio) * ce + kd_ratio * kd
     ce: Tensor
     kd: Tensor | None
-    agreement: Tensor | None  # tokens to which both models give the same most likely id
+    agreement: (
+        Tensor | None
+    )  # tokens to which both models give the same most likely id; None: the teacher's is not known
     outside: (
         Tensor | None
     )  # probability that the student gives to ids that the teacher's head does not have; None: it has all
@@ -138,13 +140,13 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     ce_N = student_buffer.new_zeros(num_tokens)
     kd_N, agreement_N, outside_N = (torch.zeros_like(ce_N) for _ in range(3))
 
+    teacher_CV: Tensor | SparseRows | None = None
     for chunk in _slices(num_tokens, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
         # The tokens whose full rows of logits are here: all of the chunk, or a share with a sharded head.
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
         logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
-        teacher_CV: Tensor | SparseRows | None = None
         if isinstance(task.teacher, Projection) and teacher_buffer is not None:
             teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
         elif isinstance(task.teacher, Signal):
@@ -172,7 +174,13 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
     if task.teacher is None:
         return Sums(total, ce, None, None, None)
-    return Sums(total, ce, kd, agreement, outside if task.teacher.vocab_size < vocab_size else None)
+    return Sums(
+        total,
+        ce,
+        kd,
+        None if isinstance(teacher_CV, SampledRows) else agreement,
+        outside if task.teacher.vocab_size < vocab_size else None,
+    )
 
 
 def _compare_(
@@ -221,9 +229,9 @@ def _divergence(logp_RV: Tensor, teacher: Tensor | SparseRows, task: Task) -> tu
 
 
 def _agreement(logits_RV: Tensor, teacher: Tensor | SparseRows) -> Tensor:
-    """Return 1 for tokens to which both give the same most likely id, else 0, [R]; NaN if the teacher's is not known."""
+    """Return 1 for tokens to which both give the same most likely id, else 0, [R]; 0 if the teacher's is not known."""
     if isinstance(teacher, SampledRows):
-        return logits_RV.new_full((len(logits_RV),), torch.nan)
+        return logits_RV.new_zeros(len(logits_RV))
     best_R = teacher.argmax(-1) if isinstance(teacher, Tensor) else teacher.most_likely()
     return (logits_RV.argmax(-1) == best_R).to(logits_RV.dtype)
 

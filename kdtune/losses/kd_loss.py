@@ -1,5 +1,6 @@
 """Cross entropy and distillation from hidden states. Shapes: B batch, S sequence, N valid tokens, V vocabulary, D embedding."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -63,8 +64,7 @@ class KDLoss:
         likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
         probability that the student gives to them. Its softmax is over all of its ids, with a teacher as without one; see
         `kdtune.losses.covers_extra_ids` for what the divergence is taken over. The targets' weights multiply the loss of each
-        token and its two losses among the parts. Softmax and sums are in fp32 (float64 for
-        float64 hidden states).
+        token and its two losses among the parts. Softmax and sums are in fp32 (float64 for float64 hidden states).
 
         Args:
             hidden_BSD: the student's last hidden states, after the final norm.
@@ -102,6 +102,12 @@ class KDLoss:
             "student_mass_outside": sums.outside,
         }
         return sums.total, {name: part for name, part in parts.items() if part is not None}
+
+    def with_kd_ratio(self, kd_ratio: float) -> "KDLoss":
+        """Return the same loss with another weight of the divergence."""
+        other = copy.copy(self)
+        other.kd_ratio = kd_ratio
+        return other
 
     def _teacher(self, student: Projection, signal: Signal | None, targets: Targets) -> Projection | Signal | None:
         """Return the input for the teacher's rows in the fused loss; None with kd_ratio 0."""
