@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdtune.losses.divergences.base import SumOverIds, check_range
+from kdtune.losses.divergences.base import SumOverIds, check_range, times
 
 
 class AlphaBeta(SumOverIds):
@@ -45,14 +45,14 @@ class AlphaBeta(SumOverIds):
             if a == 0:
                 x_NV = _difference(s_NV, t_NV)
                 return 0.5 * x_NV.square(), -of_a_NV
-            return (_exp(s_NV, t_NV, 0, a) * _difference(s_NV, t_NV) - of_a_NV) / a, -of_a_NV
+            return (times(_exp(s_NV, t_NV, 0, a), _difference(s_NV, t_NV)) - of_a_NV) / a, -of_a_NV
         return (self._scaled(a + b, s_NV, t_NV) - of_a_NV) / b, -of_a_NV
 
     def _scaled(self, c: float, s_NV: Tensor, t_NV: Tensor) -> Tensor:
         """Return exp((a + b) s) * E(c) for c = a or a + b: by expm1 where p and q are close, else as a difference of powers."""
         size_NV, x_NV = _exp(s_NV, t_NV, self.alpha + self.beta, 0), _difference(s_NV, t_NV)
         if c == 0:
-            return size_NV * x_NV.masked_fill(size_NV == 0, 0.0)
+            return times(size_NV, x_NV)
         near_NV = x_NV.abs() < 1
         far_NV = _exp(s_NV, t_NV, self.alpha + self.beta - c, c) - size_NV
         return torch.where(near_NV, size_NV * (c * x_NV.masked_fill(~near_NV, 0.0)).expm1(), far_NV) / c

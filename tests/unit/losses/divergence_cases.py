@@ -11,6 +11,11 @@ from kdtune import losses
 Definition = Callable[[Tensor, Tensor], Tensor]
 
 
+def through_softmax(gradient: Tensor, logp: Tensor) -> Tensor:
+    """The gradient with respect to logits of one with respect to log-probabilities."""
+    return gradient - logp.exp() * gradient.sum(-1, keepdim=True)
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
@@ -70,6 +75,22 @@ class Case:
     """Defined on top-k targets with a tail."""
     sampled: bool = False
     zero_at_match: bool = True
+
+    @property
+    def renormalized(self) -> bool:
+        """Finite where the teacher gives an id no probability, and the student some."""
+        return self.name.partition(" ")[0] not in ("reverse", "symmetric", "adaptive") and self.name not in (
+            "alpha-beta 0 0.8",
+            "alpha-beta 0 0",
+            "concrete score",
+            "concrete score uniform",
+            "mixture arithmetic",
+        )
+
+    @property
+    def has_constants(self) -> bool:
+        """Part of the value is taken for a constant, which a difference of two values cannot know."""
+        return any(word in self.name for word in ("detached", "taid", "adaptive", "concrete"))
 
     def exact(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         """The value [N] by the definition, in float64; differentiable."""
