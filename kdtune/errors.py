@@ -68,6 +68,11 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
         raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, or its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def error_text(error: Exception) -> str:
     """Return one readable message for an error that needs no traceback."""
     if isinstance(error, OSError):

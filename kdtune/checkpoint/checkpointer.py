@@ -117,17 +117,9 @@ class Checkpointer:
             )
         if self._named_files is not None:
             return _named(folder, self._named_files)
-        if found := huggingface.weight_files(folder):
-            return found
-        if found := quantized.weight_files(folder):
-            return found
-        if found := gguf.gguf_files(folder):
-            if len(found) > 1:
-                names = ", ".join(file.name for file in found)
-                raise CheckpointError(f"{folder}: {len(found)} GGUF files ({names}); name one in checkpoint_files")
-            return found
-        if found := meta.weight_files(folder):
-            return found
+        for kind in (huggingface, quantized, gguf, meta):
+            if found := kind.weight_files(folder):
+                return found
         _refuse_other_weights(folder)
         raise CheckpointError(
             f"{folder}: no weights found; model.safetensors (or shards with {huggingface.INDEX}), a .gguf file or "

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from kdtune.distributed import is_distributed
-from kdtune.errors import CheckpointError
+from kdtune.errors import CheckpointError, first_line
 
 MARK = ".metadata"
 """Written last by torch.distributed.checkpoint: a folder without it is incomplete."""
@@ -87,10 +87,9 @@ def _as_checkpoint_error(folder: Path, verb: str, advice: str) -> Iterator[None]
         own = next((one for one in causes if isinstance(one, CheckpointError)), None)
         if own is not None:
             raise own from error
-        reason = str(causes[0]).strip().splitlines()[0] if causes and str(causes[0]).strip() else type(error).__name__
+        reason = first_line(causes[0] if causes else error)
         raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         if isinstance(error, RuntimeError) and is_distributed():
             raise  # another process has ended, and this one's folder is not to blame
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: resume state cannot be {verb}: {reason}; {advice}") from error
+        raise CheckpointError(f"{folder}: resume state cannot be {verb}: {first_line(error)}; {advice}") from error

@@ -23,9 +23,17 @@ _DTYPES = {
 }
 
 
-def gguf_files(folder: Path) -> list[Path]:
-    """Return the folder's GGUF files in order; the list may be empty."""
-    return sorted(folder.glob("*.gguf"))
+def weight_files(folder: Path) -> list[Path]:
+    """Return the folder's GGUF file; empty if there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder}: {len(found)} GGUF files ({names}); name one in checkpoint_files")
+    return found
 
 
 def stored_tensors(file: Path, header: GGUFHeader) -> dict[str, LazyTensor]:

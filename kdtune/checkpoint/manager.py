@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
@@ -120,7 +121,7 @@ class CheckpointManager:
         *,
         model: Transformer,
         optimizer: Optimizer,
-        scheduler: state.Stateful | None = None,
+        scheduler: Stateful | None = None,
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,

@@ -10,23 +10,17 @@ import torch
 from torch import Tensor
 
 from kdtune.checkpoint.tensors import LazyTensor
-from kdtune.errors import CheckpointError
+from kdtune.errors import CheckpointError, first_line
 
 PARAMS = "params.json"
+
+# A damaged pickle calls torch's own functions, the only ones allowed, with whatever it holds.
+_DAMAGED = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the folder's consolidated.NN.pth files in order; the list may be empty."""
     return sorted(folder.glob("consolidated.*.pth"))
-
-
-def load_parts(files: Sequence[Path]) -> list[dict[str, Tensor]]:
-    """Return each file's tensors by Meta's names, memory-mapped: only the tensors used are read.
-
-    Raises:
-        CheckpointError: a file is missing, corrupt, or holds anything but tensors.
-    """
-    return [_load(file) for file in files]
 
 
 def stored_tensors(
@@ -58,32 +52,25 @@ def stored_tensors(
     return found
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def load_part(file: Path) -> dict[str, Tensor]:
+    """Return a file's tensors by Meta's names, memory-mapped: only the tensors used are read.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt, or holds anything but tensors.
+    """
     try:
         # weights_only: the unpickler knows tensors and plain containers, so a file cannot run code.
         value: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing; download it again") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{file}: refused, it holds more than tensors or is corrupt ({reason}); loading it could run code: "
+            f"{file}: refused, it holds more than tensors or is corrupt ({first_line(error)}); loading it could run code: "
             "use the model's safetensors, or download it again from its maker"
         ) from error
-    # A damaged pickle calls torch's own functions, the only ones allowed, with whatever it holds.
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except _DAMAGED as error:
         raise CheckpointError(
-            f"{file}: not a whole .pth file: {reason}; it is cut off or corrupt: download it again"
+            f"{file}: not a whole .pth file: {first_line(error)}; it is cut off or corrupt: download it again"
         ) from error
     if not isinstance(value, dict) or not value or not all(isinstance(item, Tensor) for item in value.values()):
         raise CheckpointError(
@@ -109,7 +96,7 @@ def _merge_dim(file: Path, name: str, parts: list[Tensor], shape: tuple[int, ...
 
 def _pieces(files: Sequence[Path], name: str, dim: int | None) -> Iterator[Tensor]:
     # Mapped again for each tensor: the pages of one mapping would stay in memory, a second copy of the weights by the end.
-    parts = (_load(file)[name] for file in files)
+    parts = (load_part(file)[name] for file in files)
     if dim in (None, 0):
         yield from parts
     else:

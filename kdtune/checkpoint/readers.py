@@ -54,7 +54,7 @@ def read_meta(files: list[Path], named: Family | None) -> LazyModel:
     """Describe the model in Meta's consolidated.NN.pth files and the params.json beside them."""
     path = files[0].parent / meta.PARAMS
     params = read_json(path)
-    parts = meta.load_parts(files)
+    parts = [meta.load_part(file) for file in files]
     with _in_file(path):
         keys, config_from_meta = family_of_meta(named)
     is_tied = keys.from_kdtune("output.weight") not in parts[0]

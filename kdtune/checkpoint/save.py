@@ -155,7 +155,7 @@ def model_writer(
     )
     files = {file: {name: weights[name] for name in names} for file, names in split.filename_to_tensors.items()}
     write_weights = tensor_writer(files, planned, staged=staged)
-    describe = _description(model, base=base, tokenizer=tokenizer, is_chat=is_chat)
+    describe = description(model, base=base, tokenizer=tokenizer, is_chat=is_chat)
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         write_weights(folder, group)
@@ -169,19 +169,7 @@ def model_writer(
     return write
 
 
-def write_description(
-    model: Transformer,
-    folder: Path,
-    *,
-    base: str | Path | None = None,
-    tokenizer: SupportsSave | None = None,
-    quantization: Mapping[str, Any] | None = None,
-) -> None:
-    """Write everything of `write_model` except the weights. `quantization` becomes the config's `quantization_config`."""
-    _description(model, base=base, tokenizer=tokenizer, quantization=quantization)(folder)
-
-
-def _description(
+def description(
     model: Transformer,
     *,
     base: str | Path | None,
@@ -189,7 +177,10 @@ def _description(
     is_chat: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[Path], None]:
-    """Return a function that writes it. The model is read now: during a forward its weights may have another dtype."""
+    """Return a function that writes everything of `write_model` but the weights; `quantization` is the config's `quantization_config`.
+
+    The model is read now: during a forward its weights may have another dtype.
+    """
     base = _folder_of(base)
     config = _hf_config(model, base, tokenizer, is_chat)
     if quantization is not None:

@@ -8,12 +8,13 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,18 +29,6 @@ from kdtune.paths import user_path
 
 STATE_FILE = "state.json"
 _VERSION = 1
-
-
-class Stateful(Protocol):
-    """The methods of a learning-rate scheduler that are used here."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return its state as plain values."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore that state."""
-        ...
 
 
 def state_writer(
@@ -169,9 +158,7 @@ def _split(named: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict
 def _describe(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Describe the optimizer: its class and parameter groups, with names in place of parameters."""
     names = _parameter_names(model)
-    groups = []
-    for group in optimizer.param_groups:
-        groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
+    groups = [{**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
     return {"class": type(optimizer).__name__, "groups": groups}
 
 

@@ -1,10 +1,9 @@
 from .channel import END, Channel, PendingSend
 from .collectives import background_group, barrier, broadcast_object, is_distributed, is_rank_zero, raise_on_all_ranks
 from .dtensor import full_tensor, is_first_replica, is_sharded, local_slices, reshard, row_norms, to_cpu_copy, to_local
-from .fake import fake_world
 from .map import lockstep_forwards, parallel_map, parallel_map_batched
 from .parallelism import Parallelism, mesh_problems, parallelism_problems
-from .world import SINGLE_PROCESS, World, is_first_on_host, is_under_torchrun, start_world, world_size
+from .world import SINGLE_PROCESS, World, fake_world, is_first_on_host, is_under_torchrun, start_world, world_size
 
 __all__ = [
     "END",

@@ -9,10 +9,14 @@ from tqdm import tqdm
 from kdtune import generation
 from kdtune.distributed import SINGLE_PROCESS, World, parallel_map_batched
 from kdtune.evaluation.encoding import encode_pair, encode_text
-from kdtune.evaluation.generation_settings import GenerationSettings, read_generation_settings
+from kdtune.evaluation.generation_settings import (
+    GenerationSettings,
+    StopStrings,
+    cut_at_stops,
+    read_generation_settings,
+)
 from kdtune.evaluation.rolling import score_texts
 from kdtune.evaluation.scoring import ROW_TOKENS, score
-from kdtune.evaluation.stopping import StopStrings, cut_at_stops
 from kdtune.log import bar_settings
 from kdtune.models import Transformer
 from kdtune.tokenizers import Tokenizer

@@ -1,5 +1,4 @@
-from .eval_mode import eval_mode
-from .generate import check_max_new_tokens, generate, generate_batch
+from .generate import check_max_new_tokens, eval_mode, generate, generate_batch
 from .prompts import encode_prompt, read_prompts
 from .samples import Generator, answer
 from .sampling import Sampling, sample_token, sample_tokens

@@ -3,15 +3,15 @@
 Shape suffixes: B unfinished sequences, S new tokens, T cached and new tokens, D embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError, DataError
-from kdtune.generation.eval_mode import eval_mode
 from kdtune.generation.sampling import GREEDY, Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer
 
@@ -155,3 +155,17 @@ def _forward(model: Transformer, tokens_BS: Tensor, padding_B: Tensor | None, ca
     mask_BST = (slots_T <= slots_S[:, None]) & (is_real_BT[:, None] | is_self_ST)
     hidden_BSD = model(tokens_BS, input_pos=positions_BS, mask=mask_BST, kv_cache=cache, return_hidden=True)
     return hidden_BSD
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """A context in eval mode under no_grad; afterwards every module is back in its previous mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

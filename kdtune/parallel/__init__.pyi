@@ -1,7 +1,4 @@
-from .activation_checkpoint import apply_activation_checkpointing
-from .build import build_model
-from .checks import problems
-from .compile import apply_compile
+from .build import apply_activation_checkpointing, apply_compile, build_model, problems
 from .fsdp import shard_model
 from .meta import Adapter, Builder, meta_model, model_config
 

@@ -11,7 +11,7 @@ from kdtune.losses.contract import over_student_ids
 from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection
 from kdtune.models import Transformer
-from kdtune.planner.meta_device import Cost, kept_bytes, measure
+from kdtune.planner.meta_device import Cost, measure
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -56,15 +56,11 @@ def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None)
         seq_len: another length, in tokens; None: the config's.
     """
     longest = cfg.tokenizer.get("max_seq_len")
+    length, source = min(context, DEFAULT_SEQ_LEN), "assumed: tokenizer.max_seq_len is not set; --seq-len gives another"
     if seq_len is not None:
         length, source = seq_len, "as asked for"
     elif longest is not None:
         length, source = longest, "tokenizer.max_seq_len, the longest there can be"
-    else:
-        length, source = (
-            min(context, DEFAULT_SEQ_LEN),
-            "assumed: tokenizer.max_seq_len is not set; --seq-len gives another",
-        )
     return MicroBatch(cfg.batch_size, length, device_type), source
 
 
@@ -81,7 +77,7 @@ def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
     """Return the bytes that the final norm saves for backward, and the hidden states it outputs."""
     hidden_BSD = _hidden(pieces, batch, backward=True)
     held: list[Tensor] = [hidden_BSD, *pieces.norm.parameters()]
-    return kept_bytes(lambda: pieces.norm(hidden_BSD), held, batch.device_type)
+    return measure(lambda: pieces.norm(hidden_BSD), held, batch.device_type, backward=True).kept
 
 
 def loss_cost(

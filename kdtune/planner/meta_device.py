@@ -152,14 +152,3 @@ def measure(function: Callable[[], Tensor], held: list[Tensor], device_type: str
     for tensor in held:
         tensor.grad = None
     return Cost(kept, forward_peak, backward_peak, forward_flops, live.flops - forward_flops)
-
-
-def kept_bytes(function: Callable[[], Tensor], held: list[Tensor], device_type: str) -> int:
-    """Return the bytes that a function of meta tensors leaves: the tensors saved for backward, and its output."""
-    live = MemoryTracker()
-    live.ignore(*held)
-    with FakeDevice(device_type), live:
-        output = function()
-        kept = live.live
-        del output
-    return kept

@@ -12,7 +12,7 @@ from kdtune.data import Batch
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.pruning.prune import RemovalStep
-from kdtune.runs.differences import differing_values
+from kdtune.runs.record import differing_values
 
 log = get_logger(__name__)
 

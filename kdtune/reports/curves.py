@@ -139,9 +139,3 @@ def _binned(values: Sequence[float], size: int) -> list[float]:
     """Return means of `size` neighbours; the last bin may be smaller."""
     bins = [values[start : start + size] for start in range(0, len(values), size)]
     return [sum(part) / len(part) if size > 1 else part[0] for part in bins]
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and the up to `window` - 1 before it."""
-    spans = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
-    return [sum(span) / len(span) for span in spans]

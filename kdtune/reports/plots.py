@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.escape import one_line
-from kdtune.reports.curves import SERIES, TRAINING, CellRun, Curve, Panel, comparable_panels, running_mean
+from kdtune.reports.curves import SERIES, TRAINING, CellRun, Curve, Panel, comparable_panels
 from kdtune.reports.rows import Row, axis_names
 from kdtune.reports.statistics import summarize
-from kdtune.runs import curve_look
+from kdtune.runs.plot import curve_look, running_mean
 from kdtune.sweeps.plan import label, shown_value
 
 # Told apart with the common forms of colour blindness too. Dashes and marker change with them.

@@ -11,7 +11,7 @@ from kdtune.json_files import read_json_lines
 from kdtune.log import get_logger
 from kdtune.paths import user_path
 from kdtune.reports.baseline import Baseline, find_baseline, planned_rows, row_problems
-from kdtune.reports.curves import SERIES, CellRun, Curve, Panel, all_curves, comparable_panels, read_training
+from kdtune.reports.curves import SERIES, CellRun, Curve, all_curves, comparable_panels, read_training
 from kdtune.reports.latex import latex_report
 from kdtune.reports.page import page
 from kdtune.reports.plots import Plot, plot_sweep
@@ -89,7 +89,7 @@ def write_report(
     names = chosen_metrics(rows, metrics)
     base = find_baseline(rows, baseline, to_come)
     runs = read_training(rows, user_path(results_file).parent)
-    curves, facts = all_curves(runs), shared_facts(runs)
+    curves, facts, panels = all_curves(runs), shared_facts(runs), comparable_panels(runs, range(len(rows)), SERIES)
     folder = user_path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_sweep(rows, runs, curves, folder)
@@ -98,16 +98,12 @@ def write_report(
         "report.md": markdown(title, facts, notes, results, rows, names, base, plots),
         "report.csv": csv_table(rows, names, base),
         "cells.csv": csv_cells(results),
-        "report.html": page(title, facts, notes, rows, results, names, base, curves, _page_panels(runs, rows)),
+        "report.html": page(title, facts, notes, rows, results, names, base, curves, panels),
         "report.tex": latex_report(title, facts, rows, names, base, plots),
     }
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
     return [*(folder / name for name in texts), *(file for plot in plots for file in plot.files)]
-
-
-def _page_panels(runs: Sequence[CellRun], rows: Sequence[Row]) -> list[Panel]:
-    return comparable_panels(runs, range(len(rows)), SERIES)
 
 
 def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:

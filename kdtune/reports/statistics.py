@@ -89,8 +89,5 @@ def difference(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Di
 def _difference(
     value: float, error: float | None, kind: Literal["paired", "two-sample"], counts: tuple[int, int], degrees: float
 ) -> Difference:
-    return (
-        Difference(value, value / error, kind, counts, degrees)
-        if error
-        else Difference(value, None, kind, counts, None)
-    )
+    ratio, degrees_or_none = (value / error, degrees) if error else (None, None)
+    return Difference(value, ratio, kind, counts, degrees_or_none)

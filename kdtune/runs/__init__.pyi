@@ -1,4 +1,3 @@
-from .changes import resume_changes_problems
 from .comparison import comparable, metrics_csv, read_runs, shared_divergence_title
 from .folder import holds_run, new_folder_problems, output_dir_problems, writing_problems
 from .interrupt import InterruptFlag
@@ -7,8 +6,8 @@ from .model_card import divergence_title, has_facts, model_card, run_facts
 from .origin import origin_card, origin_record
 from .plot import VALIDATION_PREFIX, curve_look, plot_losses, plot_runs, unit_of
 from .progress import Progress
-from .recorded import TrainingRun, read_run
-from .resume import check_unchanged, is_finished, step_to_resume
+from .record import TrainingRun, read_run
+from .resume import check_unchanged, is_finished, resume_changes_problems, step_to_resume
 from .summary import comparison_table, held_out_table, print_results, samples_text, stopped_text, validation_text
 from .table import format_table
 from .write import start_run, write_final, write_run_files

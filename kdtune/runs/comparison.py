@@ -10,7 +10,7 @@ from pathlib import Path
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
 from kdtune.runs.model_card import divergence_title
-from kdtune.runs.recorded import TrainingRun, differences, read_run
+from kdtune.runs.record import TrainingRun, differences, read_run
 
 VALIDATION = "val_class_loss"
 # What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCardData
 
 from kdtune.escape import markdown_table, markdown_text
 from kdtune.paths import user_path
-from kdtune.runs.changes import is_changeable
 from kdtune.runs.held_out import held_out, teacher_held_out, validated_rows
 from kdtune.runs.metrics_file import read_metrics
 from kdtune.runs.origin import base_model, checkpoint_folder, licence, licence_text, model_name
 from kdtune.runs.record import last_start, read_resolved_config
+from kdtune.runs.resume import is_changeable
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _USE = {

@@ -141,7 +141,7 @@ def _draw(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
         axes.plot(steps, values, color="tab:blue", marker="o" if len(values) == 1 else None, label="training")
     else:
         axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
-        axes.plot(steps, _running_mean(values, window), color="tab:blue", label=f"training, mean of {window} steps")
+        axes.plot(steps, running_mean(values, window), color="tab:blue", label=f"training, mean of {window} steps")
     val_steps, val_values = _series(rows, VALIDATION_PREFIX + name)
     if val_steps:
         axes.plot(val_steps, val_values, color="tab:orange", marker="o", markersize=4, label="validation")
@@ -152,7 +152,7 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return the mean of each value and the up to `window` - 1 before it."""
-    spans = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    spans = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return [sum(span) / len(span) for span in spans]

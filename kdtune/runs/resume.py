@@ -1,17 +1,17 @@
-"""Resume a run: from which step, and whether the config is still that of the run."""
+"""Resume a run: from which step, whether the config is still that of the run, and the changes it may ask for (`resume_changes`)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdtune.checkpoint import newest_step
+from kdtune.config.check import resolve
+from kdtune.config.component import parameters_of
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
-from kdtune.runs.changes import goes_by_length, is_asked_for, is_changeable
-from kdtune.runs.differences import Difference, differing_values
 from kdtune.runs.folder import holds_run
 from kdtune.runs.metrics_file import read_metrics
-from kdtune.runs.record import read_resolved_config, recorded_starts
+from kdtune.runs.record import Difference, differing_values, read_resolved_config, recorded_starts
 
 log = get_logger(__name__)
 
@@ -147,3 +147,42 @@ def is_finished(output_dir: Path, num_steps: int) -> bool:
             "cannot be made from it; start from its final/ in another output_dir (save_every_n_steps leaves step folders)"
         )
     return bool(rows) and made >= num_steps
+
+
+_WHOLE = ("lr_scheduler", "kd_ratio", "clip_grad_norm")
+_NUM_STEPS = "num_training_steps"
+ALLOWED = "optimizer.ARGUMENT (such as optimizer.lr), lr_scheduler, kd_ratio and clip_grad_norm"
+
+
+def is_changeable(key: str) -> bool:
+    """Return whether a resumed run may change this key, such as "optimizer.lr", on request."""
+    node, _, argument = key.partition(".")
+    return key in _WHOLE or node == "lr_scheduler" or (node == "optimizer" and argument not in ("", "_component_"))
+
+
+def is_asked_for(key: str, asked: Sequence[str]) -> bool:
+    """Return whether the key, or a node that contains it, is among the requested ones."""
+    return any(key == name or key.startswith(f"{name}.") for name in asked)
+
+
+def resume_changes_problems(asked: Sequence[str], *, resume: bool) -> list[str]:
+    """Return why these keys cannot be requested, one sentence each."""
+    found = []
+    if asked and not resume:
+        found.append(f"resume_changes={list(asked)}: is about a resumed run; set resume_from_checkpoint=true too")
+    for name in asked:
+        if name in ("optimizer", "optimizer._component_"):
+            found.append(
+                f"resume_changes: {name} cannot be changed, the saved state is of one class of optimizer; name its arguments, "
+                "such as optimizer.lr"
+            )
+        elif not is_changeable(name):
+            found.append(f"resume_changes: {name} would make it another run; allowed are {ALLOWED}")
+    return found
+
+
+def goes_by_length(lr_scheduler: Any) -> bool:
+    """Return whether the recipe passes the number of steps to this config node's schedule, so that its rates depend on it."""
+    if not isinstance(lr_scheduler, Mapping) or _NUM_STEPS in lr_scheduler:
+        return False
+    return _NUM_STEPS in (parameters_of(resolve(lr_scheduler["_component_"])) or {})

@@ -10,11 +10,10 @@ from kdtune.config.load import resolved_values
 from kdtune.distributed import World, barrier, raise_on_all_ranks
 from kdtune.log import get_logger
 from kdtune.models import Transformer
-from kdtune.runs.differences import ABSENT, differing_values
 from kdtune.runs.folder import lock
 from kdtune.runs.metrics_file import read_metrics, truncate_metrics
 from kdtune.runs.model_card import model_card
-from kdtune.runs.record import read_resolved_config, recorded_starts
+from kdtune.runs.record import ABSENT, differing_values, read_resolved_config, recorded_starts
 
 log = get_logger(__name__)
 

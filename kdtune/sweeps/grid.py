@@ -6,14 +6,9 @@ from typing import Any
 
 from kdtune._assets import did_you_mean
 
-# An axis without overrides of its own: its values. With them: name of a value -> step -> overrides.
+# An axis without overrides of its own: a list of its values. With them: name of a value -> step -> overrides.
 Axes = Mapping[str, Any]
 Assignment = dict[str, Any]
-
-
-def axis_values(axis: Any) -> list[Any]:
-    """Return the values an axis can have, in the order they are listed; for an axis of named overrides, the names."""
-    return list(axis)
 
 
 def grid_problems(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Mapping[str, Any]) -> list[str]:
@@ -46,7 +41,7 @@ def _choice_problems(axes: Axes, choice: Mapping[str, Any], key: str) -> list[st
         elif not isinstance(values, list) or not values:
             found.append(f"{key}.{name}={values!r}: must be a list with at least one of the axis's values")
         else:
-            allowed = axis_values(axes[name]) if isinstance(axes[name], list | dict) else values
+            allowed = list(axes[name]) if isinstance(axes[name], list | dict) else values
             found += [
                 f"{key}.{name}: {value!r} is not a value of axes.{name}; it lists {', '.join(map(str, allowed))}"
                 for value in values
@@ -61,7 +56,7 @@ def assignments(axes: Axes, grids: Sequence[Mapping[str, Any]] | None, only: Map
     An axis that a grid does not mention has its first value there. Without grids the result is the product of all axes.
     `only` keeps the combinations whose values it lists.
     """
-    whole = {name: axis_values(axis) for name, axis in axes.items()}
+    whole = {name: list(axis) for name, axis in axes.items()}
     found: list[Assignment] = []
     for grid in [whole] if grids is None else grids:
         choices = [list(grid.get(name, values[:1])) for name, values in whole.items()]

@@ -14,7 +14,7 @@ from kdtune.config.check import is_component
 from kdtune.config.load import parse_value, read_yaml
 from kdtune.errors import ConfigError
 from kdtune.paths import user_path
-from kdtune.sweeps.grid import Assignment, Axes, assignments, axis_values, grid_problems, is_chosen
+from kdtune.sweeps.grid import Assignment, Axes, assignments, grid_problems, is_chosen
 
 ALL_STEPS = "all"
 _STEP_KEYS = ("recipe", "config", "overrides", "when", "discard")
@@ -197,7 +197,7 @@ def _when_problems(key: str, when: Any, axes: Axes) -> list[str]:
         if axis not in axes:
             found.append(f"{key}.{axis}: no such axis{did_you_mean(axis, axes)}")
             continue
-        allowed = axis_values(axes[axis]) if isinstance(axes[axis], list | dict) else []
+        allowed = list(axes[axis]) if isinstance(axes[axis], list | dict) else []
         found += [
             f"{key}.{axis}: {value!r} is not a value of axes.{axis}; it lists {', '.join(map(str, allowed))}"
             for value in _as_list(wanted)
@@ -321,7 +321,7 @@ def _decided_by(when: Any, assignment: Assignment, axes: Axes) -> set[str]:
     return {
         axis
         for axis in mentioned
-        if any(_is_wanted(when, {**assignment, axis: value}) != wanted for value in axis_values(axes[axis]))
+        if any(_is_wanted(when, {**assignment, axis: value}) != wanted for value in axes[axis])
     }
 
 

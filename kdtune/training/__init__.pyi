@@ -2,16 +2,14 @@ from .checks import builder_problems, divergence_problems, may_change
 from .clip import check_finite, clip_grad_norm_
 from .config import TrainingConfig
 from .inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
-from .loggers import JSONLLogger, MetricLogger, TensorBoardLogger, WandBLogger
-from .memory import memory_stats
-from .metrics import Metrics
+from .loggers import JSONLLogger, MetricLogger, StepLog, TensorBoardLogger, WandBLogger
+from .metrics import Metrics, memory_stats
 from .optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from .precision import device_name_problems, device_problems, resolve_device
 from .profiling import Profiler
 from .resume import load_training_state, resume_extra
 from .rounding import lost_share, warn_of_lost_updates
 from .run import Run, Step, show_results
-from .samples import record_samples
 from .schedules import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -22,7 +20,6 @@ from .schedules import (
 )
 from .seed import set_seed, set_step_seed
 from .start import Inputs, build_optimizer, build_trained_model, load_inputs, start
-from .step_log import StepLog
 from .steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from .tokenizer import load_tokenizer
 
@@ -71,7 +68,6 @@ __all__ = [
     "may_change",
     "memory_stats",
     "plan_steps",
-    "record_samples",
     "resolve_device",
     "resume_extra",
     "set_seed",

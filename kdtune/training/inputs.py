@@ -11,9 +11,8 @@ from kdtune.distributed import World, is_first_on_host, raise_on_all_ranks
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.parallel import model_config
-from kdtune.runs.differences import differing_values
 from kdtune.runs.folder import holds_run
-from kdtune.runs.record import recorded_starts
+from kdtune.runs.record import differing_values, recorded_starts
 from kdtune.tokenizers import Tokenizer, fingerprint
 
 log = get_logger(__name__)

@@ -19,21 +19,21 @@ from kdtune import config
 from kdtune.checkpoint import CheckpointManager
 from kdtune.data import Batch
 from kdtune.distributed import World
-from kdtune.generation import Generator
+from kdtune.errors import CheckpointError
+from kdtune.generation import Generator, answer
 from kdtune.models import Transformer, has_adapters
 from kdtune.runs.interrupt import InterruptFlag
+from kdtune.runs.metrics_file import JSONLLogger
 from kdtune.runs.progress import Progress
 from kdtune.runs.summary import print_results, stopped_text
 from kdtune.runs.write import start_run, write_final
 from kdtune.training.checks import is_due, profiler_and_logger
 from kdtune.training.clip import check_finite
-from kdtune.training.memory import memory_stats
-from kdtune.training.metrics import Metrics
+from kdtune.training.loggers import StepLog
+from kdtune.training.metrics import Metrics, memory_stats
 from kdtune.training.resume import load_training_state, resume_extra
-from kdtune.training.samples import record_samples
 from kdtune.training.seed import set_step_seed
 from kdtune.training.start import Inputs
-from kdtune.training.step_log import StepLog
 from kdtune.training.steps import enter_epoch, take_micro_batches
 
 
@@ -174,10 +174,24 @@ class Run:
         self._log.log(values, self._step)
 
     def sample(self, models: Mapping[str, Any]) -> None:
-        """Append each model's answer to each of `sample_prompts` to samples.jsonl; one that cannot generate is left out."""
+        """Append each model's answer to each of `sample_prompts` to samples.jsonl; one that cannot generate is left out.
+
+        Raises:
+            CheckpointError: the logits of a model are not finite; the message names it.
+        """
+        prompts, length = self.cfg.sample_prompts, self.cfg.sample_max_new_tokens
         able = {name: model for name, model in models.items() if isinstance(model, Transformer | Generator)}
-        record_samples(self._output_dir, able, self.inputs.tokenizer, self.cfg.sample_prompts, self._step, self.world,
-                       self.progress, max_new_tokens=self.cfg.sample_max_new_tokens)  # fmt: skip
+        if not prompts:
+            return
+        self.progress.phase(f"answering sample_prompts ({len(prompts)})")
+        with JSONLLogger(self._output_dir / "samples.jsonl" if self.world.is_main else None) as samples:
+            for prompt in self.progress.counted(prompts, "prompts"):
+                for name, model in able.items():
+                    try:
+                        text = answer(model, self.inputs.tokenizer, prompt, length, sync_tokens=True)
+                    except CheckpointError as error:  # its weights are not numbers
+                        raise CheckpointError(f"{name}: {error}") from error
+                    samples.log({"model": name, "prompt": prompt, "answer": text}, self._step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -128,14 +128,8 @@ def get_wsd_schedule(
             f"steps less the {num_warmup_steps} warm-up steps; lower it"
         )
     shape = _lift(shapes[decay], min_lr_ratio)
-    decay_start = num_training_steps - num_decay_steps
-
-    def factor(step: int) -> float:
-        if step < num_warmup_steps:
-            return (step + 1) / num_warmup_steps
-        return 1.0 if step < decay_start else shape(_progress(step, decay_start, num_training_steps))
-
-    return LambdaLR(optimizer, factor, last_epoch)
+    start = num_training_steps - num_decay_steps
+    return _with_warmup(optimizer, num_warmup_steps, num_training_steps, shape, last_epoch, start)
 
 
 def _with_warmup(
@@ -144,21 +138,19 @@ def _with_warmup(
     num_training_steps: int,
     shape: Callable[[float], float],
     last_epoch: int,
+    start: int | None = None,
 ) -> LambdaLR:
-    """Build a warm-up followed by `shape` of the progress in [0, 1] from the end of the warm-up to the end of training."""
+    """Build a warm-up, the full rate until `start` (None: not at all), and `shape` of the progress in [0, 1] from there to the end."""
     _check_steps(num_warmup_steps, num_training_steps)
+    begin = num_warmup_steps if start is None else start
 
     def factor(step: int) -> float:
         if step < num_warmup_steps:
             return (step + 1) / num_warmup_steps
-        return shape(_progress(step, num_warmup_steps, num_training_steps))
+        # LambdaLR asks for the factor of one step past the end, after the last update.
+        return 1.0 if step < begin else shape(min(1.0, (step - begin) / max(1, num_training_steps - begin)))
 
     return LambdaLR(optimizer, factor, last_epoch)
-
-
-def _progress(step: int, start: int, end: int) -> float:
-    # LambdaLR asks for the factor of one step past the end, after the last update.
-    return min(1.0, (step - start) / max(1, end - start))
 
 
 def _lift(shape: Callable[[float], float], min_lr_ratio: float) -> Callable[[float], float]:

@@ -6,8 +6,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.evaluation import flat_metrics, load_tasks, results_rows, task_problems
-from kdtune.evaluation.generation_settings import read_generation_settings
-from kdtune.evaluation.stopping import StopStrings, cut_at_stops
+from kdtune.evaluation.generation_settings import StopStrings, cut_at_stops, read_generation_settings
 from kdtune.tokenizers import byte_tokenizer
 
 

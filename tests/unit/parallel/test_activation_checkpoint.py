@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdtune import models
-from kdtune.parallel.activation_checkpoint import apply_activation_checkpointing
+from kdtune.parallel.build import apply_activation_checkpointing
 
 
 def tiny():

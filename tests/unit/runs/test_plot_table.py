@@ -9,7 +9,7 @@ import pytest
 import kdtune.runs.table
 from kdtune.errors import DataError
 from kdtune.runs import TrainingRun, comparison_table, format_table, plot_losses, shared_divergence_title
-from kdtune.runs.plot import _running_mean
+from kdtune.runs.plot import running_mean
 
 
 def write_metrics(path, rows):
@@ -140,8 +140,8 @@ def test_the_last_table_of_a_run_fits_into_sixty_columns(monkeypatch):
     assert narrow.splitlines()[-1].split() == ["top-1", "agreement", "100.0%", "25.0%", "50.0%"]
 
 
-def test_the_running_mean_is_numpys_convolution() -> None:
+def test_therunning_mean_is_numpys_convolution() -> None:
     values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
-    found = _running_mean(values, 3)
+    found = running_mean(values, 3)
     assert found[:2] == [3.0, 2.0], "of what there is"
     assert found[2:] == pytest.approx(np.convolve(values, np.ones(3) / 3, mode="valid"))
