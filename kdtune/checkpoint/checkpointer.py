@@ -161,11 +161,7 @@ class Checkpointer:
         }
 
     def load(
-        self,
-        model: Transformer | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        self, model: Transformer | None = None, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Transformer:
         """Load the stored weights in `dtype` (None: as stored) on `device` and return the model.
 

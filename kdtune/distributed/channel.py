@@ -161,14 +161,7 @@ class Channel:
 
 
 def start_two_worlds(
-    store: Store,
-    rank: int,
-    size: int,
-    num_teachers: int,
-    *,
-    backend: str,
-    device: torch.device,
-    timeout: timedelta,
+    store: Store, rank: int, size: int, num_teachers: int, *, backend: str, device: torch.device, timeout: timedelta
 ) -> Channel:
     """Start the default process group of this process's side, and the channel to the other side.
 

@@ -17,13 +17,7 @@ from kdtune import generation
 from kdtune.config import instantiate
 from kdtune.data import Message, Source, open_rows, read_problems
 from kdtune.data.alpaca import PROMPTS
-from kdtune.data.columns import (
-    MissingColumnError,
-    any_column,
-    check_column_map,
-    suggest_question_columns,
-    text_column,
-)
+from kdtune.data.columns import MissingColumnError, any_column, check_column_map, suggest_question_columns, text_column
 from kdtune.data.files import DataFiles
 from kdtune.distributed import SINGLE_PROCESS, World, parallel_map_batched
 from kdtune.errors import ConfigError, DataError

@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtune.data.columns import text_column
-from kdtune.data.messages import (
-    TEMPLATE_VARIABLES,
-    TOOLS,
-    Conversation,
-    Message,
-    parse_conversation,
-    row_conversation,
-)
+from kdtune.data.messages import TEMPLATE_VARIABLES, TOOLS, Conversation, Message, parse_conversation, row_conversation
 from kdtune.data.sources import read_json, read_lines
 from kdtune.errors import DataError
 from kdtune.log import get_logger

@@ -17,12 +17,7 @@ class Generator(Protocol):
     """An object that generates greedily from a prompt, such as a teacher, wherever its model is."""
 
     def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sync_tokens: bool = False,
+        self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int], sync_tokens: bool = False
     ) -> list[int]:
         """Return the new ids after prompt_ids, including a final stop id if there was one."""
 

@@ -31,12 +31,7 @@ _LLAMA2 = TransformerConfig(
     tie_embeddings=False,
 )
 _LLAMA3 = replace(
-    _LLAMA2,
-    vocab_size=128_256,
-    num_kv_heads=8,
-    intermediate_dim=14_336,
-    max_seq_len=8192,
-    rope_base=500_000.0,
+    _LLAMA2, vocab_size=128_256, num_kv_heads=8, intermediate_dim=14_336, max_seq_len=8192, rope_base=500_000.0
 )
 _LLAMA3_1 = replace(_LLAMA3, max_seq_len=131_072, rope_scaling=_LLAMA3_1_ROPE)
 _LLAMA3_2 = replace(_LLAMA3_1, rope_scaling=_LLAMA3_2_ROPE, tie_embeddings=True)

@@ -119,12 +119,7 @@ class OutputHead(nn.Linear):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        vocab_size: int,
-        *,
-        softcap: float | None = None,
-        device: torch.device | str | None = None,
+        self, embed_dim: int, vocab_size: int, *, softcap: float | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__(embed_dim, vocab_size, bias=False, device=device)
         self.softcap = softcap

@@ -107,10 +107,7 @@ def loss_cost(
     theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
     held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
     cost = measure(
-        lambda: fused_linear_kd(_projection(student, hidden_TD), task).total,
-        held,
-        batch.device_type,
-        backward=True,
+        lambda: fused_linear_kd(_projection(student, hidden_TD), task).total, held, batch.device_type, backward=True
     )
     buffers = (chunk - rows) * width * (1 if theirs is None else 2)
     flops = _head_flops(student, ours, vocab_size, kd_ratio) + (

@@ -16,15 +16,7 @@ from kdtune.errors import ConfigError
 from kdtune.losses import Divergence, divergence_of
 from kdtune.models import dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
-from kdtune.planner.costs import (
-    MicroBatch,
-    fixed_bytes,
-    hidden_bytes,
-    layer_cost,
-    longest_batch,
-    loss_cost,
-    norm_kept,
-)
+from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch, loss_cost, norm_kept
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import CommVolume, Phase, StudentCost, TeacherCost, phases, volume
@@ -190,11 +182,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         loss=loss,
         phases=tuple(phases(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
         volume=volume(
-            ours,
-            asked,
-            cfg.gradient_accumulation_steps,
-            batch,
-            recomputes=cfg.enable_activation_checkpointing,
+            ours, asked, cfg.gradient_accumulation_steps, batch, recomputes=cfg.enable_activation_checkpointing
         ),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,

@@ -218,11 +218,7 @@ class _Text:
         self.size = batch.tokens.numel()
 
     def losses_without(
-        self,
-        candidates: Sequence[int],
-        stack: Sequence[nn.Module],
-        changed: int,
-        passed: Callable[[int], object],
+        self, candidates: Sequence[int], stack: Sequence[nn.Module], changed: int, passed: Callable[[int], object]
     ) -> tuple[list[float], int]:
         """Return each candidate's summed loss, of the stack without it, and the number of valid tokens.
 

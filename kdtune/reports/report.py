@@ -16,14 +16,7 @@ from kdtune.reports.latex import latex_report
 from kdtune.reports.page import page
 from kdtune.reports.plots import Plot, plot_sweep
 from kdtune.reports.rows import Row, repeated_cells, rows_over_seeds
-from kdtune.reports.tables import (
-    chosen_metrics,
-    csv_cells,
-    csv_table,
-    difference_table,
-    metric_problems,
-    summary_table,
-)
+from kdtune.reports.tables import chosen_metrics, csv_cells, csv_table, difference_table, metric_problems, summary_table
 from kdtune.runs import has_facts, run_facts
 from kdtune.sweeps.results import DONE, finite_metrics
 

@@ -93,11 +93,7 @@ def cell_result(cell: Cell, root: Path, failures: Mapping[str, str]) -> dict[str
         "folders": {step.name: _from(root, step.folder) for step in cell.steps},
     }
     if failed:
-        row |= {
-            "failed_step": failed.name,
-            "error": failures[failed.id],
-            "log": _from(root, failed.log),
-        }
+        row |= {"failed_step": failed.name, "error": failures[failed.id], "log": _from(root, failed.log)}
     return row
 
 

@@ -25,12 +25,7 @@ class Metrics:
         clock: returns seconds, for the speed.
     """
 
-    def __init__(
-        self,
-        world: World = SINGLE_PROCESS,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, world: World = SINGLE_PROCESS, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._world = world
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
