@@ -13,6 +13,7 @@ from kdtune.tokenizers.chat_format import (
     check_date,
     check_template,
     family_template,
+    folder_templates,
     render_chat,
     save_template,
     template_file,
@@ -25,6 +26,7 @@ from kdtune.tokenizers.chat_regions import (
     protect,
     split_pieces,
 )
+from kdtune.tokenizers.folder import generation_eos_ids
 from kdtune.tokenizers.messages import Messages, is_masked, left_out, message_fields
 
 # Special tokens that end a turn or a document in the families we know; a tokenizer stops at those that it has.
@@ -97,8 +99,8 @@ class Tokenizer(ABC):
     Subclasses implement `_encode_text`, `_decode_ids` and `_save_files`. `max_seq_len` is only stored: datasets truncate.
 
     vocab_size: number of ids, including those that no text encodes to. bos_id, eos_id, pad_id: None if the model has none.
-    special: the special tokens by text. chat_template, tool_template: Jinja templates of conversations without and with tools.
-    extra_stop_ids: ids that end an answer, besides eos. origin: path it was read from, for messages.
+    special: the special tokens by text. folder: where its chat templates and further ids that end an answer are read from.
+    chat_template: the Jinja template of conversations, instead of the folder's. origin: path it was read from, for messages.
     """
 
     def __init__(
@@ -108,9 +110,8 @@ class Tokenizer(ABC):
         vocab_size: int,
         pad_id: int | None = None,
         max_seq_len: int | None = None,
+        folder: Path | None = None,
         chat_template: str | None = None,
-        tool_template: str | None = None,
-        extra_stop_ids: Iterable[int] = (),
         origin: Path | str = "tokenizer",
     ) -> None:
         self.max_seq_len = check_max_seq_len(max_seq_len)
@@ -126,18 +127,21 @@ class Tokenizer(ABC):
         ends = {special.ids[token] for token in END_TOKENS if token in special.ids}
         if self.eos_id is not None:
             ends.add(self.eos_id)
-        self.chat_template = family_template(special.ids) if chat_template is None else chat_template
-        self.tool_template = tool_template
+        self.folder = folder
+        own, self.tool_template = (None, None) if folder is None else folder_templates(folder)
         """The chat template of conversations with tools, if it is a different one."""
+        given = own if chat_template is None else chat_template
+        self.chat_template = family_template(special.ids) if given is None else given
         self._template_file = template_file(origin)
-        for template in filter(None, (self.chat_template, tool_template)):
+        for template in filter(None, (self.chat_template, self.tool_template)):
             check_template(template, origin=self._template_file)
         self._named = {"bos_token": "", "eos_token": "", **special.named}
         self._finder = SpecialTokenMatcher(special.ids, lstrip=special.lstrip, rstrip=special.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
         self._date: str | None = None
         self._answer_ends = self._find_answer_ends()
-        self.stop_ids = frozenset(ends.union(extra_stop_ids, self._answer_ends))
+        extra = frozenset() if folder is None else generation_eos_ids(folder)
+        self.stop_ids = frozenset(ends | extra | self._answer_ends)
 
     @abstractmethod
     def _encode_text(self, text: str, previous: int | None) -> list[int]:

@@ -14,7 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
-from kdtune.json_files import read_json, read_text
+from kdtune.json_files import read_json_if_there, read_text
 from kdtune.paths import user_path
 from kdtune.tokenizers.folder import TOKENIZER_CONFIG, write_tokenizer_config
 from kdtune.tokenizers.template_limits import METER, LimitedEnvironment, LimitError
@@ -71,41 +71,26 @@ def family_template(special_tokens: Container[str]) -> str:
     return CHATML if "<|im_start|>" in special_tokens else LLAMA2
 
 
-def folder_tool_template(folder: Path) -> str | None:
-    """Return the chat template that transformers uses for conversations with tools, if a folder has one named "tool_use".
+def folder_templates(folder: Path) -> tuple[str | None, str | None]:
+    """Return the chat template of a Hugging Face folder, and the one for conversations with tools, each None without one.
+
+    `chat_template.jinja` and its `tool_use.jinja` take precedence over the entry in tokenizer_config.json, as in
+    transformers; of several named templates, those named "default" and "tool_use" are used.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a file cannot be read, or the entry is neither a string nor a list of named templates with a default.
     """
-    if (folder / "chat_template.jinja").is_file():
-        file = folder / "additional_chat_templates" / "tool_use.jinja"
-        return read_text(file) if file.is_file() else None
-    config = folder / "tokenizer_config.json"
-    listed = read_json(config).get("chat_template") if config.is_file() else None
-    named = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
-    return next((str(one["template"]) for one in named if one.get("name") == "tool_use" and "template" in one), None)
-
-
-def folder_template(folder: Path) -> str | None:
-    """Return the chat template of a Hugging Face folder, None without one.
-
-    `chat_template.jinja` takes precedence over the entry in tokenizer_config.json, as in transformers; of several named
-    templates, the one named "default" is used.
-
-    Raises:
-        CheckpointError: the entry is neither a string nor a list of named templates with a default.
-    """
-    file = folder / "chat_template.jinja"
+    file, tools = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
     if file.is_file():
-        return read_text(file)
+        return read_text(file), read_text(tools) if tools.is_file() else None
     config = folder / TOKENIZER_CONFIG
-    found = read_json(config).get("chat_template") if config.is_file() else None
+    found = read_json_if_there(config).get("chat_template")
     if found is None or isinstance(found, str):
-        return found
+        return found, None
     if isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found):
         named = {entry.get("name"): entry.get("template") for entry in found}
         if isinstance(named.get("default"), str):
-            return str(named["default"])
+            return named["default"], None if named.get("tool_use") is None else str(named["tool_use"])
         found = sorted(map(str, named))
     raise CheckpointError(
         f"{config}: chat_template: found {found!r}; want a string or a list of named templates of which one is called "
@@ -119,7 +104,7 @@ def save_template(folder: Path, template: str, named: Mapping[str, str]) -> None
     If tokenizer_config.json is missing too, it is written: a template may print bos_token and eos_token, which
     transformers reads from there.
     """
-    if folder_template(folder) is not None:
+    if folder_templates(folder)[0] is not None:
         return
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if not (folder / TOKENIZER_CONFIG).is_file():

@@ -1,7 +1,7 @@
 """Tokenizers in a tokenizer.json, run by the `tokenizers` library."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from kdtune.json_files import read_json_if_there, read_text
 from kdtune.log import get_logger
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
 from kdtune.tokenizers.base import SpecialTokens, Tokenizer, check_special_tokens, well_formed
-from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
     copy_files,
-    generation_eos_ids,
     take_tokenizer_json_as_it_stands,
     write_tokenizer_config,
 )
@@ -33,8 +31,8 @@ class HuggingFaceTokenizer(Tokenizer):
     Ids equal transformers' with `split_special_tokens=True`: special added tokens inside text stay text, while added
     tokens that are not special (words added to the vocabulary) are recognized in text, as in transformers.
 
-    backend: the `tokenizers` object. named: the ids of bos, eos and pad by name. folder: the folder whose files `save` copies. The other
-    arguments are Tokenizer's.
+    backend: the `tokenizers` object. named: the tokens that are bos, eos, pad, ... by name. folder: also the one whose files
+    `save` copies. The other arguments are Tokenizer's.
     """
 
     def __init__(
@@ -44,12 +42,9 @@ class HuggingFaceTokenizer(Tokenizer):
         named: Mapping[str, str],
         folder: Path | None = None,
         chat_template: str | None = None,
-        tool_template: str | None = None,
         max_seq_len: int | None = None,
-        extra_stop_ids: Iterable[int] = (),
         origin: Path | str = "tokenizer.json",
     ) -> None:
-        self.folder = folder
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
@@ -72,9 +67,8 @@ class HuggingFaceTokenizer(Tokenizer):
             ),
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             max_seq_len=max_seq_len,
+            folder=folder,
             chat_template=chat_template,
-            tool_template=tool_template,
-            extra_stop_ids=extra_stop_ids,
             origin=origin,
         )
         self._special_ids = frozenset(self.special_tokens.values())
@@ -210,10 +204,7 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
         backend,
         named=_named_tokens(files, folder, backend),
         folder=folder,
-        chat_template=folder_template(folder),
-        tool_template=folder_tool_template(folder),
         max_seq_len=max_seq_len,
-        extra_stop_ids=generation_eos_ids(folder),
         origin=folder,
     )
 

@@ -11,9 +11,8 @@ from tokenizers import Tokenizer as Tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.tokenizers.base import SpecialTokens, Tokenizer
-from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
 from kdtune.tokenizers.compare import BATTERY, PLAIN_BATTERY
-from kdtune.tokenizers.folder import copy_files, generation_eos_ids, take_tokenizer_json_as_it_stands
+from kdtune.tokenizers.folder import copy_files, take_tokenizer_json_as_it_stands
 from kdtune.tokenizers.huggingface import put_bos_first, read_backend, write_tokenizer
 from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 
@@ -87,9 +86,7 @@ class SentencePieceTokenizer(Tokenizer):
             vocab_size=size,
             pad_id=model.pad_id() if model.pad_id() >= 0 else None,
             max_seq_len=max_seq_len,
-            chat_template=folder_template(file.parent),
-            tool_template=folder_tool_template(file.parent),
-            extra_stop_ids=generation_eos_ids(file.parent),
+            folder=file.parent,
             origin=file,
         )
         self._special_strings = dict(zip(self.special_tokens.values(), self.special_tokens, strict=True))

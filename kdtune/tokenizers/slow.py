@@ -9,8 +9,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json_if_there
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
-from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
-from kdtune.tokenizers.folder import ADDED_TOKENS, generation_eos_ids
+from kdtune.tokenizers.folder import ADDED_TOKENS
 from kdtune.tokenizers.gguf import GGUFTokenizer
 from kdtune.tokenizers.huggingface import put_bos_first
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -70,10 +69,8 @@ def load_slow(model: SentencePieceTokenizer, *, max_seq_len: int | None = None) 
         backend,
         named=named,
         model_max_length=_length(files.settings),
-        chat_template=folder_template(folder),
-        tool_template=folder_tool_template(folder),
+        folder=folder,
         max_seq_len=max_seq_len,
-        extra_stop_ids=generation_eos_ids(folder),
         origin=folder,
     )
     backend.post_processor = None

@@ -31,24 +31,9 @@ _MAX_SECONDS = 10.0
 _TERMS, _TURNS = 16, 1000
 
 # Filters that make nothing longer than what they are given; they are left as they are, for speed.
-_HARMLESS = frozenset(
-    [
-        "trim",
-        "length",
-        "count",
-        "lower",
-        "upper",
-        "capitalize",
-        "title",
-        "first",
-        "last",
-        "default",
-        "d",
-        "int",
-        "float",
-        "abs",
-    ]
-)
+_HARMLESS = {
+    "trim", "length", "count", "lower", "upper", "capitalize", "title", "first", "last", "default", "d", "int", "float", "abs",
+}  # fmt: skip
 _COUNTED, _JOINED, _WEIGHED = "_counted", "_joined", "_weighed"
 _BIG_NUMBER = re.compile(r"\d{6}")
 _MANY = 10**6
@@ -138,7 +123,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         # Not optimized: jinja2 would compute what is constant while it compiles, where nothing is counted.
         super().__init__(optimized=False, **options)
         self.filters |= {name: _limited_filter(name, self.filters[name]) for name in self.filters.keys() - _HARMLESS}
-        self.filters |= {_COUNTED: _counted, _JOINED: _joined, _WEIGHED: METER.weigh, "random": _no_chance}
+        self.filters |= {
+            _COUNTED: _counted,
+            _JOINED: lambda parts: _concatenated(map(str, parts)),
+            _WEIGHED: METER.weigh,
+            "random": _no_chance,
+        }
         self.globals["lipsum"] = _no_chance
         self.concat = _concatenated  # type: ignore[method-assign]  # of blocks and of the whole
 
@@ -204,17 +194,12 @@ class _Limits(NodeTransformer):
         self.generic_visit(node)
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802  (jinja2's name)
+    def _visit_items(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, _WEIGHED) if node.items else node
+        is_target = getattr(node, "ctx", "load") != "load"
+        return _filtered(node, _WEIGHED) if node.items and not is_target else node
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802  (jinja2's name)
-        self.generic_visit(node)
-        return _filtered(node, _WEIGHED) if node.items else node
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802  (jinja2's name)
-        self.generic_visit(node)
-        return _filtered(node, _WEIGHED) if node.items and node.ctx == "load" else node
+    visit_List = visit_Dict = visit_Tuple = _visit_items  # jinja2's names
 
 
 def _filtered(node: Any, name: str) -> nodes.Filter:
@@ -233,10 +218,6 @@ def _counted_one_by_one(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         METER.step()
         yield item
-
-
-def _joined(parts: Iterable[Any]) -> str:
-    return _concatenated(map(str, parts))
 
 
 def _concatenated(parts: Iterable[str]) -> str:

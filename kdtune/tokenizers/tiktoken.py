@@ -8,8 +8,7 @@ from tokenizers import AddedToken
 
 from kdtune.errors import CheckpointError
 from kdtune.tokenizers.byte_level import tokenizer_from_ranks
-from kdtune.tokenizers.chat_format import folder_template, folder_tool_template
-from kdtune.tokenizers.folder import copy_files, generation_eos_ids
+from kdtune.tokenizers.folder import copy_files
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
 
 # Another number is a truncated file, or another family's, whose pattern and special tokens are not these.
@@ -95,10 +94,7 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
                 "pad_token": "<|finetune_right_pad_id|>",
             },
             folder=folder,
-            chat_template=folder_template(folder),
-            tool_template=folder_tool_template(folder),
             max_seq_len=max_seq_len,
-            extra_stop_ids=generation_eos_ids(folder),
             origin=file,
         )
 
