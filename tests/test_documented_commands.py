@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from kdtune._cli.main import parse
-from kdtune._cli.names import find_asset, import_recipe, partner_recipe
+from kdtune._cli.names import find_asset, load_config
 from kdtune._cli.run import split_arguments
-from kdtune._cli.validate import validate
-from kdtune.config.recipe import check_partner, parse_arguments
+from kdtune.config import load
+from kdtune.config.recipe import check_partner, import_recipe, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 # The commands of docs/extending.md need the files that stand there; tests/test_extending.py runs them.
@@ -44,14 +44,14 @@ def accept(command: str) -> None:
     arguments = parse(words)
     if words[0] == "run":
         _, recipe, rest = split_arguments(arguments.arguments)
-        default_config = import_recipe(recipe).default_config
-        options, overrides = parse_arguments(rest, recipe.summary, recipe.name, default_config)
+        main = import_recipe(recipe)
+        options, overrides = parse_arguments(rest, recipe.summary, recipe.name, main.default_config)
         check_partner(recipe.path, options.config)
-        validate(recipe, options.config, overrides)
+        load(options.config, overrides, main.schema)
     elif words[0] == "validate":
         arguments.func(arguments)
     elif words[0] in ("plan", "data"):
-        validate(partner_recipe(find_asset(arguments.config)), arguments.config, arguments.overrides)
+        load_config(arguments.config, arguments.overrides)
     elif words[0] in ("ls", "cat", "cp"):
         name = words[1] if len(words) > 1 else "prune"
         assert find_asset(name).path.is_file()

@@ -3,7 +3,7 @@
 import argparse
 
 from kdtune import _assets
-from kdtune._cli.names import find_asset, import_recipe, partner_recipe
+from kdtune._cli.names import find_asset, load_config
 from kdtune.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Print the file's text, or the resolved config."""
+    """Print the file's text, or the config as a run would use it, with every key's docs above it."""
     asset = find_asset(arguments.name)
     if not arguments.resolved:
         if arguments.overrides:
@@ -30,14 +30,8 @@ def execute(arguments: argparse.Namespace) -> None:
         return
     if isinstance(asset, _assets.Recipe):
         raise ConfigError(f"cat --resolved: {arguments.name!r} is a recipe; name a config (`kdtune ls {asset.name}`)")
-    print(resolved(asset, arguments.name, arguments.overrides), end="")
+    from kdtune.config import field_docs, resolved_yaml
 
-
-def resolved(config: _assets.ConfigFile, source: str, overrides: list[str]) -> str:
-    """Return the config as a run would use it, with every key's docs above it."""
-    from kdtune.config import field_docs, load, resolved_yaml
-
-    recipe = partner_recipe(config)
-    cfg = load(source, overrides, import_recipe(recipe).schema)
+    recipe, cfg = load_config(arguments.name, arguments.overrides)
     docs = field_docs(recipe.path.read_text(encoding="utf-8-sig"))
-    return f"recipe: {config.recipe}\n\n{resolved_yaml(cfg, docs)}"
+    print(f"recipe: {asset.recipe}\n\n{resolved_yaml(cfg, docs)}", end="")

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from kdtune import _assets
-from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune._cli.names import load_config
 from kdtune.errors import ConfigError
 
 _LONGEST_STRETCH = 600
@@ -41,13 +40,11 @@ def execute(arguments: argparse.Namespace) -> None:
     count = _row_count(arguments.count)
     if arguments.rows < 0:
         raise ConfigError(f"--rows {arguments.rows}: must be at least 0")
-    recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
+    _, cfg = load_config(arguments.config, arguments.overrides)
 
-    from kdtune.config import load
     from kdtune.data import dataset_nodes
     from kdtune.training import load_tokenizer
 
-    cfg = load(arguments.config, arguments.overrides, recipe.schema)
     nodes = dict(dataset_nodes(cfg))
     keys = [key.partition(".")[0] for key in nodes]
     if not nodes:

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from kdtune import _assets
-from kdtune._cli.names import import_recipe
-from kdtune._cli.validate import validate
 from kdtune.errors import ConfigError
 
 _ADVICE = "where the run has saved a checkpoint, resume_from_checkpoint=true resumes from it"
@@ -44,19 +42,21 @@ def launch(options: list[str], recipe: _assets.Recipe, rest: list[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    from kdtune.config.recipe import check_partner, parse_arguments
+    from kdtune.config.load import load
+    from kdtune.config.recipe import check_partner, import_recipe, parse_arguments
 
     arguments, overrides = parse_arguments(rest, recipe.summary, recipe.name)
     parsed = parse_args(torchrun_arguments(options, recipe, rest))
     # Once here, not in every process.
     check_partner(recipe.path, arguments.config)
-    added = restart_overrides(parsed, overrides, can_resume=hasattr(import_recipe(recipe).schema, _RESUME))
+    schema = import_recipe(recipe).schema
+    added = restart_overrides(parsed, overrides, can_resume=hasattr(schema, _RESUME))
     with _at_level(logging.ERROR, "kdtune"):  # the first process gives the warnings
-        cfg = validate(recipe, arguments.config, [*overrides, *added])
+        cfg = load(arguments.config, [*overrides, *added], schema)
         check_first_process(cfg, arguments.config, parsed)
     parsed.training_script_args += added
     # Slurm sends it to the whole job step; it would otherwise kill torchrun before its processes have saved.
-    parsed.signals_to_handle = _with_signal(parsed.signals_to_handle, "SIGUSR1")
+    parsed.signals_to_handle = ",".join(dict.fromkeys([*parsed.signals_to_handle.split(","), "SIGUSR1"]))
     if parsed.max_restarts > 0:
         # Shared, the store keeps the addresses of the processes before the restart, and new ones would call those.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -135,10 +135,6 @@ def _at_level(level: int, *loggers: str) -> Iterator[None]:
     finally:
         for logger, old in before.items():
             logger.setLevel(old)
-
-
-def _with_signal(names: str, name: str) -> str:
-    return names if name in names.split(",") else f"{names},{name}"
 
 
 def restart_overrides(parsed: argparse.Namespace, overrides: list[str], *, can_resume: bool) -> list[str]:

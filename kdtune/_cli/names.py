@@ -1,14 +1,10 @@
 """Names on the command line: a shipped recipe, a shipped config, or a path of either."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kdtune import _assets
 from kdtune.errors import ConfigError
-from kdtune.paths import user_path
-
-if TYPE_CHECKING:
-    from kdtune.config import EntryPoint
 
 
 def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
@@ -19,7 +15,7 @@ def find_asset(name: str) -> _assets.Recipe | _assets.ConfigFile:
     """
     if _assets.is_recipe(name):
         return _assets.find_recipe(name)
-    if user_path(name).is_file() or any(config.name == name for config in _assets.configs()):
+    if _assets.is_config(name):
         return _assets.find_config(name)
     known = [recipe.name for recipe in _assets.recipes()] + [config.name for config in _assets.configs()]
     raise ConfigError(f"unknown recipe or config {name!r}{_assets.advice(name, known)}\n  `kdtune ls` lists the names")
@@ -50,12 +46,14 @@ def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
     return recipe
 
 
-def import_recipe(recipe: _assets.Recipe) -> "EntryPoint":
-    """Import a recipe file from its path and return its `main`, which must be made by `kdtune.config.entry_point`.
+def load_config(source: str, overrides: list[str]) -> tuple[_assets.Recipe, Any]:
+    """Load a config through the first four validation stages of the recipe that its `recipe:` line names; return both.
 
     Raises:
-        ConfigError: the file has no such main, or imports something that is not installed.
+        ConfigError: with every finding.
     """
-    from kdtune.config.recipe import import_recipe as imported
+    from kdtune.config import load
+    from kdtune.config.recipe import import_recipe
 
-    return imported(recipe)
+    recipe = partner_recipe(_assets.find_config(source))
+    return recipe, load(source, overrides, import_recipe(recipe).schema)

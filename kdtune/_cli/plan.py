@@ -2,8 +2,7 @@
 
 import argparse
 
-from kdtune import _assets
-from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune._cli.names import load_config
 from kdtune.errors import ConfigError
 
 
@@ -27,13 +26,11 @@ def execute(arguments: argparse.Namespace) -> None:
     sizes = world_sizes(arguments.world_size)
     if arguments.seq_len is not None and arguments.seq_len < 1:
         raise ConfigError(f"--seq-len {arguments.seq_len}: must be at least 1")
-    recipe = import_recipe(partner_recipe(_assets.find_config(arguments.config)))
+    _, cfg = load_config(arguments.config, arguments.overrides)
 
-    from kdtune.config import load
     from kdtune.planner import estimate_text
     from kdtune.training import context_note
 
-    cfg = load(arguments.config, arguments.overrides, recipe.schema)
     print(estimate_text(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
     if note := context_note(cfg):
         print(f"note: {note}")

@@ -10,7 +10,6 @@ import shlex
 
 from kdtune import _assets
 from kdtune._cli.launch import launch
-from kdtune._cli.names import import_recipe
 from kdtune.errors import ConfigError
 
 _USAGE = "kdtune run [torchrun options] RECIPE --config NAME|PATH [key=value | ~key]..."
@@ -44,6 +43,8 @@ def execute(arguments: argparse.Namespace) -> int:
     check_order(name, torchrun_options, rest)
     check_launch(name, torchrun_options)
     if not torchrun_options:
+        from kdtune.config.recipe import import_recipe
+
         main = import_recipe(recipe)
         main.function(main.read(rest))
         return 0

@@ -1,10 +1,9 @@
 """`kdtune validate`: checks a config without running it (syntax, keys, types, components and how they fit together)."""
 
 import argparse
-from typing import Any
 
 from kdtune import _assets
-from kdtune._cli.names import import_recipe, partner_recipe
+from kdtune._cli.names import load_config
 from kdtune.errors import ConfigError
 
 
@@ -24,9 +23,8 @@ def execute(arguments: argparse.Namespace) -> None:
         ConfigError: with every finding.
     """
     source, overrides = config_and_overrides(arguments)
-    config = _assets.find_config(source)
-    recipe = partner_recipe(config)
-    cfg = validate(recipe, source, overrides)
+    recipe, cfg = load_config(source, overrides)
+
     from kdtune.config.overrides import held_out_note
     from kdtune.training import context_note
 
@@ -53,15 +51,3 @@ def config_and_overrides(arguments: argparse.Namespace) -> tuple[str, list[str]]
     elif first is not None:
         overrides.insert(0, first)
     return source, overrides
-
-
-def validate(recipe: _assets.Recipe, source: str, overrides: list[str]) -> Any:
-    """Load the config through the first four validation stages of a recipe; the machine is not looked at.
-
-    Raises:
-        ConfigError: with every finding.
-    """
-    from kdtune.config import load
-
-    cfg: Any = load(source, overrides, import_recipe(recipe).schema)
-    return cfg

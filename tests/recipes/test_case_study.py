@@ -8,9 +8,9 @@ import torch
 from evaluation_tasks import write_tasks
 
 from kdtune import _assets
-from kdtune._cli.names import import_recipe
 from kdtune.checkpoint import load_model
 from kdtune.config import instantiate, load
+from kdtune.config.recipe import import_recipe
 from kdtune.models import LLAMA
 
 SIZES_OF = {"70b": 70_553_706_496, "8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
