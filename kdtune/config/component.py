@@ -1,5 +1,6 @@
 """Component nodes: turn `{_component_: dotted.path, argument: value, ...}` into objects, after checking the arguments."""
 
+import copy
 import dataclasses
 import inspect
 import types
@@ -44,14 +45,8 @@ def component(
 
 def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if isinstance(default, dict | list):
-        return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
+        return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def bind(

@@ -9,7 +9,7 @@ from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import Encoded, EncodedRow, end_ids, truncate
+from kdtune.data.transforms import Encoded, EncodedRow, truncate
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn
 
@@ -145,7 +145,7 @@ class ConversationEncoder:
         if room is None or len(ids) <= room:
             return EncodedRow(ids, trained, remarks=remarks)
         if self._truncation == "right":
-            return EncodedRow(*truncate(ids, trained, room, end_ids(tokenizer)), truncated=True, remarks=remarks)
+            return EncodedRow(*truncate(ids, trained, room, tokenizer.stop_ids), truncated=True, remarks=remarks)
         shortest = None if self._truncation == "drop" else _fitting(tokens_of, messages, room)
         return None if shortest is None else EncodedRow(*shortest, truncated=True, remarks=remarks)
 

@@ -6,7 +6,7 @@ from kdtune.data.columns import Row, suggest_text_column, text_column
 from kdtune.data.dataset import Dataset
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import EncodedRow, end_ids, truncate
+from kdtune.data.transforms import EncodedRow, truncate
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -33,7 +33,7 @@ def text_completion_dataset(
     def encode(row: Row) -> EncodedRow:
         text = text_column(row, column)
         ids = tokenizer.encode(text, add_bos=tokenizer.begins_with_bos, add_eos=add_eos)
-        kept, trained = truncate(ids, [bool(text)] * len(ids), tokenizer.max_seq_len, end_ids(tokenizer))
+        kept, trained = truncate(ids, [bool(text)] * len(ids), tokenizer.max_seq_len, tokenizer.stop_ids)
         return EncodedRow(kept, trained, truncated=len(kept) < len(ids))
 
     return build_dataset(encode, Source(source, **where), filter_fn, columns=[column], suggest=suggest_text_column)

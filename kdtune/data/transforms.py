@@ -2,15 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kdtune.constants import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from kdtune.tokenizers import Tokenizer
 
 Encoded: TypeAlias = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is a training target."""
@@ -73,9 +70,3 @@ def truncate(ids: list[int], trained: list[bool], max_seq_len: int | None, stop_
     if end is not None:
         kept[-1] = end
     return kept, trained[:max_seq_len]
-
-
-def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """Return the ids that may end a sequence: the tokenizer's stop ids and its eos."""
-    eos = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    return frozenset(tokenizer.stop_ids) | eos
