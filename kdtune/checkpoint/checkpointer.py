@@ -106,8 +106,7 @@ class Checkpointer:
     def files(self) -> list[Path]:
         """Return the weight files, in order; those named by the user or by an index may be missing.
 
-        Raises:
-            CheckpointError: the folder is missing or holds no weights that are supported, or more than one model.
+        CheckpointError if the folder is missing or holds no weights that are supported, or more than one model.
         """
         folder = self.checkpoint_dir
         if not folder.is_dir():

@@ -29,21 +29,13 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> None:
-    """Write the tensors into a folder; several processes do so together in the process group `group` (None: the run's).
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written.
-    """
+    """Write tensors into a folder, all of `group` (None: the run's) together; CheckpointError if it cannot be written."""
     with _as_checkpoint_error(folder, "written", "free some space or choose another output_dir, then start again"):
         save(dict(tensors), checkpoint_id=folder, process_group=group, no_dist=not is_distributed())
 
 
 def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fills the targets in place with the folder's tensors of the same names, converting dtypes.
-
-    Raises:
-        CheckpointError: the folder is damaged, or a tensor is missing or has another shape.
-    """
+    """Fill the targets from the folder, in their dtypes; CheckpointError if it is damaged or does not fit them."""
     advice = "it is damaged or was saved for another model or optimizer: resume from another step folder"
     with _as_checkpoint_error(folder, "read", advice):
         load(dict(targets), storage_reader=_TensorReader(folder), no_dist=not is_distributed())

@@ -24,11 +24,7 @@ _DTYPES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's GGUF file; empty if there is none.
-
-    Raises:
-        CheckpointError: there are several.
-    """
+    """Return the folder's GGUF file, empty if there is none; CheckpointError if there are several."""
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)

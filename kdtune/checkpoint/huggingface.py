@@ -40,11 +40,7 @@ _DTYPES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the folder's model: `model.safetensors`, else those of the index; the list may be empty.
-
-    Raises:
-        CheckpointError: the index cannot be read, or names a file outside the folder.
-    """
+    """Return `model.safetensors`, else the index's files, or none; CheckpointError if the index is bad."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -135,11 +131,7 @@ def _read_part(file: Path, name: str, region: tuple[slice, ...]) -> Tensor:
 
 
 def open_safetensors(file: Path, device: str = "cpu") -> Any:
-    """Open a file by `safetensors.safe_open`, with its tensors on `device`.
-
-    Raises:
-        CheckpointError: the file is missing, cut off or corrupt.
-    """
+    """Open a file by `safetensors.safe_open` on `device`; CheckpointError if it is missing, cut off or corrupt."""
     try:
         return safe_open(file, framework="pt", device=device)
     except FileNotFoundError as error:

@@ -167,11 +167,7 @@ class CheckpointManager:
         return folder
 
     def wait(self) -> None:
-        """Wait until no save is in progress.
-
-        Raises:
-            CheckpointError: a background save failed.
-        """
+        """Wait until no save is in progress; CheckpointError if a background save failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

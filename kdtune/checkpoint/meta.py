@@ -53,11 +53,7 @@ def stored_tensors(
 
 
 def load_part(file: Path) -> dict[str, Tensor]:
-    """Return a file's tensors by Meta's names, memory-mapped: only the tensors used are read.
-
-    Raises:
-        CheckpointError: the file is missing, corrupt, or holds anything but tensors.
-    """
+    """Return a file's tensors by Meta's names, memory-mapped; CheckpointError if it does not hold tensors alone."""
     try:
         # weights_only: the unpickler knows tensors and plain containers, so a file cannot run code.
         value: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

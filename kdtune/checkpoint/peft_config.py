@@ -85,11 +85,7 @@ def _is_pattern(pattern: str) -> bool:
 
 
 def _is_match(pattern: str, module: str, path: Path) -> bool:
-    """Return whether the expression, which the file's author chose, matches the whole name of a module.
-
-    Raises:
-        CheckpointError: it takes more than a second to tell, as expressions such as (a|a)+ can.
-    """
+    """Return whether the expression matches the module's whole name; CheckpointError if that takes over a second."""
     try:
         return regex.fullmatch(pattern, module, timeout=_LONGEST_MATCH_S) is not None
     except TimeoutError:

@@ -36,11 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, named: Family | None = None) -> TransformerConfig:
-    """Return the config of the quantized model in the folder; `named` is its family, if not one of kdtune's.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or its scheme is unknown.
-    """
+    """Return the folder's config, of a kdtune family or `named`; CheckpointError if damaged or of an unknown scheme."""
     document = read_json(folder / CONFIG)
     _scheme(document, folder / CONFIG)
     try:
@@ -50,11 +46,7 @@ def read_config(folder: Path, named: Family | None = None) -> TransformerConfig:
 
 
 def check(file: Path, named: Family | None = None) -> TransformerConfig:
-    """Check that the file holds the tensors that the config describes, by name, and return the config; reads no weights.
-
-    Raises:
-        CheckpointError: file or config is damaged, or a tensor is missing or unexpected.
-    """
+    """Check the file's tensor names against its config, and return that; CheckpointError if they disagree."""
     config = read_config(file.parent, named)
     with open_safetensors(file) as handle:
         check_num_layers(config, len(handle.keys()), file)
@@ -188,10 +180,8 @@ def write_quantized(
 ) -> None:
     """Write a quantized model into an existing folder, with its config, tokenizer and licence, as `write_model` does.
 
-    scheme, group_size: how the model was quantized, recorded in its config. The other arguments are write_model's.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written.
+    `scheme` and `group_size` say how it was quantized, for its config. CheckpointError if the disk is full or cannot be
+    written.
     """
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}

@@ -202,18 +202,10 @@ def write_adapter(
     tokenizer: SupportsSave | None = None,
     is_chat: bool = False,
 ) -> None:
-    """Write the adapters as a PEFT folder, with generation config, tokenizer and licence files, into an existing folder.
+    """Write the adapters, bit for bit, as a PEFT folder with generation config, tokenizer and licences; the folder exists.
 
-    Args:
-        model: has adapters; they are written bit for bit.
-        folder: such as the hidden folder of `atomic_folder`.
-        base: folder or file the model came from: what `adapter_config.json` names as the adapter's base.
-        tokenizer: writes its own files; its special ids come into the generation config as in `write_model`.
-        is_chat: as in `write_model`.
-
-    Raises:
-        ConfigError: the model has no adapters.
-        CheckpointError: the disk is full or cannot be written.
+    The arguments are those of `write_model`; `adapter_config.json` names `base` as the adapter's base. Raises
+    ConfigError if the model has no adapters, CheckpointError if the disk is full or cannot be written.
     """
     adapter_writer(model, base=base, tokenizer=tokenizer, is_chat=is_chat)(folder, None)
 
@@ -226,11 +218,7 @@ def adapter_writer(
     is_chat: bool = False,
     staged: bool = False,
 ) -> Write:
-    """Return a function that writes the adapters as `write_adapter` does, on all processes; `staged` as in `model_writer`.
-
-    Raises:
-        ConfigError: the model has no adapters.
-    """
+    """Return a function that writes as `write_adapter` does, on all processes; `staged` as in `model_writer`."""
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to write; write_model writes it whole")
     tensors = peft.peft_tensors(model)

@@ -110,11 +110,7 @@ def load_state(
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
-    """Return the JSON part of a resume state: `extra` and everything else that is not a tensor.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another version of this format.
-    """
+    """Return the JSON part of a resume state; CheckpointError if it is missing, damaged, or of another version."""
     document = read_json(folder / STATE_FILE)
     if document.get("version") != _VERSION:
         raise CheckpointError(

@@ -126,11 +126,7 @@ def fill_model(
 
 
 def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | str) -> None:
-    """Raise if a config has more layers than there are tensors, before a name is made for each of them.
-
-    Raises:
-        CheckpointError: it has.
-    """
+    """Raise CheckpointError if a config has more layers than there are tensors, before each gets a name."""
     if config.num_layers > num_tensors:
         raise CheckpointError(
             f"{where}: the config describes {config.num_layers} layers, the files hold {num_tensors} tensors; "
@@ -141,8 +137,7 @@ def check_num_layers(config: TransformerConfig, num_tensors: int, where: Path | 
 def check_tensors(config: TransformerConfig, stored: LazyModel) -> None:
     """Check names, shapes and dtypes of all tensors against the model of the config, without reading or building anything.
 
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point.
+    CheckpointError if a tensor is missing, unexpected, of another shape or not of floating point.
     """
     tensors = stored.tensors
     where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"

@@ -41,11 +41,7 @@ class PendingSend:
     tensors: tuple[Tensor, ...]
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Wait until it has arrived, for at most this time, or the run's timeout.
-
-        Raises:
-            TrainingError: the other process is gone, or does not receive it.
-        """
+        """Wait for its arrival, up to this time or the run's timeout; TrainingError if the peer does not receive it."""
         with self.channel.naming_peer(self.rank):
             for work in self.works:
                 work.wait(timeout) if timeout else work.wait()
@@ -110,8 +106,8 @@ class Channel:
     def receive(self, rank: int) -> tuple[int, Tensor]:
         """Receive the next tag and tensor from this process; an empty tensor if it sent only the tag.
 
-        Raises:
-            TrainingError: it is gone, has sent nothing before the timeout, or has failed; the error then has its exit code.
+        TrainingError if it is gone, has sent nothing before the timeout, or has failed; the error then has its exit
+        code.
         """
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
         with self.naming_peer(rank):
@@ -163,16 +159,10 @@ class Channel:
 def start_two_worlds(
     store: Store, rank: int, size: int, num_teachers: int, *, backend: str, device: torch.device, timeout: timedelta
 ) -> Channel:
-    """Start the default process group of this process's side, and the channel to the other side.
+    """Start the default process group (of `backend`) of this process's side, and the channel to the other side.
 
-    Args:
-        store: of all processes.
-        rank: this process among all.
-        size: all of them.
-        num_teachers: the last processes hold the teacher; at least one, and not all.
-        backend: of the side's process group.
-        device: where this process computes.
-        timeout: a process that waits longer for another one ends with an error.
+    `store`, `rank` and `size` are of all processes, of which the last `num_teachers`, at least one and not all, hold
+    the teacher. This one computes on `device`; one that waits for another for longer than `timeout` ends with an error.
     """
     num_students = size - num_teachers
     name, first, own_size = (

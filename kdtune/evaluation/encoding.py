@@ -9,11 +9,7 @@ from kdtune.tokenizers import Tokenizer
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """Return the token that precedes a text without context: bos, or eos if there is none.
-
-    Raises:
-        ConfigError: the tokenizer has neither.
-    """
+    """Return the token before a text without context, bos or else eos; ConfigError if the tokenizer has neither."""
     found = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if found is None:
         raise ConfigError("tokenizer: has neither a bos nor an eos token; a text's first token follows one of them")

@@ -24,11 +24,7 @@ class GenerationSettings:
     sampling: Sampling
 
     def prompt_room(self, max_length: int) -> int:
-        """Return the number of tokens left for the prompt.
-
-        Raises:
-            ConfigError: none is left.
-        """
+        """Return the number of tokens left for the prompt; ConfigError if none is left."""
         if self.max_new_tokens >= max_length:
             raise ConfigError(
                 f"max_seq_length={max_length}: the task generates up to {self.max_new_tokens} tokens and needs room for "
@@ -38,11 +34,7 @@ class GenerationSettings:
 
 
 def read_generation_settings(given: Mapping[str, Any]) -> GenerationSettings:
-    """Read the settings of a request or task; without do_sample or a temperature above 0 decoding is greedy.
-
-    Raises:
-        ConfigError: a setting is not supported here.
-    """
+    """Read a request's or task's settings (by default greedy); ConfigError if one is not supported."""
     for key in given:
         if key not in _KEYS:
             raise ConfigError(

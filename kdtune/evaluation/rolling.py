@@ -87,11 +87,7 @@ class TextPerplexity:
 
 
 def read_text(path: str | Path) -> str:
-    """Read the text of a file.
-
-    Raises:
-        DataError: it cannot be read, is not UTF-8, or is empty.
-    """
+    """Read the text of a file; DataError if it cannot be read, is not UTF-8, or is empty."""
     try:
         text = user_path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -115,16 +111,8 @@ def text_perplexity(
     """Measure how well the model predicts a full text; words are separated by whitespace, as lm-eval counts them.
 
     A bos at the start of the text is its context and is not predicted (lm-eval's rolling tasks do predict it).
-
-    Args:
-        model: on its device.
-        tokenizer: the model's.
-        text: the full text.
-        max_length: length of a window, in tokens.
-        stride: tokens by which the window advances; None: a full window.
-        batch_size: as in `score`.
-        show_progress: show a bar on a terminal.
-        world: the processes that share the work, see `score`.
+    `max_length` is the length of a window in tokens, `stride` the tokens by which it advances (None: a full window).
+    `show_progress` shows a bar on a terminal; `batch_size` and `world` are as in `score`.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):

@@ -94,11 +94,7 @@ class InstructionSet:
         return generation.Sampling(self.temperature, self.top_k, self.top_p)
 
     def read(self) -> list[Instruction]:
-        """Read the instructions.
-
-        Raises:
-            DataError: the source cannot be read, has no row, or a row lacks a column.
-        """
+        """Read the instructions; DataError if the source cannot be read, has no row, or a row lacks a column."""
         source = Source(self.source, self.split, self.data_files, self.data_dir)
         instructions = []
         for number, row in enumerate(islice(open_rows(source), self.num_examples), start=1):
@@ -184,15 +180,12 @@ def evaluate_rouge(
     Args:
         model: on its device.
         tokenizer: the model's.
-        instruction_set: prompt and sampling settings.
-        instructions: the instructions, as read by the set.
+        instruction_set: prompt and sampling settings; ConfigError if its max_new_tokens leaves no room for a prompt.
+        instructions: as read by the set.
         max_length: longest prompt and answer together, in tokens.
         batch_size: answers generated at a time.
         on_answered: called with the number of new answers as they arrive.
         world: the processes that share the work, all of which call this with the same instructions and get all answers.
-
-    Raises:
-        ConfigError: max_new_tokens leaves no room for a prompt.
     """
     room = max_length - instruction_set.max_new_tokens
     if room < 1:

@@ -37,11 +37,7 @@ def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> 
 
 
 def family_of_gguf(metadata: Mapping[str, Any], named: Family | None = None) -> tuple[Family, KeyMap]:
-    """Return the family of the model that a GGUF file's metadata describes, and its names there; `named` as in :func:`read_hf_config`.
-
-    Raises:
-        CheckpointError: It is none of them.
-    """
+    """Return a GGUF file's family, and its names there; `named` as in `read_hf_config`; CheckpointError for another."""
     architecture = metadata.get("general.architecture")
     families = FAMILIES if named is None else (named,)
     for family in families:
@@ -54,11 +50,7 @@ def family_of_gguf(metadata: Mapping[str, Any], named: Family | None = None) -> 
 
 
 def family_of_meta(named: Family | None = None) -> tuple[KeyMap, Callable[..., TransformerConfig]]:
-    """Return the names of the family whose files are Meta's, and what reads its params.json; `named` as above.
-
-    Raises:
-        CheckpointError: It is another one.
-    """
+    """Return the names of Meta's files and what reads params.json; CheckpointError if family `named` has none."""
     for family in FAMILIES if named is None else (named,):
         if family.meta_keys is not None and family.config_from_meta is not None:
             return family.meta_keys, family.config_from_meta
@@ -87,11 +79,7 @@ def write_hf_config(
 
 
 def family_of(config: TransformerConfig) -> Family:
-    """Return the family of a model; Llama's for a config without one that computes what Llama's models compute.
-
-    Raises:
-        ConfigError: It has none, and switches that no family stands for.
-    """
+    """Return a model's family; without one, Llama's if it computes what Llama's models compute, else ConfigError."""
     if config.family is None and not (config.qkv_bias or config.qk_norm or config.logit_softcap):
         return LLAMA
     if config.family is None:

@@ -38,11 +38,7 @@ class Settings:
         self.values, self.file = values, file
 
     def size(self, key: str, *, kind: type = int) -> Any:
-        """Return a positive number of the kind.
-
-        Raises:
-            CheckpointError: The key is absent, or has another value.
-        """
+        """Return a positive number of the kind; CheckpointError if the key is absent or has another value."""
         value = self.number(key, kind=kind)
         if value is None:
             raise CheckpointError(f"{self.file}: {key} is missing")

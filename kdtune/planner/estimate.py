@@ -190,11 +190,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
 
 
 def check_trains(cfg: Any) -> None:
-    """Raise if the config is not one of a recipe that trains.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Raise ConfigError if the config is not one of a recipe that trains."""
     if missing := [key for key in _NEEDED if not hasattr(cfg, key)]:
         raise ConfigError(
             f"plan: the config has no {missing[0]}, so its recipe does not train; allowed are configs of finetune and "

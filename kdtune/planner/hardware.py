@@ -48,11 +48,7 @@ DEFAULT_GPU = "a100-80gb"
 
 
 def find_gpu(name: str) -> GPU:
-    """Return the card of this name.
-
-    Raises:
-        ConfigError: no card has it.
-    """
+    """Return the card of this name; ConfigError if no card has it."""
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: unknown; the figures of {', '.join(GPUS)} are known")
     return GPUS[name]

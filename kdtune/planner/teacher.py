@@ -35,18 +35,9 @@ class TeacherEstimate:
 def make_teacher_estimate(
     cfg: Any, world: World, num_students: int, *, device_type: str | None = None, seq_len: int | None = None
 ) -> TeacherEstimate:
-    """Estimate a rank that holds only the teacher (`teacher_processes`); see `make_estimate`.
+    """Estimate a rank of `world` that holds only the teacher (`teacher_processes`), for `num_students` ranks of the student.
 
-    Args:
-        cfg: config of a distillation recipe.
-        world: the rank among the teacher's.
-        num_students: number of the student's ranks.
-        device_type: device type of the ranks, such as "cuda"; None: the world's.
-        seq_len: tokens per example; None: the tokenizer's max_seq_len, the upper limit.
-
-    Raises:
-        ConfigError: the sizes do not fit the number of processes.
-        CheckpointError: only the checkpoint describes a model, and it cannot be read.
+    The other arguments, and the errors, are those of `make_estimate`.
     """
     context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)

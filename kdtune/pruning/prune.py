@@ -64,11 +64,7 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
 
 
 def check_layers(model: Transformer, layers: Sequence[int]) -> None:
-    """Raise unless the indices are strictly increasing within the model.
-
-    Raises:
-        ConfigError: They are not, or there is none.
-    """
+    """Raise ConfigError unless the indices are strictly increasing within the model, at least one."""
     num_layers = model.config.num_layers
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
         raise ConfigError(

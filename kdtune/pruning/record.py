@@ -43,11 +43,7 @@ class RemovalRecord:
             log.info("%s: continuing a search after %d removal%s", path, num, "" if num == 1 else "s")
 
     def add(self, step: RemovalStep) -> None:
-        """Record one more removal; the file is replaced atomically.
-
-        Raises:
-            CheckpointError: the disk is full or cannot be written.
-        """
+        """Record one more removal; the file is replaced atomically; CheckpointError if it cannot be written."""
         self.removals.append(step)
         document = {"settings": self._settings, "removals": [vars(one) for one in self.removals]}
         atomic_write_text(self.path, json.dumps(document, indent=1) + "\n")

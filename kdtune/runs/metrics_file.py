@@ -40,11 +40,7 @@ class JSONLLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl, ignoring a truncated last line (of a killed writer).
-
-    Raises:
-        CheckpointError: any other line is not a JSON object with a `step`.
-    """
+    """Read a metrics.jsonl's rows but a truncated last one; CheckpointError if another is no object with a `step`."""
     return read_json_lines(user_path(path), key="step")
 
 

@@ -64,23 +64,18 @@ def base_model(checkpointer: Any) -> str | None:
 
 
 def origin_record(checkpointer: Any, made: str) -> dict[str, Any]:
-    """Return the entry of run.json for a model that was made without training; `model_name` and `base_model` read it.
+    """Return the entry of run.json for a model made without training, which `model_name` and `base_model` read.
 
-    Args:
-        checkpointer: config node of the model that it was made from; None: random weights.
-        made: what was kept of it, such as "12 of the 30 layers".
+    `checkpointer` is the config node of the model it was made from (None: random weights), `made` what was kept of it,
+    such as "12 of the 30 layers".
     """
     return {_ORIGIN: {"base_model": base_model(checkpointer), "made": made}}
 
 
 def origin_card(checkpointer: Any, made: str, *, tag: str, version: str) -> str:
-    """Return README.md for a model that was made without training: base model and licence for the Hugging Face hub.
+    """Return README.md for a model made without training, with base model and licence for the Hugging Face hub.
 
-    Args:
-        checkpointer: as for `origin_record`.
-        made: as for `origin_record`.
-        tag: tag on the hub, such as "pruned".
-        version: version of kdtune.
+    `checkpointer` and `made` are as for `origin_record`, `tag` the hub's, such as "pruned", `version` kdtune's.
     """
     base, folder = base_model(checkpointer), checkpoint_folder(checkpointer)
     data = ModelCardData(base_model=base, license=licence(folder), library_name="transformers",

@@ -52,10 +52,8 @@ def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = 
 def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw the held-out losses of several runs over the steps, a curve each, with the teacher's, and return the file.
 
-    Args:
-        runs: each run's metrics, by its name in the legend.
-        png: the file; its suffix may be any that matplotlib writes.
-        divergence: display name of `val_kd_loss`.
+    `runs` are the metrics by name in the legend. `png` may have any suffix that matplotlib writes. `divergence` is the
+    display name of `val_kd_loss`.
     """
     from matplotlib import style
 

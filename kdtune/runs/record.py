@@ -53,11 +53,7 @@ _NOT_OURS = f"it was cut off or changed by hand: {_ADVICE}"
 
 
 def read_resolved_config(output_dir: Path) -> dict[str, Any]:
-    """Read the config a run was started with, key by key; empty if it was killed before writing it.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Read a run's config.yaml; {} if it was killed before writing it; CheckpointError if it is damaged."""
     path = output_dir / "config.yaml"
     if not path.exists():
         return {}
@@ -68,11 +64,7 @@ def read_resolved_config(output_dir: Path) -> dict[str, Any]:
 
 
 def recorded_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the start records from run.json, oldest first; empty if there is no such file.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Return run.json's start records, oldest first; empty without the file; CheckpointError if it is damaged."""
     runs_file = folder / "run.json"
     if not runs_file.exists():
         return []
@@ -114,11 +106,7 @@ class TrainingRun:
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """Read a training run's files from its folder; a metrics.jsonl must exist.
-
-    Raises:
-        CheckpointError: a file in it is damaged.
-    """
+    """Read a training run's files, of which metrics.jsonl must exist; CheckpointError if one is damaged."""
     samples = folder / "samples.jsonl"
     return TrainingRun(
         folder,

@@ -133,8 +133,7 @@ def _check_same_steps(
 def is_finished(output_dir: Path, num_steps: int) -> bool:
     """Return whether the run has made all its steps and written final/.
 
-    Raises:
-        ConfigError: it made fewer steps than the config now asks for, and left no step folder to resume from.
+    ConfigError if it made fewer steps than the config now asks for, and left no step folder to resume from.
     """
     metrics = output_dir / "metrics.jsonl"
     if not ((output_dir / "final").is_dir() and metrics.exists()):

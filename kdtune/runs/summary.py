@@ -32,12 +32,10 @@ def step_numbers(row: Mapping[str, float], *, divergence: str = "KL") -> list[st
 
 
 def validation_text(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]], *, divergence: str = "KL") -> str:
-    """One line on a validation: each value, its change since the last validation, and whether it is the best so far.
+    """Format a validation in a line: each value, its change since the one before, and whether it is the best so far.
 
-    Args:
-        row: a row of metrics.jsonl, with its step.
-        before: the rows of earlier validations, oldest first.
-        divergence: display name of `val_kd_loss`.
+    `row` is one of metrics.jsonl, `before` those of earlier validations, oldest first, `divergence` the display name of
+    `val_kd_loss`.
     """
     shown = [
         _measured("cross entropy", "val_class_loss", row, before, ".3f", 1.0),
@@ -68,11 +66,8 @@ def _measured(
 def print_results(output_dir: Path, *, trained: str, best_metric: str | None, divergence: str = "KL") -> None:
     """Draw loss.png and print a finished run's results: answers, the table, and the paths of its files.
 
-    Args:
-        output_dir: the run's folder.
-        trained: name of the trained model in the table, such as "student".
-        best_metric: validation metric whose best step is named.
-        divergence: display name of `kd_loss`.
+    `trained` is the model's name in the table, such as "student", `best_metric` the one whose best step is named,
+    `divergence` the display name of `kd_loss`.
     """
     plot_losses(output_dir / _METRICS, output_dir / _PLOT, divergence=divergence)
     if (output_dir / _SAMPLES).exists():
@@ -88,13 +83,8 @@ def print_results(output_dir: Path, *, trained: str, best_metric: str | None, di
 def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, divergence: str = "KL") -> str | None:
     """Format held-out metrics per token as a table: the teacher's, and each run's before its first and after its last step.
 
-    Args:
-        runs: each run's metrics, by the name of its model in the table. The first row with a validation is "before", the
-            last one is "after".
-        divergence: display name of `val_kd_loss`.
-
-    Returns:
-        None if no run has a validation.
+    `runs` are the metrics by the name of the model; of each, the first and the last row with a validation are shown.
+    None if no run has one. `divergence` is the display name of `val_kd_loss`.
     """
     validated = {name: found for name, rows in runs.items() if (found := validated_rows(rows))}
     teachers = map(teacher_held_out, validated.values())
@@ -106,12 +96,10 @@ def comparison_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, diverge
 
 
 def held_out_table(values: Mapping[str, Any], model: str = "model", *, divergence: str = "KL") -> str:
-    """Format one model's held-out metrics below its teacher's, in the columns of `comparison_table`.
+    """Format a model's held-out metrics below its teacher's, in the columns of `comparison_table`.
 
-    Args:
-        values: class_loss and, with a teacher, kd_loss, agreement and teacher_class_loss.
-        model: its name in the table.
-        divergence: display name of `kd_loss`.
+    `values` are class_loss and, with a teacher, kd_loss, agreement and teacher_class_loss; `model` is the name in the
+    table, `divergence` the display name of `kd_loss`.
     """
     row = {f"val_{name}": value for name, value in values.items()}
     teacher = teacher_held_out([row])
@@ -155,11 +143,9 @@ def _line(title: str, found: HeldOut) -> dict[str, Any]:
 
 
 def samples_text(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Format the answers to each prompt: the teacher's, and each run's before and after training.
+    """Format the answers to each prompt: the teacher's, and each run's before and after training, equal ones before it once.
 
-    Args:
-        runs: the rows of each run's samples.jsonl, each with step, model, prompt and answer, by the name of its model in
-            the text. Equal answers before training are shown once.
+    `runs` are the rows of each run's samples.jsonl (step, model, prompt, answer), by the name of its model in the text.
     """
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for rows in runs.values() for row in rows):

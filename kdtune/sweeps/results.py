@@ -40,11 +40,7 @@ def finite_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | Non
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of a finished step: metrics, seconds and command, and the parts of its folder deleted since.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
+    """Read a finished step's record: metrics, seconds, command, what was deleted; CheckpointError if damaged."""
     return read_json(path, advice=_ADVICE)
 
 
@@ -102,9 +98,5 @@ def _from(root: Path, path: Path) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, atomically.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Write rows as JSON lines, atomically; CheckpointError if it cannot be written."""
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -42,11 +42,7 @@ def may_change(schema: type[Any]) -> list[str]:
 
 
 def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
-    """Build the config's profiler and second logger on rank 0; return None and None on the others.
-
-    Raises:
-        ConfigError: one of them refuses its arguments; raised on all processes.
-    """
+    """Build the config's profiler and second logger on rank 0, None elsewhere; its ConfigError is raised on all."""
     with raise_on_all_ranks():
         if not world.is_main:
             return None, None
@@ -117,11 +113,7 @@ def divergence_problems(kd_loss: Any, teacher_targets: Any = None) -> list[str]:
 
 
 def check_save_weights(model: Transformer, save_weights: str) -> None:
-    """Raise if the model cannot be saved in this form.
-
-    Raises:
-        ConfigError: save_weights asks for an adapter, and the model has none.
-    """
+    """Raise ConfigError if save_weights asks for an adapter and the model has none."""
     if save_weights != "both" and not has_adapters(model):
         raise ConfigError(f"save_weights={save_weights}: the model has no adapters; leave it out, or give `adapter`")
 

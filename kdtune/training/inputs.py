@@ -100,12 +100,10 @@ def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
 
 
 def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
-    """Raise if an example is longer than the context of any model in the config; reads no weights.
-
-    A resumed run logs this instead, because it was started with these examples.
+    """Raise if an example is longer than any model's context; a resumed run, started with it, logs it instead.
 
     Args:
-        cfg: of any recipe.
+        cfg: of any recipe; no weights are read.
         lengths: numbers of tokens of the examples, by config key; None if unknown before they are read.
 
     Raises:
@@ -138,11 +136,7 @@ def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None
 
 
 def check_context(cfg: Any, key: str) -> None:
-    """Raise if the token count under a config key, such as max_seq_length, exceeds a model's context.
-
-    Raises:
-        ConfigError: it is above it.
-    """
+    """Raise ConfigError if the token count under a config key, such as max_seq_length, exceeds a model's context."""
     key_of_model, context = min(_contexts(cfg).items(), key=lambda one: one[1])
     if getattr(cfg, key) is not None and getattr(cfg, key) > context:
         raise ConfigError(

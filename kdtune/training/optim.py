@@ -26,11 +26,7 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of everything that takes a gradient, a tied weight once.
-
-    Raises:
-        ConfigError: the whole model is frozen.
-    """
+    """Return (name, parameter) of what takes a gradient, a tied weight once; ConfigError if all is frozen."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ConfigError(
@@ -73,10 +69,9 @@ def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = N
 
 
 def check_schedule(cfg: Any, num_steps: int) -> None:
-    """Raise if the config's `lr_scheduler` cannot run for this many steps; up to 100,000 of them are tried.
+    """Raise ConfigError if the config's `lr_scheduler` cannot run for this many steps; up to 100,000 of them are tried.
 
-    Raises:
-        ConfigError: it refuses the number (such as a warm-up that is longer), or a learning rate is negative or not finite.
+    It may refuse the number (such as a warm-up that is longer), or give a learning rate that is negative or not finite.
     """
     problems = optimizer_problems(cfg.optimizer, cfg.lr_scheduler, num_steps, walk=min(num_steps, 100_000))
     if problems:

@@ -20,8 +20,7 @@ def device_name_problems(name: str | None) -> list[str]:
 def resolve_device(name: str | None) -> torch.device:
     """Return the device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first available of cuda, mps, cpu.
 
-    Raises:
-        ConfigError: the name is unknown, or this machine has no such device.
+    ConfigError if the name is unknown, or this machine has no such device.
     """
     if name is None:
         return torch.device(

@@ -26,21 +26,12 @@ def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
 def load_training_state(
     folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, scheduler: Any
 ) -> dict[str, Any]:
-    """Restore optimizer and schedulers from a `state` folder, as `load_state` does, and return its `extra`.
+    """Restore optimizer and scheduler (None: there is none) from a `state` folder, as `load_state`; return its `extra`.
 
-    If the config's optimizer arguments differ from the saved ones, the config's are used. With another schedule or other
-    learning rates, this config's schedule is used as if from the start, at the step that was reached.
-
-    Args:
-        folder: folder of the resume state.
-        cfg: this run's config.
-        model: the model, with the weights of that step.
-        optimizer: built from this config.
-        scheduler: built on that optimizer, before its first step; None: there is none.
-
-    Raises:
-        CheckpointError: as `load_state`.
-        ConfigError: `resume_changes` names a setting that the state lacks.
+    Both are built from this run's config, the scheduler before its first step. If the config's optimizer arguments
+    differ from the saved ones, the config's are used; with another schedule or other learning rates, this config's
+    schedule is used as if from the start, at the step that was reached. Raises as `load_state`; ConfigError if
+    `resume_changes` names a setting that the state lacks.
     """
     now, recorded = _settings(cfg), read_state_file(folder)["extra"].get("settings")
     asked = [name for name in cfg.resume_changes if name.partition(".")[0] in now]

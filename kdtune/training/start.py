@@ -70,14 +70,8 @@ class Inputs:
 def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     """Read and check the tokenizer and the data and, for a resumed run, compare them with those it was started with.
 
-    Args:
-        cfg: the recipe's, a `TrainingConfig`.
-        world: the processes, all of which call this.
-        progress: display of the progress.
-
-    Raises:
-        ConfigError: the run in output_dir was started with another config, other weights or another tokenizer.
-        DataError: the data cannot be read, or nothing in it can be trained on.
+    All processes of `world` call it with `cfg`, a `TrainingConfig`. ConfigError if the run in output_dir was started
+    with another config, weights or tokenizer; DataError if the data cannot be read, or nothing in it can be trained on.
     """
     output_dir, batches_per_step = Path(cfg.output_dir), cfg.gradient_accumulation_steps * world.dp_size
     tokenizer, cfg = load_tokenizer(cfg)
@@ -126,17 +120,11 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
 
 
 def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:
-    """Build the trained model, with the weights of the step folder if the run is resumed.
+    """Build the trained model over the processes, with the weights of the step folder if the run is resumed.
 
-    Args:
-        cfg: the recipe's, a `TrainingConfig`.
-        world: the processes that it is parallelized over.
-        inputs: from `load_inputs`.
-        name: its name in messages, such as "student".
-
-    Raises:
-        CheckpointError: the files cannot be read or do not fit the builder or the adapter.
-        ConfigError: the adapter does not fit, there is none for save_weights, or the loss cannot use the output head.
+    `name` is its name in messages, such as "student". CheckpointError if the files cannot be read or do not fit builder
+    or adapter; ConfigError if the adapter does not fit, there is none for save_weights, or the loss cannot use the
+    output head.
     """
     model = parallel.build_model(
         factory(cfg.model),
@@ -156,13 +144,7 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
 
 
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int) -> tuple[Optimizer, Any]:
-    """Build the optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
-
-    Args:
-        cfg: the recipe's, a `TrainingConfig`.
-        model: the trained model.
-        num_steps: number of steps of the schedule.
-    """
+    """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`."""
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     warn_of_lost_updates(optimizer)

@@ -22,10 +22,9 @@ def count_steps(batches_per_epoch: int | None, batches_per_step: int, max_steps_
 
 
 def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -> tuple[int, int]:
-    """Return the optimizer steps of an epoch, as from `count_steps`, and of the full training; `cfg` is a training recipe's.
+    """Return the optimizer steps of an epoch and of the full training; `cfg` is a training recipe's.
 
-    Raises:
-        ConfigError: as `count_steps`; or the schedule cannot run for this many, as `check_schedule`.
+    Raises as `count_steps`, and as `check_schedule`.
     """
     steps_per_epoch = count_steps(batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     check_schedule(cfg, cfg.epochs * steps_per_epoch)
