@@ -14,6 +14,7 @@ then each finished measurement is in `output_dir.partial`, and stays there if th
 Several processes share the work batch by batch, with the same results as one.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from kdtune import checkpoint, config, data, evaluation, losses, parallel, runs, teachers, tokenizers, training
+from kdtune import checkpoint, config, data, evaluation, losses, parallel, reports, runs, teachers, tokenizers, training
 from kdtune.distributed import Parallelism, World
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name
@@ -96,6 +97,9 @@ class Config:
     """Parallelism of the teacher; null: the same as parallelism."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Teacher weight dtype; null: same as dtype."""
+    inspect: int = 0
+    """Number of examples, the first of dataset_val, that inspect.html shows token by token: where the model disagrees with the
+    teacher, and what both expect there."""
 
     # Texts and answers
     perplexity_files: list[config.PathText] = field(default_factory=list)
@@ -119,6 +123,8 @@ class Config:
             for key in ("batch_size", "max_seq_length", "perplexity_stride")
             if getattr(self, key) is not None and getattr(self, key) < 1
         ]
+        if self.inspect < 0:
+            found.append(f"inspect={self.inspect}: must be 0 (no page) or more examples")
         if self.limit is not None and self.limit <= 0:
             found.append(f"limit={self.limit}: must be above 0: a number of documents, or a part of them below 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -153,6 +159,8 @@ class Config:
             found.append(f"run_weights={self.run_weights}: has no effect without run; give run, or ~run_weights")
         if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKL"}:
             found.append("kd_loss: has no effect without a teacher; give teacher_checkpointer, or ~kd_loss")
+        if self.inspect and not has_teacher:
+            found.append(f"inspect={self.inspect}: has no effect without a teacher; give one, or ~inspect")
         if has_teacher and self.dataset_val is None:
             given = " ".join(f"~{key}" for key in ("teacher_checkpointer", "teacher_model") if getattr(self, key))
             found.append(f"dataset_val: missing, the examples to compare with the teacher on; give it, or {given}")
@@ -172,6 +180,8 @@ class Config:
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.device_problems(self.device, self.dtype, distributed=True)
+        if self.inspect and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            found.append(f"inspect={self.inspect}: needs both models on one process; run it without --nproc_per_node")
         found += parallel.problems(self)
         found += runs.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
@@ -228,8 +238,9 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluatio
             measured.write(partial, versions=versions(cfg), log_samples=cfg.log_samples)
 
     if held_out is not None:
-        values = measure_held_out(cfg, model, tokenizer, held_out, world)
+        values, pages = measure_held_out(cfg, model, tokenizer, held_out, world)
         measured.metrics |= {f"held_out/{name}": value for name, value in values.items()}
+        measured.pages |= pages
         keep()
     for name, text in texts.items():
         found = evaluation.text_perplexity(
@@ -301,16 +312,20 @@ def write_results(cfg: Config, measured: evaluation.Measured) -> None:
         runs.write_run_files(folder, resolved_config=config.resolved_yaml(cfg), record=record)
         measured.write(folder, versions=record["versions"], log_samples=cfg.log_samples)
     checkpoint.remove_folder(checkpoint.partial_of(cfg.output_dir))
-    print(f"results: {Path(cfg.output_dir) / 'results.json'}")
+    for name in ["results.json", *measured.pages]:
+        print(f"{Path(name).stem + ':':<9}{Path(cfg.output_dir) / name}")
 
 
 def measure_held_out(
     cfg: Config, model: Transformer, tokenizer: Any, held_out: list[data.Batch], world: World
-) -> dict[str, float]:
-    """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement.
+
+    Return the numbers, and the pages that `inspect` asks for, by name.
+    """
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
-        return evaluation.evaluate_ce(model, held_out, world=world, progress=progress)
+        return evaluation.evaluate_ce(model, held_out, world=world, progress=progress), {}
     parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
     dtype = cfg.teacher_dtype or cfg.dtype
     teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
@@ -320,7 +335,25 @@ def measure_held_out(
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, world=world,
                                    progress=progress, with_teacher_loss=True)  # fmt: skip
-    return {**found, "perplexity": evaluation.perplexity(found["class_loss"])}
+    found["perplexity"] = evaluation.perplexity(found["class_loss"])
+    return found, inspected(cfg, model, teacher, tokenizer, held_out) if cfg.inspect else {}
+
+
+def inspected(
+    cfg: Config, model: Transformer, teacher: Transformer, tokenizer: Any, held_out: list[data.Batch]
+) -> dict[str, str]:
+    """Return the page of the first held-out examples, token by token."""
+    divergence = config.instantiate(cfg.kd_loss)
+    rows: list[list[dict[str, Any]]] = []
+    for batch in held_out:
+        if len(rows) < cfg.inspect:
+            text_of = lambda one: tokenizer.decode([one], skip_special=False)  # noqa: E731
+            divergence_of = losses.divergence_of(divergence)
+            rows += evaluation.inspect_tokens(model, teacher, divergence_of, batch.to(model.device), text_of)
+    page = reports.token_page(
+        "Teacher and student, token by token", losses.divergence_name(divergence), rows[: cfg.inspect]
+    )
+    return {"inspect.html": page}
 
 
 if __name__ == "__main__":

@@ -24,13 +24,33 @@ _LISTED = {
     "adapters": ["kdtune.models.apply_lora"],
     "checkpointers": ["kdtune.checkpoint.Checkpointer"],
     "loggers": ["kdtune.training.TensorBoardLogger", "kdtune.training.WandBLogger"],
-    "losses": ["kdtune.losses.ForwardKL"],
+    "losses": [
+        f"kdtune.losses.{name}"
+        for name in (
+            "ForwardKL",
+            "ReverseKL",
+            "SymmetricKL",
+            "JensenShannon",
+            "TotalVariation",
+            "SkewForwardKL",
+            "SkewReverseKL",
+            "AdaptiveKL",
+            "AlphaBeta",
+            "ConcreteScore",
+            "ArgMaxCrossEntropy",
+            "Mixture",
+            "WeightedSum",
+            "TopKTargets",
+            "SampledTargets",
+        )
+    ],
     "optimizers": ["kdtune.training.adamw", "kdtune.training.Muon"],
     "parallelism": ["kdtune.distributed.Parallelism"],
     "profilers": ["kdtune.training.Profiler"],
 }
 _MORE = {
-    "losses": "Any object that is called as `divergence(student_logp_NV, teacher_logp_NV) -> [N]` serves too (docs/losses.md).",
+    "losses": "Any object that is called as `divergence(student_logp_NV, teacher_logp_NV) -> [N]` serves too (docs/losses.md); "
+    "kdtune.losses.presets has them by paper; the last two are for `teacher_targets`.",
     "optimizers": "Any other optimizer whose step needs no closure serves too, such as torchao.optim.AdamW8bit.",
     "schedules": "Any class of torch.optim.lr_scheduler that goes by the number of steps serves too.",
 }

@@ -1,5 +1,6 @@
 from .divergence import evaluate_ce, evaluate_kd, perplexity
 from .finished_run import run_problems, run_settings
+from .inspection import inspect_tokens
 from .lm_eval import (
     evaluate_tasks,
     flat_metrics,
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_rouge",
     "evaluate_tasks",
     "flat_metrics",
+    "inspect_tokens",
     "load_tasks",
     "missing_extra",
     "perplexity",

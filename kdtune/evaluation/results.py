@@ -28,6 +28,8 @@ class Measured:
     """Further details; the key lm_eval has its own results document."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Documents and answers by the name of their task or set."""
+    pages: dict[str, str] = field(default_factory=dict)
+    """HTML pages by the name of their file."""
 
     def add_perplexity(self, name: str, found: TextPerplexity) -> None:
         """Add the perplexity of a text; its name, that of a file, has no "/"."""
@@ -60,12 +62,14 @@ class Measured:
         return [*of_tasks, *_metric_rows(self.metrics)]
 
     def write(self, folder: Path, *, versions: Mapping[str, Any], log_samples: bool) -> None:
-        """Write results.json, and samples/NAME.jsonl with one document per line, each atomically; creates the folder.
+        """Write results.json, pages, and samples/NAME.jsonl with one document per line, each atomically; creates the folder.
 
         Non-finite numbers become null, objects that JSON lacks become text, lone surrogates are escaped.
         """
         document = {"metrics": self.all_metrics, "versions": versions, **self.details}
         atomic_write_text(folder / "results.json", to_json(document, indent=1, default=str) + "\n")
+        for name, page in self.pages.items():
+            atomic_write_text(folder / name, page)
         for name, records in self.samples.items() if log_samples else ():
             atomic_write_text(
                 folder / "samples" / f"{name}.jsonl", "".join(to_json(record, default=str) + "\n" for record in records)

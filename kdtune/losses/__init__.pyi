@@ -8,7 +8,7 @@ from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, 
 from .divergences.mixture import Mixture, WeightedSum
 from .heads import Head, check_head
 from .kd_loss import KDLoss, signal_cross_entropy
-from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss
+from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
 from .signal import DenseSignal, HiddenSignal, SampledSignal, Signal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
@@ -46,6 +46,7 @@ __all__ = [
     "check_divergence",
     "check_head",
     "check_targets",
+    "compare_logits",
     "covers_extra_ids",
     "divergence_name",
     "divergence_of",

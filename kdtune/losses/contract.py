@@ -79,7 +79,7 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the divergence [N], and its partial derivatives [N, V] with respect to student_logp_NV, both detached.
 
-    By the divergence's own method of this name, a formula; without one, by autograd.
+    By the divergence's own method of this name, a formula; without one, by autograd. teacher_logp_NV is a constant.
 
     Raises:
         ConfigError: it does not return one value per token.

@@ -40,14 +40,9 @@ class DivergenceLoss:
 
         The teacher's logits are cut to the student's ids before its softmax, and it gives no probability to ids that it lacks.
         """
-        vocab_size, num_shared = logits.shape[-1], min(logits.shape[-1], teacher_logits.shape[-1])
-        valid = _valid_tokens(labels, logits.shape, num_shared)
+        valid = _valid_tokens(labels, logits.shape, min(logits.shape[-1], teacher_logits.shape[-1]))
         check_positions("teacher logits", teacher_logits.shape[:-1], tuple(labels.shape))
-        divergence = over_student_ids(self.divergence, vocab_size, num_shared)
-        student_NV = _raised(logits[valid]).log_softmax(-1)
-        teacher_NV = _raised(teacher_logits.detach()[valid][:, :num_shared]).log_softmax(-1)
-        teacher_NV = F.pad(teacher_NV, (0, vocab_size - num_shared), value=-torch.inf)
-        values_N = one_a_token(divergence(student_NV, teacher_NV), len(student_NV), divergence)
+        *_, values_N = compare_logits(self.divergence, logits[valid], teacher_logits.detach()[valid])
         return values_N.sum() / valid.sum().clamp(min=1)
 
 
@@ -59,6 +54,22 @@ class ForwardKLLoss(DivergenceLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__(ForwardKL(temperature))
+
+
+def compare_logits(
+    divergence: Divergence, logits_NV: Tensor, teacher_logits_NV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of student and teacher, both [N, V] with the student's V, and the divergence [N].
+
+    logits_NV are the student's. teacher_logits_NV are cut to the student's ids before its softmax; it gives no probability
+    to ids that it lacks.
+    """
+    vocab_size, num_shared = logits_NV.shape[-1], min(logits_NV.shape[-1], teacher_logits_NV.shape[-1])
+    divergence = over_student_ids(divergence, vocab_size, num_shared)
+    student_NV = _raised(logits_NV).log_softmax(-1)
+    teacher_NV = _raised(teacher_logits_NV[:, :num_shared]).log_softmax(-1)
+    teacher_NV = F.pad(teacher_NV, (0, vocab_size - num_shared), value=-torch.inf)
+    return student_NV, teacher_NV, one_a_token(divergence(student_NV, teacher_NV), len(student_NV), divergence)
 
 
 def _raised(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 from .baseline import baseline_problems
 from .report import read_results, write_report
 from .statistics import Difference, Summary, difference, summarize
+from .token_page import token_page
 
 __all__ = [
     "Difference",
@@ -9,5 +10,6 @@ __all__ = [
     "difference",
     "read_results",
     "summarize",
+    "token_page",
     "write_report",
 ]

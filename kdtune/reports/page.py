@@ -44,8 +44,12 @@ def page(
         "DATA": embedded_json(data),
         "SCRIPT": _part("report.js"),
     }
-    text = _part("report.html")
-    head, *rest = text.split("@@")
+    return filled("report.html", parts)
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """Return a template of this folder with parts in place of their @@NAME@@."""
+    head, *rest = _part(template).split("@@")
     # Every second piece is a name; what is put in is never searched again.
     return head + "".join(parts[piece] if index % 2 == 0 else piece for index, piece in enumerate(rest))
 

@@ -144,6 +144,21 @@ def test_a_finished_folder_is_refused_and_left_alone(cli, good, tasks, tmp_path)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+def test_examples_token_by_token(cli, tmp_path):
+    """inspect.html has the first examples, with the divergence that the table has the mean of."""
+    done = cli("run", "evaluate", "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", "inspect=27",
+               "kd_loss=kdtune.losses.presets.gkd")  # fmt: skip
+    assert done.code == 0 and f"{tmp_path / 'out' / 'inspect.html'}" in done.out
+    page = (tmp_path / "out" / "inspect.html").read_text()
+    found = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    tokens = [token for row in found["rows"] for token in row if "divergence" in token]
+    metrics = results(tmp_path / "out")["metrics"]
+    assert len(found["rows"]) == 27 and len(tokens) == metrics["held_out/tokens"]
+    mean = sum(token["divergence"] for token in tokens) / len(tokens)
+    assert mean == pytest.approx(metrics["held_out/kd_loss"], rel=1e-3)
+    assert found["divergence"] == "JSD (0.5)"
+
+
 TEACHER = "{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: x}"
 WRONG_SET = "{_component_: kdtune.evaluation.InstructionSet, name: a, source: b, max_tokens: 3}"
 BAD_SET = "{_component_: kdtune.evaluation.InstructionSet, name: a, source: b, top_k: 0}"
@@ -151,6 +166,11 @@ BAD = {
     "nothing to measure": (["dataset_val=null"], "nothing to measure"),
     "limit": (["tasks=[own_texts]", "limit=0"], "limit=0"),
     "settings without tasks": (["perplexity_files=[a.txt]", "limit=3"], "limit: has no effect without tasks"),
+    "page without a teacher": (
+        ["dataset_val=kdtune.data.quickstart_dataset", "inspect=2"],
+        "inspect=2: has no effect without a teacher",
+    ),
+    "page of fewer than no examples": (["perplexity_files=[a.txt]", "inspect=-1"], "inspect=-1: must be 0"),
     "stride without files": (["tasks=[own_texts]", "perplexity_stride=3"], "perplexity_stride=3"),
     "two files of one name": (["perplexity_files=[a/x.txt,b/x.txt]"], "x occurs twice"),
     "teacher without examples": (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdtune.reports import write_report
+from kdtune.reports import token_page, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")
@@ -157,6 +157,27 @@ def test_drag_zooms_and_double_click_resets(page: Browser) -> None:
     assert page.value(labels) == whole
 
 
+def test_a_token_is_chosen_on_the_page_of_examples(page: Browser, tmp_path: Path) -> None:
+    """Text from the data stays text; a click shows both models' numbers, an arrow key goes on to the next token."""
+    token = {"divergence": 0.25, "teacher_loss": 1.5, "student_loss": None, "teacher_entropy": 0.5, "student_entropy": 0.75,
+             "teacher_top": [["</script><b>x", 0.75, 0.125]], "student_top": [["\n", 0.0002, 0.5]]}  # fmt: skip
+    rows = [[{"text": "prompt"}, {"text": "</script><b>x", **token}, {"text": "\n", **token, "divergence": None}]]
+    (tmp_path / "inspect.html").write_text(token_page("Examples", "JSD (0.5)", rows))
+    page.events = [event for event in page.events if event.get("method") != "Page.loadEventFired"]
+    page.open(tmp_path / "inspect.html")
+    assert page.value("document.querySelector('.text').textContent") == "prompt</script><b>x⏎\n"
+    assert page.value("document.querySelectorAll('b').length") == 0
+    page.value("document.querySelector('.text button').click()")
+    detail = page.value("document.querySelector('#detail').innerText")
+    assert all(text in detail for text in ("JSD (0.5)", "0.250", "1.500", "infinite", "75.0 %", "0.0200 %"))
+    page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    assert page.value("document.activeElement.textContent") == "⏎"
+    page.value(
+        "(by => { by.value = 'teacher_loss'; by.dispatchEvent(new Event('change')); })(document.querySelector('#by'))"
+    )
+    assert page.value("document.querySelector('#most').textContent") == "1.500"
+
+
 def test_nothing_was_asked_for_or_complained_about(page: Browser) -> None:
     """Comes last: over all that the tests above did."""
     page.value("1")
@@ -164,7 +185,7 @@ def test_nothing_was_asked_for_or_complained_about(page: Browser) -> None:
         event["params"]["request"]["url"] for event in page.events if event.get("method") == "Network.requestWillBeSent"
     ]
     assert len(requests) >= 1 and all(url.startswith(("file:", "data:")) for url in requests), requests
-    assert sum(url.startswith("file:") for url in requests) == 1
+    assert sum(url.startswith("file:") for url in requests) == 2  # the two pages
     complaints = [
         e
         for e in page.events

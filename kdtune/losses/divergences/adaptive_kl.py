@@ -8,12 +8,12 @@ from kdtune.losses.divergences.kl import ForwardKL, ReverseKL
 
 
 class AdaptiveKL(TemperedDivergence):
-    """w * KL(p || q) + (1 - w) * KL(q || p), with w from where the two models differ (AKL, arXiv 2404.02657).
+    """Adaptive KL divergence: more of the direction that suits where the models differ, in nats (AKL, arXiv 2404.02657).
 
-    The teacher's head is its most likely ids as long as their probabilities sum to at most `head_mass`, and always the
-    most likely one; w is the head's share of sum_v |p - q|, taken for a constant. Where the two agree w is 1/2; AKL's and
-    DSKD's codes give 0 / 0 there. DSKD puts the id that crosses `head_mass` into the head, AKL's code and this class into the
-    tail. Ids that share the crossing probability stay together, in the tail.
+    w * KL(p || q) + (1 - w) * KL(q || p). The teacher's head is its most likely ids as long as their probabilities sum to at
+    most `head_mass`, and always the most likely one; w is the head's share of sum_v |p - q|, taken for a constant. Where the
+    two agree w is 1/2; AKL's and DSKD's codes give 0 / 0 there. DSKD puts the id that crosses `head_mass` into the head,
+    AKL's code and this class into the tail. Ids that share the crossing probability stay together, in the tail.
 
     Args:
         head_mass: largest probability of the head, above 0 and below 1.

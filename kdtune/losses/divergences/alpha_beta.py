@@ -7,13 +7,14 @@ from kdtune.losses.divergences.base import SumOverIds, check_range, times
 
 
 class AlphaBeta(SumOverIds):
-    """-1 / (ab) * sum_v [p^a q^b - a / (a + b) p^(a+b) - b / (a + b) q^(a+b)] with a = alpha, b = beta (ABKD, arXiv 2505.04560).
+    """Alpha-beta divergence (ABKD, arXiv 2505.04560).
 
-    The special cases are the limits: with E(c) = (exp(c x) - 1) / c, x = t - s and E(0) = x, a term is exp((a + b) s) *
-    (E(a + b) - E(a)) / b and its slope -exp((a + b) s) * E(a), whatever a, b and a + b are. (1, 0) is the forward KL, (0, 1)
-    the reverse KL, (0, 0) half of the sum of squared differences of log-probabilities, (1/2, 1/2) 4 times the squared
-    Hellinger distance. The two public implementations scale the limit b = 0 differently, by 1/a and by 1/a²; continuity gives
-    sum_v [p^a (a x - 1) + q^a] / a². An f-divergence, and so defined on top-k targets with a tail, only for a + b = 1.
+    -1 / (ab) * sum_v [p^a q^b - a / (a + b) p^(a+b) - b / (a + b) q^(a+b)] with a = alpha and b = beta. The special cases
+    are the limits: with E(c) = (exp(c x) - 1) / c, x = t - s and E(0) = x, a term is exp((a + b) s) * (E(a + b) - E(a)) / b
+    and its slope -exp((a + b) s) * E(a), whatever a, b and a + b are. (1, 0) is the forward KL, (0, 1) the reverse KL, (0,
+    0) half of the sum of squared differences of log-probabilities, (1/2, 1/2) 4 times the squared Hellinger distance. The
+    two public implementations scale the limit b = 0 differently, by 1/a and by 1/a²; continuity gives sum_v [p^a (a x - 1) +
+    q^a] / a². An f-divergence, and so defined on top-k targets with a tail, only for a + b = 1.
 
     Args:
         alpha, beta: 0 or above. Below 0 the divergence is infinite for ids that hardly have any probability.

@@ -6,10 +6,10 @@ from kdtune.losses.divergences.base import TemperedDivergence
 
 
 class ArgMaxCrossEntropy(TemperedDivergence):
-    """-s at the teacher's most likely id, the first of several: cross entropy on the label that the teacher would give, in nats.
+    """Hard distillation: cross entropy on the teacher's most likely id, in nats.
 
-    Not a divergence: where the models agree it is the teacher's -log of its largest probability. Same as sequence-level
-    distillation (arXiv 1606.07947) only on text that the teacher wrote greedily.
+    The first of several ids. Not a divergence: where the models agree it is the teacher's -log of its largest probability.
+    Same as sequence-level distillation (arXiv 1606.07947) only on text that the teacher wrote greedily.
 
     Args:
         temperature: the student's is softmax(logits / temperature). 1: unchanged.

@@ -12,12 +12,13 @@ Weight = Literal["student", "teacher", "uniform"]
 
 
 class ConcreteScore(TemperedDivergence):
-    """1/4 * sum_vu w1_v w2_u (d_v - d_u)², with d = s - t, the difference of the logits (CSD, arXiv 2509.25837).
+    """Concrete score matching: all differences of two logits (CSD, arXiv 2509.25837).
 
-    It is 0 if and only if all differences of two logits are the same in both models, wherever w1 and w2 are above 0. The
-    weights are probabilities, taken for constants; with w1 = w2 = w it is half of the variance of d under w. The gradient is
-    1/2 [w1 (d - E_w2 d) + w2 (d - E_w1 d)]: linear in V. An id with a weight that one of the two excludes makes it infinite; one
-    that both exclude counts nowhere.
+    1/4 * sum_vu w1_v w2_u (d_v - d_u)², with d = s - t, the difference of the logits. It is 0 if and only if all differences
+    of two logits are the same in both models, wherever w1 and w2 are above 0. The weights are probabilities, taken for
+    constants; with w1 = w2 = w it is half of the variance of d under w. The gradient is 1/2 [w1 (d - E_w2 d) + w2 (d - E_w1
+    d)]: linear in V. An id with a weight that one of the two excludes makes it infinite; one that both exclude counts
+    nowhere.
 
     Args:
         weights: w1 and w2, each "student", "teacher" (its softmax) or "uniform" (1 / V).

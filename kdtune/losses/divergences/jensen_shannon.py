@@ -7,12 +7,13 @@ from kdtune.losses.divergences.kl import ForwardKL, ReverseKL
 
 
 class JensenShannon(SumOverIds):
-    """beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q, in nats per token (GKD, arXiv 2306.13649).
+    """Generalized Jensen-Shannon divergence, in nats (GKD, arXiv 2306.13649).
 
-    At most the entropy of (beta, 1 - beta), log 2 for 1/2. It goes to 0 with beta and with 1 - beta: near the ends it is beta *
-    KL(p || q) and (1 - beta) * KL(q || p), so that beta 0.01 trains about 100 times slower than the forward KL. Divided by beta *
-    (1 - beta), which `normalized` does, it goes to the forward KL at 0 and the reverse KL at 1. Other tools: TRL and Liger
-    take the two KLs at beta 0 and 1 and this formula, not normalized, between them, which is a jump.
+    beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q. At most the entropy of (beta, 1 - beta),
+    log 2 for 1/2. It goes to 0 with beta and with 1 - beta: near the ends it is beta * KL(p || q) and (1 - beta) * KL(q ||
+    p), so that beta 0.01 trains about 100 times slower than the forward KL. Divided by beta * (1 - beta), which `normalized`
+    does, it goes to the forward KL at 0 and the reverse KL at 1. Other tools: TRL and Liger take the two KLs at beta 0 and 1
+    and this formula, not normalized, between them, which is a jump.
 
     Args:
         beta: the teacher's share of the mixture, between 0 and 1; the ends only with `normalized`.
@@ -47,7 +48,7 @@ class JensenShannon(SumOverIds):
 
 
 class TotalVariation(SumOverIds):
-    """Half of sum_v |p - q|, from 0 to 1 (f-DISTILL, arXiv 2307.15190).
+    """Total variation distance, half of sum_v |p - q|, from 0 to 1 (f-DISTILL, arXiv 2307.15190).
 
     Its gradient vanishes where the student is confident, right or wrong.
 

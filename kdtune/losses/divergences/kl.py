@@ -33,7 +33,7 @@ def _reverse_terms(s_NV: Tensor, t_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ForwardKL(SumOverIds):
-    """KL(teacher || student) = sum_v p (t - s), in nats per token; see `forward_kl` (arXiv 1503.02531).
+    """Forward KL divergence, KL(teacher || student) = sum_v p (t - s), in nats; see `forward_kl` (arXiv 1503.02531).
 
     Other tools: torchtune, DistiLLM's and MiniLLM's code leave out the teacher's entropy (same gradient, a value that is not
     0 at a match); Model-Optimizer, DistillKit and NeMo Automodel multiply by temperature squared, TRL and Liger do not.
@@ -51,7 +51,7 @@ class ForwardKL(SumOverIds):
 
 
 class ReverseKL(SumOverIds):
-    """KL(student || teacher) = sum_v q (s - t), in nats per token (MiniLLM, arXiv 2306.08543; GKD, arXiv 2306.13649).
+    """Reverse KL divergence, KL(student || teacher) = sum_v q (s - t), in nats (MiniLLM, arXiv 2306.08543).
 
     Infinite where the student gives probability to an id to which the teacher gives none. Other tools: NeMo-RL renormalizes
     both over the teacher's top 64 ids; EasyDistill cuts p off at 1e-10.
@@ -69,7 +69,9 @@ class ReverseKL(SumOverIds):
 
 
 class SymmetricKL(SumOverIds):
-    """forward_weight * KL(teacher || student) + (1 - forward_weight) * KL(student || teacher), in nats per token.
+    """Weighted sum of both directions of the KL divergence, in nats.
+
+    forward_weight * KL(teacher || student) + (1 - forward_weight) * KL(student || teacher).
 
     Other tools: torchtune's `sym_kd_ratio` is this weight; DistiLLM's `lam` (0.9) is the weight of the reverse direction.
 
@@ -99,7 +101,9 @@ class SymmetricKL(SumOverIds):
 
 
 class SkewForwardKL(SumOverIds):
-    """KL(p || alpha * p + (1 - alpha) * q), in nats per token (DistiLLM, arXiv 2402.03898). At most -log(alpha).
+    """Skew KL divergence, KL(p || alpha p + (1 - alpha) q), in nats (DistiLLM, arXiv 2402.03898).
+
+    At most -log(alpha).
 
     DistiLLM's code leaves out the teacher's entropy, and takes the logarithm of a sum of probabilities, which is NaN where both
     underflow.
@@ -128,7 +132,9 @@ class SkewForwardKL(SumOverIds):
 
 
 class SkewReverseKL(SumOverIds):
-    """KL(q || (1 - alpha) * p + alpha * q), in nats per token (DistiLLM, arXiv 2402.03898). At most -log(alpha).
+    """Skew reverse KL divergence, KL(q || (1 - alpha) p + alpha q), in nats (DistiLLM, arXiv 2402.03898).
+
+    At most -log(alpha).
 
     Finite where the teacher gives an id no probability, unlike the reverse KL.
 

@@ -13,7 +13,7 @@ from kdtune.losses.divergences.base import TargetKind, TemperedDivergence, check
 
 
 class Mixture(TemperedDivergence):
-    """A divergence in which an assistant r between the two models stands in for one of them (AMiD, arXiv 2510.15982).
+    """Any divergence, with an assistant r between the models in place of one of them (AMiD, arXiv 2510.15982).
 
     r is proportional to [share * p^a + (1 - share) * q^a]^(1/a) with a = (1 - alpha) / 2: the arithmetic mean for alpha -1
     (GKD, DistiLLM), the normalized geometric one, softmax(share * t + (1 - share) * s), for alpha 1 (TAID, arXiv 2501.16937).

@@ -1,0 +1,30 @@
+"""The presets are divergences that a config's kd_loss takes, with the published defaults."""
+
+import pytest
+import torch
+
+from kdtune import losses
+from kdtune.config import instantiate
+
+LOGP = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "same"),
+    [
+        ("torchtune", {}, losses.ForwardKL()),
+        ("gkd", {}, losses.JensenShannon(0.5)),
+        ("gkd", {"beta": 0.1}, losses.JensenShannon(0.1)),
+        ("distillm", {}, losses.SkewReverseKL(0.1)),
+        ("distillm", {"direction": "forward", "alpha": 0.2}, losses.SkewForwardKL(0.2)),
+        ("akl", {}, losses.AdaptiveKL(0.5)),
+        ("minillm", {}, losses.ReverseKL()),
+        ("csd", {}, losses.ConcreteScore(("teacher", "student"))),
+        ("hard", {}, losses.ArgMaxCrossEntropy()),
+    ],
+)
+def test_presets(name: str, settings: dict[str, object], same: losses.Divergence) -> None:
+    found = instantiate({"_component_": f"kdtune.losses.presets.{name}", **settings})
+    losses.check_divergence(found)
+    assert losses.divergence_name(found) == losses.divergence_name(same)
+    assert torch.equal(found(*LOGP), same(*LOGP))
