@@ -253,7 +253,7 @@ def resolve(dotted: str) -> Any:
             target = getattr(target, part)
         except AttributeError:
             holder = ".".join(parts[:depth])
-            hint = did_you_mean(part, _public_names(target))
+            hint = did_you_mean(part, [name for name in dir(target) if not name.startswith("_")])
             raise ConfigError(f"{dotted!r} cannot be found: {holder} has no {part!r}{hint}") from None
     return target
 
@@ -287,7 +287,3 @@ def _import(module: str, dotted: str) -> Any:
         raise ConfigError(
             f"{dotted!r} cannot be imported: importing {module} raised {type(error).__name__}: {error}"
         ) from error
-
-
-def _public_names(holder: Any) -> list[str]:
-    return [name for name in dir(holder) if not name.startswith("_")]

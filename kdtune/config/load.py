@@ -1,7 +1,6 @@
 """Load YAML and overrides into a recipe's dataclass, in five validation stages. The only importer of OmegaConf."""
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -271,8 +270,3 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 def as_values(cfg: Any) -> dict[str, Any]:
     """Return a config instance as its keys and values."""
     return {name: getattr(cfg, name) for name in schema_fields(type(cfg))}
-
-
-def is_schema(schema: Any) -> bool:
-    """Return whether an object can serve as a config schema: a dataclass type."""
-    return isinstance(schema, type) and dataclasses.is_dataclass(schema)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import kdtune
 from kdtune import _assets
-from kdtune.config.load import RECIPE_KEY, as_values, check_machine, is_schema, load, to_yaml
+from kdtune.config.load import RECIPE_KEY, as_values, check_machine, load, to_yaml
 from kdtune.config.overrides import held_out_note
 from kdtune.config.schema import KeyDoc
 from kdtune.errors import ConfigError, KDTuneError, exit_on_error
@@ -63,7 +63,7 @@ def entry_point(schema: type[T], *, default_config: str | None = None) -> Callab
     traceback and 1. The result keeps `.schema`, `.default_config`, and its two halves: `.read(argv)` returns the config and
     `.function(cfg)` is the function itself; both raise instead of exiting.
     """
-    if not is_schema(schema):
+    if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
         raise TypeError(f"entry_point({schema!r}): must be a dataclass")
 
     def decorate(function: Callable[[T], Any]) -> EntryPoint:

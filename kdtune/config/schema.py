@@ -10,16 +10,7 @@ from typing import Any
 
 import kdtune
 from kdtune._assets import did_you_mean
-from kdtune.config.check import (
-    COMPONENT,
-    MISSING,
-    MismatchError,
-    coerce,
-    is_component,
-    is_path,
-    item_annotation,
-    shown,
-)
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, coerce, is_component, is_path, item_annotation, shown
 from kdtune.config.component import argument_type, check_kind, check_nodes
 from kdtune.config.torchtune_keys import key_hint
 

@@ -1,9 +1,4 @@
-from .alpaca import (
-    alpaca_cleaned_dataset,
-    alpaca_dataset,
-    alpaca_prompt,
-    quickstart_dataset,
-)
+from .alpaca import alpaca_cleaned_dataset, alpaca_dataset, alpaca_prompt, quickstart_dataset
 from .batch import Batch, collate
 from .chat import chat_dataset, instruct_dataset
 from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions

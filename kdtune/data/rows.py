@@ -148,7 +148,8 @@ def build_dataset(
         ConfigError: source or filter_fn cannot be used.
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
-    encoder = RowEncoder(encode, resolve_filter(filter_fn), columns, suggest, is_chat)
+    keep = resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
+    encoder = RowEncoder(encode, keep, columns, suggest, is_chat)
     rows = open_rows(source)
     if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
@@ -174,11 +175,6 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
         check_not_empty(report)
         _log_report(report, always=True)
     return dataset
-
-
-def resolve_filter(filter_fn: FilterFn | str | None) -> FilterFn | None:
-    """Return the filter function; text is resolved as a dotted path."""
-    return resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
 
 
 def _kept(keep: FilterFn, row: Row) -> bool:

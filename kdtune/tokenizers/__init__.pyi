@@ -1,9 +1,8 @@
 from .base import Tokenizer
-from .byte import byte_tokenizer
 from .compare import check_vocabulary, fingerprint, lacking_special_tokens, same_ids, same_tokenizer
 from .gguf import GGUFTokenizer
 from .huggingface import HuggingFaceTokenizer
-from .loading import llama2_tokenizer, llama3_tokenizer, load
+from .loading import byte_tokenizer, llama2_tokenizer, llama3_tokenizer, load
 from .sentencepiece import SentencePieceTokenizer
 from .tiktoken import TiktokenTokenizer
 

@@ -315,12 +315,7 @@ class Tokenizer(ABC):
             )
         specials = self._finder.find(text)
         answers = answer_spans(
-            text,
-            specials,
-            shown,
-            stop_ids=self.stop_ids,
-            render=render,
-            add_generation_prompt=add_generation_prompt,
+            text, specials, shown, stop_ids=self.stop_ids, render=render, add_generation_prompt=add_generation_prompt
         )
         if train_on == "all":
             hidden = [message_span(text, shown, i, render=render) for i in sorted(masked)]

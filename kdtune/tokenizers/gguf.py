@@ -11,9 +11,8 @@ from tokenizers.models import BPE
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import read_gguf
 from kdtune.log import get_logger
-from kdtune.tokenizers.byte_level import byte_level_words
+from kdtune.tokenizers.bpe import byte_level_words, sentencepiece_bpe
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
-from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 from kdtune.tokenizers.tiktoken import SPLIT_PATTERN
 
 log = get_logger(__name__)

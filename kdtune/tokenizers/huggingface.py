@@ -201,11 +201,7 @@ def load_huggingface(file: Path, *, max_seq_len: int | None = None) -> HuggingFa
     _check_prefix(folder / TOKENIZER_CONFIG, files.settings, backend)
     backend = _add_tokens(backend, files, folder)
     return HuggingFaceTokenizer(
-        backend,
-        named=_named_tokens(files, folder, backend),
-        folder=folder,
-        max_seq_len=max_seq_len,
-        origin=folder,
+        backend, named=_named_tokens(files, folder, backend), folder=folder, max_seq_len=max_seq_len, origin=folder
     )
 
 

@@ -1,14 +1,19 @@
-"""Detect the kind of tokenizer at a path and load it."""
+"""Detect the kind of tokenizer at a path and load it; or build one of bytes, with nothing to download."""
 
 import re
 from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.paths import user_path
 from kdtune.tokenizers.base import Tokenizer
+from kdtune.tokenizers.chat_format import CHATML
 from kdtune.tokenizers.folder import check_flags
-from kdtune.tokenizers.gguf import load_gguf
+from kdtune.tokenizers.gguf import GGUFTokenizer, load_gguf
 from kdtune.tokenizers.huggingface import load_huggingface
 from kdtune.tokenizers.sentencepiece import SentencePieceTokenizer
 from kdtune.tokenizers.slow import lists_other_tokens, load_slow
@@ -66,6 +71,26 @@ def llama2_tokenizer(
         )
     tokenizer.date = date
     return tokenizer
+
+
+def byte_tokenizer(max_seq_len: int | None = None) -> GGUFTokenizer:
+    """Build a tokenizer with one id per byte of UTF-8 (256), then <|im_start|> and <|im_end|>, and ChatML as chat template.
+
+    max_seq_len: length to which datasets truncate, in tokens; None: no truncation.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    return GGUFTokenizer(
+        backend,
+        named={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        model_max_length=None,
+        chat_template=CHATML,
+        max_seq_len=max_seq_len,
+        origin="byte_tokenizer",
+    )
 
 
 def _model_file(path: Path) -> Path:

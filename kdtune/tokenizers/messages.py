@@ -96,9 +96,7 @@ def map_strings(value: Any, change: Callable[[str, bool], str], *, is_key: bool 
 
 
 def left_out(
-    messages: Messages,
-    tools: Sequence[Any] | None,
-    render: Callable[[Messages, Sequence[Any] | None], str],
+    messages: Messages, tools: Sequence[Any] | None, render: Callable[[Messages, Sequence[Any] | None], str]
 ) -> list[str]:
     """List the parts of a conversation missing from its rendered text, each once, such as "tool_calls" or "text of system turns".
 

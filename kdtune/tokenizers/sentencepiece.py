@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.tokenizers.base import SpecialTokens, Tokenizer
+from kdtune.tokenizers.bpe import sentencepiece_bpe
 from kdtune.tokenizers.compare import BATTERY, PLAIN_BATTERY
 from kdtune.tokenizers.folder import copy_files, take_tokenizer_json_as_it_stands
 from kdtune.tokenizers.huggingface import put_bos_first, read_backend, write_tokenizer
-from kdtune.tokenizers.sentencepiece_bpe import sentencepiece_bpe
 
 log = get_logger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from kdtune.errors import CheckpointError
-from kdtune.tokenizers.byte_level import tokenizer_from_ranks
+from kdtune.tokenizers.bpe import tokenizer_from_ranks
 from kdtune.tokenizers.folder import copy_files
 from kdtune.tokenizers.huggingface import HuggingFaceTokenizer, put_bos_first, write_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import tiktoken
 from tokenizers import pre_tokenizers
 
-from kdtune.tokenizers.byte_level import byte_symbols, merges_from_ranks, tokenizer_from_ranks
+from kdtune.tokenizers.bpe import byte_symbols, merges_from_ranks, tokenizer_from_ranks
 
 PATTERN = r"\s*\S+|\s+"
 
