@@ -9,9 +9,9 @@ from .manager import (
     step_number,
 )
 from .peft import is_adapter_folder, load_adapter
-from .quantized import write_quantized
 from .rows import collected_rows, partial_of
 from .save import SaveWeights, save_model, write_adapter, write_model
+from .save_quantized import write_quantized
 from .state import load_state
 
 __all__ = [

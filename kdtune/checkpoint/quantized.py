@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdtune.checkpoint.atomic import writing
 from kdtune.checkpoint.huggingface import CONFIG, open_safetensors
-from kdtune.checkpoint.save import SupportsSave, description
 from kdtune.checkpoint.tensors import check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.models import Family, Transformer, TransformerConfig, family_of, read_hf_config, weight_shapes
-from kdtune.models.nf4 import is_nf4, nf4_from_parts, nf4_parts, quiet_torchao
-from kdtune.models.quantization import SCHEMES, is_quantized, scheme_problems
+from kdtune.models.nf4 import nf4_from_parts, quiet_torchao
+from kdtune.models.quantization import SCHEMES, scheme_problems
 
 WEIGHTS = "model.quantized.safetensors"
 QUANT_METHOD = "kdtune"
@@ -144,7 +141,7 @@ def _keys_by_weight(file: Path, handle: Any, config: TransformerConfig, names: l
 
 
 def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str) -> Tensor:
-    """Reassemble a quantized weight: the inverse of `_flatten`."""
+    """Reassemble a quantized weight: the inverse of `save_quantized._flatten`."""
     try:
         about = json.loads(metadata)
         if about["_type"] == NF4:
@@ -167,47 +164,3 @@ def _unflatten(file: Path, hf_name: str, parts: dict[str, Tensor], metadata: str
 def dtype_name(dtype: torch.dtype | None) -> str:
     """Return a dtype as the file's metadata name it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def write_quantized(
-    model: Transformer,
-    folder: Path,
-    *,
-    scheme: str,
-    group_size: int | None = None,
-    base: str | Path | None = None,
-    tokenizer: SupportsSave | None = None,
-) -> None:
-    """Write a quantized model into an existing folder, with its config, tokenizer and licence, as `write_model` does.
-
-    `scheme` and `group_size` say how it was quantized, for its config. CheckpointError if the disk is full or cannot be
-    written.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
-    keys = family_of(model.config).hf_keys
-    for name, parameter in model.named_parameters():
-        name = keys.from_kdtune(name)
-        if is_quantized(parameter):
-            parts, metadata[name] = _flatten(name, parameter.detach())
-            tensors |= {key: part.cpu() for key, part in parts.items()}
-        else:
-            tensors[name] = parameter.detach().cpu().contiguous()
-    quantization = {"quant_method": QUANT_METHOD, "scheme": scheme, "group_size": group_size}
-    with writing(folder):
-        save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        description(model, base=base, tokenizer=tokenizer, quantization=quantization)(folder)
-
-
-def _flatten(hf_name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
-    """Split a quantized weight into parts by name, and the metadata to reassemble them."""
-    if is_nf4(weight):
-        scales: int = weight.scaler_block_size  # type: ignore[attr-defined]
-        shape, dtype = list(weight.shape), dtype_name(weight.dtype)
-        about = {"_type": NF4, "shape": shape, "dtype": dtype, "scaler_block_size": scales}
-        return {name_prefix(hf_name) + field: part for field, part in nf4_parts(weight).items()}, json.dumps(about)
-    with quiet_torchao():
-        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    parts, metadata = flatten_tensor_state_dict({hf_name: weight})
-    return parts, metadata[hf_name]

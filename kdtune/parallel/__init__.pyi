@@ -1,4 +1,5 @@
-from .build import apply_activation_checkpointing, apply_compile, build_model, problems
+from .build import apply_activation_checkpointing, apply_compile, build_model
+from .checks import problems
 from .fsdp import shard_model
 from .meta import Adapter, Builder, meta_model, model_config
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kdtune.checkpoint import Checkpointer, load_model
-from kdtune.checkpoint.quantized import WEIGHTS, write_quantized
+from kdtune.checkpoint.quantized import WEIGHTS
+from kdtune.checkpoint.save_quantized import write_quantized
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models import apply_lora, llama
 from kdtune.models.quantization import is_quantized, quantize
