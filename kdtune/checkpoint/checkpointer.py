@@ -1,5 +1,6 @@
 """Read a model from a folder or GGUF file in any supported format: problems, config, weights."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 
 from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized, readers
-from kdtune.checkpoint.fingerprint import file_fingerprints
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.tensors import LazyModel, check_tensors, fill_model
 from kdtune.distributed import is_sharded
@@ -146,7 +146,7 @@ class Checkpointer:
     def fingerprint(self) -> dict[str, Any]:
         """Return the model's config, and size and hash of each weight file: equal for equal weights.
 
-        See `kdtune.checkpoint.fingerprint` for what is read of large files.
+        See `file_fingerprints` for what is read of large files.
 
         Raises:
             CheckpointError: the model is missing or cannot be read.
@@ -271,3 +271,43 @@ def _refuse_other_weights(folder: Path) -> None:
             f"{folder}: {loose[0]} found, but neither {huggingface.WEIGHTS} nor {huggingface.INDEX}; download the "
             "index too, or name the files in checkpoint_files"
         )
+
+
+# Files of this size together are read whole. Of more, each is read in blocks: those at its ends, where its names and shapes are,
+# and one in every so many bytes, so that a large tensor has a block of its own.
+WHOLE_BYTES = 2**28
+BLOCK_BYTES = 2**16
+STRIDE_BYTES = 2**22
+_CHUNK_BYTES = 2**20
+
+
+def file_fingerprints(files: Sequence[Path]) -> list[str]:
+    """Return size and SHA-256 (the first 64 bits) of each file; of a large file, only blocks spread over it are hashed.
+
+    Blocks detect another model, another finetune of it and another quantization. They may miss a few numbers changed by
+    hand in a model of more than WHOLE_BYTES.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    try:
+        sizes = [file.stat().st_size for file in files]
+        return [
+            _fingerprint(file, size, whole=sum(sizes) <= WHOLE_BYTES) for file, size in zip(files, sizes, strict=True)
+        ]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _fingerprint(path: Path, size: int, *, whole: bool) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        if whole or size <= STRIDE_BYTES:
+            while chunk := file.read(_CHUNK_BYTES):
+                found.update(chunk)
+        else:
+            found.update(file.read(_CHUNK_BYTES))
+            for start in (*range(STRIDE_BYTES, size, STRIDE_BYTES), size - BLOCK_BYTES):
+                file.seek(start)
+                found.update(file.read(BLOCK_BYTES))
+    return f"{size:,} bytes, {found.hexdigest()[:16]}"

@@ -16,8 +16,7 @@ from kdtune.distributed import full_tensor, is_sharded, local_slices, to_local
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
-from kdtune.models.lora import merged
-from kdtune.models.lora_merge import untie_head
+from kdtune.models.lora import merged, untie_head
 from kdtune.paths import user_path
 
 CONFIG = "adapter_config.json"

@@ -4,8 +4,16 @@ from .dtypes import dtype_from_name
 from .families import FAMILIES, family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
 from .kv_cache import KVCache
 from .llama import LLAMA, llama
-from .lora import LoRALinear, adapted_linears, adapter_parameters, apply_lora, has_adapters
-from .lora_merge import merge_adapters, merged_config, merged_weights
+from .lora import (
+    LoRALinear,
+    adapted_linears,
+    adapter_parameters,
+    apply_lora,
+    has_adapters,
+    merge_adapters,
+    merged_config,
+    merged_weights,
+)
 from .rope import RopeScaling
 from .transformer import OutputHead, Transformer, weight_shapes
 

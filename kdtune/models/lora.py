@@ -6,6 +6,7 @@ Shape suffixes: O outputs, I inputs, R rank; T tokens, D embedding, V vocabulary
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.nf4 import check_nf4_shape, dequantized, is_nf4, map_nf4, quantize_nf4
 from kdtune.models.transformer import OutputHead, Transformer, soft_capped
 
@@ -300,3 +302,72 @@ def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, magnit
     if magnitude_O is not None:
         sum_OI *= (magnitude_O.to(sum_OI.dtype) / torch.linalg.vector_norm(sum_OI, dim=1))[:, None]
     return sum_OI.to(weight_OI.dtype)
+
+
+def merge_adapters(model: Transformer) -> Transformer:
+    """Merge the adapters into the weights, in place: plain linear layers that compute the same.
+
+    The sums are computed in fp32 or wider and rounded once to the weights' dtype. An NF4 base becomes a plain weight of the
+    model's dtype. A tied head that was adapted gets a weight of its own, and the model's config says so.
+
+    Args:
+        model: Loses its adapters; frozen parameters stay frozen.
+
+    Raises:
+        ConfigError: The model has no adapters.
+    """
+    linears = _checked(model)
+    model.config = merged_config(model)
+    for name, linear in linears.items():
+        replace_module(model, name, _plain(linear))
+    return model
+
+
+def merged_config(model: Transformer) -> TransformerConfig:
+    """Return the config of the model with its adapters merged: a tied head that is adapted is untied."""
+    return replace(model.config, tie_embeddings=False) if OUTPUT in adapted_linears(model) else model.config
+
+
+def merged_weights(model: Transformer) -> dict[str, Callable[[], Tensor]]:
+    """Return functions that compute the weights of the model with merged adapters, by name; the model is unchanged.
+
+    For a model without adapters they return its own weights. A tied head is omitted.
+    """
+    linears = adapted_linears(model)
+    adapters = adapter_parameters(model)
+    tied = merged_config(model).tie_embeddings
+    weights: dict[str, Callable[[], Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        linear = linears.get(name.removesuffix(".weight"))
+        if linear is not None:
+            weights[name] = linear.merged_weight
+        elif name not in adapters and not (tied and name == f"{OUTPUT}.weight"):
+            weights[name] = tensor.detach
+    return weights
+
+
+def untie_head(model: Transformer) -> Transformer:
+    """Give a tied output head its own copy of the weight, in place, and record it in the config."""
+    if model.config.tie_embeddings:
+        shared = model.output.weight
+        model.output.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        model.config = replace(model.config, tie_embeddings=False)
+    return model
+
+
+def _checked(model: Transformer) -> dict[str, LoRALinear]:
+    linears = adapted_linears(model)
+    if not linears:
+        raise ConfigError("the model has no adapters to merge; apply_lora or an adapter_dir gives it some")
+    return linears
+
+
+def _plain(linear: LoRALinear) -> nn.Linear:
+    with torch.device("meta"):
+        if isinstance(linear, LoRAHead):
+            plain: nn.Linear = OutputHead(linear.in_features, linear.out_features, softcap=linear.softcap)
+        else:
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    plain.weight = nn.Parameter(linear.merged_weight(), requires_grad=False)
+    plain.bias = linear.bias
+    return plain.train(linear.training)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtune.checkpoint import Checkpointer, fingerprint, save_model
-from kdtune.checkpoint.fingerprint import file_fingerprints
+from kdtune.checkpoint import Checkpointer, checkpointer, save_model
+from kdtune.checkpoint.checkpointer import file_fingerprints
 from kdtune.errors import CheckpointError
 from kdtune.models import apply_lora, llama
 
@@ -37,7 +37,7 @@ def test_one_bit_of_a_file_that_is_read_whole(file: Path, position: int) -> None
 def test_blocks_of_a_large_file(position: int, is_noticed: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ends, and 100 bytes in every 10,240."""
     for name, value in (("WHOLE_BYTES", 2**16), ("BLOCK_BYTES", 100), ("STRIDE_BYTES", 10_240), ("_CHUNK_BYTES", 1000)):
-        monkeypatch.setattr(fingerprint, name, value)
+        monkeypatch.setattr(checkpointer, name, value)
     before = file_fingerprints([file])
     flip(file, position)
     assert (before != file_fingerprints([file])) == is_noticed
@@ -50,7 +50,7 @@ def test_a_large_model_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.Mon
         with file.open("wb") as opened:
             opened.truncate(4 * 10**9)
     read = []
-    sha256 = fingerprint.hashlib.sha256
+    sha256 = checkpointer.hashlib.sha256
 
     class Counting:
         def __init__(self) -> None:
@@ -63,7 +63,7 @@ def test_a_large_model_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.Mon
         def hexdigest(self) -> str:
             return self._hash.hexdigest()
 
-    monkeypatch.setattr(fingerprint.hashlib, "sha256", Counting)
+    monkeypatch.setattr(checkpointer.hashlib, "sha256", Counting)
     file_fingerprints(files)
     assert sum(read) < 300 * 10**6 and len(read) < 4000
 
