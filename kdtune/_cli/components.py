@@ -5,7 +5,7 @@ import re
 import textwrap
 from typing import Any
 
-from kdtune.config.check import MismatchError, coerce, resolve
+from kdtune.config.check import accepts, resolve
 from kdtune.config.check import describe as type_text
 from kdtune.config.component import parameters_of, returned_class
 from kdtune.errors import ConfigError
@@ -148,14 +148,6 @@ def _first_line(target: Any) -> str:
 
 def _default_text(parameter: inspect.Parameter) -> str:
     value = parameter.default
-    if value is None and not _takes_null(parameter.annotation):
+    if value is None and not accepts(parameter.annotation, None):
         return "  (may be left out)"  # an option of a group, whose default only the function knows
     return f" = {'null' if value is None else str(value).lower() if isinstance(value, bool) else repr(value)}"
-
-
-def _takes_null(annotation: Any) -> bool:
-    try:
-        coerce(None, annotation)
-    except MismatchError:
-        return False
-    return True

@@ -72,6 +72,15 @@ def coerce(value: Any, annotation: Any) -> Any:
     return _coerce_class(value, plain, get_args(annotation), annotation)
 
 
+def accepts(annotation: Any, value: Any) -> bool:
+    """Return whether a value fits the annotation; see `coerce`."""
+    try:
+        coerce(value, annotation)
+    except MismatchError:
+        return False
+    return True
+
+
 def is_path(annotation: Any) -> bool:
     """Return whether a string of this annotation is a path."""
     return any(_is_path_class(get_origin(member) or member) for member in _members(annotation))

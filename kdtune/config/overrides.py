@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MismatchError, coerce, is_component, is_text, shown
+from kdtune.config.check import COMPONENT, accepts, is_component, is_text, shown
 from kdtune.config.yaml_text import AmbiguousValueError
 from kdtune.errors import ConfigError
 
@@ -104,7 +104,7 @@ def read_value(text: str, annotation: Any, parse_value: Callable[[str], Any], *,
     if is_quoted and isinstance(value, str):
         return value
     if is_text(annotation):
-        is_yaml = text == "null" or (value is not None and _is_allowed(value, annotation))
+        is_yaml = text == "null" or (not isinstance(value, str | None) and accepts(annotation, value))
         return value if is_yaml and not (isinstance(value, dict | list) and text.lstrip()[:1] not in "{[") else text
     is_plain = isinstance(value, str) and annotation is Any and text.strip()[:1] not in ("|", ">", "!", "&", '"', "'")
     return text if is_plain and not _DOTTED.fullmatch(value) else value
@@ -117,15 +117,6 @@ def is_broken_interpolation(text: str, parse_value: Callable[[str], Any]) -> boo
     except ConfigError:
         return True
     return False
-
-
-def _is_allowed(value: Any, annotation: Any) -> bool:
-    """Return whether a value that is not a string fits the annotation."""
-    try:
-        coerce(value, annotation)
-    except MismatchError:
-        return False
-    return not isinstance(value, str)
 
 
 def _unreadable(key: str, text: str, error: ConfigError) -> ConfigError:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-from types import ModuleType
 
 _LAYERS_ARE_SHARDS = "every layer is a shard of its own; remove it"
 _ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpointing"
@@ -124,11 +123,7 @@ def component_hint(name: str) -> str:
     if name in RENAMED:
         return RENAMED[name]
     for package in _PACKAGES:
-        module = _package(f"kdtune.{package}")
-        if module is not None and hasattr(module, name):
+        module = f"kdtune.{package}"
+        if importlib.util.find_spec(module) is not None and hasattr(importlib.import_module(module), name):
             return f"use kdtune.{package}.{name}"
     return "kdtune has no component of that name; `kdtune cat CONFIG` shows what its own configs use"
-
-
-def _package(name: str) -> ModuleType | None:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None

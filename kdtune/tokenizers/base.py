@@ -61,15 +61,6 @@ class SpecialTokens:
         return None if token is None else self.ids.get(token)
 
 
-def check_max_seq_len(max_seq_len: int | None) -> int | None:
-    """Return the value. Raises ConfigError unless it is None or a positive integer."""
-    if max_seq_len is None or (type(max_seq_len) is int and max_seq_len > 0):
-        return max_seq_len
-    raise ConfigError(
-        f"tokenizer.max_seq_len={max_seq_len!r}: must be a positive integer (tokens), or null for no limit"
-    )
-
-
 def well_formed(text: str) -> str:
     """Replace lone surrogates, which no tokenizer can encode: join pairs to characters, others become U+FFFD."""
     try:
@@ -114,7 +105,11 @@ class Tokenizer(ABC):
         chat_template: str | None = None,
         origin: Path | str = "tokenizer",
     ) -> None:
-        self.max_seq_len = check_max_seq_len(max_seq_len)
+        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
+            raise ConfigError(
+                f"tokenizer.max_seq_len={max_seq_len!r}: must be a positive integer (tokens), or null for no limit"
+            )
+        self.max_seq_len = max_seq_len
         check_special_tokens(special.ids, origin)
         self.vocab_size = vocab_size
         """Number of ids that can occur: the largest one plus 1."""
