@@ -89,7 +89,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
 
     with training.Run(
-        inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, **names
+        inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn, **names
     ) as session:
         if session.is_new:
             session.log(validate(student, teacher, loss_fn, inputs.held_out, world, progress, with_teacher_loss=True))

@@ -122,6 +122,7 @@ class CheckpointManager:
         model: Transformer,
         optimizer: Optimizer,
         scheduler: Stateful | None = None,
+        loss: Stateful | None = None,
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,
@@ -148,6 +149,7 @@ class CheckpointManager:
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
+            loss=loss,
             extra={**extra, "step": step, "metrics": dict(metrics)},
             staged=self.async_save,
         )

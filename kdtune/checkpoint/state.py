@@ -29,6 +29,7 @@ from kdtune.paths import user_path
 
 STATE_FILE = "state.json"
 _VERSION = 1
+_LOSS = "loss."
 
 
 def state_writer(
@@ -37,6 +38,7 @@ def state_writer(
     optimizer: Optimizer,
     extra: Mapping[str, Any],
     scheduler: Stateful | None = None,
+    loss: Stateful | None = None,
     staged: bool = False,
 ) -> Write:
     """Return a function that writes the current resume state into an existing folder, such as a part of an atomic folder.
@@ -47,24 +49,30 @@ def state_writer(
         CheckpointError: a value is neither a tensor nor JSON.
     """
     # An optimizer before its first step has no state: get_optimizer_state_dict would create one by taking a step.
-    tensors, scalars = _split(_named_state(model, optimizer) if optimizer.state else {})
+    trained = _with_parameters(model, loss)
+    tensors, scalars = _split(_named_state(trained, optimizer) if optimizer.state else {})
+    loss_tensors, loss_values = _loss_state(loss)
     rng_tensors, python_rng = _rng_state()
     document = {
         "version": _VERSION,
         "extra": dict(extra),
-        "optimizers": [_describe(model, optimizer)],
+        "optimizers": [_describe(trained, optimizer)],
         "optimizer_scalars": scalars,
         "optimizer_tensors": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         "schedulers": [] if scheduler is None else [scheduler.state_dict()],
+        **({"loss": {"values": loss_values, "tensors": sorted(loss_tensors)}} if loss_values or loss_tensors else {}),
         "rng": {"python": python_rng, "tensors": {name: list(tensor.shape) for name, tensor in rng_tensors.items()}},
     }
     try:
         text = json.dumps(document, indent=1, default=_scalar_tensor)
     except TypeError as error:
         raise CheckpointError(
-            f"{STATE_FILE}: a value of the optimizer, scheduler or extra state is neither a tensor nor JSON: {error}"
+            f"{STATE_FILE}: a value of the optimizer, scheduler, loss or extra state is neither a tensor nor JSON: {error}"
         ) from error
-    kept = {name: to_cpu_copy(tensor) if staged else tensor for name, tensor in {**tensors, **rng_tensors}.items()}
+    kept = {
+        name: to_cpu_copy(tensor) if staged else tensor
+        for name, tensor in {**tensors, **loss_tensors, **rng_tensors}.items()
+    }
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
         dcp.write_tensors(folder, kept, group)
@@ -81,25 +89,31 @@ def load_state(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: Stateful | None = None,
+    loss: Stateful | None = None,
     ignore_scheduler: bool = False,
 ) -> dict[str, Any]:
-    """Restore optimizer, scheduler and random number generators in place; return the `extra` that was saved.
+    """Restore optimizer, scheduler, loss and random number generators in place; return the `extra` that was saved.
 
     Load the weights first. Gradients are cleared. With `ignore_scheduler`, neither the saved scheduler nor this one matters.
 
     Raises:
-        CheckpointError: the folder is missing or incomplete, or was saved with another optimizer or scheduler or for
+        CheckpointError: the folder is missing or incomplete, or was saved with another optimizer, scheduler or loss, or for
             another model; the message names the difference.
     """
     path = user_path(folder)
     document = read_state_file(path)
     schedulers = [] if scheduler is None or ignore_scheduler else [scheduler]
     saved_schedulers = [] if ignore_scheduler else document["schedulers"]
-    _check_same_kind(path, document["optimizers"], model, optimizer, (len(saved_schedulers), len(schedulers)))
+    trained = _with_parameters(model, loss)
+    _check_same_kind(path, document["optimizers"], trained, optimizer, (len(saved_schedulers), len(schedulers)))
     optimizer.zero_grad(set_to_none=True)
-    tensors = _targets(path, document, model, optimizer)
+    tensors = _targets(path, document, trained, optimizer)
+    loss_tensors = _loss_targets(path, document, loss)
     rng_tensors = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in document["rng"]["tensors"].items()}
-    dcp.read_tensors(path, {**tensors, **rng_tensors})
+    dcp.read_tensors(path, {**tensors, **loss_tensors, **rng_tensors})
+    if loss is not None and "loss" in document:
+        own = {name.removeprefix(_LOSS): tensor for name, tensor in loss_tensors.items()}
+        loss.load_state_dict({**own, **document["loss"]["values"]})
     for group, saved in zip(optimizer.param_groups, _with_tensors(document["optimizers"][0]["groups"]), strict=True):
         group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
     for one, saved in zip(schedulers, saved_schedulers, strict=True):
@@ -123,6 +137,36 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 def is_whole_state(folder: Path) -> bool:
     """Return whether the folder holds both parts of a resume state."""
     return (folder / STATE_FILE).is_file() and (folder / dcp.MARK).is_file()
+
+
+def _with_parameters(model: nn.Module, loss: Stateful | None) -> nn.Module:
+    """Return a module that has the parameters of a model under their names, and those of a loss, if it has any, beside them."""
+    beside = getattr(loss, "module", None)
+    if beside is None:
+        return model
+    both = nn.Module()
+    for name, child in [*model.named_children(), ("loss", beside)]:
+        both.add_module(name, child)
+    return both
+
+
+def _loss_state(loss: Stateful | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a loss's state, each by `loss.name`, and its other values."""
+    found = {} if loss is None else loss.state_dict()
+    tensors = {f"{_LOSS}{name}": value for name, value in found.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in found.items() if not isinstance(value, Tensor)}
+
+
+def _loss_targets(folder: Path, document: dict[str, Any], loss: Stateful | None) -> dict[str, Tensor]:
+    """Return the loss's tensors that the saved ones go into; its state must have the names that the saved one has."""
+    tensors, values = _loss_state(loss)
+    saved = document.get("loss", {"tensors": [], "values": {}})
+    if different := sorted({*tensors, *values} ^ {*saved["tensors"], *saved["values"]}):
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: {different[0]!r} is only in the saved or only in this run's state of the loss; resume with "
+            "the config of the run that wrote it"
+        )
+    return tensors
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -6,14 +6,16 @@ from .divergences.concrete_score import ConcreteScore
 from .divergences.jensen_shannon import JensenShannon, TotalVariation
 from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, SymmetricKL, forward_kl
 from .divergences.mixture import Mixture, WeightedSum
+from .divergences.taid import TAID
 from .heads import Head, check_head
-from .kd_loss import KDLoss, signal_cross_entropy
+from .kd_loss import KDLoss, StatefulLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
 from .signal import DenseSignal, HiddenSignal, SampledSignal, Signal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
 
 __all__ = [
+    "TAID",
     "AdaptiveKL",
     "AlphaBeta",
     "ArgMaxCrossEntropy",
@@ -36,6 +38,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SparseRows",
+    "StatefulLoss",
     "SymmetricKL",
     "Targets",
     "TeacherTargets",

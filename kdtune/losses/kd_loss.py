@@ -1,7 +1,8 @@
 """Cross entropy and distillation from hidden states. Shapes: B batch, S sequence, N valid tokens, V vocabulary, D embedding."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,22 @@ from kdtune.losses.heads import Projection, project
 from kdtune.losses.signal import HiddenSignal, Signal
 from kdtune.losses.sparse import TeacherTargets, check_targets
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
+
+
+@runtime_checkable
+class StatefulLoss(Protocol):
+    """A divergence, or an added term, with state that a resumed run must have again, such as `kdtune.losses.TAID`.
+
+    It may have a method ``after_step(step, num_steps, kd_loss) -> Mapping[str, float]`` too, which is called after each step of
+    the optimizer: step is the number of steps made, num_steps that of the full training, and kd_loss the step's divergence
+    per token over all processes, the same on each. It returns values for the step's row of metrics.jsonl.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors, and values that JSON has."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Restore that state."""
 
 
 class KDLoss:
@@ -109,6 +126,27 @@ class KDLoss:
         other.kd_ratio = kd_ratio
         return other
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of its parts (`StatefulLoss`), by part and name; empty for most losses."""
+        return {f"{part}.{name}": value for part, one in self._stateful() for name, value in one.state_dict().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for part, one in self._stateful():
+            names = {name: name.removeprefix(f"{part}.") for name in state_dict if name.startswith(f"{part}.")}
+            one.load_state_dict({short: state_dict[name] for name, short in names.items()})
+
+    def after_step(self, step: int, num_steps: int, kd_loss: float) -> dict[str, float]:
+        """Tell its parts that a step was made, see `StatefulLoss`; return their values for the step's metrics."""
+        found: dict[str, float] = {}
+        for _, one in self._stateful():
+            if callable(tell := getattr(one, "after_step", None)):
+                found |= tell(step, num_steps, kd_loss)
+        return found
+
+    def _stateful(self) -> Iterator[tuple[str, StatefulLoss]]:
+        yield from _parts_with_state("kd_loss", self.divergence)
+
     def _teacher(self, student: Projection, signal: Signal | None, targets: Targets) -> Projection | Signal | None:
         """Return the input for the teacher's rows in the fused loss; None with kd_ratio 0."""
         if self.kd_ratio == 0:
@@ -138,6 +176,18 @@ class KDLoss:
         if sizes not in self._over:
             self._over[sizes] = over_student_ids(self.divergence, vocab_size, num_shared)
         return self._over[sizes]
+
+
+def _parts_with_state(name: str, divergence: Any) -> Iterator[tuple[str, StatefulLoss]]:
+    """Yield the divergence, or those that a sum, a mixture or a restriction to shared ids is made of, if they have state."""
+    if isinstance(divergence, StatefulLoss):
+        yield name, divergence
+    inner = getattr(divergence, "parts", None) or [
+        getattr(divergence, key, None) for key in ("divergence_from", "__wrapped__")
+    ]
+    for index, one in enumerate(inner):
+        if one is not None:
+            yield from _parts_with_state(f"{name}.{index}", one)
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
 
 
 def load_training_state(
-    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, scheduler: Any
+    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, loss: Any = None
 ) -> dict[str, Any]:
-    """Restore optimizer and scheduler (None: there is none) from a `state` folder, as `load_state`; return its `extra`.
+    """Restore optimizer, scheduler and loss (None: there is none) from a `state` folder, as `load_state`; return its `extra`.
 
     Both are built from this run's config, the scheduler before its first step. If the config's optimizer arguments
     differ from the saved ones, the config's are used; with another schedule or other learning rates, this config's
@@ -42,13 +42,15 @@ def load_training_state(
         )
     before = {**now, **(recorded or {})}
     if before == now:
-        return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler)
+        return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss)
     old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))
     rates = [{key: group[key] for key in _RATES if key in group} for group in _options(optimizer)]
     replay = before["lr_scheduler"] != now["lr_scheduler"] or any(
         one["lr"] != other["lr"] for one, other in zip(old, new, strict=True)
     )
-    extra = load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, ignore_scheduler=replay)
+    extra = load_state(
+        folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss, ignore_scheduler=replay
+    )
     for group, was, is_now, rate in zip(optimizer.param_groups, old, new, rates, strict=True):
         changed = {key: value for key, value in is_now.items() if key not in _RATES and was.get(key) != value}
         _set(group, {**changed, **rate} if replay else changed)

@@ -21,6 +21,7 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.errors import CheckpointError
 from kdtune.generation import Generator, answer
+from kdtune.losses import KDLoss
 from kdtune.models import Transformer, has_adapters
 from kdtune.runs.interrupt import InterruptFlag
 from kdtune.runs.metrics_file import JSONLLogger
@@ -100,6 +101,7 @@ class Run:
         model: the trained model, with the weights of `inputs.resume_from`.
         optimizer: optimizer of its parameters.
         scheduler: learning-rate schedule; None: a constant rate.
+        loss: the loss, if it may have state (`kdtune.losses.StatefulLoss`), such as `kdtune.losses.KDLoss`.
         trained: name of the model in tables, such as "student".
         divergence: display name of `kd_loss`; None without a teacher.
     """
@@ -113,13 +115,14 @@ class Run:
         model: Transformer,
         optimizer: Optimizer,
         scheduler: Any = None,
+        loss: KDLoss | None = None,
         trained: str = "model",
         divergence: str | None = None,
     ) -> None:
         self.inputs, self.world, self.progress = inputs, world, progress
         self.cfg = cfg = inputs.cfg
         self.metrics = Metrics(world)
-        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
+        self._model, self._optimizer, self._scheduler, self._loss = model, optimizer, scheduler, loss
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)
         base = (cfg.checkpointer or {}).get("checkpoint_dir")
@@ -138,7 +141,7 @@ class Run:
             return self
         if inputs.resume_from is not None:
             saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self._optimizer,
-                                        scheduler=self._scheduler)  # fmt: skip
+                                        scheduler=self._scheduler, loss=self._loss)  # fmt: skip
             self._step = saved["step"]
             inputs.loader.seek(saved["position"])
         self._profiler, second_logger = profiler_and_logger(cfg, self.world)
@@ -225,6 +228,8 @@ class Run:
         cfg, num_steps = self.cfg, self.inputs.num_steps
         self._step += 1
         row = {"epoch": step.position[0], **step.row, "lr": lr}
+        if self._loss is not None and "kd_loss" in row:
+            row |= self._loss.after_step(self._step, num_steps, row["kd_loss"])
         if cfg.log_peak_memory_stats:
             row |= memory_stats(self.world.device)
         self._log.log(row, self._step)
@@ -236,7 +241,7 @@ class Run:
         if is_due(self._step, cfg.save_every_n_steps) or self._is_stopped:
             self.progress.phase(f"saving step_{self._step}")
             with self.paused():
-                self._manager.save(self._step, model=self._model, optimizer=self._optimizer, scheduler=self._scheduler,
+                self._manager.save(self._step, model=self._model, optimizer=self._optimizer, scheduler=self._scheduler, loss=self._loss,
                                    metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()
