@@ -111,8 +111,9 @@ def text_perplexity(
     """Measure how well the model predicts a full text; words are separated by whitespace, as lm-eval counts them.
 
     A bos at the start of the text is its context and is not predicted (lm-eval's rolling tasks do predict it).
-    `max_length` is the length of a window in tokens, `stride` the tokens by which it advances (None: a full window).
-    `show_progress` shows a bar on a terminal; `batch_size` and `world` are as in `score`.
+    `tokenizer` is the model's. `max_length` is the length of a window in tokens, `stride` the tokens by which it
+    advances (None: a full window). `show_progress` shows a bar on a terminal; `batch_size` and `world` are as in
+    `score`.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.begins_with_bos and len(ids) > 1 and ids[0] == prefix_id(tokenizer):

@@ -64,7 +64,7 @@ def _measured(
 
 
 def print_results(output_dir: Path, *, trained: str, best_metric: str | None, divergence: str = "KL") -> None:
-    """Draw loss.png and print a finished run's results: answers, the table, and the paths of its files.
+    """Draw loss.png in a finished run's `output_dir` and print its results: answers, the table, and the paths of its files.
 
     `trained` is the model's name in the table, such as "student", `best_metric` the one whose best step is named,
     `divergence` the display name of `kd_loss`.

@@ -70,8 +70,9 @@ class Inputs:
 def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     """Read and check the tokenizer and the data and, for a resumed run, compare them with those it was started with.
 
-    All processes of `world` call it with `cfg`, a `TrainingConfig`. ConfigError if the run in output_dir was started
-    with another config, weights or tokenizer; DataError if the data cannot be read, or nothing in it can be trained on.
+    All processes of `world` call it with `cfg`, a `TrainingConfig`; `progress` shows its phases. ConfigError if the run
+    in output_dir was started with another config, weights or tokenizer; DataError if the data cannot be read, or
+    nothing in it can be trained on.
     """
     output_dir, batches_per_step = Path(cfg.output_dir), cfg.gradient_accumulation_steps * world.dp_size
     tokenizer, cfg = load_tokenizer(cfg)
@@ -122,6 +123,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
 def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:
     """Build the trained model over the processes, with the weights of the step folder if the run is resumed.
 
+    `cfg` is the recipe's, a `TrainingConfig`; the `world`'s processes share the model; `inputs` are from `load_inputs`;
     `name` is its name in messages, such as "student". CheckpointError if the files cannot be read or do not fit builder
     or adapter; ConfigError if the adapter does not fit, there is none for save_weights, or the loss cannot use the
     output head.
@@ -144,7 +146,10 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
 
 
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int) -> tuple[Optimizer, Any]:
-    """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`."""
+    """Build the optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
+
+    `cfg` is the recipe's, a `TrainingConfig`, `model` the trained one, `num_steps` the length of the schedule.
+    """
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     warn_of_lost_updates(optimizer)
