@@ -71,7 +71,7 @@ def test_gradient_in_bf16(real: Real, kd_ratio: float) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.slow  # 32 divergences in float64 over 49,152 ids
+@pytest.mark.slow("32 divergences in float64 over 49,152 ids take 40 seconds")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradient_of_every_divergence_in_bf16(real: Real, case: Case) -> None:
     """To the rounding of a bf16 gradient, where logits in bf16 are wrong by some percent (linkedin/Liger-Kernel issue 1432)."""
@@ -95,7 +95,7 @@ def pair(smollm2_gguf: Path) -> tuple[Transformer, HiddenSignal, Tensor]:
 
 
 @pytest.mark.real
-@pytest.mark.slow  # 10 steps of a real model for each
+@pytest.mark.slow("ten steps of a real model for each of 32 divergences")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ten_steps_of_a_real_pair(pair: tuple[Transformer, HiddenSignal, Tensor], case: Case) -> None:
     """The loss on the batch is finite and falls."""
