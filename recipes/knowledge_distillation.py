@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from kdtune import checkpoint, config, data, evaluation, losses, models, runs, teachers, training
+from kdtune import checkpoint, config, data, evaluation, losses, models, runs, teachers, tokenizers, training
 from kdtune.distributed import World
 
 ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distributed")
@@ -25,35 +25,30 @@ class Config(training.TrainingConfig):
     """Keys of distillation, in addition to those of every training recipe (kdtune/training/config.py)."""
 
     teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
-    """The teacher's weights (adapter_dir: with a finetuned adapter merged into them); null: random weights, with a builder
-    in `teacher_model`."""
+    """The teacher's weights, with `adapter_dir` a finetuned adapter merged in; null: random, with a builder in `teacher_model`."""
     teacher_model: Any = config.component(default=None, returns=models.Transformer)
     """The teacher's builder; null: built from the checkpoint's own config."""
+    teacher_tokenizer: Any = config.component(default=None, returns=tokenizers.Tokenizer)
+    """The teacher's, for a cross-tokenizer `kd_loss` (docs/losses.md); null: that of teacher_checkpointer's folder."""
     teacher_dtype: Literal["fp32", "bf16"] | None = None
     """Teacher weight dtype; null: same as dtype."""
     teacher_parallelism: Any = config.component(default=None, may_change=True)
     """Parallelism of the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""
     teacher_processes: int = config.key(0, at_least=0, may_change=True)
-    """Number of torchrun's processes, the last ones, that hold only the teacher (see `teacher_parallelism`); the others
-    hold the student (see `parallelism`). 0: every process holds its part of both."""
+    """Number of torchrun's processes, the last ones, that hold only the teacher; 0: every process holds its part of both models."""
     teacher: Any = config.component(default=None, returns=teachers.Teacher)
     """A teacher of another kind, in place of a model (docs/extending.md); null: the model of the keys above."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence between teacher and student."""
     teacher_targets: Any = config.component(default=None)
     """What the divergence sees of the teacher's distribution: kdtune.losses.TopKTargets or SampledTargets; null: all of it."""
-    hidden_loss: Any = config.component(default=None)
-    """A term on hidden states added to the loss: kdtune.losses.HiddenStateLoss; null: none."""
     kd_ratio: float = 0.5
     """Weight of the divergence; cross entropy has 1 - kd_ratio."""
 
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
-        found = [
-            *super().problems(),
-            *training.divergence_problems(self.kd_loss, self.teacher_targets),
-            *teachers.problems(self),
-        ]
+        found = [*super().problems(), *teachers.problems(self)]
+        found += training.divergence_problems(self.kd_loss, self.teacher_targets)
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
         return found
@@ -83,11 +78,14 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     if teacher is None:
         teacher = teachers.build_teacher(cfg, world)
     student = training.build_trained_model(cfg, world, inputs, "student")
-    teachers.check_vocabularies(inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence)
+    divergence = teachers.check_vocabularies(
+        inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence
+    )
 
     # Loss and optimizer.
-    loss_fn = training.build_kd_loss(cfg, divergence, student, teacher, world)
-    optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps, loss_fn)
+    targets = config.instantiate(cfg.teacher_targets)
+    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size, teacher_targets=targets)
+    optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
 
     with training.Run(
         inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn, **names
@@ -97,13 +95,13 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
-            if loss_fn.needs_teacher:
+            if loss_fn.kd_ratio > 0:
                 teacher.prefetch(step.batches)
             for batch in step.micro_batches():
                 loss, parts = kd_step(student, teacher, loss_fn, batch)
                 (loss / step.num_valid_tokens).backward()
                 step.add(loss, parts, batch)
-            grad_norm = training.clip_grad_norm_([*student.parameters(), *loss_fn.parameters()], cfg.clip_grad_norm)
+            grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
             step.check_finite(grad_norm)
             optimizer.step()
             if scheduler is not None:
@@ -121,9 +119,9 @@ def kd_step(
     student: models.Transformer, teacher: teachers.Teacher, loss_fn: losses.KDLoss, batch: data.Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss summed over the micro-batch's valid tokens, and its named parts."""
-    signal = teacher(batch) if loss_fn.needs_teacher else None
-    hidden = student(**batch.inputs, return_hidden=True, **loss_fn.forward_options)
-    return loss_fn(hidden, student.output, signal, batch.targets)
+    signal = teacher(batch) if loss_fn.kd_ratio > 0 else None
+    hidden_BSD = student(**batch.inputs, return_hidden=True)
+    return loss_fn(hidden_BSD, student.output, signal, batch.targets)
 
 
 def validate(
@@ -140,7 +138,8 @@ def validate(
     if held_out is None:
         return {}
     teacher.prefetch(held_out)
-    measured = loss_fn.with_kd_ratio(1.0)  # whatever is trained
+    # The divergence is measured whatever kd_ratio is.
+    measured = loss_fn.with_kd_ratio(1.0)
     found = evaluation.evaluate_kd(student, teacher, measured, held_out, world=world, progress=progress.validating,
                                    with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}

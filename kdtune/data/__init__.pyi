@@ -1,3 +1,4 @@
+from .alignment import TeacherExample, TokenizerPair
 from .alpaca import alpaca_cleaned_dataset, alpaca_dataset, alpaca_prompt, quickstart_dataset
 from .batch import Batch, collate
 from .chat import chat_dataset, instruct_dataset
@@ -31,7 +32,9 @@ __all__ = [
     "RowStream",
     "Source",
     "StreamDataset",
+    "TeacherExample",
     "TokenizedDataset",
+    "TokenizerPair",
     "TrainingOptions",
     "alpaca_cleaned_dataset",
     "alpaca_dataset",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Batch:
     """Index of each row's example in its dataset; None for a stream."""
     prompt_lengths: tuple[int, ...] | None = None
     """Number of tokens of each row before the first trained one."""
+    own_teacher_inputs: Mapping[str, Tensor] | None = None
+    """The same examples for a teacher with another tokenizer; None: it reads `inputs`."""
 
     @classmethod
     def from_labels(cls, tokens_BS: Tensor, labels_BS: Tensor, lengths: Sequence[int] | None = None) -> "Batch":
@@ -32,6 +35,11 @@ class Batch:
         if lengths is None:
             lengths = [tokens_BS.shape[1]] * len(tokens_BS)
         return cls({"tokens": tokens_BS}, Targets.from_labels(labels_BS), tuple(lengths))
+
+    @property
+    def teacher_inputs(self) -> Mapping[str, Tensor]:
+        """Keyword arguments of the teacher's forward: `inputs`, or the same text in its own tokens."""
+        return self.inputs if self.own_teacher_inputs is None else self.own_teacher_inputs
 
     @property
     def tokens(self) -> Tensor:
@@ -62,10 +70,17 @@ class Batch:
         """Return the batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
         device = torch.device(device)
         move = _copy_to_cuda(device) if device.type == "cuda" else lambda tensor: tensor.to(device)
-        targets = replace(
-            self.targets, positions_N=move(self.targets.positions_N), labels_N=move(self.targets.labels_N)
+
+        def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: move(tensor) for name, tensor in inputs.items()}
+
+        own = self.own_teacher_inputs
+        return replace(
+            self,
+            inputs=moved(self.inputs),
+            targets=self.targets.map(move),
+            own_teacher_inputs=None if own is None else moved(own),
         )
-        return replace(self, inputs={name: move(tensor) for name, tensor in self.inputs.items()}, targets=targets)
 
 
 def _copy_to_cuda(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -73,14 +88,17 @@ def _copy_to_cuda(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False) -> Batch:
     """Pad examples on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX) and make a batch.
 
     Without examples the batch is one padding token, which counts nowhere: it gives a process without a batch left
     something to compute while others still have one.
+
+    is_paired: each example has the text in the teacher's own tokens too, see `Dataset.is_paired`.
     """
     if not examples:
-        return Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
+        batch = Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
+        return _with_teacher(batch, []) if is_paired else batch
     lengths = [len(example.tokens) for example in examples]
     tokens = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -88,8 +106,24 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         tokens[row, :length] = torch.from_numpy(example.tokens)
         labels[row, :length] = torch.from_numpy(example.labels)
     indices = [example.index for example in examples if example.index is not None]
-    return replace(
+    batch = replace(
         Batch.from_labels(tokens, labels, lengths),
         example_ids=tuple(indices) if len(indices) == len(examples) else None,
         prompt_lengths=tuple(example.prompt_length for example in examples),
     )
+    return _with_teacher(batch, [example.teacher for example in examples]) if is_paired else batch
+
+
+def _with_teacher(batch: Batch, teachers: Sequence[Any]) -> Batch:
+    """Return the batch with the teacher's own tokens and the chunks shared with the student's; `teachers` as `Example.teacher`."""
+    from kdtune.losses import align  # only a cross-tokenizer run needs it
+
+    width = max((len(teacher.tokens) for teacher in teachers), default=1)
+    tokens = torch.zeros((len(batch.lengths), width), dtype=torch.int64)  # padding: any id will do
+    chunks = [torch.zeros((0, 5), dtype=torch.int64)]
+    for row, teacher in enumerate(teachers):
+        tokens[row, : len(teacher.tokens)] = torch.from_numpy(teacher.tokens)
+        at = torch.tensor([row * batch.tokens.shape[1]] * 2 + [row * width] * 2 + [0])
+        chunks.append(torch.from_numpy(teacher.chunks_K5) + at)
+    targets = align(batch.targets, torch.cat(chunks), tokens)
+    return replace(batch, targets=targets, own_teacher_inputs={"tokens": tokens})

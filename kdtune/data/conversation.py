@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
 
 from kdtune.data.columns import Row, Suggest
@@ -9,7 +10,7 @@ from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import Encoded, EncodedRow, truncate
+from kdtune.data.transforms import EncodedRow, fits, pair_of, truncated
 from kdtune.errors import ConfigError
 from kdtune.tokenizers.base import TrainOn
 
@@ -102,6 +103,7 @@ def conversation_dataset(
         columns=columns,
         suggest=suggest,
         is_chat=True,
+        is_paired=pair_of(tokenizer) is not None,
     )
 
 
@@ -131,23 +133,27 @@ class ConversationEncoder:
 
     def __call__(self, conversation: Conversation) -> EncodedRow | None:
         """Return the tokens of a conversation; None if it does not fit."""
-        tokenizer, messages, room = self._tokenizer, conversation.messages, self._tokenizer.max_seq_len
+        tokenizer, messages, pair = self._tokenizer, conversation.messages, pair_of(self._tokenizer)
         beside: _Beside = {"tools": conversation.tools, "template_variables": conversation.template_variables}
 
-        def tokens_of(messages: Sequence[Message]) -> Encoded:
-            return tokenizer.tokenize_messages(messages, train_on=self._train_on, **beside)
+        def tokens_of(messages: Sequence[Message]) -> EncodedRow:
+            ids, trained = tokenizer.tokenize_messages(messages, train_on=self._train_on, **beside)
+            teacher = None if pair is None else pair.pair_messages(ids, trained, messages, **beside)
+            return EncodedRow(ids, trained, teacher=teacher)
 
-        ids, trained = tokens_of(messages)
+        row = tokens_of(messages)
         remarks = [
             *(f"the chat template leaves out {name}" for name in tokenizer.left_out(messages, **beside)),
             *_unheeded_marks(messages, self._train_on),
         ]
-        if room is None or len(ids) <= room:
-            return EncodedRow(ids, trained, remarks=remarks)
+        if fits(row, tokenizer):
+            return replace(row, remarks=remarks)
         if self._truncation == "right":
-            return EncodedRow(*truncate(ids, trained, room, tokenizer.stop_ids), truncated=True, remarks=remarks)
-        shortest = None if self._truncation == "drop" else _fitting(tokens_of, messages, room)
-        return None if shortest is None else EncodedRow(*shortest, truncated=True, remarks=remarks)
+            return replace(truncated(row, tokenizer), remarks=remarks)
+        shortest = None
+        if self._truncation == "turns":
+            shortest = _fitting(tokens_of, messages, lambda shorter: fits(shorter, tokenizer))
+        return None if shortest is None else replace(shortest, truncated=True, remarks=remarks)
 
 
 def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]:
@@ -158,12 +164,14 @@ def _unheeded_marks(messages: Sequence[Message], train_on: TrainOn) -> list[str]
 
 
 def _fitting(
-    tokens_of: Callable[[Sequence[Message]], Encoded], messages: Sequence[Message], room: int
-) -> Encoded | None:
+    tokens_of: Callable[[Sequence[Message]], EncodedRow],
+    messages: Sequence[Message],
+    is_short_enough: Callable[[EncodedRow], bool],
+) -> EncodedRow | None:
     """Drop the turns after the last answer and as few of the oldest exchanges as needed to fit."""
     shorter = list(_shorter(messages))
     # Every one is shorter than the one before it: the first that fits is found without tokenizing all of them.
-    index = bisect_left(shorter, True, key=lambda some: len(tokens_of(some)[0]) <= room)
+    index = bisect_left(shorter, True, key=lambda some: is_short_enough(tokens_of(some)))
     return tokens_of(shorter[index]) if index < len(shorter) else None
 
 

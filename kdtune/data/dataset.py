@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdtune.data.batch import Batch, collate
-from kdtune.data.transforms import Encoded, Example, make_example
+from kdtune.data.transforms import Encoded, EncodedRow, Example, make_example
 
 Order: TypeAlias = npt.NDArray[np.int64]
 
@@ -88,6 +88,8 @@ class Dataset(ABC):
     is_chat: bool = False
     """True if examples are conversations in the tokenizer's chat template. What a recipe saves then carries the template and
     stops after an answer. A class of your own whose examples are conversations sets it to True."""
+    is_paired: bool = False
+    """True if every example has the same text in a teacher's own tokens too, see `Example.teacher`."""
 
     @abstractmethod
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
@@ -99,11 +101,16 @@ class Dataset(ABC):
         A dataset whose batches have other inputs or another layout overrides it; its examples may be of a subclass of
         `Example`. Without examples, the batch has no label.
         """
-        return collate(examples, pad_id)
+        return collate(examples, pad_id, is_paired=self.is_paired)
 
     @property
     def lengths(self) -> Sequence[int] | None:
         """Number of tokens of each example; None if unknown before the examples are read."""
+        return None
+
+    @property
+    def teacher_lengths(self) -> Sequence[int] | None:
+        """Number of a teacher's own tokens of each example; None if unknown, or if the teacher reads the same ones."""
         return None
 
     def fingerprint(self) -> str:
@@ -152,18 +159,23 @@ class MapDataset(Dataset):
 class TokenizedDataset(MapDataset):
     """Examples held in memory as token ids (int32) and training flags, 5 bytes a token.
 
-    encoded: ids and flags of each example, as returned by `Tokenizer.tokenize_messages`. report: counts of the rows they
-    come from. is_chat: see `Dataset`.
+    encoded: ids and flags of each example, as returned by `Tokenizer.tokenize_messages`, or rows. report: counts of the rows
+    they come from. is_chat: see `Dataset`.
     """
 
-    def __init__(self, encoded: Iterable[Encoded], report: DatasetStats, *, is_chat: bool = False) -> None:
+    def __init__(self, encoded: Iterable[Encoded | EncodedRow], report: DatasetStats, *, is_chat: bool = False) -> None:
         ids, trained, ends = array("i"), bytearray(), array("q", [0])
-        for example_ids, example_trained in encoded:
-            ids.extend(example_ids)
-            trained.extend(example_trained)
+        self._teachers: list[Any] = []
+        for one in encoded:
+            row = one if isinstance(one, EncodedRow) else EncodedRow(*one)
+            ids.extend(row.ids)
+            trained.extend(row.trained)
             ends.append(len(ids))
+            if row.teacher is not None:
+                self._teachers.append(row.teacher.packed())
         self.report = report
         self.is_chat = is_chat
+        self.is_paired = bool(self._teachers)
         self._ids = np.frombuffer(ids, dtype=np.int32)
         self._trained = np.frombuffer(trained, dtype=np.bool_)
         self._ends = np.frombuffer(ends, dtype=np.int64)
@@ -175,7 +187,8 @@ class TokenizedDataset(MapDataset):
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         part = slice(self._ends[index], self._ends[index + 1])
-        return make_example(self._ids[part], self._trained[part])
+        teacher = self._teachers[index].unpacked() if self._teachers else None
+        return make_example(self._ids[part], self._trained[part], teacher)
 
     @property
     def lengths(self) -> list[int]:
@@ -183,9 +196,15 @@ class TokenizedDataset(MapDataset):
         found: list[int] = np.diff(self._ends).tolist()
         return found
 
+    @property
+    def teacher_lengths(self) -> list[int] | None:
+        """Number of teacher tokens of each example."""
+        return [len(teacher.tokens) for teacher in self._teachers] if self.is_paired else None
+
     def fingerprint(self) -> str:
         """Return the number of examples and a hash of all their tokens and training flags."""
-        return f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained])}"
+        of_teacher = [array for teacher in self._teachers for array in (teacher.tokens, teacher.chunks_K5)]
+        return f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained, *of_teacher])}"
 
 
 class StreamDataset(Dataset):

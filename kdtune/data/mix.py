@@ -11,7 +11,8 @@ import numpy as np
 from kdtune.config import instantiate
 from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, Order, StreamDataset, random_state, total_report
-from kdtune.data.transforms import Example
+from kdtune.data.sources import PREVIEW
+from kdtune.data.transforms import Example, pair_of
 from kdtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer
     found = instantiate(node, tokenizer=tokenizer)
     if node is not None:
         _check_is_dataset(found, f"{key}: {node['_component_']} returns")
+        if pair_of(tokenizer) is not None and not found.is_paired and PREVIEW.get() is None:
+            raise ConfigError(
+                f"{key}: the examples of {node['_component_']} are in the student's tokens alone, and the teacher has another "
+                "tokenizer: use kdtune's builders, or set `teacher` in each Example (kdtune.data.TokenizerPair) and the dataset's "
+                "is_paired"
+            )
     return found
 
 
@@ -110,6 +117,7 @@ class MixedDataset(MapDataset):
     ) -> None:
         self.report = _mixed_report(datasets)
         self.is_chat = any(dataset.is_chat for dataset in datasets)
+        self.is_paired = all(dataset.is_paired for dataset in datasets)
         self._datasets = list(datasets)
         self._starts = np.cumsum([0] + [dataset.size for dataset in datasets])
         self._length = sum(len(dataset) for dataset in datasets) if epoch_length is None else epoch_length
@@ -140,9 +148,12 @@ class MixedDataset(MapDataset):
     @property
     def lengths(self) -> list[int] | None:
         """Number of tokens of each example of all datasets."""
-        found = [dataset.lengths for dataset in self._datasets]
-        known = [lengths for lengths in found if lengths is not None]
-        return [length for lengths in known for length in lengths] if len(known) == len(found) else None
+        return _joined([dataset.lengths for dataset in self._datasets])
+
+    @property
+    def teacher_lengths(self) -> list[int] | None:
+        """Number of a teacher's own tokens of each example of all datasets."""
+        return _joined([dataset.teacher_lengths for dataset in self._datasets])
 
     def fingerprint(self) -> str:
         """Combine the datasets' fingerprints with the examples per epoch taken from each."""
@@ -183,6 +194,7 @@ class MixedStream(StreamDataset):
 
     def __init__(self, datasets: Sequence[Dataset], shares: Sequence[float], epoch_length: int | None = None) -> None:
         self.is_chat = any(dataset.is_chat for dataset in datasets)
+        self.is_paired = all(dataset.is_paired for dataset in datasets)
         self._datasets = list(datasets)
         self._shares = np.asarray(shares)
         self._epoch_length = epoch_length
@@ -234,6 +246,11 @@ def whole_shares(shares: Sequence[float], total: int) -> list[int]:
     up = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]
     whole[up] += 1
     return [int(count) for count in whole]
+
+
+def _joined(found: Sequence[Sequence[int] | None]) -> list[int] | None:
+    known = [lengths for lengths in found if lengths is not None]
+    return [length for lengths in known for length in lengths] if len(known) == len(found) else None
 
 
 def _own_seed(*key: int) -> int:

@@ -12,7 +12,7 @@ from kdtune.config.check import resolve
 from kdtune.data.columns import MissingColumnError, Row, Suggest
 from kdtune.data.messages import type_name
 from kdtune.data.sources import PREVIEW, Source, empty_text, open_rows, read_stream
-from kdtune.data.transforms import Encoded, EncodedRow, Example, is_trainable, make_example
+from kdtune.data.transforms import EncodedRow, Example, is_trainable, make_example
 from kdtune.errors import DataError
 from kdtune.log import get_logger
 
@@ -42,7 +42,7 @@ class RowEncoder:
     """Turn the rows of a source into examples: select rows and tokenize them.
 
     encode: from a row to its tokens, truncated; None if it does not fit. columns: those that it reads. suggest: returns
-    settings for a row that lacks one of them. is_chat: that of the dataset.
+    settings for a row that lacks one of them. is_chat, is_paired: those of the dataset.
     """
 
     encode: Callable[[Row], EncodedRow | None]
@@ -50,8 +50,9 @@ class RowEncoder:
     columns: Collection[str] | None = None
     suggest: Suggest | None = None
     is_chat: bool = False
+    is_paired: bool = False
 
-    def encoded(self, rows: Iterable[Row], report: DatasetStats) -> Iterator[Encoded]:
+    def encoded(self, rows: Iterable[Row], report: DatasetStats) -> Iterator[EncodedRow]:
         """Yield the rows that can be trained on, tokenized and truncated; the report counts every row read."""
         for row in rows:
             report.rows += 1
@@ -75,7 +76,7 @@ class RowEncoder:
             report.truncated += found.truncated
             report.remarks.update(found.remarks)
             if is_trainable(found.trained):
-                yield list(found.ids), list(found.trained)
+                yield found
             else:
                 report.untrainable += 1
 
@@ -90,7 +91,7 @@ class RowStream(StreamDataset):
         self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int
     ) -> None:
         self.report = DatasetStats(source)
-        self.is_chat = encoder.is_chat
+        self.is_chat, self.is_paired = encoder.is_chat, encoder.is_paired
         self._rows = rows
         self._encoder = encoder
         self._shuffle_buffer = shuffle_buffer
@@ -106,8 +107,8 @@ class RowStream(StreamDataset):
         if shuffle:
             random = random_state(seed, epoch)
             rows = shuffled(shuffled_shards(self._rows, random), self._shuffle_buffer, random)
-        for ids, trained in self._encoder.encoded(read_stream(rows, report.source), report):
-            yield make_example(ids, trained)
+        for row in self._encoder.encoded(read_stream(rows, report.source), report):
+            yield make_example(row.ids, row.trained, row.teacher)
         check_not_empty(report)
         _log_report(report)
 
@@ -141,6 +142,7 @@ def build_dataset(
     columns: Collection[str] | None = None,
     suggest: Suggest | None = None,
     is_chat: bool = False,
+    is_paired: bool = False,
 ) -> Dataset:
     """Build the dataset of a source: in memory, or a stream if source.streaming. See RowEncoder for the other arguments.
 
@@ -149,7 +151,7 @@ def build_dataset(
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
     keep = resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
-    encoder = RowEncoder(encode, keep, columns, suggest, is_chat)
+    encoder = RowEncoder(encode, keep, columns, suggest, is_chat, is_paired)
     rows = open_rows(source)
     if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer

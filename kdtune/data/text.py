@@ -6,7 +6,7 @@ from kdtune.data.columns import Row, suggest_text_column, text_column
 from kdtune.data.dataset import Dataset
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
-from kdtune.data.transforms import EncodedRow, truncate
+from kdtune.data.transforms import EncodedRow, pair_of, truncated
 
 if TYPE_CHECKING:
     from kdtune.tokenizers import Tokenizer
@@ -29,11 +29,20 @@ def text_completion_dataset(
     The rows of a text file are its lines. A text longer than the tokenizer's max_seq_len is cut there. The other
     arguments and the errors are alpaca_dataset's.
     """
+    pair = pair_of(tokenizer)
 
     def encode(row: Row) -> EncodedRow:
         text = text_column(row, column)
         ids = tokenizer.encode(text, add_bos=tokenizer.begins_with_bos, add_eos=add_eos)
-        kept, trained = truncate(ids, [bool(text)] * len(ids), tokenizer.max_seq_len, tokenizer.stop_ids)
-        return EncodedRow(kept, trained, truncated=len(kept) < len(ids))
+        trained = [bool(text)] * len(ids)
+        teacher = None if pair is None else pair.pair_text(ids, trained, text, add_eos=add_eos)
+        return truncated(EncodedRow(ids, trained, teacher=teacher), tokenizer)
 
-    return build_dataset(encode, Source(source, **where), filter_fn, columns=[column], suggest=suggest_text_column)
+    return build_dataset(
+        encode,
+        Source(source, **where),
+        filter_fn,
+        columns=[column],
+        suggest=suggest_text_column,
+        is_paired=pair is not None,
+    )

@@ -59,6 +59,8 @@ def evaluate_kd(
             signal = None if teacher is None else teacher(batch)
             inputs = (student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
             _, parts = loss(*inputs)
+            if batch.targets.alignment is not None:  # the teacher's ids are others: only the run's own loss is defined
+                signal = None
             if signal is not None:
                 parts["forward_kl"] = (parts if forward_kl is loss else forward_kl(*inputs)[1])["kd_loss"]
             # A signal of K ids gives a label outside them no probability.

@@ -1,4 +1,6 @@
+from .alignment import Alignment, align
 from .contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of, value_and_gradient
+from .cross_tokenizer import ALM, ULD, HybridULD
 from .divergences.adaptive_kl import AdaptiveKL
 from .divergences.alpha_beta import AlphaBeta
 from .divergences.arg_max import ArgMaxCrossEntropy
@@ -8,16 +10,19 @@ from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, 
 from .divergences.mixture import Mixture, WeightedSum
 from .divergences.taid import TAID
 from .heads import Head, check_head
-from .hidden_states import HiddenStateLoss
 from .kd_loss import KDLoss, StatefulLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
 from .signal import DenseSignal, HiddenSignal, SampledSignal, Signal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
+from .token_log_probs import token_log_probs
 
 __all__ = [
+    "ALM",
     "TAID",
+    "ULD",
     "AdaptiveKL",
+    "Alignment",
     "AlphaBeta",
     "ArgMaxCrossEntropy",
     "ConcreteScore",
@@ -29,7 +34,7 @@ __all__ = [
     "ForwardKLLoss",
     "Head",
     "HiddenSignal",
-    "HiddenStateLoss",
+    "HybridULD",
     "JensenShannon",
     "KDLoss",
     "Mixture",
@@ -48,6 +53,7 @@ __all__ = [
     "TopKTargets",
     "TotalVariation",
     "WeightedSum",
+    "align",
     "check_divergence",
     "check_head",
     "check_targets",
@@ -57,5 +63,6 @@ __all__ = [
     "divergence_of",
     "forward_kl",
     "signal_cross_entropy",
+    "token_log_probs",
     "value_and_gradient",
 ]

@@ -35,6 +35,8 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
         divergence = divergence_of(kd_loss)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
+    if getattr(divergence, "of_text", False):  # of likelihoods, not of distributions
+        return
     name = f"{key}: the divergence {_name(divergence)}"
     student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
     try:

@@ -50,6 +50,7 @@ class Task:
     chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
     weights_N: Tensor | None = None  # of each token's loss; None: all 1
     teacher_targets: TeacherTargets | None = None  # what the loss keeps of dense teacher rows; None: all
+    num_compared: int | None = None  # the first tokens, which alone have a teacher's row; None: all
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,8 @@ class _FusedLinear(torch.autograd.Function):
 
 def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
     """Return the sums over all chunks. The gradients of the total are written into the given tensors, if any."""
-    num_tokens, dtype, shards, vocab_size = (
-        len(task.labels_N),
-        _sum_dtype(student.hidden_TD),
-        student.shards,
-        student.vocab_size,
-    )
+    num_tokens, dtype = len(task.labels_N), _sum_dtype(student.hidden_TD)
+    shards, vocab_size = student.shards, student.vocab_size
     # For a sharded head, the largest number of ids on any process: all must use the same chunks.
     num_ids = max(shards.num_ids(vocab_size)) if shards else vocab_size
     chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
@@ -141,7 +138,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     kd_N, agreement_N, outside_N = (torch.zeros_like(ce_N) for _ in range(3))
 
     teacher_CV: Tensor | SparseRows | None = None
-    for chunk in _slices(num_tokens, chunk_size):
+    for chunk, is_compared in _task_chunks(task, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
         # The tokens whose full rows of logits are here: all of the chunk, or a share with a sharded head.
@@ -149,11 +146,11 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
         if isinstance(task.teacher, Projection) and teacher_buffer is not None:
             teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
-        elif isinstance(task.teacher, Signal):
+        elif isinstance(task.teacher, Signal) and is_compared:
             teacher_CV = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
         needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
         for block in _slices(len(logits_CV), _block_size(logits_CV)):
-            teacher_RV = None if teacher_CV is None else teacher_CV[block]
+            teacher_RV = teacher_CV[block] if teacher_CV is not None and is_compared else None
             weights_R = None if task.weights_N is None else task.weights_N[chunk][own][block].to(dtype)
             parts = _compare_(
                 logits_CV[block], teacher_RV, labels_C[own][block], weights_R, task, needs_grad, student.softcap
@@ -164,9 +161,9 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
         if needs_grad and shards:
             logits_CV = shards.to_ids(logits_CV, len(labels_C))
         if grad_hidden_TD is not None:
-            grad_hidden_TD[positions_C] = _hidden_grad(logits_CV, hidden_CD, student)
+            grad_hidden_TD[positions_C] = hidden_grad(logits_CV, hidden_CD, student)
         if grad_weight_VD is not None:
-            _add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, student.weight_VD)
+            add_weight_grad_(grad_weight_VD, logits_CV, hidden_CD, student.weight_VD)
 
     sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
     ce, kd, agreement, outside = shards.sum_(sums) if shards else sums
@@ -335,7 +332,7 @@ def _project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:
     return logits_CV if head.softcap is None else logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:
+def hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:
     """Return the gradient [C, D] of the hidden states, in their dtype."""
     dtype = _operand_dtype(hidden_CD, head.weight_VD, grad_logits_CV.dtype)
     grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
@@ -346,12 +343,33 @@ def _hidden_grad(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) ->
     return grad_CD.to(hidden_CD.dtype)
 
 
-def _add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
+def add_weight_grad_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
     """Add a chunk's share to the gradient of the head's rows."""
     dtype = _operand_dtype(hidden_CD, weight_VD, grad_weight_VD.dtype)
     hidden_CD = hidden_CD.to(dtype)
     for tile in _slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
         _addmm_(grad_weight_VD[tile], grad_logits_CV[:, tile].T.to(dtype), hidden_CD)
+
+
+def _task_chunks(task: Task, chunk_size: int) -> Iterator[tuple[slice, bool]]:
+    """Yield the chunks of a task's tokens, and whether they are compared with the teacher."""
+    length = len(task.labels_N)
+    num_compared = length if task.num_compared is None else task.num_compared
+    for start, stop in ((0, num_compared), (num_compared, length)):
+        for part in _slices(stop - start, chunk_size):
+            yield slice(start + part.start, start + part.stop), start == 0
+
+
+def project_logits(head: Projection, positions_C: Tensor) -> Tensor:
+    """Return fp32 logits [C, V] of some positions, float64 for float64 hidden states, for a head that is not in shards."""
+    buffer = head.hidden_TD.new_empty(len(positions_C), len(head.weight_VD), dtype=_sum_dtype(head.hidden_TD))
+    return _project(head.hidden_TD[positions_C], head, buffer)
+
+
+def chunk_slices(head: Projection, num_tokens: int, chunk_size: int | None) -> Iterator[slice]:
+    """Return the chunks of some tokens; chunk_size None: by the bytes of their logits."""
+    row_bytes = head.vocab_size * _sum_dtype(head.hidden_TD).itemsize
+    return _slices(num_tokens, chunk_size or max(1, CHUNK_BYTES // row_bytes))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -157,6 +157,8 @@ def check_targets(divergence: Divergence, targets: TeacherTargets | None) -> Non
 
 def sparse_value_and_gradient(divergence: Divergence, s_RV: Tensor, rows: SparseRows) -> tuple[Tensor, Tensor]:
     """Return the divergence [R] from sparse rows, and its partial derivatives [R, V] with respect to s_RV."""
+    if (own := getattr(rows, "value_and_gradient", None)) is not None:  # rows of a teacher with another vocabulary
+        return own(divergence, s_RV)
     if isinstance(divergence, OnSharedIds):
         return divergence.restricted(s_RV, lambda s: sparse_value_and_gradient(divergence.__wrapped__, s, rows))
     s_RK = s_RV.gather(1, rows.ids_RK)

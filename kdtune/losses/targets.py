@@ -1,12 +1,17 @@
 """The labelled positions of a batch, found once on the CPU. Shapes: B batch, S sequence, T = B * S positions, N labelled ones."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import DataError, TrainingError
+
+if TYPE_CHECKING:
+    from kdtune.losses.alignment import Alignment
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Targets:
     """
 
     positions_N: Tensor
-    """int64 indices into the flattened [B, S] positions, ascending."""
+    """int64 indices into the flattened [B, S] positions, ascending; with `alignment`, in its order."""
     labels_N: Tensor
     """int64 target ids of these positions."""
     shape: tuple[int, ...]
@@ -27,6 +32,8 @@ class Targets:
     """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without reading from the device."""
     weights_N: Tensor | None = None
     """Factors of the tokens' losses, floating-point; None: all 1."""
+    alignment: "Alignment | None" = None
+    """Where the teacher reads the same text in tokens of its own; None: it reads these."""
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "Targets":
@@ -42,6 +49,14 @@ class Targets:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Targets":
+        """Return the targets with a function applied to each tensor, such as a move to a device."""
+        mapped: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        alignment = None if self.alignment is None else self.alignment.map(function)
+        return replace(self, **mapped, alignment=alignment)
 
     def to_labels(self) -> Tensor:
         """Return the labels of `shape`, IGNORE_INDEX at positions without a target."""

@@ -1,6 +1,7 @@
 from .build import build_teacher, build_teacher_model, problems
 from .compatibility import check_tokenizer, check_vocabularies
 from .online import OnlineTeacher
+from .other_tokenizer import log_aligned_share, pair_with_teacher
 from .protocol import Teacher
 from .remote import RemoteTeacher, serve
 
@@ -12,6 +13,8 @@ __all__ = [
     "build_teacher_model",
     "check_tokenizer",
     "check_vocabularies",
+    "log_aligned_share",
+    "pair_with_teacher",
     "problems",
     "serve",
 ]

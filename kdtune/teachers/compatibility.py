@@ -51,7 +51,7 @@ def check_tokenizer(
         _check_model(tokenizer, own, f"tokenizer and {key}={folder}", folder)
         return
     _check_teacher(tokenizer, own, f"tokenizer and {key}={folder}", folder)
-    if is_chat and _rendered(tokenizer) != _rendered(own):
+    if is_chat and render_question(tokenizer) != render_question(own):
         log.warning(
             "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
             "tokenizer.path=%s takes its format",
@@ -67,7 +67,8 @@ def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path
         if beyond is None or lacking is None:
             raise ConfigError(
                 f"{keys}: teacher and student have different tokenizers: {difference}; "
-                "token by token distillation needs the same one; choose a teacher of the student's family"
+                "token by token distillation needs the same one; choose a teacher of the student's family, or a cross-tokenizer kd_loss "
+                "(kdtune.losses.ULD, HybridULD, ALM)"
             )
         if len(beyond) >= len(lacking):
             raise ConfigError(
@@ -109,7 +110,7 @@ def _listed(tokens: list[str]) -> str:
     return ", ".join(tokens[:4]) + (f", ... {len(tokens)} in all" if len(tokens) > 4 else "")
 
 
-def _rendered(tokenizer: Tokenizer) -> str | None:
+def render_question(tokenizer: Tokenizer) -> str | None:
     """Render a short conversation by the tokenizer's chat template; None if the template refuses it."""
     try:
         return tokenizer.render(_CHAT)
@@ -123,8 +124,11 @@ def _folder_of(path: Path) -> Path:
 
 def check_vocabularies(
     tokenizer: Tokenizer, student_vocab_size: int, teacher_vocab_size: int, kd_loss: Any = None
-) -> None:
-    """Compare the tokenizer with both heads, and log if one head has rows that the other lacks.
+) -> Any:
+    """Compare the tokenizer with both heads, and log if one head has rows that the other lacks; return the divergence.
+
+    Of a pair of tokenizers (`kdtune.data.TokenizerPair`) each is compared with its own model's head, and a cross-tokenizer loss
+    is returned fitted to the vocabularies.
 
     `student_vocab_size` and `teacher_vocab_size` are the heads' numbers of rows, `kd_loss` the divergence (None: forward KL), see
     `kdtune.losses.covers_extra_ids`.
@@ -133,7 +137,11 @@ def check_vocabularies(
         ConfigError: the tokenizer can produce an id for which a model has no row.
     """
     tokenizers.check_vocabulary(tokenizer, student_vocab_size, "student")
-    tokenizers.check_vocabulary(tokenizer, teacher_vocab_size, "teacher")
+    tokenizers.check_vocabulary(tokenizer.pair.teacher if tokenizer.pair else tokenizer, teacher_vocab_size, "teacher")
+    if tokenizer.pair:
+        from kdtune.teachers.other_tokenizer import fit_loss
+
+        return fit_loss(tokenizer, (student_vocab_size, teacher_vocab_size), kd_loss)
     sizes = f"vocabularies: student {student_vocab_size} rows, teacher {teacher_vocab_size} (padding)"
     if student_vocab_size < teacher_vocab_size:
         log.info("%s; the teacher's softmax is over the first %d ids", sizes, student_vocab_size)
@@ -145,3 +153,4 @@ def check_vocabularies(
             "renormalized (for the others it would be infinite)"
         )
         log.info("%s; %s; student_mass_outside is the probability it gives to the others", sizes, what)
+    return kd_loss

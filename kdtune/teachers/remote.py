@@ -64,14 +64,15 @@ class RemoteTeacher:
         """
         peers = self._channel.peers
         for batch in batches:
-            if more := sorted(set(batch.inputs) - {"tokens"}):
+            if more := sorted(set(batch.teacher_inputs) - {"tokens"}):
                 raise ParallelismError(
                     f"teacher_processes: the batch has {', '.join(more)} beside its tokens, and tokens alone are sent to the "
                     "teacher; set teacher_processes=0"
                 )
-            shares = batch.tokens.cpu().tensor_split(len(peers))
+            tokens_BS = batch.teacher_inputs["tokens"]
+            shares = tokens_BS.cpu().tensor_split(len(peers))
             sent = [self._channel.send(rank, _HIDDEN, share) for rank, share in zip(peers, shares, strict=True)]
-            self._requested.append((batch.tokens.shape, sent))
+            self._requested.append((tokens_BS.shape, sent))
 
     def __call__(self, batch: Batch) -> HiddenSignal:
         """Return the hidden states [B, S, D] of the batch that was requested first, and the head.
@@ -82,8 +83,8 @@ class RemoteTeacher:
         if not self._requested:
             self.prefetch([batch])
         shape, sent = self._requested.popleft()
-        if shape != batch.tokens.shape:
-            raise RuntimeError(f"tokens {tuple(batch.tokens.shape)}: those asked for next are {tuple(shape)}")
+        if shape != (asked := batch.teacher_inputs["tokens"].shape):
+            raise RuntimeError(f"tokens {tuple(asked)}: those asked for next are {tuple(shape)}")
         hidden = [self._receive(rank) for rank, _ in zip(self._channel.peers, range(shape[0]), strict=False)]
         _wait(sent)
         return HiddenSignal((hidden[0] if len(hidden) == 1 else torch.cat(hidden)).to(self._device), self._head)

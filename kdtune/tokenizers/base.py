@@ -138,6 +138,9 @@ class Tokenizer(ABC):
         extra = frozenset() if folder is None else generation_eos_ids(folder)
         self.stop_ids = frozenset(ends | extra | self._answer_ends)
 
+    pair: Any = None
+    """A `kdtune.data.TokenizerPair` has itself here: a dataset then makes its examples for both of its tokenizers."""
+
     @abstractmethod
     def _encode_text(self, text: str, previous: int | None) -> list[int]:
         """Return ids of well-formed text without special tokens; `previous` is the id before it, None at the very start."""
@@ -145,6 +148,19 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
         """Return the text of ids that all lie in the vocabulary."""
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Return the UTF-8 bytes that each id stands for inside a text; None for a special token and an id without text.
+
+        A token may be part of a character. Cross-tokenizer losses need this; a subclass of your own implements it.
+
+        Raises:
+            ConfigError: the tokenizer does not know them.
+        """
+        raise ConfigError(
+            f"tokenizer: {type(self).__name__} does not say which bytes its ids stand for (`token_bytes`), which a "
+            "cross-tokenizer loss needs; implement it, or choose another kd_loss"
+        )
 
     @abstractmethod
     def _save_files(self, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Byte-pair encodings for the `tokenizers` library: of bytes, with merges from tiktoken's ranks, and sentencepiece's."""
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -22,6 +24,24 @@ def byte_symbols() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [value for value in range(256) if value not in printable]
     return [chr(value if value in printable else 256 + hidden.index(value)) for value in range(256)]
+
+
+@cache
+def _values() -> dict[str, int]:
+    return {symbol: value for value, symbol in enumerate(byte_symbols())}
+
+
+def symbol_bytes(token: str) -> bytes | None:
+    """Return the bytes that a token of byte symbols stands for; None if another character is in it."""
+    values = [_values().get(symbol) for symbol in token]
+    return None if None in values else bytes(value for value in values if value is not None)
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Return the bytes of a sentencepiece piece: "▁" is a space, "<0x41>" one byte."""
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace("▁", " ").encode()
 
 
 def tokenizer_from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Tokenizers in a tokenizer.json, run by the `tokenizers` library."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from kdtune.json_files import read_json_if_there, read_text
 from kdtune.log import get_logger
 from kdtune.tokenizers.added_tokens import TokenFiles, read_tokens
 from kdtune.tokenizers.base import SpecialTokens, Tokenizer, check_special_tokens, well_formed
+from kdtune.tokenizers.bpe import piece_bytes, symbol_bytes
 from kdtune.tokenizers.folder import (
     TOKENIZER_CONFIG,
     copy_files,
@@ -97,6 +98,26 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode_ids(self, ids: Sequence[int], skip_special: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Return the bytes of each entry, as its decoder spells it; see `Tokenizer.token_bytes`."""
+        decoder = self._backend.decoder
+        steps = [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
+        kinds = {step["type"] for step in steps}
+        spell: Callable[[str], bytes | None]
+        if "ByteLevel" in kinds:
+            spell = symbol_bytes
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            spell = piece_bytes
+        else:
+            return super().token_bytes()
+        found: list[bytes | None] = [None] * self.vocab_size
+        added = self._backend.get_added_tokens_decoder()
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            found[i] = token.encode() if i in added else spell(token)
+        for i in self._special_ids:
+            found[i] = None
+        return found
+
     def _save_files(self, folder: Path) -> None:
         """Copy the folder's tokenizer files; mark a tokenizer.json made from a sentencepiece model to be read unchanged."""
         assert self.folder is not None
@@ -134,7 +155,7 @@ def _without_prefix(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer
 
 
 def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
-    inner = part.get("normalizers") or part.get("pretokenizers") or []
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
     return [step for child in inner for step in _steps(child)] if part["type"] == "Sequence" else [part]
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Tokenizers
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
 from kdtune.tokenizers.base import SpecialTokens, Tokenizer
-from kdtune.tokenizers.bpe import sentencepiece_bpe
+from kdtune.tokenizers.bpe import piece_bytes, sentencepiece_bpe
 from kdtune.tokenizers.compare import BATTERY, PLAIN_BATTERY
 from kdtune.tokenizers.folder import copy_files, take_tokenizer_json_as_it_stands
 from kdtune.tokenizers.huggingface import put_bos_first, read_backend, write_tokenizer
@@ -106,6 +106,12 @@ class SentencePieceTokenizer(Tokenizer):
                 "".join(self._special_strings[i] for i in members) if is_special else self._model.decode(members)
             )
         return "".join(parts)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Return the bytes of each piece; see `Tokenizer.token_bytes`."""
+        special = set(self.special_tokens.values())
+        pieces = map(self._model.id_to_piece, range(self.vocab_size))
+        return [None if i in special else piece_bytes(piece) for i, piece in enumerate(pieces)]
 
     def _save_files(self, folder: Path) -> None:
         """Copy tokenizer.model, and tokenizer.json with its configs if they exist and give the same ids; else make them.

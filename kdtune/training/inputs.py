@@ -56,7 +56,8 @@ def check_inputs(
 def _files(cfg: Any, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """Return the fingerprints of the tokenizer and the models, by config key."""
     nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
-    return {"tokenizer": fingerprint(tokenizer), **{key: one.fingerprint() for key, one in nodes.items() if one}}
+    own = {"teacher_tokenizer": fingerprint(tokenizer.pair.teacher)} if tokenizer.pair else {}
+    return {"tokenizer": fingerprint(tokenizer), **own, **{key: one.fingerprint() for key, one in nodes.items() if one}}
 
 
 def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
@@ -237,7 +238,7 @@ def _known(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Any:
     found, old = now[key], before.get(key)
     if not (isinstance(found, dict) and isinstance(old, dict)):
         return found
-    if key == "tokenizer":
+    if key.endswith("tokenizer"):
         return {name: value for name, value in found.items() if name in old}
     known = old.get("config", {})
     return {**found, "config": {name: value for name, value in found["config"].items() if name in known}}

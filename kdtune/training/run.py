@@ -191,7 +191,9 @@ class Run:
             for prompt in self.progress.counted(prompts, "prompts"):
                 for name, model in able.items():
                     try:
-                        text = answer(model, self.inputs.tokenizer, prompt, length, sync_tokens=True)
+                        pair = self.inputs.tokenizer.pair if name == "teacher" else None
+                        own = pair.teacher if pair else self.inputs.tokenizer
+                        text = answer(model, own, prompt, length, sync_tokens=True)
                     except CheckpointError as error:  # its weights are not numbers
                         raise CheckpointError(f"{name}: {error}") from error
                     samples.log({"model": name, "prompt": prompt, "answer": text}, self._step)

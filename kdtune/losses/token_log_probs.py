@@ -1,0 +1,72 @@
+"""Log-probabilities of given tokens, from hidden states and an output head; the logits are computed again in backward.
+
+Shapes as in `fused_linear`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtune.losses.fused_linear import add_weight_grad_, chunk_slices, hidden_grad, project_logits
+from kdtune.losses.heads import Projection
+
+
+def token_log_probs(head: Projection, positions_N: Tensor, labels_N: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Return log softmax(logits)[label] of each position, [N], in fp32 or, for float64 hidden states, in float64.
+
+    Gradients flow to hidden states and weight. Neither pass holds more logits than those of a chunk.
+
+    Args:
+        head: hidden states and the head's weight; not in shards.
+        positions_N: int64, each at most once.
+        labels_N: int64 ids.
+        chunk_size: tokens whose logits exist at a time; None: as many as fit a fixed number of bytes.
+    """
+    found: Tensor = _TokenLogProbs.apply(
+        head.hidden_TD, head.weight_VD, head.softcap, positions_N, labels_N, chunk_size
+    )
+    return found
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        softcap: float | None,
+        positions_N: Tensor,
+        labels_N: Tensor,
+        chunk_size: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_VD, positions_N, labels_N)
+        ctx.softcap, ctx.chunk_size = softcap, chunk_size
+        head = Projection(hidden_TD, weight_VD, softcap=softcap)
+        found = hidden_TD.new_zeros(len(labels_N), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for chunk in chunk_slices(head, len(labels_N), chunk_size):
+                logits_CV = project_logits(head, positions_N[chunk])
+                found[chunk] = logits_CV.gather(1, labels_N[chunk, None]).squeeze(1) - logits_CV.logsumexp(-1)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, positions_N, labels_N = ctx.saved_tensors
+        head = Projection(hidden_TD, weight_VD, softcap=ctx.softcap)
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for chunk in chunk_slices(head, len(labels_N), ctx.chunk_size):
+                logits_CV = project_logits(head, positions_N[chunk])
+                slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square()
+                grad_CV = logits_CV.softmax(-1).mul_(-grad_N[chunk, None])
+                grad_CV[torch.arange(len(grad_CV), device=grad_CV.device), labels_N[chunk]] += grad_N[chunk]
+                if slope_CV is not None:
+                    grad_CV.mul_(slope_CV)
+                if grad_hidden_TD is not None:
+                    grad_hidden_TD[positions_N[chunk]] = hidden_grad(grad_CV, hidden_TD[positions_N[chunk]], head)
+                if grad_weight_VD is not None:
+                    add_weight_grad_(grad_weight_VD, grad_CV, hidden_TD[positions_N[chunk]], weight_VD)
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_TD, grad_weight, None, None, None, None
