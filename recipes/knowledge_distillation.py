@@ -42,6 +42,8 @@ class Config(training.TrainingConfig):
     """The divergence between teacher and student."""
     teacher_targets: Any = config.component(default=None)
     """What the divergence sees of the teacher's distribution: kdtune.losses.TopKTargets or SampledTargets; null: all of it."""
+    hidden_loss: Any = config.component(default=None)
+    """A term on hidden states added to the loss: kdtune.losses.HiddenStateLoss; null: none."""
     kd_ratio: float = 0.5
     """Weight of the divergence; cross entropy has 1 - kd_ratio."""
 
@@ -83,9 +85,8 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     )
 
     # Loss and optimizer.
-    targets = config.instantiate(cfg.teacher_targets)
-    loss_fn = losses.KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size, teacher_targets=targets)
-    optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps)
+    loss_fn = training.build_kd_loss(cfg, divergence, student, teacher, world)
+    optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps, loss_fn)
 
     with training.Run(
         inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn, **names
@@ -95,13 +96,13 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
-            if loss_fn.kd_ratio > 0:
+            if loss_fn.needs_teacher:
                 teacher.prefetch(step.batches)
             for batch in step.micro_batches():
                 loss, parts = kd_step(student, teacher, loss_fn, batch)
                 (loss / step.num_valid_tokens).backward()
                 step.add(loss, parts, batch)
-            grad_norm = training.clip_grad_norm_(student.parameters(), cfg.clip_grad_norm)
+            grad_norm = training.clip_grad_norm_([*student.parameters(), *loss_fn.parameters()], cfg.clip_grad_norm)
             step.check_finite(grad_norm)
             optimizer.step()
             if scheduler is not None:
@@ -119,9 +120,9 @@ def kd_step(
     student: models.Transformer, teacher: teachers.Teacher, loss_fn: losses.KDLoss, batch: data.Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss summed over the micro-batch's valid tokens, and its named parts."""
-    signal = teacher(batch) if loss_fn.kd_ratio > 0 else None
-    hidden_BSD = student(**batch.inputs, return_hidden=True)
-    return loss_fn(hidden_BSD, student.output, signal, batch.targets)
+    signal = teacher(batch) if loss_fn.needs_teacher else None
+    hidden = student(**batch.inputs, return_hidden=True, **loss_fn.forward_options)
+    return loss_fn(hidden, student.output, signal, batch.targets)
 
 
 def validate(
@@ -138,8 +139,7 @@ def validate(
     if held_out is None:
         return {}
     teacher.prefetch(held_out)
-    # The divergence is measured whatever kd_ratio is.
-    measured = loss_fn.with_kd_ratio(1.0)
+    measured = loss_fn.with_kd_ratio(1.0)  # whatever is trained
     found = evaluation.evaluate_kd(student, teacher, measured, held_out, world=world, progress=progress.validating,
                                    with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}

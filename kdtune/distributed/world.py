@@ -82,6 +82,14 @@ class World:
         """Return whether it is true on any process."""
         return self._sum_all([float(flag)])[0] > 0
 
+    def sum_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all shares of the data of the gradient of a parameter that every process holds whole."""
+        if self.size == 1:
+            return gradient
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient / self.tp  # processes that share their data have the same
+
     def _sum_all(self, values: Sequence[float]) -> list[float]:
         if self.size == 1 or not values:
             return list(values)

@@ -10,6 +10,7 @@ from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, 
 from .divergences.mixture import Mixture, WeightedSum
 from .divergences.taid import TAID
 from .heads import Head, check_head
+from .hidden_states import HiddenStateLoss
 from .kd_loss import KDLoss, StatefulLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
 from .signal import DenseSignal, HiddenSignal, SampledSignal, Signal, TopKSignal
@@ -34,6 +35,7 @@ __all__ = [
     "ForwardKLLoss",
     "Head",
     "HiddenSignal",
+    "HiddenStateLoss",
     "HybridULD",
     "JensenShannon",
     "KDLoss",

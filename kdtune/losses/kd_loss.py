@@ -47,6 +47,7 @@ class KDLoss:
         chunk_size: tokens projected at a time; None: as many as fit a fixed number of bytes.
         teacher_targets: what the divergence sees of a teacher's whole distribution, such as `kdtune.losses.TopKTargets`; None: all
             of it.
+        hidden_loss: a term on hidden states, such as `kdtune.losses.HiddenStateLoss`, which adds its weight times its sum; None: none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class KDLoss:
         kd_ratio: float = 0.5,
         chunk_size: int | None = None,
         teacher_targets: TeacherTargets | None = None,
+        hidden_loss: Any = None,
     ) -> None:
         if not 0.0 <= kd_ratio <= 1.0:
             raise ConfigError(
@@ -69,11 +71,12 @@ class KDLoss:
         self.kd_ratio = kd_ratio
         self.chunk_size = chunk_size
         self.teacher_targets = teacher_targets
+        self.module = hidden_loss
         check_targets(self.divergence, teacher_targets)
         self._over: dict[tuple[int, int], Divergence] = {}
 
     def __call__(
-        self, hidden_BSD: Tensor, output: nn.Module, signal: Signal | None, targets: Targets | Tensor
+        self, hidden: Any, output: nn.Module, signal: Signal | None, targets: Targets | Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts, detached sums over the same tokens: "class_loss" and, with a teacher, the others.
 
@@ -84,7 +87,8 @@ class KDLoss:
         token and its two losses among the parts. Softmax and sums are in fp32 (float64 for float64 hidden states).
 
         Args:
-            hidden_BSD: the student's last hidden states, after the final norm.
+            hidden: the student's last hidden states [B, S, D], after the final norm; with a hidden_loss a pair of these and
+                those of its layers.
             output: the student's output head.
             signal: the teacher's, for the same positions; None with kd_ratio 0.
             targets: the batch's; or its labels [B, S], at the price of a wait for an accelerator.
@@ -96,6 +100,7 @@ class KDLoss:
         """
         if isinstance(targets, Tensor):
             targets = Targets.from_labels(targets)
+        hidden_BSD, states = (hidden, ()) if isinstance(hidden, Tensor) else hidden
         student = project("student", hidden_BSD, output)
         check_positions("student hidden states", hidden_BSD.shape[:-1], targets.shape)
         if targets.alignment is not None:
@@ -122,11 +127,32 @@ class KDLoss:
             "agreement": sums.agreement,
             "student_mass_outside": sums.outside,
         }
-        return sums.total, {name: part for name, part in parts.items() if part is not None}
+        total = sums.total
+        if self.module is not None:
+            if not isinstance(signal, HiddenSignal) or not signal.layers:
+                raise ConfigError("hidden_loss: the teacher's signal has no hidden states of layers; ~hidden_loss")
+            term = self.module(states, signal.layers, targets.positions_N, targets.weights_N)
+            total, parts["hidden_loss"] = total + self.module.weight * term, term.detach()
+        return total, {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether a step needs the teacher's signal."""
+        return self.kd_ratio > 0 or self.module is not None
+
+    @property
+    def forward_options(self) -> dict[str, Any]:
+        """Arguments of the student's forward for what the loss reads, beside `return_hidden`."""
+        return {} if self.module is None else {"return_layers": self.module.student_layers}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return its own trained parameters: the maps of its term on hidden states."""
+        return [] if self.module is None else list(self.module.parameters())
 
     def with_kd_ratio(self, kd_ratio: float) -> "KDLoss":
-        """Return the same loss with another weight of the divergence."""
+        """Return the same loss with another weight of the divergence, and without a term on hidden states."""
         other = copy.copy(self)
+        other.module = None
         other.kd_ratio = kd_ratio
         return other
 
@@ -150,6 +176,8 @@ class KDLoss:
 
     def _stateful(self) -> Iterator[tuple[str, StatefulLoss]]:
         yield from _parts_with_state("kd_loss", self.divergence)
+        if self.module is not None:
+            yield "hidden_loss", self.module
 
     def _teacher(self, student: Projection, signal: Signal | None, targets: Targets) -> Projection | Signal | None:
         """Return the input for the teacher's rows in the fused loss; None with kd_ratio 0."""

@@ -46,6 +46,8 @@ class HiddenSignal:
 
     hidden_BSD: Tensor
     output: nn.Linear
+    layers: tuple[Tensor, ...] = ()
+    """Hidden states [B, S, D] of the layers that a hidden-state term compares."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ Shape suffixes: B batch, S sequence, T tokens attended to, D embedding, H heads,
 F feed-forward.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +215,8 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
         return_hidden: bool = False,
-    ) -> Tensor:
+        return_layers: Sequence[int] = (),
+    ) -> Any:
         """Return logits [B, S, V], or with ``return_hidden`` the hidden states [B, S, D] after the final norm.
 
         Args:
@@ -225,6 +226,8 @@ class Transformer(nn.Module):
                 the number of cached tokens.
             kv_cache: Cache of the preceding tokens; the new ones are appended to it.
             return_hidden: For losses that project chunk by chunk, so that [B, S, V] never exists.
+            return_layers: With ``return_hidden``, return a pair: these hidden states, and a list of those after so many
+                layers, 1 to all; after all of them they are the first of the pair, so after the norm. No other is held.
         """
         num_held = 0
         if kv_cache is not None:
@@ -235,12 +238,18 @@ class Transformer(nn.Module):
             input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
         mask = _attention_mask(mask, num_held, num_new, tokens.device)
         hidden_BSD, rope = self.embed(tokens, input_pos)
+        states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache.layers[index]
             hidden_BSD = layer(hidden_BSD, rope, mask, cache, num_held)
+            if index + 1 in return_layers:
+                states[index + 1] = hidden_BSD
         if kv_cache is not None:
             kv_cache.length += num_new
         hidden_BSD = self.norm(hidden_BSD)
+        if return_layers:
+            states[len(self.layers)] = hidden_BSD
+            return hidden_BSD, [states[number] for number in return_layers]
         return hidden_BSD if return_hidden else self.output(hidden_BSD)
 
 

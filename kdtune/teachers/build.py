@@ -5,6 +5,7 @@ from typing import Any
 from kdtune import parallel
 from kdtune.config import factory, instantiate
 from kdtune.distributed import World
+from kdtune.errors import KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
@@ -20,7 +21,8 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
     See `build_teacher_model` for the keys and the errors.
     """
     if world.channel is None:
-        return OnlineTeacher(build_teacher_model(cfg, world))
+        hidden_loss, model = instantiate(cfg.hidden_loss), build_teacher_model(cfg, world)
+        return OnlineTeacher(model, hidden_loss.depths(model.config.num_layers) if hidden_loss else ())
     log.info("the teacher is on %d of the run's %d processes", world.channel.num_teachers, world.channel.num_processes)
     if cfg.teacher_checkpointer is None:
         # Drawn and dropped: the student's random weights come after the teacher's, as they do where both are together.
@@ -58,6 +60,15 @@ def problems(cfg: Any) -> list[str]:
     found = []
     if cfg.teacher_processes > 0 and cfg.kd_ratio == 0:
         found.append(f"teacher_processes={cfg.teacher_processes}: with kd_ratio=0 no step asks the teacher; set 0")
+    found += [
+        f"hidden_loss: needs the hidden states of a teacher in the same processes, which {key} does not give; ~{key}, or ~hidden_loss"
+        for key in ("teacher", "teacher_processes")
+        if cfg.hidden_loss and getattr(cfg, key)
+    ]
+    try:
+        instantiate(cfg.hidden_loss)
+    except KDTuneError as error:
+        found.append(str(error))
     if cfg.teacher is not None:
         given = [key for key in ("teacher_model", "teacher_checkpointer", "teacher_processes") if getattr(cfg, key)]
         found += [

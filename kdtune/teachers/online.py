@@ -15,9 +15,11 @@ class OnlineTeacher:
 
     Args:
         model: the teacher; its parameters stop taking gradients.
+        layers: layers whose hidden states the signal has too, see `Transformer.forward`.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, layers: Sequence[int] = ()) -> None:
+        self.layers = tuple(layers)
         self.model = model.requires_grad_(False).eval()
 
     @property
@@ -33,6 +35,9 @@ class OnlineTeacher:
         """Return the teacher's last hidden states [B, S, D] on the batch's inputs, and its output head."""
         # Whoever generates or evaluates with the model may have switched its mode.
         self.model.eval()
+        if self.layers:
+            hidden_BSD, states = self.model(**batch.teacher_inputs, return_hidden=True, return_layers=self.layers)
+            return HiddenSignal(hidden_BSD, self.model.output, tuple(states))
         return HiddenSignal(self.model(**batch.teacher_inputs, return_hidden=True), self.model.output)
 
     def generate(

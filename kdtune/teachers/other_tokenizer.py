@@ -101,6 +101,11 @@ def problems(cfg: Any) -> list[str]:
     found = []
     if cfg.teacher_targets is not None:
         found.append("teacher_targets: has no effect with a cross-tokenizer kd_loss; ~teacher_targets")
+    if getattr(cfg, "hidden_loss", None) is not None:
+        found.append(
+            "hidden_loss: compares the two models position by position, and with a cross-tokenizer kd_loss they read other tokens; "
+            "~hidden_loss"
+        )
     for key in ("parallelism", "teacher_parallelism"):
         if getattr(instantiate(getattr(cfg, key)), "tp", 1) > 1:
             found.append(f"{key}.tp: a cross-tokenizer kd_loss needs whole output heads; set {key}.tp=1")

@@ -19,7 +19,7 @@ from .schedules import (
     get_wsd_schedule,
 )
 from .seed import set_seed, set_step_seed
-from .start import Inputs, build_optimizer, build_trained_model, load_inputs, start
+from .start import Inputs, build_kd_loss, build_optimizer, build_trained_model, load_inputs, start
 from .steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from .tokenizer import load_tokenizer
 
@@ -37,6 +37,7 @@ __all__ = [
     "TrainingConfig",
     "WandBLogger",
     "adamw",
+    "build_kd_loss",
     "build_optimizer",
     "build_trained_model",
     "builder_problems",

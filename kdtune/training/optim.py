@@ -211,8 +211,26 @@ class Muon(torch.optim.Optimizer):
             rest_lr = lr if adamw_lr is None else adamw_lr
             halves.append(torch.optim.AdamW(groups, lr=rest_lr, betas=tuple(betas), eps=eps))  # type: ignore[arg-type]
         self._halves = halves
+        self._rest_options: dict[str, Any] = {
+            "lr": lr if adamw_lr is None else adamw_lr,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
         self._group_counts = [len(half.param_groups) for half in halves]
         super().__init__([group for half in halves for group in half.param_groups], defaults={})
+        self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group that AdamW trains."""
+        if "_group_counts" not in vars(self) or len(self.param_groups) < sum(self._group_counts):
+            return super().add_param_group(param_group)  # from torch's own constructor
+        if len(self._halves) == 1:
+            self._halves.append(torch.optim.AdamW([param_group], **self._rest_options))
+            self._group_counts.append(0)
+        else:
+            self._halves[-1].add_param_group(param_group)
+        self.param_groups.append(self._halves[-1].param_groups[-1])
+        self._group_counts[-1] += 1
         self._share()
 
     def _share(self) -> None:
@@ -228,7 +246,11 @@ class Muon(torch.optim.Optimizer):
         self._share()  # loading a state dict puts new dicts in place of the old
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_halves": self._halves, "_group_counts": self._group_counts}
+        return super().__getstate__() | {
+            "_halves": self._halves,
+            "_group_counts": self._group_counts,
+            "_rest_options": self._rest_options,
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -44,6 +44,8 @@ def load_training_state(
     if before == now:
         return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss)
     old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))
+    # Groups of the loss's own parameters, which these settings do not change, come after the model's.
+    old, new = ([*one, *_options(optimizer)[len(one) :]] for one in (old, new))
     rates = [{key: group[key] for key in _RATES if key in group} for group in _options(optimizer)]
     replay = before["lr_scheduler"] != now["lr_scheduler"] or any(
         one["lr"] != other["lr"] for one, other in zip(old, new, strict=True)

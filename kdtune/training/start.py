@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from kdtune import config, parallel, teachers
@@ -13,7 +14,7 @@ from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Loader, batches, load_dataset
 from kdtune.distributed import World
 from kdtune.log import get_logger
-from kdtune.losses import check_head
+from kdtune.losses import KDLoss, check_head
 from kdtune.models import Transformer, dtype_from_name, family_of
 from kdtune.runs.progress import Progress
 from kdtune.runs.resume import is_finished, step_to_resume
@@ -150,12 +151,25 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
     return model
 
 
-def build_optimizer(cfg: Any, model: Transformer, num_steps: int) -> tuple[Optimizer, Any]:
-    """Build the optimizer of a model's trainable parameters, and its schedule: None without `lr_scheduler`.
+def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any, world: World) -> KDLoss:
+    """Build the loss of a distillation config; the gradient of a hidden-state term's maps is summed over the world's shares."""
+    hidden_loss = instantiate(cfg.hidden_loss)
+    if hidden_loss is not None:
+        widths = (student.config.embed_dim, teacher.model.config.embed_dim)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        hidden_loss.attach(student.config.num_layers, widths, seed=cfg.seed, dtype=dtype, device=world.device)
+        for parameter in hidden_loss.parameters():
+            parameter.register_hook(world.sum_gradient)
+    return KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size, hidden_loss=hidden_loss,
+                  teacher_targets=instantiate(cfg.teacher_targets))  # fmt: skip
 
-    `cfg` is the recipe's, a `TrainingConfig`, `model` the trained one, `num_steps` the length of the schedule.
-    """
+
+def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:
+    """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`."""
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
+    if loss is not None and loss.parameters():
+        named = [(f"loss.{name}", parameter) for name, parameter in loss.module.named_parameters()]
+        optimizer.add_param_group({"params": named, "lr": loss.module.projection_lr, "weight_decay": 0.0})
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     warn_of_lost_updates(optimizer)
     return optimizer, scheduler

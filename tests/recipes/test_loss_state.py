@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from command_line import CLI
+from safetensors.torch import load_file
 
 # Of a row of metrics.jsonl, what a clock or the machine says.
 MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
 RUN = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "max_steps_per_epoch=4",
        "gradient_accumulation_steps=1", "batch_size=2", "dataset_val=null", "run_val_every_n_steps=null",
        "save_every_n_steps=2")  # fmt: skip
+HIDDEN = ("hidden_loss=kdtune.losses.HiddenStateLoss", "hidden_loss.weight=2.0")
 TAID = ("kd_loss=kdtune.losses.TAID", "kd_loss.rate=1.0")
 
 
@@ -21,7 +23,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
-@pytest.mark.parametrize("loss", [TAID], ids=["TAID"])
+@pytest.mark.parametrize("loss", [TAID, HIDDEN], ids=["TAID", "hidden"])
 def test_a_resumed_run_is_the_uninterrupted_one(loss: tuple[str, ...], cli: CLI, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli(*RUN, *loss, f"output_dir={whole}").code == 0
@@ -35,3 +37,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(loss: tuple[str, ...], cli: CLI,
     if loss is TAID:
         shares = [row["taid_share"] for row in rows(cut) if "loss" in row]
         assert shares[0] == 0.4 and shares == sorted(shares) and shares[2] > 0.4 + 0.6 * 2 / 4
+    else:
+        assert all(row["hidden_loss"] > 0 for row in rows(cut) if "loss" in row)
+        assert not any("maps" in name for name in load_file(whole / "final" / "model.safetensors"))
+
+
+def test_a_changed_rate_leaves_the_maps_own(cli: CLI, tmp_path: Path) -> None:
+    """`resume_changes` of optimizer.lr, beside a parameter group that the optimizer's settings do not name."""
+    assert cli(*RUN, *HIDDEN, f"output_dir={tmp_path}", "max_steps_per_epoch=2").code == 0
+    done = cli(*RUN, *HIDDEN, f"output_dir={tmp_path}", "resume_from_checkpoint=true", "optimizer.lr=5e-3",
+               "resume_changes=[optimizer.lr]")  # fmt: skip
+    assert done.code == 0, done.err
+    state = json.loads((tmp_path / "step_4" / "state" / "state.json").read_text())
+    assert [group["initial_lr"] for group in state["optimizers"][0]["groups"]] == [5e-3, 1e-3]
+    assert state["loss"]["tensors"] == ["loss.hidden_loss.maps.0.weight", "loss.hidden_loss.maps.1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("teacher_processes=1",), "hidden_loss: needs the hidden states of a teacher in the same processes"),
+        (("hidden_loss.layers=[0.0]",), "hidden_loss.layers=[0.0]: must be fractions of depth"),
+    ],
+)
+def test_refused_when_the_config_is_read(settings: tuple[str, ...], said: str, cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, *HIDDEN, *settings, f"output_dir={tmp_path / 'out'}")
+    assert done.code == 2 and said in done.err
+    assert not (tmp_path / "out").exists()

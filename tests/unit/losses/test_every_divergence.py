@@ -213,7 +213,10 @@ def test_fused_with_draws(case: Case, dtype: torch.dtype) -> None:
         q, p = (x.exp().reshape(-1, 1) for x in (logq.gather(-1, ids), logp))
         return (case.definition(q, p) * weights.flatten()).sum()
 
-    assert_fused(case, b, exact, KDLoss(case.divergence, kd_ratio=1.0, chunk_size=4))
+    loss_fn = KDLoss(case.divergence, kd_ratio=1.0, chunk_size=4)
+    assert_fused(case, b, exact, loss_fn)
+    # What the teacher finds most likely is not known from draws.
+    assert "agreement" not in loss_fn(b.hidden, b.head, b.signal, b.labels)[1]
 
 
 @each_sampled

@@ -58,7 +58,7 @@ def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int
             raise EnoughError
         return [1.0] * tensor.numel()
 
-    def build_optimizer(cfg: Any, model: models.Transformer, num_steps: int) -> tuple[Any, Any]:
+    def build_optimizer(cfg: Any, model: models.Transformer, num_steps: int, loss: Any = None) -> tuple[Any, Any]:
         """As the library's, which reads the weights too, once before the first step."""
         optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(model))
         steps = {"num_training_steps": num_steps}
