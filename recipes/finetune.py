@@ -46,7 +46,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     progress.phase("loading the model")
     model = training.build_trained_model(cfg, world, inputs, "model")
     tokenizers.check_vocabulary(inputs.tokenizer, model.config.vocab_size)
-    loss_fn = losses.KDLoss(kd_ratio=0.0, chunk_size=cfg.loss_chunk_size)
+    loss_fn = losses.KDLoss(kd_ratio=0.0, **cfg.loss_settings())
     optimizer, scheduler = training.build_optimizer(cfg, model, inputs.num_steps)
 
     with training.Run(inputs, world, progress, model=model, optimizer=optimizer, scheduler=scheduler) as session:

@@ -109,6 +109,8 @@ def aligned_loss(
         TrainingError: the signal is not of the teacher's positions.
     """
     check_target_ids(targets.id_range, student.vocab_size)
+    if loss.logits_dtype is not None:
+        raise ConfigError("loss_logits_dtype: a cross-tokenizer loss has its logits in fp32; set null")
     task = Task(targets.positions_N, targets.labels_N, None, loss.divergence, loss.kd_ratio, loss.chunk_size)
     if loss.kd_ratio == 0:
         sums = fused_linear_kd(student, task)

@@ -2,19 +2,22 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, divergence_of, over_student_ids
 from kdtune.losses.divergences.kl import ForwardKL
-from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.signal import HiddenSignal, Signal
 from kdtune.losses.sparse import TeacherTargets, check_targets
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
+
+if TYPE_CHECKING:
+    from kdtune.losses.comparison import Compare
 
 
 @runtime_checkable
@@ -48,6 +51,10 @@ class KDLoss:
         teacher_targets: what the divergence sees of a teacher's whole distribution, such as `kdtune.losses.TopKTargets`; None: all
             of it.
         hidden_loss: a term on hidden states, such as `kdtune.losses.HiddenStateLoss`, which adds its weight times its sum; None: none.
+        logits_dtype: None: logits as exact as fp32 has them. torch.bfloat16, for a bf16 model: logits and their gradient are
+            rounded to bf16, which costs the loss's gradient some precision (docs/losses.md) and saves products where fp32 results
+            take more than one.
+        compile: compile softmax, divergence and gradient, with torch.compile; without a compiler they run as they are.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class KDLoss:
         chunk_size: int | None = None,
         teacher_targets: TeacherTargets | None = None,
         hidden_loss: Any = None,
+        logits_dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         if not 0.0 <= kd_ratio <= 1.0:
             raise ConfigError(
@@ -72,6 +81,11 @@ class KDLoss:
         self.chunk_size = chunk_size
         self.teacher_targets = teacher_targets
         self.module = hidden_loss
+        if logits_dtype not in (None, torch.bfloat16):
+            raise ConfigError(f"logits_dtype={logits_dtype}: must be torch.bfloat16, or None for fp32")
+        self.logits_dtype = logits_dtype
+        self.compile = compile
+        self._compiled: dict[str, Compare] = {}  # by device type
         check_targets(self.divergence, teacher_targets)
         self._over: dict[tuple[int, int], Divergence] = {}
 
@@ -98,6 +112,8 @@ class KDLoss:
             DataError: a label is not an id of both vocabularies.
             TrainingError: hidden states, signal and targets are not of the same positions.
         """
+        from kdtune.losses.fused_linear import Task, fused_linear_kd
+
         if isinstance(targets, Tensor):
             targets = Targets.from_labels(targets)
         hidden_BSD, states = (hidden, ()) if isinstance(hidden, Tensor) else hidden
@@ -119,6 +135,8 @@ class KDLoss:
             chunk_size=self.chunk_size,
             weights_N=targets.weights_N,
             teacher_targets=self.teacher_targets,
+            logits_dtype=self.logits_dtype,
+            compare_=self._compare(hidden_BSD),
         )
         sums = fused_linear_kd(student, task)
         parts = {
@@ -148,6 +166,24 @@ class KDLoss:
     def parameters(self) -> list[nn.Parameter]:
         """Return its own trained parameters: the maps of its term on hidden states."""
         return [] if self.module is None else list(self.module.parameters())
+
+    def _compare(self, hidden_BSD: Tensor) -> "Compare":
+        """Return what compares a block of logits, compiled if that is asked for and there are values to compute."""
+        from kdtune.losses.comparison import compare_, compiled
+
+        if self.logits_dtype is not None and hidden_BSD.dtype != self.logits_dtype:
+            raise ConfigError(
+                f"logits_dtype={self.logits_dtype}: the student's hidden states are {hidden_BSD.dtype}; it is for models in bf16"
+            )
+        if not self.compile or isinstance(hidden_BSD, FakeTensor):
+            return compare_
+        device_type = hidden_BSD.device.type
+        if device_type not in self._compiled:
+            changes = isinstance(self.divergence, StatefulLoss)  # its numbers are constants of compiled code
+            self._compiled[device_type] = compiled(
+                device_type, "its divergence changes with the steps" if changes else None
+            )
+        return self._compiled[device_type]
 
     def with_kd_ratio(self, kd_ratio: float) -> "KDLoss":
         """Return the same loss with another weight of the divergence, and without a term on hidden states."""
@@ -233,6 +269,8 @@ def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | Non
         targets: of the batch.
         chunk_size: tokens whose logits exist at a time; None: as `KDLoss` chooses it.
     """
+    from kdtune.losses.fused_linear import CHUNK_BYTES
+
     if isinstance(signal, HiddenSignal):
         return KDLoss(kd_ratio=0.0, chunk_size=chunk_size)(signal.hidden_BSD, signal.output, None, targets)[0]
     size = chunk_size or max(1, CHUNK_BYTES // (signal.vocab_size * torch.float32.itemsize))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kdtune.losses import Divergence
 from kdtune.losses.contract import over_student_ids
-from kdtune.losses.fused_linear import CHUNK_BYTES, CPU_BLOCK_BYTES, Task, fused_linear_kd
+from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection
+from kdtune.losses.products import CPU_BLOCK_BYTES
 from kdtune.models import Transformer
 from kdtune.planner.meta_device import Cost, measure
 

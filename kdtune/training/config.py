@@ -7,7 +7,7 @@ import torch
 
 from kdtune import checkpoint, data, parallel, runs, tokenizers
 from kdtune.config import PathText, component, instantiate, key
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 from kdtune.training.checks import loop_problems
 from kdtune.training.precision import device_problems
 
@@ -46,7 +46,7 @@ class TrainingConfig:
     parallelism: Any = component(default={"_component_": "kdtune.distributed.Parallelism"}, may_change=True)
     """Parallelism of the trained model over the processes that torchrun starts; with one process it does nothing."""
     compile: bool = key(False, may_change=True)
-    """torch.compile each layer of every model."""
+    """torch.compile each layer of every model, and the loss."""
     enable_activation_checkpointing: bool = key(False, may_change=True)
     """Recompute the trained model's activations in backward: less memory, about a third more time."""
 
@@ -81,6 +81,8 @@ class TrainingConfig:
     """Largest norm of a step's gradient; null: no clipping."""
     loss_chunk_size: int | None = key(None, at_least=1, may_change=True)
     """Tokens whose logits are in memory at a time; null: chosen by the size of the vocabulary."""
+    loss_logits_dtype: Literal["bf16"] | None = None
+    """bf16: round the loss's logits and their gradient to bf16, with dtype bf16: faster, less exact (docs/losses.md); null: fp32."""
     seed: int = 0
     """Seed of the data order and of random weights."""
     cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
@@ -125,7 +127,17 @@ class TrainingConfig:
         found = loop_problems(self)
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        computed_in = (self.dtype, (self.parallelism or {}).get("param_dtype"))
+        if self.loss_logits_dtype is not None and self.loss_logits_dtype not in computed_in:
+            found.append(
+                f"loss_logits_dtype={self.loss_logits_dtype}: dtype is {self.dtype}; it is for models in bf16, use null"
+            )
         return found
+
+    def loss_settings(self) -> dict[str, Any]:
+        """Return the arguments of `kdtune.losses.KDLoss` that say how it computes, not what."""
+        dtype = None if self.loss_logits_dtype is None else dtype_from_name(self.loss_logits_dtype)
+        return {"chunk_size": self.loss_chunk_size, "logits_dtype": dtype, "compile": self.compile}
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""

@@ -160,8 +160,8 @@ def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any,
         hidden_loss.attach(student.config.num_layers, widths, seed=cfg.seed, dtype=dtype, device=world.device)
         for parameter in hidden_loss.parameters():
             parameter.register_hook(world.sum_gradient)
-    return KDLoss(divergence, kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size, hidden_loss=hidden_loss,
-                  teacher_targets=instantiate(cfg.teacher_targets))  # fmt: skip
+    return KDLoss(divergence, kd_ratio=cfg.kd_ratio, hidden_loss=hidden_loss,
+                  teacher_targets=instantiate(cfg.teacher_targets), **cfg.loss_settings())  # fmt: skip
 
 
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import TrainingError
-from kdtune.losses import ForwardKLLoss, HiddenSignal, KDLoss
-from kdtune.losses import fused_linear as module
+from kdtune.losses import ForwardKLLoss, HiddenSignal, KDLoss, products
 from kdtune.models import OutputHead
 
 STUDENT_DIM, TEACHER_DIM = 6, 5
@@ -137,14 +136,14 @@ def test_a_plain_linear_is_a_head_without_a_cap() -> None:
 
 @pytest.mark.parametrize("block_rows", [1, 2, 3])
 def test_blocks_of_a_chunk(block_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CPU_BLOCK_BYTES", block_rows * 13 * 8)
+    monkeypatch.setattr(products, "CPU_BLOCK_BYTES", block_rows * 13 * 8)
     assert_equals_brute_force(make_case(2, 9), 0.5, 5)
 
 
 @pytest.mark.parametrize("tile_rows", [1, 4, 13])
 def test_tiles_of_the_head(tile_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bf16 weights a head is raised by tiles; with float64 hidden states the rest stays exact."""
-    monkeypatch.setattr(module, "TILE_BYTES", tile_rows * STUDENT_DIM * 8)
+    monkeypatch.setattr(products, "TILE_BYTES", tile_rows * STUDENT_DIM * 8)
     case = make_case(2, 9, rows=13, teacher_rows=12)
     for linear in (case.output, case.signal.output):
         linear.bfloat16()
@@ -327,16 +326,16 @@ def test_bf16_is_summed_in_fp32(kd_ratio: float) -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Remembers the largest number of elements that an operation newly returned."""
+    """Remembers the largest number of bytes that an operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tensors(result):
-            self.numel = max(self.numel, tensor.numel())
+            self.num_bytes = max(self.num_bytes, tensor.nbytes)
         return result
 
 
@@ -360,11 +359,11 @@ def test_no_logits_beyond_a_chunk(dtype: torch.dtype, trainable: bool) -> None:
         with LargestResult() as largest:
             loss, _ = KDLoss(chunk_size=chunk_size)(hidden, case.output.to(dtype), signal, case.labels)
             loss.backward()
-        sizes.append(largest.numel)
-    assert sizes == [chunk_size * rows] * 2
+        sizes.append(largest.num_bytes)
+    assert sizes == [chunk_size * rows * torch.float32.itemsize] * 2
 
 
 def test_a_device_that_takes_blocks_whole_may_have_no_rows() -> None:
     """With a head in shards a process may have none of a short chunk's rows; its blocks are none, not a division by zero."""
     empty_CV = torch.empty(0, 5, device="meta")
-    assert list(module._slices(len(empty_CV), module._block_size(empty_CV))) == []
+    assert list(products.slices(len(empty_CV), products.block_size(empty_CV))) == []

@@ -1,0 +1,172 @@
+"""Softmax, divergence and gradient of a block of logits: the part of the fused loss that is not a matrix product.
+
+It runs as it is, or compiled. Shapes: R tokens of a block, V the student's vocabulary.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kdtune.log import get_logger
+from kdtune.losses.contract import Divergence, value_and_gradient
+from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets, sparse_value_and_gradient
+
+log = get_logger(__name__)
+
+# Ids per part of `most_likely`'s first pass.
+_PART = 8192
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a block's loss depends on besides its logits and labels."""
+
+    divergence: Divergence
+    kd_ratio: float
+    num_teacher_ids: int | None  # None: no teacher
+    teacher_targets: TeacherTargets | None
+    softcap: float | None  # the student's
+    needs_grad: bool
+
+
+Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]
+Compare: TypeAlias = Callable[[Tensor, Tensor | SparseRows | None, Tensor, Tensor | None, Settings], Parts]
+
+
+def compare_(
+    logits_RV: Tensor,
+    teacher: Tensor | SparseRows | None,
+    labels_R: Tensor,
+    weights_R: Tensor | None,
+    settings: Settings,
+) -> Parts:
+    """Return cross entropy, divergence, agreement and probability outside, of each token.
+
+    If needs_grad, logits_RV becomes the loss's gradient. Given soft-capped logits z, it is the gradient with respect to the
+    product before the cap: 1 - (z / softcap)^2 times z's. Logits in bf16 are raised to fp32,
+    and their gradient is rounded to bf16.
+    """
+    given_RV, logits_RV = logits_RV, logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    logp_RV = logits_RV.log_softmax(-1)
+    ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
+    kd_R: Tensor | float = 0.0
+    agreement_R: Tensor | float = 0.0
+    outside_R: Tensor | float = 0.0
+    grad_logp_RV = None
+    if settings.num_teacher_ids is not None and teacher is not None:
+        agreement_R = _agreement(logits_RV, teacher)
+        outside_R = logp_RV[:, settings.num_teacher_ids :].exp().sum(-1)
+        kd_R, grad_logp_RV = _divergence(logp_RV, teacher, settings)
+        grad_logp_RV.mul_(settings.kd_ratio)
+    if settings.needs_grad:
+        softcap = settings.softcap
+        slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
+        _logit_grad(logp_RV, grad_logp_RV, labels_R, settings.kd_ratio, out_RV=logits_RV)
+        for scale in (slope_RV, None if weights_R is None else weights_R[:, None]):
+            if scale is not None:
+                logits_RV.mul_(scale)
+        if given_RV.dtype != logits_RV.dtype:
+            given_RV.copy_(logits_RV)
+    if weights_R is not None:
+        ce_R, kd_R = ce_R * weights_R, kd_R * weights_R
+    return ce_R, kd_R, agreement_R, outside_R
+
+
+def compiled(device_type: str, problem: str | None = None) -> Compare:
+    """Return `compare_` compiled, or itself with a problem or where there is no compiler for the device, and log which.
+
+    Once for all numbers of tokens; each call of this function returns one with compiled code of its own.
+    """
+    if problem := problem or _lacking_compiler(device_type):
+        log.warning("the loss is not compiled: %s", problem)
+        return compare_
+    log.info("the loss is compiled at its first batch")
+    # torch keeps what it compiled by the code object, up to a limit; a copy has a limit of its own.
+    function = types.FunctionType(compare_.__code__.replace(), compare_.__globals__, compare_.__name__)
+    function.__kwdefaults__ = compare_.__kwdefaults__
+    run = torch.compile(function, dynamic=False)
+
+    @functools.wraps(compare_)
+    def compare(
+        logits_RV: Tensor,
+        teacher: Tensor | SparseRows | None,
+        labels_R: Tensor,
+        weights_R: Tensor | None,
+        settings: Settings,
+    ) -> Parts:
+        of_teacher = () if teacher is None else (teacher,) if isinstance(teacher, Tensor) else vars(teacher).values()
+        for tensor in (logits_RV, labels_R, weights_R, *of_teacher):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        parts: Parts = run(logits_RV, teacher, labels_R, weights_R, settings)
+        return parts
+
+    return compare
+
+
+@functools.cache
+def _lacking_compiler(device_type: str) -> str | None:
+    """Return what torch.compile lacks for code on a device; None if nothing."""
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is missing"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "there is no C++ compiler; install g++ or clang++, or name one in the environment variable CXX"
+    return None
+
+
+def _divergence(logp_RV: Tensor, teacher: Tensor | SparseRows, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return the divergence [R] from the teacher's rows and its partial derivatives [R, V] with respect to logp_RV."""
+    if isinstance(teacher, Tensor):
+        teacher = teacher.to(logp_RV.dtype).log_softmax(-1)
+        teacher = settings.teacher_targets.of(teacher) if settings.teacher_targets else teacher
+    if isinstance(teacher, Tensor):
+        return value_and_gradient(settings.divergence, logp_RV, teacher)
+    return sparse_value_and_gradient(settings.divergence, logp_RV, teacher)
+
+
+def _agreement(logits_RV: Tensor, teacher: Tensor | SparseRows) -> Tensor:
+    """Return 1 for tokens to which both give the same most likely id, else 0, [R]; 0 if the teacher's is not known."""
+    if isinstance(teacher, SampledRows):
+        return logits_RV.new_zeros(len(logits_RV))
+    best_R = most_likely(teacher) if isinstance(teacher, Tensor) else teacher.most_likely()
+    return (most_likely(logits_RV) == best_R).to(logits_RV.dtype)
+
+
+def most_likely(logits_RV: Tensor) -> Tensor:
+    """Return `argmax(-1)`, on a CPU from the largest value of each part of a row, which takes a fraction of argmax's time."""
+    num_parts = logits_RV.shape[1] // _PART
+    if logits_RV.device.type != "cpu" or num_parts < 2 or torch.compiler.is_compiling():
+        return logits_RV.argmax(-1)
+    # The first of several largest values lies in the first part that has one.
+    parts = logits_RV.split(_PART, dim=1)
+    start_R1 = torch.stack([part.amax(-1) for part in parts], dim=1).argmax(-1, keepdim=True) * _PART
+    ids_RP = (start_R1 + torch.arange(_PART)).clamp_(max=logits_RV.shape[1] - 1)
+    return start_R1.squeeze(1) + logits_RV.gather(1, ids_RP).argmax(-1)
+
+
+def _logit_grad(
+    logp_RV: Tensor, grad_logp_RV: Tensor | None, labels_R: Tensor, kd_ratio: float, *, out_RV: Tensor
+) -> None:
+    """Write g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
+
+    The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere.
+    """
+    p_RV = logp_RV.exp()
+    if grad_logp_RV is None:
+        torch.mul(p_RV, 1 - kd_ratio, out=out_RV)
+    else:
+        sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
+        torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
+    out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio

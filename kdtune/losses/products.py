@@ -1,0 +1,208 @@
+"""Matrix products of the fused loss: logits, and the gradients of hidden states and head.
+
+The result has the precision of the sums, fp32 or float64. Four ways to get it there, by device and dtype (`form_of`):
+
+    raised       operands in the dtype of the sums; a bf16 head is raised tile by tile
+    accumulated  bf16 operands, fp32 result: `torch.mm(out_dtype=)`, CUDA only
+    two products bf16 operands on a CPU with bf16 units. z = a @ b is a sum in fp32 that is rounded to bf16 at the end; z's rounding
+                 error is another such product, addmm(z, a, b, beta=-1), which is small, so that its own rounding hardly
+                 counts: together they are exact to about 18 bits. A gradient in fp32 is the sum of two bf16 tensors.
+    rounded      bf16 operands, logits and gradient of the logits rounded to bf16: only as asked for, by `logits_dtype`
+
+Shapes: C tokens of a chunk, V ids, D embedding width.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from kdtune.log import get_logger
+from kdtune.losses.heads import Projection
+
+log = get_logger(__name__)
+
+# On a CPU, softmax and divergence run on blocks of a chunk's rows, small enough for their temporaries to stay in cache.
+CPU_BLOCK_BYTES = 8 * 2**20
+# Temporaries of a product: a head is raised to fp32, and rounding errors are computed, by tiles of ids.
+TILE_BYTES = 16 * 2**20
+
+Form = Literal["raised", "accumulated", "two products", "rounded"]
+
+
+def sum_dtype(hidden_TD: Tensor) -> torch.dtype:
+    """Return fp32, or the wider dtype of the hidden states."""
+    return torch.promote_types(hidden_TD.dtype, torch.float32)
+
+
+def form_of(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> Form:
+    """Return how hidden states and head are multiplied for logits in a dtype."""
+    is_half = hidden.dtype == weight.dtype == torch.bfloat16
+    if logits_dtype == torch.bfloat16:
+        return "rounded"
+    if not is_half or logits_dtype != torch.float32:
+        return "raised"
+    if hidden.is_cuda and torch.version.hip is None:
+        return "accumulated"
+    return "two products" if hidden.device.type == "cpu" and cpu_multiplies_bf16() else "raised"
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Return whether this CPU has bf16 units, and torch's products there leave their rounding error to a second one.
+
+    The second is tried, for it rests on sums in fp32 and on `beta` being applied before the result is rounded.
+    """
+    cpu = torch.cpu
+    if not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()):
+        return False
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        a, b = (
+            (torch.arange(rows * 256, dtype=torch.float32, device="cpu") * step).sin().view(rows, 256).bfloat16()
+            for rows, step in ((32, 1.7), (64, 2.3))
+        )
+        exact = a.double() @ b.double().T
+        product, rest = _with_rounding_error(a, b.T)
+        works = bool((product.double() + rest.double() - exact).norm() < 1e-5 * exact.norm())
+    log.debug("the loss multiplies in %s", "bf16, two products for each" if works else "fp32")
+    return works
+
+
+def project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:
+    """Return logits [C, V] of a chunk, in the first rows of the buffer and in its dtype."""
+    logits_CV = buffer[: len(hidden_CD)]
+    weight_VD = head.weight_VD[: logits_CV.shape[1]]
+    form = form_of(hidden_CD, weight_VD, buffer.dtype)
+    if form == "rounded":
+        torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
+    elif form == "two products":
+        for tile in slices(len(weight_VD), max(1, TILE_BYTES // (2 * max(1, len(hidden_CD))))):
+            product, rest = _with_rounding_error(hidden_CD, weight_VD[tile].T)
+            logits_CV[:, tile].copy_(product).add_(rest)
+    else:
+        dtype = torch.bfloat16 if form == "accumulated" else buffer.dtype
+        hidden_CD = hidden_CD.to(dtype)
+        for tile, weight in _tiles(weight_VD, dtype):
+            _mm(hidden_CD, weight.T, out=logits_CV[:, tile])
+    if head.softcap is not None:
+        for block in slices(len(logits_CV), block_size(logits_CV)) if form == "rounded" else (slice(None),):
+            _cap_(logits_CV[block], head.softcap)
+    return logits_CV
+
+
+def _cap_(logits_RV: Tensor, softcap: float) -> None:
+    if logits_RV.dtype != torch.bfloat16:
+        logits_RV.div_(softcap).tanh_().mul_(softcap)
+    else:
+        logits_RV.copy_(logits_RV.float().div_(softcap).tanh_().mul_(softcap))
+
+
+def gradient_parts_(grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradient of the logits as tensors that add up to it, as the products below take it; may overwrite it.
+
+    For two products: its high and its low half in bf16, each row's side by side in the memory that it had.
+    """
+    if form_of(hidden_CD, weight_VD, grad_logits_CV.dtype) != "two products":
+        return (grad_logits_CV,)
+    num_ids = grad_logits_CV.shape[1]
+    halves = grad_logits_CV.view(torch.bfloat16)
+    for block in slices(len(grad_logits_CV), block_size(grad_logits_CV)):
+        high = grad_logits_CV[block].bfloat16()
+        low = grad_logits_CV[block].sub_(high).bfloat16()
+        halves[block, :num_ids], halves[block, num_ids:] = high, low
+    return halves[:, :num_ids], halves[:, num_ids:]
+
+
+def hidden_gradient(parts: tuple[Tensor, ...], hidden_CD: Tensor, head: Projection) -> Tensor:
+    """Return the gradient [C, D] of the hidden states, in their dtype, from `gradient_parts_`."""
+    first, *low = parts
+    weight_VD = head.weight_VD[: first.shape[1]]
+    if low and not head.shards:  # rounded once, at the end
+        return (low[0] @ weight_VD).addmm_(first, weight_VD)
+    if low:
+        product, rest = _with_rounding_error(first, weight_VD, *low)
+        grad_CD = product.float().add_(rest)
+    elif first.dtype == torch.bfloat16:
+        grad_CD = (first @ weight_VD).float()
+    else:
+        form = form_of(hidden_CD, weight_VD, first.dtype)
+        dtype = torch.bfloat16 if form == "accumulated" else first.dtype
+        grad_CD = torch.zeros_like(hidden_CD, dtype=first.dtype)
+        for tile, weight in _tiles(weight_VD, dtype):
+            _addmm_(grad_CD, first[:, tile].to(dtype), weight)
+    if head.shards:
+        head.shards.sum_(grad_CD)
+    return grad_CD.to(hidden_CD.dtype)
+
+
+def add_weight_gradient_(
+    grad_weight_VD: Tensor, parts: tuple[Tensor, ...], hidden_CD: Tensor, weight_VD: Tensor
+) -> None:
+    """Add a chunk's share to the gradient of the head's rows, from `gradient_parts_`."""
+    first, *low = parts
+    form = form_of(hidden_CD, weight_VD, first.dtype if not low else torch.float32)
+    dtype = grad_weight_VD.dtype if form == "raised" else torch.bfloat16
+    hidden_CD = hidden_CD.to(dtype)
+    for tile in slices(first.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
+        grad = first[:, tile].T.to(dtype)
+        if form == "two products":
+            product, rest = _with_rounding_error(grad, hidden_CD, *(one[:, tile].T for one in low))
+            grad_weight_VD[tile].add_(product).add_(rest)
+        elif form == "rounded":
+            grad_weight_VD[tile].add_(grad @ hidden_CD)
+        else:
+            _addmm_(grad_weight_VD[tile], grad, hidden_CD)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Return consecutive slices of about equal length, none longer than size, that cover range(length)."""
+    count = math.ceil(length / size)
+    return (slice(i * length // count, (i + 1) * length // count) for i in range(count))
+
+
+def block_size(logits_CV: Tensor) -> int:
+    """Return the rows of a chunk that softmax and divergence process at once: all of them, except on a CPU; at least one."""
+    if logits_CV.device.type != "cpu":
+        return max(1, len(logits_CV))  # with a head in shards, a process may have none of a short chunk's rows
+    itemsize = max(logits_CV.element_size(), torch.float32.itemsize)
+    return max(1, CPU_BLOCK_BYTES // (logits_CV.shape[1] * itemsize))
+
+
+def _with_rounding_error(a: Tensor, b: Tensor, *low: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a @ b in bf16, and in bf16 what rounding took from it; plus low @ b, for a left operand of two halves."""
+    product = a @ b
+    rest = torch.addmm(product, a, b, beta=-1)
+    for more in low:
+        rest.addmm_(more, b)
+    return product, rest
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Return the product of two matrices, computed to the precision of out's dtype."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add the product of two matrices to out, computed to the precision of out's dtype."""
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def _tiles(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a head's rows in `dtype`, and their slice: all at once if that takes no copy, else by tiles."""
+    vocab_size = len(weight_VD)
+    if weight_VD.dtype == dtype:
+        yield slice(0, vocab_size), weight_VD
+        return
+    rows = _tile_rows(weight_VD, dtype)
+    buffer = weight_VD.new_empty(min(rows, vocab_size), weight_VD.shape[1], dtype=dtype)
+    for tile in slices(vocab_size, rows):
+        yield tile, buffer[: tile.stop - tile.start].copy_(weight_VD[tile])
+
+
+def _tile_rows(weight_VD: Tensor, dtype: torch.dtype) -> int:
+    """Return the number of rows of a head that take TILE_BYTES in `dtype`."""
+    return max(1, TILE_BYTES // (weight_VD.shape[1] * dtype.itemsize))
