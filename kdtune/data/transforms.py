@@ -57,6 +57,7 @@ def make_example(
     """Make an example of a token sequence: position t is labelled with token t + 1 if that token is trained on.
 
     The last position has no next token: its label is IGNORE_INDEX. Whether the first token is trained on has no effect.
+    ids and trained are of the student; teacher as in `Example`.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     labels = np.full_like(tokens, IGNORE_INDEX)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
-from kdtune.losses import Divergence, divergence_of
+from kdtune.losses import Divergence, divergence_name, divergence_of
 from kdtune.models import dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
 from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch, loss_cost, norm_kept
@@ -162,6 +162,11 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
         teacher = remote_teacher(cfg, world.size, batch) if num_teachers else colocated_teacher(cfg, world, batch)
         divergence = divergence_of(instantiate(cfg.kd_loss))
+        if getattr(divergence, "is_cross_tokenizer", False):
+            raise ConfigError(
+                f"plan: the cost of a cross-tokenizer kd_loss ({divergence_name(divergence)}) is not estimated; plan with "
+                "kd_loss=kdtune.losses.ForwardKL, which gives the cost of all but the loss"
+            )
     asked = teacher if kd_ratio > 0 else None
     loss = loss_cost(
         ours.pieces,

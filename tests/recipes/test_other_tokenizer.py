@@ -88,3 +88,13 @@ def test_the_hybrid_with_the_same_tokenizer_is_its_divergence_to_the_bit(cli: CL
         assert cli(*RUN, *SHORT, f"output_dir={out}", f"kd_loss=kdtune.losses.{name}", "sample_prompts=[]").code == 0
         found.append(metrics(out))
     assert found[0] == found[1]
+
+
+def test_a_plan_does_not_guess_the_cost_of_such_a_loss(cli: CLI) -> None:
+    done = cli("plan", "tiny/knowledge_distillation", "kd_loss=kdtune.losses.ULD")
+    assert done.code == 2 and "cross-tokenizer kd_loss (ULD) is not estimated" in done.err
+
+
+def test_hidden_states_are_refused_beside_it(cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, f"output_dir={tmp_path}", "kd_loss=kdtune.losses.ULD", "hidden_loss=kdtune.losses.HiddenStateLoss")
+    assert done.code == 2 and "hidden_loss: compares the two models position by position" in done.err

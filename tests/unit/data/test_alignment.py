@@ -1,6 +1,8 @@
 """Two tokenizations of one text, aligned by bytes: what belongs together is worked out by hand."""
 
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,19 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from kdtune.data import TokenizerPair, collate, quickstart_dataset
+from kdtune.data import (
+    DatasetStats,
+    TokenizedDataset,
+    TokenizerPair,
+    alpaca_dataset,
+    collate,
+    load_dataset,
+    mixed_dataset,
+    quickstart_dataset,
+)
 from kdtune.data.loader import Loader
 from kdtune.data.transforms import EncodedRow, make_example, truncated
+from kdtune.errors import ConfigError
 from kdtune.tokenizers import GGUFTokenizer, byte_tokenizer
 from kdtune.tokenizers.bpe import sentencepiece_bpe, tokenizer_from_ranks
 from kdtune.tokenizers.chat_format import CHATML, LLAMA2
@@ -190,3 +202,26 @@ def test_bytes_of_tokens_join_to_the_text(build: Any) -> None:
     assert joined.removeprefix(b" ") == text.encode() and all(
         spelled[i] is None for i in tokenizer.special_tokens.values()
     )
+
+
+def test_a_stream_and_a_mixture_are_paired_too(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Q{i}", "output": f"abab {i}"}) + "\n" for i in range(6)))
+    pair = TokenizerPair(byte_tokenizer(max_seq_len=300), byte_level(b"ab"))
+    options = {"source": "json", "data_files": str(rows), "train_on": "answers"}
+    stream = alpaca_dataset(pair, streaming=True, **options)
+    mixed = mixed_dataset(pair, datasets=[stream, alpaca_dataset(pair, **options)], weights=[1, 1])
+    for dataset in (stream, mixed):
+        batch = next(Loader(dataset, batch_size=4, pad_id=0))
+        assert dataset.is_paired and batch.targets.alignment is not None and batch.targets.alignment.num_chunks > 4
+
+
+def test_a_dataset_of_ones_own_without_teacher_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dataset: .*student's tokens alone.*Example.*is_paired"):
+        load_dataset(
+            "dataset", {"_component_": "test_alignment.own_dataset"}, TokenizerPair(byte_tokenizer(), byte_level())
+        )
+
+
+def own_dataset(tokenizer: Any) -> TokenizedDataset:
+    return TokenizedDataset([([1, 2], [True, True])], DatasetStats("own"))
