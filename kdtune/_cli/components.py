@@ -20,37 +20,24 @@ _FOUND = {
     "schedules": ("kdtune.training", "torch.optim.lr_scheduler.LRScheduler"),
     "tokenizers": ("kdtune.tokenizers", "kdtune.tokenizers.Tokenizer"),
 }
+_LOSSES = [
+    "ForwardKL", "ReverseKL", "SymmetricKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL", "AdaptiveKL",
+    "AlphaBeta", "ConcreteScore", "ArgMaxCrossEntropy", "Mixture", "TAID", "WeightedSum", "ULD", "HybridULD", "ALM",
+    "HiddenStateLoss", "TopKTargets", "SampledTargets",
+]  # fmt: skip
 _LISTED = {
     "adapters": ["kdtune.models.apply_lora"],
     "checkpointers": ["kdtune.checkpoint.Checkpointer"],
     "loggers": ["kdtune.training.TensorBoardLogger", "kdtune.training.WandBLogger"],
-    "losses": [
-        f"kdtune.losses.{name}"
-        for name in (
-            "ForwardKL",
-            "ReverseKL",
-            "SymmetricKL",
-            "JensenShannon",
-            "TotalVariation",
-            "SkewForwardKL",
-            "SkewReverseKL",
-            "AdaptiveKL",
-            "AlphaBeta",
-            "ConcreteScore",
-            "ArgMaxCrossEntropy",
-            "Mixture",
-            "WeightedSum",
-            "TopKTargets",
-            "SampledTargets",
-        )
-    ],
+    "losses": [f"kdtune.losses.{name}" for name in _LOSSES],
     "optimizers": ["kdtune.training.adamw", "kdtune.training.Muon"],
     "parallelism": ["kdtune.distributed.Parallelism"],
     "profilers": ["kdtune.training.Profiler"],
 }
 _MORE = {
     "losses": "Any object that is called as `divergence(student_logp_NV, teacher_logp_NV) -> [N]` serves too (docs/losses.md); "
-    "kdtune.losses.presets has them by paper; the last two are for `teacher_targets`.",
+    "kdtune.losses.presets has them by paper; ULD, HybridULD and ALM\n"
+    "are for a teacher with another tokenizer, HiddenStateLoss for `hidden_loss`, and the last two for `teacher_targets`.",
     "optimizers": "Any other optimizer whose step needs no closure serves too, such as torchao.optim.AdamW8bit.",
     "schedules": "Any class of torch.optim.lr_scheduler that goes by the number of steps serves too.",
 }

@@ -6,6 +6,7 @@ Each is a divergence with the published defaults. A paper's method is usually mo
 
 from typing import Literal
 
+from kdtune.losses.cross_tokenizer import ALM, ULD
 from kdtune.losses.divergences.adaptive_kl import AdaptiveKL
 from kdtune.losses.divergences.arg_max import ArgMaxCrossEntropy
 from kdtune.losses.divergences.concrete_score import ConcreteScore
@@ -75,3 +76,22 @@ def hard() -> ArgMaxCrossEntropy:
     Not in a loss: sequence-level distillation (arXiv 1606.07947), where the teacher writes the text.
     """
     return ArgMaxCrossEntropy()
+
+
+def uld() -> ULD:
+    """Universal logit distillation, for a teacher with another tokenizer (arXiv 2402.12030); its weights are kd_ratio 0.6.
+
+    All of the paper's loss. Not repeated: its code leaves out the end of the answer.
+    """
+    return ULD()
+
+
+def alm(temperature: float = 100.0) -> ALM:
+    """Approximate likelihood matching, for a teacher with another tokenizer (arXiv 2503.20083), times its temperature.
+
+    Not in it: the debiasing of chunk ends, and the paper's term on hidden states (`hidden_loss` needs one tokenizer).
+
+    Args:
+        temperature: of the probabilities of chunks.
+    """
+    return ALM(temperature, scale_by_temperature=True)

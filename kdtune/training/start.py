@@ -152,7 +152,11 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
 
 
 def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any, world: World) -> KDLoss:
-    """Build the loss of a distillation config; the gradient of a hidden-state term's maps is summed over the world's shares."""
+    """Build the loss of a distillation config; the gradient of a hidden-state term's maps is summed over the world's shares.
+
+    `cfg` has kd_ratio, teacher_targets, hidden_loss and the keys of every training recipe; `divergence` is of its kd_loss;
+    `student` and `teacher` give the widths for hidden_loss.
+    """
     hidden_loss = instantiate(cfg.hidden_loss)
     if hidden_loss is not None:
         widths = (student.config.embed_dim, teacher.model.config.embed_dim)
@@ -165,7 +169,10 @@ def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any,
 
 
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:
-    """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`."""
+    """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`.
+
+    `cfg` has optimizer and lr_scheduler. The model's parameters are one group, those of a `loss` with parameters another.
+    """
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     if loss is not None and loss.parameters():
         named = [(f"loss.{name}", parameter) for name, parameter in loss.module.named_parameters()]

@@ -5,6 +5,7 @@ import torch
 
 from kdtune import losses
 from kdtune.config import instantiate
+from kdtune.losses import presets
 
 LOGP = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
 
@@ -28,3 +29,9 @@ def test_presets(name: str, settings: dict[str, object], same: losses.Divergence
     losses.check_divergence(found)
     assert losses.divergence_name(found) == losses.divergence_name(same)
     assert torch.equal(found(*LOGP), same(*LOGP))
+
+
+def test_presets_for_another_tokenizer() -> None:
+    assert isinstance(presets.uld(), losses.ULD)
+    found = presets.alm(temperature=50.0)
+    assert isinstance(found, losses.ALM) and (found.temperature, found.scale_by_temperature) == (50.0, True)
