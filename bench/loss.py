@@ -3,14 +3,17 @@
     python bench/loss.py                                             # 1,024 tokens, fp32 and bf16, frozen head
     python bench/loss.py --tokens 1024,2048,4096 --head frozen,trainable --dtype float32 --impl fused,plain,matmul
 
-Three ways, each case in a fresh process:
+Several ways, each case in a fresh process:
 
     fused    kdtune.losses.KDLoss
+    compiled the same with compile=True
+    rounded  the same with logits_dtype=torch.bfloat16, for bf16
     plain    full fp32 logits of both models, F.cross_entropy and F.kl_div
     matmul   the floor: only the products that any exact loss needs, in the dtype as it is: both logits, the gradient of
              the hidden states and, with a trainable head, of its weight; by tiles of 16,032 ids, in reused memory
 
-Time is the shortest of the repetitions. Memory is what is added to weights and inputs: on a CPU the peak of the
+Time is the shortest of the repetitions, "processor s" the fewest processor seconds, which other processes disturb less, and
+"x floor" their ratio. Memory is what is added to weights and inputs: on a CPU the peak of the
 resident set over its size after a call with 8 tokens, on CUDA the peak of the allocator. "others" is how many cores
 other processes kept busy meanwhile: repeat what was measured beside them. Ratios travel between machines better than
 seconds.
@@ -32,7 +35,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +81,7 @@ def print_table(args: argparse.Namespace) -> None:
     )
     print(f"{device_name(args.device)}; {torch_note}, vocabulary {args.vocab:,}")
     print(
-        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>7} {'seconds':>8} {'x floor':>8} {'GiB added':>10} "
+        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>7} {'seconds':>8} {'processor s':>11} {'x floor':>8} {'GiB added':>10} "
         f"{'others':>7}"
     )
     impls = sorted(args.impl.split(","), key=lambda impl: impl != "matmul")  # the floor first: the others refer to it
@@ -91,9 +96,9 @@ def print_table(args: argparse.Namespace) -> None:
                 print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>7} failed: {reason}")
                 continue
             result = json.loads(done.stdout)
-            floor = result["seconds"] if impl == "matmul" else floor
-            ratio = f"{result['seconds'] / floor:.2f}" if floor else "-"
-            numbers = f"{result['seconds']:8.3f} {ratio:>8} {result['gib']:10.2f} {result['others']:7.2f}"
+            floor = result["processor"] if impl == "matmul" else floor
+            ratio = f"{result['processor'] / floor:.2f}" if floor else "-"
+            numbers = f"{result['seconds']:8.3f} {result['processor']:11.3f} {ratio:>8} {result['gib']:10.2f} {result['others']:7.2f}"
             print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>7} {numbers}", flush=True)
 
 
@@ -117,24 +122,26 @@ def run_case(args: argparse.Namespace) -> dict[str, float]:
     call(*inputs(8))
     batch = inputs(num_tokens)
     before, busy_before, started = memory(args.device, reset=True), busy(), time.perf_counter()
-    seconds = []
+    seconds, processor = [], []
     for _ in range(args.reps):
         batch[0].grad = None
         synchronize(args.device)
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         call(*batch)
         synchronize(args.device)
         seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - processor_start)
     others = (busy() - busy_before) / (time.perf_counter() - started)
-    return {"seconds": min(seconds), "gib": (memory(args.device) - before) / GIB, "others": max(0.0, others)}
+    found = {"seconds": min(seconds), "processor": min(processor)}
+    return found | {"gib": (memory(args.device) - before) / GIB, "others": max(0.0, others)}
 
 
 Call = Callable[[Tensor, Tensor, Tensor], None]
 
 
-def fused(weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None) -> Call:
+def fused(weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None, **settings: Any) -> Call:
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
-    loss_fn = KDLoss(chunk_size=chunk_size)
+    loss_fn = KDLoss(chunk_size=chunk_size, **settings)
 
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
         loss, _ = loss_fn(hidden, output, HiddenSignal(teacher_hidden, teacher_output), labels)
@@ -179,6 +186,8 @@ def matmul(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | Non
 
 CALLS: dict[str, Callable[[Tensor, Tensor, bool, int | None], Call]] = {
     "fused": fused,
+    "compiled": partial(fused, compile=True),
+    "rounded": partial(fused, logits_dtype=torch.bfloat16),
     "plain": plain,
     "matmul": matmul,
 }
