@@ -1,6 +1,7 @@
 """Time and memory of the distillation loss, forward and backward with both output projections, at Llama 3 sizes.
 
     python bench/loss.py                                             # 1,024 tokens, fp32 and bf16, frozen head
+    python bench/loss.py --impl matmul,fused --divergence ForwardKL,JensenShannon,AdaptiveKL
     python bench/loss.py --tokens 1024,2048,4096 --head frozen,trainable --dtype float32 --impl fused,plain,matmul
 
 Several ways, each case in a fresh process:
@@ -21,8 +22,9 @@ seconds.
 Expected before measuring, on a CPU: fused takes 1.2 to 1.4 times the floor in fp32 (chunks of 261 tokens multiply some
 10 % slower than 1,024 at once, softmax and divergence cost about as much again) and adds about 0.3 GiB at any number
 of tokens, plus the gradient of a trainable head; plain takes 1.5 times the floor and adds 3.4 GiB for every 1,024
-tokens. In bf16 fused costs what it costs in fp32 and a little for raising the heads to it, so that it beats the floor
-on a CPU without bf16 units and loses to it on one that has them.
+tokens. In bf16 on a CPU with bf16 units fused multiplies twice for each product of the floor and softmax and divergence stay
+in fp32: 2 to 3 times the floor; rounded multiplies once, 1.3 to 1.6 times. Without such units fused costs what it costs in fp32 and
+a little for raising the heads to it. Another divergence adds 0.05 to 0.2 times the fp32 floor, adaptive KL 0.3.
 """
 
 import argparse
@@ -43,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtune import losses
 from kdtune.losses import HiddenSignal, KDLoss
 
 TILE = 16032
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--chunk-size", type=int, default=None, help="tokens a chunk of the fused loss; default: its own choice"
     )
+    parser.add_argument("--divergence", default="ForwardKL", help="names in kdtune.losses, comma-separated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=None)
@@ -81,25 +85,30 @@ def print_table(args: argparse.Namespace) -> None:
     )
     print(f"{device_name(args.device)}; {torch_note}, vocabulary {args.vocab:,}")
     print(
-        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>7} {'seconds':>8} {'processor s':>11} {'x floor':>8} {'GiB added':>10} "
+        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>8} {'seconds':>8} {'processor s':>11} {'x floor':>8} {'GiB added':>10} "
         f"{'others':>7}"
     )
     impls = sorted(args.impl.split(","), key=lambda impl: impl != "matmul")  # the floor first: the others refer to it
+    divergences = args.divergence.split(",")
+    # The floor and plain logits know the forward KL only.
+    rows = [
+        (impl, one) for impl in impls for one in (divergences if impl not in ("matmul", "plain") else ["ForwardKL"])
+    ]
     for tokens, dtype, head in itertools.product(args.tokens.split(","), args.dtype.split(","), args.head.split(",")):
         floor = None
-        for impl in impls:
-            case = ["--impl", impl, "--tokens", tokens, "--dtype", dtype, "--head", head]
+        for impl, divergence in rows:
+            case = ["--impl", impl, "--tokens", tokens, "--dtype", dtype, "--head", head, "--divergence", divergence]
             command = [sys.executable, __file__, *sys.argv[1:], *case, "--case"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip() or "killed").splitlines()[-1]
-                print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>7} failed: {reason}")
+                print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>8} failed: {reason}")
                 continue
             result = json.loads(done.stdout)
             floor = result["processor"] if impl == "matmul" else floor
             ratio = f"{result['processor'] / floor:.2f}" if floor else "-"
             numbers = f"{result['seconds']:8.3f} {result['processor']:11.3f} {ratio:>8} {result['gib']:10.2f} {result['others']:7.2f}"
-            print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>7} {numbers}", flush=True)
+            print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>8} {numbers} {divergence}", flush=True)
 
 
 def run_case(args: argparse.Namespace) -> dict[str, float]:
@@ -110,7 +119,8 @@ def run_case(args: argparse.Namespace) -> dict[str, float]:
         torch.empty(args.vocab, dim, dtype=dtype, device=args.device).normal_(std=0.02)
         for dim in (args.student_dim, args.teacher_dim)
     )
-    call = CALLS[args.impl](weight, teacher_weight, trainable, args.chunk_size)
+    settings = {} if args.impl in ("matmul", "plain") else {"divergence": getattr(losses, args.divergence)()}
+    call = CALLS[args.impl](weight, teacher_weight, trainable, args.chunk_size, **settings)
 
     def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden, teacher_hidden = (
@@ -139,9 +149,11 @@ def run_case(args: argparse.Namespace) -> dict[str, float]:
 Call = Callable[[Tensor, Tensor, Tensor], None]
 
 
-def fused(weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None, **settings: Any) -> Call:
+def fused(
+    weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None, *, divergence: Any, **settings: Any
+) -> Call:
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
-    loss_fn = KDLoss(chunk_size=chunk_size, **settings)
+    loss_fn = KDLoss(divergence, chunk_size=chunk_size, **settings)
 
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
         loss, _ = loss_fn(hidden, output, HiddenSignal(teacher_hidden, teacher_output), labels)

@@ -179,7 +179,8 @@ class KDLoss:
             return compare_
         device_type = hidden_BSD.device.type
         if device_type not in self._compiled:
-            changes = isinstance(self.divergence, StatefulLoss)  # its numbers are constants of compiled code
+            # The numbers of a divergence are constants of compiled code.
+            changes = any(True for _ in _parts_with_state("kd_loss", self.divergence))
             self._compiled[device_type] = compiled(
                 device_type, "its divergence changes with the steps" if changes else None
             )

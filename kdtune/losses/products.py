@@ -68,7 +68,7 @@ def cpu_multiplies_bf16() -> bool:
         exact = a.double() @ b.double().T
         product, rest = _with_rounding_error(a, b.T)
         works = bool((product.double() + rest.double() - exact).norm() < 1e-5 * exact.norm())
-    log.debug("the loss multiplies in %s", "bf16, two products for each" if works else "fp32")
+    log.info("the loss multiplies bf16 %s", "in bf16, two products for each that fp32 takes" if works else "in fp32")
     return works
 
 

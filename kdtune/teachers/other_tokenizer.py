@@ -101,6 +101,10 @@ def problems(cfg: Any) -> list[str]:
     found = []
     if cfg.teacher_targets is not None:
         found.append("teacher_targets: has no effect with a cross-tokenizer kd_loss; ~teacher_targets")
+    if cfg.loss_logits_dtype is not None:
+        found.append(
+            f"loss_logits_dtype={cfg.loss_logits_dtype}: a cross-tokenizer kd_loss has its logits in fp32; ~loss_logits_dtype"
+        )
     if getattr(cfg, "hidden_loss", None) is not None:
         found.append(
             "hidden_loss: compares the two models position by position, and with a cross-tokenizer kd_loss they read other tokens; "

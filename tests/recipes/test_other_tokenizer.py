@@ -76,9 +76,10 @@ def test_a_teacher_tokenizer_needs_a_loss_that_compares_two(cli: CLI, folder: Pa
 
 def test_what_a_cross_tokenizer_loss_cannot_do_is_refused_by_name(cli: CLI, tmp_path: Path) -> None:
     done = cli(*RUN, f"output_dir={tmp_path}", "kd_loss=kdtune.losses.ULD", "parallelism.tp=2",
-               "teacher_targets=kdtune.losses.TopKTargets", "teacher_targets.k=4")  # fmt: skip
+               "teacher_targets=kdtune.losses.TopKTargets", "teacher_targets.k=4", "dtype=bf16", "loss_logits_dtype=bf16")  # fmt: skip
     assert done.code == 2 and "parallelism.tp: a cross-tokenizer kd_loss needs whole output heads" in done.err
     assert "teacher_targets: has no effect with a cross-tokenizer kd_loss" in done.err
+    assert "loss_logits_dtype=bf16: a cross-tokenizer kd_loss has its logits in fp32" in done.err
 
 
 def test_the_hybrid_with_the_same_tokenizer_is_its_divergence_to_the_bit(cli: CLI, tmp_path: Path) -> None:
