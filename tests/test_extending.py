@@ -82,7 +82,7 @@ def test_the_file_of_a_section_is_run(heading: str, folder: Path, capsys: pytest
         assert len(trained) == 10 and trained[-1]["class_loss"] < trained[0]["class_loss"]
         assert (out / "final/model.safetensors").is_file()
         if heading == "A divergence":
-            assert "skew KL (0.2) to teacher" in printed.out
+            assert "Rényi (0.3) to teacher" in printed.out
         if heading == "A teacher":
             assert all(0 < row["kd_loss"] < 20 for row in trained)
         if heading == "A recipe":

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from divergence_cases import CASES
+from divergence_cases import CASES, Case
 from torch import Tensor, nn
 
 from kdtune.losses import ForwardKL, HiddenSignal, KDLoss, SampledTargets, TopKTargets, comparison
@@ -61,7 +61,7 @@ def assert_same(eager: KDLoss, compiled: KDLoss, num_tokens: int, dtype: torch.d
 
 
 @pytest.mark.parametrize(("case", "kind"), EVERY, ids=[f"{case.name}, {kind}" for case, kind in EVERY])
-def test_every_divergence_is_one_graph(case: Any, kind: str, graphs: Callable[[str], list[int]]) -> None:
+def test_every_divergence_is_one_graph(case: Case, kind: str, graphs: Callable[[str], list[int]]) -> None:
     """As torch.compile sees it; whatever the number of tokens, so that a run compiles once. Those by autograd fall apart."""
     compiled = graphs("eager")
     settings = {"teacher_targets": TARGETS[kind], "chunk_size": 5}
@@ -74,6 +74,17 @@ def test_every_divergence_is_one_graph(case: Any, kind: str, graphs: Callable[[s
         assert len(compiled) == first == 1
 
 
+@pytest.mark.slow("a compiler runs for every divergence, some seconds each")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_machine_code_of_every_divergence(case: Case, graphs: Callable[[str], list[int]]) -> None:
+    if comparison._lacking_compiler("cpu"):
+        pytest.skip("no C++ compiler")
+    graphs("inductor")
+    pair = (KDLoss(case.divergence, chunk_size=5), KDLoss(case.divergence, chunk_size=5, compile=True))
+    assert_same(*pair, 9)
+
+
+@pytest.mark.slow("a compiler runs for some seconds")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_machine_code(dtype: torch.dtype, graphs: Callable[[str], list[int]]) -> None:
     if comparison._lacking_compiler("cpu"):
