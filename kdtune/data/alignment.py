@@ -202,7 +202,10 @@ class TokenStream:
         for index, token in enumerate(ids):
             if token in special:
                 string = special[token]
-                at = text.find(string, position) if is_lost and string else _after_blanks(text, position, string)
+                if is_lost:
+                    at: int | None = text.find(string, position) if string else -1
+                else:
+                    at = _after_blanks(text, position, string)
                 if at is not None and at >= 0:
                     position, is_lost = at + len(string), False
                 may_skip = True  # the token may have taken the blanks behind it

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdtune.errors import ConfigError
+from kdtune.errors import ConfigError, TrainingError
 from kdtune.losses.contract import Divergence
 from kdtune.losses.cross_tokenizer import ALM, cross_value_and_gradient
-from kdtune.losses.fused_linear import Task, fused_linear_kd, project_logits
+from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd, project_logits
 from kdtune.losses.heads import Projection, project
+from kdtune.losses.products import sum_dtype
 from kdtune.losses.signal import HiddenSignal, Signal
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 from kdtune.losses.token_log_probs import token_log_probs
@@ -89,7 +90,9 @@ def align(targets: Targets, chunks_K5: Tensor, teacher_tokens_BS: Tensor) -> Tar
         tuple(teacher_tokens_BS.shape),
         bool((exact_K == 1).all()),
     )
-    return replace(targets, positions_N=positions_N, labels_N=targets.labels_N[order_N], alignment=found)
+    weights_N = None if targets.weights_N is None else targets.weights_N[order_N]
+    labels_N = targets.labels_N[order_N]
+    return replace(targets, positions_N=positions_N, labels_N=labels_N, weights_N=weights_N, alignment=found)
 
 
 def _ranges(first_K: Tensor, last_K: Tensor) -> Tensor:
@@ -111,7 +114,9 @@ def aligned_loss(
     check_target_ids(targets.id_range, student.vocab_size)
     if loss.logits_dtype is not None:
         raise ConfigError("loss_logits_dtype: a cross-tokenizer loss has its logits in fp32; set null")
-    task = Task(targets.positions_N, targets.labels_N, None, loss.divergence, loss.kd_ratio, loss.chunk_size)
+    task = Task(
+        targets.positions_N, targets.labels_N, None, loss.divergence, loss.kd_ratio, loss.chunk_size, targets.weights_N
+    )
     if loss.kd_ratio == 0:
         sums = fused_linear_kd(student, task)
         return sums.total, {"class_loss": sums.ce}
@@ -133,6 +138,9 @@ def aligned_loss(
             "own; allowed are kdtune.losses.ULD, HybridULD and ALM"
         )
     source = _AlignedTeacher(teacher, targets, alignment, student.vocab_size)
+    if task.chunk_size is None:  # the teacher's rows are as long as its own vocabulary
+        row_bytes = max(student.vocab_size, teacher.vocab_size) * sum_dtype(student.hidden_TD).itemsize
+        task = replace(task, chunk_size=max(1, CHUNK_BYTES // row_bytes))
     sums = fused_linear_kd(student, replace(task, teacher=source, num_compared=alignment.num_chunks))
     return sums.total, {"class_loss": sums.ce, "kd_loss": sums.ce.new_zeros(()) if sums.kd is None else sums.kd}
 
@@ -145,18 +153,24 @@ def _likelihood_loss(
     targets: Targets,
     alignment: Alignment,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    if targets.weights_N is not None:
+        raise TrainingError("targets.weights_N: ALM compares pieces of text, not tokens; allowed is None")
     logp_N = token_log_probs(student, targets.positions_N, targets.labels_N, loss.chunk_size)
     positions_M, labels_M, chunks_M = alignment.teacher_text_M3.unbind(1)
     with torch.no_grad():
         if isinstance(teacher, Projection):
             teacher_logp_M = token_log_probs(teacher, positions_M, labels_M, loss.chunk_size)
         else:
-            teacher_logp_M = _log_probs(teacher, positions_M).gather(1, labels_M[:, None]).squeeze(1)
+            size = loss.chunk_size or max(1, CHUNK_BYTES // (teacher.vocab_size * logp_N.element_size()))
+            pieces = zip(positions_M.split(size), labels_M.split(size), strict=True)
+            found = [_log_probs(teacher, at).gather(1, labels[:, None]).squeeze(1) for at, labels in pieces]
+            teacher_logp_M = torch.cat(found) if found else logp_N.new_zeros(0)
     empty = logp_N.new_zeros(alignment.num_chunks + 1)  # one more for tokens in no chunk
     student_K = empty.index_add(0, alignment.chunks_N, logp_N)[:-1]
     teacher_K = empty.index_add(0, chunks_M, teacher_logp_M.to(logp_N.dtype))[:-1]
     ce, kd = -logp_N.sum(), alm(student_K, teacher_K).sum()
-    total = (1 - loss.kd_ratio) * ce + loss.kd_ratio * kd
+    # A part with weight 0 is left out, not multiplied by 0: it may be infinite.
+    total = loss.kd_ratio * kd if loss.kd_ratio == 1 else (1 - loss.kd_ratio) * ce + loss.kd_ratio * kd
     return total, {"class_loss": ce.detach(), "kd_loss": kd.detach()}
 
 

@@ -145,15 +145,16 @@ def one_a_token(values: Any, num_tokens: int, divergence: Divergence) -> Tensor:
     )
 
 
-def covers_extra_ids(divergence: Divergence) -> bool:
+def covers_extra_ids(divergence: Divergence, *, of_teacher: bool = False) -> bool:
     """Return whether value and gradient stay finite if the student gives probability to an id to which the teacher gives none.
 
-    They do for forward KL and, carefully implemented, for Jensen-Shannon; for reverse KL they cannot.
+    They do for forward KL and, carefully implemented, for Jensen-Shannon; for reverse KL they cannot. of_teacher: if the
+    teacher gives some, and the student none, where it is the other way round.
     """
-    teacher = _few_tokens(of_teacher=True)
-    teacher[:, -1] = -torch.inf
+    student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
+    (student if of_teacher else teacher)[:, -1] = -torch.inf
     try:
-        values, gradient = _tried(divergence, _few_tokens(), teacher.log_softmax(-1))
+        values, gradient = _tried(divergence, student.log_softmax(-1), teacher.log_softmax(-1))
     except Exception:  # such as a function's own check of its arguments
         return False
     return bool(values.isfinite().all() and gradient.isfinite().all())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, covers_extra_ids, divergence_name, divergence_of, value_and_gradient
-from kdtune.losses.divergences.base import TemperedDivergence, check_range, check_temperature
+from kdtune.losses.divergences.base import TemperedDivergence, check_range, check_temperature, times
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.sparse import log1mexp
 
@@ -115,11 +115,12 @@ class HybridULD:
         """
         if not student_ids:
             raise ConfigError("kd_loss: the two vocabularies share no token, by bytes; take kdtune.losses.ULD")
-        whole = [size for size in sizes if size == len(student_ids)]
-        if len(whole) == 1 and not covers_extra_ids(self.exact):
+        student_is_part, teacher_is_part = (size == len(student_ids) for size in sizes)
+        if student_is_part != teacher_is_part and not covers_extra_ids(self.exact, of_teacher=student_is_part):
+            whose, other = ("student", "teacher") if student_is_part else ("teacher", "student")
             raise ConfigError(
-                f"kd_loss: one vocabulary is part of the other, and {divergence_name(self.exact)} is infinite for the rest; "
-                "take exact=kdtune.losses.ForwardKL"
+                f"kd_loss: the {whose}'s vocabulary is part of the {other}'s, and {divergence_name(self.exact)} is infinite for the "
+                "rest; take exact=kdtune.losses.JensenShannon, or kdtune.losses.ULD"
             )
         bound = copy.copy(self)
         bound.shared = _SharedIds(student_ids, teacher_ids, sizes)
@@ -214,7 +215,7 @@ class ALM:
     def __call__(self, student_logp_K: Tensor, teacher_logp_K: Tensor) -> Tensor:
         """Return the loss of each chunk, [K], from its log-likelihoods by student and teacher."""
         s_K, t_K = (one / self.temperature for one in (student_logp_K, teacher_logp_K))
-        values_K = t_K.exp() * (t_K - s_K) - t_K.expm1() * (log1mexp(t_K) - log1mexp(s_K))
+        values_K = times(t_K.exp(), t_K - s_K) - t_K.expm1() * (log1mexp(t_K) - log1mexp(s_K))
         return values_K * self.temperature if self.scale_by_temperature else values_K
 
     def target_problem(self, kind: Any) -> str | None:

@@ -34,7 +34,7 @@ from kdtune.losses.products import (
     slices,
     sum_dtype,
 )
-from kdtune.losses.signal import Signal
+from kdtune.losses.signal import SampledSignal, Signal
 from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets
 from kdtune.losses.vocab_shards import VocabShards
 
@@ -66,12 +66,10 @@ class Sums:
     total: Tensor  # (1 - kd_ratio) * ce + kd_ratio * kd
     ce: Tensor
     kd: Tensor | None
-    agreement: (
-        Tensor | None
-    )  # tokens to which both models give the same most likely id; None: the teacher's is not known
-    outside: (
-        Tensor | None
-    )  # probability that the student gives to ids that the teacher's head does not have; None: it has all
+    agreement: Tensor | None
+    """Tokens to which both models give the same most likely id; None: the teacher's is not known."""
+    outside: Tensor | None
+    """Probability that the student gives to ids that the teacher's head does not have; None: it has all."""
 
 
 def fused_linear_kd(student: Projection, task: Task) -> Sums:
@@ -177,7 +175,8 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
     if task.teacher is None:
         return Sums(total, ce, None, None, None)
-    known = None if isinstance(teacher_CV, SampledRows) else agreement
+    is_drawn = isinstance(task.teacher, SampledSignal) or isinstance(teacher_CV, SampledRows)
+    known = None if is_drawn else agreement
     return Sums(total, ce, kd, known, outside if task.teacher.vocab_size < vocab_size else None)
 
 
@@ -233,9 +232,9 @@ def _task_chunks(task: Task, chunk_size: int) -> Iterator[tuple[slice, bool]]:
     """Yield the chunks of a task's tokens, and whether they are compared with the teacher."""
     length = len(task.labels_N)
     num_compared = length if task.num_compared is None else task.num_compared
-    for start, stop in ((0, num_compared), (num_compared, length)):
+    for start, stop, is_compared in ((0, num_compared, True), (num_compared, length, False)):
         for part in slices(stop - start, chunk_size):
-            yield slice(start + part.start, start + part.stop), start == 0
+            yield slice(start + part.start, start + part.stop), is_compared
 
 
 def project_logits(head: Projection, positions_C: Tensor) -> Tensor:

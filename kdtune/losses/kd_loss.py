@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
-from kdtune.losses.contract import Divergence, divergence_of, over_student_ids
+from kdtune.losses.contract import Divergence, OnSharedIds, divergence_of, over_student_ids
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.heads import Projection, project
-from kdtune.losses.signal import HiddenSignal, Signal
-from kdtune.losses.sparse import TeacherTargets, check_targets
+from kdtune.losses.signal import HiddenSignal, SampledSignal, Signal
+from kdtune.losses.sparse import TeacherTargets, check_targets, misses_extra_ids
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class KDLoss:
         self.compile = compile
         self._compiled: dict[str, Compare] = {}  # by device type
         check_targets(self.divergence, teacher_targets)
-        self._over: dict[tuple[int, int], Divergence] = {}
+        self._over: dict[tuple[int, int, bool], Divergence] = {}
 
     def __call__(
         self, hidden: Any, output: nn.Module, signal: Signal | None, targets: Targets | Tensor
@@ -122,6 +122,8 @@ class KDLoss:
         if targets.alignment is not None:
             from kdtune.losses.alignment import aligned_loss  # only a cross-tokenizer run needs it
 
+            if self.logits_dtype is None:
+                self._compare(hidden_BSD)  # says once that it is not compiled
             return aligned_loss(self, student, signal, targets, targets.alignment)
         teacher = self._teacher(student, signal, targets)
         num_shared = student.vocab_size if teacher is None else min(student.vocab_size, teacher.vocab_size)
@@ -130,7 +132,7 @@ class KDLoss:
             positions_N=targets.positions_N,
             labels_N=targets.labels_N,
             teacher=teacher,
-            divergence=self._divergence_over(student.vocab_size, num_shared),
+            divergence=self._divergence_over(student.vocab_size, num_shared, signal),
             kd_ratio=self.kd_ratio,
             chunk_size=self.chunk_size,
             weights_N=targets.weights_N,
@@ -179,11 +181,13 @@ class KDLoss:
             return compare_
         device_type = hidden_BSD.device.type
         if device_type not in self._compiled:
+            problem = None
             # The numbers of a divergence are constants of compiled code.
-            changes = any(True for _ in _parts_with_state("kd_loss", self.divergence))
-            self._compiled[device_type] = compiled(
-                device_type, "its divergence changes with the steps" if changes else None
-            )
+            if any(True for _ in _parts_with_state("kd_loss", self.divergence)):
+                problem = "its divergence changes with the steps"
+            elif getattr(self.divergence, "is_cross_tokenizer", False):
+                problem = "a cross-tokenizer loss sorts its rows one by one"
+            self._compiled[device_type] = compiled(device_type, problem)
         return self._compiled[device_type]
 
     def with_kd_ratio(self, kd_ratio: float) -> "KDLoss":
@@ -239,12 +243,15 @@ class KDLoss:
             )
         return teacher
 
-    def _divergence_over(self, vocab_size: int, num_shared: int) -> Divergence:
-        """Return `over_student_ids`, cached."""
-        sizes = (vocab_size, num_shared)
-        if sizes not in self._over:
-            self._over[sizes] = over_student_ids(self.divergence, vocab_size, num_shared)
-        return self._over[sizes]
+    def _divergence_over(self, vocab_size: int, num_shared: int, signal: Signal | None) -> Divergence:
+        """Return `over_student_ids`, cached; of draws, over the shared ids if an estimate from them would lack the others."""
+        is_drawn = getattr(self.teacher_targets, "kind", None) == "sampled" or isinstance(signal, SampledSignal)
+        key = (vocab_size, num_shared, is_drawn)
+        if key not in self._over:
+            self._over[key] = over_student_ids(self.divergence, vocab_size, num_shared)
+            if is_drawn and num_shared < vocab_size and misses_extra_ids(self.divergence):
+                self._over[key] = OnSharedIds(self.divergence, num_shared)
+        return self._over[key]
 
 
 def _parts_with_state(name: str, divergence: Any) -> Iterator[tuple[str, StatefulLoss]]:
@@ -252,7 +259,7 @@ def _parts_with_state(name: str, divergence: Any) -> Iterator[tuple[str, Statefu
     if isinstance(divergence, StatefulLoss):
         yield name, divergence
     inner = getattr(divergence, "parts", None) or [
-        getattr(divergence, key, None) for key in ("divergence_from", "__wrapped__")
+        getattr(divergence, key, None) for key in ("divergence_from", "__wrapped__", "exact")
     ]
     for index, one in enumerate(inner):
         if one is not None:

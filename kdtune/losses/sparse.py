@@ -155,6 +155,12 @@ def check_targets(divergence: Divergence, targets: TeacherTargets | None) -> Non
         )
 
 
+def misses_extra_ids(divergence: Divergence) -> bool:
+    """Return whether ids to which the teacher gives no probability add to a sum over ids: no draw reaches them."""
+    terms, slopes = getattr(divergence, "terms")(torch.zeros(1, 1), torch.full((1, 1), -torch.inf))  # noqa: B009
+    return bool((terms != 0).any() or (slopes != 0).any())
+
+
 def sparse_value_and_gradient(divergence: Divergence, s_RV: Tensor, rows: SparseRows) -> tuple[Tensor, Tensor]:
     """Return the divergence [R] from sparse rows, and its partial derivatives [R, V] with respect to s_RV."""
     if (own := getattr(rows, "value_and_gradient", None)) is not None:  # rows of a teacher with another vocabulary

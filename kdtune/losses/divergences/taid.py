@@ -23,7 +23,7 @@ class TAID(Mixture):
 
     Args:
         divergence: any divergence; None: forward KL, the paper's.
-        start: the first step's share, 0 or more. At 0 the first step has no gradient from the teacher.
+        start: the first step's share, above 0: at 0 the first step would have no gradient from the teacher.
         end: the largest share, `start` to 1.
         rate: the paper's alpha: how much faster than linearly the share may rise. 0: linearly.
         momentum: the paper's beta, 0 to below 1.
@@ -41,7 +41,7 @@ class TAID(Mixture):
         temperature: float = 1.0,
         scale_by_temperature_squared: bool = False,
     ) -> None:
-        check_range("start", start, lambda share: 0 <= share <= 1, "from 0 to 1")
+        check_range("start", start, lambda share: 0 < share <= 1, "above 0, at most 1")
         check_range("end", end, lambda share: start <= share <= 1, f"from start={start:g} to 1")
         super().__init__(
             ForwardKL() if divergence is None else divergence,

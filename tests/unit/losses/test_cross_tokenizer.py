@@ -14,11 +14,13 @@ from kdtune.losses import (
     ForwardKL,
     HiddenSignal,
     HybridULD,
+    JensenShannon,
     KDLoss,
     ReverseKL,
     Targets,
     align,
     token_log_probs,
+    value_and_gradient,
 )
 from kdtune.losses.cross_tokenizer import sorted_distance
 from kdtune.losses.heads import Projection
@@ -220,3 +222,25 @@ def test_a_divergence_over_the_same_ids_is_refused_for_a_teacher_with_its_own() 
     targets = align(Targets.from_labels(LABELS), CHUNKS, TEACHER_TOKENS)
     with pytest.raises(ConfigError, match="ForwardKL compares distributions over the same ids.*HybridULD"):
         KDLoss(ForwardKL())(hidden, output, signal, targets)
+
+
+def test_a_vocabulary_that_is_part_of_the_other_needs_a_divergence_that_is_finite_there() -> None:
+    """The student's rest has no probability where all of its ids are shared, the teacher's where all of the teacher's are."""
+    for exact, sizes, is_allowed in (
+        (ForwardKL(), (4, 6), False), (ReverseKL(), (4, 6), True), (ForwardKL(), (6, 4), True), (ReverseKL(), (6, 4), False),
+        (JensenShannon(), (4, 6), True), (JensenShannon(), (6, 4), True),
+    ):  # fmt: skip
+        loss = HybridULD(exact)
+        if not is_allowed:
+            with pytest.raises(ConfigError, match="vocabulary is part of the"):
+                loss.over(range(4), range(4), sizes)
+            continue
+        bound = loss.over(range(4), range(4), sizes)
+        s, t = (torch.randn(3, size, generator=torch.Generator().manual_seed(size)).log_softmax(-1) for size in sizes)
+        values, gradient = value_and_gradient(bound, s, t)
+        assert values.isfinite().all() and gradient.isfinite().all()
+
+
+def test_a_text_without_probability_has_its_limit_in_alm() -> None:
+    found = ALM(temperature=1.0)(torch.tensor([-1.0]), torch.tensor([-math.inf]))
+    torch.testing.assert_close(found, torch.tensor([-math.log(1 - math.exp(-1.0))]))

@@ -369,3 +369,23 @@ def test_ids_of_one_probability_are_together_in_the_tail() -> None:
     p = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
     assert (p >= least_head_probability(p, 0.6)).tolist() == [[True, False, False, False]]
     assert (torch.full((1, 4), 0.25) >= least_head_probability(torch.full((1, 4), 0.25), 0.1)).all()
+
+
+@each_sampled
+def test_draws_for_a_student_with_more_rows_are_over_the_shared_ids(case: Case) -> None:
+    """Ids that the teacher lacks are never drawn: the mean over many draws is the loss of all shared ids, renormalized, or of all
+    ids where the others add nothing to it.
+    """
+    b = batch(torch.float64, "logits")
+    teacher = b.teacher_logp[:, :50].log_softmax(-1)
+    free = b.student_logp(b.hidden.detach(), b.head.weight.detach())
+    torch.manual_seed(0)
+    loss_fn = KDLoss(case.divergence, kd_ratio=1.0, teacher_targets=SampledTargets(40_000))
+    logits = torch.zeros(*b.labels.shape, 50, dtype=torch.float64)
+    logits[b.labels != IGNORE_INDEX] = teacher
+    labels = b.labels.clamp(max=49)
+    _, parts = loss_fn(b.hidden, b.head, DenseSignal(logits), labels)
+    over_all = case.name in ("forward", "skew forward")
+    q = free if over_all else free[:, :50].log_softmax(-1)
+    exact = case.divergence(q[:, :50], teacher).sum().item()
+    assert float(parts["kd_loss"]) == pytest.approx(exact, rel=0.05)

@@ -65,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_papers_loss() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     (ours,) = torch.autograd.grad(found.sum(), student)
     torch.testing.assert_close(ours, slope, rtol=1e-12, atol=1e-14)
-    for share in (0.0, 1.0):
+    for share in (0.2, 1.0):
         taid = TAID(start=share)
         expected = Mixture(ForwardKL(), share=share, alpha=1, replaces="teacher", detach=True)
         assert torch.equal(taid(student, teacher), expected(student, teacher))
@@ -76,7 +76,7 @@ def test_value_and_gradient_are_those_of_the_papers_loss() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"start": -0.1}, "start=-0.1: must be from 0 to 1"),
+        ({"start": 0.0}, "start=0.0: must be above 0, at most 1"),
         ({"end": 0.3}, "end=0.3: must be from start=0.4 to 1"),
         ({"rate": -1.0}, "rate=-1.0: must be 0 or more"),
         ({"momentum": 1.0}, "momentum=1.0: must be from 0 to below 1"),
