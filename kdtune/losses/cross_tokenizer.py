@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, covers_extra_ids, divergence_name, divergence_of, value_and_gradient
-from kdtune.losses.divergences.base import TemperedDivergence, check_range, check_temperature, times
+from kdtune.losses.divergences.base import TemperedDivergence, ascending, check_range, check_temperature, times
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.sparse import log1mexp
 
@@ -47,26 +47,13 @@ def sorted_distance(q_NV: Tensor, p_NW: Tensor) -> tuple[Tensor, Tensor]:
 
     The shorter row is filled up with zeros. The values must not be negative.
     """
-    order_NV, sorted_p_NW = _ascending(q_NV.detach())[1], _ascending(p_NW)[0]
+    order_NV, sorted_p_NW = ascending(q_NV.detach())[1], ascending(p_NW)[0]
     # Ascending: the zeros come first.
     width = max(q_NV.shape[1], p_NW.shape[1])
     sorted_q, sorted_p = (F.pad(one, (width - one.shape[1], 0)) for one in (q_NV.gather(1, order_NV), sorted_p_NW))
     gap = sorted_q - sorted_p
     signs_NV = gap.detach()[:, width - q_NV.shape[1] :].sign()
     return gap.abs().sum(-1), torch.zeros_like(signs_NV).scatter_(1, order_NV, signs_NV)
-
-
-def _ascending(x_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sorted rows and their order.
-
-    On a CPU torch sorts a row of int32 by radix, ten times as fast as one of fp32 (128,256 ids: 1.1 and 10.4 ms), and
-    non-negative floating-point numbers are ordered as the integers of the same bits.
-    """
-    if x_NV.device.type != "cpu" or x_NV.dtype != torch.float32 or len(x_NV) == 0:
-        return x_NV.sort(dim=-1)
-    rows = [row.sort(stable=True) for row in x_NV.contiguous().view(torch.int32)]
-    values, order = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-    return values.view(torch.float32), order
 
 
 class HybridULD:

@@ -157,6 +157,8 @@ def check_targets(divergence: Divergence, targets: TeacherTargets | None) -> Non
 
 def misses_extra_ids(divergence: Divergence) -> bool:
     """Return whether ids to which the teacher gives no probability add to a sum over ids: no draw reaches them."""
+    if target_problem(divergence, "sampled"):
+        return False
     terms, slopes = getattr(divergence, "terms")(torch.zeros(1, 1), torch.full((1, 1), -torch.inf))  # noqa: B009
     return bool((terms != 0).any() or (slopes != 0).any())
 
@@ -167,6 +169,11 @@ def sparse_value_and_gradient(divergence: Divergence, s_RV: Tensor, rows: Sparse
         return own(divergence, s_RV)
     if isinstance(divergence, OnSharedIds):
         return divergence.restricted(s_RV, lambda s: sparse_value_and_gradient(divergence.__wrapped__, s, rows))
+    kind: TargetKind = "sampled" if isinstance(rows, SampledRows) else "tail"
+    if problem := target_problem(divergence, kind):  # of a teacher of one's own: nobody could ask before it answered
+        raise ConfigError(
+            f"the teacher's {type(rows).__name__} cannot serve {divergence_name(divergence)}: {problem}; allowed are {_DEFINED[kind]}"
+        )
     s_RK = s_RV.gather(1, rows.ids_RK)
     if isinstance(rows, SampledRows):
         terms_RK, slopes_RK = getattr(divergence, "terms")(s_RK, rows.logp_RK)  # noqa: B009 - see target_problem

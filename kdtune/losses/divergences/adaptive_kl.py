@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdtune.losses.divergences.base import TemperedDivergence, check_range, times
+from kdtune.losses.divergences.base import TemperedDivergence, ascending, check_range, times
 from kdtune.losses.divergences.kl import ForwardKL, ReverseKL
 
 
@@ -40,25 +40,15 @@ class AdaptiveKL(TemperedDivergence):
     def _forward_weight(self, s_NV: Tensor, t_NV: Tensor) -> Tensor:
         p_NV = t_NV.exp()
         gap_NV = (p_NV - s_NV.exp()).abs()
-        is_head_NV = p_NV >= least_head_probability(p_NV, self.head_mass)
+        is_head_NV = head_of(p_NV, self.head_mass)
         total_N = gap_NV.sum(-1)
         share_N = (gap_NV * is_head_NV).sum(-1) / total_N
         return torch.where(total_N == 0, 0.5, share_N)
 
 
-def least_head_probability(p_NV: Tensor, mass: float) -> Tensor:
-    """Return the smallest probability of each row's head, [N, 1]: ids from there up sum to at most `mass`, or are the largest alone.
-
-    By bisection over the floating-point numbers between 0 and the largest probability, one masked sum each: for 128,256 ids
-    a sort takes many times as long, and how much of a row a partial sort must cover is known only afterwards.
-    """
-    largest_N1 = p_NV.amax(-1, keepdim=True)
-    # Non-negative floating-point numbers are ordered as the integers of the same bits.
-    integers = torch.int64 if p_NV.dtype == torch.float64 else torch.int32
-    low_N1, high_N1 = torch.zeros_like(largest_N1).view(integers), largest_N1.view(integers).clone()
-    for _ in range(62 if integers == torch.int64 else 30):  # the exponent's bits below 1, and the fraction's
-        middle_N1 = low_N1 + (high_N1 - low_N1) // 2
-        fits_N1 = (p_NV * (p_NV >= middle_N1.view(p_NV.dtype))).sum(-1, keepdim=True) <= mass
-        high_N1 = torch.where(fits_N1, middle_N1, high_N1)
-        low_N1 = torch.where(fits_N1, low_N1, middle_N1)
-    return high_N1.view(p_NV.dtype)
+def head_of(p_NV: Tensor, mass: float) -> Tensor:
+    """Return which ids are in each row's head, bool [N, V]: the most likely ones that sum to at most `mass`, or the largest alone."""
+    descending_NV = ascending(p_NV)[0].flip(-1)
+    num_fitting_N1 = (descending_NV.cumsum(-1) <= mass).sum(-1, keepdim=True)
+    first_outside_N1 = descending_NV.gather(1, num_fitting_N1.clamp(max=p_NV.shape[1] - 1))
+    return (p_NV > first_outside_N1) | (p_NV == descending_NV[:, :1])

@@ -142,6 +142,20 @@ def times(weight: Tensor, factor: Tensor) -> Tensor:
     return weight * factor.masked_fill(weight == 0, 0.0)
 
 
+def ascending(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sorted rows of non-negative numbers, and their order.
+
+    On a CPU torch sorts a row of int32 by radix, ten times as fast as one of fp32 (128,256 ids: 1.1 and 10.4 ms), and
+    non-negative floating-point numbers are ordered as the integers of the same bits.
+    """
+    is_plain = x_NV.device.type != "cpu" or x_NV.dtype != torch.float32 or len(x_NV) == 0
+    if is_plain or torch.compiler.is_compiling():
+        return x_NV.sort(dim=-1)
+    rows = [row.sort(stable=True) for row in x_NV.contiguous().view(torch.int32)]
+    values, order = (torch.stack([row[i] for row in rows]) for i in (0, 1))
+    return values.view(torch.float32), order
+
+
 def log_ratios_to_mixture(s_NV: Tensor, t_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """Return s - m and t - m for the log m of the mixture weight * p + (1 - weight) * q, 0 < weight < 1.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError
 from kdtune.losses import (
+    AdaptiveKL,
     DenseSignal,
     DivergenceLoss,
     HiddenSignal,
@@ -22,7 +23,7 @@ from kdtune.losses import (
     check_divergence,
     value_and_gradient,
 )
-from kdtune.losses.divergences.adaptive_kl import least_head_probability
+from kdtune.losses.divergences.adaptive_kl import head_of
 from kdtune.losses.signal import Signal
 from kdtune.losses.targets import Targets
 from kdtune.models import OutputHead
@@ -253,6 +254,16 @@ def test_what_is_not_defined_on_sparse_targets_is_refused(case: Case) -> None:
                 KDLoss(case.divergence, teacher_targets=targets)
 
 
+@pytest.mark.parametrize("kind", ["tail", "sampled"])
+def test_a_teacher_of_ones_own_may_not_give_what_the_divergence_cannot_use(kind: str) -> None:
+    b = batch(torch.float32, "top k")
+    assert isinstance(b.signal, TopKSignal)
+    if kind == "sampled":
+        b.signal = SampledSignal(b.signal.ids_BSK, b.signal.logp_BSK, torch.ones_like(b.signal.logp_BSK), 61)
+    with pytest.raises(ConfigError, match="Rows cannot serve adaptive KL .*; allowed are "):
+        KDLoss(AdaptiveKL())(b.hidden, b.head, b.signal, b.labels)
+
+
 # ---- Edges.
 
 
@@ -358,7 +369,7 @@ def test_the_head_of_the_teacher_equals_that_of_a_sort(mass: float, scale: float
     )
     ordered, ids = p.double().sort(-1, descending=True)
     expected = (ordered.cumsum(-1) <= mass).index_fill(-1, torch.tensor([0]), True)
-    found = (p >= least_head_probability(p, mass)).gather(-1, ids)
+    found = head_of(p, mass).gather(-1, ids)
     # Where the sum of the head comes to the mass itself to rounding, either is right.
     unclear = ((ordered.cumsum(-1) - mass).abs() < 1e-6).any(-1)
     assert unclear.sum() <= 1
@@ -367,8 +378,8 @@ def test_the_head_of_the_teacher_equals_that_of_a_sort(mass: float, scale: float
 
 def test_ids_of_one_probability_are_together_in_the_tail() -> None:
     p = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
-    assert (p >= least_head_probability(p, 0.6)).tolist() == [[True, False, False, False]]
-    assert (torch.full((1, 4), 0.25) >= least_head_probability(torch.full((1, 4), 0.25), 0.1)).all()
+    assert head_of(p, 0.6).tolist() == [[True, False, False, False]]
+    assert head_of(torch.full((1, 4), 0.25), 0.1).all()
 
 
 @each_sampled
