@@ -1,5 +1,6 @@
 from .architecture import Family, TransformerConfig
 from .builders import Builder
+from .documents import Documents
 from .dtypes import dtype_from_name
 from .families import FAMILIES, family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
 from .kv_cache import KVCache
@@ -21,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "LLAMA",
     "Builder",
+    "Documents",
     "Family",
     "KVCache",
     "LoRALinear",

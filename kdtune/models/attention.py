@@ -7,8 +7,10 @@ heads, G query heads per key head, E head dim.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 
 from kdtune.models.architecture import TransformerConfig
+from kdtune.models.documents import Documents
 from kdtune.models.kv_cache import LayerCache
 from kdtune.models.rope import rotate
 
@@ -46,22 +48,25 @@ class Attention(nn.Module):
         self,
         hidden_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D].
 
-        ``mask`` is bool, broadcastable to [B, 1, S, T], True where a query may see a key; None is causal. With a cache
-        that already holds tokens, None is correct only for a single new token.
+        ``mask`` is bool, broadcastable to [B, 1, S, T], True where a query may see a key; None is causal; `Documents` is
+        causal within each, for B = 1. With a cache that already holds tokens, None is correct only for a single new token.
         """
         heads = (*hidden_BSD.shape[:2], -1, self.head_dim)
         q_BSHE, k_BSKE = self.q_proj(hidden_BSD).view(heads), self.k_proj(hidden_BSD).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
-        q_BHSE = rotate(q_BSHE, rope).transpose(1, 2)
-        k_BKTE = rotate(k_BSKE, rope).transpose(1, 2)
-        v_BKTE = self.v_proj(hidden_BSD).view(heads).transpose(1, 2)
+        q_BSHE, k_BSKE = rotate(q_BSHE, rope), rotate(k_BSKE, rope)
+        v_BSKE = self.v_proj(hidden_BSD).view(heads)
+        if isinstance(mask, Documents):
+            out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0])
+            return self.output_proj(out_SHE.flatten(1)[None])
+        q_BHSE, k_BKTE, v_BKTE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
         if cache is not None:
             k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
         out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask)
@@ -85,3 +90,29 @@ def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) 
     return functional.scaled_dot_product_attention(
         q_BHSE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and q_BHSE.shape[2] > 1, enable_gqa=shared
     )
+
+
+def attend_within(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+    """Compute causal softmax attention within each document, [S, H, E], from queries, keys and values of all of them.
+
+    No scores between documents exist: where the flash kernel takes the tensors it is one call with the boundaries, elsewhere one
+    call a document.
+    """
+    head_dim = q_SHE.shape[-1]
+    if q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256:
+        starts, longest, is_shared = documents.starts_N1, documents.longest, q_SHE.shape[1] != k_SKE.shape[1]
+        return varlen_attn(  # type: ignore[return-value]  # a pair only if more is asked for
+            q_SHE, k_SKE, v_SKE, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=is_shared
+        )
+    out_SHE: Tensor = _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE)
+    return out_SHE
+
+
+# Not compiled: every other number of documents would need code of its own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_one_by_one(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+    def rows(tensor_SHE: Tensor) -> tuple[Tensor, ...]:
+        return tensor_SHE.transpose(0, 1)[None].split(documents.lengths, dim=2)
+
+    outs = [attend(q, k, v, None) for q, k, v in zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, RMSNorm
+from kdtune.models.documents import Documents
 from kdtune.models.dtypes import is_plain
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
@@ -95,7 +96,7 @@ class TransformerLayer(nn.Module):
         self,
         hidden_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
@@ -213,6 +214,7 @@ class Transformer(nn.Module):
         *,
         input_pos: Tensor | None = None,
         mask: Tensor | None = None,
+        documents: Documents | None = None,
         kv_cache: KVCache | None = None,
         return_hidden: bool = False,
         return_layers: Sequence[int] = (),
@@ -224,24 +226,38 @@ class Transformer(nn.Module):
             input_pos: Position of each token, [S] or [B, S]; None continues after the cached tokens, or starts from 0.
             mask: Bool, [B, S, T] or broadcastable to it, True where a token may attend; None is causal. T is S plus
                 the number of cached tokens.
+            documents: Those that the tokens [1, S] are, end to end: each is attended to by itself, and its positions start
+                from 0. Not together with input_pos, mask or kv_cache.
             kv_cache: Cache of the preceding tokens; the new ones are appended to it.
             return_hidden: For losses that project chunk by chunk, so that [B, S, V] never exists.
             return_layers: With ``return_hidden``, return a pair: these hidden states, and a list of those after so many
                 layers, 1 to all; after all of them they are the first of the pair, so after the norm. No other is held.
+
+        Raises:
+            ValueError: documents come with one of the arguments that they replace, or are not of these tokens.
         """
         num_held = 0
         if kv_cache is not None:
             kv_cache.check_room(tokens)
             num_held = kv_cache.length
         num_new = tokens.shape[1]
+        allowed: Tensor | Documents | None
+        if documents is not None:
+            if any(given is not None for given in (input_pos, mask, kv_cache)):
+                raise ValueError(
+                    "documents: they are the positions and the mask, and no cache holds them; leave the others out"
+                )
+            documents.check_tokens(tokens)
+            allowed, input_pos = documents, documents.positions_T[None]
+        else:
+            allowed = _attention_mask(mask, num_held, num_new, tokens.device)
         if input_pos is None:
             input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
-        mask = _attention_mask(mask, num_held, num_new, tokens.device)
         hidden_BSD, rope = self.embed(tokens, input_pos)
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache.layers[index]
-            hidden_BSD = layer(hidden_BSD, rope, mask, cache, num_held)
+            hidden_BSD = layer(hidden_BSD, rope, allowed, cache, num_held)
             if index + 1 in return_layers:
                 states[index + 1] = hidden_BSD
         if kv_cache is not None:
