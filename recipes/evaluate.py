@@ -32,7 +32,7 @@ ALIASES = ("eleuther_eval", "eleuther_eval_distributed", "evaluate_distributed")
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(teachers.TeacherConfig):
     """All keys of this recipe."""
 
     output_dir: config.PathText
@@ -58,6 +58,8 @@ class Config:
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Weight dtype."""
+    quantization: str | None = None
+    """Quantize the linears of the model's layers as they are read: a scheme of `kdtune ls quantize`; null: no."""
     parallelism: Any = config.component(
         default={"_component_": "kdtune.distributed.Parallelism", "dp_replicate": -1, "dp_shard": 1}
     )
@@ -89,14 +91,6 @@ class Config:
     """Held-out examples: cross entropy, and with a teacher KL and agreement."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence from the teacher."""
-    teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
-    """The teacher's weights."""
-    teacher_model: Any = config.component(default=None, returns=Transformer)
-    """The teacher's builder; null: built from the checkpoint's own config."""
-    teacher_parallelism: Any = config.component(default=None)
-    """Parallelism of the teacher; null: the same as parallelism."""
-    teacher_dtype: Literal["fp32", "bf16"] | None = None
-    """Teacher weight dtype; null: same as dtype."""
     inspect: int = 0
     """Number of examples, the first of dataset_val, that inspect.html shows token by token: where the model disagrees with the
     teacher, and what both expect there."""
@@ -164,12 +158,11 @@ class Config:
         if has_teacher and self.dataset_val is None:
             given = " ".join(f"~{key}" for key in ("teacher_checkpointer", "teacher_model") if getattr(self, key))
             found.append(f"dataset_val: missing, the examples to compare with the teacher on; give it, or {given}")
-        if self.teacher_dtype and not has_teacher:
-            found.append(
-                f"teacher_dtype={self.teacher_dtype}: has no effect without a teacher; give one, or ~teacher_dtype"
-            )
-        if self.teacher_parallelism and not has_teacher:
-            found.append("teacher_parallelism: has no effect without a teacher; give one, or ~teacher_parallelism")
+        found += [
+            f"{key}: has no effect without a teacher; give one, or ~{key}"
+            for key in ("teacher_dtype", "teacher_quantization", "teacher_parallelism")
+            if getattr(self, key) and not has_teacher
+        ]
         if self.perplexity_stride and not self.perplexity_files:
             found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files; "
                          "give them, or ~perplexity_stride")  # fmt: skip
@@ -182,7 +175,7 @@ class Config:
         found = training.device_problems(self.device, self.dtype, distributed=True)
         if self.inspect and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             found.append(f"inspect={self.inspect}: needs both models on one process; run it without --nproc_per_node")
-        found += parallel.problems(self)
+        found += parallel.problems(self, None if found else training.resolve_device(self.device))
         found += runs.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
@@ -222,7 +215,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluatio
 
     # Model.
     parallelism = config.instantiate(cfg.parallelism)
-    model = build_model(cfg.model, cfg.checkpointer, cfg.dtype, parallelism, world)
+    model = build_model(cfg.model, cfg.checkpointer, cfg.dtype, parallelism, world, cfg.quantization)
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     if held_out is not None:
         losses.check_head("model", model.output)
@@ -239,7 +232,7 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluatio
 
     if held_out is not None:
         values, pages = measure_held_out(cfg, model, tokenizer, held_out, world)
-        measured.metrics |= {f"held_out/{name}": value for name, value in values.items()}
+        measured.metrics |= values
         measured.pages |= pages
         keep()
     for name, text in texts.items():
@@ -279,7 +272,9 @@ def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) ->
     )
 
 
-def build_model(builder: Any, checkpointer: Any, dtype: str, parallelism: Parallelism, world: World) -> Transformer:
+def build_model(
+    builder: Any, checkpointer: Any, dtype: str, parallelism: Parallelism, world: World, quantization: str | None
+) -> Transformer:
     """Build a model to be measured, parallelized over the processes."""
     return parallel.build_model(
         config.factory(builder),
@@ -288,6 +283,7 @@ def build_model(builder: Any, checkpointer: Any, dtype: str, parallelism: Parall
         world=world,
         parallelism=parallelism,
         trainable=False,
+        quantization=quantization,
     ).eval()
 
 
@@ -321,14 +317,17 @@ def measure_held_out(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Measure cross entropy in nats per token and perplexity; with a teacher also its cross entropy, KL and top-1 agreement.
 
-    Return the numbers, and the pages that `inspect` asks for, by name.
+    Return the numbers by their flat names, and the pages that `inspect` asks for, by name. Where weights are quantized on the
+    way, the numbers include both models' bytes and speed.
     """
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
-        return evaluation.evaluate_ce(model, held_out, world=world, progress=progress), {}
+        return _of("held_out", evaluation.evaluate_ce(model, held_out, world=world, progress=progress)), {}
     parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
     dtype = cfg.teacher_dtype or cfg.dtype
-    teacher = build_model(cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world)
+    teacher = build_model(
+        cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world, cfg.teacher_quantization
+    )
     losses.check_head("teacher", teacher.output)
     kd_loss = config.instantiate(cfg.kd_loss)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss)
@@ -336,7 +335,15 @@ def measure_held_out(
     found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, world=world,
                                    progress=progress, with_teacher_loss=True)  # fmt: skip
     found["perplexity"] = evaluation.perplexity(found["class_loss"])
-    return found, inspected(cfg, model, teacher, tokenizer, held_out) if cfg.inspect else {}
+    numbers = _of("held_out", found)
+    if cfg.quantization or cfg.teacher_quantization:
+        for name, one in {"model": model, "teacher": teacher}.items():
+            numbers |= _of(f"cost/{name}", evaluation.forward_cost(one, held_out, world=world))
+    return numbers, inspected(cfg, model, teacher, tokenizer, held_out) if cfg.inspect else {}
+
+
+def _of(measurement: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{measurement}/{name}": value for name, value in values.items()}
 
 
 def inspected(

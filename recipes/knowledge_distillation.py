@@ -10,30 +10,22 @@ step is cut into micro-batches. The full [tokens, vocabulary] logits of either m
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from kdtune import checkpoint, config, data, evaluation, losses, models, runs, teachers, tokenizers, training
+from kdtune import config, data, evaluation, losses, models, runs, teachers, tokenizers, training
 from kdtune.distributed import World
 
 ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distributed")
 
 
 @dataclass(kw_only=True)
-class Config(training.TrainingConfig):
-    """Keys of distillation, in addition to those of every training recipe (kdtune/training/config.py)."""
+class Config(teachers.TeacherConfig, training.TrainingConfig):
+    """Keys of distillation, beside those of training and of a teacher (kdtune/training/config.py, kdtune/teachers/config.py)."""
 
-    teacher_checkpointer: Any = config.component(default=None, returns=checkpoint.Checkpointer)
-    """The teacher's weights, with `adapter_dir` a finetuned adapter merged in; null: random, with a builder in `teacher_model`."""
-    teacher_model: Any = config.component(default=None, returns=models.Transformer)
-    """The teacher's builder; null: built from the checkpoint's own config."""
     teacher_tokenizer: Any = config.component(default=None, returns=tokenizers.Tokenizer)
     """The teacher's, for a cross-tokenizer `kd_loss` (docs/losses.md); null: that of teacher_checkpointer's folder."""
-    teacher_dtype: Literal["fp32", "bf16"] | None = None
-    """Teacher weight dtype; null: same as dtype."""
-    teacher_parallelism: Any = config.component(default=None, may_change=True)
-    """Parallelism of the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""
     teacher_processes: int = config.key(0, at_least=0, may_change=True)
     """Number of torchrun's processes, the last ones, that hold only the teacher; 0: every process holds its part of both models."""
     teacher: Any = config.component(default=None, returns=teachers.Teacher)

@@ -117,7 +117,11 @@ def run(cfg: Config) -> None:
             return None
         return evaluation.evaluate_ce(model, held_out, world=world)["class_loss"]
 
-    before = {"weights": cfg.dtype, "size (MB)": megabytes(model), "held-out loss (nats/token)": held_out_loss()}
+    before = {
+        "weights": cfg.dtype,
+        "size (MB)": quantization.megabytes(model),
+        "held-out loss (nats/token)": held_out_loss(),
+    }
     linears = quantization.target_linears(model, quantize_output=cfg.quantize_output)
     with tqdm(total=len(linears), desc="quantizing", unit="linear", **bar_settings()) as bar:
         errors = quantization.quantize(
@@ -125,12 +129,12 @@ def run(cfg: Config) -> None:
             progress=lambda _: bar.update(),
         )  # fmt: skip
     relative = [error.relative_error for error in errors]
-    after = {"weights": cfg.scheme, "size (MB)": megabytes(model), "mean weight error": sum(relative) / len(relative),
+    after = {"weights": cfg.scheme, "size (MB)": quantization.megabytes(model), "mean weight error": sum(relative) / len(relative),
              "largest weight error": max(relative), "held-out loss (nats/token)": held_out_loss()}  # fmt: skip
 
     with checkpoint.atomic_folder(cfg.output_dir) as folder:
         checkpoint.write_quantized(
-            model, folder, scheme=cfg.scheme, group_size=cfg.group_size,
+            model, folder, scheme=quantization.scheme_name(cfg.scheme), group_size=cfg.group_size,
             base=cfg.checkpointer and cfg.checkpointer["checkpoint_dir"], tokenizer=tokenizer,
         )  # fmt: skip
         origin = runs.origin_record(cfg.checkpointer, f"{cfg.scheme} weights")
@@ -146,11 +150,6 @@ def is_adapted(builder: Any) -> bool:
     """Return whether the builder's model has adapters; it is built without weights."""
     with torch.device("meta"):
         return has_adapters(config.instantiate(builder))
-
-
-def megabytes(model: Transformer) -> float:
-    """Return the millions of bytes that the weights take, a tied one once."""
-    return sum(quantization.num_bytes(parameter) for parameter in model.parameters()) / 1e6
 
 
 if __name__ == "__main__":

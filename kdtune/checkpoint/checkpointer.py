@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,11 @@ class Checkpointer:
             "consolidated.00.pth expected: download the model again"
         )
 
+    @property
+    def is_quantized(self) -> bool:
+        """Return whether it is a folder of quantized weights, which `kdtune run quantize` wrote."""
+        return _format(self.files()[0]) == "quantized"
+
     def model_config(self) -> TransformerConfig:
         """Return the config of the stored model; reads no weights. Weights stored beside it must have its shapes.
 
@@ -160,13 +166,21 @@ class Checkpointer:
         }
 
     def load(
-        self, model: Transformer | None = None, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        self,
+        model: Transformer | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        quantization: str | None = None,
     ) -> Transformer:
         """Load the stored weights in `dtype` (None: as stored) on `device` and return the model.
 
         A given `model` is filled in place; on the meta device it takes no memory until then. It must be the model that the
         folder describes, except for the context length. Its adapters are loaded from `adapter_dir`, or freshly initialized
         without one. If the model has no adapters, that adapter is merged; a tied head that it adapts is then untied.
+
+        `quantization`, a scheme of `kdtune.models.quantization`, quantizes the linears of a model without adapters as they
+        are read, one by one, after an adapter is merged: the unquantized model is never in memory as a whole.
 
         Raises:
             CheckpointError: model, folder and adapter disagree, or a file is missing or damaged; field, file or tensor
@@ -176,6 +190,8 @@ class Checkpointer:
         family = self.family or (model.config.family if model is not None else None)
         if _format(files[0]) == "quantized":
             self._refuse_adapter(files[0])
+            if quantization:
+                raise CheckpointError(f"{files[0]}: holds weights that are quantized already; leave {quantization} out")
             stored_config = quantized.check(files[0], family)
             if model is not None:
                 self._check_same(model.config, stored_config)
@@ -186,11 +202,12 @@ class Checkpointer:
             model = _on_meta(stored.config)
         else:
             self._check_same(model.config, stored.config)
+        fill = partial(fill_model, model, stored, dtype=dtype, device=device, quantization=quantization)
         if self.adapter_dir is None:
-            return fill_model(model, stored, dtype=dtype, device=device)
+            return fill()
         adapter = peft.read_adapter(self.adapter_dir, family_of(model.config))
         peft.check_adapter(adapter, model)
-        return peft.fill_adapter(fill_model(model, stored, dtype=dtype, device=device), adapter)
+        return peft.fill_adapter(fill(merge=adapter.merge if quantization else None), adapter)
 
     def _refuse_adapter(self, file: Path) -> None:
         if self.adapter_dir is not None:

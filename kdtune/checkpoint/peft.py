@@ -17,6 +17,7 @@ from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
 from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
 from kdtune.models.lora import merged, untie_head
+from kdtune.models.quantization import is_quantized
 from kdtune.paths import user_path
 
 CONFIG = "adapter_config.json"
@@ -46,6 +47,14 @@ class StoredAdapter:
     def named(self, module: str) -> dict[str, LazyTensor]:
         """Return the tensors of one adapted module, as "lora_a.weight", "lora_b.weight" and "magnitude"."""
         return {part: self.tensors[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in self.tensors}
+
+    def merge(self, module: str, weight: Tensor) -> Tensor:
+        """Return a module's full weight with its adapter merged; the weight itself if the module has none."""
+        if module not in self.scaling:
+            return weight
+        parts = (stored.read().to(weight.device) for stored in self.named(module).values())
+        a, b, *magnitude = parts
+        return merged(weight, a, b, self.scaling[module], *magnitude)
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
@@ -227,6 +236,8 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
             stored.fill(parameters[name])
         return model
     for module, scaling in adapter.scaling.items():
+        if is_quantized(model.get_parameter(f"{module}.weight")):
+            continue  # merged before it was quantized, see `fill_model`
         if module == "output":
             _check_can_be_untied(model, adapter)
             untie_head(model)

@@ -14,6 +14,7 @@ from kdtune.errors import CheckpointError
 from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_linears, family_of, weight_shapes
 from kdtune.models.lora import draw_a_
 from kdtune.models.nf4 import dequantized, fill_rows, quantize_nf4
+from kdtune.models.quantization import linear_quantizer, target_linears
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -78,7 +79,13 @@ def stored_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
 
 
 def fill_model(
-    model: Transformer, stored: LazyModel, *, dtype: torch.dtype | None, device: torch.device | str
+    model: Transformer,
+    stored: LazyModel,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    quantization: str | None = None,
+    merge: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Transformer:
     """Fill `model` (allocated here if it is on the meta device) in place on `device` in `dtype` and return it.
 
@@ -90,6 +97,9 @@ def fill_model(
     Adapters on the model are freshly initialized from torch's seed, see `LoRALinear.set_base`. A base that they need in
     NF4 is quantized tensor by tensor.
 
+    With `quantization`, a scheme of `kdtune.models.quantization`, so are the linears of the layers of a model that is not
+    sharded: one of them at a time is in memory in `dtype`. `merge` maps its name and its weight before to the weight to quantize.
+
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not of floating point, or a head that
             should be tied to the embedding differs from it.
@@ -100,6 +110,9 @@ def fill_model(
     dtype = dtype or stored_dtype(tensors)
     adapted = {f"{name}.weight": linear for name, linear in adapted_linears(model).items()}
     sharded = is_sharded(model.parameters())
+    quantized = target_linears(model) if quantization else {}
+    for linear in quantized.values():
+        linear.weight = nn.Parameter(torch.empty(0, device=linear.weight.device), requires_grad=False)
     if any(parameter.is_meta for parameter in model.parameters()):
         # to_empty would allocate separate memory for it, which is then discarded.
         if tied and not sharded:
@@ -112,8 +125,15 @@ def fill_model(
         model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in tensors and not (name in adapted and adapted[name].quantize_base):
+            is_later = (name in adapted and adapted[name].quantize_base) or name.removesuffix(".weight") in quantized
+            if name in tensors and not is_later:
                 tensors[name].fill(parameter)
+        if quantization:
+            quantize_linear = linear_quantizer(quantization)
+            for name, linear in quantized.items():
+                weight = tensors[f"{name}.weight"].read().to(device, dtype)
+                linear.weight = nn.Parameter(merge(name, weight) if merge else weight, requires_grad=False)
+                quantize_linear(name, linear)
         for name, linear in adapted.items():
             base = tensors[name].read().to(device, dtype) if linear.quantize_base else linear.weight
             if sharded:

@@ -165,13 +165,13 @@ def field_docs(source: str, schema: str | None = None) -> dict[str, KeyDoc]:
     """Return the keys of the schema in a recipe's source text, in order, read from its syntax tree without importing it.
 
     `schema` is the dataclass's name; None takes the one that the recipe's `entry_point(...)` decorator names. Keys that it
-    inherits from a dataclass of kdtune come first.
+    inherits from dataclasses of kdtune come first, those of its last base before the others, as in `dataclasses.fields`.
     """
     tree = ast.parse(source)
     name = schema or _schema_name(tree)
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
-            inherited = [_inherited(tree, ast.unparse(base)) for base in statement.bases]
+            inherited = [_inherited(tree, ast.unparse(base)) for base in reversed(statement.bases)]
             return {
                 key: doc
                 for docs in [*inherited, {doc.name: doc for doc in _key_docs(statement.body)}]

@@ -1,4 +1,4 @@
-from .divergence import evaluate_ce, evaluate_kd, perplexity
+from .divergence import evaluate_ce, evaluate_kd, forward_cost, perplexity
 from .finished_run import run_problems, run_settings
 from .inspection import inspect_tokens
 from .lm_eval import (
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_rouge",
     "evaluate_tasks",
     "flat_metrics",
+    "forward_cost",
     "inspect_tokens",
     "load_tasks",
     "missing_extra",

@@ -1,8 +1,11 @@
 """Held-out cross entropy of a student, and its divergence from the teacher, per token."""
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
 
 from kdtune.data import Batch
 from kdtune.distributed import World
@@ -10,6 +13,9 @@ from kdtune.errors import DataError
 from kdtune.generation import eval_mode
 from kdtune.losses import ForwardKL, KDLoss, Signal, TopKSignal, signal_cross_entropy
 from kdtune.models import Transformer
+from kdtune.models.quantization import megabytes
+
+TIMED_BATCHES = 8
 
 # Wraps the batches to show progress, such as tqdm.
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
@@ -95,6 +101,25 @@ def evaluate_ce(
         "perplexity": perplexity(found["class_loss"]),
         "tokens": found["tokens"],
     }
+
+
+def forward_cost(model: Transformer, batches: Sequence[Batch], *, world: World) -> dict[str, float]:
+    """Return `megabytes` of a model's weights and `tokens_per_second` of its forward passes, without the output head.
+
+    `model` is on the device of the `world`'s process, which times up to `TIMED_BATCHES` of its `batches`, padding included, after
+    one pass that is not timed.
+    """
+    timed = [batch.to(world.device) for batch in batches[:TIMED_BATCHES]]
+    synchronize = torch.accelerator.synchronize if world.device.type != "cpu" else lambda: None
+    with eval_mode(model):
+        model(**timed[0].inputs, return_hidden=True)
+        synchronize()
+        start = time.perf_counter()
+        for batch in timed:
+            model(**batch.inputs, return_hidden=True)
+        synchronize()
+    rate = sum(batch.tokens.numel() for batch in timed) / (time.perf_counter() - start)
+    return {"megabytes": megabytes(model), "tokens_per_second": rate}
 
 
 def perplexity(class_loss: float) -> float:

@@ -51,6 +51,7 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "nf4": Scheme("4-bit normal float, two in a byte, scales quantized too (QLoRA's format)"),
 }
+SHORT_NAMES = {"int8": "int8_weight_only", "float8": "float8_weight_only", "int4": "int4_weight_only"}
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,16 @@ class LayerError:
     """Frobenius norm of the difference, divided by that of the weight."""
 
 
+def scheme_name(name: str) -> str:
+    """Return the name in SCHEMES of a scheme that a config may name shortly; any other name is unchanged."""
+    return SHORT_NAMES.get(name, name)
+
+
 def scheme_problems(scheme: str, device: torch.device, dtype: torch.dtype, group_size: int | None = None) -> list[str]:
     """Return why weights of `dtype` cannot be quantized with the scheme on `device`, or used there; loads nothing."""
+    scheme = scheme_name(scheme)
     if scheme not in SCHEMES:
-        return [f"scheme={scheme}: unknown; one of {', '.join(SCHEMES)}"]
+        return [f"scheme={scheme}: unknown; one of {', '.join(SCHEMES)}, or shortly {', '.join(SHORT_NAMES)}"]
     found = SCHEMES[scheme]
     problems = []
     if lack := _lack(found, device):
@@ -84,6 +91,7 @@ def shape_problems(
     scheme: str, config: TransformerConfig, group_size: int | None = None, *, quantize_output: bool = False
 ) -> list[str]:
     """Return which linears of the model have a shape that the (known) scheme cannot hold; reads no weights."""
+    scheme = scheme_name(scheme)
     if quantize_output and config.tie_embeddings:
         return ["quantize_output=true: the head is the embedding (tied), which stays as it is; set it to false"]
     with torch.device("meta"):
@@ -118,7 +126,7 @@ def quantize(
 
     Args:
         model: on the device it will be used on.
-        scheme: one of SCHEMES.
+        scheme: one of SCHEMES, or its short name.
         group_size: input features that share a scale; None: the scheme's own.
         quantize_output: also quantize an untied head.
         progress: called with the name of each linear when it is done.
@@ -127,18 +135,15 @@ def quantize(
         ConfigError: the scheme does not work for this model, dtype or device (see `scheme_problems`,
             `shape_problems`), or left a weight unquantized.
     """
+    scheme = scheme_name(scheme)
     problems = scheme_problems(scheme, model.device, model.dtype, group_size)
     if problems := problems or shape_problems(scheme, model.config, group_size, quantize_output=quantize_output):
         raise ConfigError("\n".join(problems))
-    quantize_linear = _quantizer(scheme, group_size or SCHEMES[scheme].default_group_size)
+    quantize_linear = linear_quantizer(scheme, group_size)
     errors = []
     for name, linear in target_linears(model, quantize_output=quantize_output).items():
         original = linear.weight.detach()
-        quantize_linear(linear)
-        if not is_quantized(linear.weight):
-            raise ConfigError(
-                f"scheme={scheme}: torchao left {name}, shape {list(original.shape)}, as it was; choose another scheme"
-            )
+        quantize_linear(name, linear)
         errors.append(LayerError(name, _relative_error(original, linear.weight)))
         if progress is not None:
             progress(name)
@@ -165,6 +170,11 @@ def num_bytes(weight: Tensor) -> int:
     return sum(part.nbytes for part in parts)
 
 
+def megabytes(model: nn.Module) -> float:
+    """Return the millions of bytes that the model's weights take, a tied one once."""
+    return sum(num_bytes(parameter) for parameter in model.parameters()) / 1e6
+
+
 def _lack(scheme: Scheme, device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"quantized weights are not supported on {device.type}"
@@ -179,15 +189,26 @@ def _lack(scheme: Scheme, device: torch.device) -> str | None:
     return None
 
 
-def _quantizer(scheme: str, group_size: int | None) -> Callable[[nn.Linear], None]:
+def linear_quantizer(scheme: str, group_size: int | None = None) -> Callable[[str, nn.Linear], None]:
+    """Return a function that quantizes a linear in place, on any device (also on the meta device), given its name for errors.
+
+    `scheme` and `group_size` have passed `scheme_problems`. The function raises ConfigError if torchao leaves a weight as it was.
+    """
+    scheme = scheme_name(scheme)
     with quiet_torchao():
         from torchao.quantization import quantize_
-    if scheme == "nf4":
-        return _to_nf4
-    config = _torchao_config(scheme, group_size)
+    config = None if scheme == "nf4" else _torchao_config(scheme, group_size or SCHEMES[scheme].default_group_size)
 
-    def quantize_linear(linear: nn.Linear) -> None:
-        quantize_(linear, config, filter_fn=lambda module, _: module is linear)
+    def quantize_linear(name: str, linear: nn.Linear) -> None:
+        if config is None:
+            linear.weight = nf4.quantize_nf4(linear.weight)
+        else:
+            quantize_(linear, config, filter_fn=lambda module, _: module is linear)
+        if not is_quantized(linear.weight):
+            raise ConfigError(
+                f"scheme={scheme}: torchao left {name}, shape {list(linear.weight.shape)}, as it was; choose another scheme"
+            )
+        linear.weight.requires_grad_(False)
 
     return quantize_linear
 
@@ -212,10 +233,6 @@ def _torchao_config(scheme: str, group_size: int | None) -> Any:
         case _:
             granularity = quantization.PerGroup(group_size)
             return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)  # type: ignore[attr-defined]
-
-
-def _to_nf4(linear: nn.Linear) -> None:
-    linear.weight = nf4.quantize_nf4(linear.weight)
 
 
 def _relative_error(original: Tensor, quantized: Tensor) -> float:

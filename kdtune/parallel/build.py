@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.constants import TP_DIM
 from kdtune.distributed import SINGLE_PROCESS, Parallelism, World
-from kdtune.errors import CheckpointError, ConfigError
+from kdtune.errors import CheckpointError, ConfigError, ParallelismError
 from kdtune.models import Transformer, TransformerConfig, has_adapters
-from kdtune.parallel.fsdp import apply_fsdp, device_mesh
+from kdtune.models.quantization import quantize
+from kdtune.parallel.fsdp import WHOLE_COPIES, apply_fsdp, device_mesh
 from kdtune.parallel.meta import Adapter, Builder, add_adapters, initial_model, model_config
 from kdtune.parallel.tensor_parallel import apply_tensor_parallel
 
@@ -28,6 +29,7 @@ def build_model(
     adapter: Adapter | None = None,
     weights: Path | None = None,
     trainable: bool = True,
+    quantization: str | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> Transformer:
@@ -47,13 +49,15 @@ def build_model(
         weights: a folder that replaces the checkpointer's, such as the step folder a run is resumed from. If it holds an
             adapter, the base still comes from the checkpointer and the adapter from here.
         trainable: False freezes all parameters.
+        quantization: scheme of `kdtune.models.quantization` for the linears of a frozen model's layers, which are quantized one
+            by one as they are read; every process holds them all. None: the weights stay as they are.
         activation_checkpointing: recompute activations in backward.
         compile: torch.compile each layer.
 
     Raises:
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model, or the sizes of
             the parallelism the number of processes.
-        ParallelismError: the parallelism does not fit the model.
+        ParallelismError: the parallelism does not fit the model, or divides quantized weights.
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
     """
     resumed = weights if weights is not None and is_adapter_folder(weights) else None
@@ -74,6 +78,8 @@ def build_model(
         model.requires_grad_(False)
 
     mesh = device_mesh(model, parallelism, world)
+    if quantization and mesh is not None:
+        raise ParallelismError(f"parallelism: {quantization} weights cannot be divided; {WHOLE_COPIES}")
     apply_tensor_parallel(model, mesh)
     if activation_checkpointing:
         apply_activation_checkpointing(model)
@@ -83,7 +89,9 @@ def build_model(
     apply_fsdp(model, mesh, parallelism)
 
     if source is not None:
-        model = source.load(model, dtype=dtype, device=device)
+        model = source.load(model, dtype=dtype, device=device, quantization=quantization)
+    elif quantization:
+        quantize(model, quantization)
     return load_adapter(model, resumed) if resumed else model
 
 

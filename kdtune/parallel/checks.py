@@ -4,18 +4,22 @@ from typing import Any
 
 import torch
 
+from kdtune.checkpoint import Checkpointer
 from kdtune.config import factory, instantiate
 from kdtune.constants import TP_DIM
 from kdtune.distributed import Parallelism, parallelism_problems, world_size
-from kdtune.parallel.fsdp import model_problem
-from kdtune.parallel.meta import meta_model
+from kdtune.models import dtype_from_name, has_adapters
+from kdtune.models.quantization import scheme_name, scheme_problems, shape_problems
+from kdtune.parallel.fsdp import WHOLE_COPIES, is_whole, model_problem
+from kdtune.parallel.meta import Builder, meta_model, model_config
 
 
-def problems(cfg: Any) -> list[str]:
-    """Return why a config's models cannot be divided among the processes that were started, one sentence each; read no weights.
+def problems(cfg: Any, device: torch.device | None = None) -> list[str]:
+    """Return why a config's models cannot be quantized, or divided among the processes that were started; read no weights.
 
-    cfg: with the key parallelism, and those of model, checkpointer, adapter, teacher_parallelism, teacher_processes,
-    teacher_model and teacher_checkpointer that its recipe has.
+    One sentence each. cfg: with the key parallelism, and those of model, checkpointer, adapter, quantization,
+    teacher_parallelism, teacher_processes, teacher_model, teacher_checkpointer and teacher_quantization that its recipe has.
+    device: of this process; None: it cannot be had, and quantization is not checked.
     """
     parallelism: Parallelism = instantiate(cfg.parallelism)
     teacher: Parallelism | None = instantiate(getattr(cfg, "teacher_parallelism", None))
@@ -36,4 +40,31 @@ def problems(cfg: Any) -> list[str]:
             model = meta_model(builder, source, adapter=adapter, dtype=torch.float32)
             if problem := model_problem(model, settings, num_processes):
                 found.append(f"{name}: {problem}")
+        scheme = getattr(cfg, f"{prefix}quantization", None)
+        if scheme and device and (builder or source) and not (source and source.problems()):
+            dtype = dtype_from_name(getattr(cfg, f"{prefix}dtype", None) or cfg.dtype)
+            found += [
+                f"{prefix}quantization={scheme}: {problem}"
+                for problem in _quantization_problems(scheme, builder, source, device, dtype)
+            ]
+            if not is_whole(settings, num_processes):
+                found.append(
+                    f"{prefix}quantization={scheme}: with {name}, quantized weights are not divided; {WHOLE_COPIES}"
+                )
     return found
+
+
+def _quantization_problems(
+    scheme: str, builder: Builder | None, source: Checkpointer | None, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    if source and source.is_quantized:
+        return [f"{source.checkpoint_dir} holds weights that are quantized already; leave it out"]
+    found = scheme_problems(scheme, device, dtype)
+    if not found and has_adapters(meta_model(builder, source, dtype=dtype)):
+        found.append(
+            "the builder makes adapters, and adapters are not quantized; merge them: use adapter_dir of the checkpointer"
+        )
+    return [
+        problem.removeprefix(f"scheme={scheme_name(scheme)}: ")
+        for problem in found or shape_problems(scheme, model_config(builder, source))
+    ]

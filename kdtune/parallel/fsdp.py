@@ -15,6 +15,10 @@ from kdtune.models import Transformer, adapted_linears
 from kdtune.models.nf4 import is_cut_by_rows
 from kdtune.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problem
 
+WHOLE_COPIES = (
+    "allowed is a copy on every process: dp_shard=1 dp_replicate=-1 tp=1, without cpu_offload and param_dtype"
+)
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -78,6 +82,12 @@ def apply_fsdp(model: Transformer, mesh: DeviceMesh | None, parallelism: Paralle
         shard_unit(layer, reshard_after_forward=parallelism.reshard_after_forward)
     shard_unit(model, reshard_after_forward=False)
     _sum_gradients(model)
+
+
+def is_whole(parallelism: Parallelism, num_processes: int) -> bool:
+    """Return whether each of the processes holds all of a frozen model, as quantized weights must be."""
+    sizes = parallelism.sizes(num_processes)
+    return sizes[TP_DIM] == sizes["dp_shard"] == 1 and parallelism.is_plain
 
 
 def _is_copy(model: Transformer, parallelism: Parallelism, num_shards: int) -> bool:

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, to_local
 from kdtune.models import Transformer, dtype_from_name
-from kdtune.models.nf4 import BY_ROWS, is_nf4, nf4_parts, quantize_nf4
-from kdtune.models.quantization import num_bytes
+from kdtune.models.nf4 import BY_ROWS, is_nf4, map_nf4, nf4_parts, quantize_nf4
+from kdtune.models.quantization import is_quantized, num_bytes
 from kdtune.parallel import shard_model
 from kdtune.planner.meta_device import MemoryTracker
 
@@ -102,7 +102,8 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
     """
     num_layers, model.layers = len(model.layers), model.layers[:1]
     state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
-    pieces = copy.deepcopy(model)
+    # torchao quantizes an NF4 weight again to copy it.
+    pieces = copy.deepcopy(model, {id(one): map_nf4(one, torch.clone) for one in model.parameters() if is_nf4(one)})
     shard_model(model, parallelism, world)
     is_sharded = isinstance(model, FSDPModule)
     shards = parallelism.sizes(world.size)["dp_shard"] if is_sharded else 0
@@ -186,6 +187,8 @@ def _take_shapes(pieces: nn.Module, sharded: nn.Module, dtypes: _DTypes) -> None
     made: dict[Tensor, nn.Parameter] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         if parameter not in made:
+            if not is_nf4(parameter) and is_quantized(to_local(parameter)):
+                continue  # it is not divided, and the pieces have it
             # torchao gathers NF4 weights quantized and dequantizes them in their own dtype, whatever FSDP's compute dtype is.
             dtype = parameter.dtype if is_nf4(parameter) else dtypes.compute(parameter.dtype)
             empty = torch.empty(shape_in_use(parameter), dtype=dtype, device="meta")

@@ -8,11 +8,15 @@ import torch
 from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.models import dtype_from_name
+from kdtune.models.quantization import linear_quantizer, scheme_name, target_linears
 from kdtune.parallel import meta_model, model_config
 from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import Phase, TeacherCost, teacher_gather, teacher_held, teacher_phases
 from kdtune.planner.sizes import ModelSizes, model_sizes
+
+# Schemes that torchao applies on a CUDA device only, and those counted in their place: equal bytes, and 3 % fewer.
+_STAND_INS = {"float8_dynamic": "float8_weight_only", "int4_weight_only": "nf4"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ def _parallelism(cfg: Any) -> Parallelism:
 def _sizes(cfg: Any, parallelism: Parallelism, world: World, *, dtype: str | None = None) -> ModelSizes:
     own = dtype_from_name(dtype or cfg.teacher_dtype or cfg.dtype)
     model = meta_model(factory(cfg.teacher_model), instantiate(cfg.teacher_checkpointer), dtype=own)
+    if cfg.teacher_quantization:
+        quantize_linear = linear_quantizer(_STAND_INS.get(scheme := scheme_name(cfg.teacher_quantization), scheme))
+        for name, linear in target_linears(model).items():
+            quantize_linear(name, linear)
     return model_sizes(model.requires_grad_(False), parallelism, world)
 
 

@@ -1,5 +1,6 @@
 from .build import build_teacher, build_teacher_model, problems
 from .compatibility import check_tokenizer, check_vocabularies
+from .config import TeacherConfig
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
 from .protocol import Teacher
@@ -9,6 +10,7 @@ __all__ = [
     "OnlineTeacher",
     "RemoteTeacher",
     "Teacher",
+    "TeacherConfig",
     "build_teacher",
     "build_teacher_model",
     "check_tokenizer",

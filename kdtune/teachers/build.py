@@ -35,7 +35,7 @@ def build_teacher_model(cfg: Any, world: World) -> Transformer:
     """Build the frozen teacher's model, parallelized over this world.
 
     Args:
-        cfg: with the keys teacher_model, teacher_checkpointer, teacher_dtype, teacher_parallelism, dtype, parallelism, compile.
+        cfg: with the keys of `TeacherConfig`, and dtype, parallelism, compile.
         world: this process's.
 
     Raises:
@@ -49,8 +49,9 @@ def build_teacher_model(cfg: Any, world: World) -> Transformer:
         check_sendable(parallel.meta_model(builder, checkpointer, dtype=dtype).output)
     parallelism = instantiate(cfg.teacher_parallelism or cfg.parallelism)
     teacher = parallel.build_model(
-        builder, checkpointer, dtype=dtype, world=world, parallelism=parallelism, trainable=False, compile=cfg.compile
-    )
+        builder, checkpointer, dtype=dtype, world=world, parallelism=parallelism, trainable=False,
+        quantization=cfg.teacher_quantization, compile=cfg.compile,
+    )  # fmt: skip
     check_head("teacher", teacher.output)
     return teacher
 
@@ -70,7 +71,8 @@ def problems(cfg: Any) -> list[str]:
     except KDTuneError as error:
         found.append(str(error))
     if cfg.teacher is not None:
-        given = [key for key in ("teacher_model", "teacher_checkpointer", "teacher_processes") if getattr(cfg, key)]
+        keys = ("teacher_model", "teacher_checkpointer", "teacher_quantization", "teacher_processes")
+        given = [key for key in keys if getattr(cfg, key)]
         found += [
             f"{key}: has no effect beside teacher, which stands in place of a model; ~{key}, or ~teacher"
             for key in given

@@ -9,7 +9,7 @@ from kdtune import checkpoint, data, parallel, runs, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.training.checks import loop_problems
-from kdtune.training.precision import device_problems
+from kdtune.training.precision import device_problems, resolve_device
 
 
 @dataclass(kw_only=True)
@@ -142,7 +142,7 @@ class TrainingConfig:
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
-        found += parallel.problems(self)
+        found += parallel.problems(self, None if found else resolve_device(self.device))
         found += runs.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

@@ -9,9 +9,10 @@ import torch
 from evaluation_tasks import FILES, write_task, write_tasks
 
 from kdtune import evaluation
-from kdtune.checkpoint import load_model, write_adapter
+from kdtune.checkpoint import load_model, save_model, write_adapter
 from kdtune.errors import CheckpointError
-from kdtune.models import apply_lora
+from kdtune.models import apply_lora, llama
+from kdtune.tokenizers import byte_tokenizer
 
 RECIPE = "eleuther_eval"
 
@@ -295,3 +296,25 @@ def test_a_set_whose_file_is_missing_is_told_before_a_weight_is_read(cli, tmp_pa
     missing = OWN_SET.format(source=tmp_path / "missing.jsonl")
     done = cli("run", "evaluate", "--config", "tiny/evaluate", f"output_dir={tmp_path / 'out'}", missing)
     assert done.code == 2 and "missing.jsonl: no such file" in done.err
+
+
+def test_the_price_of_a_quantized_teacher(cli, tmp_path):
+    """Of a model against itself: no distance without quantization, a small one and fewer bytes with it."""
+    torch.manual_seed(0)
+    save_model(llama(vocab_size=320, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=128,
+                     max_seq_len=256, tie_embeddings=True), tmp_path / "model", tokenizer=byte_tokenizer())  # fmt: skip
+    node = f"{{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {tmp_path / 'model'}}}"
+    both = ["run", RECIPE, "--config", "tiny/evaluate", "~model", "~teacher_model", f"checkpointer={node}",
+            f"teacher_checkpointer={node}"]  # fmt: skip
+    assert cli(*both, f"output_dir={tmp_path / 'same'}").code == 0
+    assert results(tmp_path / "same")["metrics"]["held_out/kd_loss"] == pytest.approx(0, abs=1e-6)
+    done = cli(*both, f"output_dir={tmp_path / 'out'}", "quantization=int8")
+    assert done.code == 0, done.err
+    found = results(tmp_path / "out")["metrics"]
+    assert 0 < found["held_out/kd_loss"] < 1e-3 and found["held_out/agreement"] > 0.9
+    assert found["cost/model/megabytes"] < 0.6 * found["cost/teacher/megabytes"]
+    assert found["cost/teacher/megabytes"] == pytest.approx(
+        (tmp_path / "model" / "model.safetensors").stat().st_size / 1e6, rel=0.02
+    )
+    assert min(found[f"cost/{one}/tokens_per_second"] for one in ("model", "teacher")) > 0
+    assert "megabytes" in done.out and "tokens_per_second" in done.out

@@ -1,5 +1,6 @@
 """The quantize recipe through its CLI: its table, its folder in the other recipes, and what it refuses."""
 
+import json
 import re
 
 import pytest
@@ -99,3 +100,32 @@ def test_a_folder_that_is_not_empty_is_refused_at_the_start(cli, tmp_path, monke
     monkeypatch.setattr("kdtune.parallel.build_model", lambda *args, **kwargs: pytest.fail("a weight was read"))
     done = quantize(cli, tmp_path / "q")
     assert done.code == 2 and "is not empty (holds 'notes.txt'); choose another output_dir" in done.err
+
+
+def test_a_teacher_is_quantized_as_it_is_read(cli, tmp_path):
+    """The numbers of a teacher from the folder that `quantize` writes, without that folder."""
+    sizes = ["embed_dim=64", "num_layers=2", "intermediate_dim=128", "tie_embeddings=true"]
+    assert cli("run", "quantize", "--config", "tiny/quantize", "scheme=nf4", f"output_dir={tmp_path / 'q'}").code == 0
+    run = [
+        "run",
+        "knowledge_distillation",
+        "--config",
+        "tiny/knowledge_distillation",
+        "sample_prompts=[]",
+        "max_steps_per_epoch=2",
+    ]
+    folder = f"teacher_checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {tmp_path / 'q'}}}"
+    names = {
+        "stored": ["~teacher_model", folder, "checkpointer=null"],
+        "quantized": [*(f"teacher_model.{size}" for size in sizes), "teacher_quantization=nf4"],
+    }
+    found = {}
+    for name, settings in names.items():
+        done = cli(*run, *settings, f"output_dir={tmp_path / name}")
+        assert done.code == 0, done.err
+        found[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert found["stored"][0]["val_kd_loss"] == pytest.approx(
+        found["quantized"][0]["val_kd_loss"], rel=0.05
+    )  # other students
+    refused = cli(*run, *names["stored"], "teacher_quantization=int8", f"output_dir={tmp_path / 'refused'}")
+    assert refused.code == 2 and "quantized already" in refused.err and not (tmp_path / "refused").exists()

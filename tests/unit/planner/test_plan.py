@@ -17,6 +17,7 @@ from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World, fake_world
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.models.quantization import num_bytes, quantize
 from kdtune.parallel import apply_activation_checkpointing
 from kdtune.planner import estimate_text, text
 from kdtune.planner.estimate import Estimate, make_estimate
@@ -388,3 +389,13 @@ def test_a_plan_fits_into_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     narrow = estimate_text(cfg, [1, 8])
     assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
     assert narrow.split() == wide.split()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "float8_dynamic"])
+def test_a_quantized_teacher_counts_as_it_is_held(scheme: str) -> None:
+    sizes = ["teacher_model.embed_dim=64", "teacher_model.intermediate_dim=128", f"teacher_quantization={scheme}"]
+    cfg = config("knowledge_distillation", *SMALL, *sizes)
+    whole = instantiate(cfg.teacher_model)
+    quantize(whole, scheme.replace("dynamic", "weight_only"))
+    student = estimated(cfg, 1)
+    assert student.teacher.stored == sum(num_bytes(parameter) for parameter in whole.parameters())
