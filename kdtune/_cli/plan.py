@@ -4,6 +4,7 @@ import argparse
 
 from kdtune._cli.names import load_config
 from kdtune.errors import ConfigError
+from kdtune.log import terminal_width, wrap
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -13,6 +14,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--world-size", default="1", metavar="N[,N]", help="numbers of processes (default: 1)")
     parser.add_argument("--gpu", metavar="NAME", help="card whose stated figures are used (default: a100-80gb)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens an example (default: tokenizer.max_seq_len)")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="time a step here, with the config's data and random weights (20 s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value|~key", help="changes to the config")
     parser.set_defaults(func=execute)
 
@@ -26,6 +30,10 @@ def execute(arguments: argparse.Namespace) -> None:
     sizes = world_sizes(arguments.world_size)
     if arguments.seq_len is not None and arguments.seq_len < 1:
         raise ConfigError(f"--seq-len {arguments.seq_len}: must be at least 1")
+    if arguments.calibrate and sizes != [1]:
+        raise ConfigError(
+            f"--calibrate: it times one process, --world-size is {arguments.world_size}; leave one of them out"
+        )
     _, cfg = load_config(arguments.config, arguments.overrides)
 
     from kdtune.planner import estimate_text
@@ -34,6 +42,12 @@ def execute(arguments: argparse.Namespace) -> None:
     print(estimate_text(cfg, sizes, gpu_name=arguments.gpu, seq_len=arguments.seq_len))
     if note := context_note(cfg):
         print(f"note: {note}")
+    if arguments.calibrate:
+        from kdtune.planner.calibration import calibrate, check_calibrated
+        from kdtune.training import loader_of
+
+        check_calibrated(cfg)
+        print(wrap(calibrate(cfg, *loader_of(cfg)).text(), terminal_width()))
 
 
 def world_sizes(text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Output heads as two matrices whose product is the logits. Shapes: T positions, V vocabulary, D embedding, K inner width."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -9,7 +9,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from kdtune.constants import TP_DIM
 from kdtune.errors import ConfigError
-from kdtune.losses.vocab_shards import VocabShards
+
+if TYPE_CHECKING:
+    from kdtune.losses.vocab_shards import VocabShards
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Projection:
 
     hidden_TD: Tensor
     weight_VD: Tensor  # of a head in shards, this process's rows
-    shards: VocabShards | None = None
+    shards: "VocabShards | None" = None
     softcap: float | None = None  # the logits are softcap * tanh(product / softcap)
 
     @property
@@ -73,6 +75,8 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
             f"the {owner}'s output head cannot be fused with the loss: it is in shards over {mesh.mesh_dim_names}; allowed is "
             f"({TP_DIM!r},), and a head that FSDP has all-gathered: call the model's forward first"
         )
+    from kdtune.losses.vocab_shards import VocabShards  # only tensor parallelism needs it
+
     shards = VocabShards(mesh.get_group(), len(weight_VD))
     hidden_TD, weight_VD = (one.to_local() if isinstance(one, DTensor) else one for one in (hidden_TD, weight_VD))
     return Projection(hidden_TD, weight_VD, shards, softcap)

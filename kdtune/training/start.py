@@ -126,6 +126,12 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     )
 
 
+def loader_of(cfg: Any) -> tuple[Loader, torch.device]:
+    """Return the micro-batches of a training config, `cfg`, for one process, and its device; errors as in `load_inputs`."""
+    device = resolve_device(cfg.device)
+    return load_inputs(cfg, World(device), Progress(silent=True)).loader, device
+
+
 def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:
     """Build the trained model over the processes, with the weights of the step folder if the run is resumed.
 
