@@ -96,6 +96,15 @@ class _Cursor:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the folder's GGUF file, empty if there is none; CheckpointError if there are several."""
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder}: {len(found)} GGUF files ({names}); name one in checkpoint_files")
+    return found
+
+
 def read_gguf(file: Path) -> GGUFHeader:
     """Return metadata and tensor table of a little-endian GGUF file of version 2 or 3.
 

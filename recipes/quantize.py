@@ -12,13 +12,12 @@ intx_4bit (the error of 4 bits, stored in a byte each).
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, evaluation, parallel, runs, teachers, tokenizers, training
 from kdtune.distributed import World
 from kdtune.log import bar_settings
-from kdtune.models import Transformer, dtype_from_name, has_adapters, quantization
+from kdtune.models import Transformer, dtype_from_name, has_adapters, on_meta_device, quantization
 
 
 @dataclass(kw_only=True)
@@ -148,7 +147,7 @@ def run(cfg: Config) -> None:
 
 def is_adapted(builder: Any) -> bool:
     """Return whether the builder's model has adapters; it is built without weights."""
-    with torch.device("meta"):
+    with on_meta_device():
         return has_adapters(config.instantiate(builder))
 
 

@@ -26,9 +26,13 @@ def execute(arguments: argparse.Namespace) -> None:
     recipe, cfg = load_config(source, overrides)
 
     from kdtune.config.overrides import held_out_note
-    from kdtune.training import context_note
 
-    for note in filter(None, (context_note(cfg), held_out_note(cfg, overrides))):
+    notes = [held_out_note(cfg, overrides)]
+    if getattr(cfg, "tokenizer", None) is not None:  # what has none (compare, report, sweep) is checked without torch
+        from kdtune.training import context_note
+
+        notes.insert(0, context_note(cfg))
+    for note in filter(None, notes):
         print(f"note: {note}")
     print(f"OK: {source} is a valid config for {recipe.name} (files and device are looked at when it runs)")
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from kdtune.checkpoint import gguf, huggingface, meta, peft, quantized, readers
+from kdtune import gguf_file
+from kdtune.checkpoint import huggingface, meta, peft, quantized, readers
 from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.tensors import LazyModel, check_tensors, fill_model
 from kdtune.distributed import is_sharded
 from kdtune.errors import CheckpointError
-from kdtune.models import Family, Transformer, TransformerConfig, family_of
+from kdtune.models import Family, Transformer, TransformerConfig, family_of, on_meta_device
 from kdtune.paths import user_path
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
@@ -117,7 +118,7 @@ class Checkpointer:
             )
         if self._named_files is not None:
             return _named(folder, self._named_files)
-        for kind in (huggingface, quantized, gguf, meta):
+        for kind in (huggingface, quantized, gguf_file, meta):
             if found := kind.weight_files(folder):
                 return found
         _refuse_other_weights(folder)
@@ -251,7 +252,7 @@ class Checkpointer:
 
 
 def _on_meta(config: TransformerConfig) -> Transformer:
-    with torch.device("meta"):
+    with on_meta_device():
         return Transformer(config)
 
 

@@ -16,11 +16,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from kdtune.checkpoint.state import TENSORS_FILE
 from kdtune.distributed import is_distributed
 from kdtune.errors import CheckpointError, first_line
-
-MARK = ".metadata"
-"""Written last by torch.distributed.checkpoint: a folder without it is incomplete."""
 
 # Types in the metadata of plain tensors. It is a pickle, and torch reads it with the unrestricted unpickler.
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -45,7 +43,7 @@ class _TensorReader(FileSystemReader):
     """Reads tensors, and refuses metadata that names anything else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / MARK
+        path = Path(self.path) / TENSORS_FILE
         with path.open("rb") as file:
             entries = _MetadataUnpickler(file).load().state_dict_metadata
         for name, entry in entries.items():

@@ -23,15 +23,6 @@ _DTYPES = {
 }
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's GGUF file, empty if there is none; CheckpointError if there are several."""
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise CheckpointError(f"{folder}: {len(found)} GGUF files ({names}); name one in checkpoint_files")
-    return found
-
-
 def stored_tensors(file: Path, header: GGUFHeader) -> dict[str, LazyTensor]:
     """Return the file's tensors by their GGUF names, unread. Quantized ones read as float32.
 

@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from kdtune.checkpoint import huggingface, peft, state
@@ -25,6 +24,9 @@ from kdtune.errors import CheckpointError, ConfigError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
 from kdtune.paths import user_path
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
 
 STATE_DIR = "state"
 _STEP = re.compile(r"step_(\d+)")
@@ -121,8 +123,8 @@ class CheckpointManager:
         *,
         model: Transformer,
         optimizer: Optimizer,
-        scheduler: Stateful | None = None,
-        loss: Stateful | None = None,
+        scheduler: "Stateful | None" = None,
+        loss: "Stateful | None" = None,
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdtune.checkpoint import gguf, huggingface, meta
+from kdtune.checkpoint import huggingface, meta
 from kdtune.checkpoint.tensors import LazyModel, LazyTensor, check_num_layers
 from kdtune.errors import CheckpointError
 from kdtune.gguf_file import read_gguf as read_gguf_header
@@ -70,6 +70,8 @@ def read_meta(files: list[Path], named: Family | None) -> LazyModel:
 
 def read_gguf(files: list[Path], named: Family | None) -> LazyModel:
     """Describe the model in a GGUF file."""
+    from kdtune.checkpoint import gguf
+
     file = files[0]
     header = read_gguf_header(file)
     stored, metadata = gguf.stored_tensors(file, header), header.metadata

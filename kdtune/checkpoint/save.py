@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -150,6 +149,8 @@ def model_writer(
     keys = family_of(model.config).hf_keys
     weights = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
     planned = _planned(model, weights)
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     split = split_torch_state_dict_into_shards(
         planned, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )

@@ -1,24 +1,22 @@
 """Resume state: optimizers, schedulers and random number generators. The weights lie beside it, in the model files.
 
 Tensors go through torch.distributed.checkpoint, keyed by parameter names, so that a later run can load them at another
-world size; everything else is one readable JSON file, written last.
+world size; everything else is one readable JSON file, written last. That package takes a second to import: a run does so
+when it first saves or resumes.
 """
 
 import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from kdtune.checkpoint import dcp
 from kdtune.checkpoint.atomic import atomic_write_text
 from kdtune.checkpoint.sharded import Write
 from kdtune.distributed import is_rank_zero, raise_on_all_ranks, to_cpu_copy
@@ -27,7 +25,12 @@ from kdtune.json_files import read_json
 from kdtune.log import get_logger
 from kdtune.paths import user_path
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
 STATE_FILE = "state.json"
+TENSORS_FILE = ".metadata"
+"""Written last by torch.distributed.checkpoint: without it the tensors are incomplete."""
 _VERSION = 1
 _LOSS = "loss."
 
@@ -37,8 +40,8 @@ def state_writer(
     model: nn.Module,
     optimizer: Optimizer,
     extra: Mapping[str, Any],
-    scheduler: Stateful | None = None,
-    loss: Stateful | None = None,
+    scheduler: "Stateful | None" = None,
+    loss: "Stateful | None" = None,
     staged: bool = False,
 ) -> Write:
     """Return a function that writes the current resume state into an existing folder, such as a part of an atomic folder.
@@ -75,6 +78,8 @@ def state_writer(
     }
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
+        from kdtune.checkpoint import dcp
+
         dcp.write_tensors(folder, kept, group)
         with raise_on_all_ranks(group):
             if is_rank_zero():
@@ -88,8 +93,8 @@ def load_state(
     *,
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: Stateful | None = None,
-    loss: Stateful | None = None,
+    scheduler: "Stateful | None" = None,
+    loss: "Stateful | None" = None,
     ignore_scheduler: bool = False,
 ) -> dict[str, Any]:
     """Restore optimizer, scheduler, loss and random number generators in place; return the `extra` that was saved.
@@ -100,6 +105,8 @@ def load_state(
         CheckpointError: the folder is missing or incomplete, or was saved with another optimizer, scheduler or loss, or for
             another model; the message names the difference.
     """
+    from kdtune.checkpoint import dcp
+
     path = user_path(folder)
     document = read_state_file(path)
     schedulers = [] if scheduler is None or ignore_scheduler else [scheduler]
@@ -136,10 +143,10 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 
 def is_whole_state(folder: Path) -> bool:
     """Return whether the folder holds both parts of a resume state."""
-    return (folder / STATE_FILE).is_file() and (folder / dcp.MARK).is_file()
+    return (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
 
 
-def _with_parameters(model: nn.Module, loss: Stateful | None) -> nn.Module:
+def _with_parameters(model: nn.Module, loss: "Stateful | None") -> nn.Module:
     """Return a module that has the parameters of a model under their names, and those of a loss, if it has any, beside them."""
     beside = getattr(loss, "module", None)
     if beside is None:
@@ -150,14 +157,14 @@ def _with_parameters(model: nn.Module, loss: Stateful | None) -> nn.Module:
     return both
 
 
-def _loss_state(loss: Stateful | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _loss_state(loss: "Stateful | None") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a loss's state, each by `loss.name`, and its other values."""
     found = {} if loss is None else loss.state_dict()
     tensors = {f"{_LOSS}{name}": value for name, value in found.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in found.items() if not isinstance(value, Tensor)}
 
 
-def _loss_targets(folder: Path, document: dict[str, Any], loss: Stateful | None) -> dict[str, Tensor]:
+def _loss_targets(folder: Path, document: dict[str, Any], loss: "Stateful | None") -> dict[str, Tensor]:
     """Return the loss's tensors that the saved ones go into; its state must have the names that the saved one has."""
     tensors, values = _loss_state(loss)
     saved = document.get("loss", {"tensors": [], "values": {}})
@@ -182,6 +189,8 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 def _named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """Return the state by parameter name and key. The tensors are the optimizer's own, so loading can fill them in place."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
     # strict=False: a parameter without state (plain SGD) is no error here; what must be there is checked by name below.
     options = StateDictOptions(strict=False)
     found: Any = get_optimizer_state_dict(model, optimizer, options=options)["state"]
@@ -252,7 +261,7 @@ def _targets(folder: Path, document: dict[str, Any], model: nn.Module, optimizer
     return tensors
 
 
-def _set_learning_rates(scheduler: Stateful) -> None:
+def _set_learning_rates(scheduler: "Stateful") -> None:
     """Set this run's scheduled rates at the saved step: the saved rates follow the old schedule, which may have been shorter."""
     if isinstance(scheduler, LambdaLR):
         rates = [

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kdtune.distributed import is_sharded, local_slices, row_norms, to_local
 from kdtune.errors import CheckpointError
@@ -15,6 +14,7 @@ from kdtune.models import LoRALinear, Transformer, TransformerConfig, adapted_li
 from kdtune.models.lora import draw_a_
 from kdtune.models.nf4 import dequantized, fill_rows, quantize_nf4
 from kdtune.models.quantization import linear_quantizer, target_linears
+from kdtune.tensor_types import is_dtensor
 
 _TIED = ("tok_embeddings.weight", "output.weight")
 
@@ -206,7 +206,7 @@ def _begin_adapter(linear: LoRALinear, base: Tensor) -> None:
     to_local(linear.lora_b.weight).zero_()
     if linear.magnitude is not None:
         norms = row_norms(dequantized(linear.weight))
-        is_cut = isinstance(linear.weight, DTensor)
+        is_cut = is_dtensor(linear.weight)
         to_local(linear.magnitude).copy_(norms if is_cut else norms[local_slices(linear.magnitude)])
 
 

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kdtune.distributed.collectives import is_rank_zero
+from kdtune.tensor_types import is_dtensor, is_fsdp_module
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor, all-gathered from its shards, on every process; called by all of them."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
+    from torch.distributed.tensor import Replicate
+
     # One mesh dimension after the other: tensor parallelism shards first and FSDP shards its parts; torch, asked for all
     # at once, prints a warning that it does the same.
     for dimension in range(len(tensor.placements)):
@@ -29,13 +29,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return this process's shard, sharing its memory; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return the slices of the full tensor that this process's shard covers, one per dimension; empty slices if it covers none."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tuple(slice(0, length) for length in tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
 
@@ -44,7 +46,7 @@ def row_norms(matrix: Tensor) -> Tensor:
     """Return the Euclidean norms of the rows of which this process has a part, in fp32 or wider; called by all that share them."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     norms = torch.linalg.vector_norm(to_local(matrix), dim=1, dtype=wide)
-    if isinstance(matrix, DTensor):
+    if is_dtensor(matrix):
         for dimension, placement in enumerate(matrix.placements):
             if placement.is_shard(1):
                 squares = norms.square()
@@ -58,7 +60,7 @@ def is_first_replica(tensor: Tensor) -> bool:
 
     The norms of a tensor-parallel model are not on its mesh: each of its processes writes them, the same bytes to the same place.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return is_rank_zero()
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and not any(
@@ -82,7 +84,7 @@ def to_cpu_copy(tensor: Tensor) -> Tensor:
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
     """Return whether any of the tensors is a DTensor, a shard of a larger one."""
-    return any(isinstance(parameter, DTensor) for parameter in parameters)
+    return any(is_dtensor(parameter) for parameter in parameters)
 
 
 def reshard(model: nn.Module) -> None:
@@ -91,5 +93,5 @@ def reshard(model: nn.Module) -> None:
     While it is unsharded, `model.parameters()` are not the optimizer's parameters.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp_module(module):
             module.reshard()

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from kdtune.distributed.world import World
+from kdtune.tensor_types import is_fsdp_module
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -115,7 +115,7 @@ def lockstep_forwards(model: nn.Module, world: World) -> Iterator[None]:
     one the ranks announce it to each other, and a rank that leaves runs empty forwards until all have left. On entry, the
     embeddings, norm and head are all-gathered to the compute device.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_fsdp_module(model):
         yield
         return
     model.unshard()

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation.sampling import GREEDY, Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer
+from kdtune.tensor_types import is_fsdp_module
 
 
 def generate(
@@ -80,7 +80,7 @@ def generate_batch(
     if not prompts:
         return []
     limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
-    if isinstance(model, FSDPModule):
+    if is_fsdp_module(model):
         model.unshard()  # only then have its weights the dtype and device that they compute in
     tokens_BS, padding_B = _left_padded(prompts, model.device)
     cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits))

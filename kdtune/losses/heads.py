@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from kdtune.constants import TP_DIM
 from kdtune.errors import ConfigError
+from kdtune.tensor_types import is_dtensor
 
 if TYPE_CHECKING:
     from kdtune.losses.vocab_shards import VocabShards
@@ -61,9 +61,11 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
     check_head(owner, output)
     hidden_TD = hidden_BSD.flatten(0, 1)
     weight = getattr(output, "weight", None)
-    mesh = weight.device_mesh if isinstance(weight, DTensor) else None
+    mesh = weight.device_mesh if is_dtensor(weight) else None
     if isinstance(output, Head):
         if mesh is not None:
+            from torch.distributed.tensor import DTensor, Replicate
+
             hidden_TD = DTensor.from_local(hidden_TD, mesh, [Replicate()], run_check=False)
         (hidden_TD, weight_VD), softcap = output.projection(hidden_TD), output.softcap
     else:
@@ -78,7 +80,7 @@ def project(owner: str, hidden_BSD: Tensor, output: nn.Module) -> Projection:
     from kdtune.losses.vocab_shards import VocabShards  # only tensor parallelism needs it
 
     shards = VocabShards(mesh.get_group(), len(weight_VD))
-    hidden_TD, weight_VD = (one.to_local() if isinstance(one, DTensor) else one for one in (hidden_TD, weight_VD))
+    hidden_TD, weight_VD = (one.to_local() if is_dtensor(one) else one for one in (hidden_TD, weight_VD))
     return Projection(hidden_TD, weight_VD, shards, softcap)
 
 
@@ -106,6 +108,8 @@ def _linear_problem(output: nn.Module) -> str | None:
         return f"is a {type(output).__name__}"
     if output.bias is not None:
         return f"is a {type(output).__name__} with a bias"
-    if type(output.weight) not in (Tensor, nn.Parameter, DTensor, FakeTensor):  # such as a quantized one
+    if not (
+        type(output.weight) in (Tensor, nn.Parameter, FakeTensor) or is_dtensor(output.weight)
+    ):  # such as a quantized one
         return f"is a {type(output).__name__} whose weight is a {type(output.weight).__name__}"
     return None

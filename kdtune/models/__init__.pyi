@@ -16,7 +16,7 @@ from .lora import (
     merged_weights,
 )
 from .rope import RopeScaling
-from .transformer import OutputHead, Transformer, weight_shapes
+from .transformer import OutputHead, Transformer, on_meta_device, weight_shapes
 
 __all__ = [
     "FAMILIES",
@@ -42,6 +42,7 @@ __all__ = [
     "merge_adapters",
     "merged_config",
     "merged_weights",
+    "on_meta_device",
     "read_hf_config",
     "weight_shapes",
     "write_hf_config",

@@ -7,7 +7,6 @@ heads, G query heads per key head, E head dim.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.documents import Documents
@@ -100,16 +99,21 @@ def attend_within(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Ten
     """
     head_dim = q_SHE.shape[-1]
     if q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256:
+        from torch.nn.attention.varlen import (
+            varlen_attn,  # imports torch's compiler, a second that a CPU need not wait for
+        )
+
         starts, longest, is_shared = documents.starts_N1, documents.longest, q_SHE.shape[1] != k_SKE.shape[1]
         return varlen_attn(  # type: ignore[return-value]  # a pair only if more is asked for
             q_SHE, k_SKE, v_SKE, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=is_shared
         )
-    out_SHE: Tensor = _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE)
-    return out_SHE
+    if torch.compiler.is_compiling():
+        # Every other number of documents would need code of its own. As a decorator it would import the compiler in every run.
+        out_SHE: Tensor = torch.compiler.disable(_attend_one_by_one)(documents, q_SHE, k_SKE, v_SKE)
+        return out_SHE
+    return _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE)
 
 
-# Not compiled: every other number of documents would need code of its own.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_one_by_one(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
     def rows(tensor_SHE: Tensor) -> tuple[Tensor, ...]:
         return tensor_SHE.transpose(0, 1)[None].split(documents.lengths, dim=2)

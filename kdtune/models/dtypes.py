@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from kdtune.errors import ConfigError
+from kdtune.tensor_types import is_dtensor
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -28,4 +28,4 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 def is_plain(weight: Tensor) -> bool:
     """Return whether the weight, or this process's shard of it, is plain numbers, not one of torchao's tensors."""
-    return type(weight) in (Tensor, nn.Parameter, DTensor, FakeTensor)
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor) or is_dtensor(weight)

@@ -12,13 +12,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.nf4 import check_nf4_shape, dequantized, is_nf4, map_nf4, quantize_nf4
 from kdtune.models.transformer import OutputHead, Transformer, soft_capped
+from kdtune.tensor_types import is_dtensor
 
 AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -82,9 +82,9 @@ class LoRALinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """Return the weight [O, I] of a plain linear layer that computes the same, in this one's dtype; a new tensor."""
         parts: list[Any] = [self.lora_a.weight, self.lora_b.weight, self.magnitude]
-        if not isinstance(self.weight, DTensor):
+        if not is_dtensor(self.weight):
             # A base in 4 bits may be a copy on every process, beside adapters that lie in shards.
-            parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+            parts = [part.full_tensor() if is_dtensor(part) else part for part in parts]
         a_RI, b_OR, magnitude_O = parts
         return merged(dequantized(self.weight), a_RI, b_OR, self.scaling, magnitude_O)
 

@@ -7,13 +7,16 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kdtune.errors import ConfigError
+from kdtune.tensor_types import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Weights that share one scale (QLoRA, arXiv 2305.14314), and the most scales that share one scale of their own.
 BLOCK_SIZE = 64
@@ -111,7 +114,7 @@ def check_nf4_shape(name: str, shape: torch.Size) -> None:
 
 def is_nf4(weight: Tensor) -> bool:
     """Return whether the weight, or this process's shard of it, is one of torchao's NF4 tensors."""
-    return type(weight.to_local() if isinstance(weight, DTensor) else weight).__name__ == "NF4Tensor"
+    return type(weight.to_local() if is_dtensor(weight) else weight).__name__ == "NF4Tensor"
 
 
 def nf4_parts(weight: Tensor) -> dict[str, Tensor]:
@@ -124,7 +127,7 @@ def dequantized(weight: Tensor) -> Tensor:
     """Dequantize an NF4 weight to a plain tensor of its dtype, sharded like the weight; any other weight is unchanged."""
     if not is_nf4(weight):
         return weight
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         return _like(weight, dequantized(weight.to_local()))
     packed: Any = weight
     values: Tensor = packed.get_original_weight()
@@ -136,7 +139,7 @@ def map_nf4(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Paramete
 
     torchao itself requantizes on clone() and dequantizes on .to(dtype).
     """
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         return nn.Parameter(_like(weight, map_nf4(weight.to_local(), function)), requires_grad=False)
     packed: Any = weight
     parts = {name: function(part) for name, part in nf4_parts(weight).items()}
@@ -144,8 +147,10 @@ def map_nf4(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Paramete
     return nn.Parameter(mapped, requires_grad=False)
 
 
-def _like(weight: DTensor, shard: Tensor) -> DTensor:
+def _like(weight: "DTensor", shard: Tensor) -> "DTensor":
     """Return the same distributed tensor with another shard on this process."""
     mesh, placements = weight.device_mesh, weight.placements
-    made: DTensor = DTensor.from_local(shard.detach(), mesh, placements, shape=weight.shape, stride=weight.stride())
+    made: DTensor = type(weight).from_local(
+        shard.detach(), mesh, placements, shape=weight.shape, stride=weight.stride()
+    )
     return made

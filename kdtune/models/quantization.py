@@ -16,7 +16,7 @@ from kdtune.models import nf4
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.dtypes import is_plain
 from kdtune.models.nf4 import quiet_torchao
-from kdtune.models.transformer import Transformer
+from kdtune.models.transformer import Transformer, on_meta_device
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def shape_problems(
     scheme = scheme_name(scheme)
     if quantize_output and config.tie_embeddings:
         return ["quantize_output=true: the head is the embedding (tied), which stays as it is; set it to false"]
-    with torch.device("meta"):
+    with on_meta_device():
         linears = target_linears(Transformer(config), quantize_output=quantize_output)
     unit = nf4.BLOCK_SIZE if scheme == "nf4" else group_size or SCHEMES[scheme].default_group_size or 1
     for name, linear in linears.items():

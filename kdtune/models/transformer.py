@@ -4,12 +4,14 @@ Shape suffixes: B batch, S sequence, T tokens attended to, D embedding, H heads,
 F feed-forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, RMSNorm
@@ -277,3 +279,20 @@ def _attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: to
         return None
     # Several new tokens after held ones: the fast path would align the causal triangle with the first key.
     return torch.ones(num_new, num_held + num_new, dtype=torch.bool, device=device).tril(num_held)
+
+
+@contextmanager
+def on_meta_device() -> Iterator[None]:
+    """A context in which modules are made on the meta device; `torch.nn.init` does nothing, for there is nothing to fill."""
+    with _WithoutInit(), torch.device("meta"):
+        yield
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips torch.nn.init, whose normal_ on the meta device would be traced by torch's compiler: a second of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

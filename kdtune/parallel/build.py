@@ -12,11 +12,10 @@ from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.constants import TP_DIM
 from kdtune.distributed import SINGLE_PROCESS, Parallelism, World
 from kdtune.errors import CheckpointError, ConfigError, ParallelismError
-from kdtune.models import Transformer, TransformerConfig, has_adapters
+from kdtune.models import Transformer, TransformerConfig, has_adapters, on_meta_device
 from kdtune.models.quantization import quantize
-from kdtune.parallel.fsdp import WHOLE_COPIES, apply_fsdp, device_mesh
+from kdtune.parallel.mesh import WHOLE_COPIES, device_mesh
 from kdtune.parallel.meta import Adapter, Builder, add_adapters, initial_model, model_config
-from kdtune.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def build_model(
@@ -69,7 +68,7 @@ def build_model(
     if source is None:
         _check_room(builder, device)
 
-    with device if source is None else torch.device("meta"):
+    with device if source is None else on_meta_device():
         model = initial_model(builder, source).to(dtype)
         model = add_adapters(model, adapter)
     if weights is not None and not resumed and has_adapters(model):
@@ -80,13 +79,19 @@ def build_model(
     mesh = device_mesh(model, parallelism, world)
     if quantization and mesh is not None:
         raise ParallelismError(f"parallelism: {quantization} weights cannot be divided; {WHOLE_COPIES}")
-    apply_tensor_parallel(model, mesh)
+    if mesh is not None:
+        from kdtune.parallel.tensor_parallel import apply_tensor_parallel  # a second, see kdtune/tensor_types.py
+
+        apply_tensor_parallel(model, mesh)
     if activation_checkpointing:
         apply_activation_checkpointing(model)
     if compile:
         # For tensor-parallel layers, torch 2.13's compiler recurses endlessly with symbolic lengths.
         apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
-    apply_fsdp(model, mesh, parallelism)
+    if mesh is not None:
+        from kdtune.parallel.fsdp import apply_fsdp
+
+        apply_fsdp(model, mesh, parallelism)
 
     if source is not None:
         model = source.load(model, dtype=dtype, device=device, quantization=quantization)

@@ -10,7 +10,7 @@ from kdtune.constants import TP_DIM
 from kdtune.distributed import Parallelism, parallelism_problems, world_size
 from kdtune.models import dtype_from_name, has_adapters
 from kdtune.models.quantization import scheme_name, scheme_problems, shape_problems
-from kdtune.parallel.fsdp import WHOLE_COPIES, is_whole, model_problem
+from kdtune.parallel.mesh import WHOLE_COPIES, is_whole, model_problem
 from kdtune.parallel.meta import Builder, meta_model, model_config
 
 

@@ -6,7 +6,7 @@ import torch
 
 from kdtune.checkpoint import Checkpointer
 from kdtune.errors import ConfigError
-from kdtune.models import Transformer, TransformerConfig, has_adapters
+from kdtune.models import Transformer, TransformerConfig, has_adapters, on_meta_device
 
 Builder = Callable[[], Transformer]
 Adapter = Callable[..., Transformer]
@@ -22,7 +22,7 @@ def meta_model(
         ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model.
         CheckpointError: the builder is None and the checkpoint does not describe its model.
     """
-    with torch.device("meta"):
+    with on_meta_device():
         return add_adapters(initial_model(builder, checkpointer).to(dtype), adapter)
 
 
@@ -35,7 +35,7 @@ def model_config(builder: Builder | None, checkpointer: Checkpointer | None) -> 
     """
     if builder is None and checkpointer is not None:
         return checkpointer.model_config()
-    with torch.device("meta"):
+    with on_meta_device():
         return initial_model(builder, checkpointer).config
 
 

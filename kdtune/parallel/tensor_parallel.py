@@ -4,7 +4,6 @@ A layer's first projections are sharded by outputs (column-wise) and its last on
 feed-forward each need one all-reduce in forward and one in backward. Between the linear layers all tensors are local.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import functional
 
 from kdtune.constants import TP_DIM
-from kdtune.models import LoRALinear, Transformer, TransformerConfig
+from kdtune.models import LoRALinear, Transformer
 from kdtune.models.transformer import TransformerLayer
 
 
@@ -68,15 +67,6 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()
-
-
-def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
-    """Return which sizes of a model `tp` does not divide, and which values of `tp` divide them; None if it divides all."""
-    sizes = {name: getattr(config, name) for name in ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")}
-    bad = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
-    common = math.gcd(*sizes.values())
-    allowed = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
-    return f"tp={tp} does not divide {bad}; allowed for this model: {allowed}" if bad else None
 
 
 def _share_inputs(mesh: DeviceMesh, _: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError
-from kdtune.models.transformer import Transformer
+from kdtune.models.transformer import Transformer, on_meta_device
 
 # Tokens that go through a layer at once, and logits that exist at once: they bound the measurements' memory.
 _TOKENS_AT_ONCE = 4096
@@ -55,7 +55,7 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
         ConfigError: The indices are not strictly increasing within the model.
     """
     check_layers(model, layers)
-    with torch.device("meta"):
+    with on_meta_device():
         pruned = Transformer(replace(model.config, num_layers=len(layers)))
     for name, module in model.named_children():
         setattr(pruned, name, module)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import ModelCardData
-
 from kdtune.escape import markdown_table, markdown_text
 from kdtune.paths import user_path
 from kdtune.runs.held_out import held_out, teacher_held_out, validated_rows
@@ -73,6 +71,8 @@ def front_matter(config: Mapping[str, Any], start: Mapping[str, Any], kind: Lite
     """Return the YAML block at the top: base_model, licence, library, tags, data sets of the hub."""
     methods = ["knowledge-distillation"] if is_distilled(config) else ["sft"]
     sources = [str(node["source"]) for node in _nodes(config.get("dataset")) if _is_on_hub(node.get("source"))]
+    from huggingface_hub import ModelCardData  # half a second, see kdtune/runs/origin.py
+
     data = ModelCardData(
         base_model=base_model(config.get("checkpointer")),
         license=licence(checkpoint_folder(config.get("checkpointer"))),

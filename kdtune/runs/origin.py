@@ -1,4 +1,7 @@
-"""Origin of a model, read from its folder: its name, the model that it was made from, and its licence."""
+"""Origin of a model, read from its folder: its name, the model that it was made from, and its licence.
+
+huggingface_hub's cards import its HTTP client, half a second, which a run needs at its end only.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from kdtune.download import downloaded_from
 from kdtune.errors import CheckpointError
@@ -77,6 +79,8 @@ def origin_card(checkpointer: Any, made: str, *, tag: str, version: str) -> str:
 
     `checkpointer` and `made` are as for `origin_record`, `tag` the hub's, such as "pruned", `version` kdtune's.
     """
+    from huggingface_hub import ModelCardData
+
     base, folder = base_model(checkpointer), checkpoint_folder(checkpointer)
     data = ModelCardData(base_model=base, license=licence(folder), library_name="transformers",
                          pipeline_tag="text-generation", tags=["kdtune", tag])  # fmt: skip
@@ -142,6 +146,10 @@ def _recorded_origin(folder: Path) -> dict[str, Any] | None:
 
 
 def _card_data(folder: Path) -> Mapping[str, Any]:
+    if not (folder / CARD_NAME).is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
     try:
         return dict(ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.to_dict())
     except (OSError, ValueError, yaml.YAMLError):

@@ -13,7 +13,6 @@ from kdtune.distributed import World, raise_on_all_ranks
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.models import Transformer, has_adapters
-from kdtune.training.optim import optimizer_problems
 from kdtune.training.precision import device_name_problems
 
 log = get_logger(__name__)
@@ -95,6 +94,8 @@ def loop_problems(cfg: Any) -> list[str]:
             f"best_metric={cfg.best_metric}: save_every_n_steps={every} must be a multiple of run_val_every_n_steps={val}; "
             "give both, or ~best_metric"
         )
+    from kdtune.training.optim import optimizer_problems  # importing a recipe does without it
+
     # At most so many steps; how many there are, the data will say.
     most = cfg.epochs * cfg.max_steps_per_epoch if cfg.max_steps_per_epoch else None
     found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler, most if most and most > 0 else None)

@@ -2,15 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
 
 from kdtune.distributed import to_local
 from kdtune.errors import TrainingError
+from kdtune.tensor_types import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 
 @torch.no_grad()
@@ -27,7 +30,7 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float | None) 
     # torch's own norm refuses a mixture of meshes, and of sharded and plain gradients.
     groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for gradient in gradients:
-        sharding = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        sharding = (gradient.device_mesh, gradient.placements) if is_dtensor(gradient) else None
         groups[sharding].append(to_local(gradient))
     norms = [_norm(shards, sharding).to(gradients[0].device) for sharding, shards in groups.items()]
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -52,7 +55,7 @@ def _local_norm(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dtype=wide).to(dtype)
 
 
-def _norm(shards: list[torch.Tensor], sharding: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
+def _norm(shards: list[torch.Tensor], sharding: "tuple[DeviceMesh, Sequence[Placement]] | None") -> torch.Tensor:
     """Return the norm of full tensors that share one sharding, from this process's shards."""
     norm = torch.linalg.vector_norm(torch.stack([_local_norm(shard).to(shards[0].device) for shard in shards]))
     if sharding is None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from kdtune.config import instantiate
 from kdtune.errors import ConfigError, KDTuneError
+from kdtune.training.uncompiled import without_compiler
 
 # Modules whose 2-D weight has one row a token: orthogonalizing its update makes no sense, so AdamW takes it.
 TOKEN_MODULES = frozenset({"tok_embeddings", "output"})
@@ -41,6 +42,7 @@ def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = N
 
     num_steps: training steps; None: unknown. walk: number of steps to try the schedule for.
     """
+    without_compiler()
     matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
     try:
         made = instantiate(optimizer, params=[("layers.0.attn.wq.weight", matrix), ("norm.weight", vector)])

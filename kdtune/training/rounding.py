@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 
 from kdtune.log import get_logger
+from kdtune.tensor_types import is_dtensor
 
 _SAMPLE = 4096
 _TOLD_FROM = 0.5
@@ -28,7 +28,7 @@ def lost_share(optimizer: Optimizer) -> float:
 
 
 def _unmoved(weight: Tensor, rate: float) -> float:
-    values = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
+    values = (weight.to_local() if is_dtensor(weight) else weight).flatten()
     if len(values) == 0:
         return 0.0
     values = values[:: -(-len(values) // _SAMPLE)]

@@ -49,6 +49,40 @@ def test_cp_imports_nothing_heavy(tmp_path: Path) -> None:
     assert not loaded_modules("cp", first_names()[1], str(tmp_path / "x.yaml")) & HEAVY
 
 
+@pytest.mark.parametrize("config", ["comparison", "sweeps/report"])
+def test_a_config_without_components_is_validated_without_torch(config: str) -> None:
+    assert not loaded_modules("validate", config) & HEAVY
+
+
+# What torch and others import for several processes, for compiling, for plots and for the hub: seconds, which no first step needs.
+LATER = {"torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "torch._inductor",
+         "sympy", "matplotlib", "pandas", "datasets", "transformers", "torchao"}  # fmt: skip
+
+
+def test_the_first_step_needs_neither_compiler_nor_sharding_nor_plots(tmp_path: Path) -> None:
+    (tmp_path / "seen.py").write_text(
+        "import sys\n\n\nclass Modules:\n    def log(self, values, step):\n        if step == 1:\n"
+        "            print('MODULES', *sys.modules, file=open('modules.txt', 'w'))\n\n    def close(self): ...\n"
+    )
+    argv = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "metric_logger=seen.Modules",
+            "output_dir=run", "max_steps_per_epoch=1", "save_every_n_steps=null", "lr_scheduler.num_warmup_steps=0"]  # fmt: skip
+    command = [sys.executable, "-m", "kdtune", *argv]
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    found = set((tmp_path / "modules.txt").read_text().split())
+    assert "kdtune.training.run" in found
+    assert not found & LATER
+
+
+def test_validating_a_training_config_imports_no_compiler() -> None:
+    program = (
+        "import sys\nfrom kdtune._cli.main import main\n"
+        "try:\n    main(['validate', 'tiny/knowledge_distillation'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"found = set({sorted(LATER)!r}) & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+
+
 def test_import_kdtune_imports_nothing() -> None:
     program = "import sys; before = set(sys.modules); import kdtune; print(*(set(sys.modules) - before))"
     result = subprocess.run(

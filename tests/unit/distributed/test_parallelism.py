@@ -5,7 +5,7 @@ import pytest
 from kdtune.distributed import Parallelism, mesh_problems, parallelism_problems
 from kdtune.errors import ConfigError
 from kdtune.models import llama
-from kdtune.parallel.tensor_parallel import tensor_parallel_problem
+from kdtune.parallel.mesh import tensor_parallel_problem
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from kdtune.models import Documents, KVCache, Transformer, apply_lora, attention, llama
 from kdtune.parallel.build import apply_activation_checkpointing
@@ -97,13 +98,13 @@ def test_one_call_with_the_boundaries_on_a_gpu(
     num_kv_heads: int, is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes alone: FakeTensorMode has no values, and torch's own operator checks what it is given."""
-    calls, kernel = list[tuple[Any, Any]](), attention.varlen_attn
+    calls, kernel = list[tuple[Any, Any]](), varlen.varlen_attn
 
     def recorded(*args: Any, **settings: Any) -> Any:
         calls.append((args, settings))
         return kernel(*args, **settings)
 
-    monkeypatch.setattr(attention, "varlen_attn", recorded)
+    monkeypatch.setattr(varlen, "varlen_attn", recorded)
     with FakeTensorMode(), torch.device("cuda"):
         documents = Documents.of_lengths(LENGTHS)
         q_SHE = torch.empty(18, 4, 16, dtype=torch.bfloat16)

@@ -33,8 +33,11 @@ def test_the_steps_come_in_the_documented_order(folder: Path, monkeypatch: pytes
 
         return call
 
-    for name in ("apply_tensor_parallel", "apply_activation_checkpointing", "apply_compile", "apply_fsdp"):
-        monkeypatch.setattr(f"kdtune.parallel.build.{name}", noted(name, lambda *args, **kwargs: None))
+    for name in ("build.apply_activation_checkpointing", "build.apply_compile", "tensor_parallel.apply_tensor_parallel",
+                 "fsdp.apply_fsdp"):  # fmt: skip
+        function = noted(name.partition(".")[2], lambda *args, **kwargs: None)
+        monkeypatch.setattr(f"kdtune.parallel.{name}", function)
+    monkeypatch.setattr("kdtune.parallel.build.device_mesh", lambda *args: "a mesh")
     monkeypatch.setattr(Checkpointer, "load", noted("weights", Checkpointer.load))
     model = build_model(
         noted("builder", builder), Checkpointer(folder), dtype=torch.float32, adapter=noted("adapter", apply_lora),
