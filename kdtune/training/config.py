@@ -66,7 +66,7 @@ class TrainingConfig:
 
     # Optimization
     optimizer: Any = component("params", returns=torch.optim.Optimizer)
-    """Any torch optimizer, or kdtune.training.Muon."""
+    """Any torch optimizer, kdtune.training.Muon, or one of torchao.optim, whose state takes 8 or 4 bits: AdamW8bit, AdamW4bit, AdamWFp8."""
     lr_scheduler: Any = component(
         "optimizer", optional=("num_training_steps",), default=None, returns=torch.optim.lr_scheduler.LRScheduler
     )

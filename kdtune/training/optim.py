@@ -6,6 +6,8 @@ names, which torch's optimizers accept and by which Muon distinguishes hidden we
 
 import inspect
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -56,6 +58,11 @@ def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = N
         return [
             "optimizer: torch.optim.SparseAdam takes sparse gradients, a model has dense ones; use torch.optim.AdamW"
         ]
+    if type(made).__module__.startswith("torchao.") and not _has_compiler():
+        return [
+            f"optimizer: {optimizer['_component_']} compiles its step, and no C++ compiler is found (CXX, g++ or clang++); install "
+            "one, or set the environment variable TORCHDYNAMO_DISABLE=1 to run the step uncompiled"
+        ]
     if needed := _step_arguments(made):
         return [
             f"optimizer: the step of {optimizer['_component_']} needs {needed}, and the recipe steps without; use one whose step "
@@ -68,6 +75,12 @@ def optimizer_problems(optimizer: Any, scheduler: Any, num_steps: int | None = N
     except _REFUSALS as error:
         return [f"lr_scheduler: {scheduler['_component_']} refuses its arguments: {type(error).__name__}: {error}"]
     return [] if schedule is None else _schedule_problems(schedule, made, scheduler["_component_"], num_steps, walk)
+
+
+def _has_compiler() -> bool:
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def check_schedule(cfg: Any, num_steps: int) -> None:

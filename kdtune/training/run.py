@@ -218,7 +218,7 @@ class Run:
             enter_epoch(loader, self._step // self.inputs.steps_per_epoch)
             position = loader.position
             step = Step(self, self._step, take_micro_batches(loader, self.cfg.gradient_accumulation_steps), position)
-            lr = self._optimizer.param_groups[0]["lr"]
+            lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers hold a tensor, which the step changes
             yield step
             if not step.row:
                 raise RuntimeError(
