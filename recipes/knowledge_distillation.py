@@ -29,7 +29,7 @@ class Config(teachers.TeacherConfig, training.TrainingConfig):
     teacher_processes: int = config.key(0, at_least=0, may_change=True)
     """Number of torchrun's processes, the last ones, that hold only the teacher; 0: every process holds its part of both models."""
     teacher: Any = config.component(default=None, returns=teachers.Teacher)
-    """A teacher of another kind, in place of a model (docs/extending.md); null: the model of the keys above."""
+    """A teacher in place of a model: kdtune.teachers.BaseOfStudent, or one of your own (docs/extending.md); null: one of the keys above."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence between teacher and student."""
     teacher_targets: Any = config.component(default=None)
@@ -72,6 +72,8 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     if teacher is None:
         teacher = teachers.build_teacher(cfg, world)
     student = training.build_trained_model(cfg, world, inputs, "student")
+    if isinstance(teacher, teachers.TeacherOfStudent):
+        teacher.attach(student)
     divergence = teachers.check_vocabularies(
         inputs.tokenizer, student.config.vocab_size, teacher.vocab_size, divergence
     )

@@ -5,7 +5,8 @@ Shape suffixes: O outputs, I inputs, R rank; T tokens, D embedding, V vocabulary
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -44,6 +45,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout, self.quantize_base = rank, alpha, dropout, quantize_base
         self.drop: Callable[[Tensor, float, bool], Tensor] = functional.dropout
+        self.is_adapted = True
         self.lora_a = _empty_linear(base.in_features, rank, base.weight)
         self.lora_b = _empty_linear(rank, base.out_features, base.weight)
         device, dtype = base.weight.device, base.weight.dtype
@@ -74,6 +76,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., I] to [..., O], in the inputs' dtype."""
+        if not self.is_adapted:
+            return functional.linear(inputs, self.weight, self.bias)
         outputs = functional.linear(inputs, self.weight) + self.lora_b(self._low_rank(inputs))
         if self.magnitude is not None:
             outputs = outputs * self._gain(self.magnitude).to(outputs.dtype)
@@ -131,6 +135,8 @@ class LoRAHead(LoRALinear):
 
         The low-rank update becomes R more columns, so that it is not lost in half precision.
         """
+        if not self.is_adapted:
+            return hidden_TD, dequantized(self.weight)
         weight_VK = torch.cat((dequantized(self.weight), self.lora_b.weight), dim=1)
         if self.magnitude is not None:
             weight_VK = weight_VK * self._gain(self.magnitude).to(weight_VK.dtype)[:, None]
@@ -267,6 +273,19 @@ def adapted_linears(model: nn.Module) -> dict[str, LoRALinear]:
 def has_adapters(model: nn.Module) -> bool:
     """Return whether any layer of the model has an adapter."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """A context in which the adapted layers compute what their base does; nothing is drawn for a dropout."""
+    linears = adapted_linears(model).values()
+    for linear in linears:
+        linear.is_adapted = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.is_adapted = True
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

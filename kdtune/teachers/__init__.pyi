@@ -1,3 +1,4 @@
+from .base_of_student import BaseOfStudent, TeacherOfStudent
 from .build import build_teacher, build_teacher_model, problems
 from .compatibility import check_tokenizer, check_vocabularies
 from .config import TeacherConfig
@@ -7,10 +8,12 @@ from .protocol import Teacher
 from .remote import RemoteTeacher, serve
 
 __all__ = [
+    "BaseOfStudent",
     "OnlineTeacher",
     "RemoteTeacher",
     "Teacher",
     "TeacherConfig",
+    "TeacherOfStudent",
     "build_teacher",
     "build_teacher_model",
     "check_tokenizer",

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from kdtune import parallel
 from kdtune.config import factory, instantiate
 from kdtune.distributed import World
 from kdtune.errors import KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
-from kdtune.models import Transformer, dtype_from_name
+from kdtune.models import Transformer, dtype_from_name, has_adapters
 from kdtune.teachers.online import OnlineTeacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
 
@@ -56,6 +58,13 @@ def build_teacher_model(cfg: Any, world: World) -> Transformer:
     return teacher
 
 
+def _adds_adapters(cfg: Any) -> bool:
+    """Return whether the trained model has adapters; reads no weights."""
+    return cfg.adapter is not None or (
+        cfg.model is not None and has_adapters(parallel.meta_model(factory(cfg.model), None, dtype=torch.float32))
+    )
+
+
 def problems(cfg: Any) -> list[str]:
     """Return problems with a distillation config's teacher, one sentence each."""
     found = []
@@ -77,6 +86,11 @@ def problems(cfg: Any) -> list[str]:
             f"{key}: has no effect beside teacher, which stands in place of a model; ~{key}, or ~teacher"
             for key in given
         ]
+        if cfg.teacher["_component_"].endswith(".BaseOfStudent") and not _adds_adapters(cfg):
+            found.append(
+                f"teacher: {cfg.teacher['_component_']} is the student without its adapters, and it has none; give `adapter`, such as "
+                "kdtune.models.apply_lora, or another teacher"
+            )
     elif cfg.teacher_model is None and cfg.teacher_checkpointer is None:
         found.append(
             "teacher_checkpointer: missing, and no teacher_model to start from random weights; give one of them"

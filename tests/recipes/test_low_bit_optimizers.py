@@ -32,7 +32,9 @@ def test_a_run_is_near_adamws_and_resumed_to_the_bit(name: str, most_apart: floa
         assert done.code == 0, done.err
     ours, theirs = rows(whole), rows(tmp_path / "adamw")
     assert ours[1]["loss"] == theirs[1]["loss"] and ours[2]["loss"] == pytest.approx(theirs[2]["loss"], rel=1e-4)
-    assert ours[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=most_apart) and ours[-1]["lr"] == pytest.approx(theirs[-1]["lr"])
+    assert ours[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=most_apart) and ours[-1]["lr"] == pytest.approx(
+        theirs[-1]["lr"]
+    )
 
     shutil.copytree(whole, part)
     shutil.rmtree(part / "final")
