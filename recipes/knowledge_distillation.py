@@ -22,7 +22,7 @@ ALIASES = ("knowledge_distillation_single_device", "knowledge_distillation_distr
 
 @dataclass(kw_only=True)
 class Config(teachers.TeacherConfig, training.TrainingConfig):
-    """Keys of distillation, beside those of training and of a teacher (kdtune/training/config.py, kdtune/teachers/config.py)."""
+    """Keys of distillation, beside those of training and of a teacher (kdtune/training/config.py, kdtune/teachers/protocol.py)."""
 
     teacher_tokenizer: Any = config.component(default=None, returns=tokenizers.Tokenizer)
     """The teacher's, for a cross-tokenizer `kd_loss` (docs/losses.md); null: that of teacher_checkpointer's folder."""

@@ -1,10 +1,9 @@
-from .base_of_student import BaseOfStudent, TeacherOfStudent
+from .base_of_student import BaseOfStudent
 from .build import build_teacher, build_teacher_model, problems
 from .compatibility import check_tokenizer, check_vocabularies
-from .config import TeacherConfig
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
-from .protocol import Teacher
+from .protocol import Teacher, TeacherConfig, TeacherOfStudent
 from .remote import RemoteTeacher, serve
 
 __all__ = [

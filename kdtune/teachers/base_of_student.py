@@ -1,7 +1,6 @@
 """A LoRA student's own base as its teacher: no second copy of the weights."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -11,14 +10,6 @@ from kdtune.generation import generate
 from kdtune.losses import HiddenSignal
 from kdtune.models import OutputHead, Transformer, has_adapters
 from kdtune.models.lora import without_adapters
-
-
-@runtime_checkable
-class TeacherOfStudent(Protocol):
-    """A teacher that computes with the student's weights: `attach` is called once, after the student is built."""
-
-    def attach(self, student: Transformer) -> None:
-        """Keep the student."""
 
 
 class BaseOfStudent:

@@ -1,10 +1,14 @@
-"""Interface of a teacher, wherever its distributions come from."""
+"""What a teacher is, wherever its distributions come from: its interface, and the keys of one that is a model."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from kdtune.checkpoint import Checkpointer
+from kdtune.config import component
 from kdtune.data import Batch
 from kdtune.losses import Signal
+from kdtune.models import Transformer
 
 
 @runtime_checkable
@@ -20,3 +24,27 @@ class Teacher(Protocol):
 
     def __call__(self, batch: Batch) -> Signal:
         """Return the signal for the positions of a batch; a constant: no gradient reaches the teacher."""
+
+
+@runtime_checkable
+class TeacherOfStudent(Protocol):
+    """A teacher that computes with the student's weights: `attach` is called once, after the student is built."""
+
+    def attach(self, student: Transformer) -> None:
+        """Keep the student."""
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """Keys of a recipe with a teacher that is a model; a recipe's own `Config` inherits them."""
+
+    teacher_checkpointer: Any = component(default=None, returns=Checkpointer)
+    """The teacher's weights, with `adapter_dir` a finetuned adapter merged in; null: random, with a builder in `teacher_model`."""
+    teacher_model: Any = component(default=None, returns=Transformer)
+    """The teacher's builder; null: built from the checkpoint's own config."""
+    teacher_dtype: Literal["fp32", "bf16"] | None = None
+    """Teacher weight dtype; null: same as dtype."""
+    teacher_quantization: str | None = None
+    """Quantize the linears of the teacher's layers as they are read: int8, nf4 or another scheme of `kdtune ls quantize`; null: no."""
+    teacher_parallelism: Any = component(default=None, may_change=True)
+    """Parallelism of the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""
