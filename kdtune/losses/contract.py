@@ -17,6 +17,9 @@ Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # Many ids: a divergence may look at the teacher's k most likely ones.
 _TOKENS, _IDS = 3, 4096
 
+# What a divergence may have beside its call.
+_BESIDE = ("value_and_gradient", "terms", "target_problem", "temperature", "name")
+
 
 def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
     """Check that a divergence returns one finite value per token with a gradient.
@@ -62,18 +65,39 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
 def divergence_of(kd_loss: Any) -> Divergence:
     """Return the divergence that a `kd_loss` component stands for: itself, or its attribute `divergence`.
 
+    If the object has state or a formula beside that attribute, they stay with it, see `OfObject`.
+
     Raises:
         ConfigError: it is neither a function of two arguments nor has one.
     """
     own = getattr(kd_loss, "divergence", None)
     if callable(own):
-        return own
+        return OfObject(kd_loss, own) if any(hasattr(kd_loss, name) for name in ("state_dict", *_BESIDE)) else own
     if callable(kd_loss) and not isinstance(kd_loss, type) and _takes_two(kd_loss):
         return kd_loss
     raise ConfigError(
         f"{_name(type(kd_loss))} has no divergence; allowed is a function (student_logp, teacher_logp) -> one value a token, "
         "such as kdtune.losses.ForwardKL, or an object with one as its attribute `divergence`"
     )
+
+
+class OfObject:
+    """An object's attribute `divergence`, with what stands beside it: a formula of the gradient, terms, state.
+
+    What the attribute has itself comes first. State is not copied here: it is found at `owner`.
+    """
+
+    def __init__(self, owner: Any, divergence: Divergence) -> None:
+        self.owner, self.__wrapped__ = owner, divergence
+        self.__name__ = type(owner).__name__
+        for name in _BESIDE:
+            for one in (owner, divergence):
+                if hasattr(one, name):
+                    setattr(self, name, getattr(one, name))
+
+    def __call__(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+        """Return the divergence of each token, [N]."""
+        return self.__wrapped__(student_logp_NV, teacher_logp_NV)
 
 
 def value_and_gradient(

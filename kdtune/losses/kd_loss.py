@@ -259,7 +259,7 @@ def _parts_with_state(name: str, divergence: Any) -> Iterator[tuple[str, Statefu
     if isinstance(divergence, StatefulLoss):
         yield name, divergence
     inner = getattr(divergence, "parts", None) or [
-        getattr(divergence, key, None) for key in ("divergence_from", "__wrapped__", "exact")
+        getattr(divergence, key, None) for key in ("divergence_from", "__wrapped__", "exact", "owner")
     ]
     for index, one in enumerate(inner):
         if one is not None:

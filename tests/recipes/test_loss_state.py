@@ -15,6 +15,23 @@ RUN = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation
        "gradient_accumulation_steps=1", "batch_size=2", "dataset_val=null", "run_val_every_n_steps=null",
        "save_every_n_steps=2")  # fmt: skip
 HIDDEN = ("hidden_loss=kdtune.losses.HiddenStateLoss", "hidden_loss.weight=2.0")
+OWN = """
+class Growing:
+    share = 1.0
+
+    def divergence(self, student, teacher):
+        return self.share * (teacher.exp() * (teacher - student)).sum(-1)
+
+    def state_dict(self):
+        return {"share": self.share}
+
+    def load_state_dict(self, state_dict):
+        self.share = state_dict["share"]
+
+    def after_step(self, step, num_steps, kd_loss):
+        self.share += kd_loss
+        return {"share": self.share}
+"""
 TAID = ("kd_loss=kdtune.losses.TAID", "kd_loss.rate=1.0")
 
 
@@ -23,8 +40,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
-@pytest.mark.parametrize("loss", [TAID, HIDDEN], ids=["TAID", "hidden"])
-def test_a_resumed_run_is_the_uninterrupted_one(loss: tuple[str, ...], cli: CLI, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [TAID, HIDDEN, ("kd_loss=own_state.Growing",)], ids=["TAID", "hidden", "own"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    loss: tuple[str, ...], cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_state.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli(*RUN, *loss, f"output_dir={whole}").code == 0
     # What a run killed in its third step leaves.
@@ -37,7 +58,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(loss: tuple[str, ...], cli: CLI,
     if loss is TAID:
         shares = [row["taid_share"] for row in rows(cut) if "loss" in row]
         assert shares[0] == 0.4 and shares == sorted(shares) and shares[2] > 0.4 + 0.6 * 2 / 4
-    else:
+    elif loss is HIDDEN:
         assert all(row["hidden_loss"] > 0 for row in rows(cut) if "loss" in row)
         assert not any("maps" in name for name in load_file(whole / "final" / "model.safetensors"))
 

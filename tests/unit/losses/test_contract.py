@@ -15,8 +15,12 @@ from kdtune.losses import (
     ForwardKLLoss,
     HiddenSignal,
     KDLoss,
+    ReverseKL,
+    WeightedSum,
     check_divergence,
     covers_extra_ids,
+    divergence_name,
+    divergence_of,
     forward_kl,
 )
 from kdtune.losses.contract import over_student_ids
@@ -175,3 +179,59 @@ def test_the_divergence_keeps_its_name_where_it_is_cut() -> None:
         signal = HiddenSignal(hidden, nn.Linear(4, 5, bias=False))
         assert over_student_ids(short, 6, 5) is not short
         KDLoss(Loss(short))(hidden, head, signal, torch.zeros(1, 5, dtype=torch.int64))
+
+
+class Sharpened:
+    """Its method is named divergence; formula, state and name stand beside it."""
+
+    name = "sharpened"
+
+    def __init__(self) -> None:
+        self.power = 1.0
+        self.formulas = 0
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.power * forward_kl(student, teacher)
+
+    def value_and_gradient(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        self.formulas += 1
+        return self.divergence(student, teacher), -self.power * teacher.exp()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"power": self.power}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.power = state_dict["power"]
+
+    def after_step(self, step: int, num_steps: int, kd_loss: float) -> dict[str, float]:
+        self.power += 1.0
+        return {"power": self.power}
+
+
+@pytest.mark.parametrize("within", [lambda own: own, lambda own: WeightedSum([own, ReverseKL()], [1.0, 1e-9])])
+def test_an_object_keeps_its_state_and_formula_where_its_divergence_is_a_method(
+    within: Callable[[Sharpened], Function],
+) -> None:
+    own = Sharpened()
+    loss = KDLoss(within(own), kd_ratio=1.0)
+    check_divergence(own)
+    hidden, output, teacher = (
+        torch.randn(2, 3, 4).requires_grad_(),
+        nn.Linear(4, 9, bias=False),
+        nn.Linear(4, 9, bias=False),
+    )
+    signal, labels = HiddenSignal(torch.randn(2, 3, 4), teacher), torch.randint(9, (2, 3))
+    assert loss.after_step(1, 2, 0.5) == {"power": 2.0} and list(loss.state_dict().values()) == [2.0]
+    found, _ = loss(hidden, output, signal, labels)
+    p = teacher(signal.hidden_BSD).flatten(0, 1).log_softmax(-1)
+    expected = 2.0 * F.kl_div(output(hidden).flatten(0, 1).log_softmax(-1), p, log_target=True, reduction="sum")
+    for ours, theirs in zip(
+        *(torch.autograd.grad(one, (hidden, output.weight)) for one in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert own.formulas == 1
+    again = Sharpened()
+    resumed = KDLoss(within(again))
+    resumed.load_state_dict(loss.state_dict())
+    assert again.power == 2.0
+    assert divergence_name(own) == divergence_name(divergence_of(own)) == "sharpened"
