@@ -261,7 +261,7 @@ def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) ->
     training.check_context(cfg, "max_seq_length")
     dataset_val = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
     if dataset_val is not None:
-        training.check_data(cfg, {"dataset_val": dataset_val}, world)
+        training.check_data(cfg, {"dataset_val": dataset_val}, world, tokenizer)
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(tokenizer, config.instantiate(getattr(cfg, key)), key, path=cfg.tokenizer.get("path"),
                                  is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip

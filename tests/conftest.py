@@ -49,3 +49,23 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs leave loss.png empty: drawing it takes a third of a tiny run's time. tests/unit/runs draws every kind of run."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("kdtune.runs.summary.plot_losses", lambda metrics_file, png, **_: Path(png).touch())
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tokenizer for a teacher: other ids than bytes, words of several bytes, Llama 3's chat template."""
+    from tokenizers import AddedToken
+
+    from kdtune.tokenizers import GGUFTokenizer
+    from kdtune.tokenizers.bpe import tokenizer_from_ranks
+    from kdtune.tokenizers.chat_format import LLAMA3
+
+    ranks = {bytes([i]): 255 - i for i in range(256)} | {word: 256 + i for i, word in enumerate((b"th", b"the", b" a"))}
+    backend = tokenizer_from_ranks(ranks, r" ?\p{L}+|[^\p{L}]")
+    names = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    named = {"bos_token": names[0], "eos_token": names[1]}
+    made = GGUFTokenizer(backend, named=named, model_max_length=None, chat_template=LLAMA3, origin="test")
+    path = tmp_path_factory.mktemp("teacher")
+    made.save(path, is_chat=True)
+    return path

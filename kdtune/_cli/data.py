@@ -10,6 +10,7 @@ from kdtune._cli.names import load_config
 from kdtune.errors import ConfigError
 
 _LONGEST_STRETCH = 600
+_MOST_CHUNKS = 20
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,7 +44,7 @@ def execute(arguments: argparse.Namespace) -> None:
     _, cfg = load_config(arguments.config, arguments.overrides)
 
     from kdtune.data import dataset_nodes
-    from kdtune.training import load_tokenizer
+    from kdtune.training import load_tokenizer, pair_tokenizers
 
     nodes = dict(dataset_nodes(cfg))
     keys = [key.partition(".")[0] for key in nodes]
@@ -54,7 +55,8 @@ def execute(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--key {chosen}: {arguments.config} has no such dataset; it has {', '.join(dict.fromkeys(keys))}"
         )
-    tokenizer, _ = load_tokenizer(cfg)
+    tokenizer, cfg = load_tokenizer(cfg)
+    tokenizer = pair_tokenizers(cfg, tokenizer)
     for key, node in nodes.items():
         if key.partition(".")[0] == chosen:
             _show(key, node, tokenizer, arguments, count)
@@ -84,6 +86,12 @@ def _show(key: str, node: Mapping[str, Any], tokenizer: Any, arguments: argparse
         print(f"\n--- example {number}: {length:,} tokens, {num_trained:,} trained on ---")
         limit = None if arguments.full else _LONGEST_STRETCH
         print(show.example_text(example, tokenizer, colour=colour, longest_stretch=limit))
+        if example.teacher is not None:
+            print(
+                show.chunks_text(
+                    example, example.teacher, tokenizer.pair, longest=None if arguments.full else _MOST_CHUNKS
+                )
+            )
     lengths = [len(example.tokens) for example in examples]
     print("\n" + show.rows_table(report, lengths, show.count_trained(examples), tokenizer.max_seq_len))
     if report.rows == count:

@@ -51,9 +51,10 @@ class TeacherExample:
     chunk's tokens."""
 
     def cut(self, num_student: int, num_teacher: int | None) -> "TeacherExample":
-        """Return the example with the first teacher tokens, and the chunks that lie in the first tokens of both models."""
-        tokens, chunks = self.tokens[:num_teacher], self.chunks_K5
-        return TeacherExample(tokens, chunks[(chunks[:, 1] < num_student) & (chunks[:, 3] < len(tokens))])
+        """Return the chunks that lie in the first tokens of both models, and the teacher's tokens up to the last of them."""
+        room = len(self.tokens[:num_teacher])
+        chunks = self.chunks_K5[(self.chunks_K5[:, 1] < num_student) & (self.chunks_K5[:, 3] < room)]
+        return TeacherExample(self.tokens[: chunks[:, 3].max(initial=0) + 1], chunks)
 
     def packed(self) -> "TeacherExample":
         """Return the example in int32, as a dataset keeps it."""
@@ -100,6 +101,13 @@ class TokenizerPair:
         teacher_ids = self.teacher.encode(text, add_bos=self.teacher.begins_with_bos, add_eos=add_eos)
         offsets = [stream.text_offsets(one, text) for stream, one in self._both(ids, teacher_ids)]
         return self._paired(ids, trained, teacher_ids, offsets)
+
+    def pieces(self, ids: Ints, teacher_ids: Ints) -> list[list[str]]:
+        """Return the text of each token of the student and of the teacher; bytes that are no text are escaped."""
+        return [
+            [stream.shown(i) for i in one.tolist()]
+            for stream, one in zip(self._streams, (ids, teacher_ids), strict=True)
+        ]
 
     def shared_ids(self) -> tuple[list[int], list[int]]:
         """Return the ids of the tokens that both vocabularies have: of the same bytes, and of the one that ends a sequence."""
@@ -156,6 +164,10 @@ class TokenStream:
     def spell(self, ids: Sequence[int]) -> bytes:
         """Return the bytes of some tokens; a special token is one byte that no text has."""
         return b"".join(b"\xff" if i in self._special else self.bytes[i] or b"" for i in ids)
+
+    def shown(self, token: int) -> str:
+        """Return the text of a token for people, a space as a dot."""
+        return self._special.get(token, self.bytes[token] or b"").decode(errors="backslashreplace").replace(" ", "·")
 
     def text_offsets(self, ids: Sequence[int], text: str) -> Ints:
         """Return the offset of the boundary after each token of a plain text, -1 for none."""

@@ -13,6 +13,7 @@ from kdtune.data.transforms import Example
 from kdtune.escape import printable
 
 if TYPE_CHECKING:
+    from kdtune.data.alignment import TeacherExample, TokenizerPair
     from kdtune.tokenizers import Tokenizer
 
 _COLOURS = ("\x1b[1;32m", "\x1b[0m")  # bold green
@@ -44,6 +45,30 @@ def example_text(
         parts.append(f"{before}{shown}{after}" if is_trained else shown)
         text = upto
     return "".join(parts)
+
+
+def chunks_text(
+    example: Example, teacher: "TeacherExample", pair: "TokenizerPair", *, longest: int | None = None
+) -> str:
+    """Format the chunks that a teacher with another tokenizer shares with the student, one a line: the tokens of both models.
+
+    longest: number of chunks that are shown; None: all.
+    """
+    rows = [
+        ["|".join(pieces) for pieces in pair.pieces(example.tokens[a + 1 : b + 1], teacher.tokens[c + 1 : d + 1])]
+        for a, b, c, d, _ in teacher.chunks_K5[:longest]
+    ]
+    width = max((len(printable(ours)) for ours, _ in rows), default=0)
+    lines = [f"  {printable(ours):<{width}}   {printable(theirs)}" for ours, theirs in rows]
+    num_left = len(teacher.chunks_K5) - len(rows)
+    return "\n".join(
+        [
+            f"the teacher reads {len(teacher.tokens):,} tokens; {len(teacher.chunks_K5):,} chunks are compared, tokens of the student "
+            "and of the teacher:",
+            *lines,
+            *([f"  ... {num_left:,} more ..."] if num_left else []),
+        ]
+    )
 
 
 def _shortened(text: str, limit: int | None) -> str:

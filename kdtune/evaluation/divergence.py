@@ -35,7 +35,7 @@ def evaluate_kd(
 
     `kd_loss` is the loss's divergence, `forward_kl` is KL(teacher || student) at temperature 1 whatever was trained, so
     that runs with different divergences can be compared; losses are in nats. If the student's head has ids that the
-    teacher's lacks, also `student_mass_outside`, its probability for them.
+    teacher's lacks, also `student_mass_outside`, its probability for them; with a term on hidden states `hidden_loss`.
 
     Means over the valid tokens of all batches, so they do not depend on how the tokens are cut into batches. Runs under
     no_grad in eval mode, which is undone afterwards, through the training loss, so the full logits never exist.
@@ -63,7 +63,8 @@ def evaluate_kd(
             num_tokens += held_out.num_valid_tokens
             batch = held_out.to(world.device)
             signal = None if teacher is None else teacher(batch)
-            inputs = (student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
+            hidden = student(**batch.inputs, return_hidden=True, **loss.forward_options)
+            inputs = (hidden, student.output, signal, batch.targets)
             _, parts = loss(*inputs)
             if batch.targets.alignment is not None:  # the teacher's ids are others: only the run's own loss is defined
                 signal = None

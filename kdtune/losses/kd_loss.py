@@ -191,9 +191,8 @@ class KDLoss:
         return self._compiled[device_type]
 
     def with_kd_ratio(self, kd_ratio: float) -> "KDLoss":
-        """Return the same loss with another weight of the divergence, and without a term on hidden states."""
+        """Return the same loss with another weight of the divergence."""
         other = copy.copy(self)
-        other.module = None
         other.kd_ratio = kd_ratio
         return other
 

@@ -120,6 +120,11 @@ class SampledTargets:
         logr_RV = teacher_logp_RV if self.exponent == 1 else (self.exponent * teacher_logp_RV).log_softmax(-1)
         if len(teacher_logp_RV) == 0:  # multinomial refuses it
             ids_RK = logr_RV.new_zeros((0, self.num_samples), dtype=torch.int64)
+        elif (
+            self.num_samples == 1
+        ):  # torch's multinomial of one sample asks a GPU whether the rows are valid, and waits
+            r_RV = logr_RV.exp()
+            ids_RK = (r_RV / torch.empty_like(r_RV).exponential_()).argmax(1, keepdim=True)
         else:
             ids_RK = logr_RV.exp().multinomial(self.num_samples, replacement=True)
         weights_RK = (-logr_RV.gather(1, ids_RK)).exp() / self.num_samples

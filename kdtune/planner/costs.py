@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.losses import Divergence
+from kdtune.losses import Divergence, HiddenStateLoss
 from kdtune.losses.contract import over_student_ids
 from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
 from kdtune.losses.heads import Projection
@@ -117,6 +117,22 @@ def loss_cost(
     return replace(
         cost, forward_peak=cost.forward_peak + buffers, forward_flops=flops * batch.num_tokens, backward_flops=0
     )
+
+
+def hidden_loss_cost(
+    hidden_loss: HiddenStateLoss, student: Transformer, num_layers: int, teacher: Transformer, batch: MicroBatch
+) -> tuple[Cost, int]:
+    """Return the cost of a term on hidden states, see `Cost`, and the bytes of its learned maps; num_layers: the student's."""
+    widths = (student.config.embed_dim, teacher.config.embed_dim)
+    hidden_loss.attach(num_layers, widths, dtype=torch.promote_types(student.dtype, torch.float32), device="meta")
+    own, theirs = (
+        [_hidden(model, batch, backward=model is student) for _ in hidden_loss.fractions]
+        for model in (student, teacher)
+    )
+    positions, maps = torch.empty(batch.num_tokens, dtype=torch.int64, device="meta"), list(hidden_loss.parameters())
+    held = [*own, *theirs, positions, *maps]
+    cost = measure(lambda: hidden_loss(own, theirs, positions), held, batch.device_type, backward=True)
+    return cost, sum(one.nbytes for one in maps)
 
 
 def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_ratio: float) -> int:

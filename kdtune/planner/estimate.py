@@ -5,7 +5,7 @@ layer and the loss are measured by running them there; `phases` determines what 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +13,23 @@ from torch import Tensor
 from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
-from kdtune.losses import Divergence, divergence_name, divergence_of
+from kdtune.losses import Divergence, HiddenStateLoss, divergence_name, divergence_of
 from kdtune.models import dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
-from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch, loss_cost, norm_kept
+from kdtune.planner.costs import (
+    MicroBatch,
+    fixed_bytes,
+    hidden_bytes,
+    hidden_loss_cost,
+    layer_cost,
+    longest_batch,
+    loss_cost,
+    norm_kept,
+)
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import CommVolume, Phase, StudentCost, TeacherCost, phases, volume
-from kdtune.planner.sizes import FSDPUnit, model_sizes, update_bytes
+from kdtune.planner.sizes import FSDPUnit, ModelSizes, model_sizes, update_bytes
 from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher
 
 # What the configs of recipes that train have.
@@ -46,6 +55,8 @@ class Estimate:
     save_weights: str
     teacher_estimate: TeacherEstimate | None = None
     """Estimate for a rank of a disaggregated teacher, if known."""
+    maps: int = 0
+    """Bytes of the learned maps of `hidden_loss` and their optimizer state, which every rank holds whole."""
 
     @property
     def held(self) -> FSDPUnit:
@@ -82,7 +93,7 @@ class Estimate:
     def step_checkpoint(self) -> int:
         """Bytes of a `step_N`, over all ranks: weights (of a model with adapters only these) and resume state."""
         weights = self.held.all_trained if has_adapters(self.student.sizes.pieces) else self.held.all_stored
-        return weights + self.held.all_state
+        return weights + self.held.all_state + self.maps
 
     @property
     def final_checkpoint(self) -> int:
@@ -140,12 +151,8 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     check_trains(cfg)
     parallelism: Parallelism = instantiate(cfg.parallelism)
     parallelism.sizes(world.size)
-    model = meta_model(
-        factory(cfg.model),
-        instantiate(cfg.checkpointer),
-        adapter=factory(cfg.adapter),
-        dtype=dtype_from_name(cfg.dtype),
-    )
+    source, dtype = instantiate(cfg.checkpointer), dtype_from_name(cfg.dtype)
+    model = meta_model(factory(cfg.model), source, adapter=factory(cfg.adapter), dtype=dtype)
     ours = model_sizes(model, parallelism, world, cfg.optimizer)
     kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
@@ -176,7 +183,11 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         kd_ratio=kd_ratio,
         chunk_size=cfg.loss_chunk_size,
     )
+    maps = (0, 0)
+    if teacher is not None and cfg.hidden_loss:
+        teacher, loss, maps = _with_hidden_loss(instantiate(cfg.hidden_loss), ours, teacher, loss, batch)
     update = update_bytes(cfg.optimizer, ours, batch.device_type)
+    found = phases(student, teacher, loss, cfg.gradient_accumulation_steps, update)
     return Estimate(
         world_size=world.size + num_teachers,
         batch=batch,
@@ -185,13 +196,41 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         student=student,
         teacher=teacher,
         loss=loss,
-        phases=tuple(phases(student, teacher, loss, cfg.gradient_accumulation_steps, update)),
+        phases=tuple(_with_maps(one, *maps) for one in found),
         volume=volume(
             ours, asked, cfg.gradient_accumulation_steps, batch, recomputes=cfg.enable_activation_checkpointing
         ),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
+        maps=sum(maps),
     )
+
+
+def _with_hidden_loss(
+    hidden_loss: HiddenStateLoss, ours: ModelSizes, teacher: TeacherCost, loss: Cost, batch: MicroBatch
+) -> tuple[TeacherCost, Cost, tuple[int, int]]:
+    """Return the teacher with the hidden states that it keeps, the loss with the term on them, and the bytes of its maps.
+
+    These are of the maps and of their optimizer state, taken for as large as the model's in proportion.
+    """
+    term, maps = hidden_loss_cost(hidden_loss, ours.pieces, ours.num_layers, teacher.sizes.pieces, batch)
+    # That after the last layer is what the head reads.
+    num_kept = 1 + sum(depth < teacher.sizes.num_layers for depth in hidden_loss.depths(teacher.sizes.num_layers))
+    whole = Cost(
+        kept=loss.kept + term.kept,
+        forward_peak=max(loss.forward_peak, loss.kept + term.forward_peak),
+        backward_peak=loss.backward_peak + term.backward_peak,
+        forward_flops=loss.forward_flops + term.forward_flops + term.backward_flops,
+        backward_flops=loss.backward_flops,
+    )
+    state = maps * ours.total.all_state // max(1, ours.total.all_trained)
+    return replace(teacher, hidden=num_kept * teacher.hidden), whole, (maps, state)
+
+
+def _with_maps(phase: Phase, maps: int, state: int) -> Phase:
+    """Return the phase with learned maps, their gradients and optimizer state, which every rank holds whole."""
+    held = {"weights": maps, "gradients": maps, "optimizer": state}
+    return replace(phase, **{name: getattr(phase, name) + size for name, size in held.items()})
 
 
 def check_trains(cfg: Any) -> None:

@@ -55,7 +55,8 @@ def make_teacher_estimate(
 
 def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
     """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
-    return _teacher_cost(_sizes(cfg, _parallelism(cfg), world), batch, runs=cfg.kd_ratio > 0)
+    runs = cfg.kd_ratio > 0 or bool(cfg.hidden_loss)
+    return _teacher_cost(_sizes(cfg, _parallelism(cfg), world), batch, runs=runs)
 
 
 def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:

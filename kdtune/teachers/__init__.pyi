@@ -1,5 +1,5 @@
 from .base_of_student import BaseOfStudent
-from .build import build_teacher, build_teacher_model, problems
+from .build import build_teacher, build_teacher_model, layer_problems, problems
 from .compatibility import check_tokenizer, check_vocabularies
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
@@ -17,6 +17,7 @@ __all__ = [
     "build_teacher_model",
     "check_tokenizer",
     "check_vocabularies",
+    "layer_problems",
     "log_aligned_share",
     "pair_with_teacher",
     "problems",

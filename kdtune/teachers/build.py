@@ -7,7 +7,7 @@ import torch
 from kdtune import parallel
 from kdtune.config import factory, instantiate
 from kdtune.distributed import World
-from kdtune.errors import KDTuneError
+from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name, has_adapters
@@ -63,6 +63,22 @@ def _adds_adapters(cfg: Any) -> bool:
     return cfg.adapter is not None or (
         cfg.model is not None and has_adapters(parallel.meta_model(factory(cfg.model), None, dtype=torch.float32))
     )
+
+
+def layer_problems(cfg: Any) -> list[str]:
+    """Return why the layers of a config's `hidden_loss` do not fit one of its models, one sentence each; read no weights."""
+    hidden_loss, found = instantiate(cfg.hidden_loss), []
+    for key in ("", "teacher_"):
+        builder, source = factory(getattr(cfg, f"{key}model")), instantiate(getattr(cfg, f"{key}checkpointer"))
+        try:
+            num_layers = parallel.model_config(builder, source).num_layers
+        except KDTuneError:  # said elsewhere
+            continue
+        try:
+            hidden_loss.depths(num_layers)
+        except ConfigError as error:
+            found.append(f"{error} ({'the teacher' if key else 'the student'})")
+    return found
 
 
 def problems(cfg: Any) -> list[str]:

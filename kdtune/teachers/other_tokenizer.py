@@ -21,12 +21,11 @@ def pair_with_teacher(cfg: Any, tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer, paired with the teacher's (`TokenizerPair`) where the run's loss compares two tokenizations.
 
     That is a cross-tokenizer `kd_loss` with a teacher of other ids or another chat template; `ALM` compares the text in any
-    case. The teacher's tokenizer is `teacher_tokenizer`, or that of teacher_checkpointer's folder, cut to the teacher's
-    context; without either the run's own.
+    case. The teacher's tokenizer is `teacher_tokenizer`, or that of teacher_checkpointer's folder; without either the run's own.
 
     Raises:
         CheckpointError: the teacher's folder has no tokenizer.
-        ConfigError: teacher_tokenizer is no tokenizer or longer than the teacher's context.
+        ConfigError: teacher_tokenizer is no tokenizer.
     """
     loss = instantiate(getattr(cfg, "kd_loss", None))
     if not getattr(loss, "is_cross_tokenizer", False):
@@ -41,13 +40,6 @@ def pair_with_teacher(cfg: Any, tokenizer: Tokenizer) -> Tokenizer:
         raise ConfigError(
             f"teacher_tokenizer: {node['_component_']} returns a {type(theirs).__name__}, not a tokenizer"
         )
-    if theirs is not tokenizer and source is not None:
-        context = source.model_config().max_seq_len
-        if (theirs.max_seq_len or 0) > context:
-            raise ConfigError(
-                f"teacher_tokenizer.max_seq_len={theirs.max_seq_len}: the teacher has a context of {context} tokens; set at most that"
-            )
-        theirs.max_seq_len = theirs.max_seq_len or context
     is_same = tokenizers.same_tokenizer(tokenizer, theirs) is None and render_question(tokenizer) == render_question(
         theirs
     )

@@ -21,7 +21,7 @@ from .schedules import (
 from .seed import set_seed, set_step_seed
 from .start import Inputs, build_kd_loss, build_optimizer, build_trained_model, load_inputs, loader_of, start
 from .steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, pair_tokenizers
 
 __all__ = [
     "Inputs",
@@ -69,6 +69,7 @@ __all__ = [
     "lost_share",
     "may_change",
     "memory_stats",
+    "pair_tokenizers",
     "plan_steps",
     "resolve_device",
     "resume_extra",

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, data, parallel, runs, tokenizers
+from kdtune import checkpoint, data, parallel, runs, teachers, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.training.checks import loop_problems
@@ -127,10 +127,11 @@ class TrainingConfig:
         found = loop_problems(self)
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
-        computed_in = (self.dtype, (self.parallelism or {}).get("param_dtype"))
-        if self.loss_logits_dtype is not None and self.loss_logits_dtype not in computed_in:
+        param_dtype = (self.parallelism or {}).get("param_dtype")
+        if self.loss_logits_dtype is not None and self.loss_logits_dtype != (param_dtype or self.dtype):
+            key, value = ("parallelism.param_dtype", param_dtype) if param_dtype else ("dtype", self.dtype)
             found.append(
-                f"loss_logits_dtype={self.loss_logits_dtype}: dtype is {self.dtype}; it is for models in bf16, use null"
+                f"loss_logits_dtype={self.loss_logits_dtype}: {key} is {value}; it is for models computed in bf16, use null"
             )
         return found
 
@@ -143,6 +144,8 @@ class TrainingConfig:
         """Return machine problems, found without reading weights."""
         found = device_problems(self.device, self.dtype, distributed=True)
         found += parallel.problems(self, None if found else resolve_device(self.device))
+        if getattr(self, "hidden_loss", None):
+            found += teachers.layer_problems(self)
         found += runs.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Dataset
@@ -40,7 +40,7 @@ def check_inputs(
         ConfigError: a key or file, which the message names, differs from that of the run being resumed, or between hosts.
         DataError: as `check_data`.
     """
-    rows = check_data(cfg, datasets, world)
+    rows = check_data(cfg, datasets, world, tokenizer)
     _check_sample_prompts(cfg, tokenizer)
     with raise_on_all_ranks():
         own = _files(cfg, tokenizer) if is_first_on_host() else None
@@ -71,13 +71,13 @@ def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
                 )
 
 
-def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -> dict[str, str]:
+def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World, tokenizer: Tokenizer) -> dict[str, str]:
     """Return the datasets' fingerprints, after checking that all processes have the same rows and that the models fit them.
 
-    cfg, datasets and world as for `check_inputs`.
+    cfg, datasets, world and tokenizer as for `check_inputs`. A teacher with a tokenizer of its own must fit its own tokens.
 
     Raises:
-        ConfigError: the lengths of the examples are unknown, and tokenizer.max_seq_len is not set.
+        ConfigError: the lengths of the examples are unknown, and the tokenizer's max_seq_len is not set.
         DataError: the processes have different rows, or an example is longer than a model's context.
     """
     given = {key: dataset for key, dataset in datasets.items() if dataset is not None}
@@ -85,7 +85,13 @@ def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World) -
     everywhere = world.gather(rows)
     for key in rows:
         _check_same_rows(key, [one[key] for one in everywhere])
-    check_lengths(cfg, {key: dataset.lengths for key, dataset in given.items()})
+    lengths = {key: dataset.lengths for key, dataset in given.items()}
+    if tokenizer.pair is None:
+        check_lengths(cfg, lengths)
+    else:
+        of_teacher = {key: dataset.teacher_lengths for key, dataset in given.items()}
+        check_lengths(cfg, lengths, prefix="")
+        check_lengths(cfg, of_teacher, prefix="teacher_", limit=tokenizer.pair.teacher.max_seq_len)
     return rows
 
 
@@ -100,27 +106,43 @@ def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:
     )
 
 
-def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None:
+def check_lengths(
+    cfg: Any,
+    lengths: Mapping[str, Sequence[int] | None],
+    *,
+    prefix: Literal["", "teacher_"] | None = None,
+    limit: int | None = None,
+) -> None:
     """Raise if an example is longer than any model's context; a resumed run, started with it, logs it instead.
 
     Args:
         cfg: of any recipe; no weights are read.
         lengths: numbers of tokens of the examples, by config key; None if unknown before they are read.
+        prefix: of the keys of the one model whose tokens these are, where the teacher has a tokenizer of its own; None: all models.
+        limit: max_seq_len of that tokenizer of the teacher.
 
     Raises:
-        ConfigError: they are unknown, and tokenizer.max_seq_len allows longer ones, or is not set.
+        ConfigError: they are unknown, and the tokenizer's max_seq_len allows longer ones, or is not set.
         DataError: one is longer.
     """
-    key_of_model, context = min(_contexts(cfg).items(), key=lambda one: one[1])
-    limit = cfg.tokenizer.get("max_seq_len")
-    advice = f"set tokenizer.max_seq_len={context}, which cuts longer examples"
+    contexts = _contexts(cfg, prefix)
+    if not contexts:  # a teacher of one's own
+        return
+    key_of_model, context = min(contexts.items(), key=lambda one: one[1])
+    setting = f"{prefix or ''}tokenizer.max_seq_len"
+    limit = limit if prefix else cfg.tokenizer.get("max_seq_len")
+    advice = f"set {setting}={context}, which cuts longer examples"
+    if prefix and not cfg.teacher_tokenizer and cfg.teacher_checkpointer:  # it is the one in that folder
+        node = f"_component_: kdtune.tokenizers.load, path: {instantiate(cfg.teacher_checkpointer).checkpoint_dir}"
+        advice = f'set "teacher_tokenizer={{{node}, max_seq_len: {context}}}", which cuts longer examples'
+    whose = " in the teacher's own tokens" if prefix else ""
     for key, found in lengths.items():
         error: KDTuneError
         if found is None:
             if limit is not None and limit <= context:
                 continue
             error = ConfigError(
-                f"{key}: is read as it is needed, so how long its examples are is not known, and tokenizer.max_seq_len is "
+                f"{key}: is read as it is needed, so how long its examples are is not known, and {setting} is "
                 f"{'not set' if limit is None else limit}; {key_of_model} has a context of {context} tokens: {advice}"
             )
         else:
@@ -128,7 +150,7 @@ def check_lengths(cfg: Any, lengths: Mapping[str, Sequence[int] | None]) -> None
             if not num_longer:
                 continue
             error = DataError(
-                f"{key}: {num_longer} of {len(found)} examples are longer than the {context} tokens that {key_of_model} "
+                f"{key}: {num_longer} of {len(found)} examples are longer{whose} than the {context} tokens that {key_of_model} "
                 f"has for its context (the longest has {longest}); {advice}, or leave them out by filter_fn"
             )
         if not (getattr(cfg, "resume_from_checkpoint", False) and holds_run(Path(cfg.output_dir))):
@@ -155,7 +177,9 @@ def context_note(cfg: Any) -> str | None:
     if limit is None:
         return None
     try:
-        contexts = _contexts(cfg)
+        # A teacher with a tokenizer of its own has a limit of its own.
+        is_cross = getattr(instantiate(getattr(cfg, "kd_loss", None)), "is_cross_tokenizer", False)
+        contexts = _contexts(cfg, "" if is_cross else None)
     except KDTuneError:  # the checkpoint is not there yet
         return None
     listed = ", ".join(f"{key}: {context}" for key, context in contexts.items() if context < limit)
@@ -167,13 +191,15 @@ def context_note(cfg: Any) -> str | None:
     )
 
 
-def _contexts(cfg: Any) -> dict[str, int]:
-    """Return the context length of each model of the config, by the key that determines it.
+def _contexts(cfg: Any, prefix: str | None = None) -> dict[str, int]:
+    """Return the context length of each model of the config, or of the one with a prefix, by the key that determines it.
 
     A builder's own max_seq_len in the config takes precedence over the checkpoint's.
     """
     found = {}
     for builder, weights in _MODELS:
+        if prefix is not None and builder != f"{prefix}model":
+            continue
         node, checkpointer = getattr(cfg, builder, None), getattr(cfg, weights, None)
         if node is not None and (checkpointer is None or "max_seq_len" in node):
             found[builder] = model_config(factory(node), None).max_seq_len
@@ -191,8 +217,9 @@ def example_lengths(batches: Sequence[Batch]) -> list[int]:
 def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:
     contexts = _contexts(cfg)
     for number, prompt in enumerate(cfg.sample_prompts, 1):
-        ids, _ = tokenizer.tokenize_messages([{"role": "user", "content": prompt}], add_generation_prompt=True)
         for key, context in contexts.items():
+            own = tokenizer.pair.teacher if tokenizer.pair and key.startswith("teacher") else tokenizer
+            ids, _ = own.tokenize_messages([{"role": "user", "content": prompt}], add_generation_prompt=True)
             if len(ids) >= context:
                 raise DataError(
                     f"sample_prompts: prompt {number} has {len(ids)} tokens, which leaves no room for an answer in the {context} "

@@ -26,7 +26,7 @@ from kdtune.training.precision import resolve_device
 from kdtune.training.rounding import warn_of_lost_updates
 from kdtune.training.seed import set_seed
 from kdtune.training.steps import plan_steps, step_text
-from kdtune.training.tokenizer import load_tokenizer
+from kdtune.training.tokenizer import load_tokenizer, pair_tokenizers
 
 log = get_logger(__name__)
 
@@ -84,8 +84,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
             step_to_resume(output_dir, values, may_change=may_change(type(cfg)), batches_per_step=batches_per_step)
         )
     progress.phase("reading the data")
-    if getattr(cfg, "kd_loss", None):
-        tokenizer = teachers.pair_with_teacher(cfg, tokenizer)
+    tokenizer = pair_tokenizers(cfg, tokenizer)
     dataset, dataset_val = (load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)

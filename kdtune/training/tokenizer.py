@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdtune import teachers
 from kdtune.config import instantiate
 from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError
@@ -42,6 +43,14 @@ def load_tokenizer(cfg: Config) -> tuple[Tokenizer, Config]:
         values.tokenizer = {**node, "date": day}
         log.info("the chat template prints the date: %s throughout this run (tokenizer.date)", day)
     return tokenizer, values
+
+
+def pair_tokenizers(cfg: Any, tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer that the datasets of a config are given: paired with a teacher's own, or as it is.
+
+    See `kdtune.teachers.pair_with_teacher`.
+    """
+    return teachers.pair_with_teacher(cfg, tokenizer) if getattr(cfg, "kd_loss", None) else tokenizer
 
 
 def _recorded(cfg: Any) -> str | None:

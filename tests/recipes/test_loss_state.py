@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 # Of a row of metrics.jsonl, what a clock or the machine says.
 MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
 RUN = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "max_steps_per_epoch=4",
-       "gradient_accumulation_steps=1", "batch_size=2", "dataset_val=null", "run_val_every_n_steps=null",
+       "gradient_accumulation_steps=1", "batch_size=2", "dataset_val.split=test[:2]", "run_val_every_n_steps=null",
        "save_every_n_steps=2")  # fmt: skip
 HIDDEN = ("hidden_loss=kdtune.losses.HiddenStateLoss", "hidden_loss.weight=2.0")
 OWN = """
@@ -59,6 +59,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         shares = [row["taid_share"] for row in rows(cut) if "loss" in row]
         assert shares[0] == 0.4 and shares == sorted(shares) and shares[2] > 0.4 + 0.6 * 2 / 4
     elif loss is HIDDEN:
+        steps = [row for row in rows(whole) if "loss" in row]
+        assert steps[-1]["val_hidden_loss"] < rows(whole)[0]["val_hidden_loss"]
         assert all(row["hidden_loss"] > 0 for row in rows(cut) if "loss" in row)
         assert not any("maps" in name for name in load_file(whole / "final" / "model.safetensors"))
 
@@ -79,6 +81,12 @@ def test_a_changed_rate_leaves_the_maps_own(cli: CLI, tmp_path: Path) -> None:
     [
         (("teacher_processes=1",), "hidden_loss: needs the hidden states of a teacher in the same processes"),
         (("hidden_loss.layers=[0.0]",), "hidden_loss.layers=[0.0]: must be fractions of depth"),
+        (
+            ("model.num_layers=1",),
+            "of a model with 1 layers they are layers [1, 1], one of them twice; give fractions that are "
+            "further apart (the student)",
+        ),
+        (("hidden_loss.layers=[0.6,0.5]", "model.num_layers=8"), "of a model with 3 layers they are layers [2, 2]"),
     ],
 )
 def test_refused_when_the_config_is_read(settings: tuple[str, ...], said: str, cli: CLI, tmp_path: Path) -> None:

@@ -88,6 +88,19 @@ def test_a_divergence_of_the_wrong_shape_is_a_finding(command: tuple[str, ...], 
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("dtype=fp32",), "loss_logits_dtype=bf16: dtype is fp32; it is for models computed in bf16, use null"),
+        (("dtype=bf16", "parallelism=kdtune.distributed.Parallelism", "parallelism.param_dtype=fp32"),
+         "loss_logits_dtype=bf16: parallelism.param_dtype is fp32; it is for models computed in bf16, use null"),
+    ],
+)  # fmt: skip
+def test_bf16_logits_of_a_model_computed_in_fp32_are_refused(settings: tuple[str, ...], said: str, cli: CLI) -> None:
+    done = cli("validate", "tiny/knowledge_distillation", "loss_logits_dtype=bf16", *settings)
+    assert done.code == 2 and said in done.err
+
+
 def test_a_steps_gradient_is_that_of_transformers_mean_over_the_labels(cli: CLI, good: Path, here: Path) -> None:
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {good / 'model'}}}"
     done = cli(

@@ -1,34 +1,16 @@
 """A teacher with a tokenizer of its own, through the recipe."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import CLI
-from tokenizers import AddedToken
-
-from kdtune.tokenizers import GGUFTokenizer
-from kdtune.tokenizers.bpe import tokenizer_from_ranks
-from kdtune.tokenizers.chat_format import LLAMA3
 
 RUN = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation")
 SHORT = ("max_steps_per_epoch=4", "save_every_n_steps=2", "run_val_every_n_steps=2", "dataset.split=train[:40]",
-         "dataset_val.split=test[:4]", "lr_scheduler.num_warmup_steps=0")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer of a teacher: other ids, words of several bytes, another chat template."""
-    ranks = {bytes([i]): 255 - i for i in range(256)} | {word: 256 + i for i, word in enumerate((b"th", b"the", b" a"))}
-    backend = tokenizer_from_ranks(ranks, r" ?\p{L}+|[^\p{L}]")
-    names = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
-    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-    named = {"bos_token": names[0], "eos_token": names[1]}
-    made = GGUFTokenizer(backend, named=named, model_max_length=None, chat_template=LLAMA3, origin="test")
-    path = tmp_path_factory.mktemp("teacher")
-    made.save(path, is_chat=True)
-    return path
+         "dataset_val.split=test[:4]", "lr_scheduler.num_warmup_steps=0", "teacher_model.max_seq_len=512")  # fmt: skip
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -37,9 +19,9 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["ULD", "HybridULD", "ALM"])
-def test_a_run_falls_and_resumes_to_the_bit(name: str, cli: CLI, folder: Path, tmp_path: Path) -> None:
+def test_a_run_falls_and_resumes_to_the_bit(name: str, cli: CLI, other_tokenizer: Path, tmp_path: Path) -> None:
     arguments = (*RUN, *SHORT, f"kd_loss=kdtune.losses.{name}", "teacher_tokenizer=kdtune.tokenizers.load",
-                 f"teacher_tokenizer.path={folder}")  # fmt: skip
+                 f"teacher_tokenizer.path={other_tokenizer}")  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = cli(*arguments, f"output_dir={whole}", "kd_ratio=0.5")
     assert done.code == 0, done.err
@@ -65,9 +47,12 @@ def test_a_run_falls_and_resumes_to_the_bit(name: str, cli: CLI, folder: Path, t
     assert metrics(cut) == found
 
 
-def test_a_teacher_tokenizer_needs_a_loss_that_compares_two(cli: CLI, folder: Path, tmp_path: Path) -> None:
+def test_a_teacher_tokenizer_needs_a_loss_that_compares_two(cli: CLI, other_tokenizer: Path, tmp_path: Path) -> None:
     done = cli(
-        *RUN, f"output_dir={tmp_path}", "teacher_tokenizer=kdtune.tokenizers.load", f"teacher_tokenizer.path={folder}"
+        *RUN,
+        f"output_dir={tmp_path}",
+        "teacher_tokenizer=kdtune.tokenizers.load",
+        f"teacher_tokenizer.path={other_tokenizer}",
     )
     assert (
         done.code == 2 and "teacher_tokenizer: has no effect with this kd_loss" in done.err and "HybridULD" in done.err
@@ -99,3 +84,59 @@ def test_a_plan_does_not_guess_the_cost_of_such_a_loss(cli: CLI) -> None:
 def test_hidden_states_are_refused_beside_it(cli: CLI, tmp_path: Path) -> None:
     done = cli(*RUN, f"output_dir={tmp_path}", "kd_loss=kdtune.losses.ULD", "hidden_loss=kdtune.losses.HiddenStateLoss")
     assert done.code == 2 and "hidden_loss: compares the two models position by position" in done.err
+
+
+def other(folder: Path, **settings: object) -> str:
+    """The override that gives the teacher its tokenizer."""
+    more = "".join(f", {key}: {value}" for key, value in settings.items())
+    return f"teacher_tokenizer={{_component_: kdtune.tokenizers.load, path: {folder}{more}}}"
+
+
+ALPACA = "dataset.prompt=alpaca"  # a long prompt, which is long in the teacher's tokens too
+
+
+def test_an_example_beyond_the_teachers_context_alone_is_refused(
+    cli: CLI, other_tokenizer: Path, tmp_path: Path
+) -> None:
+    """And is cut where the teacher's tokenizer says so; the student's context is compared with the student's tokens alone."""
+    run = (*RUN, *SHORT, "kd_loss=kdtune.losses.ULD", f"output_dir={tmp_path / 'out'}", "teacher_model.max_seq_len=200",
+           "sample_prompts=[]", "max_steps_per_epoch=1")  # fmt: skip
+    done = cli(*run, other(other_tokenizer))
+    assert done.code == 2 and not (tmp_path / "out").exists()
+    said = "examples are longer in the teacher's own tokens than the 200 tokens that teacher_model has for its context"
+    assert said in done.err and "set teacher_tokenizer.max_seq_len=200" in done.err, done.err
+    done = cli(*run, other(other_tokenizer, max_seq_len=200))
+    assert done.code == 0, done.err
+
+
+def test_an_example_beyond_the_students_context_alone_is_refused(
+    cli: CLI, other_tokenizer: Path, tmp_path: Path
+) -> None:
+    done = cli(*RUN, *SHORT, "kd_loss=kdtune.losses.ULD", f"output_dir={tmp_path / 'out'}", "model.max_seq_len=200",
+               "teacher_model.max_seq_len=2000", other(other_tokenizer))  # fmt: skip
+    assert done.code == 2 and not (tmp_path / "out").exists()
+    assert (
+        "examples are longer than the 200 tokens that model has" in done.err and "tokenizer.max_seq_len=200" in done.err
+    )
+
+
+def test_a_stream_needs_the_teachers_limit(cli: CLI, other_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat and the hat"}\n' * 8)
+    stream = (
+        "dataset={_component_: kdtune.data.text_completion_dataset, source: json, data_files: %s, streaming: true}"
+        % (tmp_path / "rows.jsonl")
+    )
+    run = (*RUN, "kd_loss=kdtune.losses.ULD", f"output_dir={tmp_path / 'out'}", stream, "~dataset_val", "sample_prompts=[]",
+           "max_steps_per_epoch=1", "lr_scheduler.num_warmup_steps=0", "~run_val_every_n_steps")  # fmt: skip
+    done = cli(*run, other(other_tokenizer))
+    assert done.code == 2 and "teacher_tokenizer.max_seq_len is not set; teacher_model has a context of 256" in done.err
+    done = cli(*run, other(other_tokenizer, max_seq_len=256))
+    assert done.code == 0, done.err
+
+
+def test_kdtune_data_shows_the_chunks_in_the_tokens_of_both(cli: CLI, other_tokenizer: Path) -> None:
+    show = ("data", "tiny/knowledge_distillation", "--rows", "1", "kd_loss=kdtune.losses.ULD", other(other_tokenizer))
+    done = cli(*show)
+    assert done.code == 0, done.err
+    assert "chunks are compared, tokens of the student and of the teacher:" in done.out and "more ..." in done.out
+    assert re.search(r"^  t\|h\|e +the$", cli(*show, "--full").out, re.MULTILINE)

@@ -139,6 +139,7 @@ def test_both_streams_are_cut_together() -> None:
     assert (
         int(row.teacher.chunks_K5[:, 1].max()) == 38
     )  # the last token kept is an end that the text does not have there
+    assert len(row.teacher.tokens) == int(row.teacher.chunks_K5[:, 3].max()) + 1  # it need not read on
     teacher.max_seq_len = 30
     row = truncated(EncodedRow(ids, trained, teacher=pair.pair_messages(ids, trained, messages)), pair)
     assert row.teacher is not None and len(row.teacher.tokens) == 30 and int(row.teacher.chunks_K5[:, 3].max()) == 29

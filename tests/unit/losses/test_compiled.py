@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kdtune.losses import ForwardKL, HiddenSignal, KDLoss, SampledTargets, TopKTargets, comparison
 from kdtune.models import OutputHead
 
-TARGETS: dict[str, Any] = {"whole": None, "top k": TopKTargets(5), "sampled": SampledTargets(7)}
+TARGETS: dict[str, Any] = {"whole": None, "top k": TopKTargets(5), "sampled": SampledTargets(7),
+                           "renormalized": TopKTargets(5, outside="renormalize")}  # fmt: skip
 # One of each formula, and of each kind of targets.
 EVERY = [(case, "whole") for case in CASES if "0.01" not in case.name and "T=" not in case.name]
 EVERY += [(case, kind) for case in CASES if case.name in ("forward", "jsd", "sum") for kind in ("top k", "sampled")]
@@ -82,6 +83,18 @@ def test_machine_code_of_every_divergence(case: Case, graphs: Callable[[str], li
     graphs("inductor")
     pair = (KDLoss(case.divergence, chunk_size=5), KDLoss(case.divergence, chunk_size=5, compile=True))
     assert_same(*pair, 9)
+
+
+@pytest.mark.slow("a compiler runs for each, some seconds each")
+@pytest.mark.parametrize("kind", ["top k", "renormalized", "sampled"])
+@pytest.mark.parametrize("name", ["forward", "jsd"])
+def test_machine_code_of_sparse_targets(name: str, kind: str, graphs: Callable[[str], list[int]]) -> None:
+    if comparison._lacking_compiler("cpu"):
+        pytest.skip("no C++ compiler")
+    graphs("inductor")
+    case = next(case for case in CASES if case.name == name)
+    settings = {"teacher_targets": TARGETS[kind], "chunk_size": 5}
+    assert_same(KDLoss(case.divergence, **settings), KDLoss(case.divergence, compile=True, **settings), 9)
 
 
 @pytest.mark.slow("a compiler runs for some seconds")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from kdtune import _assets, losses, training
+from kdtune import _assets, losses, teachers, training
 from kdtune._assets import find_recipe
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
+from kdtune.data import Batch
 from kdtune.distributed import World, fake_world
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.quantization import num_bytes, quantize
@@ -136,6 +137,41 @@ def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
         step()
     found = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
     assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+
+
+def test_the_maps_of_a_term_on_hidden_states_are_counted() -> None:
+    """As `MemTracker` finds them in a step, where they are most of what is allocated."""
+    cfg = config(
+        "knowledge_distillation", *SMALL, "teacher_model.embed_dim=1024", "hidden_loss=kdtune.losses.HiddenStateLoss"
+    )
+    student, teacher, tokens = real_model(cfg), instantiate(cfg.teacher_model), tokens_of(cfg)
+    term = instantiate(cfg.hidden_loss)
+    signals = teachers.OnlineTeacher(teacher, term.depths(teacher.config.num_layers))
+    kd_loss = training.build_kd_loss(cfg, losses.ForwardKL(), student, signals, World(CPU))
+    optimizer, _ = training.build_optimizer(cfg, student, 10, kd_loss)
+    batch = Batch.from_labels(tokens, tokens)
+    signal = signals(batch)  # before the tracker, whose hooks a model without gradients cannot have
+
+    def step() -> None:
+        hidden = student(tokens, return_hidden=True, **kd_loss.forward_options)
+        kd_loss(hidden, student.output, signal, batch.targets)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(student, kd_loss.module, optimizer)
+    with tracker:
+        step()
+    of_teacher = {one.data_ptr(): one.nbytes for one in (*teacher.parameters(), signal.hidden_BSD, *signal.layers)}
+    found = tracker.get_tracker_snapshot("peak")[CPU]["Total"] + sum(of_teacher.values())
+    assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+    alone = estimated(config("knowledge_distillation", *SMALL, "teacher_model.embed_dim=1024"), 1)
+    maps = sum(parameter.nbytes for parameter in kd_loss.parameters())
+    assert maps == 2 * 64 * 1024 * 4
+    assert estimated(cfg, 1).step_checkpoint - alone.step_checkpoint == pytest.approx(
+        3 * maps, rel=1e-3
+    )  # with Adam's moments
 
 
 @pytest.mark.parametrize(

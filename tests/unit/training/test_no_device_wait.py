@@ -69,6 +69,7 @@ def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int
     monkeypatch.setattr(training, "load_inputs", lambda *_: inputs)
     monkeypatch.setattr(training, "build_trained_model", without_values(training.build_trained_model))
     monkeypatch.setattr(teachers, "build_teacher", without_values(teachers.build_teacher))
+    monkeypatch.setattr(teachers, "check_vocabularies", without_values(teachers.check_vocabularies))
     monkeypatch.setattr(data.Loader, "__next__", without_values(data.Loader.__next__))
     monkeypatch.setattr(training, "build_optimizer", build_optimizer)
     monkeypatch.setattr(FakeTensor, "tolist", tolist)
@@ -78,11 +79,11 @@ def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int
 
 
 def check_a_step_waits_once(
-    recipe: str, num_parts: int, kind: str, dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, num_parts: int, kind: str, dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str
 ) -> None:
-    """`num_parts`: the loss and its parts."""
+    """`num_parts`: the loss and its parts. `more`: overrides."""
     schema = import_recipe(_assets.find_recipe(recipe)).schema
-    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}"], schema)
+    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}", *more], schema)
     assert cfg.gradient_accumulation_steps == 2
     waits = waits_of(recipe, cfg, monkeypatch)
     assert waits == [2 * num_parts + 1] * 2, "those of both micro-batches, and the norm of the gradient"
@@ -93,6 +94,15 @@ def check_a_step_waits_once(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_distillation_step_waits_once(kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_a_step_waits_once("knowledge_distillation", 4, kind, dtype, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["ULD", "HybridULD", "ALM"])
+def test_a_step_with_a_teacher_of_another_tokenizer_waits_once(
+    name: str, other_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = f"teacher_tokenizer={{_component_: kdtune.tokenizers.load, path: {other_tokenizer}}}"
+    more = (own, f"kd_loss=kdtune.losses.{name}", "tokenizer.max_seq_len=40")
+    check_a_step_waits_once("knowledge_distillation", 3, "full", "fp32", tmp_path, monkeypatch, *more)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("full", "fp32"), ("DoRA", "bf16")])
