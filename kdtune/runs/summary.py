@@ -2,6 +2,7 @@
 teacher, before and after.
 """
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,19 +16,26 @@ from kdtune.runs.plot import plot_losses
 from kdtune.runs.table import format_table
 
 _DIVERGENCE, _FORWARD_KL = "divergence", "forward KL"
+_NOTABLE_WAIT = 0.05
 _SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 
 
 def step_numbers(row: Mapping[str, float], *, divergence: str = "KL") -> list[str]:
-    """Format a step's metrics for display, most important first: "loss 2.310", "KL 0.520", "0.41 s/step" ..."""
+    """Format a step's metrics for display, most important first: "loss 2.310", "KL 0.520", "0.41 s/step" ...
+
+    The wait for data is shown where it is over 5 % of the step.
+    """
     forms = {
         "loss": "loss {:.3f}",
         "kd_loss": f"{divergence} {{:.3f}}",
         "step_seconds": "{:.2f} s/step",
+        "data_seconds": "waited {:.2f} s for data",
         "class_loss": "ce {:.3f}",
         "lr": "lr {:.2e}",
         "tokens_per_second": "{:,.0f} tok/s",
     }
+    if row.get("data_seconds", 0.0) <= _NOTABLE_WAIT * row.get("step_seconds", math.inf):
+        del forms["data_seconds"]
     return [form.format(row[name]) for name, form in forms.items() if name in row]
 
 

@@ -30,6 +30,7 @@ class Metrics:
         self._clock = clock
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._counts = [0, 0, 0]  # valid, all but padding, padding
+        self._data_seconds = 0.0
         self._since = clock()
 
     def add(self, parts: Mapping[str, torch.Tensor], batch: Batch) -> None:
@@ -50,11 +51,19 @@ class Metrics:
         yield
         self._since += self._clock() - since
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """A context whose time is the step's `data_seconds`: the wait for its batches."""
+        since = self._clock()
+        yield
+        self._data_seconds += self._clock() - since
+
     def pop(self, **scalars: torch.Tensor) -> dict[str, float]:
         """Return the mean per valid token of every part, the scalars unchanged, counts and speed; then reset.
 
         This waits for the device, the only time in a step. A step's time, `step_seconds`, is that since the last such wait: it
         has the optimizer's step before in it, so that `tokens_per_second`, without padding, counts all that a step takes.
+        `data_seconds`, a part of it, is the wait for the step's batches, the mean over the processes.
 
         Args:
             scalars: 0-d tensors that are the same on all processes, such as the gradient norm; fetched in the same transfer.
@@ -66,19 +75,21 @@ class Metrics:
         values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
         now, parts = self._clock(), list(self._sums)
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in parts]
-        *sums, num_valid_tokens, num_tokens, num_padded_tokens = self._world.sum([*own, *self._counts])
+        summed = self._world.sum([*own, *self._counts, self._data_seconds])
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens, data_seconds = summed
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         seconds = max(now - self._since, 1e-9)
         self._since = now
         self._sums.clear()
-        self._counts = [0, 0, 0]
+        self._counts, self._data_seconds = [0, 0, 0], 0.0
         return {
             **{name: total / num_valid_tokens for name, total in zip(parts, sums, strict=True)},
             "num_valid_tokens": int(num_valid_tokens),
             "num_padded_tokens": int(num_padded_tokens),
             **dict(zip(scalars, values[len(values) - len(scalars) :], strict=True)),
             "step_seconds": seconds,
+            "data_seconds": data_seconds / self._world.dp_size,
             "tokens_per_second": num_tokens / seconds,
         }
 

@@ -217,7 +217,9 @@ class Run:
             loader = self.inputs.loader
             enter_epoch(loader, self._step // self.inputs.steps_per_epoch)
             position = loader.position
-            step = Step(self, self._step, take_micro_batches(loader, self.cfg.gradient_accumulation_steps), position)
+            with self.metrics.waiting_for_data():
+                batches = take_micro_batches(loader, self.cfg.gradient_accumulation_steps)
+            step = Step(self, self._step, batches, position)
             lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers hold a tensor, which the step changes
             yield step
             if not step.row:

@@ -16,7 +16,7 @@ FINETUNE = ["run", "finetune", "--config", "tiny/finetune", HELD_OUT]
 EVALUATE = ["run", "evaluate", "--config", "tiny/evaluate"]
 GENERATE = ["run", "generate", "--config", "tiny/generate"]
 # Of a row of metrics.jsonl, what a clock or the machine says.
-MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
+MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_rss"}
 # Adam would hide a gradient's scale. Clipping is active: every norm is above 0.05.
 PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "clip_grad_norm=0.05", "batch_size=2",
          "sample_prompts=[]", "save_every_n_steps=null", "max_steps_per_epoch=5", "tokenizer.max_seq_len=96"]  # fmt: skip

@@ -10,7 +10,7 @@ from command_line import CLI
 from safetensors.torch import load_file
 
 # Of a row of metrics.jsonl, what a clock or the machine says.
-MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
+MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_rss"}
 RUN = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "max_steps_per_epoch=4",
        "gradient_accumulation_steps=1", "batch_size=2", "dataset_val.split=test[:2]", "run_val_every_n_steps=null",
        "save_every_n_steps=2")  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from kdtune.checkpoint import load_model
 
 # Of a row of metrics.jsonl, what a clock or the machine says.
-MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
+MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_rss"}
 BASE = ["run", "finetune", "--config", "tiny/finetune", "adapter=null", "sample_prompts=[]", "dataset_val=null",
         "run_val_every_n_steps=null", "save_every_n_steps=1", "clip_grad_norm=null", "batch_size=2"]  # fmt: skip
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.25}"

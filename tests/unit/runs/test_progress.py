@@ -15,6 +15,7 @@ from terminal import output_in_terminal
 
 from kdtune.log import get_logger
 from kdtune.runs import Progress, validation_text
+from kdtune.runs.summary import step_numbers
 from kdtune.training import StepLog
 
 ROOT = Path(__file__).parents[3]
@@ -119,6 +120,7 @@ TERMINAL = """
 import time
 from kdtune.log import get_logger
 from kdtune.runs import Progress
+from kdtune.runs.summary import step_numbers
 from kdtune.training import StepLog
 with Progress() as progress:
     progress.phase("reading the data")
@@ -261,3 +263,10 @@ print(os.waitpid(child, 0)[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["from the worker", "0"]
+
+
+@pytest.mark.parametrize(("waited", "is_shown"), [(0.0, False), (0.025, False), (0.026, True)])
+def test_a_wait_for_data_is_shown_where_it_is_over_a_twentieth_of_the_step(waited: float, is_shown: bool) -> None:
+    numbers = step_numbers({**ROW, "data_seconds": waited})
+    assert ("waited 0.03 s for data" in numbers) == is_shown
+    assert len(numbers) == len(step_numbers(ROW)) + is_shown

@@ -49,13 +49,18 @@ def test_the_parts_are_detached_and_fetched_only_at_pop(monkeypatch):
 def test_speed_counts_all_tokens_of_the_whole_step_and_leaves_out_what_is_told():
     now = [100.0]
     metrics = Metrics(clock=lambda: now[0])
+    with metrics.waiting_for_data():
+        now[0] += 0.5
     metrics.add({"loss": torch.tensor(1.0)}, batch(5, 30, 2))
     now[0] += 2.0
     metrics.add({"loss": torch.tensor(1.0)}, batch(5, 50, 7))
-    now[0] += 1.0
+    with metrics.waiting_for_data():
+        now[0] += 0.25
+    now[0] += 0.25
     row = metrics.pop(grad_norm=torch.tensor(1.5))
     counts = {"num_valid_tokens": 10, "num_padded_tokens": 9}
-    assert row == {"loss": 0.2, **counts, "grad_norm": 1.5, "step_seconds": 3.0, "tokens_per_second": 80 / 3}
+    times = {"step_seconds": 3.0, "data_seconds": 0.75, "tokens_per_second": 80 / 3}
+    assert row == {"loss": 0.2, **counts, "grad_norm": 1.5, **times}
     now[0] += 1.0  # the optimizer, whose time is the next step's
     with metrics.paused():
         now[0] += 1000.0  # a validation
@@ -63,7 +68,7 @@ def test_speed_counts_all_tokens_of_the_whole_step_and_leaves_out_what_is_told()
     metrics.add({"loss": torch.tensor(1.0)}, batch(1, 7))
     row = metrics.pop()
     assert row["num_valid_tokens"] == 1  # the first step is gone
-    assert (row["step_seconds"], row["tokens_per_second"]) == (2.0, 3.5)
+    assert (row["step_seconds"], row["data_seconds"], row["tokens_per_second"]) == (2.0, 0.0, 3.5)
     now[0] += 5.0
     metrics.restart_clock()
     now[0] += 1.0
@@ -94,9 +99,18 @@ def test_means_are_over_all_processes():
             seen.append(list(values))
             return [2 * value for value in values]
 
-    metrics = Metrics(Two(torch.device("cpu"), size=2), clock=iter([0.0, 2.0]).__next__)
+    metrics = Metrics(Two(torch.device("cpu"), size=2), clock=iter([0.0, 0.5, 1.0, 2.0]).__next__)
+    with metrics.waiting_for_data():
+        pass
     metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, batch(6, 10, 1))
     found = metrics.pop()
-    assert seen == [[12.0, 3.0, 6, 10, 1]]
+    assert seen == [[12.0, 3.0, 6, 10, 1, 0.5]]
     counts = {"num_valid_tokens": 12, "num_padded_tokens": 2}
-    assert found == {"loss": 2.0, "kd_loss": 0.5, **counts, "step_seconds": 2.0, "tokens_per_second": 10.0}
+    assert found == {
+        "loss": 2.0,
+        "kd_loss": 0.5,
+        **counts,
+        "step_seconds": 2.0,
+        "data_seconds": 0.5,
+        "tokens_per_second": 10.0,
+    }
