@@ -11,6 +11,7 @@ from kdtune.config import instantiate
 from kdtune.distributed import World, fake_world, mesh_problems
 from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
+from kdtune.planner.advice import advice_text, changes_to_fit
 from kdtune.planner.estimate import Estimate, check_trains, make_estimate
 from kdtune.planner.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu
 from kdtune.planner.teacher import TeacherEstimate, make_teacher_estimate
@@ -63,29 +64,36 @@ def estimate_text(
     check_trains(cfg)
     on_cpu = gpu_name is None and cfg.device == "cpu"
     gpu = None if on_cpu else find_gpu(gpu_name or DEFAULT_GPU)
-    device_type = "cpu" if on_cpu else "cuda"
+    options = {"device_type": "cpu" if on_cpu else "cuda", "seq_len": seq_len}
+    plans = [_plan(cfg, size, **options) for size in world_sizes]
+    text = table_text(plans, gpu)
+    if gpu is None or plans[-1].peak.total <= (room := _USABLE * gpu.memory_gib * _GIB):
+        return text
+    changes = list(changes_to_fit(cfg, room, lambda changed: _plan(changed, world_sizes[-1], **options).peak.total))
+    where = f"{_USABLE:.0%} of {gpu.name}" + (f" on {world_sizes[-1]:,} processes" if world_sizes[-1] > 1 else "")
+    return f"{text}\n{advice_text(changes, room, where)}"
+
+
+def _plan(cfg: Any, size: int, **options: Any) -> Estimate:
+    """Estimate a config for a number of processes that need not exist; `options` of `make_estimate`."""
     parallelism, teacher = instantiate(cfg.parallelism), instantiate(getattr(cfg, "teacher_parallelism", None))
     num_teachers = getattr(cfg, "teacher_processes", 0)
-    plans = []
-    for size in world_sizes:
-        students = size - num_teachers
-        if students < 1:
-            raise ConfigError(
-                f"teacher_processes={num_teachers}: --world-size {size} leaves none for the student; give more"
-            )
-        if problems := mesh_problems(
-            parallelism, teacher, size, teacher_processes=num_teachers, advice="give another --world-size"
-        ):
-            raise ConfigError("; ".join(problems))
-        # One process without torchrun has no process group, and FSDP nothing to do.
-        with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
-            plan = make_estimate(cfg, world, device_type=device_type, seq_len=seq_len)
-        if num_teachers:
-            with fake_world(num_teachers) as world:
-                own = make_teacher_estimate(cfg, world, students, device_type=device_type, seq_len=seq_len)
-                plan = replace(plan, teacher_estimate=own)
-        plans.append(plan)
-    return table_text(plans, gpu)
+    students = size - num_teachers
+    if students < 1:
+        raise ConfigError(
+            f"teacher_processes={num_teachers}: --world-size {size} leaves none for the student; give more"
+        )
+    if problems := mesh_problems(
+        parallelism, teacher, size, teacher_processes=num_teachers, advice="give another --world-size"
+    ):
+        raise ConfigError("; ".join(problems))
+    # One process without torchrun has no process group, and FSDP nothing to do.
+    with fake_world(students) if size > 1 else nullcontext(World(torch.device("cpu"))) as world:
+        plan = make_estimate(cfg, world, **options)
+    if num_teachers:
+        with fake_world(num_teachers) as world:
+            plan = replace(plan, teacher_estimate=make_teacher_estimate(cfg, world, students, **options))
+    return plan
 
 
 def _row(label: str, plans: Sequence[T], value: Callable[[T], str]) -> Row:

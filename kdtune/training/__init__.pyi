@@ -5,6 +5,7 @@ from .inputs import check_context, check_data, check_inputs, check_lengths, cont
 from .loggers import JSONLLogger, MetricLogger, StepLog, TensorBoardLogger, WandBLogger
 from .metrics import Metrics, memory_stats
 from .optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
+from .out_of_memory import explained_out_of_memory
 from .precision import device_name_problems, device_problems, resolve_device
 from .profiling import Profiler
 from .resume import load_training_state, resume_extra
@@ -55,6 +56,7 @@ __all__ = [
     "divergence_problems",
     "enter_epoch",
     "example_lengths",
+    "explained_out_of_memory",
     "get_constant_schedule_with_warmup",
     "get_cosine_schedule_with_warmup",
     "get_exponential_schedule_with_warmup",

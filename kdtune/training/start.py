@@ -22,6 +22,7 @@ from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.inputs import check_inputs
 from kdtune.training.optim import trainable_parameters
+from kdtune.training.out_of_memory import explained_out_of_memory
 from kdtune.training.precision import resolve_device
 from kdtune.training.rounding import warn_of_lost_updates
 from kdtune.training.seed import set_seed
@@ -41,7 +42,7 @@ def start(cfg: Any) -> Iterator[tuple[World, Progress]]:
     with instantiate(cfg.parallelism).start_world(device, teacher_processes=teacher_processes) as world:
         get_logger().setLevel(cfg.log_level if world.is_main else "ERROR")
         set_seed(cfg.seed, cfg.cudnn_deterministic_mode)
-        with Progress(silent=not world.is_main) as progress:
+        with Progress(silent=not world.is_main) as progress, explained_out_of_memory(cfg, world):
             yield world, progress
 
 
