@@ -14,12 +14,10 @@ from torch import Tensor
 
 from kdtune.log import get_logger
 from kdtune.losses.contract import Divergence, value_and_gradient
+from kdtune.losses.divergences.base import most_likely
 from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets, sparse_value_and_gradient
 
 log = get_logger(__name__)
-
-# Ids per part of `most_likely`'s first pass.
-_PART = 8192
 
 
 @dataclass(frozen=True)
@@ -144,18 +142,6 @@ def _agreement(logits_RV: Tensor, teacher: Tensor | SparseRows) -> Tensor:
     return (most_likely(logits_RV) == best_R).to(logits_RV.dtype)
 
 
-def most_likely(logits_RV: Tensor) -> Tensor:
-    """Return `argmax(-1)`, on a CPU from the largest value of each part of a row, which takes a fraction of argmax's time."""
-    num_parts = logits_RV.shape[1] // _PART
-    if logits_RV.device.type != "cpu" or num_parts < 2 or torch.compiler.is_compiling():
-        return logits_RV.argmax(-1)
-    # The first of several largest values lies in the first part that has one.
-    parts = logits_RV.split(_PART, dim=1)
-    start_R1 = torch.stack([part.amax(-1) for part in parts], dim=1).argmax(-1, keepdim=True) * _PART
-    ids_RP = (start_R1 + torch.arange(_PART)).clamp_(max=logits_RV.shape[1] - 1)
-    return start_R1.squeeze(1) + logits_RV.gather(1, ids_RP).argmax(-1)
-
-
 def _logit_grad(
     logp_RV: Tensor, grad_logp_RV: Tensor | None, labels_R: Tensor, kd_ratio: float, *, out_RV: Tensor
 ) -> None:
@@ -169,4 +155,8 @@ def _logit_grad(
     else:
         sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
         torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
-    out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio
+    if torch.compiler.is_compiling():  # in the same pass
+        is_label_RV = torch.arange(out_RV.shape[1], device=out_RV.device) == labels_R[:, None]
+        out_RV.copy_(torch.where(is_label_RV, out_RV - (1 - kd_ratio), out_RV))
+    else:
+        out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdtune.losses.divergences.base import SumOverIds, check_range, times
+from kdtune.losses.divergences.base import SumOverIds, check_range, is_within, times
 
 
 class AlphaBeta(SumOverIds):
@@ -54,6 +54,10 @@ class AlphaBeta(SumOverIds):
         size_NV, x_NV = _exp(s_NV, t_NV, self.alpha + self.beta, 0), _difference(s_NV, t_NV)
         if c == 0:
             return times(size_NV, x_NV)
+        if is_within(x_NV, 80.0 / c) and is_within(
+            s_NV, 80.0 / (self.alpha + self.beta)
+        ):  # nothing over- or underflows
+            return size_NV * (c * x_NV).expm1() / c
         near_NV = x_NV.abs() < 1
         far_NV = _exp(s_NV, t_NV, self.alpha + self.beta - c, c) - size_NV
         return torch.where(near_NV, size_NV * (c * x_NV.masked_fill(~near_NV, 0.0)).expm1(), far_NV) / c
@@ -69,4 +73,5 @@ def _exp(s_NV: Tensor, t_NV: Tensor, of_s: float, of_t: float) -> Tensor:
 
 def _difference(s_NV: Tensor, t_NV: Tensor) -> Tensor:
     """Return t - s, 0 where both are -inf."""
-    return (t_NV - s_NV).masked_fill((s_NV == -torch.inf) & (t_NV == -torch.inf), 0.0)
+    x_NV = t_NV - s_NV
+    return x_NV if is_within(x_NV) else x_NV.masked_fill((s_NV == -torch.inf) & (t_NV == -torch.inf), 0.0)

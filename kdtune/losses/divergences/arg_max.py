@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdtune.losses.divergences.base import TemperedDivergence
+from kdtune.losses.divergences.base import TemperedDivergence, most_likely
 
 
 class ArgMaxCrossEntropy(TemperedDivergence):
@@ -20,6 +20,6 @@ class ArgMaxCrossEntropy(TemperedDivergence):
 
     def compare(self, s_NV: Tensor, t_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Return value [N] and slope [N, V], at temperature 1."""
-        best_N1 = t_NV.argmax(-1, keepdim=True)
+        best_N1 = most_likely(t_NV)[:, None]
         slope_NV = s_NV.new_zeros(s_NV.shape).scatter_(1, best_N1, -1.0)
         return -s_NV.gather(1, best_N1).squeeze(1), slope_NV

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdtune.errors import ConfigError
-from kdtune.losses.divergences.base import TemperedDivergence
+from kdtune.losses.divergences.base import TemperedDivergence, is_within
 
 Weight = Literal["student", "teacher", "uniform"]
 
@@ -40,17 +40,12 @@ class ConcreteScore(TemperedDivergence):
 
     def compare(self, s_NV: Tensor, t_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Return value [N] and slope [N, V], at temperature 1."""
-        no_s_NV, no_t_NV = s_NV == -torch.inf, t_NV == -torch.inf
-        neither_NV = no_s_NV & no_t_NV
-        of = {
-            "student": lambda: s_NV.detach().exp(),
-            "teacher": lambda: t_NV.exp(),
-            "uniform": lambda: (~neither_NV).to(s_NV.dtype) / (~neither_NV).sum(-1, keepdim=True),
-        }
-        w1_NV, w2_NV = (of[name]() for name in self.weights)
-        d_NV = (s_NV - t_NV).masked_fill(neither_NV | ((w1_NV == 0) & (w2_NV == 0)), 0.0)
-        infinite_NV = d_NV.isinf()
-        d_NV = d_NV.masked_fill(infinite_NV, 0.0)
+        w1_NV, w2_NV = (_weights(name, s_NV, t_NV) for name in self.weights)
+        d_NV, infinite_N = s_NV - t_NV, None
+        if not is_within(d_NV):  # a model excludes an id
+            d_NV = d_NV.masked_fill(_neither(s_NV, t_NV) | ((w1_NV == 0) & (w2_NV == 0)), 0.0)
+            infinite_N = d_NV.isinf().any(-1)
+            d_NV = d_NV.masked_fill(d_NV.isinf(), 0.0)
         mean1_N1 = (w1_NV * d_NV).sum(-1, keepdim=True)
         mean2_N1 = (w2_NV * d_NV).sum(-1, keepdim=True)
         slope_NV = 0.5 * (w1_NV * (d_NV - mean2_N1) + w2_NV * (d_NV - mean1_N1))
@@ -58,4 +53,16 @@ class ConcreteScore(TemperedDivergence):
         centred_NV = d_NV - 0.5 * (mean1_N1 + mean2_N1)
         spread_N = (w1_NV * centred_NV.square()).sum(-1) + (w2_NV * centred_NV.square()).sum(-1)
         values_N = 0.25 * spread_N + 0.125 * (mean1_N1 - mean2_N1).square().squeeze(-1)
-        return values_N.masked_fill(infinite_NV.any(-1), torch.inf), slope_NV
+        return values_N if infinite_N is None else values_N.masked_fill(infinite_N, torch.inf), slope_NV
+
+
+def _weights(name: str, s_NV: Tensor, t_NV: Tensor) -> Tensor:
+    if name == "uniform":
+        some_NV = ~_neither(s_NV, t_NV)
+        return some_NV.to(s_NV.dtype) / some_NV.sum(-1, keepdim=True)
+    return s_NV.detach().exp() if name == "student" else t_NV.exp()
+
+
+def _neither(s_NV: Tensor, t_NV: Tensor) -> Tensor:
+    """Return where both models exclude an id."""
+    return (s_NV == -torch.inf) & (t_NV == -torch.inf)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdtune.losses.divergences.base import SumOverIds, check_range, log_ratios_to_mixture, raised, times
+from kdtune.losses.divergences.base import SumOverIds, check_range, log_ratios_to_mixture, raised, times, zero_outside
 
 
 def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ class SkewForwardKL(SumOverIds):
         if self.alpha == 0:
             return _forward_terms(s_NV, t_NV)
         s_ratio_NV, t_ratio_NV = log_ratios_to_mixture(s_NV, t_NV, self.alpha)
-        p_NV, none_NV = t_NV.exp(), s_NV == -float("inf")
-        share_NV = ((1 - self.alpha) * s_ratio_NV.exp()).masked_fill(none_NV, 0.0)  # of the mixture, the student's
+        p_NV = t_NV.exp()
+        share_NV = zero_outside((1 - self.alpha) * s_ratio_NV.exp(), s_NV)  # of the mixture, the student's
         return p_NV * t_ratio_NV, -p_NV * share_NV
 
 
@@ -165,6 +165,6 @@ class SkewReverseKL(SumOverIds):
         q_NV = s_NV.exp()
         if self.detach_mixture:
             # The same value; its derivative is that of s alone.
-            free_NV = (s_NV - s_NV.detach()).masked_fill(s_NV == -float("inf"), 0.0)
+            free_NV = zero_outside(s_NV - s_NV.detach(), s_NV)
             return q_NV * (s_ratio_NV.detach() + free_NV), q_NV * (s_ratio_NV + 1)
         return q_NV * s_ratio_NV, q_NV * (s_ratio_NV + 1 - self.alpha * s_ratio_NV.exp())

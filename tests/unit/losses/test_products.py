@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss, products
-from kdtune.losses.comparison import most_likely
+from kdtune.losses.divergences.base import most_likely
 from kdtune.models import OutputHead
 
 has_bf16_units = pytest.mark.skipif(not products.cpu_multiplies_bf16(), reason="this CPU has no bf16 units")
