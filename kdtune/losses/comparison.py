@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdtune.log import get_logger
 from kdtune.losses.contract import Divergence, value_and_gradient
-from kdtune.losses.divergences.base import most_likely
+from kdtune.losses.divergences.base import first_id, most_likely
 from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets, sparse_value_and_gradient
 
 log = get_logger(__name__)
@@ -50,14 +50,18 @@ def compare_(
     and their gradient is rounded to bf16.
     """
     given_RV, logits_RV = logits_RV, logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    logp_RV = logits_RV.log_softmax(-1)
+    logp_RV, best_R = _log_softmax(logits_RV)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
     agreement_R: Tensor | float = 0.0
     outside_R: Tensor | float = 0.0
     grad_logp_RV = None
     if settings.num_teacher_ids is not None and teacher is not None:
-        agreement_R = _agreement(logits_RV, teacher)
+        if isinstance(teacher, Tensor):
+            teacher, teachers_best_R = _log_softmax(teacher.to(logp_RV.dtype))
+            agreement_R = (best_R == teachers_best_R).to(logp_RV.dtype)
+        elif not isinstance(teacher, SampledRows):
+            agreement_R = (best_R == teacher.most_likely()).to(logp_RV.dtype)
         outside_R = logp_RV[:, settings.num_teacher_ids :].exp().sum(-1)
         kd_R, grad_logp_RV = _divergence(logp_RV, teacher, settings)
         grad_logp_RV.mul_(settings.kd_ratio)
@@ -125,21 +129,21 @@ def _lacking_compiler(device_type: str) -> str | None:
 
 
 def _divergence(logp_RV: Tensor, teacher: Tensor | SparseRows, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Return the divergence [R] from the teacher's rows and its partial derivatives [R, V] with respect to logp_RV."""
-    if isinstance(teacher, Tensor):
-        teacher = teacher.to(logp_RV.dtype).log_softmax(-1)
-        teacher = settings.teacher_targets.of(teacher) if settings.teacher_targets else teacher
+    """Return the divergence [R] from the teacher's rows, dense ones normalized, and its slope [R, V], with respect to logp_RV."""
+    if isinstance(teacher, Tensor) and settings.teacher_targets:
+        teacher = settings.teacher_targets.of(teacher)
     if isinstance(teacher, Tensor):
         return value_and_gradient(settings.divergence, logp_RV, teacher)
     return sparse_value_and_gradient(settings.divergence, logp_RV, teacher)
 
 
-def _agreement(logits_RV: Tensor, teacher: Tensor | SparseRows) -> Tensor:
-    """Return 1 for tokens to which both give the same most likely id, else 0, [R]; 0 if the teacher's is not known."""
-    if isinstance(teacher, SampledRows):
-        return logits_RV.new_zeros(len(logits_RV))
-    best_R = most_likely(teacher) if isinstance(teacher, Tensor) else teacher.most_likely()
-    return (most_likely(logits_RV) == best_R).to(logits_RV.dtype)
+def _log_softmax(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities [R, V], and each row's most likely id [R], the first of several."""
+    if logits_RV.device.type != "cpu" or not torch.compiler.is_compiling():
+        return logits_RV.log_softmax(-1), most_likely(logits_RV)
+    # The compiler finds the largest value once, and sum and id in one pass.
+    below_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
+    return below_RV - below_RV.exp().sum(-1, keepdim=True).log(), first_id(below_RV == 0)
 
 
 def _logit_grad(
@@ -156,7 +160,8 @@ def _logit_grad(
         sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
         torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
     if torch.compiler.is_compiling():  # in the same pass
-        is_label_RV = torch.arange(out_RV.shape[1], device=out_RV.device) == labels_R[:, None]
+        ids_V = torch.arange(out_RV.shape[1], dtype=torch.int32, device=out_RV.device)
+        is_label_RV = ids_V == labels_R[:, None].int()
         out_RV.copy_(torch.where(is_label_RV, out_RV - (1 - kd_ratio), out_RV))
     else:
         out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio

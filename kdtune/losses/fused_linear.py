@@ -129,7 +129,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     dtype = sum_dtype(student.hidden_TD)
     # For a sharded head, the largest number of ids on any process: all must use the same chunks.
     num_ids = max(shards.num_ids(vocab_size)) if shards else vocab_size
-    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
+    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * (task.logits_dtype or dtype).itemsize))
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
     rows = min(chunk_size, num_tokens)
     student_buffer, teacher_buffer = _buffers(student, task, rows, dtype)

@@ -27,9 +27,11 @@ from kdtune.losses.heads import Projection
 log = get_logger(__name__)
 
 # On a CPU, softmax and divergence run on blocks of a chunk's rows, small enough for their temporaries to stay in cache.
-CPU_BLOCK_BYTES = 8 * 2**20
-# Temporaries of a product: a head is raised to fp32, and rounding errors are computed, by tiles of ids.
+CPU_BLOCK_BYTES = 2 * 2**20
+# A head is raised to fp32, and its gradient computed, by tiles of ids.
 TILE_BYTES = 16 * 2**20
+# Logits and their rounding errors, for the same reason as blocks, by smaller ones.
+PRODUCT_BYTES = 2 * 2**20
 
 Form = Literal["raised", "accumulated", "two products", "rounded"]
 
@@ -80,7 +82,7 @@ def project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:
     if form == "rounded":
         torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
     elif form == "two products":
-        for tile in slices(len(weight_VD), max(1, TILE_BYTES // (2 * max(1, len(hidden_CD))))):
+        for tile in slices(len(weight_VD), max(1, PRODUCT_BYTES // (2 * max(1, len(hidden_CD))))):
             product, rest = _with_rounding_error(hidden_CD, weight_VD[tile].T)
             logits_CV[:, tile].copy_(product).add_(rest)
     else:
@@ -165,11 +167,11 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 def block_size(logits_CV: Tensor) -> int:
-    """Return the rows of a chunk that softmax and divergence process at once: all of them, except on a CPU; at least one."""
+    """Return the rows of a chunk that softmax and divergence process at once: all, except on a CPU, where each thread takes rows."""
     if logits_CV.device.type != "cpu":
         return max(1, len(logits_CV))  # with a head in shards, a process may have none of a short chunk's rows
     itemsize = max(logits_CV.element_size(), torch.float32.itemsize)
-    return max(1, CPU_BLOCK_BYTES // (logits_CV.shape[1] * itemsize))
+    return max(torch.get_num_threads(), CPU_BLOCK_BYTES // (logits_CV.shape[1] * itemsize))
 
 
 def _with_rounding_error(a: Tensor, b: Tensor, *low: Tensor) -> tuple[Tensor, Tensor]:

@@ -170,14 +170,20 @@ def most_likely(logits_RV: Tensor) -> Tensor:
     num_parts = num_ids // _PART
     if logits_RV.device.type != "cpu" or num_parts < 2:
         return logits_RV.argmax(-1)
-    if torch.compiler.is_compiling():  # the compiler vectorizes this, unlike argmax; the last id in a row of NaN
-        ids_V = torch.arange(num_ids, dtype=torch.int32)
-        return ids_V.where(logits_RV == logits_RV.amax(-1, keepdim=True), num_ids - 1).amin(-1).long()
+    if torch.compiler.is_compiling():
+        return first_id(logits_RV == logits_RV.amax(-1, keepdim=True))
     # The first of several largest values lies in the first part that has one.
     parts = logits_RV.split(_PART, dim=1)
     start_R1 = torch.stack([part.amax(-1) for part in parts], dim=1).argmax(-1, keepdim=True) * _PART
     ids_RP = (start_R1 + torch.arange(_PART)).clamp_(max=logits_RV.shape[1] - 1)
     return start_R1.squeeze(1) + logits_RV.gather(1, ids_RP).argmax(-1)
+
+
+def first_id(is_there_RV: Tensor) -> Tensor:
+    """Return each row's first id that is there, int64 [R], the last one if none is; compiled for a CPU, vectorized, unlike argmax."""
+    num_ids = is_there_RV.shape[1]
+    ids_V = torch.arange(num_ids, dtype=torch.int32, device=is_there_RV.device)
+    return ids_V.where(is_there_RV, num_ids - 1).amin(-1).long()
 
 
 def ascending(x_NV: Tensor) -> tuple[Tensor, Tensor]:

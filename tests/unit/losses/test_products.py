@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss, products
-from kdtune.losses.divergences.base import most_likely
+from kdtune.losses.divergences.base import first_id, most_likely
 from kdtune.models import OutputHead
 
 has_bf16_units = pytest.mark.skipif(not products.cpu_multiplies_bf16(), reason="this CPU has no bf16 units")
@@ -113,3 +113,4 @@ def test_most_likely_is_argmax(num_ids: int) -> None:
         many.index_fill(1, torch.tensor([num_ids - 1]), torch.inf),
     ):
         assert torch.equal(most_likely(logits), logits.argmax(-1))
+        assert torch.equal(first_id(logits == logits.amax(-1, keepdim=True)), logits.argmax(-1))
