@@ -65,15 +65,24 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
 def divergence_of(kd_loss: Any) -> Divergence:
     """Return the divergence that a `kd_loss` component stands for: itself, or its attribute `divergence`.
 
-    If the object has state or a formula beside that attribute, they stay with it, see `OfObject`.
+    If the object has state or a formula beside that attribute, they stay with it, see `OfObject`. A class stands for one with
+    its default settings, as in ``kd_loss.divergence=kdtune.losses.ReverseKL``.
 
     Raises:
-        ConfigError: it is neither a function of two arguments nor has one.
+        ConfigError: it is neither a function of two arguments nor has one, or a class that needs settings.
     """
+    if isinstance(kd_loss, type):
+        try:
+            kd_loss = kd_loss()
+        except TypeError as error:
+            path = f"{kd_loss.__module__}.{kd_loss.__qualname__}"
+            raise ConfigError(
+                f"{path} needs settings ({error}); give {{_component_: {path}, setting: value}}"
+            ) from error
     own = getattr(kd_loss, "divergence", None)
     if callable(own):
         return OfObject(kd_loss, own) if any(hasattr(kd_loss, name) for name in ("state_dict", *_BESIDE)) else own
-    if callable(kd_loss) and not isinstance(kd_loss, type) and _takes_two(kd_loss):
+    if callable(kd_loss) and _takes_two(kd_loss):
         return kd_loss
     raise ConfigError(
         f"{_name(type(kd_loss))} has no divergence; allowed is a function (student_logp, teacher_logp) -> one value a token, "

@@ -15,6 +15,7 @@ from kdtune.losses import (
     ForwardKLLoss,
     HiddenSignal,
     KDLoss,
+    Mixture,
     ReverseKL,
     WeightedSum,
     check_divergence,
@@ -235,3 +236,13 @@ def test_an_object_keeps_its_state_and_formula_where_its_divergence_is_a_method(
     resumed.load_state_dict(loss.state_dict())
     assert again.power == 2.0
     assert divergence_name(own) == divergence_name(divergence_of(own)) == "sharpened"
+
+
+def test_a_class_stands_for_one_with_its_default_settings() -> None:
+    student, teacher = (torch.randn(3, 7).log_softmax(-1) for _ in range(2))
+    found = WeightedSum([ReverseKL, Sharpened], [0.5, 2.0])
+    expected = 0.5 * reverse_kl(student, teacher) + 2 * unmasked(student, teacher)
+    torch.testing.assert_close(found(student, teacher), expected)
+    assert found.name == "0.5 reverse KL + 2 sharpened"
+    with pytest.raises(ConfigError, match=r"kdtune.losses.divergences.mixture.Mixture needs settings .*'divergence'"):
+        WeightedSum([Mixture], [1.0])
