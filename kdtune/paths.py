@@ -34,3 +34,9 @@ def user_path(path: str | os.PathLike[str]) -> Path:
             f"{text}: no home folder of {text.partition('/')[0]!r}; give the full path of a file of that name"
         )
     return Path(home)
+
+
+def cache_folder(name: str) -> str | None:
+    """Return the folder `name` for files that can be made again: kdtune/NAME in XDG_CACHE_HOME, else in ~/.cache; None without a home."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if root.startswith("~") else os.path.join(root, "kdtune", name)

@@ -180,6 +180,28 @@ class TokenizedDataset(MapDataset):
         self._trained = np.frombuffer(trained, dtype=np.bool_)
         self._ends = np.frombuffer(ends, dtype=np.int64)
 
+    @classmethod
+    def of_arrays(
+        cls,
+        ids: npt.NDArray[np.int32],
+        trained: npt.NDArray[np.bool_],
+        ends: npt.NDArray[np.int64],
+        report: DatasetStats,
+        *,
+        is_chat: bool,
+    ) -> "TokenizedDataset":
+        """Return the dataset with these `arrays`; ValueError if they do not fit each other."""
+        dataset = cls([], report, is_chat=is_chat)
+        kinds = [(one.dtype.type, one.ndim) for one in (ids, trained, ends)]
+        if kinds != [(np.int32, 1), (np.bool_, 1), (np.int64, 1)] or not len(ids) == len(trained) == ends[-1]:
+            raise ValueError("its arrays do not fit each other")
+        dataset._ids, dataset._trained, dataset._ends = ids, trained, ends
+        return dataset
+
+    def arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Return the token ids and training flags of all examples, end to end, and where each example ends, from 0."""
+        return self._ids, self._trained, self._ends
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

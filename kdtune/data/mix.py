@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from kdtune.config import instantiate
 from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, Order, StreamDataset, random_state, total_report
 from kdtune.data.sources import PREVIEW
+from kdtune.data.tokenized_cache import tokenized_cache
 from kdtune.data.transforms import Example, pair_of
 from kdtune.errors import ConfigError
 
@@ -50,14 +52,19 @@ def mixed_dataset(
     return MixedStream(built, shares, epoch_length)
 
 
-def load_dataset(key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer") -> Any:
+def load_dataset(
+    key: str, node: Mapping[str, Any] | None, tokenizer: "Tokenizer", *, cache_dir: str | Path | None = None
+) -> Any:
     """Build the dataset that a config has under `key`: `node`, which receives the `tokenizer`; None for None.
+
+    Its tokens are kept in `cache_dir`, and read from there the next time (see `kdtune.data.tokenized_cache`); None: nowhere.
 
     Raises:
         ConfigError: the builder returns something else than a `Dataset`.
         DataError: raised by the builder.
     """
-    found = instantiate(node, tokenizer=tokenizer)
+    with tokenized_cache(cache_dir, node, tokenizer):
+        found = instantiate(node, tokenizer=tokenizer)
     if node is not None:
         _check_is_dataset(found, f"{key}: {node['_component_']} returns")
         if pair_of(tokenizer) is not None and not found.is_paired and PREVIEW.get() is None:

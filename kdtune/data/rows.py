@@ -11,7 +11,9 @@ from tqdm import tqdm
 from kdtune.config.check import resolve
 from kdtune.data.columns import MissingColumnError, Row, Suggest
 from kdtune.data.messages import type_name
+from kdtune.data.parallel_rows import encoded_in_parallel, num_processes
 from kdtune.data.sources import PREVIEW, Source, empty_text, open_rows, read_stream
+from kdtune.data.tokenized_cache import cache_file, read_tokenized, write_tokenized
 from kdtune.data.transforms import EncodedRow, Example, is_trainable, make_example
 from kdtune.errors import DataError
 from kdtune.log import get_logger
@@ -162,7 +164,8 @@ def build_dataset(
 def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> TokenizedDataset:
     """Tokenize rows into a dataset now; shows a progress bar on a terminal if it takes more than two seconds.
 
-    While previewed (see sources.previewed), the dataset holds only the first rows and may be empty.
+    Many rows are tokenized in several processes, and read from the cache if they were before (see tokenized_cache). While
+    previewed (see sources.previewed), the dataset holds only the first rows and may be empty.
 
     Raises:
         DataError: a row cannot be used, or nothing can be trained on.
@@ -171,8 +174,18 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
     if preview is not None:
         rows = islice(rows, preview.rows)
     total = len(rows) if isinstance(rows, Sized) else None
-    with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
-        dataset = TokenizedDataset(encoder.encoded(progress, report), report, is_chat=encoder.is_chat)
+    file = None if preview else cache_file(rows)
+    dataset = read_tokenized(file, is_chat=encoder.is_chat)
+    if dataset is None:
+        processes = num_processes(rows)
+        with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
+            if processes == 1:
+                encoded = encoder.encoded(progress, report)
+            else:
+                encoded = encoded_in_parallel(progress, encoder.encoded, report, processes)
+            dataset = TokenizedDataset(encoded, report, is_chat=encoder.is_chat)
+        write_tokenized(file, dataset)
+    report = dataset.report
     if preview is None:
         check_not_empty(report)
         _log_report(report, always=True)

@@ -8,6 +8,7 @@ import torch
 from kdtune import checkpoint, data, parallel, runs, teachers, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.paths import cache_folder
 from kdtune.training.checks import loop_problems
 from kdtune.training.precision import device_problems, resolve_device
 
@@ -63,6 +64,8 @@ class TrainingConfig:
     """Shuffle the data in every epoch; the order depends only on the seed."""
     num_workers: int = key(0, may_change=True)
     """Processes that prepare batches."""
+    tokenized_cache_dir: PathText | None = key(cache_folder("tokenized"), may_change=True)
+    """Folder where tokenized rows are kept for other runs with the same ones: in the user's cache; null: nowhere."""
 
     # Optimization
     optimizer: Any = component("params", returns=torch.optim.Optimizer)

@@ -86,7 +86,10 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         )
     progress.phase("reading the data")
     tokenizer = pair_tokenizers(cfg, tokenizer)
-    dataset, dataset_val = (load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val"))
+    dataset, dataset_val = (
+        load_dataset(key, getattr(cfg, key), tokenizer, cache_dir=cfg.tokenized_cache_dir)
+        for key in ("dataset", "dataset_val")
+    )
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)
     for key in ("checkpointer", "teacher_checkpointer"):
