@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 
 _LAYERS_ARE_SHARDS = "every layer is a shard of its own; remove it"
-_ONE_SWITCH = "every layer is recomputed or none: use enable_activation_checkpointing"
+_ONE_SWITCH = "use activation_checkpointing: full, selective, or a number n for every n-th layer"
 _ALL_FILES = "list the files in checkpoint_files, or leave it out: every weight file of the folder is read"
 _FROM_FOLDER = "the architecture is read from the folder's own configuration; remove it"
 _NEWEST_STEP = "resume_from_checkpoint=true finds the newest whole step_N in output_dir; remove it"
@@ -40,7 +40,7 @@ REFUSED: dict[str, str] = {
     "dataset.packed": _NO_PACKING,
     "dataset.split_across_pack": _NO_PACKING,
     "dataset_val": _VALIDATION,
-    "enable_activation_offloading": "activations are not offloaded; use enable_activation_checkpointing",
+    "enable_activation_offloading": "use activation_offloading",
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
     "enable_kv_cache": "the cache is always used; remove it",
     "epoch_save_dir": "checkpoints are named by step, step_N below output_dir; remove it",
@@ -68,7 +68,7 @@ REFUSED: dict[str, str] = {
     "model.quantize_base": _ADAPTERS,
     "model.use_dora": _ADAPTERS,
     "model_type": _FROM_FOLDER,
-    "optimizer_in_bwd": "gradients are clipped and checked before the step, so they are kept until then; remove it",
+    "optimizer_in_bwd": "use optimizer_in_backward",
     "packed": _NO_PACKING,
     "profiler.cpu": _ACTIVITIES,
     "profiler.cuda": _ACTIVITIES,

@@ -1,4 +1,5 @@
-from .build import apply_activation_checkpointing, apply_compile, build_model
+from .activations import Checkpointed, apply_activation_checkpointing, apply_activation_offloading
+from .build import apply_compile, build_model
 from .checks import problems
 from .fsdp import shard_model
 from .meta import Adapter, Builder, meta_model, model_config
@@ -6,7 +7,9 @@ from .meta import Adapter, Builder, meta_model, model_config
 __all__ = [
     "Adapter",
     "Builder",
+    "Checkpointed",
     "apply_activation_checkpointing",
+    "apply_activation_offloading",
     "apply_compile",
     "build_model",
     "meta_model",

@@ -1,12 +1,10 @@
 """Build a model for a run: from builder and checkpoint to weights on the devices of its processes."""
 
 import os
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from kdtune.checkpoint import Checkpointer, is_adapter_folder, load_adapter
 from kdtune.constants import TP_DIM
@@ -14,6 +12,11 @@ from kdtune.distributed import SINGLE_PROCESS, Parallelism, World
 from kdtune.errors import CheckpointError, ConfigError, ParallelismError
 from kdtune.models import Transformer, TransformerConfig, has_adapters, on_meta_device
 from kdtune.models.quantization import quantize
+from kdtune.parallel.activations import (
+    Checkpointed,
+    apply_activation_checkpointing,
+    apply_activation_offloading,
+)
 from kdtune.parallel.mesh import WHOLE_COPIES, device_mesh
 from kdtune.parallel.meta import Adapter, Builder, add_adapters, initial_model, model_config
 
@@ -29,7 +32,8 @@ def build_model(
     weights: Path | None = None,
     trainable: bool = True,
     quantization: str | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointed | None = None,
+    activation_offloading: bool = False,
     compile: bool = False,
 ) -> Transformer:
     """Build the model of a run, sharded over its processes: each shard is placed before its weights are read.
@@ -50,7 +54,8 @@ def build_model(
         trainable: False freezes all parameters.
         quantization: scheme of `kdtune.models.quantization` for the linears of a frozen model's layers, which are quantized one
             by one as they are read; every process holds them all. None: the weights stay as they are.
-        activation_checkpointing: recompute activations in backward.
+        activation_checkpointing: recompute activations in backward, see `apply_activation_checkpointing`; None: keep them.
+        activation_offloading: keep them in the CPU's memory, see `apply_activation_offloading`.
         compile: torch.compile each layer.
 
     Raises:
@@ -84,7 +89,9 @@ def build_model(
 
         apply_tensor_parallel(model, mesh)
     if activation_checkpointing:
-        apply_activation_checkpointing(model)
+        apply_activation_checkpointing(model, activation_checkpointing)
+    if activation_offloading:
+        apply_activation_offloading(model)
     if compile:
         # For tensor-parallel layers, torch 2.13's compiler recurses endlessly with symbolic lengths.
         apply_compile(model, dynamic=parallelism.sizes(world.size)[TP_DIM] == 1)
@@ -127,14 +134,3 @@ def apply_compile(model: nn.Module, *, dynamic: bool = True) -> None:
     """
     for layer in model.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=dynamic)
-
-
-def apply_activation_checkpointing(model: Transformer) -> None:
-    """Make every layer keep only its input in forward and run again in backward; the gradients stay the same.
-
-    Replaces each layer's ``forward``, not the layer: parameter names, module types and state dicts stay as they are.
-    Applying it twice is the same as once. Apply it before ``fully_shard``.
-    """
-    for layer in model.layers:
-        if "forward" not in vars(layer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

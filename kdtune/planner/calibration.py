@@ -72,7 +72,7 @@ def calibrate(cfg: Any, batches: Iterator[Batch], device: torch.device, *, budge
     """
     check_calibrated(cfg)
     student = _model(cfg, device, factory(cfg.model), instantiate(cfg.checkpointer), cfg.dtype, cfg.adapter)
-    if cfg.enable_activation_checkpointing:
+    if cfg.enable_activation_checkpointing or cfg.activation_checkpointing == "full":
         apply_activation_checkpointing(student)
     teacher = None
     if getattr(cfg, "kd_ratio", 0.0) > 0:

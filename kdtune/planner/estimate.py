@@ -156,13 +156,14 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     ours = model_sizes(model, parallelism, world, cfg.optimizer)
     kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
+    recomputes = _recomputes(cfg)
     student = StudentCost(
         ours,
         layer_cost(ours.pieces, batch, backward=True),
         norm_kept(ours.pieces, batch),
         hidden_bytes(ours.pieces, batch),
         fixed_bytes(ours.pieces, batch),
-        recomputes=cfg.enable_activation_checkpointing,
+        recomputes=recomputes,
     )
     teacher: TeacherCost | None = None
     divergence: Divergence = _no_divergence
@@ -197,9 +198,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         teacher=teacher,
         loss=loss,
         phases=tuple(_with_maps(one, *maps) for one in found),
-        volume=volume(
-            ours, asked, cfg.gradient_accumulation_steps, batch, recomputes=cfg.enable_activation_checkpointing
-        ),
+        volume=volume(ours, asked, cfg.gradient_accumulation_steps, batch, recomputes=recomputes),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
         maps=sum(maps),
@@ -244,3 +243,19 @@ def check_trains(cfg: Any) -> None:
 
 def _no_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     raise AssertionError("there is no teacher")
+
+
+def _recomputes(cfg: Any) -> bool:
+    """Return whether every layer is computed again in backward; ConfigError for an option whose memory is not estimated."""
+    unknown = {
+        key: getattr(cfg, key) for key in ("activation_offloading", "optimizer_in_backward") if getattr(cfg, key)
+    }
+    if cfg.activation_checkpointing not in (None, "full"):
+        unknown["activation_checkpointing"] = cfg.activation_checkpointing
+    if unknown:
+        key, value = next(iter(unknown.items()))
+        raise ConfigError(
+            f"plan: the memory of {key}={str(value).lower()} is not estimated; plan without it (activation_checkpointing=full is "
+            "estimated), for an upper bound"
+        )
+    return bool(cfg.enable_activation_checkpointing or cfg.activation_checkpointing)

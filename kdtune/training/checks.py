@@ -102,6 +102,35 @@ def loop_problems(cfg: Any) -> list[str]:
     return found + builder_problems(cfg) + data.first_row_problems(cfg)
 
 
+def memory_problems(cfg: Any) -> list[str]:
+    """Return problems with a training recipe's options that save memory, and with pairs of them, one sentence each."""
+    found = []
+    which = cfg.activation_checkpointing
+    if isinstance(which, int) and which < 1:
+        found.append(f"activation_checkpointing={which}: every so many layers, so at least 1; or full, selective, null")
+    if cfg.enable_activation_checkpointing and which not in (None, "full"):
+        found.append(
+            f"enable_activation_checkpointing=true, activation_checkpointing={which}: the first means full; "
+            "~enable_activation_checkpointing"
+        )
+    if cfg.activation_offloading and cfg.compile:
+        found.append(
+            "activation_offloading=true, compile=true: a compiled layer chooses what it saves by itself, and has no place for the "
+            "moves; set one to false"
+        )
+    if cfg.optimizer_in_backward and cfg.gradient_accumulation_steps > 1:
+        found.append(
+            f"optimizer_in_backward=true, gradient_accumulation_steps={cfg.gradient_accumulation_steps}: a weight is updated in every "
+            "backward, so gradients are not accumulated; set one to false or 1"
+        )
+    if cfg.optimizer_in_backward and cfg.clip_grad_norm is not None:
+        found.append(
+            f"optimizer_in_backward=true, clip_grad_norm={cfg.clip_grad_norm}: the norm is known only after the last gradient; "
+            "~clip_grad_norm, or optimizer_in_backward=false"
+        )
+    return found
+
+
 def divergence_problems(kd_loss: Any, teacher_targets: Any = None) -> list[str]:
     """Return problems with the `kd_loss` divergence, found by calling it on a few tokens, and with its targets."""
     try:

@@ -69,11 +69,17 @@ def _norm(shards: list[torch.Tensor], sharding: "tuple[DeviceMesh, Sequence[Plac
 
 
 def check_finite(
-    loss: torch.Tensor | float, grad_norm: torch.Tensor | float, step: int, position: tuple[int, int]
+    loss: torch.Tensor | float,
+    grad_norm: torch.Tensor | float,
+    step: int,
+    position: tuple[int, int],
+    *,
+    is_updated: bool = False,
 ) -> None:
     """Raise unless loss and grad_norm are finite; call it before the optimizer step, so that a bad gradient changes no weight.
 
-    `step` is the optimizer step about to be made, `position` the (epoch, batch) of its first micro-batch.
+    `step` is the optimizer step about to be made, `position` the (epoch, batch) of its first micro-batch. `is_updated` says that
+    it was made in backward already.
 
     Raises:
         TrainingError: naming the step and the batch.
@@ -82,8 +88,13 @@ def check_finite(
     bad = [f"{name} is {value}" for name, value in values.items() if value - value != 0.0]
     if bad:
         epoch, batch = position
+        so = (
+            "and weights were updated in backward (optimizer_in_backward)"
+            if is_updated
+            else "so the weights were left as they are"
+        )
         raise TrainingError(
-            f"step {step} (epoch {epoch}, from batch {batch}): {' and '.join(bad)}; both must be finite, so the "
-            "weights were left as they are. Lower optimizer.lr, lengthen the warm-up, set clip_grad_norm=1.0, use "
+            f"step {step} (epoch {epoch}, from batch {batch}): {' and '.join(bad)}; both must be finite, {so}. "
+            "Lower optimizer.lr, lengthen the warm-up, set clip_grad_norm=1.0, use "
             "dtype=fp32 or look at these examples; then resume from the last checkpoint with resume_from_checkpoint=true"
         )

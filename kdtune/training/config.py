@@ -9,7 +9,7 @@ from kdtune import checkpoint, data, parallel, runs, teachers, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.paths import cache_folder
-from kdtune.training.checks import loop_problems
+from kdtune.training.checks import loop_problems, memory_problems
 from kdtune.training.precision import device_problems, resolve_device
 
 
@@ -49,7 +49,15 @@ class TrainingConfig:
     compile: bool = key(False, may_change=True)
     """torch.compile each layer of every model, and the loss."""
     enable_activation_checkpointing: bool = key(False, may_change=True)
-    """Recompute the trained model's activations in backward: less memory, about a third more time."""
+    """As activation_checkpointing: full."""
+    activation_checkpointing: Literal["full", "selective"] | int | None = key(None, may_change=True)
+    """Recompute the trained model's activations in backward: full (less memory, about a third more time), a number n (of every n-th
+    layer), or selective (all but matrix products and attention); null: keep them."""
+    activation_offloading: bool = key(False, may_change=True)
+    """Hold the trained model's activations in the CPU's memory until backward; needs a CUDA device."""
+    optimizer_in_backward: bool = key(False, may_change=True)
+    """Update each weight in backward as soon as its gradient is there, and free that: gradients take no memory. It excludes
+    gradient accumulation and clip_grad_norm."""
 
     # Data
     dataset: Any = component("tokenizer", returns=data.Dataset)
@@ -130,6 +138,7 @@ class TrainingConfig:
         found = loop_problems(self)
         if self.model is None and self.checkpointer is None:
             found.append("checkpointer: missing, and no model to start from random weights; give one of them")
+        found += memory_problems(self)
         param_dtype = (self.parallelism or {}).get("param_dtype")
         if self.loss_logits_dtype is not None and self.loss_logits_dtype != (param_dtype or self.dtype):
             key, value = ("parallelism.param_dtype", param_dtype) if param_dtype else ("dtype", self.dtype)
@@ -149,6 +158,10 @@ class TrainingConfig:
         found += parallel.problems(self, None if found else resolve_device(self.device))
         if getattr(self, "hidden_loss", None):
             found += teachers.layer_problems(self)
+        if self.activation_offloading and not found and resolve_device(self.device).type != "cuda":
+            found.append(
+                "activation_offloading=true: needs a CUDA device, from which there is something to move; set it to false"
+            )
         found += runs.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

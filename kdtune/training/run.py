@@ -30,6 +30,7 @@ from kdtune.runs.summary import print_results, stopped_text
 from kdtune.runs.write import start_run, write_final
 from kdtune.training.checks import is_due, profiler_and_logger
 from kdtune.training.clip import check_finite
+from kdtune.training.in_backward import is_in_backward, pop_grad_norm
 from kdtune.training.loggers import StepLog
 from kdtune.training.metrics import Metrics, memory_stats
 from kdtune.training.resume import load_training_state, resume_extra
@@ -78,10 +79,13 @@ class Step:
         """Fetch the step's metrics from the device, the only wait for it in a step, and raise if loss or norm is not finite.
 
         Raises:
-            TrainingError: loss or gradient norm is not finite; no weight has been changed by it.
+            TrainingError: loss or gradient norm is not finite; no weight has been changed by it, except with
+                optimizer_in_backward.
         """
-        self.row = self._run.metrics.pop(grad_norm=grad_norm)
-        check_finite(self.row["loss"], self.row["grad_norm"], self._number + 1, self.position)
+        optimizer = self._run.optimizer
+        is_updated = is_in_backward(optimizer)
+        self.row = self._run.metrics.pop(grad_norm=pop_grad_norm(optimizer) if is_updated else grad_norm)
+        check_finite(self.row["loss"], self.row["grad_norm"], self._number + 1, self.position, is_updated=is_updated)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Add values, such as a validation's, to the step's row of metrics.jsonl."""
@@ -122,7 +126,7 @@ class Run:
         self.inputs, self.world, self.progress = inputs, world, progress
         self.cfg = cfg = inputs.cfg
         self.metrics = Metrics(world)
-        self._model, self._optimizer, self._scheduler, self._loss = model, optimizer, scheduler, loss
+        self._model, self.optimizer, self._scheduler, self._loss = model, optimizer, scheduler, loss
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)
         base = (cfg.checkpointer or {}).get("checkpoint_dir")
@@ -140,7 +144,7 @@ class Run:
         if inputs.is_finished:
             return self
         if inputs.resume_from is not None:
-            saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self._optimizer,
+            saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self.optimizer,
                                         scheduler=self._scheduler, loss=self._loss)  # fmt: skip
             self._step = saved["step"]
             inputs.loader.seek(saved["position"])
@@ -220,7 +224,7 @@ class Run:
             with self.metrics.waiting_for_data():
                 batches = take_micro_batches(loader, self.cfg.gradient_accumulation_steps)
             step = Step(self, self._step, batches, position)
-            lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers hold a tensor, which the step changes
+            lr = float(self.optimizer.param_groups[0]["lr"])  # some optimizers hold a tensor, which the step changes
             yield step
             if not step.row:
                 raise RuntimeError(
@@ -245,7 +249,7 @@ class Run:
         if is_due(self._step, cfg.save_every_n_steps) or self._is_stopped:
             self.progress.phase(f"saving step_{self._step}")
             with self.paused():
-                self._manager.save(self._step, model=self._model, optimizer=self._optimizer, scheduler=self._scheduler, loss=self._loss,
+                self._manager.save(self._step, model=self._model, optimizer=self.optimizer, scheduler=self._scheduler, loss=self._loss,
                                    metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()

@@ -20,6 +20,7 @@ from kdtune.runs.progress import Progress
 from kdtune.runs.resume import is_finished, step_to_resume
 from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
+from kdtune.training.in_backward import step_in_backward
 from kdtune.training.inputs import check_inputs
 from kdtune.training.optim import trainable_parameters
 from kdtune.training.out_of_memory import explained_out_of_memory
@@ -152,7 +153,8 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
         adapter=factory(cfg.adapter),
         weights=inputs.resume_from,
         compile=cfg.compile,
-        activation_checkpointing=cfg.enable_activation_checkpointing,
+        activation_checkpointing="full" if cfg.enable_activation_checkpointing else cfg.activation_checkpointing,
+        activation_offloading=cfg.activation_offloading,
     )
     check_save_weights(model, cfg.save_weights)
     family_of(model.config)  # before it is trained: a model without one cannot be saved
@@ -180,7 +182,7 @@ def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any,
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:
     """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`.
 
-    `cfg` has optimizer and lr_scheduler. The model's parameters are one group, those of a `loss` with parameters another.
+    `cfg`: optimizer, lr_scheduler, optimizer_in_backward. The model's parameters are one group, those of a `loss` another.
     """
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     if loss is not None and loss.parameters():
@@ -188,4 +190,6 @@ def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss |
         optimizer.add_param_group({"params": named, "lr": loss.module.projection_lr, "weight_decay": 0.0})
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
     warn_of_lost_updates(optimizer)
+    if cfg.optimizer_in_backward:
+        step_in_backward(optimizer)
     return optimizer, scheduler

@@ -1,12 +1,14 @@
 """Recomputed layers: same numbers, same names, less kept."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune import models
-from kdtune.parallel.build import apply_activation_checkpointing
+from kdtune.parallel import apply_activation_checkpointing, apply_activation_offloading
 
 
 def tiny():
@@ -68,3 +70,58 @@ def test_copies_are_independent_and_caches_still_work():
         cache = models.KVCache(copied.config, 1, 6)
         parts = [copied(part, kv_cache=cache) for part in tokens.split([4, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and attentions."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("which", "share"), [("full", 1.0), ("selective", 0.0), (2, 2 / 3), (3, 1 / 3)])
+def test_what_is_computed_again(which, share):
+    """Of the products of three layers; the gradients are those of a model that keeps all."""
+    plain, checkpointed = tiny(), tiny()
+    apply_activation_checkpointing(checkpointed, which)
+    tokens = torch.randint(0, 31, (2, 20), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (plain, checkpointed):
+        loss = model(tokens).logsumexp(-1).sum()
+        with Products() as counted:
+            loss.backward()
+        found.append((counted.counts, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (before, expected), (after, grads) = found
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+    again = after - before
+    assert again["mm"] == 6 * 3 * share, "a layer's last output is not needed"
+    assert again["_scaled_dot_product_flash_attention_for_cpu"] == 3 * share
+    assert which != "selective" or again["silu"] == 3, "what is cheap runs again"
+
+
+@pytest.mark.parametrize("checkpointed", [None, "full", "selective"])
+def test_offloaded_activations_give_the_same_gradients(checkpointed, monkeypatch):
+    """On a CPU, where the moves are copies."""
+    plain, offloaded, shapes = tiny(), tiny(), []
+    empty = torch.empty
+    monkeypatch.setattr(
+        "kdtune.parallel.activations.torch.empty", lambda shape, **how: shapes.append(shape) or empty(shape, **how)
+    )
+    if checkpointed:
+        apply_activation_checkpointing(offloaded, checkpointed)
+    apply_activation_offloading(offloaded, smallest_bytes=0)
+    tokens = torch.randint(0, 31, (2, 20), generator=torch.Generator().manual_seed(1))
+    _, expected = backward(plain, tokens)
+    moved = len(shapes)
+    _, grads = backward(offloaded, tokens)
+    assert moved == 0 and all(torch.equal(grads[name], expected[name]) for name in expected)
+    weights = {parameter.shape for parameter in plain.parameters()} | {
+        parameter.T.shape for parameter in plain.parameters()
+    }
+    assert shapes and not weights.intersection(shapes)
+    assert checkpointed is None or (2, 20, 16) in shapes

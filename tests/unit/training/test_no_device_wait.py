@@ -25,9 +25,18 @@ from kdtune import _assets, config, data, losses, models, runs, teachers, traini
 from kdtune.config.load import load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import World
+from kdtune.training.in_backward import step_in_backward
 
 ADAPTER = "adapter={_component_: kdtune.models.apply_lora, lora_rank: 4, lora_dropout: 0.1, use_dora: %s}"
 KINDS = {"full": [], "LoRA": [ADAPTER % "false"], "DoRA": [ADAPTER % "true"]}
+OPTIONS = {
+    "recomputed": ["activation_checkpointing=full"],
+    "selectively recomputed": ["activation_checkpointing=selective"],
+    "own base": [ADAPTER % "true", "~teacher_model", "teacher=kdtune.teachers.BaseOfStudent"],
+    "updated in backward": ["optimizer_in_backward=true", "gradient_accumulation_steps=1", "clip_grad_norm=null"],
+    "int8 teacher": ["teacher_quantization=int8"],
+    "nf4 teacher": ["teacher_quantization=nf4"],
+}
 # The fused optimizer keeps its step count with the parameters; the others' is on the CPU, where reading it costs nothing.
 OVERRIDES = ["~dataset_val", "sample_prompts=[]", "optimizer.fused=true", "save_every_n_steps=null", "run_val_every_n_steps=null",
              "batch_size=2", "tokenizer.max_seq_len=24"]  # fmt: skip
@@ -61,6 +70,8 @@ def waits_of(recipe: str, cfg: Any, monkeypatch: pytest.MonkeyPatch) -> list[int
     def build_optimizer(cfg: Any, model: models.Transformer, num_steps: int, loss: Any = None) -> tuple[Any, Any]:
         """As the library's, which reads the weights too, once before the first step."""
         optimizer = config.instantiate(cfg.optimizer, params=training.trainable_parameters(model))
+        if cfg.optimizer_in_backward:
+            step_in_backward(optimizer)
         steps = {"num_training_steps": num_steps}
         return optimizer, config.instantiate(cfg.lr_scheduler, optimizer=optimizer, optional=steps)
 
@@ -83,10 +94,11 @@ def check_a_step_waits_once(
 ) -> None:
     """`num_parts`: the loss and its parts. `more`: overrides."""
     schema = import_recipe(_assets.find_recipe(recipe)).schema
-    cfg = load(f"tiny/{recipe}", [*OVERRIDES, *KINDS[kind], f"dtype={dtype}", f"output_dir={folder}", *more], schema)
-    assert cfg.gradient_accumulation_steps == 2
+    settings = [*OVERRIDES, *(KINDS | OPTIONS)[kind], f"dtype={dtype}", f"output_dir={folder}", *more]
+    cfg = load(f"tiny/{recipe}", settings, schema)
     waits = waits_of(recipe, cfg, monkeypatch)
-    assert waits == [2 * num_parts + 1] * 2, "those of both micro-batches, and the norm of the gradient"
+    expected = cfg.gradient_accumulation_steps * num_parts + 1
+    assert waits == [expected] * 2, "those of the micro-batches, and the norm of the gradient"
     assert runs.read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1, "the first step was made to its end"
 
 
@@ -103,6 +115,13 @@ def test_a_step_with_a_teacher_of_another_tokenizer_waits_once(
     own = f"teacher_tokenizer={{_component_: kdtune.tokenizers.load, path: {other_tokenizer}}}"
     more = (own, f"kd_loss=kdtune.losses.{name}", "tokenizer.max_seq_len=40")
     check_a_step_waits_once("knowledge_distillation", 3, "full", "fp32", tmp_path, monkeypatch, *more)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_step_with_an_option_that_saves_memory_waits_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_a_step_waits_once("knowledge_distillation", 4, kind, "fp32", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("full", "fp32"), ("DoRA", "bf16")])

@@ -1,0 +1,98 @@
+"""Options that save memory: each pair trains as without them, or is refused by name before a weight is read."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from command_line import CLI
+
+RUN = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "~dataset_val", "~lr_scheduler",
+       "run_val_every_n_steps=null", "save_every_n_steps=null", "max_steps_per_epoch=2", "gradient_accumulation_steps=1",
+       "~clip_grad_norm", "batch_size=2", "tokenizer.max_seq_len=64"]  # fmt: skip
+LORA = ["adapter=kdtune.models.apply_lora"]
+OPTIONS = {
+    "full checkpointing": ["activation_checkpointing=full"],
+    "selective checkpointing": ["activation_checkpointing=selective"],
+    "every second layer": ["activation_checkpointing=2"],
+    "offloading": ["activation_offloading=true"],
+    "in backward": ["optimizer_in_backward=true"],
+    "accumulation": ["gradient_accumulation_steps=2", "batch_size=1"],
+    "clipping": ["clip_grad_norm=100.0"],
+    "8-bit optimizer": ["optimizer=torchao.optim.AdamW8bit", "optimizer.lr=1e-2"],
+    "lora": LORA,
+    "qlora": [*LORA, "adapter.quantize_base=true"],
+    "int8 teacher": ["teacher_quantization=int8"],
+    "own base": ["~teacher_model", "teacher=kdtune.teachers.BaseOfStudent"],
+}
+# Pairs of which neither says the other is refused, and what the error says.
+REFUSED = {
+    frozenset(
+        {"in backward", "accumulation"}
+    ): "optimizer_in_backward=true, gradient_accumulation_steps=2: a weight is updated",
+    frozenset({"in backward", "clipping"}): "optimizer_in_backward=true, clip_grad_norm=100.0: the norm is known only",
+    frozenset({"int8 teacher", "own base"}): "teacher_quantization: has no effect beside teacher",
+}
+# They set the same key.
+ALIKE = [{"full checkpointing", "selective checkpointing", "every second layer"}, {"lora", "qlora"}]
+# What changes the numbers: the run to compare a pair with has these alone.
+CHANGES = ("lora", "qlora", "int8 teacher", "own base", "8-bit optimizer")
+QUICK = [("full checkpointing", "in backward"), ("selective checkpointing", "lora"), ("in backward", "accumulation"),
+         ("in backward", "clipping"), ("offloading", "in backward")]  # fmt: skip
+PAIRS = [pair for pair in combinations(OPTIONS, 2) if not any(set(pair) <= group for group in ALIKE)]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao compiles its optimizers' step for each shape, which takes minutes and does not change what is computed."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture(scope="module")
+def losses(cli: CLI, tmp_path_factory: pytest.TempPathFactory):
+    """The losses of two steps with some of the options, each set of them run once; an error is its text."""
+    found: dict[tuple[str, ...], list[float] | str] = {}
+
+    def of(names: tuple[str, ...]) -> list[float] | str:
+        if names not in found:
+            folder = tmp_path_factory.mktemp("run") / "out"
+            settings = [setting for name in names for setting in OPTIONS[name]]
+            done = cli(*RUN, *settings, f"output_dir={folder}")
+            rows = [] if done.code else map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            found[names] = done.err if done.code else [row["loss"] for row in rows if "loss" in row]
+            assert done.code in (0, 2) and (done.code == 0 or not folder.exists()), done.err
+        return found[names]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, id=" and ".join(pair), marks=[] if pair in QUICK else
+     [pytest.mark.slow("a run for each of some sixty pairs; a few are quick")]) for pair in PAIRS],
+)  # fmt: skip
+def test_each_pair_trains_as_without_it_or_is_refused(pair: tuple[str, str], losses) -> None:
+    found = losses(pair)
+    if frozenset(pair) in REFUSED:
+        assert REFUSED[frozenset(pair)] in found
+    elif "own base" in pair and not {"lora", "qlora"} & set(pair):
+        assert "the student without its adapters, and it has none" in found
+    elif "offloading" in pair:
+        assert "activation_offloading=true: needs a CUDA device" in found
+    else:
+        expected = losses(tuple(name for name in pair if name in CHANGES))
+        assert found == pytest.approx(expected, rel=1e-6), pair
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["activation_checkpointing=0"], "activation_checkpointing=0: every so many layers, so at least 1"),
+        (["activation_checkpointing=some"], "activation_checkpointing:"),
+        (["activation_checkpointing=2", "enable_activation_checkpointing=true"], "the first means full"),
+        (["activation_offloading=true", "compile=true"], "activation_offloading=true, compile=true"),
+    ],
+)  # fmt: skip
+def test_what_else_is_refused(settings: list[str], message: str, cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, *settings, f"output_dir={tmp_path / 'out'}")
+    assert done.code == 2 and message in done.err and not (tmp_path / "out").exists()
