@@ -4,14 +4,19 @@
     python bench/loss.py --impl matmul,fused --divergence ForwardKL,JensenShannon,AdaptiveKL
     python bench/loss.py --tokens 1024,2048,4096 --head frozen,trainable --dtype float32 --impl fused,plain,matmul
 
+    python bench/loss.py --report                                    # the tables of docs/benchmarks.md, on an idle machine
+    python bench/loss.py --impl matmul,fused,torchtune --python torchtune=ENVIRONMENT/bin/python
+
 Several ways, each case in a fresh process:
 
     fused    kdtune.losses.KDLoss
     compiled the same with compile=True
-    rounded  the same with logits_dtype=torch.bfloat16, for bf16
+    rounded  the same with logits_dtype=torch.bfloat16, for bf16; rounded+compiled: both
     plain    full fp32 logits of both models, F.cross_entropy and F.kl_div
     matmul   the floor: only the products that any exact loss needs, in the dtype as it is: both logits, the gradient of
              the hidden states and, with a trainable head, of its weight; by tiles of 16,032 ids, in reused memory
+    torchtune, trl, liger   the losses of other tools (other_losses.py), each by the interpreter of an environment that has it; they
+             run with the C library's own allocator settings, `fused` and the floor with those of a kdtune run
 
 Time is the shortest of the repetitions, "processor s" the fewest processor seconds, which other processes disturb less, and
 "x floor" their ratio. Memory is what is added to weights and inputs: on a CPU the peak of the
@@ -41,15 +46,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import other_losses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtune import losses
-from kdtune.distributed.allocator import keep_freed_memory
-from kdtune.losses import HiddenSignal, KDLoss
-
+Call = other_losses.Call
 TILE = 16032
+# The tables of docs/benchmarks.md: a quarter of an hour on two idle cores.
+FP32, BF16 = "matmul,fused,compiled", "matmul,fused,compiled,rounded,rounded+compiled"
+EVERY = (
+    "ForwardKL,ReverseKL,SymmetricKL,JensenShannon,TotalVariation,SkewForwardKL,SkewReverseKL,AdaptiveKL,AlphaBeta,"
+    "ConcreteScore,ArgMaxCrossEntropy"
+)
+REPORT = [
+    {
+        "tokens": "1024",
+        "head": "frozen,trainable",
+        "dtype": "float32",
+        "impl": FP32,
+        "divergence": "ForwardKL",
+        "reps": 2,
+    },
+    {
+        "tokens": "1024",
+        "head": "frozen,trainable",
+        "dtype": "bfloat16",
+        "impl": BF16,
+        "divergence": "ForwardKL",
+        "reps": 2,
+    },
+    {"tokens": "4096,8192", "head": "frozen", "dtype": "float32", "impl": FP32, "divergence": "ForwardKL", "reps": 1},
+    {"tokens": "4096,8192", "head": "frozen", "dtype": "bfloat16", "impl": BF16, "divergence": "ForwardKL", "reps": 1},
+    {"tokens": "1024", "head": "frozen", "dtype": "float32", "impl": FP32, "divergence": EVERY, "reps": 1},
+]
 GIB = 2**30
 
 
@@ -69,12 +99,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--python", action="append", default=[], metavar="IMPL=PATH", help="another tool's interpreter")
+    parser.add_argument("--report", action="store_true", help="all tables of docs/benchmarks.md, one after the other")
     parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)  # one case, in this process
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.case:
         print(json.dumps(run_case(args)))
+    elif args.report:
+        for part in REPORT:
+            print_table(argparse.Namespace(**(vars(args) | part)))
     else:
         print_table(args)
 
@@ -86,44 +121,48 @@ def print_table(args: argparse.Namespace) -> None:
     )
     print(f"{device_name(args.device)}; {torch_note}, vocabulary {args.vocab:,}")
     print(
-        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>8} {'seconds':>8} {'processor s':>11} {'x floor':>8} {'GiB added':>10} "
+        f"{'tokens':>6} {'dtype':>9} {'head':>10} {'loss':>16} {'seconds':>8} {'processor s':>11} {'x floor':>8} {'GiB added':>10} "
         f"{'others':>7}"
     )
     impls = sorted(args.impl.split(","), key=lambda impl: impl != "matmul")  # the floor first: the others refer to it
     divergences = args.divergence.split(",")
-    # The floor and plain logits know the forward KL only.
+    interpreters = dict(one.split("=", 1) for one in args.python)
+    # The floor, plain logits and torchtune know the forward KL only.
     rows = [
-        (impl, one) for impl in impls for one in (divergences if impl not in ("matmul", "plain") else ["ForwardKL"])
+        (impl, one)
+        for impl in impls
+        for one in (divergences if impl not in ("matmul", "plain", "torchtune") else ["ForwardKL"])
     ]
     for tokens, dtype, head in itertools.product(args.tokens.split(","), args.dtype.split(","), args.head.split(",")):
         floor = None
         for impl, divergence in rows:
             case = ["--impl", impl, "--tokens", tokens, "--dtype", dtype, "--head", head, "--divergence", divergence]
-            command = [sys.executable, __file__, *sys.argv[1:], *case, "--case"]
+            case += ["--reps", str(args.reps)]
+            command = [interpreters.get(impl, sys.executable), __file__, *sys.argv[1:], *case, "--case"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip() or "killed").splitlines()[-1]
-                print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>8} failed: {reason}")
+                print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>16} failed: {reason}")
                 continue
             result = json.loads(done.stdout)
             floor = result["processor"] if impl == "matmul" else floor
             ratio = f"{result['processor'] / floor:.2f}" if floor else "-"
             numbers = f"{result['seconds']:8.3f} {result['processor']:11.3f} {ratio:>8} {result['gib']:10.2f} {result['others']:7.2f}"
-            print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>8} {numbers} {divergence}", flush=True)
+            print(f"{tokens:>6} {dtype:>9} {head:>10} {impl:>16} {numbers} {divergence}", flush=True)
 
 
 def run_case(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of the fastest repetition, GiB added at the peak, cores that others kept busy."""
-    if args.device == "cpu":
-        keep_freed_memory()  # as every run does
     dtype, trainable, num_tokens = getattr(torch, args.dtype), args.head == "trainable", int(args.tokens)
     torch.manual_seed(0)
     weight, teacher_weight = (
-        torch.empty(args.vocab, dim, dtype=dtype, device=args.device).normal_(std=0.02)
-        for dim in (args.student_dim, args.teacher_dim)
+        random_weight(args.vocab, dim, dtype, args.device) for dim in (args.student_dim, args.teacher_dim)
     )
-    settings = {} if args.impl in ("matmul", "plain") else {"divergence": getattr(losses, args.divergence)()}
-    call = CALLS[args.impl](weight, teacher_weight, trainable, args.chunk_size, **settings)
+    if args.device == "cpu" and args.impl not in other_losses.CALLS:
+        from kdtune.distributed.allocator import keep_freed_memory
+
+        keep_freed_memory()  # as every run does
+    call = CALLS[args.impl](weight, teacher_weight, trainable, args.chunk_size, args.divergence)
 
     def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden, teacher_hidden = (
@@ -149,14 +188,14 @@ def run_case(args: argparse.Namespace) -> dict[str, float]:
     return found | {"gib": (memory(args.device) - before) / GIB, "others": max(0.0, others)}
 
 
-Call = Callable[[Tensor, Tensor, Tensor], None]
-
-
 def fused(
-    weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None, *, divergence: Any, **settings: Any
+    weight: Tensor, teacher_weight: Tensor, trainable: bool, chunk_size: int | None, divergence: str, **settings: Any
 ) -> Call:
+    from kdtune import losses
+    from kdtune.losses import HiddenSignal, KDLoss
+
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
-    loss_fn = KDLoss(divergence, chunk_size=chunk_size, **settings)
+    loss_fn = KDLoss(getattr(losses, divergence)(), chunk_size=chunk_size, **settings)
 
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
         loss, _ = loss_fn(hidden, output, HiddenSignal(teacher_hidden, teacher_output), labels)
@@ -166,7 +205,7 @@ def fused(
     return call
 
 
-def plain(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None) -> Call:
+def plain(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None, divergence: str) -> Call:
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
 
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
@@ -180,7 +219,7 @@ def plain(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None
     return call
 
 
-def matmul(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None) -> Call:
+def matmul(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None, divergence: str) -> Call:
     @torch.no_grad()
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
         hidden, teacher_hidden = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
@@ -199,13 +238,24 @@ def matmul(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | Non
     return call
 
 
-CALLS: dict[str, Callable[[Tensor, Tensor, bool, int | None], Call]] = {
+CALLS: dict[str, Callable[[Tensor, Tensor, bool, int | None, str], Call]] = {
+    **other_losses.CALLS,
     "fused": fused,
     "compiled": partial(fused, compile=True),
     "rounded": partial(fused, logits_dtype=torch.bfloat16),
+    "rounded+compiled": partial(fused, logits_dtype=torch.bfloat16, compile=True),
     "plain": plain,
     "matmul": matmul,
 }
+
+
+def random_weight(rows: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A few random rows again and again, each time scaled anew: drawing all of them takes longer than the loss."""
+    some = torch.empty(min(rows, 4096), dim, dtype=dtype, device=device).normal_(std=0.02)
+    weight = torch.empty(rows, dim, dtype=dtype, device=device)
+    for part in weight.split(len(some)):
+        torch.mul(some[: len(part)], torch.rand(len(part), 1, dtype=dtype, device=device) + 0.5, out=part)
+    return weight
 
 
 def head(weight: Tensor, trainable: bool) -> nn.Linear:
