@@ -268,7 +268,14 @@ def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) ->
     if dataset_val is None:
         return None
     return list(
-        data.batches(dataset_val, cfg.batch_size, tokenizer.pad_id, rank=world.dp_rank, num_ranks=world.dp_size)
+        data.batches(
+            dataset_val,
+            cfg.batch_size,
+            tokenizer.pad_id,
+            rank=world.dp_rank,
+            num_ranks=world.dp_size,
+            padding_free=True,
+        )
     )
 
 

@@ -104,7 +104,7 @@ def run(cfg: Config) -> None:
     if cfg.dataset_val is not None:
         dataset = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
         training.check_lengths(cfg, {"dataset_val": dataset.lengths})
-        held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id))
+        held_out = list(data.batches(dataset, cfg.batch_size_val, pad_id=tokenizer.pad_id, padding_free=True))
     checkpointer = config.instantiate(cfg.checkpointer)
     teachers.check_tokenizer(tokenizer, checkpointer, "checkpointer", path=cfg.tokenizer.get("path"))
     training.set_seed(cfg.seed)

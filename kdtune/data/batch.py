@@ -1,7 +1,8 @@
-"""Collate examples into padded batches: the model's inputs and the loss's targets."""
+"""Collate examples into batches, padded or end to end: the model's inputs and the loss's targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,25 +10,30 @@ from torch import Tensor
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data.transforms import Example
+from kdtune.errors import DataError
 from kdtune.losses import Targets
+from kdtune.models import Documents
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch: call the model as ``model(**batch.inputs)`` and the loss with ``batch.targets``."""
 
-    inputs: Mapping[str, Tensor]
-    """Keyword arguments of the model's forward; "tokens" are int64 ids [B, S], padded on the right."""
+    inputs: Mapping[str, Any]
+    """Keyword arguments of the model's forward, tensors and `Documents`; "tokens" are int64 ids: [B, S], padded on the right,
+    or [1, T] with "documents" that say where each row begins."""
     targets: Targets
     """Positions that have a label, and the labels, found on the CPU."""
     lengths: tuple[int, ...]
-    """Number of tokens of each row, without padding."""
+    """Number of tokens of each row, without padding; of each document where they are end to end."""
     example_ids: tuple[int, ...] | None = None
     """Index of each row's example in its dataset; None for a stream."""
     prompt_lengths: tuple[int, ...] | None = None
     """Number of tokens of each row before the first trained one."""
-    own_teacher_inputs: Mapping[str, Tensor] | None = None
+    own_teacher_inputs: Mapping[str, Any] | None = None
     """The same examples for a teacher with another tokenizer; None: it reads `inputs`."""
+    teacher_lengths: tuple[int, ...] | None = None
+    """Number of its tokens of each row; None without them."""
 
     @classmethod
     def from_labels(cls, tokens_BS: Tensor, labels_BS: Tensor, lengths: Sequence[int] | None = None) -> "Batch":
@@ -37,14 +43,15 @@ class Batch:
         return cls({"tokens": tokens_BS}, Targets.from_labels(labels_BS), tuple(lengths))
 
     @property
-    def teacher_inputs(self) -> Mapping[str, Tensor]:
+    def teacher_inputs(self) -> Mapping[str, Any]:
         """Keyword arguments of the teacher's forward: `inputs`, or the same text in its own tokens."""
         return self.inputs if self.own_teacher_inputs is None else self.own_teacher_inputs
 
     @property
     def tokens(self) -> Tensor:
-        """Token ids [B, S]."""
-        return self.inputs["tokens"]
+        """Token ids [B, S], or [1, T]."""
+        tokens: Tensor = self.inputs["tokens"]
+        return tokens
 
     @property
     def labels(self) -> Tensor:
@@ -66,13 +73,45 @@ class Batch:
         """Number of padding positions; 0 for the batch of a process that has no example left."""
         return self.tokens.numel() - self.num_tokens if self.num_tokens else 0
 
+    @property
+    def row_starts(self) -> list[int]:
+        """Index of each row's first token among the flattened tokens."""
+        if "documents" in self.inputs:
+            return [0, *accumulate(self.lengths)][:-1]
+        return [row * self.tokens.shape[1] for row in range(len(self.lengths))]
+
+    def without_padding(self) -> "Batch":
+        """Return the batch, on the CPU, with its rows end to end, [1, T] with `Documents`: the same sums, no padding computed.
+
+        Returned as they are: the batch of a process that has no example left, and one whose inputs are not tokens alone, for
+        only its dataset knows what belongs where.
+
+        Raises:
+            DataError: a label stands on padding.
+        """
+        both = [self.inputs] if self.own_teacher_inputs is None else [self.inputs, self.own_teacher_inputs]
+        if self.num_tokens == 0 or any(set(inputs) != {"tokens"} for inputs in both):
+            return self
+        inputs, index_T = _end_to_end(self.tokens, self.lengths)
+        targets = self.targets.moved(index_T, inputs["tokens"].shape)
+        if len(targets) and int(targets.positions_N.min()) < 0:
+            raise DataError(
+                f"a batch has a label beyond the lengths of its rows, {list(self.lengths)}; lengths leave out only padding"
+            )
+        own = None
+        if self.own_teacher_inputs is not None and self.teacher_lengths is not None:
+            own, teacher_index_T = _end_to_end(self.own_teacher_inputs["tokens"], self.teacher_lengths)
+            if targets.alignment is not None:
+                targets = replace(targets, alignment=targets.alignment.moved(teacher_index_T, own["tokens"].shape))
+        return replace(self, inputs=inputs, targets=targets, own_teacher_inputs=own)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
         device = torch.device(device)
         move = _copy_to_cuda(device) if device.type == "cuda" else lambda tensor: tensor.to(device)
 
-        def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: move(tensor) for name, tensor in inputs.items()}
+        def moved(inputs: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: one.map(move) if isinstance(one, Documents) else move(one) for name, one in inputs.items()}
 
         own = self.own_teacher_inputs
         return replace(
@@ -86,6 +125,16 @@ class Batch:
 def _copy_to_cuda(device: torch.device) -> Callable[[Tensor], Tensor]:
     # The host does not wait; the allocator keeps the pinned memory until the copy is done.
     return lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def _end_to_end(tokens_BS: Tensor, lengths: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
+    """Return a model's inputs without padding, and the new index of each of the flattened positions, -1 for padding."""
+    documents, width = Documents.of_lengths(lengths), tokens_BS.shape[1]
+    rows_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    kept_T = rows_T * width + documents.positions_T
+    index_T = torch.full((tokens_BS.numel(),), -1)
+    index_T[kept_T] = torch.arange(len(kept_T))
+    return {"tokens": tokens_BS.flatten()[kept_T][None], "documents": documents}, index_T
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False) -> Batch:
@@ -126,4 +175,5 @@ def _with_teacher(batch: Batch, teachers: Sequence[Any]) -> Batch:
         at = torch.tensor([row * batch.tokens.shape[1]] * 2 + [row * width] * 2 + [0])
         chunks.append(torch.from_numpy(teacher.chunks_K5) + at)
     targets = align(batch.targets, torch.cat(chunks), tokens)
-    return replace(batch, targets=targets, own_teacher_inputs={"tokens": tokens})
+    lengths = tuple(len(teacher.tokens) for teacher in teachers)
+    return replace(batch, targets=targets, own_teacher_inputs={"tokens": tokens}, teacher_lengths=lengths)

@@ -2,9 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, StreamDataset, report_copy
+from kdtune.data.micro_batches import cut_by_tokens
 from kdtune.data.transforms import Example
 from kdtune.errors import ConfigError, DataError
 
@@ -35,6 +35,10 @@ class Loader:
     and advances the position, which is the same on all of them, by num_ranks. In an epoch's last round, processes without a
     batch left get one without labels.
 
+    padding_free: rows end to end in place of padding, see `Batch.without_padding`. tokens_per_micro_batch: cut the examples of
+    each step, batches_per_step batches on every process, anew: into micro-batches of at most so many tokens, examples of similar
+    length together. The step's examples stay the same, and the position advances by the step, after its last micro-batch.
+
     Raises:
         ConfigError: a setting is out of range.
         DataError: the dataset yields no batch.
@@ -51,9 +55,15 @@ class Loader:
         num_workers: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
+        padding_free: bool = False,
+        tokens_per_micro_batch: int | None = None,
+        batches_per_step: int = 1,
     ) -> None:
-        for key, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
-            if value < least:
+        for key, value, least in (
+            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0),
+            ("tokens_per_micro_batch", tokens_per_micro_batch, 1), ("batches_per_step", batches_per_step, 1),
+        ):  # fmt: skip
+            if value is not None and value < least:
                 raise ConfigError(f"{key}={value}: must be at least {least}")
         if isinstance(dataset, StreamDataset) and num_workers > 1:
             raise ConfigError(
@@ -62,7 +72,10 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.report = dataset.report
-        self._settings = _Settings(batch_size, pad_id, shuffle, seed, rank, num_ranks)
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self._settings = _Settings(
+            batch_size, pad_id, shuffle, seed, rank, num_ranks, padding_free, tokens_per_micro_batch, batches_per_step
+        )
         self._num_workers = num_workers
         self._position: LoaderState = (0, 0)
         self._ahead: Iterator[Any] | None = None
@@ -119,13 +132,10 @@ class Loader:
                 raise item
             finally:
                 del item  # The traceback would hold this frame, and this frame the error.
-        if isinstance(item, _StreamItem):
-            self._position, self.report = item.next_position, item.report
-            return item.batch
-        epoch, batch = self._position
-        after = batch + self._settings.num_ranks
-        self._position = (epoch, after) if after < len(self) else (epoch + 1, 0)
-        return item
+        self._position = item.next_position
+        self.report = item.report or self.report
+        batch: Batch = item.batch
+        return batch
 
     def _fetcher(self) -> "DataLoader[Any]":
         # A generator of its own: DataLoader would otherwise draw from the global one, and a resumed run would differ.
@@ -136,21 +146,32 @@ class Loader:
         }
         if isinstance(self.dataset, MapDataset):
             indices = _IndexBatches(self.dataset, self._settings, self._position)
-            pad = partial(self.dataset.collate, pad_id=self._settings.pad_id)
-            return DataLoader(_Numbered(self.dataset), batch_sampler=indices, collate_fn=pad, **common)
+            fetched = _MapBatches(self.dataset, self._settings)
+            return DataLoader(fetched, sampler=indices, batch_size=None, collate_fn=_as_it_is, **common)
         stream = _StreamBatches(self.dataset, self._settings, self._position)
         return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **common)
 
 
-def batches(dataset: Dataset, batch_size: int, pad_id: int, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    pad_id: int,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    padding_free: bool = False,
+    tokens_per_micro_batch: int | None = None,
+) -> Iterator[Batch]:
     """Yield the batches of one pass over a dataset in its own order, including the last, smaller one; used for validation.
 
     batch_size: examples per batch. pad_id: the tokenizer's. rank, num_ranks: this process, of num_ranks that share the
     batches. Every process gets the same number of batches; one that has none left gets a last one without labels.
+    padding_free, tokens_per_micro_batch: as of `Loader`; batch_size examples on every process are cut anew.
     """
+    settings = _Settings(batch_size, pad_id, False, 0, rank, num_ranks, padding_free, tokens_per_micro_batch)
     groups = _grouped(dataset.examples(seed=0, epoch=0, shuffle=False), batch_size)
-    for round_of_groups in _grouped(groups, num_ranks):
-        yield dataset.collate(_share(round_of_groups, rank), pad_id)
+    for own, _ in _rounds(groups, settings, _num_tokens):
+        yield settings.collate(dataset, own)
 
 
 @dataclass(frozen=True)
@@ -161,46 +182,61 @@ class _Settings:
     seed: int
     rank: int
     num_ranks: int
+    padding_free: bool = False
+    max_tokens: int | None = None
+    batches_per_step: int = 1
 
     def batches(self, num_examples: int) -> int:
         return -(-num_examples // self.batch_size)
 
+    def collate(self, dataset: Dataset, examples: list[Example]) -> Batch:
+        batch = dataset.collate(examples, self.pad_id)
+        return batch.without_padding() if self.padding_free else batch
 
-class _Numbered(TorchDataset[Example]):
-    """The examples of a dataset, each with its index."""
 
-    def __init__(self, dataset: MapDataset) -> None:
+@dataclass(frozen=True)
+class _Item:
+    batch: Batch
+    next_position: LoaderState
+    report: DatasetStats | None = None
+
+
+class _MapBatches(TorchDataset[_Item]):
+    """The batch of some examples of a dataset, each with its index, and the position after it."""
+
+    def __init__(self, dataset: MapDataset, settings: _Settings) -> None:
         self._dataset = dataset
+        self._settings = settings
 
-    def __getitem__(self, index: int) -> Example:
-        return self._dataset.numbered(index)
+    def __getitem__(self, index: tuple[list[int], LoaderState]) -> _Item:
+        indices, next_position = index
+        examples = [self._dataset.numbered(one) for one in indices]
+        return _Item(self._settings.collate(self._dataset, examples), next_position)
 
 
 class _IndexBatches:
-    """Yield the indices of each batch from a position on, endlessly."""
+    """Yield the indices of each batch from a position on, and the position after it, endlessly."""
 
     def __init__(self, dataset: MapDataset, settings: _Settings, start: LoaderState) -> None:
         self._dataset = dataset
         self._settings = settings
         self._start = start
 
-    def __iter__(self) -> Iterator[list[int]]:
-        settings, (epoch, first) = self._settings, self._start
+    def __iter__(self) -> Iterator[tuple[list[int], LoaderState]]:
+        settings, (epoch, count) = self._settings, self._start
+        lengths = None if settings.max_tokens is None else self._dataset.lengths
+        length_of = lengths.__getitem__ if lengths is not None else lambda index: _num_tokens(self._dataset[index])
         while True:
-            order = self._dataset.order(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+            order = self._dataset.order(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle).tolist()
             num_batches = settings.batches(len(order))
-            for start in range(first, num_batches, settings.num_ranks):
-                batch = start + settings.rank
-                own = order[batch * settings.batch_size : (batch + 1) * settings.batch_size].tolist()
-                yield own if batch < num_batches else []
-            epoch, first = epoch + 1, 0
-
-
-@dataclass(frozen=True)
-class _StreamItem:
-    batch: Batch
-    next_position: LoaderState
-    report: DatasetStats
+            groups = (
+                order[batch * settings.batch_size : (batch + 1) * settings.batch_size]
+                for batch in range(count, num_batches)
+            )
+            for own, taken in _rounds(groups, settings, length_of):
+                count += taken
+                yield own, (epoch, count) if count < num_batches else (epoch + 1, 0)
+            epoch, count = epoch + 1, 0
 
 
 class _StreamBatches(IterableDataset[Any]):
@@ -214,7 +250,7 @@ class _StreamBatches(IterableDataset[Any]):
         self._settings = settings
         self._start = start
 
-    def __iter__(self) -> Iterator[_StreamItem | DataError]:
+    def __iter__(self) -> Iterator[_Item | DataError]:
         epoch, first = self._start
         try:
             while True:
@@ -223,22 +259,20 @@ class _StreamBatches(IterableDataset[Any]):
         except DataError as error:
             yield error
 
-    def _epoch(self, epoch: int, first: int) -> Iterator[_StreamItem]:
+    def _epoch(self, epoch: int, first: int) -> Iterator[_Item]:
         settings, waiting = self._settings, None
         examples = self._dataset.examples(seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
         groups = _grouped(examples, settings.batch_size)
         count = sum(1 for _ in islice(groups, first))
-        for round_of_groups in _grouped(groups, settings.num_ranks):
+        for own, taken in _rounds(groups, settings, _num_tokens):
             if waiting is not None:  # held back until another one follows, so that it is not the epoch's last
                 yield waiting
-            count += len(round_of_groups)
-            own = _share(round_of_groups, settings.rank)
-            waiting = _StreamItem(
-                self._dataset.collate(own, settings.pad_id), (epoch, count), report_copy(self._dataset.report)
-            )
+            count += taken
+            batch = settings.collate(self._dataset, own)
+            waiting = _Item(batch, (epoch, count), report_copy(self._dataset.report))
         if waiting is None:
             raise _outside(epoch, first, count, self._dataset)
-        yield _StreamItem(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))
+        yield _Item(waiting.batch, (epoch + 1, 0), report_copy(self._dataset.report))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
@@ -256,9 +290,31 @@ def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def _share(round_of_groups: list[list[Example]], rank: int) -> list[Example]:
-    """Return the examples of this process in a round; none if it has no batch in a shorter last round."""
-    return round_of_groups[rank] if rank < len(round_of_groups) else []
+def _rounds(
+    groups: Iterator[list[T]], settings: _Settings, length_of: Callable[[T], int]
+) -> Iterator[tuple[list[T], int]]:
+    """Yield this process's part of each round, nothing if none is left for it, and by how many groups the position advances.
+
+    The groups of all processes are a round, or those of a step are cut anew into several.
+    """
+    if settings.max_tokens is None:
+        for round_of_groups in _grouped(groups, settings.num_ranks):
+            own = round_of_groups[settings.rank] if settings.rank < len(round_of_groups) else []
+            yield own, len(round_of_groups)
+        return
+    for step in _grouped(groups, settings.num_ranks * settings.batches_per_step):
+        items = [item for group in step for item in group]
+        lengths = [length_of(item) for item in items]
+        parts = cut_by_tokens(
+            lengths, settings.max_tokens, num_ranks=settings.num_ranks, is_padded=not settings.padding_free
+        )
+        rounds = parts[settings.rank :: settings.num_ranks]
+        for number, part in enumerate(rounds, 1):
+            yield [items[index] for index in part], len(step) if number == len(rounds) else 0
+
+
+def _num_tokens(example: Example) -> int:
+    return len(example.tokens)
 
 
 def _as_it_is(item: Any) -> Any:

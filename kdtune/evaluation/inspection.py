@@ -52,9 +52,8 @@ def inspect_tokens(
                     f"{name}_top": _top(logs, logp[row], logq[row], text_of, top)
                 }
             compared[position] = numbers
-    width = batch.tokens.shape[1]
-    rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
-    return [_row(ids[:length], index * width, compared, text_of) for index, (ids, length) in enumerate(rows)]
+    ids, rows = batch.tokens.flatten().tolist(), zip(batch.row_starts, batch.lengths, strict=True)
+    return [_row(ids[start : start + length], start, compared, text_of) for start, length in rows]
 
 
 def _row(ids: list[int], start: int, compared: dict[int, Any], text_of: Callable[[int], str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ Shapes: K chunks, N labelled positions of the student, M teacher tokens in chunk
 student's vocabulary, W the teacher's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,16 @@ class Alignment:
             name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **mapped)
+
+    def moved(self, teacher_index_T: Tensor, teacher_shape: Sequence[int]) -> "Alignment":
+        """Return the alignment with another layout of the teacher's tokens, see `Targets.moved`."""
+        positions_M, *others_M = self.teacher_text_M3.unbind(1)
+        return replace(
+            self,
+            teacher_positions_K=teacher_index_T[self.teacher_positions_K],
+            teacher_text_M3=torch.stack([teacher_index_T[positions_M], *others_M], dim=1),
+            teacher_shape=tuple(teacher_shape),
+        )
 
 
 def align(targets: Targets, chunks_K5: Tensor, teacher_tokens_BS: Tensor) -> Targets:

@@ -1,6 +1,6 @@
 """The labelled positions of a batch, found once on the CPU. Shapes: B batch, S sequence, T = B * S positions, N labelled ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ class Targets:
         }
         alignment = None if self.alignment is None else self.alignment.map(function)
         return replace(self, **mapped, alignment=alignment)
+
+    def moved(self, index_T: Tensor, shape: Sequence[int]) -> "Targets":
+        """Return the targets of the same positions in another layout, of `shape`; `index_T` has the new index of each old one."""
+        return replace(self, positions_N=index_T[self.positions_N], shape=tuple(shape))
 
     def to_labels(self) -> Tensor:
         """Return the labels of `shape`, IGNORE_INDEX at positions without a target."""

@@ -50,6 +50,8 @@ def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
 def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None) -> tuple[MicroBatch, str]:
     """Return the micro-batch of a recipe's config with the longest possible examples, and the source of their length.
 
+    With `tokens_per_micro_batch` it has as many examples as fit, at least one.
+
     Args:
         cfg: config of a recipe that trains.
         context: context length of the trained model, in tokens.
@@ -62,7 +64,15 @@ def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None)
         length, source = seq_len, "as asked for"
     elif longest is not None:
         length, source = longest, "tokenizer.max_seq_len, the longest there can be"
-    return MicroBatch(cfg.batch_size, length, device_type), source
+    rows = cfg.batch_size
+    if cfg.tokens_per_micro_batch is not None:
+        rows = max(1, min(cfg.tokens_per_micro_batch // length, rows * cfg.gradient_accumulation_steps))
+    return MicroBatch(rows, length, device_type), source
+
+
+def micro_batches(cfg: Any, batch: MicroBatch) -> int:
+    """Return the micro-batches of a step on one process, if they are all as `longest_batch` says for this config."""
+    return -(-cfg.batch_size * cfg.gradient_accumulation_steps // batch.batch_size)
 
 
 def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:

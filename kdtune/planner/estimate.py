@@ -24,6 +24,7 @@ from kdtune.planner.costs import (
     layer_cost,
     longest_batch,
     loss_cost,
+    micro_batches,
     norm_kept,
 )
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
@@ -157,6 +158,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
     recomputes = _recomputes(cfg)
+    accumulation = micro_batches(cfg, batch)
     student = StudentCost(
         ours,
         layer_cost(ours.pieces, batch, backward=True),
@@ -188,17 +190,17 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     if teacher is not None and cfg.hidden_loss:
         teacher, loss, maps = _with_hidden_loss(instantiate(cfg.hidden_loss), ours, teacher, loss, batch)
     update = update_bytes(cfg.optimizer, ours, batch.device_type)
-    found = phases(student, teacher, loss, cfg.gradient_accumulation_steps, update)
+    found = phases(student, teacher, loss, accumulation, update)
     return Estimate(
         world_size=world.size + num_teachers,
         batch=batch,
         seq_len_source=source,
-        accumulation=cfg.gradient_accumulation_steps,
+        accumulation=accumulation,
         student=student,
         teacher=teacher,
         loss=loss,
         phases=tuple(_with_maps(one, *maps) for one in found),
-        volume=volume(ours, asked, cfg.gradient_accumulation_steps, batch, recomputes=recomputes),
+        volume=volume(ours, asked, accumulation, batch, recomputes=recomputes),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
         maps=sum(maps),

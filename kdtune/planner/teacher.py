@@ -10,7 +10,7 @@ from kdtune.distributed import Parallelism, World
 from kdtune.models import dtype_from_name
 from kdtune.models.quantization import linear_quantizer, scheme_name, target_linears
 from kdtune.parallel import meta_model, model_config
-from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch
+from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_cost, longest_batch, micro_batches
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import Phase, TeacherCost, teacher_gather, teacher_held, teacher_phases
 from kdtune.planner.sizes import ModelSizes, model_sizes
@@ -49,7 +49,7 @@ def make_teacher_estimate(
     teacher = replace(_teacher_cost(_sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds)
     # The answer before is kept until it has been fetched.
     found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
-    steps = cfg.gradient_accumulation_steps
+    steps = micro_batches(cfg, batch)
     return TeacherEstimate(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
 
 

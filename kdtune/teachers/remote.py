@@ -7,6 +7,7 @@ a sharded model computes on all of its processes together.
 import signal
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,11 @@ from kdtune.distributed import END, Channel, PendingSend, World
 from kdtune.errors import ParallelismError
 from kdtune.generation import generate
 from kdtune.losses import HiddenSignal
-from kdtune.models import OutputHead, Transformer
+from kdtune.models import Documents, OutputHead, Transformer
 
 # What a process of the student asks for; END is the last that it says.
 _START, _HEAD, _HIDDEN, _GENERATE = END + 1, END + 2, END + 3, END + 4
-_Request = tuple[torch.Size, list[PendingSend]]
+_Request = tuple[torch.Size, list[int], list[PendingSend]]
 
 
 class RemoteTeacher:
@@ -64,15 +65,16 @@ class RemoteTeacher:
         """
         peers = self._channel.peers
         for batch in batches:
-            if more := sorted(set(batch.teacher_inputs) - {"tokens"}):
+            inputs = batch.teacher_inputs
+            if more := sorted(set(inputs) - {"tokens", "documents"}):
                 raise ParallelismError(
                     f"teacher_processes: the batch has {', '.join(more)} beside its tokens, and tokens alone are sent to the "
                     "teacher; set teacher_processes=0"
                 )
-            tokens_BS = batch.teacher_inputs["tokens"]
-            shares = tokens_BS.cpu().tensor_split(len(peers))
+            shares = _shares(inputs["tokens"].cpu(), inputs.get("documents"), len(peers))
+            answering = [rank for rank, share in zip(peers, shares, strict=True) if len(share)]
             sent = [self._channel.send(rank, _HIDDEN, share) for rank, share in zip(peers, shares, strict=True)]
-            self._requested.append((tokens_BS.shape, sent))
+            self._requested.append((inputs["tokens"].shape, answering, sent))
 
     def __call__(self, batch: Batch) -> HiddenSignal:
         """Return the hidden states [B, S, D] of the batch that was requested first, and the head.
@@ -82,12 +84,13 @@ class RemoteTeacher:
         """
         if not self._requested:
             self.prefetch([batch])
-        shape, sent = self._requested.popleft()
+        shape, answering, sent = self._requested.popleft()
         if shape != (asked := batch.teacher_inputs["tokens"].shape):
             raise RuntimeError(f"tokens {tuple(asked)}: those asked for next are {tuple(shape)}")
-        hidden = [self._receive(rank) for rank, _ in zip(self._channel.peers, range(shape[0]), strict=False)]
+        hidden = [self._receive(rank) for rank in answering]
         _wait(sent)
-        return HiddenSignal((hidden[0] if len(hidden) == 1 else torch.cat(hidden)).to(self._device), self._head)
+        joined = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=int("documents" in batch.teacher_inputs))
+        return HiddenSignal(joined.to(self._device), self._head)
 
     def generate(
         self,
@@ -170,13 +173,39 @@ def _serve(build: Callable[[], Any], channel: Channel, device: torch.device, int
             before = [channel.send(rank, int(interrupt.requested), new_ids) for rank in channel.peers]
             continue
         for number in range(channel.rounds):
-            tokens_BS = batches[number][1] if number < len(batches) else nothing_BS[:0]
-            hidden_BSD = model(tokens_BS.to(device) if len(tokens_BS) else nothing_BS, return_hidden=True)
-            if len(tokens_BS) == 0:
+            share = batches[number][1] if number < len(batches) else nothing_BS[:0]
+            hidden_BSD = model(**(_inputs(share, device) if len(share) else {"tokens": nothing_BS}), return_hidden=True)
+            if len(share) == 0:
                 continue
             # The answer before must have been fetched: answers that nobody fetches would fill the memory.
             _wait(before)
             before = [channel.send(channel.peers[number], int(interrupt.requested), hidden_BSD)]
+
+
+def _shares(tokens_BS: Tensor, documents: Documents | None, num_shares: int) -> list[Tensor]:
+    """Return what each of the teacher's processes is sent of a batch: some rows [b, S], or some documents, see `_inputs`.
+
+    Documents are cut into shares of about equally many tokens; there may be none for some processes.
+    """
+    if documents is None:
+        return list(tokens_BS.tensor_split(num_shares))
+    middles = [end - length / 2 for end, length in zip(accumulate(documents.lengths), documents.lengths, strict=True)]
+    owners = [int(middle * num_shares / tokens_BS.numel()) for middle in middles]
+    shares, pieces = [], tokens_BS[0].split(documents.lengths)
+    for share in range(num_shares):
+        own = [piece for piece, owner in zip(pieces, owners, strict=True) if owner == share]
+        header = torch.tensor([len(own), *map(len, own)] if own else [], dtype=torch.int64)
+        shares.append(torch.cat([header, *own]))
+    return shares
+
+
+def _inputs(share: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return the model's inputs for what was sent: rows, or the number of documents, their lengths, and their tokens."""
+    if share.ndim == 2:
+        return {"tokens": share.to(device)}
+    num_documents = int(share[0])
+    documents = Documents.of_lengths(share[1 : 1 + num_documents].tolist())
+    return {"tokens": share[None, 1 + num_documents :].to(device), "documents": documents.to(device)}
 
 
 def _generated(model: Transformer, request: list[int]) -> list[int]:

@@ -66,6 +66,12 @@ class TrainingConfig:
     """Held-out examples for the validation and the table at the end."""
     batch_size: int = key(4, at_least=1)
     """Examples per micro-batch."""
+    padding_free: bool | None = key(None, may_change=True)
+    """Lay the examples of a micro-batch end to end, each attended to by itself; false: pad them to the longest; null: true,
+    and false with a `teacher` of your own, which may read a row an example."""
+    tokens_per_micro_batch: int | None = key(None, at_least=1, may_change=True)
+    """Cut the examples of a step, or of a validation batch, into micro-batches of at most so many tokens, similar lengths
+    together; null: batch_size examples each. The step's examples are the same."""
     batch_size_val: int | None = key(None, at_least=1, may_change=True)
     """Examples per batch in validation; null: as batch_size."""
     shuffle: bool = True

@@ -27,7 +27,7 @@ from kdtune.training.out_of_memory import explained_out_of_memory
 from kdtune.training.precision import resolve_device
 from kdtune.training.rounding import warn_of_lost_updates
 from kdtune.training.seed import set_seed
-from kdtune.training.steps import plan_steps, step_text
+from kdtune.training.steps import is_padding_free, plan_steps, step_text
 from kdtune.training.tokenizer import load_tokenizer, pair_tokenizers
 
 log = get_logger(__name__)
@@ -98,7 +98,12 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
             continue  # the teacher has its own
         source = instantiate(getattr(cfg, key, None))
         teachers.check_tokenizer(tokenizer, source, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat)
-    share: dict[str, Any] = {"rank": world.dp_rank, "num_ranks": world.dp_size}
+    share: dict[str, Any] = {
+        "rank": world.dp_rank,
+        "num_ranks": world.dp_size,
+        "padding_free": is_padding_free(cfg),
+        "tokens_per_micro_batch": cfg.tokens_per_micro_batch,
+    }
     loader = Loader(
         dataset,
         batch_size=cfg.batch_size,
@@ -106,6 +111,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         seed=cfg.seed,
         pad_id=tokenizer.pad_id,
         num_workers=cfg.num_workers,
+        batches_per_step=cfg.gradient_accumulation_steps,
         **share,
     )
     held_out = None

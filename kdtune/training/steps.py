@@ -31,6 +31,13 @@ def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -
     return steps_per_epoch, cfg.epochs * steps_per_epoch
 
 
+def is_padding_free(cfg: Any) -> bool:
+    """Return whether a training recipe's batches are without padding; `cfg` is its config."""
+    if cfg.padding_free is not None:
+        return bool(cfg.padding_free)
+    return getattr(cfg, "teacher", None) is None
+
+
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:
     """Describe a step's size for the log: "a step is 2 processes x 4 micro-batches x 8 examples = 64".
 
@@ -43,10 +50,17 @@ def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: 
 
 
 def take_micro_batches(loader: Loader, gradient_accumulation_steps: int) -> list[Batch]:
-    """Take this process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses."""
-    epoch = loader.position[0]
+    """Take this process's micro-batches of the next step: fewer at the end of an epoch, which a step never crosses.
+
+    With the loader's tokens_per_micro_batch, as many as the step's examples are cut into.
+    """
+    start = loader.position
     batches = [next(loader)]
-    while len(batches) < gradient_accumulation_steps and loader.position[0] == epoch:
+    if loader.tokens_per_micro_batch is not None:
+        while loader.position == start:
+            batches.append(next(loader))
+        return batches
+    while len(batches) < gradient_accumulation_steps and loader.position[0] == start[0]:
         batches.append(next(loader))
     return batches
 
