@@ -11,7 +11,7 @@ _NEWEST_STEP = "resume_from_checkpoint=true finds the newest whole step_N in out
 _ADAPTERS = (
     "it is an argument of a builder with adapters (kdtune.models.lora_...), or of adapter=kdtune.models.apply_lora"
 )
-_NO_PACKING = "sequences are not packed in this release, a batch is padded to its own longest; remove it"
+_PACKING = "kdtune's builders of a source take it; in a mixture set it in each of dataset.datasets, else remove it"
 _ACTIVITIES = "what the CPU does is traced, and the GPU's work where there is one; remove it"
 _VALIDATION = "this recipe does not validate while it trains; remove it"
 
@@ -37,8 +37,8 @@ REFUSED: dict[str, str] = {
     "data_parallel_replicate_dim": "use parallelism.dp_replicate",
     "data_parallel_shard_dim": "use parallelism.dp_shard",
     "dataset.new_system_prompt": "only kdtune.data.chat_dataset takes it; put a system turn into the rows, or use that one",
-    "dataset.packed": _NO_PACKING,
-    "dataset.split_across_pack": _NO_PACKING,
+    "dataset.packed": _PACKING,
+    "dataset.split_across_pack": _PACKING,
     "dataset_val": _VALIDATION,
     "enable_activation_offloading": "use activation_offloading",
     "enable_fp8_training": "training is in fp32 or bf16: use dtype",
@@ -69,7 +69,7 @@ REFUSED: dict[str, str] = {
     "model.use_dora": _ADAPTERS,
     "model_type": _FROM_FOLDER,
     "optimizer_in_bwd": "use optimizer_in_backward",
-    "packed": _NO_PACKING,
+    "packed": "it is an argument of the dataset: dataset.packed=true",
     "profiler.cpu": _ACTIVITIES,
     "profiler.cuda": _ACTIVITIES,
     "profiler.enabled": "a profiler that is given is on: remove it, and for no profile set profiler=null",

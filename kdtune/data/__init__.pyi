@@ -8,6 +8,7 @@ from .first_row import dataset_nodes, first_row_problems, read_problems
 from .loader import Loader, LoaderState, batches
 from .messages import Conversation, Message, parse_conversation
 from .mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
+from .packing import PackedDataset, PackedStream, pack_examples
 from .rows import RowStream
 from .sources import Source, open_rows, previewed
 from .text import text_completion_dataset
@@ -28,6 +29,8 @@ __all__ = [
     "Message",
     "MixedDataset",
     "MixedStream",
+    "PackedDataset",
+    "PackedStream",
     "Report",
     "RowStream",
     "Source",
@@ -49,6 +52,7 @@ __all__ = [
     "make_example",
     "mixed_dataset",
     "open_rows",
+    "pack_examples",
     "parse_conversation",
     "previewed",
     "quickstart_dataset",

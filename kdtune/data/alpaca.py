@@ -6,9 +6,10 @@ from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
-from kdtune.data.conversation import ConversationEncoder, ConversationOptions, TrainingOptions, conversation_dataset
-from kdtune.data.dataset import Dataset, TokenizedDataset
+from kdtune.data.conversation import ConversationEncoder, ConversationOptions, EncodingOptions, conversation_dataset
+from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
+from kdtune.data.packing import pack_examples
 from kdtune.data.rows import RowEncoder, tokenize_rows
 from kdtune.data.sources import read_json, split_parts
 from kdtune.errors import ConfigError
@@ -78,7 +79,8 @@ def alpaca_dataset(
 
     train_on: "answers", or "all" to train on the prompt too, the default here as in torchtune. train_on_input: torchtune's
     name for it (true means all, false answers). truncation: treatment of rows longer than the tokenizer's max_seq_len,
-    see TrainingOptions.
+    see TrainingOptions. packed, split_across_pack: lay several rows into one example of up to max_seq_len tokens, see
+    pack_examples.
     column_map: from instruction, input and output to the dataset's columns.
     filter_fn: a function, or its dotted path, that returns whether to keep a row.
     source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer): see Source.
@@ -111,13 +113,15 @@ def quickstart_dataset(
     *,
     split: str = "train",
     prompt: Literal["alpaca", "plain"] = "alpaca",
-    **options: Unpack[TrainingOptions],
-) -> TokenizedDataset:
+    packed: bool = False,
+    split_across_pack: bool = False,
+    **options: Unpack[EncodingOptions],
+) -> Dataset:
     """Build the dataset of the small instruction set that ships with kdtune.
 
     split: train, or test (every eighth row); expressions such as "train[:50%]" work. prompt: "alpaca" for Alpaca's
-    wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input, truncation: as
-    for alpaca_dataset.
+    wording, or "plain" for the instruction unchanged with its input below it. train_on, train_on_input, truncation,
+    packed, split_across_pack: as for alpaca_dataset.
 
     Raises:
         ConfigError: settings contradict each other.
@@ -138,4 +142,5 @@ def quickstart_dataset(
     to_row = RowEncoder(
         lambda row: encoder(alpaca_conversation(row, {}, PROMPTS[prompt])), columns=_COLUMNS, is_chat=True
     )
-    return tokenize_rows(chosen, to_row, label)
+    dataset = tokenize_rows(chosen, to_row, label)
+    return pack_examples(dataset, tokenizer, packed=packed, split_across_pack=split_across_pack)

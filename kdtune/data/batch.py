@@ -143,8 +143,14 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
     Without examples the batch is one padding token, which counts nowhere: it gives a process without a batch left
     something to compute while others still have one.
 
+    Each document of a pack is a row.
+
     is_paired: each example has the text in the teacher's own tokens too, see `Dataset.is_paired`.
     """
+    packs = [example.documents or (example,) for example in examples]
+    examples = [
+        replace(one, index=pack.index) for pack, documents in zip(examples, packs, strict=True) for one in documents
+    ]
     if not examples:
         batch = Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
         return _with_teacher(batch, []) if is_paired else batch

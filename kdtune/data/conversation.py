@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
 from kdtune.data.columns import Row, Suggest
 from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
+from kdtune.data.packing import PackingOptions, pack_examples
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import EncodedRow, fits, pair_of, truncated
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 Truncation: TypeAlias = Literal["turns", "right", "drop"]
 
 
-class TrainingOptions(TypedDict, total=False):
-    """Arguments of the conversation builders other than the source.
+class EncodingOptions(TypedDict, total=False):
+    """How conversations become tokens and what of them is trained on.
 
     train_on: the last answer, all of the assistant's answers, or everything; a masked turn is never trained on.
     train_on_input: torchtune's name for it: true means train_on=all, false train_on=answers.
@@ -34,6 +35,10 @@ class TrainingOptions(TypedDict, total=False):
     train_on: TrainOn | None
     train_on_input: bool | None
     truncation: Truncation | None
+
+
+class TrainingOptions(EncodingOptions, PackingOptions, total=False):
+    """Arguments of the conversation builders other than the source; see pack_examples for those that pack."""
 
 
 class ConversationOptions(SourceOptions, TrainingOptions, total=False):
@@ -82,12 +87,14 @@ def conversation_dataset(
     train_on_input: bool | None = None,
     truncation: Truncation | None = None,
     filter_fn: FilterFn | str | None = None,
+    packed: bool = False,
+    split_across_pack: bool = False,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
     """Build the dataset of a source whose rows are conversations.
 
-    to_conversation: turns a row into a conversation. columns, suggest: see RowEncoder. The other arguments are those of
-    ConversationEncoder and ConversationOptions.
+    to_conversation: turns a row into a conversation. columns, suggest: see RowEncoder. packed,
+    split_across_pack: see pack_examples. The other arguments are those of ConversationEncoder and ConversationOptions.
 
     Raises:
         ConfigError: settings contradict each other, or source or filter_fn cannot be used.
@@ -96,7 +103,7 @@ def conversation_dataset(
     encoder = ConversationEncoder(
         tokenizer, default=default, train_on=train_on, train_on_input=train_on_input, truncation=truncation
     )
-    return build_dataset(
+    dataset = build_dataset(
         lambda row: encoder(to_conversation(row)),
         Source(source, **where),
         filter_fn,
@@ -105,6 +112,7 @@ def conversation_dataset(
         is_chat=True,
         is_paired=pair_of(tokenizer) is not None,
     )
+    return pack_examples(dataset, tokenizer, packed=packed, split_across_pack=split_across_pack)
 
 
 class ConversationEncoder:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from kdtune.data.columns import Row, suggest_text_column, text_column
 from kdtune.data.dataset import Dataset
+from kdtune.data.packing import pack_examples
 from kdtune.data.rows import FilterFn, build_dataset
 from kdtune.data.sources import Source, SourceOptions
 from kdtune.data.transforms import EncodedRow, pair_of, truncated
@@ -19,11 +20,14 @@ def text_completion_dataset(
     column: str = "text",
     add_eos: bool = True,
     filter_fn: FilterFn | str | None = None,
+    packed: bool = False,
+    split_across_pack: bool = False,
     **where: Unpack[SourceOptions],
 ) -> Dataset:
     """Build a dataset of texts, one per example, without any template; an empty text counts as untrainable.
 
-    column: the one with the text. add_eos: end each text with the tokenizer's eos.
+    column: the one with the text. add_eos: end each text with the tokenizer's eos. packed,
+    split_across_pack: see pack_examples.
     A text begins with bos if transformers, with the tokenizer's files, would add it.
 
     The rows of a text file are its lines. A text longer than the tokenizer's max_seq_len is cut there. The other
@@ -38,7 +42,7 @@ def text_completion_dataset(
         teacher = None if pair is None else pair.pair_text(ids, trained, text, add_eos=add_eos)
         return truncated(EncodedRow(ids, trained, teacher=teacher), tokenizer)
 
-    return build_dataset(
+    dataset = build_dataset(
         encode,
         Source(source, **where),
         filter_fn,
@@ -46,3 +50,4 @@ def text_completion_dataset(
         suggest=suggest_text_column,
         is_paired=pair is not None,
     )
+    return pack_examples(dataset, tokenizer, packed=packed, split_across_pack=split_across_pack)

@@ -41,6 +41,8 @@ class Example:
     """Index of the example in its dataset; None in a stream."""
     teacher: "TeacherExample | None" = None
     """The same text in the tokens of a teacher with another tokenizer; None: the teacher reads these tokens."""
+    documents: tuple["Example", ...] = ()
+    """Of a pack: the documents that its tokens and labels are, end to end; (): one document."""
 
     @property
     def prompt_length(self) -> int:

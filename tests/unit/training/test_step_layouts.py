@@ -1,4 +1,4 @@
-"""A step's gradient and a validation's numbers are the same padded, without padding, cut by tokens, on one rank or two (float64)."""
+"""A step's gradient and validation are the same padded, end to end, packed, cut by tokens, on one rank or two (float64)."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from kdtune.data import DatasetStats, Loader, TokenizedDataset, batches, quickstart_dataset
+from kdtune.data import DatasetStats, Loader, TokenizedDataset, batches, pack_examples, quickstart_dataset
 from kdtune.data.alignment import TokenizerPair
 from kdtune.distributed import World
 from kdtune.evaluation import evaluate_kd
@@ -117,6 +117,16 @@ def test_a_steps_gradient_with_a_teacher_of_other_tokens(divergence: Any, layout
     settings = {**LAYOUTS[layout], **({"tokens": 400} if "tokens" in LAYOUTS[layout] else {})}
     expected = step_gradients(dataset, student, teacher, loss)
     check_same(step_gradients(dataset, student, teacher, loss, **settings), expected)
+
+
+@pytest.mark.parametrize("layout", ["rows of two", "without padding, two by two", "20 tokens", "two ranks, 13 tokens"])
+def test_a_steps_gradient_from_packs(layout: str) -> None:
+    """The 8 examples are 4 packs."""
+    student, teacher = model(50, 0, 16), OnlineTeacher(model(50, 1, 32))
+    packs = pack_examples(random_rows(), byte_tokenizer(max_seq_len=16))
+    assert [len(pack.documents) for pack in packs.examples(seed=0, epoch=0, shuffle=False)] == [2, 2, 2, 2]
+    expected = step_gradients(random_rows(), student, teacher, LOSSES["KL"])
+    check_same(step_gradients(packs, student, teacher, LOSSES["KL"], **LAYOUTS[layout]), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"tokens_per_micro_batch": 15}])
