@@ -6,7 +6,7 @@ from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from kdtune.data.columns import Row, any_column, check_column_map, suggest_question_columns, text_column
-from kdtune.data.conversation import ConversationEncoder, ConversationOptions, EncodingOptions, conversation_dataset
+from kdtune.data.conversation import ConversationEncoder, ConversationOptions, TrainingOptions, conversation_dataset
 from kdtune.data.dataset import Dataset
 from kdtune.data.messages import Conversation, Message
 from kdtune.data.packing import pack_examples
@@ -115,7 +115,7 @@ def quickstart_dataset(
     prompt: Literal["alpaca", "plain"] = "alpaca",
     packed: bool = False,
     split_across_pack: bool = False,
-    **options: Unpack[EncodingOptions],
+    **options: Unpack[TrainingOptions],
 ) -> Dataset:
     """Build the dataset of the small instruction set that ships with kdtune.
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Truncation: TypeAlias = Literal["turns", "right", "drop"]
 
 
-class EncodingOptions(TypedDict, total=False):
-    """How conversations become tokens and what of them is trained on.
+class TrainingOptions(TypedDict, total=False):
+    """Arguments of the conversation builders other than the source.
 
     train_on: the last answer, all of the assistant's answers, or everything; a masked turn is never trained on.
     train_on_input: torchtune's name for it: true means train_on=all, false train_on=answers.
@@ -37,12 +37,8 @@ class EncodingOptions(TypedDict, total=False):
     truncation: Truncation | None
 
 
-class TrainingOptions(EncodingOptions, PackingOptions, total=False):
-    """Arguments of the conversation builders other than the source; see pack_examples for those that pack."""
-
-
-class ConversationOptions(SourceOptions, TrainingOptions, total=False):
-    """Arguments that all conversation builders take beside `source`.
+class ConversationOptions(SourceOptions, TrainingOptions, PackingOptions, total=False):
+    """Arguments that all conversation builders take beside `source`; for packed and split_across_pack see pack_examples.
 
     filter_fn: a function, or its dotted path, that returns whether to keep a row.
     """

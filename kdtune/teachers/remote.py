@@ -174,7 +174,8 @@ def _serve(build: Callable[[], Any], channel: Channel, device: torch.device, int
             continue
         for number in range(channel.rounds):
             share = batches[number][1] if number < len(batches) else nothing_BS[:0]
-            hidden_BSD = model(**(_inputs(share, device) if len(share) else {"tokens": nothing_BS}), return_hidden=True)
+            tokens, others = _inputs(share, device) if len(share) else (nothing_BS, {})
+            hidden_BSD = model(tokens, **others, return_hidden=True)
             if len(share) == 0:
                 continue
             # The answer before must have been fetched: answers that nobody fetches would fill the memory.
@@ -199,13 +200,13 @@ def _shares(tokens_BS: Tensor, documents: Documents | None, num_shares: int) -> 
     return shares
 
 
-def _inputs(share: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return the model's inputs for what was sent: rows, or the number of documents, their lengths, and their tokens."""
+def _inputs(share: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """Return the model's tokens and other inputs for what was sent: rows, or the number of documents, their lengths and tokens."""
     if share.ndim == 2:
-        return {"tokens": share.to(device)}
+        return share.to(device), {}
     num_documents = int(share[0])
     documents = Documents.of_lengths(share[1 : 1 + num_documents].tolist())
-    return {"tokens": share[None, 1 + num_documents :].to(device), "documents": documents.to(device)}
+    return share[None, 1 + num_documents :].to(device), {"documents": documents.to(device)}
 
 
 def _generated(model: Transformer, request: list[int]) -> list[int]:

@@ -120,7 +120,7 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
     num_valid_tokens = (labels != -100).sum()
 
     def backward(model: Transformer, teacher: teachers.Teacher, batch: Batch) -> None:
-        total, _ = kd_loss(model(batch.tokens, return_hidden=True), model.output, teacher(batch), batch.labels)
+        total, _ = kd_loss(model(**batch.inputs, return_hidden=True), model.output, teacher(batch), batch.targets)
         (total / num_valid_tokens).backward()
 
     backward(whole, teachers.OnlineTeacher(teacher), Batch.from_labels(tokens, labels))
@@ -136,7 +136,8 @@ def compare_gradients(num_teachers: int, ahead: bool) -> None:
         start = world.rank * share
         # Of unequal size: with one process of the student, 3 of the teacher share 10 rows, and then 2.
         cuts = [start, start + share - 2, start + share]
-        batches = [Batch.from_labels(tokens[a:b], labels[a:b]) for a, b in pairwise(cuts)]
+        rows = [Batch.from_labels(tokens[a:b], labels[a:b]) for a, b in pairwise(cuts)]
+        batches = [rows[0].without_padding(), *rows[1:]]  # end to end, and as rows
         if ahead:
             remote.prefetch(batches)
         for batch in batches:
