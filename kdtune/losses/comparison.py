@@ -68,7 +68,10 @@ def compare_(
     if settings.needs_grad:
         softcap = settings.softcap
         slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
-        _logit_grad(logp_RV, grad_logp_RV, labels_R, settings.kd_ratio, out_RV=logits_RV)
+        # torch 2.13's compiler fails on the form in one pass after the scatter of a sparse teacher's slopes.
+        is_dense = isinstance(teacher, Tensor) and settings.teacher_targets is None
+        in_one_pass = is_dense and torch.compiler.is_compiling()
+        _logit_grad(logp_RV, grad_logp_RV, labels_R, settings.kd_ratio, out_RV=logits_RV, in_one_pass=in_one_pass)
         for scale in (slope_RV, None if weights_R is None else weights_R[:, None]):
             if scale is not None:
                 logits_RV.mul_(scale)
@@ -147,11 +150,17 @@ def _log_softmax(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logit_grad(
-    logp_RV: Tensor, grad_logp_RV: Tensor | None, labels_R: Tensor, kd_ratio: float, *, out_RV: Tensor
+    logp_RV: Tensor,
+    grad_logp_RV: Tensor | None,
+    labels_R: Tensor,
+    kd_ratio: float,
+    *,
+    out_RV: Tensor,
+    in_one_pass: bool,
 ) -> None:
     """Write g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
 
-    The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere.
+    The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere; in_one_pass: in a form for compiled code.
     """
     p_RV = logp_RV.exp()
     if grad_logp_RV is None:
@@ -159,7 +168,7 @@ def _logit_grad(
     else:
         sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
         torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
-    if torch.compiler.is_compiling():  # in the same pass
+    if in_one_pass:
         ids_V = torch.arange(out_RV.shape[1], dtype=torch.int32, device=out_RV.device)
         is_label_RV = ids_V == labels_R[:, None].int()
         out_RV.copy_(torch.where(is_label_RV, out_RV - (1 - kd_ratio), out_RV))
