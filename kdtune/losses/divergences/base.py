@@ -158,7 +158,8 @@ def is_within(x: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
     A mask takes a CPU ten times as long as this question. Elsewhere it is not asked, for the host would wait for the answer, nor
     in compiled code, where a mask is nearly free and a branch is not.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.numel() == 0:
+    has_values = x.device.type == "cpu" and not x.is_meta and not isinstance(x, FakeTensor)
+    if not has_values or torch.compiler.is_compiling() or x.numel() == 0:
         return False
     smallest, largest = x.detach().aminmax()
     return bool(smallest >= -limit) and bool(largest <= limit)
