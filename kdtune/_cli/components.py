@@ -70,8 +70,8 @@ def found(package: str, made: str) -> list[str]:
     for name in dir(module):
         target = getattr(module, name)
         given = returned_class(target) if inspect.isfunction(target) else None
-        takes_model = "model" in (parameters_of(target) or {}) if given else False
-        if inspect.isclass(given) and issubclass(given, kind) and not takes_model:
+        takes_objects = given and {"model", "dataset"} & (parameters_of(target) or {}).keys()
+        if inspect.isclass(given) and issubclass(given, kind) and not takes_objects:
             names.append(f"{package}.{name}")
     return names
 

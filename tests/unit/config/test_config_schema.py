@@ -76,7 +76,8 @@ def known_keys() -> set[str]:
     """Keys of all recipes, and the arguments of the components that the hints speak of."""
     components = {"parallelism": Parallelism, "checkpointer": Checkpointer, "tokenizer": tokenizers.load,
                   "optimizer": torch.optim.AdamW}  # fmt: skip
-    keys = {key for recipe in RECIPES.glob("*.py") for key in field_docs(recipe.read_text())}
+    packing = {"dataset.packed", "dataset.split_across_pack", "dataset.datasets"}
+    keys = packing | {key for recipe in RECIPES.glob("*.py") for key in field_docs(recipe.read_text())}
     for key, component in components.items():
         names = inspect.signature(component).parameters
         keys |= {*names, *(f"{key}.{name}" for name in names)}
