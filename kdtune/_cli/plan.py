@@ -44,10 +44,10 @@ def execute(arguments: argparse.Namespace) -> None:
         print(f"note: {note}")
     if arguments.calibrate:
         from kdtune.planner.calibration import calibrate, check_calibrated
-        from kdtune.training import loader_of
+        from kdtune.training import steps_of
 
         check_calibrated(cfg)
-        print(wrap(calibrate(cfg, *loader_of(cfg)).text(), terminal_width()))
+        print(wrap(calibrate(cfg, *steps_of(cfg)).text(), terminal_width()))
 
 
 def world_sizes(text: str) -> list[int]:

@@ -27,7 +27,7 @@ class Batch:
     lengths: tuple[int, ...]
     """Number of tokens of each row, without padding; of each document where they are end to end."""
     example_ids: tuple[int, ...] | None = None
-    """Index of each row's example in its dataset; None for a stream."""
+    """Index of each row's example in its dataset; None for a stream, and for packs."""
     prompt_lengths: tuple[int, ...] | None = None
     """Number of tokens of each row before the first trained one."""
     own_teacher_inputs: Mapping[str, Any] | None = None
@@ -149,7 +149,9 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
     """
     packs = [example.documents or (example,) for example in examples]
     examples = [
-        replace(one, index=pack.index) for pack, documents in zip(examples, packs, strict=True) for one in documents
+        replace(one, index=None if pack.documents else pack.index)
+        for pack, documents in zip(examples, packs, strict=True)
+        for one in documents
     ]
     if not examples:
         batch = Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))

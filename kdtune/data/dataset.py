@@ -193,7 +193,8 @@ class TokenizedDataset(MapDataset):
         """Return the dataset with these `arrays`; ValueError if they do not fit each other."""
         dataset = cls([], report, is_chat=is_chat)
         kinds = [(one.dtype.type, one.ndim) for one in (ids, trained, ends)]
-        if kinds != [(np.int32, 1), (np.bool_, 1), (np.int64, 1)] or not len(ids) == len(trained) == ends[-1]:
+        fits = kinds == [(np.int32, 1), (np.bool_, 1), (np.int64, 1)] and len(ends) > 0
+        if not fits or ends[0] != 0 or (np.diff(ends) < 0).any() or not len(ids) == len(trained) == ends[-1]:
             raise ValueError("its arrays do not fit each other")
         dataset._ids, dataset._trained, dataset._ends = ids, trained, ends
         return dataset

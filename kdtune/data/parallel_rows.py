@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from kdtune.data.columns import Row
@@ -13,6 +16,7 @@ from kdtune.data.transforms import EncodedRow
 from kdtune.errors import DataError, KDTuneError
 
 Encode = Callable[[Iterable[Row], DatasetStats], Iterator[EncodedRow]]
+_Answer = tuple[Sequence[Row], tuple[list[EncodedRow], DatasetStats] | None]
 
 FEWEST_ROWS = 4_000
 """Fewer rows are tokenized by the process itself: starting others would take as long."""
@@ -51,8 +55,9 @@ def encoded_in_parallel(
     global _encode
     _encode = encode
     try:
-        with multiprocessing.get_context("fork").Pool(processes, _leave_ctrl_c_to_the_parent) as pool:
-            for part, found in pool.imap(_encoded, _parts(rows)):
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(processes, context, _leave_ctrl_c_to_the_parent) as pool:
+            for part, found in _in_order(pool, _parts(rows), 2 * processes):
                 if found is None:  # the parent raises the error, with the row's number
                     yield from encode(part, report)
                     continue
@@ -60,11 +65,24 @@ def encoded_in_parallel(
                 total = total_report([report, counts], report.source)
                 vars(report).update(vars(total))
                 yield from encoded
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{report.source}: a process that tokenizes rows has ended, perhaps for lack of memory; fewer processors "
+            "(taskset -c 0) start fewer processes"
+        ) from error
     finally:
         _encode = None
 
 
-def _encoded(part: Sequence[Row]) -> tuple[Sequence[Row], tuple[list[EncodedRow], DatasetStats] | None]:
+def _in_order(pool: ProcessPoolExecutor, parts: Iterator[list[Row]], num_ahead: int) -> Iterator[_Answer]:
+    """Yield what `_encoded` returns for each part, of which at most so many are computed ahead."""
+    ahead = deque(pool.submit(_encoded, part) for part in islice(parts, num_ahead))
+    while ahead:
+        yield ahead.popleft().result()
+        ahead.extend(pool.submit(_encoded, part) for part in islice(parts, 1))
+
+
+def _encoded(part: Sequence[Row]) -> _Answer:
     assert _encode is not None
     report = DatasetStats("")
     try:

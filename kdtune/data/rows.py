@@ -177,7 +177,8 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
     file = None if preview else cache_file(rows)
     dataset = read_tokenized(file, is_chat=encoder.is_chat)
     if dataset is None:
-        processes = num_processes(rows)
+        # A filter may have state, such as the rows that it has seen.
+        processes = num_processes(rows) if encoder.keep is None else 1
         with tqdm(rows, desc=f"tokenizing {source}", total=total, unit="row", delay=2, disable=None) as progress:
             if processes == 1:
                 encoded = encoder.encoded(progress, report)

@@ -107,10 +107,12 @@ def read_tokenized(file: Path | None, *, is_chat: bool) -> TokenizedDataset | No
         values = json.loads(report.tobytes())
         counters = {name: Counter(values[name]) for name in ("remarks", "unread")}
         found = TokenizedDataset.of_arrays(ids, trained, ends, DatasetStats(**{**values, **counters}), is_chat=is_chat)
+        size = file.stat().st_size
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        log.warning("%s: damaged (%s); the rows are tokenized again", file, error)
+        what = "cannot be read" if isinstance(error, OSError) else "damaged"
+        log.warning("%s: %s (%s); the rows are tokenized again", file, what, error)
         return None
-    log.info("tokenized before: %s (%.1f MB)", file, file.stat().st_size / 1e6)
+    log.info("tokenized before: %s (%.1f MB)", file, size / 1e6)
     return found
 
 
@@ -126,6 +128,7 @@ def write_tokenized(file: Path | None, dataset: TokenizedDataset) -> None:
         try:
             with os.fdopen(descriptor, "wb") as opened:
                 np.savez(opened, ids=ids, trained=trained, ends=ends, report=report)
+            os.chmod(part, 0o666 & ~_umask())
             os.replace(part, file)
         except BaseException:
             os.unlink(part)
@@ -133,7 +136,13 @@ def write_tokenized(file: Path | None, dataset: TokenizedDataset) -> None:
     except OSError as error:
         log.warning("%s: the tokenized rows cannot be kept: %s", file, error)
         return
-    log.info("kept tokenized: %s (%.1f MB)", file, file.stat().st_size / 1e6)
+    log.info("kept tokenized: %s (%.1f MB)", file, sum(one.nbytes for one in (ids, trained, ends)) / 1e6)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _has_own_code(value: Any) -> bool:
@@ -161,7 +170,7 @@ def _code_hash() -> str:
     """Hash the source of what tokenizes, and the versions of its libraries."""
     package = Path(__file__).parents[1]
     files = sorted(file for part in ("data", "tokenizers") for file in (package / part).glob("*.py"))
-    versions = [metadata.version(name) for name in ("tokenizers", "jinja2")]
+    versions = [metadata.version(name) for name in ("tokenizers", "jinja2", "sentencepiece")]
     return _hashed([hashlib.sha256(file.read_bytes()).hexdigest() for file in files], versions)
 
 

@@ -7,6 +7,7 @@ import sys
 # <malloc.h>. The largest int: glibc takes the thresholds as ints.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST = 2**31 - 1
+_LARGEST_OF_OLD = 32 * 2**20  # glibc before 2.35 refuses larger ones
 _TOP_PAD = 256 * 2**20
 
 
@@ -24,8 +25,10 @@ def keep_freed_memory() -> bool:
     if is_chosen or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    options = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, _TOP_PAD))
-    return all([mallopt(option, value) for option, value in options])
+    # The others without it would be worse than nothing: each of them ends glibc's own raising of this threshold.
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) for size in (_LARGEST, _LARGEST_OF_OLD)):
+        return False
+    return all([mallopt(_M_TRIM_THRESHOLD, _LARGEST), mallopt(_M_TOP_PAD, _TOP_PAD)])
 
 
 def _is_glibc() -> bool:

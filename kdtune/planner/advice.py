@@ -65,8 +65,11 @@ _Candidate = tuple[str, str, dict[str, Callable[[Any], Any]]]
 
 def _candidates(cfg: Any) -> Iterator[_Candidate]:
     """Yield overrides, their price, and for each key a function from its value to the new one."""
-    size, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
-    while size > 1:
+    size, accumulation, limit = cfg.batch_size, cfg.gradient_accumulation_steps, cfg.tokens_per_micro_batch
+    while limit and limit > (cfg.tokenizer.get("max_seq_len") or limit):
+        limit = max(limit // 2, cfg.tokenizer["max_seq_len"])
+        yield _one("tokens_per_micro_batch", limit, "the same gradient")
+    while size > 1 and not limit:
         factor = 2 if size % 2 == 0 else size
         size, accumulation = size // factor, accumulation * factor
         yield (

@@ -4,6 +4,7 @@ All layers of a model are alike, so that one and three of them, with random weig
 optimizer run as in training. No weight is read.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,12 +59,12 @@ class Calibration:
         )
 
 
-def calibrate(cfg: Any, batches: Iterator[Batch], device: torch.device, *, budget: float = 20.0) -> Calibration:
+def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, *, budget: float = 20.0) -> Calibration:
     """Time the parts of a step of a training config on its device, in one process.
 
     Args:
         cfg: config of a recipe that trains.
-        batches: the micro-batches of its data.
+        steps: the micro-batches of each of its steps.
         device: of this process.
         budget: seconds after which no further micro-batch is timed; at least one is.
 
@@ -84,17 +85,24 @@ def calibrate(cfg: Any, batches: Iterator[Batch], device: torch.device, *, budge
     divergence = divergence_of(instantiate(cfg.kd_loss)) if teacher is not None else None
     loss = KDLoss(divergence, kd_ratio=getattr(cfg, "kd_ratio", 0.0), **cfg.loss_settings())
     timer = Timer(device)
-    began, sums, num_tokens, count = time.perf_counter(), dict.fromkeys(("teacher", "student", "loss"), 0.0), 0, 0
-    while count < NUM_BATCHES and (count == 0 or time.perf_counter() - began < budget):
-        batch = next(batches).to(device)
-        for name, seconds in _micro_batch(student, teacher, loss, batch, timer).items():
-            sums[name] += seconds
-        num_tokens, count = num_tokens + batch.num_tokens, count + 1
-    accumulation = cfg.gradient_accumulation_steps
+    began, sums = time.perf_counter(), dict.fromkeys(("teacher", "student", "loss"), 0.0)
+    num_tokens = tokens_of_steps = num_steps = count = 0
+
+    def is_enough() -> bool:
+        return count >= NUM_BATCHES or (count > 0 and time.perf_counter() - began > budget)
+
+    while not is_enough():
+        batches = next(steps)
+        num_steps, tokens_of_steps = num_steps + 1, tokens_of_steps + sum(batch.num_tokens for batch in batches)
+        for batch in itertools.takewhile(lambda _: not is_enough(), batches):
+            for name, seconds in _micro_batch(student, teacher, loss, batch.to(device), timer).items():
+                sums[name] += seconds
+            num_tokens, count = num_tokens + batch.num_tokens, count + 1
+    tokens = tokens_of_steps / num_steps
     return Calibration(
-        **{name: accumulation * seconds / count for name, seconds in sums.items()},
+        **{name: seconds * tokens / num_tokens for name, seconds in sums.items()},
         optimizer=_optimizer_seconds(cfg.optimizer, student, timer),
-        tokens=accumulation * num_tokens / count,
+        tokens=tokens,
         num_batches=count,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )

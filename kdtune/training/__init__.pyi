@@ -20,7 +20,7 @@ from .schedules import (
     get_wsd_schedule,
 )
 from .seed import set_seed, set_step_seed
-from .start import Inputs, build_kd_loss, build_optimizer, build_trained_model, load_inputs, loader_of, start
+from .start import Inputs, build_kd_loss, build_optimizer, build_trained_model, load_inputs, start, steps_of
 from .steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from .tokenizer import load_tokenizer, pair_tokenizers
 
@@ -67,7 +67,6 @@ __all__ = [
     "load_inputs",
     "load_tokenizer",
     "load_training_state",
-    "loader_of",
     "lost_share",
     "may_change",
     "memory_stats",
@@ -80,6 +79,7 @@ __all__ = [
     "show_results",
     "start",
     "step_text",
+    "steps_of",
     "take_micro_batches",
     "trainable_parameters",
     "warn_of_lost_updates",

@@ -123,6 +123,16 @@ def memory_problems(cfg: Any) -> list[str]:
             f"optimizer_in_backward=true, gradient_accumulation_steps={cfg.gradient_accumulation_steps}: a weight is updated in every "
             "backward, so gradients are not accumulated; set one to false or 1"
         )
+    if cfg.optimizer_in_backward and cfg.tokens_per_micro_batch is not None:
+        found.append(
+            f"optimizer_in_backward=true, tokens_per_micro_batch={cfg.tokens_per_micro_batch}: it may cut a step into several "
+            "micro-batches, and a weight is updated in every backward; ~tokens_per_micro_batch, or optimizer_in_backward=false"
+        )
+    if cfg.optimizer_in_backward and (cfg.parallelism or {}).get("cpu_offload"):
+        # Before torch 2.13, FSDP2 called the update while the gradient's copy to the CPU was under way (pytorch/pytorch#180666).
+        found.append(
+            "optimizer_in_backward=true, parallelism.cpu_offload=true: gradients are copied to the CPU after backward; set one to false"
+        )
     if cfg.optimizer_in_backward and cfg.clip_grad_norm is not None:
         found.append(
             f"optimizer_in_backward=true, clip_grad_norm={cfg.clip_grad_norm}: the norm is known only after the last gradient; "

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from kdtune import config, parallel, teachers
 from kdtune.config import factory, instantiate
-from kdtune.data import Batch, Loader, batches, load_dataset
+from kdtune.data import Batch, Loader, PackedDataset, PackedStream, batches, load_dataset
 from kdtune.distributed import World
+from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.losses import KDLoss, check_head
 from kdtune.models import Transformer, dtype_from_name, family_of
@@ -27,7 +28,7 @@ from kdtune.training.out_of_memory import explained_out_of_memory
 from kdtune.training.precision import resolve_device
 from kdtune.training.rounding import warn_of_lost_updates
 from kdtune.training.seed import set_seed
-from kdtune.training.steps import is_padding_free, plan_steps, step_text
+from kdtune.training.steps import is_padding_free, plan_steps, step_text, take_micro_batches
 from kdtune.training.tokenizer import load_tokenizer, pair_tokenizers
 
 log = get_logger(__name__)
@@ -91,6 +92,11 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         load_dataset(key, getattr(cfg, key), tokenizer, cache_dir=cfg.tokenized_cache_dir)
         for key in ("dataset", "dataset_val")
     )
+    if not is_padding_free(cfg) and isinstance(dataset, PackedDataset | PackedStream):
+        raise ConfigError(
+            "dataset.packed=true: padding its documents to the longest would take many times the memory; padding_free=true, or "
+            "~dataset.packed"
+        )
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)
     for key in ("checkpointer", "teacher_checkpointer"):
@@ -136,10 +142,11 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     )
 
 
-def loader_of(cfg: Any) -> tuple[Loader, torch.device]:
-    """Return the micro-batches of a training config, `cfg`, for one process, and its device; errors as in `load_inputs`."""
+def steps_of(cfg: Any) -> tuple[Iterator[list[Batch]], torch.device]:
+    """Return the micro-batches of each step of a training config, `cfg`, in one process, and its device; errors as in `load_inputs`."""
     device = resolve_device(cfg.device)
-    return load_inputs(cfg, World(device), Progress(silent=True)).loader, device
+    loader = load_inputs(cfg, World(device), Progress(silent=True)).loader
+    return iter(lambda: take_micro_batches(loader, cfg.gradient_accumulation_steps), []), device
 
 
 def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Transformer:

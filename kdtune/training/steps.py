@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kdtune.config.check import is_ours
 from kdtune.data import Batch, Loader
 from kdtune.errors import ConfigError
 from kdtune.training.optim import check_schedule
@@ -35,7 +36,8 @@ def is_padding_free(cfg: Any) -> bool:
     """Return whether a training recipe's batches are without padding; `cfg` is its config."""
     if cfg.padding_free is not None:
         return bool(cfg.padding_free)
-    return getattr(cfg, "teacher", None) is None
+    teacher = getattr(cfg, "teacher", None)
+    return teacher is None or is_ours(teacher)
 
 
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from command_line import CLI, Outcome
 from safetensors.torch import load_file, save_file
 
 from kdtune.checkpoint import Checkpointer
+from kdtune.training.steps import is_padding_free
 
 KD, FINETUNE = "knowledge_distillation", "finetune"
 SHORT = ("sample_prompts=[]", "save_every_n_steps=1", "run_val_every_n_steps=null", "~lr_scheduler")
@@ -248,3 +250,27 @@ def test_a_limit_above_a_context_is_noted_and_does_no_harm_to_shorter_examples(
     short = (*SHORT, *SHORT_ROWS, "max_steps_per_epoch=1")
     done = cli("run", KD, "--config", "tiny/knowledge_distillation", *short, *settings)
     assert done.code == 0, done.err
+
+
+def test_packs_are_not_padded(cli: CLI, tmp_path: Path) -> None:
+    run = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={tmp_path / 'out'}",
+           "dataset.packed=true"]  # fmt: skip
+    done = cli(*run, "padding_free=false")
+    assert done.code == 2 and "dataset.packed=true: padding its documents" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("padding_free", "teacher", "expected"),
+    [
+        (None, None, True),
+        (None, {"_component_": "kdtune.teachers.BaseOfStudent"}, True),
+        (None, {"_component_": "types.SimpleNamespace"}, False),
+        (True, {"_component_": "types.SimpleNamespace"}, True),
+        (False, None, False),
+    ],
+)
+def test_only_a_teacher_of_ones_own_may_want_a_row_an_example(
+    padding_free: bool | None, teacher: dict[str, str] | None, expected: bool
+) -> None:
+    assert is_padding_free(SimpleNamespace(padding_free=padding_free, teacher=teacher)) == expected

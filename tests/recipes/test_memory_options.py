@@ -17,6 +17,7 @@ OPTIONS = {
     "every second layer": ["activation_checkpointing=2"],
     "offloading": ["activation_offloading=true"],
     "in backward": ["optimizer_in_backward=true"],
+    "micro-batches by tokens": ["tokens_per_micro_batch=64"],
     "accumulation": ["gradient_accumulation_steps=2", "batch_size=1"],
     "clipping": ["clip_grad_norm=100.0"],
     "8-bit optimizer": ["optimizer=torchao.optim.AdamW8bit", "optimizer.lr=1e-2"],
@@ -30,6 +31,9 @@ REFUSED = {
     frozenset(
         {"in backward", "accumulation"}
     ): "optimizer_in_backward=true, gradient_accumulation_steps=2: a weight is updated",
+    frozenset(
+        {"in backward", "micro-batches by tokens"}
+    ): "optimizer_in_backward=true, tokens_per_micro_batch=64: it may cut",
     frozenset({"in backward", "clipping"}): "optimizer_in_backward=true, clip_grad_norm=100.0: the norm is known only",
     frozenset({"int8 teacher", "own base"}): "teacher_quantization: has no effect beside teacher",
 }
@@ -38,7 +42,7 @@ ALIKE = [{"full checkpointing", "selective checkpointing", "every second layer"}
 # What changes the numbers: the run to compare a pair with has these alone.
 CHANGES = ("lora", "qlora", "int8 teacher", "own base", "8-bit optimizer")
 QUICK = [("full checkpointing", "in backward"), ("selective checkpointing", "lora"), ("in backward", "accumulation"),
-         ("in backward", "clipping"), ("offloading", "in backward")]  # fmt: skip
+         ("in backward", "clipping"), ("in backward", "micro-batches by tokens"), ("offloading", "in backward")]  # fmt: skip
 PAIRS = [pair for pair in combinations(OPTIONS, 2) if not any(set(pair) <= group for group in ALIKE)]
 
 

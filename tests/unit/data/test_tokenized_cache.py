@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,41 @@ def test_processes_share_the_hosts_processors(
     monkeypatch.setattr(parallel_rows.os, "sched_getaffinity", lambda _: set(range(4)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_host))
     assert parallel_rows.num_processes(rows) == expected
+
+
+def kill_this_process(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdtune.data.rows.num_processes", lambda _: 2)
+    monkeypatch.setattr(parallel_rows, "_encoded", kill_this_process)
+    with pytest.raises(DataError, match=r"a\.jsonl.*: a process that tokenizes rows has ended"):
+        built(None, rows_file(tmp_path / "a.jsonl"))
+
+
+def test_a_filter_with_state_sees_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen = tmp_path / "a.jsonl", set()
+
+    def is_new(row: dict[str, Any]) -> bool:
+        is_first = row["output"] not in seen
+        seen.add(row["output"])
+        return is_first
+
+    rows = [{"instruction": "Say.", "input": "", "output": f"{i % 7}"} for i in range(60)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(parallel_rows, "FEWEST_ROWS", 10)
+    monkeypatch.setattr(parallel_rows, "_ROWS_AT_ONCE", 10)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert len(built(None, source, filter_fn=is_new)) == 7
+
+
+def test_others_may_read_a_shared_cache(tmp_path: Path) -> None:
+    source, cache = rows_file(tmp_path / "a.jsonl"), tmp_path / "cache"
+    before = os.umask(0o022)
+    try:
+        built(cache, source)
+    finally:
+        os.umask(before)
+    (file,) = cache.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644

@@ -34,3 +34,27 @@ def test_a_run_on_a_cpu_touches_no_fresh_pages() -> None:
 def test_the_users_choice_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
     assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("accepted", "kept"), [(2**31 - 1, True), (32 * 2**20, True), (0, False)])
+def test_an_old_glibc_takes_a_smaller_threshold_or_nothing(
+    accepted: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other two settings without the threshold would be worse than none."""
+    calls: dict[int, int] = {}
+
+    class Library:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            if option == allocator._M_MMAP_THRESHOLD and value > accepted:
+                return 0
+            calls[option] = value
+            return 1
+
+    for name in [*os.environ]:
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
+    assert allocator.keep_freed_memory() == kept
+    assert calls.get(allocator._M_MMAP_THRESHOLD) == (accepted if kept else None) and len(calls) == (3 if kept else 0)

@@ -12,7 +12,7 @@ from kdtune.config import load
 from kdtune.config.recipe import import_recipe
 from kdtune.errors import ConfigError
 from kdtune.planner.calibration import Calibration, Timer, calibrate
-from kdtune.training import loader_of
+from kdtune.training import steps_of
 
 
 def config(recipe: str, *overrides: str) -> Any:
@@ -21,7 +21,7 @@ def config(recipe: str, *overrides: str) -> Any:
 
 def calibrated(cfg: Any) -> Calibration:
     """From one micro-batch of its data."""
-    return calibrate(cfg, *loader_of(cfg), budget=0.0)
+    return calibrate(cfg, *steps_of(cfg), budget=0.0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 7])
@@ -45,7 +45,8 @@ def test_the_micro_batches_are_the_runs_own() -> None:
     cfg = config("knowledge_distillation", "tokenizer.max_seq_len=64")
     found = calibrated(cfg)
     assert found.num_batches == 1
-    assert found.tokens == 2 * next(loader_of(cfg)[0]).num_tokens  # gradient_accumulation_steps is 2
+    step = next(steps_of(cfg)[0])
+    assert len(step) == 2 and found.tokens == sum(batch.num_tokens for batch in step)
     assert min(found.teacher, found.student, found.loss, found.optimizer) > 0
     assert found.step == pytest.approx(found.teacher + found.student + found.loss + found.optimizer)
 
