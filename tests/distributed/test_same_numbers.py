@@ -53,13 +53,17 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [
-        *(pytest.param(KD, kind, id=f"kd-{kind}") for kind in ADAPTERS),
-        pytest.param(FINETUNE, "dora", id="finetune-dora"),
+        *(
+            pytest.param(
+                KD, kind, id=f"kd-{kind}", marks=[] if kind != "dora" else pytest.mark.slow("QDoRA has its numbers too")
+            )
+            for kind in ADAPTERS
+        ),
         *(
             pytest.param(
                 FINETUNE, kind, id=f"finetune-{kind}", marks=pytest.mark.slow("the student's part of the same steps")
             )
-            for kind in ("full", "lora", "qdora")
+            for kind in ("full", "lora", "dora", "qdora")
         ),
     ],
 )

@@ -9,7 +9,13 @@ TAID = ["kd_loss=kdtune.losses.TAID", "kd_loss.rate=1.0"]
 HIDDEN = ["hidden_loss=kdtune.losses.HiddenStateLoss", "hidden_loss.weight=2.0", "hidden_loss.projection_lr=0.3"]
 
 
-@pytest.mark.parametrize("more", [[], ["parallelism.tp=2"]], ids=["FSDP 2", "TP 2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="FSDP 2", marks=pytest.mark.slow("tensor parallelism, in the quick tests, shards more")),
+        pytest.param(["parallelism.tp=2"], id="TP 2"),
+    ],
+)
 def test_one_process_and_two_make_the_same_steps(more: list[str], launch, small_model: Path, tmp_path: Path) -> None:
     """SGD, with two micro-batches a step: a gradient of the maps that is not that of all processes would show."""
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"

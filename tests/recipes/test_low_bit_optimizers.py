@@ -23,7 +23,14 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "most_apart"), [("AdamW8bit", 0.02), ("AdamW4bit", 0.05), ("AdamWFp8", 0.05)])
+@pytest.mark.parametrize(
+    ("name", "most_apart"),
+    [
+        ("AdamW8bit", 0.02),
+        pytest.param("AdamW4bit", 0.05, marks=pytest.mark.slow("one optimizer of few bits is in the quick tests")),
+        pytest.param("AdamWFp8", 0.05, marks=pytest.mark.slow("one optimizer of few bits is in the quick tests")),
+    ],
+)
 def test_a_run_is_near_adamws_and_resumed_to_the_bit(name: str, most_apart: float, cli: CLI, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     optimizer = f"optimizer=torchao.optim.{name}"

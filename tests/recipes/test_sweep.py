@@ -165,7 +165,13 @@ def test_a_shared_step_that_fails_is_tried_once(sweep: Path) -> None:
     assert list(num_starts(sweep / "sweep").values()) == [1]
 
 
-@pytest.mark.parametrize("group", [True, False], ids=["with its step", "alone"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(True, id="with its step"),
+        pytest.param(False, id="alone", marks=pytest.mark.slow("a step that goes on by itself, seven seconds")),
+    ],
+)
 def test_killed_half_way_and_started_again(sweep: Path, group: bool) -> None:
     (sweep / "toy.yaml").write_text("slow: 0.2\n")
     settings = ("only.lr=[1.0]", QUICK_TEACHER)
