@@ -6,7 +6,7 @@ It runs as it is, or compiled. Shapes: R tokens of a block, V the student's voca
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -30,6 +30,8 @@ class Settings:
     teacher_targets: TeacherTargets | None
     softcap: float | None  # the student's
     needs_grad: bool
+    label_in_one_pass: bool = True
+    """In compiled code, subtract the label's part in the gradient's own pass over the ids."""
 
 
 Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]
@@ -68,9 +70,7 @@ def compare_(
     if settings.needs_grad:
         softcap = settings.softcap
         slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
-        # torch 2.13's compiler fails on the form in one pass after the scatter of a sparse teacher's slopes.
-        is_dense = isinstance(teacher, Tensor) and settings.teacher_targets is None
-        in_one_pass = is_dense and torch.compiler.is_compiling()
+        in_one_pass = settings.label_in_one_pass and torch.compiler.is_compiling()
         _logit_grad(logp_RV, grad_logp_RV, labels_R, settings.kd_ratio, out_RV=logits_RV, in_one_pass=in_one_pass)
         for scale in (slope_RV, None if weights_R is None else weights_R[:, None]):
             if scale is not None:
@@ -90,11 +90,14 @@ def compiled(device_type: str, problem: str | None = None) -> Compare:
     if problem := problem or _lacking_compiler(device_type):
         log.warning("the loss is not compiled: %s", problem)
         return compare_
+    from torch._inductor.exc import InductorError
+
     log.info("the loss is compiled at its first batch")
     # torch keeps what it compiled by the code object, up to a limit; a copy has a limit of its own.
     function = types.FunctionType(compare_.__code__.replace(), compare_.__globals__, compare_.__name__)
     function.__kwdefaults__ = compare_.__kwdefaults__
     run = torch.compile(function, dynamic=False)
+    is_in_one_pass = True
 
     @functools.wraps(compare_)
     def compare(
@@ -108,7 +111,16 @@ def compiled(device_type: str, problem: str | None = None) -> Compare:
         for tensor in (logits_RV, labels_R, weights_R, *of_teacher):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        parts: Parts = run(logits_RV, teacher, labels_R, weights_R, settings)
+        nonlocal is_in_one_pass
+        block = (logits_RV, teacher, labels_R, weights_R)
+        try:
+            parts: Parts = run(*block, replace(settings, label_in_one_pass=is_in_one_pass))
+        except InductorError:
+            # torch 2.13's compiler fails on that form after some divergences, such as a geometric mixture, and sparse targets.
+            if not is_in_one_pass:
+                raise
+            is_in_one_pass = False
+            parts = run(*block, replace(settings, label_in_one_pass=False))
         return parts
 
     return compare

@@ -135,7 +135,7 @@ def test_the_peak_falls_as_planned(launch, tmp_path: Path) -> None:
         folder = tmp_path / str(ranks)
         folder.mkdir()
         plan, found = planned(cfg, ranks), measured(launch, cfg, ranks, folder)[0]["peak"]
-        late = 2 * plan.student.sizes.layer.reduced
+        late = 3 * plan.student.sizes.layer.reduced  # beside other processes Gloo lets go later
         check_peak(plan, late, [found])
         peaks.append((plan.peak.total, found - late))
     for (fewer_plan, fewer_real), (plan, real) in pairwise(peaks):

@@ -13,7 +13,7 @@ from kdtune.checkpoint import load_model, save_model
 from kdtune.pruning.prune import keep_layers
 from kdtune.tokenizers import load
 
-MEASURED = {"time", "step_seconds", "tokens_per_second", "peak_memory_rss"}
+MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_rss"}
 # A student with bytes for tokens.
 OTHER = ["~checkpointer", "~adapter", "~save_weights", "tokenizer={_component_: kdtune.tokenizers.byte_tokenizer, max_seq_len: 96}",
          "model={_component_: kdtune.models.llama, vocab_size: 320, embed_dim: 64, num_layers: 2, num_heads: 4, num_kv_heads: 2, "
