@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from kdtune import config, parallel, teachers
 from kdtune.config import factory, instantiate
-from kdtune.data import Batch, Loader, PackedDataset, PackedStream, batches, load_dataset
+from kdtune.data import Batch, Dataset, Loader, PackedDataset, PackedStream, batches, load_dataset
 from kdtune.distributed import World
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
@@ -92,11 +92,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         load_dataset(key, getattr(cfg, key), tokenizer, cache_dir=cfg.tokenized_cache_dir)
         for key in ("dataset", "dataset_val")
     )
-    if not is_padding_free(cfg) and isinstance(dataset, PackedDataset | PackedStream):
-        raise ConfigError(
-            "dataset.packed=true: padding its documents to the longest would take many times the memory; padding_free=true, or "
-            "~dataset.packed"
-        )
+    _check_packs(cfg, dataset)
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)
     for key in ("checkpointer", "teacher_checkpointer"):
@@ -140,6 +136,14 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         resume_from=resume_from,
         is_finished=finished,
     )
+
+
+def _check_packs(cfg: Any, dataset: Dataset) -> None:
+    if not is_padding_free(cfg) and isinstance(dataset, PackedDataset | PackedStream):
+        raise ConfigError(
+            "dataset.packed=true: padding its documents to the longest would take many times the memory; padding_free=true, or "
+            "~dataset.packed"
+        )
 
 
 def steps_of(cfg: Any) -> tuple[Iterator[list[Batch]], torch.device]:
