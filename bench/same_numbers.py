@@ -16,6 +16,7 @@ exits with 1 if anything differs. Metrics that only the second record has are na
 A checkout is used by its command line, config keys, metrics.jsonl and safetensors files only. If a key, a component or
 a metric has another name there, `--rename OLD=NEW` translates it. Records are comparable if machine and versions are the
 same; on one machine a case gives the same bits every time. `--keep FOLDER` keeps what the runs write and print.
+`--set KEY=VALUE` gives every case one more key, such as `padding_free=false` where the other checkout always pads.
 """
 
 import argparse
@@ -51,9 +52,8 @@ TIMEOUT, TIMEOUT_AFTER_FAILURE = 900.0, 30.0  # seconds
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torchao.quantization",
              "datasets", "matplotlib.pyplot"]  # fmt: skip
 
-Run = dict[
-    str, Any
-]  # {"steps": {"3": {"loss": "0x1.7p+1", ...}, ...}, "tensors": {"norm.weight": "F32 [32] 9f86d0...", ...}}
+# {"steps": {"3": {"loss": "0x1.7p+1", ...}, ...}, "tensors": {"norm.weight": "F32 [32] 9f86d0...", ...}}
+Run = dict[str, Any]
 Rename = Callable[[str], str]
 
 
@@ -244,8 +244,16 @@ def read_run(output_dir: Path) -> Run:
     return {"steps": steps, "tensors": tensors}
 
 
-def record(out: Path, repo: Path, only: str, quickstart: Path | None, rename: Rename, keep: Path | None) -> int:
-    """Run the cases and write their numbers; return the number of cases that failed."""
+def record(
+    out: Path,
+    repo: Path,
+    only: str,
+    quickstart: Path | None,
+    rename: Rename,
+    keep: Path | None,
+    settings: Sequence[str],
+) -> int:
+    """Run the cases, each with these settings too, and write their numbers; return the number of cases that failed."""
     repo = repo.resolve()
     os.environ |= {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
@@ -259,7 +267,7 @@ def record(out: Path, repo: Path, only: str, quickstart: Path | None, rename: Re
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) if keep is None else keep.resolve() / re.sub(r"\W+", "-", case.name)
             folder.mkdir(parents=True, exist_ok=True)
-            renamed = Case(case.name, tuple(map(rename, case.arguments)), case.processes, case.resumed_at)
+            renamed = Case(case.name, (*map(rename, case.arguments), *settings), case.processes, case.resumed_at)
             try:
                 recorded["runs"].update(run_case(repo, renamed, folder))
             except (RuntimeError, OSError) as error:
@@ -374,6 +382,7 @@ def main() -> None:
     recording.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep what the runs write and print in this folder"
     )
+    recording.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of every case")
     comparing = commands.add_parser("compare", help="compare two records; exit with 1 if they differ")
     comparing.add_argument("first", type=Path)
     comparing.add_argument("second", type=Path)
@@ -385,9 +394,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rename = renaming(arguments.rename)
     if arguments.command == "record":
-        sys.exit(
-            bool(record(arguments.out, arguments.repo, arguments.only, arguments.quickstart, rename, arguments.keep))
-        )
+        chosen = (arguments.only, arguments.quickstart, rename, arguments.keep, arguments.set)
+        sys.exit(bool(record(arguments.out, arguments.repo, *chosen)))
     first, second = (json.loads(path.read_text()) for path in (arguments.first, arguments.second))
     sys.exit(bool(print_comparison(first, second, arguments.only, rename)))
 
