@@ -137,7 +137,7 @@ def _end_to_end(tokens_BS: Tensor, lengths: Sequence[int]) -> tuple[dict[str, An
     return {"tokens": tokens_BS.flatten()[kept_T][None], "documents": documents}, index_T
 
 
-def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False, padding_free: bool = False) -> Batch:
     """Pad examples on the right to the longest (tokens with pad_id, labels with IGNORE_INDEX) and make a batch.
 
     Without examples the batch is one padding token, which counts nowhere: it gives a process without a batch left
@@ -145,7 +145,8 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
 
     Each document of a pack is a row.
 
-    is_paired: each example has the text in the teacher's own tokens too, see `Dataset.is_paired`.
+    is_paired: each example has the text in the teacher's own tokens too, see `Dataset.is_paired`. padding_free: rows end to
+    end, as `Batch.without_padding` lays them; not together with is_paired.
     """
     packs = [example.documents or (example,) for example in examples]
     examples = [
@@ -157,18 +158,30 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
         batch = Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
         return _with_teacher(batch, []) if is_paired else batch
     lengths = [len(example.tokens) for example in examples]
-    tokens = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
-    labels = torch.full_like(tokens, IGNORE_INDEX)
-    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        tokens[row, :length] = torch.from_numpy(example.tokens)
-        labels[row, :length] = torch.from_numpy(example.labels)
+    tokens, labels = (
+        _rows([getattr(example, name) for example in examples], fill, padding_free)
+        for name, fill in (("tokens", pad_id), ("labels", IGNORE_INDEX))
+    )
+    batch = Batch.from_labels(tokens, labels, lengths)
+    if padding_free:
+        batch = replace(batch, inputs={"tokens": tokens, "documents": Documents.of_lengths(lengths)})
     indices = [example.index for example in examples if example.index is not None]
     batch = replace(
-        Batch.from_labels(tokens, labels, lengths),
+        batch,
         example_ids=tuple(indices) if len(indices) == len(examples) else None,
         prompt_lengths=tuple(example.prompt_length for example in examples),
     )
     return _with_teacher(batch, [example.teacher for example in examples]) if is_paired else batch
+
+
+def _rows(parts: Sequence[Any], fill: int, padding_free: bool) -> Tensor:
+    """Return arrays of ids as int64 rows [B, S], filled on the right, or end to end in one, [1, T]."""
+    if padding_free:
+        return torch.cat([torch.from_numpy(part).to(torch.int64) for part in parts])[None]
+    rows = torch.full((len(parts), max(map(len, parts))), fill, dtype=torch.int64)
+    for row, part in zip(rows, parts, strict=True):
+        row[: len(part)] = torch.from_numpy(part)
+    return rows
 
 
 def _with_teacher(batch: Batch, teachers: Sequence[Any]) -> Batch:

@@ -104,6 +104,11 @@ class Dataset(ABC):
         return collate(examples, pad_id, is_paired=self.is_paired)
 
     @property
+    def has_own_batches(self) -> bool:
+        """True if batches are made by a `collate` of the dataset's class, and not by that of this one."""
+        return type(self).collate is not Dataset.collate
+
+    @property
     def lengths(self) -> Sequence[int] | None:
         """Number of tokens of each example; None if unknown before the examples are read."""
         return None

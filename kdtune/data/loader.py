@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from kdtune.data.batch import Batch
+from kdtune.data.batch import Batch, collate
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, StreamDataset, report_copy
 from kdtune.data.micro_batches import cut_by_tokens
 from kdtune.data.transforms import Example
@@ -190,6 +190,9 @@ class _Settings:
         return -(-num_examples // self.batch_size)
 
     def collate(self, dataset: Dataset, examples: list[Example]) -> Batch:
+        if self.padding_free and not dataset.is_paired and not dataset.has_own_batches:
+            # A pack may have one document of many tokens among many short ones, which would be padded to it.
+            return collate(examples, self.pad_id, padding_free=True)
         batch = dataset.collate(examples, self.pad_id)
         return batch.without_padding() if self.padding_free else batch
 

@@ -148,6 +148,11 @@ class MixedDataset(MapDataset):
         """Make the batch of these examples, as each of the datasets would."""
         return self._datasets[0].collate(examples, pad_id)
 
+    @property
+    def has_own_batches(self) -> bool:
+        """True if the datasets have."""
+        return self._datasets[0].has_own_batches
+
     def __getitem__(self, index: int) -> Example:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._datasets[number][index - int(self._starts[number])]
@@ -209,6 +214,11 @@ class MixedStream(StreamDataset):
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """Make the batch of these examples, as each of the datasets would."""
         return self._datasets[0].collate(examples, pad_id)
+
+    @property
+    def has_own_batches(self) -> bool:
+        """True if the datasets have."""
+        return self._datasets[0].has_own_batches
 
     @property
     def report(self) -> DatasetStats:  # type: ignore[override]  # computed: the datasets count while they are read

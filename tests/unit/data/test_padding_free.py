@@ -61,6 +61,11 @@ def test_rows_are_laid_end_to_end_with_their_targets():
     assert (batch.num_tokens, batch.num_padded_tokens, padded.num_padded_tokens) == (9, 0, 3)
     assert torch.equal(batch.targets.labels_N, padded.targets.labels_N) and batch.row_starts == [0, 3, 5]
     assert batch.prompt_lengths == padded.prompt_lengths
+    direct = collate(examples, pad_id=0, padding_free=True)
+    assert torch.equal(direct.tokens, batch.tokens) and torch.equal(direct.labels, batch.labels)
+    assert direct.inputs["documents"].lengths == direct.lengths and direct.prompt_lengths == padded.prompt_lengths
+    assert torch.equal(direct.inputs["documents"].positions_T, batch.inputs["documents"].positions_T)
+    assert direct.targets.shape == batch.targets.shape == (1, 9)
     on_meta = batch.to("meta")
     assert {one.device.type for one in (on_meta.tokens, on_meta.inputs["documents"].starts_N1)} == {"meta"}
 
