@@ -7,10 +7,12 @@ tokenizer has another name. Files are written under another name and then rename
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +38,11 @@ log = get_logger(__name__)
 
 FEWEST_ROWS = 1_000
 """Fewer rows, which take less than a second, are tokenized each time."""
+DAYS_KEPT = 90
+"""A file that was not used for longer is deleted when another one is written."""
 _SUFFIX = ".npz"
+# Of a file, and of one that is being written.
+_OURS = re.compile(r"[0-9a-f]{64}(\.npz|\..*\.part)")
 
 
 @dataclass
@@ -108,6 +114,7 @@ def read_tokenized(file: Path | None, *, is_chat: bool) -> TokenizedDataset | No
         counters = {name: Counter(values[name]) for name in ("remarks", "unread")}
         found = TokenizedDataset.of_arrays(ids, trained, ends, DatasetStats(**{**values, **counters}), is_chat=is_chat)
         size = file.stat().st_size
+        _mark_used(file)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         what = "cannot be read" if isinstance(error, OSError) else "damaged"
         log.warning("%s: %s (%s); the rows are tokenized again", file, what, error)
@@ -124,7 +131,7 @@ def write_tokenized(file: Path | None, dataset: TokenizedDataset) -> None:
     report = np.frombuffer(json.dumps(vars(dataset.report)).encode(), dtype=np.uint8)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        descriptor, part = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as opened:
                 np.savez(opened, ids=ids, trained=trained, ends=ends, report=report)
@@ -137,6 +144,23 @@ def write_tokenized(file: Path | None, dataset: TokenizedDataset) -> None:
         log.warning("%s: the tokenized rows cannot be kept: %s", file, error)
         return
     log.info("kept tokenized: %s (%.1f MB)", file, sum(one.nbytes for one in (ids, trained, ends)) / 1e6)
+    _delete_unused(file.parent)
+
+
+def _mark_used(file: Path) -> None:
+    with suppress(OSError):  # another user's, or on a disk that cannot be written
+        os.utime(file)
+
+
+def _delete_unused(folder: Path) -> None:
+    """Delete files that no run has read or written for DAYS_KEPT days, and parts that a killed run left."""
+    for file in folder.iterdir():
+        if not _OURS.fullmatch(file.name):
+            continue
+        with suppress(OSError):  # another run was faster, or it is another user's
+            if time.time() - file.stat().st_mtime > DAYS_KEPT * 86_400:
+                file.unlink()
+                log.info("deleted, not used for %d days: %s", DAYS_KEPT, file)
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,21 @@ def test_others_may_read_a_shared_cache(tmp_path: Path) -> None:
         os.umask(before)
     (file,) = cache.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_what_no_run_has_used_for_long_is_deleted(tmp_path: Path) -> None:
+    """By the run that writes another; a file that was read counts as used, and others' files stay."""
+    cache, old = tmp_path / "cache", time.time() - 91 * 86_400
+    used, unused, fresh = (rows_file(tmp_path / f"{name}.jsonl", output=name) for name in "abc")
+    built(cache, unused)
+    (cache / "weights.npz").touch()
+    (cache / f"{'0' * 64}.ab12.part").touch()
+    ours = set(cache.iterdir())
+    built(cache, used)
+    (of_used,) = set(cache.iterdir()) - ours
+    for file in cache.iterdir():
+        os.utime(file, (old, old))
+    built(cache, used)
+    built(cache, fresh)
+    left = set(cache.iterdir())
+    assert len(left) == 3 and {of_used, cache / "weights.npz"} < left and not ours - {cache / "weights.npz"} & left
