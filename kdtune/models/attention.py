@@ -119,4 +119,5 @@ def _attend_one_by_one(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE
         return tensor_SHE.transpose(0, 1)[None].split(documents.lengths, dim=2)
 
     outs = [attend(q, k, v, None) for q, k, v in zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)]
-    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+    # In the kernel's own order of dimensions, so that what follows is no second copy.
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)[0]
