@@ -1,7 +1,18 @@
-"""Cut the examples of an optimizer step into micro-batches by their numbers of tokens."""
+"""The micro-batches of an optimizer step: whether they are padded, and how examples are cut into them by numbers of tokens."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
+
+from kdtune.config.check import is_ours
+
+
+def is_padding_free(cfg: Any) -> bool:
+    """Return whether a training recipe's batches are without padding; `cfg` is its config."""
+    if cfg.padding_free is not None:
+        return bool(cfg.padding_free)
+    teacher = getattr(cfg, "teacher", None)
+    return teacher is None or is_ours(teacher)
 
 
 def cut_by_tokens(

@@ -129,7 +129,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     dtype = sum_dtype(student.hidden_TD)
     # For a sharded head, the largest number of ids on any process: all must use the same chunks.
     num_ids = max(shards.num_ids(vocab_size)) if shards else vocab_size
-    chunk_size = task.chunk_size or max(1, CHUNK_BYTES // (num_ids * (task.logits_dtype or dtype).itemsize))
+    chunk_size = chunk_tokens(num_ids, task.logits_dtype or dtype, task.chunk_size)
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
     rows = min(chunk_size, num_tokens)
     student_buffer, teacher_buffer = _buffers(student, task, rows, dtype)
@@ -178,6 +178,11 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     is_drawn = isinstance(task.teacher, SampledSignal) or isinstance(teacher_CV, SampledRows)
     known = None if is_drawn else agreement
     return Sums(total, ce, kd, known, outside if task.teacher.vocab_size < vocab_size else None)
+
+
+def chunk_tokens(num_ids: int, dtype: torch.dtype, chunk_size: int | None) -> int:
+    """Return the number of tokens whose logits, of so many ids in a dtype, are in memory at a time; `chunk_size` if it is given."""
+    return chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
 
 
 def _buffers(student: Projection, task: Task, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -245,5 +250,4 @@ def project_logits(head: Projection, positions_C: Tensor) -> Tensor:
 
 def chunk_slices(head: Projection, num_tokens: int, chunk_size: int | None) -> Iterator[slice]:
     """Return the chunks of some tokens; chunk_size None: by the bytes of their logits."""
-    row_bytes = head.vocab_size * sum_dtype(head.hidden_TD).itemsize
-    return slices(num_tokens, chunk_size or max(1, CHUNK_BYTES // row_bytes))
+    return slices(num_tokens, chunk_tokens(head.vocab_size, sum_dtype(head.hidden_TD), chunk_size))

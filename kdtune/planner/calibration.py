@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdtune.config import factory, instantiate
 from kdtune.data import Batch
+from kdtune.distributed.allocator import keep_freed_memory
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss, divergence_of
 from kdtune.models import Transformer, dtype_from_name
@@ -72,6 +73,8 @@ def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, 
         ConfigError: the config has a teacher that does not run here: on other processes, or of the user's own.
     """
     check_calibrated(cfg)
+    if device.type == "cpu":  # as a run does
+        keep_freed_memory()
     student = _model(cfg, device, factory(cfg.model), instantiate(cfg.checkpointer), cfg.dtype, cfg.adapter)
     if cfg.enable_activation_checkpointing or cfg.activation_checkpointing == "full":
         apply_activation_checkpointing(student)

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdtune.data.micro_batches import is_padding_free
 from kdtune.losses import Divergence, HiddenStateLoss
 from kdtune.losses.contract import over_student_ids
-from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd
+from kdtune.losses.fused_linear import Task, chunk_tokens, fused_linear_kd
 from kdtune.losses.heads import Projection
-from kdtune.losses.products import CPU_BLOCK_BYTES
-from kdtune.models import Transformer
+from kdtune.losses.products import sum_dtype
+from kdtune.models import Documents, Transformer
 from kdtune.planner.meta_device import Cost, measure
 
 DEFAULT_SEQ_LEN = 2048
@@ -24,6 +25,8 @@ class MicroBatch:
     batch_size: int
     seq_len: int
     device_type: str
+    is_padded: bool = True
+    """False: the examples are end to end in one row."""
 
     @property
     def num_tokens(self) -> int:
@@ -36,21 +39,17 @@ def hidden_bytes(pieces: Transformer, batch: MicroBatch) -> int:
     return batch.num_tokens * pieces.config.embed_dim * pieces.dtype.itemsize
 
 
-def rope_bytes(pieces: Transformer, batch: MicroBatch) -> int:
-    """Return the bytes of the rotary tables that all layers share."""
-    return sum(table.nbytes for table in _rope(pieces, batch))
-
-
 def fixed_bytes(pieces: Transformer, batch: MicroBatch) -> int:
     """Return the bytes allocated throughout a forward: the embedded tokens, the rotary tables, the micro-batch itself."""
     tokens_and_labels = 2 * batch.num_tokens * torch.int64.itemsize
-    return hidden_bytes(pieces, batch) + rope_bytes(pieces, batch) + tokens_and_labels
+    tables = _rope(pieces, batch.seq_len if batch.is_padded else batch.num_tokens)
+    return hidden_bytes(pieces, batch) + sum(table.nbytes for table in tables) + tokens_and_labels
 
 
 def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None) -> tuple[MicroBatch, str]:
     """Return the micro-batch of a recipe's config with the longest possible examples, and the source of their length.
 
-    With `tokens_per_micro_batch` it has as many examples as fit, at least one.
+    With `tokens_per_micro_batch` it is as large as that allows, of examples that are alike.
 
     Args:
         cfg: config of a recipe that trains.
@@ -66,8 +65,11 @@ def longest_batch(cfg: Any, context: int, device_type: str, seq_len: int | None)
         length, source = longest, "tokenizer.max_seq_len, the longest there can be"
     rows = cfg.batch_size
     if cfg.tokens_per_micro_batch is not None:
-        rows = max(1, min(cfg.tokens_per_micro_batch // length, rows * cfg.gradient_accumulation_steps))
-    return MicroBatch(rows, length, device_type), source
+        num_tokens = max(length, min(cfg.tokens_per_micro_batch, length * rows * cfg.gradient_accumulation_steps))
+        rows = -(-num_tokens // length)
+        if num_tokens < rows * length:
+            length, source = num_tokens // rows, "as many tokens as tokens_per_micro_batch allows"
+    return MicroBatch(rows, length, device_type, is_padded=not is_padding_free(cfg)), source
 
 
 def micro_batches(cfg: Any, batch: MicroBatch) -> int:
@@ -79,9 +81,14 @@ def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cos
     """Return the cost of a layer; see `Cost`."""
     layer = pieces.layers[0]
     hidden_BSD = _hidden(pieces, batch, backward=backward)
-    rope = _rope(pieces, batch)
+    rope, documents = _rope(pieces, batch.seq_len), None
+    # On a GPU, attention of documents is one call, as that of padded rows is.
+    if not batch.is_padded and batch.device_type != "cuda":
+        rope = _rope(pieces, batch.num_tokens)
+        documents = Documents.of_lengths([batch.seq_len] * batch.batch_size)
+        hidden_BSD = hidden_BSD.flatten(0, 1)[None].detach().requires_grad_(backward)
     held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
-    return measure(lambda: layer(hidden_BSD, rope), held, batch.device_type, backward=backward)
+    return measure(lambda: layer(hidden_BSD, rope, documents), held, batch.device_type, backward=backward)
 
 
 def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
@@ -99,6 +106,7 @@ def loss_cost(
     divergence: Divergence,
     kd_ratio: float,
     chunk_size: int | None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Cost:
     """Return the cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
     hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
@@ -109,24 +117,27 @@ def loss_cost(
         )
     vocab_size = len(ours.weight_VD)
     num_shared = vocab_size if theirs is None else min(vocab_size, len(theirs.weight_VD))
-    width = vocab_size * torch.promote_types(hidden_TD.dtype, torch.float32).itemsize
-    chunk = min(chunk_size or max(1, CHUNK_BYTES // width), batch.num_tokens)
-    # A chunk is alike the next; on a CPU, so is a block of its rows, and only the buffers are of the chunk's size.
-    rows = min(chunk, max(1, CPU_BLOCK_BYTES // width)) if batch.device_type == "cpu" else chunk
+    # A chunk is alike the next.
+    rows = min(chunk_tokens(vocab_size, logits_dtype or sum_dtype(hidden_TD), chunk_size), batch.num_tokens)
     positions = torch.empty(rows, dtype=torch.int64, device="meta")
-    task = Task(positions, positions, theirs, over_student_ids(divergence, vocab_size, num_shared), kd_ratio, rows)
+    task = Task(
+        positions,
+        positions,
+        theirs,
+        over_student_ids(divergence, vocab_size, num_shared),
+        kd_ratio,
+        chunk_size,
+        logits_dtype=logits_dtype,
+    )
     theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
     held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
     cost = measure(
         lambda: fused_linear_kd(_projection(student, hidden_TD), task).total, held, batch.device_type, backward=True
     )
-    buffers = (chunk - rows) * width * (1 if theirs is None else 2)
     flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
         0 if theirs is None else 2 * num_shared * theirs.weight_VD.shape[1]
     )
-    return replace(
-        cost, forward_peak=cost.forward_peak + buffers, forward_flops=flops * batch.num_tokens, backward_flops=0
-    )
+    return replace(cost, forward_flops=flops * batch.num_tokens, backward_flops=0)
 
 
 def hidden_loss_cost(
@@ -155,8 +166,8 @@ def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
     return Projection(*model.output.projection(hidden_TD), softcap=model.output.softcap)
 
 
-def _rope(pieces: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    return pieces.rope(torch.empty(batch.seq_len, dtype=torch.int64, device="meta"), pieces.dtype)
+def _rope(pieces: Transformer, num_positions: int) -> tuple[Tensor, Tensor]:
+    return pieces.rope(torch.empty(num_positions, dtype=torch.int64, device="meta"), pieces.dtype)
 
 
 def _hidden(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Tensor:

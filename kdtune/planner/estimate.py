@@ -185,6 +185,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         divergence=divergence,
         kd_ratio=kd_ratio,
         chunk_size=cfg.loss_chunk_size,
+        logits_dtype=None if cfg.loss_logits_dtype is None else dtype_from_name(cfg.loss_logits_dtype),
     )
     maps = (0, 0)
     if teacher is not None and cfg.hidden_loss:

@@ -208,7 +208,7 @@ def _notes(plans: Sequence[Estimate], gpu: GPU | None) -> list[str]:
     where = "; ".join(name + (f" ({', '.join(sizes)})" if len(plans) > 1 else "") for name, sizes in peaks.items())
     notes = [
         f"The peak is in {where}. Validation, samples and the driver are not in it.",
-        f"Every example has {first.batch.seq_len:,} tokens ({first.seq_len_source}), all of which count: no step takes more.",
+        f"Every example has {first.batch.seq_len:,} tokens ({first.seq_len_source}), all of which count: no micro-batch takes more.",
     ]
     if gpu is not None:
         notes += [

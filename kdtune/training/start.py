@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kdtune import config, parallel, teachers
 from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Dataset, Loader, PackedDataset, PackedStream, batches, load_dataset
+from kdtune.data.micro_batches import is_padding_free
 from kdtune.distributed import World
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
@@ -28,7 +29,7 @@ from kdtune.training.out_of_memory import explained_out_of_memory
 from kdtune.training.precision import resolve_device
 from kdtune.training.rounding import warn_of_lost_updates
 from kdtune.training.seed import set_seed
-from kdtune.training.steps import is_padding_free, plan_steps, step_text, take_micro_batches
+from kdtune.training.steps import plan_steps, step_text, take_micro_batches
 from kdtune.training.tokenizer import load_tokenizer, pair_tokenizers
 
 log = get_logger(__name__)

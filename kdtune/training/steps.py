@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from kdtune.config.check import is_ours
 from kdtune.data import Batch, Loader
 from kdtune.errors import ConfigError
 from kdtune.training.optim import check_schedule
@@ -30,14 +29,6 @@ def plan_steps(cfg: Any, batches_per_epoch: int | None, batches_per_step: int) -
     steps_per_epoch = count_steps(batches_per_epoch, batches_per_step, cfg.max_steps_per_epoch)
     check_schedule(cfg, cfg.epochs * steps_per_epoch)
     return steps_per_epoch, cfg.epochs * steps_per_epoch
-
-
-def is_padding_free(cfg: Any) -> bool:
-    """Return whether a training recipe's batches are without padding; `cfg` is its config."""
-    if cfg.padding_free is not None:
-        return bool(cfg.padding_free)
-    teacher = getattr(cfg, "teacher", None)
-    return teacher is None or is_ours(teacher)
 
 
 def step_text(batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> str:

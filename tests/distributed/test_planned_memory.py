@@ -17,7 +17,7 @@ from kdtune.planner.estimate import Estimate, make_estimate
 from kdtune.planner.teacher import TeacherEstimate, make_teacher_estimate
 
 SIZES = ["model.vocab_size=1003", "model.embed_dim=96", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=32",
-         "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1"]  # fmt: skip
+         "tokenizer.max_seq_len=96", "gradient_accumulation_steps=1", "padding_free=false"]  # fmt: skip
 TEACHER = ["teacher_model.vocab_size=1003", "teacher_model.embed_dim=160", "teacher_model.num_layers=5",
            "teacher_model.intermediate_dim=288"]  # fmt: skip
 KINDS = {

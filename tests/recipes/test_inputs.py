@@ -14,7 +14,7 @@ from command_line import CLI, Outcome
 from safetensors.torch import load_file, save_file
 
 from kdtune.checkpoint import Checkpointer
-from kdtune.training.steps import is_padding_free
+from kdtune.data.micro_batches import is_padding_free
 
 KD, FINETUNE = "knowledge_distillation", "finetune"
 SHORT = ("sample_prompts=[]", "save_every_n_steps=1", "run_val_every_n_steps=null", "~lr_scheduler")

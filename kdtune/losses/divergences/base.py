@@ -176,7 +176,7 @@ def most_likely(logits_RV: Tensor) -> Tensor:
     # The first of several largest values lies in the first part that has one.
     parts = logits_RV.split(_PART, dim=1)
     start_R1 = torch.stack([part.amax(-1) for part in parts], dim=1).argmax(-1, keepdim=True) * _PART
-    ids_RP = (start_R1 + torch.arange(_PART)).clamp_(max=logits_RV.shape[1] - 1)
+    ids_RP = (start_R1 + torch.arange(_PART, device=start_R1.device)).clamp_(max=logits_RV.shape[1] - 1)
     return start_R1.squeeze(1) + logits_RV.gather(1, ids_RP).argmax(-1)
 
 

@@ -15,7 +15,7 @@ from kdtune import _assets, losses, teachers, training
 from kdtune._assets import find_recipe
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
-from kdtune.data import Batch
+from kdtune.data import Batch, collate, make_example
 from kdtune.distributed import World, fake_world
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.quantization import num_bytes, quantize
@@ -28,7 +28,7 @@ from kdtune.planner.teacher import make_teacher_estimate
 
 CPU = torch.device("cpu")
 SMALL = ["model.vocab_size=500", "model.embed_dim=64", "model.num_layers=4", "model.intermediate_dim=160", "loss_chunk_size=64",
-         "tokenizer.max_seq_len=48", "batch_size=3", "gradient_accumulation_steps=1"]  # fmt: skip
+         "tokenizer.max_seq_len=48", "batch_size=3", "gradient_accumulation_steps=1", "padding_free=false"]  # fmt: skip
 ADAPTERS = {
     "full": ["adapter=null"],
     "lora": ["adapter=kdtune.models.apply_lora"],
@@ -136,6 +136,54 @@ def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
     with tracker:
         step()
     found = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dtype=fp32", "padding_free=true"],
+        ["dtype=fp32"],
+        ["dtype=bf16", "padding_free=true"],
+        ["dtype=bf16", "loss_logits_dtype=bf16", "loss_chunk_size=96"],
+        ["dtype=fp32", "loss_chunk_size=16", "model.num_layers=8", "model.vocab_size=1000", "batch_size=9",
+         "padding_free=true"],
+        ["dtype=fp32", "loss_chunk_size=16", "model.num_layers=8", "model.vocab_size=1000", "tokens_per_micro_batch=440",
+         "gradient_accumulation_steps=4", "padding_free=true"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_peak_of_a_distillation_step_is_what_torchs_tracker_finds(overrides: list[str]) -> None:
+    """With a vocabulary that the loss reads in parts, documents end to end, and a micro-batch as large as its tokens allow."""
+    cfg = config(
+        "knowledge_distillation", *SMALL, "model.vocab_size=17000", "teacher_model.vocab_size=17000", *overrides
+    )
+    student, dtype = real_model(cfg), dtype_from_name(cfg.dtype)
+    teacher = instantiate(cfg.teacher_model).to(dtype).requires_grad_(False)
+    lengths = [48] * 8 + [28, 28] if cfg.tokens_per_micro_batch else [48] * cfg.batch_size
+    batch = collate([make_example([5] * length, [True] * length) for length in lengths], 0)
+    batch = batch.without_padding() if cfg.padding_free is not False else batch
+    optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(student))
+    kd_loss = losses.KDLoss(losses.ForwardKL(), kd_ratio=cfg.kd_ratio, **cfg.loss_settings())
+    signal = teachers.OnlineTeacher(teacher)(
+        batch
+    )  # before the tracker, whose hooks a model without gradients cannot have
+
+    def step() -> None:
+        hidden = student(**batch.inputs, return_hidden=True)
+        kd_loss(hidden, student.output, signal, batch.targets)[0].backward()
+
+    step()
+    optimizer.step()
+    if cfg.tokens_per_micro_batch is None:  # with several micro-batches the gradients are there throughout
+        optimizer.zero_grad(set_to_none=True)
+    tracker = MemTracker()
+    tracker.track_external(student, optimizer)
+    with tracker:
+        step()
+        optimizer.step()
+    of_teacher = sum(one.nbytes for one in (*teacher.parameters(), signal.hidden_BSD))
+    found = tracker.get_tracker_snapshot("peak")[CPU]["Total"] + of_teacher
     assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
 
 
