@@ -1,5 +1,6 @@
-"""Figures of graphics cards as stated by their makers. Nothing here was measured."""
+"""Figures of graphics cards as stated by their makers, of which nothing was measured, and the memory of this machine."""
 
+import os
 from dataclasses import dataclass
 
 from kdtune.errors import ConfigError
@@ -52,3 +53,8 @@ def find_gpu(name: str) -> GPU:
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: unknown; the figures of {', '.join(GPUS)} are known")
     return GPUS[name]
+
+
+def host_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from kdtune.errors import ConfigError
 from kdtune.log import terminal_width, wrap
 from kdtune.planner.advice import advice_text, changes_to_fit
 from kdtune.planner.estimate import Estimate, check_trains, make_estimate
-from kdtune.planner.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu
+from kdtune.planner.hardware import DEFAULT_GPU, GPU, GPUS_PER_HOST, UTILIZATION, find_gpu, host_memory
 from kdtune.planner.teacher import TeacherEstimate, make_teacher_estimate
 
 T = TypeVar("T", Estimate, TeacherEstimate)
@@ -67,10 +67,14 @@ def estimate_text(
     options = {"device_type": "cpu" if on_cpu else "cuda", "seq_len": seq_len}
     plans = [_plan(cfg, size, **options) for size in world_sizes]
     text = table_text(plans, gpu)
-    if gpu is None or plans[-1].peak.total <= (room := _USABLE * gpu.memory_gib * _GIB):
+    if gpu is None and world_sizes[-1] > 1:  # on how many machines is not known
+        return text
+    room = _USABLE * (host_memory() if gpu is None else gpu.memory_gib * _GIB)
+    if plans[-1].peak.total <= room:
         return text
     changes = list(changes_to_fit(cfg, room, lambda changed: _plan(changed, world_sizes[-1], **options).peak.total))
-    where = f"{_USABLE:.0%} of {gpu.name}" + (f" on {world_sizes[-1]:,} processes" if world_sizes[-1] > 1 else "")
+    where = f"{_USABLE:.0%} of {gpu.name if gpu else 'the memory of this machine'}"
+    where += f" on {world_sizes[-1]:,} processes" if world_sizes[-1] > 1 else ""
     return f"{text}\n{advice_text(changes, room, where)}"
 
 

@@ -1,6 +1,5 @@
 """What to change after a run has run out of memory."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,4 +58,6 @@ def _advice(cfg: Any, world: World) -> str:
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    from kdtune.planner.hardware import host_memory
+
+    return host_memory()

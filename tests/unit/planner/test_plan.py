@@ -411,6 +411,21 @@ def test_command_line_with_a_teacher_apart(capsys: pytest.CaptureFixture[str]) -
     assert "\nmemory a process of the teacher, GiB\n" in out
 
 
+def test_a_plan_for_a_cpu_is_compared_with_this_machines_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the system ends a run that takes too much without an error that could say what to change."""
+    assert run_command(["plan", "tiny/knowledge_distillation"]) == 0
+    assert "To fit" not in capsys.readouterr().out
+    monkeypatch.setattr(text, "host_memory", lambda: 2**20)
+    assert run_command(["plan", "tiny/knowledge_distillation"]) == 0
+    out = capsys.readouterr().out
+    assert "into 90% of the memory of this machine (0.9 MiB)" in out
+    assert "batch_size=2 gradient_accumulation_steps=4" in out
+    assert run_command(["plan", "tiny/knowledge_distillation", "--world-size", "2"]) == 0
+    assert "this machine" not in capsys.readouterr().out
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     code = run_command(
         ["plan", "llama3_2/1B_full_distributed", "--world-size", "1,4", "--gpu", "h100-80gb", "batch_size=1"]
