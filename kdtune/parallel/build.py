@@ -11,6 +11,7 @@ from kdtune.constants import TP_DIM
 from kdtune.distributed import SINGLE_PROCESS, Parallelism, World
 from kdtune.errors import CheckpointError, ConfigError, ParallelismError
 from kdtune.models import Transformer, TransformerConfig, has_adapters, on_meta_device
+from kdtune.models.float8 import Float8Recipe, apply_float8
 from kdtune.models.quantization import quantize
 from kdtune.parallel.activations import (
     Checkpointed,
@@ -32,6 +33,7 @@ def build_model(
     weights: Path | None = None,
     trainable: bool = True,
     quantization: str | None = None,
+    float8_training: Float8Recipe | None = None,
     activation_checkpointing: Checkpointed | None = None,
     activation_offloading: bool = False,
     compile: bool = False,
@@ -54,13 +56,14 @@ def build_model(
         trainable: False freezes all parameters.
         quantization: scheme of `kdtune.models.quantization` for the linears of a frozen model's layers, which are quantized one
             by one as they are read; every process holds them all. None: the weights stay as they are.
+        float8_training: recipe of the layers' matrix products in float8, see `kdtune.models.float8`; None: in the weights' dtype.
         activation_checkpointing: recompute activations in backward, see `apply_activation_checkpointing`; None: keep them.
         activation_offloading: keep them in the CPU's memory, see `apply_activation_offloading`.
         compile: torch.compile each layer.
 
     Raises:
-        ConfigError: with neither a builder nor a checkpointer, or where the adapter does not fit the model, or the sizes of
-            the parallelism the number of processes.
+        ConfigError: with neither a builder nor a checkpointer, or where the adapter or float8_training does not fit the model, or
+            the sizes of the parallelism the number of processes.
         ParallelismError: the parallelism does not fit the model, or divides quantized weights.
         CheckpointError: the files cannot be read or do not fit the builder or the adapter.
     """
@@ -80,6 +83,8 @@ def build_model(
         raise CheckpointError(f"{weights}: holds a whole model, an adapter expected: the run is to train an adapter")
     if not trainable:
         model.requires_grad_(False)
+    if float8_training:
+        apply_float8(model, float8_training)
 
     mesh = device_mesh(model, parallelism, world)
     if quantization and mesh is not None:

@@ -118,6 +118,20 @@ def memory_problems(cfg: Any) -> list[str]:
             "activation_offloading=true, compile=true: a compiled layer chooses what it saves by itself, and has no place for the "
             "moves; set one to false"
         )
+    if cfg.float8_training is not None and cfg.adapter is not None:
+        found.append(
+            f"float8_training={cfg.float8_training}, adapter: linears with an adapter are left out of float8; give one of them"
+        )
+    if cfg.float8_training is not None and (cfg.parallelism or {}).get("tp", 1) != 1:
+        found.append(
+            f"float8_training={cfg.float8_training}, parallelism.tp={cfg.parallelism['tp']}: linears that are cut by tensor parallelism "
+            "are not converted; tp=1, or ~float8_training"
+        )
+    return found + _update_problems(cfg)
+
+
+def _update_problems(cfg: Any) -> list[str]:
+    found = []
     if cfg.optimizer_in_backward and cfg.gradient_accumulation_steps > 1:
         found.append(
             f"optimizer_in_backward=true, gradient_accumulation_steps={cfg.gradient_accumulation_steps}: a weight is updated in every "
@@ -137,6 +151,15 @@ def memory_problems(cfg: Any) -> list[str]:
         found.append(
             f"optimizer_in_backward=true, clip_grad_norm={cfg.clip_grad_norm}: the norm is known only after the last gradient; "
             "~clip_grad_norm, or optimizer_in_backward=false"
+        )
+    if cfg.weight_update != "nearest" and cfg.dtype != "bf16":
+        found.append(
+            f"weight_update={cfg.weight_update}, dtype={cfg.dtype}: only bf16 weights are rounded; dtype=bf16, or ~weight_update"
+        )
+    if cfg.weight_update != "nearest" and (cfg.optimizer or {}).get("bf16_stochastic_round"):
+        found.append(
+            f"weight_update={cfg.weight_update}, optimizer.bf16_stochastic_round=true: the optimizer would be given fp32 weights, which "
+            "it does not round; ~optimizer.bf16_stochastic_round, or ~weight_update"
         )
     return found
 

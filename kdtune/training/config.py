@@ -8,6 +8,7 @@ import torch
 from kdtune import checkpoint, data, parallel, runs, teachers, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.models.float8 import float8_problems
 from kdtune.paths import cache_folder
 from kdtune.training.checks import loop_problems, memory_problems
 from kdtune.training.precision import device_problems, resolve_device
@@ -44,6 +45,9 @@ class TrainingConfig:
     """cpu, cuda, cuda:N or mps; null: the best one there is."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """dtype of the trained model's weights, gradients and optimizer state."""
+    weight_update: Literal["nearest", "stochastic", "fp32_master"] = "nearest"
+    """How bf16 weights take an update: nearest (it is lost where it is small), stochastic (it is right on average), or fp32_master
+    (the optimizer holds an fp32 copy). The last two update in fp32, with fp32 state (docs/recipes.md)."""
     parallelism: Any = component(default={"_component_": "kdtune.distributed.Parallelism"}, may_change=True)
     """Parallelism of the trained model over the processes that torchrun starts; with one process it does nothing."""
     compile: bool = key(False, may_change=True)
@@ -53,6 +57,8 @@ class TrainingConfig:
     activation_checkpointing: Literal["full", "selective"] | int | None = key(None, may_change=True)
     """Recompute the trained model's activations in backward: full (less memory, about a third more time), a number n (of every n-th
     layer), or selective (all but matrix products and attention); null: keep them."""
+    float8_training: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(None, may_change=True)
+    """Multiply in float8 in the trained model's layers, by a recipe of torchao, for speed on Ada and Hopper GPUs; null: in their dtype."""
     activation_offloading: bool = key(False, may_change=True)
     """Hold the trained model's activations in the CPU's memory until backward; needs a CUDA device."""
     optimizer_in_backward: bool = key(False, may_change=True)
@@ -153,6 +159,11 @@ class TrainingConfig:
             )
         return found
 
+    @property
+    def checkpointed(self) -> Literal["full", "selective"] | int | None:
+        """The layers whose activations are recomputed, whichever key says so."""
+        return "full" if self.enable_activation_checkpointing else self.activation_checkpointing
+
     def loss_settings(self) -> dict[str, Any]:
         """Return the arguments of `kdtune.losses.KDLoss` that say how it computes, not what."""
         dtype = None if self.loss_logits_dtype is None else dtype_from_name(self.loss_logits_dtype)
@@ -168,6 +179,10 @@ class TrainingConfig:
             found.append(
                 "activation_offloading=true: needs a CUDA device, from which there is something to move; set it to false"
             )
+        if self.float8_training is not None and not found:
+            dtype = dtype_from_name((self.parallelism or {}).get("param_dtype") or self.dtype)
+            problems = float8_problems(self.float8_training, resolve_device(self.device), dtype)
+            found += [f"float8_training={self.float8_training}: {problem}" for problem in problems]
         found += runs.output_dir_problems(self.output_dir, resume=self.resume_from_checkpoint)
         for name in (field.name for field in fields(self) if field.name.endswith("checkpointer")):
             if node := instantiate(getattr(self, name)):

@@ -47,6 +47,7 @@ def warn_of_lost_updates(optimizer: Optimizer) -> None:
         rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
         get_logger(__name__).warning(
             "the trained weights are in bf16, where an update of the size of optimizer.lr=%s leaves %.0f %% of them as they are; set "
-            "dtype=fp32 (on several processes with parallelism.param_dtype=bf16, which still computes in bf16) or a larger optimizer.lr",
+            "weight_update=stochastic or fp32_master, dtype=fp32 (on several processes with parallelism.param_dtype=bf16, which still "
+            "computes in bf16) or a larger optimizer.lr",
             ", ".join(f"{rate:g}" for rate in rates), 100 * share,
         )  # fmt: skip

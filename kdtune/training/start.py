@@ -22,6 +22,7 @@ from kdtune.runs.progress import Progress
 from kdtune.runs.resume import is_finished, step_to_resume
 from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
+from kdtune.training.fp32_updates import update_in_fp32
 from kdtune.training.in_backward import step_in_backward
 from kdtune.training.inputs import check_inputs
 from kdtune.training.optim import trainable_parameters
@@ -171,7 +172,8 @@ def build_trained_model(cfg: Any, world: World, inputs: Inputs, name: str) -> Tr
         adapter=factory(cfg.adapter),
         weights=inputs.resume_from,
         compile=cfg.compile,
-        activation_checkpointing="full" if cfg.enable_activation_checkpointing else cfg.activation_checkpointing,
+        float8_training=cfg.float8_training,
+        activation_checkpointing=cfg.checkpointed,
         activation_offloading=cfg.activation_offloading,
     )
     check_save_weights(model, cfg.save_weights)
@@ -200,14 +202,18 @@ def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any,
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:
     """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`.
 
-    `cfg`: optimizer, lr_scheduler, optimizer_in_backward. The model's parameters are one group, those of a `loss` another.
+    `cfg`: optimizer, lr_scheduler, optimizer_in_backward, weight_update, seed. The model's parameters are one group, those of a
+    `loss` another.
     """
     optimizer: Optimizer = instantiate(cfg.optimizer, params=trainable_parameters(model))
     if loss is not None and loss.parameters():
         named = [(f"loss.{name}", parameter) for name, parameter in loss.module.named_parameters()]
         optimizer.add_param_group({"params": named, "lr": loss.module.projection_lr, "weight_decay": 0.0})
+    if cfg.weight_update == "nearest":
+        warn_of_lost_updates(optimizer)
+    else:
+        update_in_fp32(optimizer, cfg.weight_update, seed=cfg.seed)
     scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, optional={"num_training_steps": num_steps})
-    warn_of_lost_updates(optimizer)
     if cfg.optimizer_in_backward:
         step_in_backward(optimizer)
     return optimizer, scheduler

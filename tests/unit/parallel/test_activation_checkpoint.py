@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtune import models
 from kdtune.parallel import apply_activation_checkpointing, apply_activation_offloading
+from kdtune.parallel.activations import is_offloaded
 
 
 def tiny():
@@ -125,3 +126,29 @@ def test_offloaded_activations_give_the_same_gradients(checkpointed, monkeypatch
     }
     assert shapes and not weights.intersection(shapes)
     assert checkpointed is None or (2, 20, 16) in shapes
+
+
+def test_what_several_operations_of_a_layer_save_is_moved_once(monkeypatch):
+    """The input of q, k and v, for one, which three products save."""
+    plain, offloaded, saved, moved = tiny(), tiny(), [], []
+    for index, layer in enumerate(plain.layers):
+
+        def recorded(*args, forward=layer.forward, index=index):
+            def pack(tensor):
+                if is_offloaded(tensor, 0):
+                    saved.append((index, tensor.data_ptr(), tensor.shape, tensor.stride()))
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return forward(*args)
+
+        layer.forward = recorded
+    tokens = torch.randint(0, 31, (2, 20), generator=torch.Generator().manual_seed(1))
+    logits = plain(tokens)
+    empty = torch.empty
+    monkeypatch.setattr(
+        "kdtune.parallel.activations.torch.empty", lambda *a, **how: moved.append(a) or empty(*a, **how)
+    )
+    apply_activation_offloading(offloaded, smallest_bytes=0)
+    assert torch.equal(offloaded(tokens), logits)
+    assert len(moved) == len(set(saved)) < len(saved)
