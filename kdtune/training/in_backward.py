@@ -1,5 +1,7 @@
 """Updates of the weights in the middle of backward (arXiv 2306.09782), so that gradients are never in memory together."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,9 +21,14 @@ def step_in_backward(optimizer: Optimizer) -> None:
     norms: list[Tensor] = []
     setattr(optimizer, _NORMS, norms)
 
+    # A parameter's hooks are not seen by the garbage collector: they must not hold what holds the parameter.
+    reference = weakref.ref(optimizer)
+
     def update(parameter: Tensor) -> None:
+        owner = reference()
+        assert owner is not None, "the optimizer that updates in backward was dropped"
         norms.append(clip_grad_norm_([parameter], None))
-        optimizer.step()
+        owner.step()
         parameter.grad = None
 
     for group in optimizer.param_groups:

@@ -1,5 +1,7 @@
 """Updates in backward, against the same optimizer's step after it."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -74,3 +76,11 @@ def test_no_two_gradients_are_in_memory_together() -> None:
     step_in_backward(optimizer)
     student(torch.arange(6)[None]).logsumexp(-1).sum().backward()
     assert most == 1
+
+
+def test_model_and_optimizer_are_freed() -> None:
+    student, optimizer, _ = trained(OPTIMIZERS["adamw"], in_backward=True)
+    weight = weakref.ref(next(student.parameters()))
+    del student, optimizer
+    gc.collect()
+    assert weight() is None
