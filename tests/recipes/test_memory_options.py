@@ -5,6 +5,8 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
+import torch._dynamo.config
 from command_line import CLI
 
 RUN = ["run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "~dataset_val", "~lr_scheduler",
@@ -21,8 +23,13 @@ OPTIONS = {
     "accumulation": ["gradient_accumulation_steps=2", "batch_size=1"],
     "clipping": ["clip_grad_norm=100.0"],
     "8-bit optimizer": ["optimizer=torchao.optim.AdamW8bit", "optimizer.lr=1e-2"],
+    "4-bit optimizer": ["optimizer=torchao.optim.AdamW4bit", "optimizer.lr=1e-2"],
+    "float8 optimizer": ["optimizer=torchao.optim.AdamWFp8", "optimizer.lr=1e-2"],
+    "stochastic": ["dtype=bf16", "weight_update=stochastic"],
+    "fp32 master": ["dtype=bf16", "weight_update=fp32_master"],
     "lora": LORA,
     "qlora": [*LORA, "adapter.quantize_base=true"],
+    "compiled": ["compile=true"],
     "int8 teacher": ["teacher_quantization=int8"],
     "own base": ["~teacher_model", "teacher=kdtune.teachers.BaseOfStudent"],
 }
@@ -36,20 +43,31 @@ REFUSED = {
     ): "optimizer_in_backward=true, tokens_per_micro_batch=64: it may cut",
     frozenset({"in backward", "clipping"}): "optimizer_in_backward=true, clip_grad_norm=100.0: the norm is known only",
     frozenset({"int8 teacher", "own base"}): "teacher_quantization: has no effect beside teacher",
+    frozenset({"offloading", "compiled"}): "activation_offloading=true, compile=true: a compiled layer",
 }
 # They set the same key.
-ALIKE = [{"full checkpointing", "selective checkpointing", "every second layer"}, {"lora", "qlora"}]
+ALIKE = [
+    {"full checkpointing", "selective checkpointing", "every second layer"},
+    {"lora", "qlora"},
+    {"8-bit optimizer", "4-bit optimizer", "float8 optimizer"},
+    {"stochastic", "fp32 master"},
+]
 # What changes the numbers: the run to compare a pair with has these alone.
-CHANGES = ("lora", "qlora", "int8 teacher", "own base", "8-bit optimizer")
+CHANGES = (
+    "lora",
+    "qlora",
+    "int8 teacher",
+    "own base",
+    "8-bit optimizer",
+    "4-bit optimizer",
+    "float8 optimizer",
+    "stochastic",
+    "fp32 master",
+)
+IN_BF16 = {"stochastic", "fp32 master"}
 QUICK = [("full checkpointing", "in backward"), ("selective checkpointing", "lora"), ("in backward", "accumulation"),
          ("in backward", "clipping"), ("in backward", "micro-batches by tokens"), ("offloading", "in backward")]  # fmt: skip
 PAIRS = [pair for pair in combinations(OPTIONS, 2) if not any(set(pair) <= group for group in ALIKE)]
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao compiles its optimizers' step for each shape, which takes minutes and does not change what is computed."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +79,12 @@ def losses(cli: CLI, tmp_path_factory: pytest.TempPathFactory):
         if names not in found:
             folder = tmp_path_factory.mktemp("run") / "out"
             settings = [setting for name in names for setting in OPTIONS[name]]
-            done = cli(*RUN, *settings, f"output_dir={folder}")
+            # torchao compiles its optimizers' step for each shape, which takes minutes and does not change what is computed.
+            is_compiled = "compiled" in names
+            torch._dynamo.reset()  # it compiles a function only so many times in one process
+            with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=not is_compiled):
+                patch.setenv("TORCHDYNAMO_DISABLE", "0" if is_compiled else "1")
+                done = cli(*RUN, *settings, f"output_dir={folder}")
             rows = [] if done.code else map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
             found[names] = done.err if done.code else [row["loss"] for row in rows if "loss" in row]
             assert done.code in (0, 2) and (done.code == 0 or not folder.exists()), done.err
@@ -73,7 +96,7 @@ def losses(cli: CLI, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     "pair",
     [pytest.param(pair, id=" and ".join(pair), marks=[] if pair in QUICK else
-     [pytest.mark.slow("a run for each of some sixty pairs; a few are quick")]) for pair in PAIRS],
+     [pytest.mark.slow("a run for each of some hundred pairs, some of which are compiled; a few are quick")]) for pair in PAIRS],
 )  # fmt: skip
 def test_each_pair_trains_as_without_it_or_is_refused(pair: tuple[str, str], losses) -> None:
     found = losses(pair)
@@ -85,7 +108,10 @@ def test_each_pair_trains_as_without_it_or_is_refused(pair: tuple[str, str], los
         assert "activation_offloading=true: needs a CUDA device" in found
     else:
         expected = losses(tuple(name for name in pair if name in CHANGES))
-        assert found == pytest.approx(expected, rel=1e-6), pair
+        # Gradients are added up in the weights' dtype, and torch's compiler rounds bf16 less often.
+        rounds = set(pair) & IN_BF16 and set(pair) & {"accumulation", "micro-batches by tokens", "compiled"}
+        assert found == pytest.approx(expected, rel=1e-3 if rounds else 1e-6), pair
+        assert found[1] < found[0]
 
 
 @pytest.mark.parametrize(
