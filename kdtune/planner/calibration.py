@@ -19,6 +19,7 @@ from kdtune.distributed.allocator import keep_freed_memory
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss, divergence_of
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.models.float8 import apply_float8
 from kdtune.models.nf4 import is_nf4, quantize_nf4
 from kdtune.models.quantization import quantize
 from kdtune.models.transformer import INIT_STD
@@ -76,8 +77,10 @@ def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, 
     if device.type == "cpu":  # as a run does
         keep_freed_memory()
     student = _model(cfg, device, factory(cfg.model), instantiate(cfg.checkpointer), cfg.dtype, cfg.adapter)
-    if cfg.enable_activation_checkpointing or cfg.activation_checkpointing == "full":
-        apply_activation_checkpointing(student)
+    if cfg.float8_training:
+        apply_float8(student, cfg.float8_training)
+    if cfg.checkpointed:
+        apply_activation_checkpointing(student, cfg.checkpointed)
     teacher = None
     if getattr(cfg, "kd_ratio", 0.0) > 0:
         checkpointer = instantiate(cfg.teacher_checkpointer)

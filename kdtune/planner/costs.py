@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from kdtune.data.micro_batches import is_padding_free
 from kdtune.losses import Divergence, HiddenStateLoss
@@ -13,7 +17,8 @@ from kdtune.losses.fused_linear import Task, chunk_tokens, fused_linear_kd
 from kdtune.losses.heads import Projection
 from kdtune.losses.products import sum_dtype
 from kdtune.models import Documents, Transformer
-from kdtune.planner.meta_device import Cost, measure
+from kdtune.parallel.activations import SMALLEST_BYTES, is_offloaded, keeps_products
+from kdtune.planner.meta_device import Cost, FakeDevice, measure
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -79,16 +84,61 @@ def micro_batches(cfg: Any, batch: MicroBatch) -> int:
 
 def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cost:
     """Return the cost of a layer; see `Cost`."""
-    layer = pieces.layers[0]
-    hidden_BSD = _hidden(pieces, batch, backward=backward)
-    rope, documents = _rope(pieces, batch.seq_len), None
-    # On a GPU, attention of documents is one call, as that of padded rows is.
-    if not batch.is_padded and batch.device_type != "cuda":
-        rope = _rope(pieces, batch.num_tokens)
-        documents = Documents.of_lengths([batch.seq_len] * batch.batch_size)
-        hidden_BSD = hidden_BSD.flatten(0, 1)[None].detach().requires_grad_(backward)
+    layer, (hidden_BSD, rope, documents) = pieces.layers[0], _layer_inputs(pieces, batch, backward=backward)
     held: list[Tensor] = [hidden_BSD, *rope, *layer.parameters()]
     return measure(lambda: layer(hidden_BSD, rope, documents), held, batch.device_type, backward=backward)
+
+
+def _layer_inputs(
+    pieces: Transformer, batch: MicroBatch, *, backward: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor], Documents | None]:
+    hidden_BSD = _hidden(pieces, batch, backward=backward)
+    # On a GPU, attention of documents is one call, as that of padded rows is.
+    if batch.is_padded or batch.device_type == "cuda":
+        return hidden_BSD, _rope(pieces, batch.seq_len), None
+    documents = Documents.of_lengths([batch.seq_len] * batch.batch_size)
+    return (
+        hidden_BSD.flatten(0, 1)[None].detach().requires_grad_(backward),
+        _rope(pieces, batch.num_tokens),
+        documents,
+    )
+
+
+def saved_products(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes of what selective checkpointing keeps of a layer besides its input: outputs of products and attention."""
+    inputs = _layer_inputs(pieces, batch, backward=True)
+    with FakeDevice(batch.device_type), _ProductOutputs() as found:
+        pieces.layers[0](*inputs)
+    return found.total
+
+
+class _ProductOutputs(TorchDispatchMode):
+    """Add up the bytes of outputs that selective checkpointing keeps."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if keeps_products(None, func) == CheckpointPolicy.MUST_SAVE:
+            self.total += sum(one.nbytes for one in tree_leaves(result) if isinstance(one, Tensor))
+        return result
+
+
+def offloaded_bytes(pieces: Transformer, batch: MicroBatch) -> int:
+    """Return the bytes of a layer's saved tensors that activation offloading moves to the CPU, shared ones once."""
+    inputs = _layer_inputs(pieces, batch, backward=True)
+    moved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if is_offloaded(tensor, SMALLEST_BYTES):
+            storage = tensor.untyped_storage()
+            moved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeDevice(batch.device_type), saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = pieces.layers[0](*inputs)  # what autograd saves is freed with it
+    del output
+    return sum(moved.values())
 
 
 def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:

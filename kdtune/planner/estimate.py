@@ -14,8 +14,9 @@ from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
 from kdtune.losses import Divergence, HiddenStateLoss, divergence_name, divergence_of
-from kdtune.models import dtype_from_name, has_adapters
+from kdtune.models import Transformer, dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
+from kdtune.parallel.activations import SMALLEST_BYTES
 from kdtune.planner.costs import (
     MicroBatch,
     fixed_bytes,
@@ -26,10 +27,12 @@ from kdtune.planner.costs import (
     loss_cost,
     micro_batches,
     norm_kept,
+    offloaded_bytes,
+    saved_products,
 )
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
-from kdtune.planner.phases import CommVolume, Phase, StudentCost, TeacherCost, phases, volume
+from kdtune.planner.phases import CommVolume, Phase, SavedActivations, StudentCost, TeacherCost, phases, volume
 from kdtune.planner.sizes import FSDPUnit, ModelSizes, model_sizes, update_bytes
 from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher
 
@@ -83,9 +86,11 @@ class Estimate:
     def flops(self) -> int:
         """Floating-point operations of a step on one rank, including recomputed layers."""
         student = self.student
-        forwards = 2 if student.recomputes else 1
-        layer = forwards * student.layer.forward_flops + student.layer.backward_flops
-        total = student.sizes.num_layers * layer + self.loss.forward_flops
+        # What is recomputed selectively has no products.
+        is_selective = student.saved.checkpointed == "selective"
+        again = 0 if is_selective else student.saved.num_recomputed(student.sizes.num_layers)
+        forwards = (student.sizes.num_layers + again) * student.layer.forward_flops
+        total = forwards + student.sizes.num_layers * student.layer.backward_flops + self.loss.forward_flops
         if self.teacher is not None and not self.teacher.num_ranks:
             total += self.teacher.flops
         return self.accumulation * total
@@ -106,11 +111,11 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that a rank holds in CPU memory instead (cpu_offload)."""
+        """Bytes that a rank holds in CPU memory instead (cpu_offload, activation_offloading)."""
         own = self.held.stored + self.held.gradients + self.held.state if self.student.sizes.is_offloaded else 0
         if self.teacher is not None and not self.teacher.num_ranks and self.teacher.sizes.is_offloaded:
             own += self.teacher.sizes.total.stored
-        return own
+        return own + self.student.saved.on_host(self.student.sizes.num_layers)
 
     def computing(self, gpu: GPU) -> float:
         """Seconds of computation per step, from stated figures; a disaggregated teacher adds the slower side's time and one wait."""
@@ -154,19 +159,11 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     parallelism.sizes(world.size)
     source, dtype = instantiate(cfg.checkpointer), dtype_from_name(cfg.dtype)
     model = meta_model(factory(cfg.model), source, adapter=factory(cfg.adapter), dtype=dtype)
-    ours = model_sizes(model, parallelism, world, cfg.optimizer)
+    ours = model_sizes(model, parallelism, world, cfg.optimizer, cfg.weight_update)
     kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
-    recomputes = _recomputes(cfg)
     accumulation = micro_batches(cfg, batch)
-    student = StudentCost(
-        ours,
-        layer_cost(ours.pieces, batch, backward=True),
-        norm_kept(ours.pieces, batch),
-        hidden_bytes(ours.pieces, batch),
-        fixed_bytes(ours.pieces, batch),
-        recomputes=recomputes,
-    )
+    student = _student_cost(cfg, ours, batch)
     teacher: TeacherCost | None = None
     divergence: Divergence = _no_divergence
     if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
@@ -190,7 +187,9 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     maps = (0, 0)
     if teacher is not None and cfg.hidden_loss:
         teacher, loss, maps = _with_hidden_loss(instantiate(cfg.hidden_loss), ours, teacher, loss, batch)
-    update = update_bytes(cfg.optimizer, ours, batch.device_type)
+    update = update_bytes(
+        cfg.optimizer, ours, batch.device_type, cfg.weight_update, in_backward=cfg.optimizer_in_backward
+    )
     found = phases(student, teacher, loss, accumulation, update)
     return Estimate(
         world_size=world.size + num_teachers,
@@ -201,7 +200,9 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         teacher=teacher,
         loss=loss,
         phases=tuple(_with_maps(one, *maps) for one in found),
-        volume=volume(ours, asked, accumulation, batch, recomputes=recomputes),
+        volume=volume(
+            ours, asked, accumulation, batch, recomputed=student.saved.num_recomputed(ours.num_layers) / ours.num_layers
+        ),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
         maps=sum(maps),
@@ -248,17 +249,27 @@ def _no_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     raise AssertionError("there is no teacher")
 
 
-def _recomputes(cfg: Any) -> bool:
-    """Return whether every layer is computed again in backward; ConfigError for an option whose memory is not estimated."""
-    unknown = {
-        key: getattr(cfg, key) for key in ("activation_offloading", "optimizer_in_backward") if getattr(cfg, key)
-    }
-    if cfg.activation_checkpointing not in (None, "full"):
-        unknown["activation_checkpointing"] = cfg.activation_checkpointing
-    if unknown:
-        key, value = next(iter(unknown.items()))
-        raise ConfigError(
-            f"plan: the memory of {key}={str(value).lower()} is not estimated; plan without it (activation_checkpointing=full is "
-            "estimated), for an upper bound"
-        )
-    return bool(cfg.enable_activation_checkpointing or cfg.activation_checkpointing)
+def _student_cost(cfg: Any, ours: ModelSizes, batch: MicroBatch) -> StudentCost:
+    return StudentCost(
+        ours,
+        layer_cost(ours.pieces, batch, backward=True),
+        norm_kept(ours.pieces, batch),
+        hidden_bytes(ours.pieces, batch),
+        fixed_bytes(ours.pieces, batch),
+        saved=_saved_activations(cfg, ours.pieces, batch),
+        updates_in_backward=cfg.optimizer_in_backward,
+    )
+
+
+def _saved_activations(cfg: Any, pieces: Transformer, batch: MicroBatch) -> SavedActivations:
+    recomputed = hidden = hidden_bytes(pieces, batch)
+    moved = None
+    if cfg.checkpointed == "selective":
+        recomputed += saved_products(pieces, batch)
+    if not cfg.activation_offloading:
+        return SavedActivations(cfg.checkpointed, recomputed)
+    if not isinstance(cfg.checkpointed, str):
+        moved = offloaded_bytes(pieces, batch)
+    # Only the input is moved: the outputs of products are kept by the recomputation itself, not by autograd.
+    moved_input = hidden if hidden >= SMALLEST_BYTES else 0
+    return SavedActivations(cfg.checkpointed, recomputed - moved_input, moved, moved_input)

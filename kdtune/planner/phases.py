@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from kdtune.parallel import Checkpointed
 from kdtune.planner.costs import MicroBatch, hidden_bytes
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.sizes import FSDPUnit, ModelSizes
@@ -58,6 +59,34 @@ class CommVolume:
 
 
 @dataclass(frozen=True)
+class SavedActivations:
+    """What the layers save for backward under `activation_checkpointing` and `activation_offloading`."""
+
+    checkpointed: Checkpointed | None = None
+    recomputed: int = 0
+    """Bytes that a layer whose activations are recomputed saves on the device."""
+    offloaded: int | None = None
+    """Bytes that another layer moves to the CPU; None: none are moved."""
+    offloaded_recomputed: int = 0
+    """Bytes that a layer whose activations are recomputed moves to the CPU."""
+
+    def num_recomputed(self, num_layers: int) -> int:
+        """Return how many of the first layers are recomputed."""
+        every = self.checkpointed if isinstance(self.checkpointed, int) else 1
+        return -(-num_layers // every) if self.checkpointed else 0
+
+    def on_device(self, num_layers: int, kept: int) -> int:
+        """Return the bytes that the first layers save on the device; `kept`: of one that is neither recomputed nor moved."""
+        again = self.num_recomputed(num_layers)
+        return again * self.recomputed + (num_layers - again) * (kept - (self.offloaded or 0))
+
+    def on_host(self, num_layers: int) -> int:
+        """Return the bytes that the first layers move to the CPU."""
+        again = self.num_recomputed(num_layers)
+        return again * self.offloaded_recomputed + (num_layers - again) * (self.offloaded or 0)
+
+
+@dataclass(frozen=True)
 class StudentCost:
     """Costs of the trained model: sizes, one layer, and the final norm's saved tensors; bytes."""
 
@@ -68,22 +97,22 @@ class StudentCost:
     """One hidden state [B, S, D]."""
     fixed: int
     """Allocated from the start: the embedded tokens, the rotary tables, the micro-batch itself."""
-    recomputes: bool
+    saved: SavedActivations
+    updates_in_backward: bool = False
 
-    @property
-    def kept(self) -> int:
-        """Bytes that a layer saves until its backward."""
-        return self.hidden if self.recomputes else self.layer.kept
+    def kept_by(self, num_layers: int) -> int:
+        """Return the bytes that the first layers have saved until their backward."""
+        return self.saved.on_device(num_layers, self.layer.kept)
 
     @property
     def layer_backward(self) -> int:
         """Peak bytes in a layer's backward, including its saved tensors."""
-        return self.layer.backward_peak + (self.hidden if self.recomputes else 0)
+        return self.layer.backward_peak + (self.hidden if self.saved.checkpointed else 0)
 
     @property
     def activations(self) -> int:
         """Bytes that all layers have saved after forward."""
-        return self.fixed + self.sizes.num_layers * self.kept + self.norm
+        return self.fixed + self.kept_by(self.sizes.num_layers) + self.norm
 
 
 @dataclass(frozen=True)
@@ -129,7 +158,11 @@ def phases(
         yield from teacher_phases(teacher, held)
     yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
     yield from _backward(student, held)
-    end = {**held, "gradients": _own(student.sizes, student.sizes.total.gradients)}
+    gradients = _own(student.sizes, student.sizes.total.gradients)
+    if student.updates_in_backward:  # one gradient at a time, of which that of the embeddings is the largest
+        gradients = max(_gradient_bytes(student.sizes, name) for name in ("output", "tok_embeddings"))
+        gradients //= max(1, student.sizes.num_shards)
+    end = {**held, "gradients": gradients}
     yield Phase("the optimizer's step", **end, loss=update)
 
 
@@ -185,8 +218,8 @@ def _forward(student: StudentCost, loss: Cost, held: dict[str, int], *, answer: 
     yield Phase("the student's first use", **{**held, "gathered": first}, activations=answer)
     kept_whole = 0 if sizes.reshards else sizes.num_layers * layer.whole
     rest = held["gathered"] + sizes.rest.whole
-    below = student.fixed + (sizes.num_layers - 1) * student.kept
-    working = student.kept if student.recomputes else student.layer.forward_peak
+    below = student.fixed + student.kept_by(sizes.num_layers - 1)
+    working = student.saved.recomputed if student.saved.checkpointed == "full" else student.layer.forward_peak
     forward = {**held, "gathered": rest + max(kept_whole, layer.whole) + buffer}
     yield Phase("the student's forward", **forward, activations=answer + below + working)
     full = {**held, "gathered": rest + kept_whole}
@@ -200,6 +233,10 @@ def _backward(student: StudentCost, held: dict[str, int]) -> Iterator[Phase]:
     is_first = held["gradients"] == 0
     # The head's gradient exists from the loss on: unreduced, or as this process's own.
     head = _gradient_bytes(sizes, "output")
+    # Updated in backward, gradients of layers are gone when the next layer's come, and so is an untied head's.
+    layer_gradients = 0 if student.updates_in_backward else layer.gradients
+    if student.updates_in_backward and not whole and not sizes.pieces.config.tie_embeddings:
+        head = 0
     embeddings = _gradient_bytes(sizes, "tok_embeddings")
     rest = held["gathered"] + sizes.rest.whole
     shard = -(-layer.reduced // max(1, sizes.num_shards))
@@ -208,11 +245,11 @@ def _backward(student: StudentCost, held: dict[str, int]) -> Iterator[Phase]:
             continue
         done = count - 1 - index
         waiting = layer.reduced if done else 0
-        own = _own(sizes, done * layer.gradients) if is_first else held["gradients"]
+        own = _own(sizes, done * layer_gradients) if is_first else held["gradients"]
         pending = head
         if not whole:
             own, pending = own + (head if is_first else 0), 0 if is_first else head
-        below = student.fixed + index * student.kept
+        below = student.fixed + student.kept_by(index)
         gathered = rest + (layer.whole + (buffer if index else 0) if sizes.reshards else (index + 1) * layer.whole)
         now = {**held, "gradients": own, "gathered": gathered}
         yield Phase(
@@ -230,7 +267,7 @@ def _backward(student: StudentCost, held: dict[str, int]) -> Iterator[Phase]:
                 activations=below + student.hidden,
                 reduction=pending + sent,
             )
-    own = _own(sizes, count * layer.gradients) if is_first else held["gradients"]
+    own = _own(sizes, count * layer_gradients) if is_first else held["gradients"]
     if not whole:
         # A tied head's gradient and the embeddings' are summed into one.
         own = own + head if is_first else own
@@ -253,15 +290,15 @@ def _gradient_bytes(sizes: ModelSizes, name: str) -> int:
 
 
 def volume(
-    student: ModelSizes, teacher: TeacherCost | None, accumulation: int, batch: MicroBatch, *, recomputes: bool
+    student: ModelSizes, teacher: TeacherCost | None, accumulation: int, batch: MicroBatch, *, recomputed: float
 ) -> CommVolume:
-    """Return the bytes that a rank receives in a step; `teacher`: None if it is not used."""
+    """Return the bytes that a rank receives in a step; `teacher`: None if it is not used; `recomputed`: share of the layers."""
     gather = student.rest.whole + student.num_layers * student.layer.whole * (2 if student.reshards else 1)
     gathered = _ring(gather, student.num_shards)
     reduced = student.total.reduced
     replicas = student.layout[0] if student.is_sharded else 1
     summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
-    cut = _cut_volume(student, batch, passes=3 if recomputes else 2, exchanges=2)
+    cut = _cut_volume(student, batch, passes=2 + recomputed, exchanges=2)
     answers = 0
     if teacher is not None and teacher.num_ranks:
         answers = teacher.hidden
@@ -278,13 +315,14 @@ def teacher_gather(teacher: TeacherCost) -> int:
     return teacher.rounds * _ring(sizes.num_layers * sizes.layer.whole, sizes.num_shards) if sizes.reshards else 0
 
 
-def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: int, exchanges: int) -> int:
+def _cut_volume(sizes: ModelSizes, batch: MicroBatch, *, passes: float, exchanges: int) -> int:
     """Return the bytes of tensor parallelism for a micro-batch, given the passes over the layers and exchanges of logits."""
     tp = sizes.layout[-1]
     hidden = hidden_bytes(sizes.pieces, batch)
     logits = batch.num_tokens * len(sizes.pieces.output.weight) * torch.float32.itemsize
     # A sum is sent as two rings; of a process's logits, all but its own tokens' go to the others.
-    return passes * 2 * sizes.num_layers * 2 * _ring(hidden, tp) + 2 * _ring(hidden, tp) + exchanges * _ring(logits, tp)
+    layers = round(passes * 2 * sizes.num_layers * 2 * _ring(hidden, tp))
+    return layers + 2 * _ring(hidden, tp) + exchanges * _ring(logits, tp)
 
 
 def _ring(total: int, ranks: int) -> int:

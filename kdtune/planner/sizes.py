@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -87,11 +88,48 @@ class ModelSizes:
         return self.is_sharded and self.parallelism.cpu_offload
 
 
-# Of each parameter, the tensors of its state: for each dimension its size, or -1 - d for the size of dimension d.
-State = dict[str, list[tuple[tuple[int, ...], int]]]
+@dataclass(frozen=True)
+class Packed:
+    """A state tensor of few bits, as torchao's optimizers have: bytes of a block of values and, besides, of the tensor."""
+
+    block_size: int
+    block_bytes: int
+    fixed_bytes: int
+
+    def bytes_of(self, num_values: int) -> int | None:
+        """Return its bytes for a parameter's local values; None where the optimizer keeps plain state: few, or no whole blocks."""
+        if num_values < _LEAST_PACKED or num_values % self.block_size:
+            return None
+        return num_values // self.block_size * self.block_bytes + self.fixed_bytes
 
 
-def model_sizes(model: Transformer, parallelism: Parallelism, world: World, optimizer: Any = None) -> ModelSizes:
+# torchao.optim's own limit, below which state is not quantized.
+_LEAST_PACKED = 4096
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of a parameter's optimizer state."""
+
+    pattern: tuple[int, ...]
+    """For each dimension its size, or -1 - d for the size of the parameter's dimension d."""
+    itemsize: int
+    packed: Packed | None = None
+
+    def bytes_of(self, shape: Sequence[int]) -> int:
+        """Return its bytes for a parameter's (local) shape."""
+        size = math.prod(size if size >= 0 else shape[-1 - size] for size in self.pattern)
+        is_whole = self.packed is not None and size == math.prod(shape)
+        found = self.packed.bytes_of(size) if self.packed is not None and is_whole else None
+        return self.itemsize * size if found is None else found
+
+
+State = dict[str, list[StateTensor]]
+
+
+def model_sizes(
+    model: Transformer, parallelism: Parallelism, world: World, optimizer: Any = None, weight_update: str = "nearest"
+) -> ModelSizes:
     """Return the sizes on a rank of a model on the meta device; the model is modified and unusable afterwards.
 
     Args:
@@ -99,9 +137,10 @@ def model_sizes(model: Transformer, parallelism: Parallelism, world: World, opti
         parallelism: how it is parallelized.
         world: the rank; for several ranks, `fake_world`'s.
         optimizer: component node of its optimizer; None: it is not trained.
+        weight_update: how bf16 weights are updated, as in a training config.
     """
     num_layers, model.layers = len(model.layers), model.layers[:1]
-    state = {} if optimizer is None else state_shapes(optimizer, _trained(model))
+    state = {} if optimizer is None else state_shapes(optimizer, _trained(model), weight_update)
     # torchao quantizes an NF4 weight again to copy it.
     pieces = copy.deepcopy(model, {id(one): map_nf4(one, torch.clone) for one in model.parameters() if is_nf4(one)})
     shard_model(model, parallelism, world)
@@ -134,7 +173,7 @@ class _DTypes:
         return dtype_from_name(name) if name else torch.promote_types(dtype, torch.float32)
 
 
-def _unit(parameter: Tensor, shards: int, dtypes: _DTypes, state: list[tuple[tuple[int, ...], int]]) -> FSDPUnit:
+def _unit(parameter: Tensor, shards: int, dtypes: _DTypes, state: list[StateTensor]) -> FSDPUnit:
     own, dtype, trained = to_local(parameter), parameter.dtype, parameter.requires_grad
     senders = shards if isinstance(parameter, DTensor) else 0
     gathered = senders * _num_padded(parameter)
@@ -142,13 +181,13 @@ def _unit(parameter: Tensor, shards: int, dtypes: _DTypes, state: list[tuple[tup
     return FSDPUnit(
         stored=num_bytes(own),
         gradients=_bytes(own) * trained,
-        state=sum(_state_bytes(one, own.shape) for one in state),
+        state=sum(one.bytes_of(own.shape) for one in state),
         whole=senders * _rows_bytes(own) if is_nf4(own) else gathered * dtypes.compute(dtype).itemsize,
         whole_gradients=whole * dtypes.compute(dtype).itemsize * trained,
         reduced=gathered * dtypes.reduce(dtype).itemsize * trained,
         all_stored=parameter.numel() * dtype.itemsize,
         all_trained=parameter.numel() * dtype.itemsize * trained,
-        all_state=sum(_state_bytes(one, parameter.shape) for one in state),
+        all_state=sum(one.bytes_of(parameter.shape) for one in state),
     )
 
 
@@ -203,25 +242,56 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def state_shapes(optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]) -> State:
-    """Return an optimizer's state per parameter, from a step on small ones of the same names and dtypes."""
-    instance, small = _stepped(optimizer, trained)
-    return {
-        name: [
-            (_pattern(value.shape, parameter.shape), value.element_size()) for value in _tensors(instance, parameter)
+def state_shapes(optimizer: Any, trained: Sequence[tuple[str, nn.Parameter]], weight_update: str = "nearest") -> State:
+    """Return an optimizer's state per parameter, from a step on small ones of the same names and dtypes.
+
+    weight_update: how bf16 weights are updated: not to nearest, they have state of fp32, and with fp32_master a copy.
+    """
+    instance, small = _stepped(optimizer, trained, weight_update)
+    packed = _packed(optimizer) if hasattr(instance, "block_size") else None
+    found: State = {}
+    for (name, parameter), (_, real) in zip(small.items(), trained, strict=True):
+        found[name] = [
+            StateTensor(_pattern(value.shape, parameter.shape), value.element_size(), packed if value.ndim else None)
+            for value in _tensors(instance, parameter)
         ]
-        for name, parameter in small.items()
-    }
+        if weight_update == "fp32_master" and real.dtype == torch.bfloat16:
+            found[name].append(StateTensor(tuple(-1 - index for index in range(real.ndim)), torch.float32.itemsize))
+    return found
 
 
-def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
-    """Estimate the temporary bytes of the optimizer's step, from a step on small parameters."""
+def _packed(optimizer: Any) -> Packed | None:
+    """Return the form of torchao's quantized state, from steps on two parameters that are large enough to have it."""
+    sizes, block_size = [], 0
+    for rows in (64, 128):
+        parameter = nn.Parameter(torch.ones(rows, 4096))
+        instance, small = _stepped(optimizer, [("layers.0.weight", parameter)], resize=False)
+        block_size = instance.block_size  # type: ignore[attr-defined]
+        sizes.append(num_bytes(next(value for value in _tensors(instance, small["layers.0.weight"]) if value.ndim)))
+    block_bytes = (sizes[1] - sizes[0]) // (64 * 4096 // block_size)
+    return Packed(block_size, block_bytes, sizes[0] - 64 * 4096 // block_size * block_bytes)
+
+
+def update_bytes(
+    optimizer: Any, sizes: ModelSizes, device_type: str, weight_update: str = "nearest", *, in_backward: bool = False
+) -> int:
+    """Estimate the temporary bytes of the optimizer's step, from a step on small parameters.
+
+    weight_update: how bf16 weights are updated: not to nearest, each is in fp32 meanwhile, with its gradient. in_backward: one
+    parameter is updated at a time.
+    """
     trained = _trained(sizes.pieces)
-    instance, small = _stepped(optimizer, trained)
+    instance, small = _stepped(optimizer, trained, weight_update)
     group = instance.param_groups[0]
+    is_widened = weight_update != "nearest" and any(one.dtype == torch.bfloat16 for _, one in trained)
     # Of plain tensors on a GPU, torch updates all at once unless told not to.
-    at_once = group.get("foreach") or (
-        device_type == "cuda" and not sizes.is_sharded and "foreach" in group and not group.get("fused")
+    at_once = (
+        not in_backward
+        and not is_widened
+        and (
+            group.get("foreach")
+            or (device_type == "cuda" and not sizes.is_sharded and "foreach" in group and not group.get("fused"))
+        )
     )
     live = MemoryTracker()
     live.ignore(*small.values(), *(parameter.grad for parameter in small.values()))
@@ -230,19 +300,24 @@ def update_bytes(optimizer: Any, sizes: ModelSizes, device_type: str) -> int:
         instance.step()
     if at_once:
         return sizes.total.gradients * live.peak // sum(map(_bytes, small.values()))
-    widest = max(_bytes(parameter) for _, parameter in trained) // max(1, sizes.num_shards)
-    return widest * live.peak // max(map(_bytes, small.values()))
+    widest = max(parameter.numel() for _, parameter in trained) // max(1, sizes.num_shards)
+    largest = max(small.values(), key=_bytes)
+    # Of a widened weight, itself, its gradient and, while it is rounded, its random bits.
+    widened = 3 * torch.float32.itemsize * widest if is_widened else 0
+    return widened + widest * live.peak // largest.numel()
 
 
 def _stepped(
-    optimizer: Any, trained: Iterable[tuple[str, nn.Parameter]]
+    optimizer: Any, trained: Sequence[tuple[str, nn.Parameter]], weight_update: str = "nearest", *, resize: bool = True
 ) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
     """Return the optimizer after a step on small parameters of the same names and dtypes, and these parameters."""
-    small = {name: _small(parameter) for name, parameter in trained}
+    small = {name: _small(parameter, weight_update) if resize else parameter for name, parameter in trained}
     instance: torch.optim.Optimizer = instantiate(optimizer, params=list(small.items()))
     for parameter in small.values():
         parameter.grad = torch.ones_like(parameter)
-    instance.step()
+    # torchao would compile the step for each shape.
+    with torch.compiler.set_stance("force_eager") if hasattr(instance, "block_size") else nullcontext():
+        instance.step()
     return instance, small
 
 
@@ -250,8 +325,9 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _small(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(_PROBE[: parameter.ndim], dtype=parameter.dtype))
+def _small(parameter: Tensor, weight_update: str) -> nn.Parameter:
+    is_widened = weight_update != "nearest" and parameter.dtype == torch.bfloat16
+    return nn.Parameter(torch.ones(_PROBE[: parameter.ndim], dtype=torch.float32 if is_widened else parameter.dtype))
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
@@ -261,8 +337,3 @@ def _tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[
 def _pattern(shape: Sequence[int], parameter_shape: Sequence[int]) -> tuple[int, ...]:
     sizes = list(parameter_shape)
     return tuple(-1 - sizes.index(size) if size in sizes else size for size in shape)
-
-
-def _state_bytes(state: tuple[tuple[int, ...], int], shape: Sequence[int]) -> int:
-    pattern, itemsize = state
-    return itemsize * math.prod(size if size >= 0 else shape[-1 - size] for size in pattern)

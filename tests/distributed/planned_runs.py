@@ -52,9 +52,9 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     teacher = teachers.build_teacher(cfg, world)
     student = parallel.build_model(
         factory(cfg.model), None, dtype=dtype, world=world, parallelism=parallelism, adapter=factory(cfg.adapter),
-        activation_checkpointing=cfg.enable_activation_checkpointing,
+        activation_checkpointing=cfg.checkpointed,
     )  # fmt: skip
-    optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(student))
+    optimizer, _ = training.build_optimizer(cfg, student, 10)
     kd_loss = losses.KDLoss(kd_ratio=cfg.kd_ratio, chunk_size=cfg.loss_chunk_size)
     shape = (cfg.batch_size, cfg.tokenizer["max_seq_len"])
     held = plan.held
@@ -103,4 +103,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:
-    return nf4_parts(tensor).values() if is_nf4(tensor) else [tensor]
+    if is_nf4(tensor):
+        return nf4_parts(tensor).values()
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    return [getattr(tensor, name) for name in names] or [tensor]

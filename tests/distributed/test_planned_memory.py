@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planned_runs import run_steps, steps
+from planned_runs import live_bytes, run_steps, steps
 
 from kdtune._assets import find_recipe
 from kdtune.config import load
@@ -102,6 +102,32 @@ def test_memory_of_real_processes(kind: str, layout: str, launch, tmp_path: Path
         # A run, which plans with its own processes, says the same.
         assert one["planned"] == [plan.held.stored, plan.held.gradients, plan.held.state, plan.peak.total]
     check_peak(plans[0], 2 * plans[0].student.sizes.layer.reduced, [one["peak"] for one in found])
+
+
+LARGE = ["adapter=null", "model.embed_dim=128", "model.num_layers=6", "model.intermediate_dim=320", "batch_size=2"]
+OPTIONS = {
+    "every second layer": ["activation_checkpointing=2", "model.num_layers=12", "batch_size=8"],
+    "selective": ["activation_checkpointing=selective", "model.num_layers=12", "batch_size=8"],
+    "in backward": ["optimizer_in_backward=true", "clip_grad_norm=null"],
+    "in backward, untied": ["optimizer_in_backward=true", "clip_grad_norm=null", "model.tie_embeddings=false"],
+    "8-bit": ["optimizer=torchao.optim.AdamW8bit"],
+    "4-bit": ["optimizer=torchao.optim.AdamW4bit"],
+    "float8 state": ["optimizer=torchao.optim.AdamWFp8"],
+    "stochastic": ["dtype=bf16", "weight_update=stochastic"],
+    "fp32 master": ["dtype=bf16", "weight_update=fp32_master"],
+    "together": ["dtype=bf16", "weight_update=stochastic", "optimizer_in_backward=true", "clip_grad_norm=null",
+                 "activation_checkpointing=full", "optimizer=torchao.optim.AdamW8bit"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_memory_options_in_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and optimizer state to the byte, the peak to 10 %."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    cfg, others = config(*LARGE, *OPTIONS[name]), live_bytes()  # of other tests in this process
+    plan, found = planned(cfg, 1), steps(cfg, World(torch.device("cpu")))
+    assert (plan.held.stored, plan.held.state) == (found["weights"], found["state"])
+    assert plan.peak.total == pytest.approx(found["peak"] - others, rel=0.1)
 
 
 def check_peak(plan: Estimate | TeacherEstimate, late: int, found: list[int]) -> None:

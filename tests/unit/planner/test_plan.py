@@ -255,7 +255,7 @@ def test_state_has_the_parameters_dimensions() -> None:
     shapes = state_shapes(
         {"_component_": "torch.optim.Adafactor", "lr": 0.1}, [("layers.0.w", nn.Parameter(torch.ones(7, 5)))]
     )
-    assert sorted(pattern for pattern, _ in shapes["layers.0.w"]) == [(), (-1, 1), (1, -2)]
+    assert sorted(one.pattern for one in shapes["layers.0.w"]) == [(), (-1, 1), (1, -2)]
 
 
 def test_memory_falls_with_the_number_of_processes() -> None:
