@@ -19,16 +19,16 @@ Several ways, each case in a fresh process:
              run with the C library's own allocator settings, `fused` and the floor with those of a kdtune run
 
 Time is the shortest of the repetitions, "processor s" the fewest processor seconds, which other processes disturb less, and
-"x floor" their ratio. Memory is what is added to weights and inputs: on a CPU the peak of the
+"x floor" their ratio. Memory is what is added to weights, inputs and their gradients: on a CPU the peak of the
 resident set over its size after a call with 8 tokens, on CUDA the peak of the allocator. "others" is how many cores
 other processes kept busy meanwhile: repeat what was measured beside them. Ratios travel between machines better than
 seconds.
 
-Expected before measuring, on a CPU: fused takes 1.2 to 1.4 times the floor in fp32 (chunks of 261 tokens multiply some
+Expected before measuring, on a CPU: fused takes 1.2 to 1.4 times the floor in fp32 (chunks of 342 tokens multiply some
 10 % slower than 1,024 at once, softmax and divergence cost about as much again) and adds about 0.3 GiB at any number
 of tokens, plus the gradient of a trainable head; plain takes 1.5 times the floor and adds 3.4 GiB for every 1,024
-tokens. In bf16 on a CPU with bf16 units fused multiplies twice for each product of the floor and softmax and divergence stay
-in fp32: 2 to 3 times the floor; rounded multiplies once, 1.3 to 1.6 times. Without such units fused costs what it costs in fp32 and
+tokens. In bf16 on a CPU with bf16 units fused multiplies twice for each product of logits, and softmax and divergence stay
+in fp32: 2 to 2.5 times the floor; rounded multiplies once, 1.3 to 1.6 times. Without such units fused costs what it costs in fp32 and
 a little for raising the heads to it. Another divergence adds 0.05 to 0.2 times the fp32 floor, adaptive KL 0.3.
 """
 
@@ -184,8 +184,9 @@ def run_case(args: argparse.Namespace) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - processor_start)
     others = (busy() - busy_before) / (time.perf_counter() - started)
-    found = {"seconds": min(seconds), "processor": min(processor)}
-    return found | {"gib": (memory(args.device) - before) / GIB, "others": max(0.0, others)}
+    gradients = batch[0].nbytes + (weight.nbytes if trainable else 0)
+    found = {"seconds": min(seconds), "processor": min(processor), "others": max(0.0, others)}
+    return found | {"gib": (memory(args.device) - before - gradients) / GIB}
 
 
 def fused(

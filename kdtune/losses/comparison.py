@@ -15,6 +15,7 @@ from torch import Tensor
 from kdtune.log import get_logger
 from kdtune.losses.contract import Divergence, value_and_gradient
 from kdtune.losses.divergences.base import first_id, most_likely
+from kdtune.losses.products import Logits, joined
 from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets, sparse_value_and_gradient
 
 log = get_logger(__name__)
@@ -35,23 +36,22 @@ class Settings:
 
 
 Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]
-Compare: TypeAlias = Callable[[Tensor, Tensor | SparseRows | None, Tensor, Tensor | None, Settings], Parts]
+Compare: TypeAlias = Callable[[Logits, Logits | SparseRows | None, Tensor, Tensor | None, Settings], Parts]
 
 
 def compare_(
-    logits_RV: Tensor,
-    teacher: Tensor | SparseRows | None,
+    logits: Logits,
+    teacher: Logits | SparseRows | None,
     labels_R: Tensor,
     weights_R: Tensor | None,
     settings: Settings,
 ) -> Parts:
     """Return cross entropy, divergence, agreement and probability outside, of each token.
 
-    If needs_grad, logits_RV becomes the loss's gradient. Given soft-capped logits z, it is the gradient with respect to the
-    product before the cap: 1 - (z / softcap)^2 times z's. Logits in bf16 are raised to fp32,
-    and their gradient is rounded to bf16.
+    If needs_grad, the first tensor of the logits becomes the loss's gradient, in its dtype. Given soft-capped logits z, it is
+    the gradient with respect to the product before the cap: 1 - (z / softcap)^2 times z's.
     """
-    given_RV, logits_RV = logits_RV, logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    given_RV, logits_RV = logits[0], joined(logits)
     logp_RV, best_R = _log_softmax(logits_RV)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
@@ -59,13 +59,16 @@ def compare_(
     outside_R: Tensor | float = 0.0
     grad_logp_RV = None
     if settings.num_teacher_ids is not None and teacher is not None:
-        if isinstance(teacher, Tensor):
-            teacher, teachers_best_R = _log_softmax(teacher.to(logp_RV.dtype))
+        teacher_logp: Tensor | SparseRows
+        if isinstance(teacher, tuple):
+            teacher_logp, teachers_best_R = _log_softmax(joined(teacher).to(logp_RV.dtype))
             agreement_R = (best_R == teachers_best_R).to(logp_RV.dtype)
-        elif not isinstance(teacher, SampledRows):
-            agreement_R = (best_R == teacher.most_likely()).to(logp_RV.dtype)
+        else:
+            teacher_logp = teacher
+            if not isinstance(teacher, SampledRows):
+                agreement_R = (best_R == teacher.most_likely()).to(logp_RV.dtype)
         outside_R = logp_RV[:, settings.num_teacher_ids :].exp().sum(-1)
-        kd_R, grad_logp_RV = _divergence(logp_RV, teacher, settings)
+        kd_R, grad_logp_RV = _divergence(logp_RV, teacher_logp, settings)
         grad_logp_RV.mul_(settings.kd_ratio)
     if settings.needs_grad:
         softcap = settings.softcap
@@ -101,18 +104,18 @@ def compiled(device_type: str, problem: str | None = None) -> Compare:
 
     @functools.wraps(compare_)
     def compare(
-        logits_RV: Tensor,
-        teacher: Tensor | SparseRows | None,
+        logits: Logits,
+        teacher: Logits | SparseRows | None,
         labels_R: Tensor,
         weights_R: Tensor | None,
         settings: Settings,
     ) -> Parts:
-        of_teacher = () if teacher is None else (teacher,) if isinstance(teacher, Tensor) else vars(teacher).values()
-        for tensor in (logits_RV, labels_R, weights_R, *of_teacher):
+        of_teacher = () if teacher is None else teacher if isinstance(teacher, tuple) else vars(teacher).values()
+        for tensor in (*logits, labels_R, weights_R, *of_teacher):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         nonlocal is_in_one_pass
-        block = (logits_RV, teacher, labels_R, weights_R)
+        block = (logits, teacher, labels_R, weights_R)
         try:
             parts: Parts = run(*block, replace(settings, label_in_one_pass=is_in_one_pass))
         except InductorError:

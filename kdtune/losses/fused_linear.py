@@ -26,11 +26,13 @@ from kdtune.losses.comparison import Compare, Settings, compare_
 from kdtune.losses.contract import Divergence
 from kdtune.losses.heads import Projection
 from kdtune.losses.products import (
+    Buffers,
+    Logits,
     add_weight_gradient_,
     block_size,
-    gradient_parts_,
     hidden_gradient,
     project,
+    rows_of,
     slices,
     sum_dtype,
 )
@@ -39,7 +41,7 @@ from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets
 from kdtune.losses.vocab_shards import VocabShards
 
 # Logits of a chunk, for each of the two models, chosen with bench/loss.py: more makes the matrix products a little faster.
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 168 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class _FusedLinear(torch.autograd.Function):
         grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
         # Summed over all chunks, hence not in half precision.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype(hidden_TD)) if needs_weight else None
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            sums = _run_chunks(Projection(hidden_TD, weight_VD, shards, softcap), task, grad_hidden_TD, grad_weight_VD)
+        student = Projection(hidden_TD, weight_VD, shards, softcap)
+        with torch.autocast(hidden_TD.device.type, enabled=False), Buffers() as buffers:
+            sums = _run_chunks(student, task, buffers, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         parts = (sums.ce, sums.kd, sums.agreement, sums.outside)
@@ -123,7 +126,9 @@ class _FusedLinear(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
-def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None) -> Sums:
+def _run_chunks(
+    student: Projection, task: Task, buffers: Buffers, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None
+) -> Sums:
     """Return the sums over all chunks. The gradients of the total are written into the given tensors, if any."""
     num_tokens, vocab_size, shards = len(task.labels_N), student.vocab_size, student.shards
     dtype = sum_dtype(student.hidden_TD)
@@ -132,8 +137,8 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     chunk_size = chunk_tokens(num_ids, task.logits_dtype or dtype, task.chunk_size)
     # Reused by every chunk: on a CPU, touching fresh pages costs about as much as computing on them.
     rows = min(chunk_size, num_tokens)
-    student_buffer, teacher_buffer = _buffers(student, task, rows, dtype)
-    ce_N = student_buffer.new_zeros(num_tokens, dtype=dtype)
+    student_buffers, teacher_buffers = _logits_of_chunk(student, task, buffers, rows, dtype)
+    ce_N = student.hidden_TD.new_zeros(num_tokens, dtype=dtype)
     kd_N, agreement_N, outside_N = (torch.zeros_like(ce_N) for _ in range(3))
 
     needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
@@ -141,33 +146,37 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     settings = Settings(
         task.divergence, task.kd_ratio, num_teacher_ids, task.teacher_targets, student.softcap, needs_grad
     )
-    teacher_CV: Tensor | SparseRows | None = None
+    teacher_rows: Logits | SparseRows | None = None
     for chunk, is_compared in _task_chunks(task, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
         hidden_CD = student.hidden_TD[positions_C]
         # The tokens whose full rows of logits are here: all of the chunk, or a share with a sharded head.
         own = shards.own_tokens(len(labels_C)) if shards else slice(0, len(labels_C))
-        logits_CV = _project_rows(student, positions_C, own, student_buffer, vocab_size)
-        if isinstance(task.teacher, Projection) and teacher_buffer is not None:
-            teacher_CV = _project_rows(task.teacher, positions_C, own, teacher_buffer, vocab_size)
+        logits = _project_rows(student, positions_C, own, student_buffers, vocab_size)
+        if isinstance(task.teacher, Projection):
+            teacher_rows = _project_rows(task.teacher, positions_C, own, teacher_buffers, vocab_size)
         elif isinstance(task.teacher, Signal) and is_compared:
-            teacher_CV = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
-        for block in slices(len(logits_CV), block_size(logits_CV)):
-            teacher_RV = teacher_CV[block] if teacher_CV is not None and is_compared else None
+            teacher_rows = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
+        for block in slices(len(logits[0]), block_size(logits[0])):
+            of_teacher = (
+                rows_of(teacher_rows, block)
+                if isinstance(teacher_rows, tuple)
+                else teacher_rows and teacher_rows[block]
+            )
             weights_R = None if task.weights_N is None else task.weights_N[chunk][own][block].to(dtype)
-            parts = task.compare_(logits_CV[block], teacher_RV, labels_C[own][block], weights_R, settings)
+            compared = of_teacher if is_compared else None
+            parts = task.compare_(rows_of(logits, block), compared, labels_C[own][block], weights_R, settings)
             for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         if not needs_grad:
             continue
-        # From here on, logits_CV holds the gradient with respect to the logits.
+        grad_logits_CV = logits[0]  # overwritten by now
         if shards:
-            logits_CV = shards.to_ids(logits_CV, len(labels_C))
-        gradient = gradient_parts_(logits_CV, hidden_CD, student.weight_VD)
+            grad_logits_CV = shards.to_ids(grad_logits_CV, len(labels_C))
         if grad_hidden_TD is not None:
-            grad_hidden_TD[positions_C] = hidden_gradient(gradient, hidden_CD, student)
+            grad_hidden_TD[positions_C] = hidden_gradient(grad_logits_CV, hidden_CD, student)
         if grad_weight_VD is not None:
-            add_weight_gradient_(grad_weight_VD, gradient, hidden_CD, student.weight_VD)
+            add_weight_gradient_(grad_weight_VD, grad_logits_CV, hidden_CD, student.weight_VD)
 
     sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
     ce, kd, agreement, outside = shards.sum_(sums) if shards else sums
@@ -175,7 +184,7 @@ def _run_chunks(student: Projection, task: Task, grad_hidden_TD: Tensor | None, 
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
     if task.teacher is None:
         return Sums(total, ce, None, None, None)
-    is_drawn = isinstance(task.teacher, SampledSignal) or isinstance(teacher_CV, SampledRows)
+    is_drawn = isinstance(task.teacher, SampledSignal) or isinstance(teacher_rows, SampledRows)
     known = None if is_drawn else agreement
     return Sums(total, ce, kd, known, outside if task.teacher.vocab_size < vocab_size else None)
 
@@ -185,52 +194,50 @@ def chunk_tokens(num_ids: int, dtype: torch.dtype, chunk_size: int | None) -> in
     return chunk_size or max(1, CHUNK_BYTES // (num_ids * dtype.itemsize))
 
 
-def _buffers(student: Projection, task: Task, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Allocate the logits of a chunk of `rows` tokens of the student, and of a teacher of hidden states."""
-    shards, vocab_size = student.shards, student.vocab_size
-    student_buffer = _logits_buffer(student, rows, student.num_ids(vocab_size), dtype, task)
-    if not isinstance(task.teacher, Projection):
-        return student_buffer, None
-    # A full head beside a sharded student head is used only for this process's share of the tokens.
-    rows = -(-rows // shards.group.size()) if shards and not task.teacher.shards else rows
-    return student_buffer, _teacher_buffer(task.teacher, rows, vocab_size, dtype, task)
-
-
-def _logits_buffer(head: Projection, rows: int, num_ids: int, dtype: torch.dtype, task: Task) -> Tensor:
-    """Allocate logits [rows, ids] of a head, in a dtype, or in the task's if the head's operands are in it."""
-    if head.hidden_TD.dtype == head.weight_VD.dtype == task.logits_dtype:
-        dtype = task.logits_dtype
-    return head.hidden_TD.new_empty(rows, num_ids, dtype=dtype)
-
-
-def _teacher_buffer(teacher: Projection, rows: int, vocab_size: int, dtype: torch.dtype, task: Task) -> Tensor:
-    """Allocate the buffer for the teacher's logits, -inf beyond its vocabulary: [rows, V], or [rows, local ids] for a sharded head."""
+def _logits_of_chunk(
+    student: Projection, task: Task, buffers: Buffers, rows: int, dtype: torch.dtype
+) -> tuple[Logits, Logits]:
+    """Return memory for the logits of a chunk of `rows` tokens of the student, and of a teacher of hidden states."""
+    shards, vocab_size, teacher = student.shards, student.vocab_size, task.teacher
+    ours = buffers.logits(student, rows, student.num_ids(vocab_size), _logits_dtype(student, task, dtype))
+    if not isinstance(teacher, Projection):
+        return ours, ()
+    dtype = _logits_dtype(teacher, task, dtype)
     if teacher.shards:
-        return _logits_buffer(teacher, rows, teacher.num_ids(min(teacher.vocab_size, vocab_size)), dtype, task)
-    buffer = _logits_buffer(teacher, rows, vocab_size, dtype, task)
-    buffer[:, teacher.vocab_size :] = -torch.inf
-    return buffer
+        return ours, buffers.logits(teacher, rows, teacher.num_ids(min(teacher.vocab_size, vocab_size)), dtype)
+    # A full head beside a sharded student head is used only for this process's share of the tokens.
+    theirs = buffers.logits(teacher, -(-rows // shards.group.size()) if shards else rows, vocab_size, dtype)
+    for part in theirs:
+        part[:, teacher.vocab_size :] = -torch.inf
+    return ours, theirs
 
 
-def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffer: Tensor, vocab_size: int) -> Tensor:
+def _logits_dtype(head: Projection, task: Task, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a head's logits: the task's if the head's operands are in it."""
+    is_in_it = head.hidden_TD.dtype == head.weight_VD.dtype == task.logits_dtype
+    return head.hidden_TD.dtype if is_in_it else dtype
+
+
+def _project_rows(head: Projection, positions_C: Tensor, own: slice, buffers: Logits, vocab_size: int) -> Logits:
     """Return logits [R, V] of the chunk's own tokens, -inf for ids beyond the head's rows."""
     num_ids = min(head.vocab_size, vocab_size)
     if head.shards is None:
         hidden_RD = head.hidden_TD[positions_C[own]]
-        project(hidden_RD, head, buffer[:, :num_ids])
-        return buffer[: len(hidden_RD)]
-    logits_RV = head.shards.to_rows(project(head.hidden_TD[positions_C], head, buffer), num_ids)
-    return logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf)
+        project(hidden_RD, head, tuple(buffer[:, :num_ids] for buffer in buffers))
+        return rows_of(buffers, slice(len(hidden_RD)))
+    (logits_CU,) = project(head.hidden_TD[positions_C], head, buffers)
+    logits_RV = head.shards.to_rows(logits_CU, num_ids)
+    return (logits_RV if num_ids == vocab_size else F.pad(logits_RV, (0, vocab_size - num_ids), value=-torch.inf),)
 
 
-def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor | SparseRows:
+def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int, dtype: torch.dtype) -> Logits | SparseRows:
     """Return a signal's rows; dense ones [R, V] cut to the student's ids, or -inf for those that the teacher lacks."""
     rows = signal.log_probs(positions_R)
     if not isinstance(rows, Tensor):
         return rows.to(dtype)
     rows = rows[:, :vocab_size].to(dtype)
     num_lacking = vocab_size - rows.shape[1]
-    return F.pad(rows, (0, num_lacking), value=-torch.inf) if num_lacking else rows
+    return (F.pad(rows, (0, num_lacking), value=-torch.inf) if num_lacking else rows,)
 
 
 def _task_chunks(task: Task, chunk_size: int) -> Iterator[tuple[slice, bool]]:
@@ -245,7 +252,7 @@ def _task_chunks(task: Task, chunk_size: int) -> Iterator[tuple[slice, bool]]:
 def project_logits(head: Projection, positions_C: Tensor) -> Tensor:
     """Return fp32 logits [C, V] of some positions, float64 for float64 hidden states, for a head that is not in shards."""
     buffer = head.hidden_TD.new_empty(len(positions_C), len(head.weight_VD), dtype=sum_dtype(head.hidden_TD))
-    return project(head.hidden_TD[positions_C], head, buffer)
+    return project(head.hidden_TD[positions_C], head, (buffer,))[0]
 
 
 def chunk_slices(head: Projection, num_tokens: int, chunk_size: int | None) -> Iterator[slice]:

@@ -6,20 +6,24 @@ The result has the precision of the sums, fp32 or float64. Four ways to get it t
     accumulated  bf16 operands, fp32 result: `torch.mm(out_dtype=)`, CUDA only
     two products bf16 operands on a CPU with bf16 units. z = a @ b is a sum in fp32 that is rounded to bf16 at the end; z's rounding
                  error is another such product, addmm(z, a, b, beta=-1), which is small, so that its own rounding hardly
-                 counts: together they are exact to about 18 bits. A gradient in fp32 is the sum of two bf16 tensors.
-    rounded      bf16 operands, logits and gradient of the logits rounded to bf16: only as asked for, by `logits_dtype`
+                 counts: together they are exact to about 18 bits.
+    rounded      bf16 operands, logits rounded to bf16: only as asked for, by `logits_dtype`
 
+With bf16 operands the gradient of the logits is rounded to bf16 once, in all forms: each number by 2^-9 at most, as the gradients of
+hidden states and head are that are made of it. Their sums are in fp32.
+
+Logits are a tuple of tensors that add up to them: one, or two bf16 ones, product and rounding error.
 Shapes: C tokens of a chunk, V ids, D embedding width.
 """
 
 import functools
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from kdtune.log import get_logger
 from kdtune.losses.heads import Projection
@@ -34,6 +38,8 @@ TILE_BYTES = 16 * 2**20
 PRODUCT_BYTES = 2 * 2**20
 
 Form = Literal["raised", "accumulated", "two products", "rounded"]
+Logits: TypeAlias = tuple[Tensor, ...]
+"""Tensors [C, V] whose sum is the logits."""
 
 
 def sum_dtype(hidden_TD: Tensor) -> torch.dtype:
@@ -74,86 +80,112 @@ def cpu_multiplies_bf16() -> bool:
     return works
 
 
-def project(hidden_CD: Tensor, head: Projection, buffer: Tensor) -> Tensor:
-    """Return logits [C, V] of a chunk, in the first rows of the buffer and in its dtype."""
-    logits_CV = buffer[: len(hidden_CD)]
-    weight_VD = head.weight_VD[: logits_CV.shape[1]]
-    form = form_of(hidden_CD, weight_VD, buffer.dtype)
-    if form == "rounded":
-        torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
+class Buffers:
+    """Memory of a chunk's logits, given out by `logits`; on a CPU kept for the next call of the loss when a `with` block ends.
+
+    Freed in between, blocks of this size would be cut up by smaller ones, and the next call would find no room there.
+    """
+
+    _spare: ClassVar[dict[torch.dtype, list[Tensor]]] = {}
+
+    def __enter__(self) -> Self:
+        self._taken: list[Tensor] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for flat in self._taken:
+            self._spare.setdefault(flat.dtype, []).append(flat)
+
+    def logits(self, head: Projection, rows: int, num_ids: int, dtype: torch.dtype) -> Logits:
+        """Return uninitialized logits [rows, ids] of a head for `project`, which add up to them in a dtype."""
+        # A head in shards exchanges its logits: one tensor.
+        is_pair = form_of(head.hidden_TD, head.weight_VD, dtype) == "two products" and not head.shards
+        dtypes = [torch.bfloat16] * 2 if is_pair else [dtype]
+        return tuple(self._empty(head.hidden_TD, rows * num_ids, dtype).view(rows, num_ids) for dtype in dtypes)
+
+    def _empty(self, like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        if like.device.type != "cpu" or like.is_meta or isinstance(like, FakeTensor):
+            return like.new_empty(size, dtype=dtype)
+        spare = self._spare.get(dtype)
+        flat = spare.pop() if spare else None
+        if flat is None or len(flat) < size:
+            with torch.inference_mode(False):
+                flat = torch.empty(size, dtype=dtype, device="cpu")
+        self._taken.append(flat)
+        return flat[:size]
+
+
+def project(hidden_CD: Tensor, head: Projection, buffers: Logits) -> Logits:
+    """Return logits [C, V] of a chunk, in the first rows of the buffers and in their dtype."""
+    logits = tuple(buffer[: len(hidden_CD)] for buffer in buffers)
+    first_CV, *rest = logits
+    weight_VD = head.weight_VD[: first_CV.shape[1]]
+    form = form_of(hidden_CD, weight_VD, first_CV.dtype)
+    if rest:
+        _with_rounding_error(hidden_CD, weight_VD.T, first_CV, rest[0])
+    elif form == "rounded":
+        torch.mm(hidden_CD, weight_VD.T, out=first_CV)
     elif form == "two products":
         for tile in slices(len(weight_VD), max(1, PRODUCT_BYTES // (2 * max(1, len(hidden_CD))))):
-            product, rest = _with_rounding_error(hidden_CD, weight_VD[tile].T)
-            logits_CV[:, tile].copy_(product).add_(rest)
+            product, error = _with_rounding_error(hidden_CD, weight_VD[tile].T)
+            first_CV[:, tile].copy_(product).add_(error)
     else:
-        dtype = torch.bfloat16 if form == "accumulated" else buffer.dtype
+        dtype = torch.bfloat16 if form == "accumulated" else first_CV.dtype
         hidden_CD = hidden_CD.to(dtype)
         for tile, weight in _tiles(weight_VD, dtype):
-            _mm(hidden_CD, weight.T, out=logits_CV[:, tile])
+            _mm(hidden_CD, weight.T, out=first_CV[:, tile])
     if head.softcap is not None:
-        for block in slices(len(logits_CV), block_size(logits_CV)) if form == "rounded" else (slice(None),):
-            _cap_(logits_CV[block], head.softcap)
-    return logits_CV
+        for block in slices(len(first_CV), block_size(first_CV)):
+            _cap_(rows_of(logits, block), head.softcap)
+    return logits
 
 
-def _cap_(logits_RV: Tensor, softcap: float) -> None:
-    if logits_RV.dtype != torch.bfloat16:
-        logits_RV.div_(softcap).tanh_().mul_(softcap)
+def rows_of(logits: Logits, rows: slice) -> Logits:
+    """Return some rows of the tensors that add up to logits."""
+    return tuple(part[rows] for part in logits)
+
+
+def joined(logits: Logits) -> Tensor:
+    """Return the sum, in fp32 or wider: a tensor of its own, unless it is a single one of that dtype."""
+    first, *rest = logits
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
+    return total.add_(rest[0]) if rest else total
+
+
+def _cap_(logits: Logits, softcap: float) -> None:
+    capped = joined(logits).div_(softcap).tanh_().mul_(softcap)
+    for part in logits:
+        if part is not capped:
+            part.copy_(capped)
+            capped = capped - part
+
+
+def hidden_gradient(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection) -> Tensor:
+    """Return the gradient [C, D] of the hidden states, in their dtype, from that of the logits."""
+    weight_VD = head.weight_VD[: grad_logits_CV.shape[1]]
+    form = form_of(hidden_CD, weight_VD, grad_logits_CV.dtype)
+    if form in ("two products", "rounded"):
+        grad_CD = grad_logits_CV.bfloat16() @ weight_VD
     else:
-        logits_RV.copy_(logits_RV.float().div_(softcap).tanh_().mul_(softcap))
-
-
-def gradient_parts_(grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradient of the logits as tensors that add up to it, as the products below take it; may overwrite it.
-
-    For two products: its high and its low half in bf16, each row's side by side in the memory that it had.
-    """
-    if form_of(hidden_CD, weight_VD, grad_logits_CV.dtype) != "two products":
-        return (grad_logits_CV,)
-    num_ids = grad_logits_CV.shape[1]
-    halves = grad_logits_CV.view(torch.bfloat16)
-    for block in slices(len(grad_logits_CV), block_size(grad_logits_CV)):
-        high = grad_logits_CV[block].bfloat16()
-        low = grad_logits_CV[block].sub_(high).bfloat16()
-        halves[block, :num_ids], halves[block, num_ids:] = high, low
-    return halves[:, :num_ids], halves[:, num_ids:]
-
-
-def hidden_gradient(parts: tuple[Tensor, ...], hidden_CD: Tensor, head: Projection) -> Tensor:
-    """Return the gradient [C, D] of the hidden states, in their dtype, from `gradient_parts_`."""
-    first, *low = parts
-    weight_VD = head.weight_VD[: first.shape[1]]
-    if low and not head.shards:  # rounded once, at the end
-        return (low[0] @ weight_VD).addmm_(first, weight_VD)
-    if low:
-        product, rest = _with_rounding_error(first, weight_VD, *low)
-        grad_CD = product.float().add_(rest)
-    elif first.dtype == torch.bfloat16:
-        grad_CD = (first @ weight_VD).float()
-    else:
-        form = form_of(hidden_CD, weight_VD, first.dtype)
-        dtype = torch.bfloat16 if form == "accumulated" else first.dtype
-        grad_CD = torch.zeros_like(hidden_CD, dtype=first.dtype)
+        dtype = torch.bfloat16 if form == "accumulated" else grad_logits_CV.dtype
+        grad_CD = torch.zeros_like(hidden_CD, dtype=grad_logits_CV.dtype)
         for tile, weight in _tiles(weight_VD, dtype):
-            _addmm_(grad_CD, first[:, tile].to(dtype), weight)
+            _addmm_(grad_CD, grad_logits_CV[:, tile].to(dtype), weight)
     if head.shards:
-        head.shards.sum_(grad_CD)
+        grad_CD = head.shards.sum_(grad_CD.to(sum_dtype(hidden_CD)))
     return grad_CD.to(hidden_CD.dtype)
 
 
-def add_weight_gradient_(
-    grad_weight_VD: Tensor, parts: tuple[Tensor, ...], hidden_CD: Tensor, weight_VD: Tensor
-) -> None:
-    """Add a chunk's share to the gradient of the head's rows, from `gradient_parts_`."""
-    first, *low = parts
-    form = form_of(hidden_CD, weight_VD, first.dtype if not low else torch.float32)
+def add_weight_gradient_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
+    """Add a chunk's share to the gradient of the head's rows, from that of the logits."""
+    form = form_of(hidden_CD, weight_VD, grad_logits_CV.dtype)
     dtype = grad_weight_VD.dtype if form == "raised" else torch.bfloat16
     hidden_CD = hidden_CD.to(dtype)
-    for tile in slices(first.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
-        grad = first[:, tile].T.to(dtype)
+    for tile in slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
+        grad = grad_logits_CV[:, tile].T.to(dtype)
         if form == "two products":
-            product, rest = _with_rounding_error(grad, hidden_CD, *(one[:, tile].T for one in low))
-            grad_weight_VD[tile].add_(product).add_(rest)
+            for part in _with_rounding_error(grad, hidden_CD):
+                grad_weight_VD[tile].add_(part)
         elif form == "rounded":
             grad_weight_VD[tile].add_(grad @ hidden_CD)
         else:
@@ -174,13 +206,12 @@ def block_size(logits_CV: Tensor) -> int:
     return max(torch.get_num_threads(), CPU_BLOCK_BYTES // (logits_CV.shape[1] * itemsize))
 
 
-def _with_rounding_error(a: Tensor, b: Tensor, *low: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a @ b in bf16, and in bf16 what rounding took from it; plus low @ b, for a left operand of two halves."""
-    product = a @ b
-    rest = torch.addmm(product, a, b, beta=-1)
-    for more in low:
-        rest.addmm_(more, b)
-    return product, rest
+def _with_rounding_error(
+    a: Tensor, b: Tensor, product: Tensor | None = None, error: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a @ b in bf16, and in bf16 what rounding took from it; in the tensors given, if any."""
+    product = torch.mm(a, b, out=product)
+    return product, torch.addmm(product, a, b, beta=-1, out=error)
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdtune.losses.fused_linear import chunk_slices, project_logits
 from kdtune.losses.heads import Projection
-from kdtune.losses.products import add_weight_gradient_, gradient_parts_, hidden_gradient
+from kdtune.losses.products import add_weight_gradient_, hidden_gradient
 
 
 def token_log_probs(head: Projection, positions_N: Tensor, labels_N: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -66,10 +66,9 @@ class _TokenLogProbs(torch.autograd.Function):
                 if slope_CV is not None:
                     grad_CV.mul_(slope_CV)
                 hidden_CD = hidden_TD[positions_N[chunk]]
-                gradient = gradient_parts_(grad_CV, hidden_CD, weight_VD)
                 if grad_hidden_TD is not None:
-                    grad_hidden_TD[positions_N[chunk]] = hidden_gradient(gradient, hidden_CD, head)
+                    grad_hidden_TD[positions_N[chunk]] = hidden_gradient(grad_CV, hidden_CD, head)
                 if grad_weight_VD is not None:
-                    add_weight_gradient_(grad_weight_VD, gradient, hidden_CD, weight_VD)
+                    add_weight_gradient_(grad_weight_VD, grad_CV, hidden_CD, weight_VD)
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight, None, None, None, None

@@ -171,7 +171,8 @@ def test_student_and_teacher_of_different_dtypes(dtype: torch.dtype, teacher_dty
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for found, wanted in zip(gradients(loss, case), gradients(expected, case), strict=True):
         assert found.dtype == dtype
-        torch.testing.assert_close(found, wanted)
+        # In bf16 the gradient of the logits is rounded too, so that a sum near 0 has no relative precision.
+        torch.testing.assert_close(found, wanted, atol=1e-3 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
 def test_all_ignored() -> None:

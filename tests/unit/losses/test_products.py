@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kdtune.errors import ConfigError
 from kdtune.losses import HiddenSignal, KDLoss, products
 from kdtune.losses.divergences.base import first_id, most_likely
+from kdtune.losses.heads import Projection
 from kdtune.models import OutputHead
 
 has_bf16_units = pytest.mark.skipif(not products.cpu_multiplies_bf16(), reason="this CPU has no bf16 units")
@@ -51,14 +52,14 @@ def test_exact_forms(
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error is that of rounding the gradients themselves to bf16, at most 2^-9 of each number."""
+    """The error is that of rounding the logits' gradient and the result to bf16, each at most 2^-9 of every number."""
     monkeypatch.setattr(products, "cpu_multiplies_bf16", lambda: two_products)
     hidden, output, signal, labels = batch(num_tokens, num_ids)
     output.softcap = softcap
     loss, _ = KDLoss(chunk_size=chunk_size)(hidden, output, signal, labels)
     value, gradients = exact(hidden, output, signal, labels)
     assert loss.item() == pytest.approx(value.item(), rel=2e-5)
-    assert max(relative_errors(loss, (hidden, output.weight), gradients)) < 0.0025
+    assert max(relative_errors(loss, (hidden, output.weight), gradients)) < 0.0035
 
 
 @has_bf16_units
@@ -100,6 +101,31 @@ def test_logits_in_bf16_are_for_models_in_bf16() -> None:
         KDLoss(logits_dtype=torch.bfloat16)(hidden.float(), output.float(), signal, labels)
     with pytest.raises(ConfigError, match="logits_dtype=torch.float16: must be"):
         KDLoss(logits_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_chunk_is_reused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From call to call, in validation too, and grown by a larger batch; the losses are those of memory of their own."""
+    sizes = (5, 37, 37, 20)
+    cases = [(hidden.to(dtype), output.to(dtype), signal, labels) for hidden, output, signal, labels in (
+        batch(num_tokens, 300, seed=num_tokens) for num_tokens in sizes)]  # fmt: skip
+    monkeypatch.setattr(products.Buffers, "_spare", {})
+    found, memory = [], []
+    for index, case in enumerate(cases):
+        with torch.inference_mode(index == 1):
+            found.append(KDLoss()(*case)[0].item())
+        memory.append(sorted(one.data_ptr() for spare in products.Buffers._spare.values() for one in spare))
+    assert memory[0] != memory[1] == memory[2] == memory[3]
+    for loss, case in zip(found, cases, strict=True):
+        monkeypatch.setattr(products.Buffers, "_spare", {})
+        assert KDLoss()(*case)[0].item() == loss
+
+
+def test_memory_of_a_chunk_is_not_shared_by_losses_within_losses() -> None:
+    head = Projection(torch.zeros(1, 2), torch.zeros(3, 2))
+    with products.Buffers() as outer, products.Buffers() as inner:
+        (first,), (second,) = (one.logits(head, 4, 3, torch.float32) for one in (outer, inner))
+        assert first.data_ptr() != second.data_ptr()
 
 
 @pytest.mark.parametrize("num_ids", [100, 8192 * 2, 8192 * 3 + 1, 49_152])
