@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.constants import TP_DIM
 from kdtune.errors import ConfigError
-from kdtune.tensor_types import is_dtensor
+from kdtune.tensor_types import is_dtensor, is_plain
 
 if TYPE_CHECKING:
     from kdtune.losses.vocab_shards import VocabShards
@@ -108,8 +107,6 @@ def _linear_problem(output: nn.Module) -> str | None:
         return f"is a {type(output).__name__}"
     if output.bias is not None:
         return f"is a {type(output).__name__} with a bias"
-    if not (
-        type(output.weight) in (Tensor, nn.Parameter, FakeTensor) or is_dtensor(output.weight)
-    ):  # such as a quantized one
+    if not is_plain(output.weight):  # such as a quantized one
         return f"is a {type(output).__name__} whose weight is a {type(output.weight).__name__}"
     return None

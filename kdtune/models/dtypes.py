@@ -1,11 +1,8 @@
-"""Weight dtypes by the names that configs use, and weights that are plain numbers."""
+"""Weight dtypes by the names that configs use."""
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
-from kdtune.tensor_types import is_dtensor
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -24,8 +21,3 @@ def dtype_from_name(name: str) -> torch.dtype:
             "use bf16 (the same memory, the range of fp32) or fp32"
         )
     raise ConfigError(f"dtype={name}: unknown; use fp32 or bf16")
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Return whether the weight, or this process's shard of it, is plain numbers, not one of torchao's tensors."""
-    return type(weight) in (Tensor, nn.Parameter, FakeTensor) or is_dtensor(weight)

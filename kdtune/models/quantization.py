@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from kdtune.errors import ConfigError
 from kdtune.models import nf4
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.dtypes import is_plain
 from kdtune.models.nf4 import quiet_torchao
 from kdtune.models.transformer import Transformer, on_meta_device
+from kdtune.tensor_types import is_plain
 
 
 @dataclass(frozen=True)

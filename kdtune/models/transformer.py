@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, RMSNorm
 from kdtune.models.documents import Documents
-from kdtune.models.dtypes import is_plain
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
+from kdtune.tensor_types import is_plain
 
 TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "shared"]
 """Each process has some of a linear layer's outputs, or of its inputs; applies a norm to its own heads; or does all of it."""
