@@ -24,7 +24,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from kdtune import checkpoint, config, data, evaluation, losses, parallel, reports, runs, teachers, tokenizers, training
-from kdtune.distributed import Parallelism, World
+from kdtune.distributed import World
 from kdtune.log import bar_settings
 from kdtune.models import Transformer, dtype_from_name
 
@@ -130,6 +130,7 @@ class Config(teachers.TeacherConfig):
                 "tasks, dataset_val, perplexity_files, rouge: all empty, so there is nothing to measure; give one"
             )
         found += training.device_name_problems(self.device)
+        found += training.device_name_problems(self.teacher_device, "teacher_device") + teachers.place_problems(self)
         found += self._unused()
         names = [Path(path).stem for path in self.perplexity_files]
         found += [
@@ -153,6 +154,9 @@ class Config(teachers.TeacherConfig):
             found.append(f"run_weights={self.run_weights}: has no effect without run; give run, or ~run_weights")
         if not has_teacher and self.kd_loss != {"_component_": "kdtune.losses.ForwardKL"}:
             found.append("kd_loss: has no effect without a teacher; give teacher_checkpointer, or ~kd_loss")
+        if self.inspect and self.teacher_device:
+            found.append(f"inspect={self.inspect}, teacher_device={self.teacher_device}: compares the models on one device; "
+                         "~inspect, or ~teacher_device")  # fmt: skip
         if self.inspect and not has_teacher:
             found.append(f"inspect={self.inspect}: has no effect without a teacher; give one, or ~inspect")
         if has_teacher and self.dataset_val is None:
@@ -160,7 +164,7 @@ class Config(teachers.TeacherConfig):
             found.append(f"dataset_val: missing, the examples to compare with the teacher on; give it, or {given}")
         found += [
             f"{key}: has no effect without a teacher; give one, or ~{key}"
-            for key in ("teacher_dtype", "teacher_quantization", "teacher_parallelism")
+            for key in ("teacher_dtype", "teacher_quantization", "teacher_parallelism", *teachers.PLACES)
             if getattr(self, key) and not has_teacher
         ]
         if self.perplexity_stride and not self.perplexity_files:
@@ -172,10 +176,9 @@ class Config(teachers.TeacherConfig):
         """Return machine problems, found without reading weights."""
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
-        found = training.device_problems(self.device, self.dtype, distributed=True)
+        found = training.placement_problems(self)
         if self.inspect and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             found.append(f"inspect={self.inspect}: needs both models on one process; run it without --nproc_per_node")
-        found += parallel.problems(self, None if found else training.resolve_device(self.device))
         found += runs.new_folder_problems(self.output_dir)
         if (partial := checkpoint.partial_of(self.output_dir)).exists():
             found.append(f"output_dir={self.output_dir}: {partial.name} beside it has what a stopped evaluation measured; "
@@ -214,8 +217,10 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluatio
     held_out = load_held_out(cfg, tokenizer, world)
 
     # Model.
-    parallelism = config.instantiate(cfg.parallelism)
-    model = build_model(cfg.model, cfg.checkpointer, cfg.dtype, parallelism, world, cfg.quantization)
+    model = parallel.build_model(
+        config.factory(cfg.model), config.instantiate(cfg.checkpointer), dtype=dtype_from_name(cfg.dtype), world=world,
+        parallelism=config.instantiate(cfg.parallelism), trainable=False, quantization=cfg.quantization,
+    ).eval()  # fmt: skip
     tokenizers.check_vocabulary(tokenizer, model.config.vocab_size)
     if held_out is not None:
         losses.check_head("model", model.output)
@@ -279,21 +284,6 @@ def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) ->
     )
 
 
-def build_model(
-    builder: Any, checkpointer: Any, dtype: str, parallelism: Parallelism, world: World, quantization: str | None
-) -> Transformer:
-    """Build a model to be measured, parallelized over the processes."""
-    return parallel.build_model(
-        config.factory(builder),
-        config.instantiate(checkpointer),
-        dtype=dtype_from_name(dtype),
-        world=world,
-        parallelism=parallelism,
-        trainable=False,
-        quantization=quantization,
-    ).eval()
-
-
 def versions(cfg: Config) -> dict[str, Any]:
     """Return the versions of the packages used for measuring."""
     found: dict[str, Any] = config.run_record(cfg)["versions"]
@@ -330,23 +320,19 @@ def measure_held_out(
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
     if not (cfg.teacher_checkpointer or cfg.teacher_model):
         return _of("held_out", evaluation.evaluate_ce(model, held_out, world=world, progress=progress)), {}
-    parallelism = config.instantiate(cfg.teacher_parallelism or cfg.parallelism)
-    dtype = cfg.teacher_dtype or cfg.dtype
-    teacher = build_model(
-        cfg.teacher_model, cfg.teacher_checkpointer, dtype, parallelism, world, cfg.teacher_quantization
-    )
-    losses.check_head("teacher", teacher.output)
+    teacher = teachers.build_online_teacher(cfg, world)
     kd_loss = config.instantiate(cfg.kd_loss)
-    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.config.vocab_size, kd_loss)
+    teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.vocab_size, kd_loss)
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
-    found = evaluation.evaluate_kd(model, teachers.OnlineTeacher(teacher), loss, held_out, world=world,
-                                   progress=progress, with_teacher_loss=True)  # fmt: skip
+    found = evaluation.evaluate_kd(
+        model, teacher, loss, held_out, world=world, progress=progress, with_teacher_loss=True
+    )
     found["perplexity"] = evaluation.perplexity(found["class_loss"])
     numbers = _of("held_out", found)
     if cfg.quantization or cfg.teacher_quantization:
-        for name, one in {"model": model, "teacher": teacher}.items():
-            numbers |= _of(f"cost/{name}", evaluation.forward_cost(one, held_out, world=world))
-    return numbers, inspected(cfg, model, teacher, tokenizer, held_out) if cfg.inspect else {}
+        for name, one in {"model": model, "teacher": teacher.model}.items():
+            numbers |= _of(f"cost/{name}", evaluation.forward_cost(one, held_out))
+    return numbers, inspected(cfg, model, teacher.model, tokenizer, held_out) if cfg.inspect else {}
 
 
 def _of(measurement: str, values: Mapping[str, float]) -> dict[str, float]:

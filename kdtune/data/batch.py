@@ -107,8 +107,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
-        device = torch.device(device)
-        move = _copy_to_cuda(device) if device.type == "cuda" else lambda tensor: tensor.to(device)
+        move = mover(torch.device(device))
 
         def moved(inputs: Mapping[str, Any]) -> dict[str, Any]:
             return {name: one.map(move) if isinstance(one, Documents) else move(one) for name, one in inputs.items()}
@@ -122,8 +121,11 @@ class Batch:
         )
 
 
-def _copy_to_cuda(device: torch.device) -> Callable[[Tensor], Tensor]:
-    # The host does not wait; the allocator keeps the pinned memory until the copy is done.
+def mover(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function that copies a tensor to a device; to CUDA without a wait of the host, from pinned memory."""
+    if device.type != "cuda":
+        return lambda tensor: tensor.to(device)
+    # The allocator keeps the pinned memory until the copy is done.
     return lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 

@@ -11,7 +11,7 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.losses import ForwardKL, KDLoss, Signal, TopKSignal, signal_cross_entropy
+from kdtune.losses import ForwardKL, KDLoss, PendingSignal, Signal, TopKSignal, signal_cross_entropy
 from kdtune.models import Transformer
 from kdtune.models.quantization import megabytes
 
@@ -64,6 +64,8 @@ def evaluate_kd(
             batch = held_out.to(world.device)
             signal = None if teacher is None else teacher(batch)
             hidden = student(**batch.inputs, return_hidden=True, **loss.forward_options)
+            if isinstance(signal, PendingSignal):
+                signal = signal.result()
             inputs = (hidden, student.output, signal, batch.targets)
             _, parts = loss(*inputs)
             if batch.targets.alignment is not None:  # the teacher's ids are others: only the run's own loss is defined
@@ -104,14 +106,14 @@ def evaluate_ce(
     }
 
 
-def forward_cost(model: Transformer, batches: Sequence[Batch], *, world: World) -> dict[str, float]:
+def forward_cost(model: Transformer, batches: Sequence[Batch]) -> dict[str, float]:
     """Return `megabytes` of a model's weights and `tokens_per_second` of its forward passes, without the output head.
 
-    `model` is on the device of the `world`'s process, which times up to `TIMED_BATCHES` of its `batches`, padding included, after
-    one pass that is not timed.
+    Up to `TIMED_BATCHES` of the process's `batches` are timed, padding included, after one pass that is not.
     """
-    timed = [batch.to(world.device) for batch in batches[:TIMED_BATCHES]]
-    synchronize = torch.accelerator.synchronize if world.device.type != "cpu" else lambda: None
+    device = model.device
+    timed = [batch.to(device) for batch in batches[:TIMED_BATCHES]]
+    synchronize = (lambda: torch.accelerator.synchronize(device)) if device.type != "cpu" else lambda: None
     with eval_mode(model):
         model(**timed[0].inputs, return_hidden=True)
         synchronize()

@@ -10,7 +10,8 @@ from kdtune.paths import user_path
 
 FINAL, BEST = "final", "best"
 _CHECKPOINTER = "kdtune.checkpoint.Checkpointer"
-_OF_THE_DATA = ("teacher_checkpointer", "teacher_model", "teacher_dtype", "teacher_quantization", "kd_loss")
+_OF_THE_DATA = ("teacher_checkpointer", "teacher_model", "teacher_dtype", "teacher_quantization", "teacher_device",
+                "teacher_offload", "kd_loss")  # fmt: skip
 
 
 def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:

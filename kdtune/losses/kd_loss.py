@@ -12,7 +12,7 @@ from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, OnSharedIds, divergence_of, over_student_ids
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.heads import Projection, project
-from kdtune.losses.signal import HiddenSignal, SampledSignal, Signal
+from kdtune.losses.signal import HiddenSignal, PendingSignal, SampledSignal, Signal
 from kdtune.losses.sparse import TeacherTargets, check_targets, misses_extra_ids
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 
@@ -116,6 +116,8 @@ class KDLoss:
 
         if isinstance(targets, Tensor):
             targets = Targets.from_labels(targets)
+        if isinstance(signal, PendingSignal):
+            signal = signal.result()
         hidden_BSD, states = (hidden, ()) if isinstance(hidden, Tensor) else hidden
         student = project("student", hidden_BSD, output)
         check_positions("student hidden states", hidden_BSD.shape[:-1], targets.shape)

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T = B * S positions, C positions of a chunk, V the 
 K ids that are kept per position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -63,6 +64,24 @@ class HiddenSignal:
         """Return natural log-probabilities [C, V], fp32 or wider."""
         logits_CV = self.output(self.hidden_BSD.flatten(0, 1)[positions_C])
         return _log_softmax(logits_CV)
+
+
+@dataclass(frozen=True)
+class PendingSignal:
+    """A signal that is being computed: beside the student's forward, or on another device.
+
+    `result` makes whoever reads it wait, and not before: `KDLoss` calls it.
+    """
+
+    shape: tuple[int, ...]
+    """(B, S)."""
+    vocab_size: int
+    """V."""
+    result: Callable[[], HiddenSignal]
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Return natural log-probabilities [C, V], fp32 or wider."""
+        return self.result().log_probs(positions_C)
 
 
 @dataclass(frozen=True)

@@ -161,13 +161,30 @@ def dequantized(weight: Tensor) -> Tensor:
     return nf4.dequantized(weight) if nf4.is_nf4(weight) else weight.dequantize()
 
 
+def parts(weight: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a weight consists of, in the order of `map_parts`: itself, or its numbers and scales."""
+    if not is_quantized(weight):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [getattr(weight, name) for name in names]
+
+
+def map_parts(weight: Tensor, function: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """Return the frozen weight with a function, such as a copy to another device, applied to each of its `parts`."""
+    if nf4.is_nf4(weight):
+        return nf4.map_nf4(weight, function)
+    if not is_quantized(weight):
+        return nn.Parameter(function(weight.detach()), requires_grad=False)
+    packed: Any = weight.detach()
+    names, context = packed.__tensor_flatten__()
+    mapped = {name: function(part) for name, part in zip(names, parts(packed), strict=True)}
+    made = type(packed).__tensor_unflatten__(mapped, context, packed.size(), packed.stride())
+    return nn.Parameter(made, requires_grad=False)
+
+
 def num_bytes(weight: Tensor) -> int:
     """Return the bytes that the weight takes in memory, with its scales."""
-    if not is_quantized(weight):
-        return weight.nbytes
-    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    parts: list[Tensor] = [getattr(weight, name) for name in names]
-    return sum(part.nbytes for part in parts)
+    return sum(part.nbytes for part in parts(weight))
 
 
 def megabytes(model: nn.Module) -> float:

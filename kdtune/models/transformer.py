@@ -127,6 +127,14 @@ class OutputHead(nn.Linear):
         super().__init__(embed_dim, vocab_size, bias=False, device=device)
         self.softcap = softcap
 
+    @classmethod
+    def of(cls, weight_VD: Tensor, *, softcap: float | None = None) -> "OutputHead":
+        """Return a head that has this weight, not a copy of it; one that is no parameter is frozen."""
+        head = cls(weight_VD.shape[1], weight_VD.shape[0], softcap=softcap, device="meta")
+        is_parameter = isinstance(weight_VD, nn.Parameter)
+        head.weight = weight_VD if is_parameter else nn.Parameter(weight_VD, requires_grad=False)
+        return head
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] for hidden states [..., D]."""
         return soft_capped(super().forward(hidden), self.softcap)

@@ -14,12 +14,12 @@ from kdtune.parallel.mesh import WHOLE_COPIES, is_whole, model_problem
 from kdtune.parallel.meta import Builder, meta_model, model_config
 
 
-def problems(cfg: Any, device: torch.device | None = None) -> list[str]:
+def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch.device | None = None) -> list[str]:
     """Return why a config's models cannot be quantized, or divided among the processes that were started; read no weights.
 
     One sentence each. cfg: with the key parallelism, and those of model, checkpointer, adapter, quantization,
     teacher_parallelism, teacher_processes, teacher_model, teacher_checkpointer and teacher_quantization that its recipe has.
-    device: of this process; None: it cannot be had, and quantization is not checked.
+    device: of this process, and teacher_device: of its teacher; None: it cannot be had, and quantization is not checked.
     """
     parallelism: Parallelism = instantiate(cfg.parallelism)
     teacher: Parallelism | None = instantiate(getattr(cfg, "teacher_parallelism", None))
@@ -41,16 +41,27 @@ def problems(cfg: Any, device: torch.device | None = None) -> list[str]:
             if problem := model_problem(model, settings, num_processes):
                 found.append(f"{name}: {problem}")
         scheme = getattr(cfg, f"{prefix}quantization", None)
-        if scheme and device and (builder or source) and not (source and source.problems()):
+        if (
+            scheme
+            and (of_model := teacher_device if prefix else device)
+            and (builder or source)
+            and not (source and source.problems())
+        ):
             dtype = dtype_from_name(getattr(cfg, f"{prefix}dtype", None) or cfg.dtype)
             found += [
                 f"{prefix}quantization={scheme}: {problem}"
-                for problem in _quantization_problems(scheme, builder, source, device, dtype)
+                for problem in _quantization_problems(scheme, builder, source, of_model, dtype)
             ]
             if not is_whole(settings, num_processes):
                 found.append(
                     f"{prefix}quantization={scheme}: with {name}, quantized weights are not divided; {WHOLE_COPIES}"
                 )
+        if prefix and not is_whole(settings, num_processes):
+            found += [
+                f"{key}={str(value).lower()}: with {name}, the teacher is divided among the processes; {WHOLE_COPIES}"
+                for key in ("teacher_device", "teacher_offload", "teacher_overlap")
+                if (value := getattr(cfg, key, None))
+            ]
     return found
 
 

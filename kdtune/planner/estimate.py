@@ -155,6 +155,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
     check_trains(cfg)
+    _check_teacher_place(cfg)
     parallelism: Parallelism = instantiate(cfg.parallelism)
     parallelism.sizes(world.size)
     source, dtype = instantiate(cfg.checkpointer), dtype_from_name(cfg.dtype)
@@ -273,3 +274,17 @@ def _saved_activations(cfg: Any, pieces: Transformer, batch: MicroBatch) -> Save
     # Only the input is moved: the outputs of products are kept by the recomputation itself, not by autograd.
     moved_input = hidden if hidden >= SMALLEST_BYTES else 0
     return SavedActivations(cfg.checkpointed, recomputed - moved_input, moved, moved_input)
+
+
+def _check_teacher_place(cfg: Any) -> None:
+    """Raise ConfigError if the teacher is computed where its memory is not estimated."""
+    instead = {
+        "teacher_device": "teacher_processes=1 has the same memory on each of two devices",
+        "teacher_offload": "an upper bound",
+        "teacher_overlap": "the memory of the teacher's forward comes on top",
+    }
+    for key, what in instead.items():
+        if value := getattr(cfg, key, None):
+            raise ConfigError(
+                f"plan: the memory of {key}={str(value).lower()} is not estimated; plan without it ({what})"
+            )

@@ -1,5 +1,13 @@
 from .base_of_student import BaseOfStudent
-from .build import build_teacher, build_teacher_model, layer_problems, problems
+from .build import (
+    PLACES,
+    build_online_teacher,
+    build_teacher,
+    build_teacher_model,
+    layer_problems,
+    place_problems,
+    problems,
+)
 from .compatibility import check_tokenizer, check_vocabularies
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
@@ -7,12 +15,14 @@ from .protocol import Teacher, TeacherConfig, TeacherOfStudent
 from .remote import RemoteTeacher, serve
 
 __all__ = [
+    "PLACES",
     "BaseOfStudent",
     "OnlineTeacher",
     "RemoteTeacher",
     "Teacher",
     "TeacherConfig",
     "TeacherOfStudent",
+    "build_online_teacher",
     "build_teacher",
     "build_teacher_model",
     "check_tokenizer",
@@ -20,6 +30,7 @@ __all__ = [
     "layer_problems",
     "log_aligned_share",
     "pair_with_teacher",
+    "place_problems",
     "problems",
     "serve",
 ]

@@ -1,25 +1,23 @@
 """A LoRA student's own base as its teacher: no second copy of the weights."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
-
-from kdtune.data import Batch
 from kdtune.errors import ConfigError
-from kdtune.generation import generate
-from kdtune.losses import HiddenSignal
 from kdtune.models import OutputHead, Transformer, has_adapters
 from kdtune.models.lora import without_adapters
+from kdtune.teachers.online import OnlineTeacher
 
 
-class BaseOfStudent:
+class BaseOfStudent(OnlineTeacher):
     """The teacher is the student without its adapters, whose weights training does not change.
 
     It draws nothing: a student's dropout is in its adapters. Before the first step its distribution is the student's.
     """
 
     def __init__(self) -> None:
-        self._student: Transformer | None = None
+        # What training does with the student stays: its gradients, its mode, and its stream, on which its weights are gathered.
+        self.layers, self._stream = (), None
 
     def attach(self, student: Transformer) -> None:
         """Keep the student, which is sharded and compiled as it is trained.
@@ -38,47 +36,18 @@ class BaseOfStudent:
                 f"teacher: kdtune.teachers.BaseOfStudent needs a frozen base, and {trained[0]} is trained; freeze it, or give "
                 "another teacher"
             )
-        self._student = student
+        self.model = student
 
-    @property
-    def model(self) -> Transformer:
-        """The student."""
-        if self._student is None:
+    def _head(self) -> OutputHead:
+        # With FSDP the weight is whole from the forward to the end of the student's backward.
+        return OutputHead.of(self.model.output.weight, softcap=self.model.config.logit_softcap)
+
+    @contextmanager
+    def _teaching(self) -> Iterator[None]:
+        if not hasattr(self, "model"):
             raise RuntimeError("BaseOfStudent: attach the student before the first batch")
-        return self._student
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of rows of the student's output head."""
-        return self.model.config.vocab_size
-
-    def prefetch(self, batches: Sequence[Batch]) -> None:
-        """Do nothing: the student's device computes it."""
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> HiddenSignal:
-        """Return the base's last hidden states [B, S, D] on the batch's inputs, and its output head."""
         with without_adapters(self.model):
-            hidden_BSD = self.model(**batch.teacher_inputs, return_hidden=True)
-        # With FSDP the weight is whole from here to the end of the student's backward.
-        config, weight = self.model.config, self.model.output.weight
-        head = OutputHead(config.embed_dim, config.vocab_size, softcap=config.logit_softcap, device="meta")
-        head.weight = weight
-        return HiddenSignal(hidden_BSD, head)
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sync_tokens: bool = False,
-    ) -> list[int]:
-        """Return the base's greedy ids after a prompt, see `kdtune.generation.generate`."""
-        with without_adapters(self.model):
-            return generate(
-                self.model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sync_tokens=sync_tokens
-            )
+            yield
 
 
 def _is_of_adapter(name: str) -> bool:

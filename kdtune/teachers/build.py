@@ -1,5 +1,6 @@
 """Build the teacher of a run, wherever it is computed."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name, has_adapters
+from kdtune.models.quantization import SCHEMES, scheme_name
 from kdtune.teachers.online import OnlineTeacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
 
 log = get_logger(__name__)
+
+# Keys of where a teacher that is a model is computed.
+PLACES = ("teacher_device", "teacher_offload", "teacher_overlap")
 
 
 def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
@@ -23,8 +28,7 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
     See `build_teacher_model` for the keys and the errors.
     """
     if world.channel is None:
-        hidden_loss, model = instantiate(cfg.hidden_loss), build_teacher_model(cfg, world)
-        return OnlineTeacher(model, hidden_loss.depths(model.config.num_layers) if hidden_loss else ())
+        return build_online_teacher(cfg, world)
     log.info("the teacher is on %d of the run's %d processes", world.channel.num_teachers, world.channel.num_processes)
     if cfg.teacher_checkpointer is None:
         # Drawn and dropped: the student's random weights come after the teacher's, as they do where both are together.
@@ -33,11 +37,25 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
     return RemoteTeacher(world.channel, world.device)
 
 
+def build_online_teacher(cfg: Any, world: World) -> OnlineTeacher:
+    """Build the frozen teacher on the student's processes: on their devices, or on `teacher_device`.
+
+    See `build_teacher_model` for the keys (`cfg` may have hidden_loss too), the `world` and the errors.
+    """
+    hidden_loss, model = instantiate(getattr(cfg, "hidden_loss", None)), build_teacher_model(cfg, world)
+    layers = hidden_loss.depths(model.config.num_layers) if hidden_loss else ()
+    if cfg.teacher_device is None:
+        return OnlineTeacher(model, layers, overlaps=cfg.teacher_overlap)
+    from kdtune.teachers.other_device import OtherDeviceTeacher  # few runs have two devices
+
+    return OtherDeviceTeacher(model, layers, device=world.device)
+
+
 def build_teacher_model(cfg: Any, world: World) -> Transformer:
     """Build the frozen teacher's model, parallelized over this world.
 
     Args:
-        cfg: with the keys of `TeacherConfig`, and dtype, parallelism, compile.
+        cfg: with the keys of `TeacherConfig`, dtype and parallelism, and maybe compile.
         world: this process's.
 
     Raises:
@@ -46,14 +64,21 @@ def build_teacher_model(cfg: Any, world: World) -> Transformer:
     """
     dtype = dtype_from_name(cfg.teacher_dtype or cfg.dtype)
     builder, checkpointer = factory(cfg.teacher_model), instantiate(cfg.teacher_checkpointer)
-    if world.is_teacher:
+    if world.is_teacher or cfg.teacher_device:
         # Before its weights are read.
-        check_sendable(parallel.meta_model(builder, checkpointer, dtype=dtype).output)
+        head = parallel.meta_model(builder, checkpointer, dtype=dtype).output
+        check_sendable(head, "teacher_device" if cfg.teacher_device else "teacher_processes")
     parallelism = instantiate(cfg.teacher_parallelism or cfg.parallelism)
+    device = torch.device(cfg.teacher_device) if cfg.teacher_device else world.device
+    loaded_on = replace(world, device=torch.device("cpu") if cfg.teacher_offload else device)
     teacher = parallel.build_model(
-        builder, checkpointer, dtype=dtype, world=world, parallelism=parallelism, trainable=False,
-        quantization=cfg.teacher_quantization, compile=cfg.compile,
+        builder, checkpointer, dtype=dtype, world=loaded_on, parallelism=parallelism, trainable=False,
+        quantization=cfg.teacher_quantization, compile=getattr(cfg, "compile", False),
     )  # fmt: skip
+    if cfg.teacher_offload:
+        from kdtune.teachers.offload import offload_layers  # few teachers are
+
+        offload_layers(teacher, device)
     check_head("teacher", teacher.output)
     return teacher
 
@@ -81,6 +106,33 @@ def layer_problems(cfg: Any) -> list[str]:
     return found
 
 
+def place_problems(cfg: Any) -> list[str]:
+    """Return problems with where the teacher of a config is computed, one sentence each.
+
+    cfg: with the keys of `TeacherConfig`, and teacher_processes if its recipe has that.
+    """
+    found, given = [], {key: str(value).lower() for key in PLACES if (value := getattr(cfg, key))}
+    if num_processes := getattr(cfg, "teacher_processes", 0):
+        found += [
+            f"{key}={value}: is for a teacher in the student's processes, and with teacher_processes={num_processes} it has its own; "
+            f"~{key}, or teacher_processes=0"
+            for key, value in given.items()
+        ]
+    if cfg.teacher_device and cfg.teacher_overlap:
+        found.append(
+            f"teacher_overlap=true, teacher_device={cfg.teacher_device}: on a device of its own the teacher computes beside the "
+            "student anyway; ~teacher_overlap"
+        )
+    scheme = SCHEMES.get(scheme_name(cfg.teacher_quantization or ""))
+    if cfg.teacher_offload and scheme is not None and scheme.lowest_capability is not None:
+        works = ", ".join(name for name, one in SCHEMES.items() if one.lowest_capability is None)
+        found.append(
+            f"teacher_offload=true, teacher_quantization={cfg.teacher_quantization}: the layers are quantized in the CPU's memory, "
+            f"where this scheme does not work; allowed are {works}"
+        )
+    return found
+
+
 def problems(cfg: Any) -> list[str]:
     """Return problems with a distillation config's teacher, one sentence each."""
     found = []
@@ -96,7 +148,7 @@ def problems(cfg: Any) -> list[str]:
     except KDTuneError as error:
         found.append(str(error))
     if cfg.teacher is not None:
-        keys = ("teacher_model", "teacher_checkpointer", "teacher_quantization", "teacher_processes")
+        keys = ("teacher_model", "teacher_checkpointer", "teacher_quantization", "teacher_processes", *PLACES)
         given = [key for key in keys if getattr(cfg, key)]
         found += [
             f"{key}: has no effect beside teacher, which stands in place of a model; ~{key}, or ~teacher"
@@ -111,6 +163,8 @@ def problems(cfg: Any) -> list[str]:
         found.append(
             "teacher_checkpointer: missing, and no teacher_model to start from random weights; give one of them"
         )
+    else:
+        found += place_problems(cfg)
     from kdtune.teachers import other_tokenizer  # the tokenizer libraries take a while to import
 
     return found + other_tokenizer.problems(cfg)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from kdtune.checkpoint import Checkpointer
-from kdtune.config import component
+from kdtune.config import component, key
 from kdtune.data import Batch
 from kdtune.losses import Signal
 from kdtune.models import Transformer
@@ -46,5 +46,11 @@ class TeacherConfig:
     """Teacher weight dtype; null: same as dtype."""
     teacher_quantization: str | None = None
     """Quantize the linears of the teacher's layers as they are read: int8, nf4 or another scheme of `kdtune ls quantize`; null: no."""
+    teacher_device: str | None = key(None, may_change=True)
+    """Device of the teacher's weights and forward, such as cuda:1 or cpu; hidden states come from there; null: as device."""
+    teacher_offload: bool = key(False, may_change=True)
+    """Keep the teacher's layers in the CPU's memory, and copy each to the device when its turn comes; CUDA only."""
+    teacher_overlap: bool = key(False, may_change=True)
+    """Compute the teacher on a CUDA stream of its own, beside the student's forward, at the price of the memory of both at once."""
     teacher_parallelism: Any = component(default=None, may_change=True)
     """Parallelism of the teacher, such as dp_shard 1 and dp_replicate -1 for a full copy on each; null: as parallelism."""

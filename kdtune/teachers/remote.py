@@ -48,10 +48,7 @@ class RemoteTeacher:
         _, head_VD = channel.receive(first)
         _, softcap = channel.receive(first)  # [1], or [0] for none
         _wait(sent)
-        self._head = OutputHead(
-            head_VD.shape[1], head_VD.shape[0], softcap=next(iter(softcap.tolist()), None), device="meta"
-        )
-        self._head.weight = nn.Parameter(head_VD.to(device), requires_grad=False)
+        self._head = OutputHead.of(head_VD.to(device), softcap=next(iter(softcap.tolist()), None))
 
     @property
     def vocab_size(self) -> int:
@@ -216,15 +213,15 @@ def _generated(model: Transformer, request: list[int]) -> list[int]:
     return generate(model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sync_tokens=True)
 
 
-def check_sendable(head: nn.Module) -> None:
-    """Raise ParallelismError unless a head is one weight.
+def check_sendable(head: nn.Module, key: str = "teacher_processes") -> None:
+    """Raise ParallelismError unless a head is one weight; `key` is that of the config which makes it cross over.
 
     Raises:
         ParallelismError: it has more than one weight, such as an adapter or a bias.
     """
     if len(list(head.parameters())) > 1:
         raise ParallelismError(
-            "teacher_processes: the teacher's output head has an adapter or a bias, and it is sent to the student as one matrix; leave "
+            f"{key}: the teacher's output head has an adapter or a bias, and it is sent to the student as one matrix; leave "
             "the head out of teacher_model's adapters, or merge them (teacher_checkpointer.adapter_dir)"
         )
 

@@ -6,7 +6,7 @@ from .loggers import JSONLLogger, MetricLogger, StepLog, TensorBoardLogger, Wand
 from .metrics import Metrics, memory_stats
 from .optim import Muon, adamw, decay_groups, is_muon_weight, trainable_parameters
 from .out_of_memory import explained_out_of_memory
-from .precision import device_name_problems, device_problems, resolve_device
+from .precision import device_name_problems, device_problems, placement_problems, resolve_device
 from .profiling import Profiler
 from .resume import load_training_state, resume_extra
 from .rounding import lost_share, warn_of_lost_updates
@@ -71,6 +71,7 @@ __all__ = [
     "may_change",
     "memory_stats",
     "pair_tokenizers",
+    "placement_problems",
     "plan_steps",
     "resolve_device",
     "resume_extra",

@@ -67,6 +67,7 @@ def loop_problems(cfg: Any) -> list[str]:
     if cfg.num_workers < 0:
         found.append(f"num_workers={cfg.num_workers}: must be 0 (the run itself prepares its batches) or more")
     found += device_name_problems(cfg.device)
+    found += device_name_problems(getattr(cfg, "teacher_device", None), "teacher_device")
     found += runs.resume_changes_problems(cfg.resume_changes, resume=cfg.resume_from_checkpoint)
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         found.append(f"clip_grad_norm={cfg.clip_grad_norm}: must be above 0; null switches clipping off")

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import torch
 
-from kdtune import checkpoint, data, parallel, runs, teachers, tokenizers
+from kdtune import checkpoint, data, runs, teachers, tokenizers
 from kdtune.config import PathText, component, instantiate, key
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.float8 import float8_problems
 from kdtune.paths import cache_folder
 from kdtune.training.checks import loop_problems, memory_problems
-from kdtune.training.precision import device_problems, resolve_device
+from kdtune.training.precision import placement_problems, resolve_device
 
 
 @dataclass(kw_only=True)
@@ -171,8 +171,7 @@ class TrainingConfig:
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""
-        found = device_problems(self.device, self.dtype, distributed=True)
-        found += parallel.problems(self, None if found else resolve_device(self.device))
+        found = placement_problems(self)
         if getattr(self, "hidden_loss", None):
             found += teachers.layer_problems(self)
         if self.activation_offloading and not found and resolve_device(self.device).type != "cuda":

@@ -1,24 +1,27 @@
 """Check devices and dtypes before anything is loaded."""
 
 import os
+from typing import Any
 
 import torch
 
+from kdtune import parallel
 from kdtune.distributed import is_under_torchrun, world_size
 from kdtune.errors import ConfigError
 from kdtune.models import dtype_from_name
 
 
-def device_name_problems(name: str | None) -> list[str]:
-    """Return a sentence if no machine can have a device of that name."""
+def device_name_problems(name: str | None, key: str = "device") -> list[str]:
+    """Return a sentence if no machine can have a device of that name, the value of a config's `key`."""
     kind, _, index = ("cpu" if name is None else name).partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
-        return [f"device={name}: unknown; use cpu, cuda, cuda:N, mps, or null for the best one here"]
+        default = "the best one here" if key == "device" else "the student's"
+        return [f"{key}={name}: unknown; use cpu, cuda, cuda:N, mps, or null for {default}"]
     return []
 
 
-def resolve_device(name: str | None) -> torch.device:
-    """Return the device for a config's `device`: cpu, cuda, cuda:N or mps; None picks the first available of cuda, mps, cpu.
+def resolve_device(name: str | None, key: str = "device") -> torch.device:
+    """Return the device for a config's `key`: cpu, cuda, cuda:N or mps; as `name` None picks the first available of cuda, mps, cpu.
 
     ConfigError if the name is unknown, or this machine has no such device.
     """
@@ -26,38 +29,40 @@ def resolve_device(name: str | None) -> torch.device:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    if problems := device_name_problems(name):
+    if problems := device_name_problems(name, key):
         raise ConfigError(*problems)
     kind, _, index = name.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count()
         if count == 0:
-            raise ConfigError(f"device={name}: torch {torch.__version__} sees no CUDA device; use device=cpu")
+            raise ConfigError(f"{key}={name}: torch {torch.__version__} sees no CUDA device; use {key}=cpu")
         if index and int(index) >= count:
             raise ConfigError(
-                f"device={name}: this machine has {count} CUDA devices, numbered from 0; use a lower number"
+                f"{key}={name}: this machine has {count} CUDA devices, numbered from 0; use a lower number"
             )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device={name}: no Apple GPU here; use device=cpu")
+        raise ConfigError(f"{key}={name}: no Apple GPU here; use {key}=cpu")
     return torch.device(name)
 
 
-def device_problems(device: str | None, dtype: str = "fp32", *, distributed: bool = False) -> list[str]:
+def device_problems(
+    device: str | None, dtype: str = "fp32", *, distributed: bool = False, key: str = "device"
+) -> list[str]:
     """Return why this machine and process cannot use a config's `device` and `dtype`; empty if they can. Loads nothing.
 
-    `distributed`: true if the recipe runs on several processes.
+    `distributed`: true if the recipe runs on several processes. `key`: the device's, for the messages.
     """
     problems = []
     if not distributed and (num_processes := world_size()) > 1:
         problems.append(f"nproc_per_node: {num_processes} processes found, this recipe runs on one; leave it out")
     resolved = None
     try:
-        resolved = resolve_device(device)
+        resolved = resolve_device(device, key)
     except ConfigError as error:
         problems.append(str(error))
     if distributed and resolved is not None and resolved.index is not None and is_under_torchrun():
         problems.append(
-            f"device={device}: under torchrun each process takes the device of its own number; use device=cuda"
+            f"{key}={device}: under torchrun each process takes the device of its own number; use {key}=cuda"
         )
     if resolved is not None and resolved.type == "cuda":
         here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -77,3 +82,25 @@ def device_problems(device: str | None, dtype: str = "fp32", *, distributed: boo
                 "bf16 arithmetic; 8.0 or newer does; use dtype=fp32"
             )
     return problems
+
+
+def placement_problems(cfg: Any) -> list[str]:
+    """Return why this machine's devices and processes cannot hold or compute the models of a config, one sentence each.
+
+    cfg: with device, dtype and the keys of `kdtune.parallel.problems`; with a teacher those of `TeacherConfig` too. Reads no weights.
+    """
+    found = device_problems(cfg.device, cfg.dtype, distributed=True)
+    device = of_teacher = None if found else resolve_device(cfg.device)
+    if (name := getattr(cfg, "teacher_device", None)) is not None:
+        more = device_problems(name, cfg.teacher_dtype or cfg.dtype, distributed=True, key="teacher_device")
+        of_teacher = None if more else resolve_device(name, "teacher_device")
+        found += more
+    if of_teacher is not None and of_teacher.type != "cuda":
+        reasons = {
+            "teacher_offload": f"needs a CUDA device for the teacher, from whose memory its layers are kept, and it is on {of_teacher}",
+            "teacher_overlap": f"needs a CUDA device, whose streams compute side by side, and the teacher is on {of_teacher}",
+        }
+        found += [
+            f"{key}=true: {reason}; set it to false" for key, reason in reasons.items() if getattr(cfg, key, False)
+        ]
+    return found + parallel.problems(cfg, device, of_teacher)

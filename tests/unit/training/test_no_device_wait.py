@@ -58,6 +58,7 @@ OPTIONS = {
     ],
     "int8 teacher": ["teacher_quantization=int8"],
     "nf4 teacher": ["teacher_quantization=nf4"],
+    "teacher on a named device": ["teacher_device=cpu"],
 }
 # The fused optimizer keeps its step count with the parameters; the others' is on the CPU, where reading it costs nothing.
 OVERRIDES = ["~dataset_val", "sample_prompts=[]", "optimizer.fused=true", "save_every_n_steps=null", "run_val_every_n_steps=null",
