@@ -19,7 +19,7 @@ def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch
 
     One sentence each. cfg: with the key parallelism, and those of model, checkpointer, adapter, quantization,
     teacher_parallelism, teacher_processes, teacher_model, teacher_checkpointer and teacher_quantization that its recipe has.
-    device: of this process, and teacher_device: of its teacher; None: it cannot be had, and quantization is not checked.
+    device: of this process; None: it cannot be had, and quantization is not checked. teacher_device: of its teacher; None: the same.
     """
     parallelism: Parallelism = instantiate(cfg.parallelism)
     teacher: Parallelism | None = instantiate(getattr(cfg, "teacher_parallelism", None))
@@ -43,7 +43,7 @@ def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch
         scheme = getattr(cfg, f"{prefix}quantization", None)
         if (
             scheme
-            and (of_model := teacher_device if prefix else device)
+            and (of_model := (teacher_device if prefix else None) or device)
             and (builder or source)
             and not (source and source.problems())
         ):

@@ -90,11 +90,11 @@ def placement_problems(cfg: Any) -> list[str]:
     cfg: with device, dtype and the keys of `kdtune.parallel.problems`; with a teacher those of `TeacherConfig` too. Reads no weights.
     """
     found = device_problems(cfg.device, cfg.dtype, distributed=True)
-    device = of_teacher = None if found else resolve_device(cfg.device)
-    if (name := getattr(cfg, "teacher_device", None)) is not None:
-        more = device_problems(name, cfg.teacher_dtype or cfg.dtype, distributed=True, key="teacher_device")
-        of_teacher = None if more else resolve_device(name, "teacher_device")
-        found += more
+    name = getattr(cfg, "teacher_device", None)
+    if name is not None:
+        found += device_problems(name, cfg.teacher_dtype or cfg.dtype, distributed=True, key="teacher_device")
+    device = None if found else resolve_device(cfg.device)
+    of_teacher = device if found or name is None else resolve_device(name, "teacher_device")
     if of_teacher is not None and of_teacher.type != "cuda":
         reasons = {
             "teacher_offload": f"needs a CUDA device for the teacher, from whose memory its layers are kept, and it is on {of_teacher}",
