@@ -72,7 +72,7 @@ RATES = (1e-5, 1e-6, 1e-7)
 UPDATES = {
     "bf16, nearest": (torch.bfloat16, None),
     "bf16, stochastic": (torch.bfloat16, "stochastic"),
-    "bf16, fp32_master": (torch.bfloat16, "fp32_master"),
+    "bf16 weights of fp32_master": (torch.bfloat16, "fp32_master"),
     "fp32": (torch.float32, None),
 }
 
