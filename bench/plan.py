@@ -9,15 +9,17 @@ models of two narrow layers, which has imported and started all that the run use
 same without that, as a run is by default: it keeps what is freed, in pieces, for the next tensors. Prediction: `peak` of
 the plan, for the config's longest examples, of which the data consists.
 
-Time: the median of the steps after the second, as a run is by default; prediction: --calibrate, on the same data in a process of
-its own. Of several processes the memory is that of the largest, and no time is predicted.
+Time: processor seconds, the median of the steps after the second, as a run is by default; prediction: --calibrate, on the same
+data in a process of its own. With one thread they are the seconds of an idle machine. Of several processes the memory is that of
+the largest, and no time is predicted.
 
-Expected before measuring: memory within 10 %, time within 25 %, on an idle machine.
+Expected before measuring: memory within 10 %, time within 25 %.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -69,6 +72,9 @@ LORA = "adapter=kdtune.models.apply_lora adapter.lora_rank=64 adapter.apply_lora
 DORA = f"{LORA} adapter.use_dora=true adapter.apply_lora_to_output=true"
 PACKS = "batch_size=1 tokenizer.max_seq_len=1024 dataset.packed=true dataset.split_across_pack=true"
 CUT = "gradient_accumulation_steps=6 tokens_per_micro_batch=512 tokenizer.max_seq_len=128"
+OTHER = """optimizer=kdtune.training.Muon kd_loss=kdtune.losses.JensenShannon
+    model.tie_embeddings=false model.embed_dim=288 model.num_heads=6 model.vocab_size=128000
+    teacher_model.vocab_size=128000 teacher_model.num_layers=6"""
 CASES = {
     "full, fp32, padded": Case("dtype=fp32 padding_free=false tokenizer.max_seq_len=256"),
     "full, bf16": Case("dtype=bf16 tokenizer.max_seq_len=256"),
@@ -83,6 +89,10 @@ CASES = {
     "lora, fp32, teacher in 8 bits": Case(f"{LORA} dtype=fp32 teacher_quantization=int8 tokenizer.max_seq_len=256"),
     "finetune, bf16, two micro-batches": Case(
         "~adapter dtype=bf16 gradient_accumulation_steps=2 tokenizer.max_seq_len=256", recipe="finetune"
+    ),
+    "muon, fp32, JSD, 128,000 ids, untied": Case(f"dtype=fp32 tokenizer.max_seq_len=256 {OTHER}"),
+    "full, bf16 logits, hidden states": Case(
+        "dtype=bf16 loss_logits_dtype=bf16 hidden_loss=kdtune.losses.HiddenStateLoss tokenizer.max_seq_len=256"
     ),
     "full, fp32, two processes": Case("dtype=fp32 batch_size=2 tokenizer.max_seq_len=256", ranks=2),
 }
@@ -134,8 +144,9 @@ def row(name: str, case: Case, args: argparse.Namespace) -> str:
     if kept:
         cells[3] = f"{max(one['peak'] for one in kept):,.0f}"
     if timed:
-        ratios.append((planned["seconds"] / kept[0]["seconds"], TIME))
-        cells[4:] = f"{planned['seconds']:.3g}", f"{kept[0]['seconds']:.3g}", f"{ratios[-1][0]:.2f}"
+        seconds = kept[0]["seconds"]
+        ratios.append((planned["seconds"] / seconds, TIME))
+        cells[4:] = f"{planned['seconds']:.3g}", f"{seconds:.3g}", f"{ratios[-1][0]:.2f}"
     verdict = "within" if all(abs(ratio - 1) <= limit for ratio, limit in ratios) else "outside"
     return f"| {' | '.join([name, *cells, verdict])} |"
 
@@ -158,9 +169,10 @@ def child(
         else [sys.executable, __file__]
     )
     command = [*start, "--job", json.dumps(task), "--threads", str(threads)]
+    path = os.pathsep.join([str(Path(__file__).parent / "peers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), **variables},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -209,24 +221,25 @@ def plan(task: dict[str, Any]) -> dict[str, float]:
         fake_world(task["ranks"]) if task["ranks"] > 1 else contextlib.nullcontext(World(torch.device("cpu"))) as world
     ):
         peak = make_estimate(cfg, world, device_type="cpu").peak.total / 2**20
-    return {"peak": peak, "seconds": calibrate(cfg, *steps_of(cfg)).step if task["timed"] else 0.0}
+    seconds = calibrate(cfg, *steps_of(cfg), clock=time.process_time).step if task["timed"] else 0.0
+    return {"peak": peak, "seconds": seconds}
 
 
 def run(task: dict[str, Any]) -> dict[str, float]:
     """Return what a run takes: MiB above what it takes with narrow models, and seconds."""
     narrow = [f"{model}.{name}={value}" for model in ("model", "teacher_model") for name, value in NARROW.items()
               if model == "model" or task["recipe"] != "finetune"]  # fmt: skip
-    steps = f"max_steps_per_epoch={task['steps']}"
     recipe, cfg = load(task, "narrow", *narrow, "max_steps_per_epoch=2")
     recipe.function(cfg)
-    before = resident_mib()
-    _, cfg = load(task, "run", steps)
+    before, log = resident_mib(), Path(task["folder"]) / "steps.jsonl"
+    logger = ["metric_logger._component_=probe.StepLog", f"metric_logger.path={log}"]
+    _, cfg = load(task, "run", f"max_steps_per_epoch={task['steps']}", *logger)
     recipe.function(cfg)
-    lines = [json.loads(line) for line in (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    rows = [line for line in lines if "step_seconds" in line]
-    seconds = statistics.median(row["step_seconds"] for row in rows[WARM_UP:])
-    peak = peak_mib() if os.environ.get("RANK", "0") != "0" else 1024 * rows[-1]["peak_memory_rss"]
-    return {"peak": peak - before, "seconds": seconds}
+    if os.environ.get("RANK", "0") != "0":
+        return {"peak": peak_mib() - before, "seconds": 0.0}
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    processor = [after["processor"] - one["processor"] for one, after in itertools.pairwise(rows[WARM_UP - 1 :])]
+    return {"peak": 1024 * rows[-1]["peak_gib"] - before, "seconds": statistics.median(processor)}
 
 
 def resident_mib() -> float:

@@ -61,7 +61,14 @@ class Calibration:
         )
 
 
-def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, *, budget: float = 20.0) -> Calibration:
+def calibrate(
+    cfg: Any,
+    steps: Iterator[Sequence[Batch]],
+    device: torch.device,
+    *,
+    budget: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
     """Time the parts of a step of a training config on its device, in one process.
 
     Args:
@@ -69,6 +76,7 @@ def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, 
         steps: the micro-batches of each of its steps.
         device: of this process.
         budget: seconds after which no further micro-batch is timed; at least one is.
+        clock: returns seconds, such as `time.process_time` for those of this process's processors.
 
     Raises:
         ConfigError: the config has a teacher that does not run here: on other processes, or of the user's own.
@@ -90,7 +98,7 @@ def calibrate(cfg: Any, steps: Iterator[Sequence[Batch]], device: torch.device, 
             quantize(teacher, cfg.teacher_quantization)
     divergence = divergence_of(instantiate(cfg.kd_loss)) if teacher is not None else None
     loss = KDLoss(divergence, kd_ratio=getattr(cfg, "kd_ratio", 0.0), **cfg.loss_settings())
-    timer = Timer(device)
+    timer = Timer(device, clock)
     began, sums = time.perf_counter(), dict.fromkeys(("teacher", "student", "loss"), 0.0)
     num_tokens = tokens_of_steps = num_steps = count = 0
 
