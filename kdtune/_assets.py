@@ -54,8 +54,10 @@ _NO_EQUIVALENT = {
     r"(lora|full)_dpo_.*|ppo_.*|(dev/)?grpo_.*|.*_dpo(_single_device|_distributed)?": "kdtune distils and finetunes, it does not train on "
     "preferences or rewards",
     r"qat_.*|.*_qat_.*": "quantization is not trained for; finetune, then `kdtune run quantize`",
-    r"(code_llama2|gemma2?|llama3_2_vision|llama4|mistral|phi[34]|qwen2(_5)?|qwen3)/.*": "kdtune trains models of the Llama architecture; "
-    "`kdtune cp` a config of llama3_2 and change its paths; Qwen2.5 and Qwen3 take a file of your own (docs/extending.md)",
+    r"(mistral|qwen2(_5)?|qwen3)/.*": "`kdtune cp` a config of the family, such as qwen2_5/7B_lora_single_device, and change its "
+    "models and paths",
+    r"(code_llama2|gemma2?|llama3_2_vision|llama4|phi[34])/.*": "kdtune has no such models (docs/models.md); `kdtune cp` a config of "
+    "llama3_2 and change its models and paths",
 }
 
 

@@ -151,13 +151,14 @@ def test_recipes_stand_alone(path: Path) -> None:
     assert ast.get_docstring(tree)
 
 
+FAMILY_FILES = ("gemma", "granite", "llama", "mistral", "olmo", "qwen", "smollm3")
 # What reads, writes, spreads, plans and prunes a model asks its config for the family; the decoder itself knows none.
 FAMILY_BLIND = [
     path
     for path in SOURCES
     if part_of(path)
     in ("checkpoint", "distributed", "parallel", "teachers", "training", "planner", "pruning", "losses", "generation")
-    or (part_of(path) == "models" and path.stem not in ("llama", "families", "builders"))
+    or (part_of(path) == "models" and path.stem not in (*FAMILY_FILES, "families", "known_families", "builders"))
 ]
 
 
@@ -166,7 +167,12 @@ def named_families(tree: ast.AST) -> set[str]:
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs}
     found |= {getattr(n, key, None) for n in ast.walk(tree) for key in ("id", "attr", "name", "arg", "module")}
-    return {text for text in found if isinstance(text, str) and re.search(r"(?i)llama(?!3\b|\.cpp|-gguf)", text)}
+    return {
+        text
+        for text in found
+        if isinstance(text, str)
+        and re.search(r"(?i)(llama|mi(ni)?stral|olmo|qwen|gemma|granite|smollm)(?!3\b|\.cpp|-gguf)", text)
+    }
 
 
 @pytest.mark.parametrize("path", FAMILY_BLIND, ids=lambda p: str(p.relative_to(ROOT)))

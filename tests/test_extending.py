@@ -37,17 +37,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, config in (("Qwen2.5-0.5B", transformers.Qwen2Config), ("Qwen3-0.6B", transformers.Qwen3Config)):
-        write_base(tmp_path / name, config)
+    for name in ("cwm", "cwm-sft"):
+        write_base(tmp_path / name)
     return tmp_path
 
 
-def write_base(folder: Path, config: Any) -> None:
+def write_base(folder: Path) -> None:
     """A random model of transformers, and the byte tokenizer, which the tiny configs use."""
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "use_sliding_window": False}  # fmt: skip
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 9}  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(**sizes))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.CwmConfig(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -123,17 +123,19 @@ def test_a_family_of_ones_own_is_trained_resumed_and_read_by_transformers(
         assert ended.value.code == 0, printed.err
         return printed.out
 
-    family = resolve("my_qwen.QWEN2")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "Qwen2.5-0.5B")
-    ours = Checkpointer(folder / "Qwen2.5-0.5B", family=family).load()
+    family = resolve("my_cwm.CWM")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "cwm-sft")
+    ours = Checkpointer(folder / "cwm-sft", family=family).load()
     torch.testing.assert_close(shown_to(ours), shown_to(theirs), rtol=1e-5, atol=1e-5)
 
     kdtune("validate", *run[1:])
     kdtune(*run)
     final = transformers.AutoModelForCausalLM.from_pretrained(folder / "out/final")
-    assert type(final).__name__ == "Qwen2ForCausalLM"
-    biases = [weight for name, weight in final.named_parameters() if name.endswith("q_proj.bias")]
-    assert len(biases) == 2 and not torch.equal(biases[0], theirs.model.layers[0].self_attn.q_proj.bias)
+    assert type(final).__name__ == "CwmForCausalLM"
+    assert (final.config.sliding_window, final.config.layer_types) == (9, ["full_attention", "sliding_attention"])
+    assert not torch.equal(
+        final.model.layers[1].self_attn.q_proj.weight, theirs.model.layers[1].self_attn.q_proj.weight
+    )
     trained = shown_to(Checkpointer(folder / "out/final", family=family).load())
     torch.testing.assert_close(shown_to(final), trained, rtol=1e-5, atol=1e-5)
 
@@ -144,14 +146,14 @@ def test_a_family_of_ones_own_is_trained_resumed_and_read_by_transformers(
     assert (folder / "out/final/model.safetensors").read_bytes() == before
 
     kdtune("run", "evaluate", f"run={folder / 'out'}", "tasks=[]", "batch_size=4")
-    with pytest.raises(CheckpointError, match=r"Qwen2ForCausalLM.*want LlamaForCausalLM.*`family`"):
+    with pytest.raises(CheckpointError, match=r"CwmForCausalLM.*want LlamaForCausalLM.*`family`"):
         load_model(folder / "out/final")
 
 
 OWN_BUILDER = """
 from kdtune.models import Transformer, TransformerConfig
 
-def tiny(qk_norm: bool = False) -> Transformer:
+def tiny(qk_norm: str | None = None) -> Transformer:
     return Transformer(TransformerConfig(
         vocab_size=320, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_dim=64, max_seq_len=256,
         norm_eps=1e-5, rope_base=1e4, rope_scaling=None, tie_embeddings=False, qk_norm=qk_norm,
@@ -180,6 +182,6 @@ def test_a_builder_of_ones_own_that_names_no_family(folder: Path, capsys: pytest
     stored = ["checkpointer={_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: first/final}"]
     assert finetune("second", *stored) == 0, capsys.readouterr().err
     assert (folder / "second/final/config.json").exists()
-    assert finetune("third", "model.qk_norm=true") == 2
+    assert finetune("third", "model.qk_norm=head") == 2
     assert "belongs to no family" in capsys.readouterr().err
     assert not list((folder / "third").glob("step_*")) and not (folder / "third/final").exists()

@@ -82,7 +82,7 @@ def read_gguf(files: list[Path], named: Family | None) -> LazyModel:
         metadata.setdefault(f"{family.gguf_architecture}.vocab_size", embedding.shape[0])
     factors = stored.get(ROPE_FACTORS)
     with _in_file(file):
-        config = config_from_gguf(
+        config = (family.config_from_gguf or config_from_gguf)(
             family,
             metadata,
             tie_embeddings=keys.from_kdtune("output.weight") not in stored,
@@ -102,6 +102,13 @@ def _in_file(path: Path) -> Iterator[None]:
 
 def _stored_model(config: TransformerConfig, stored: dict[str, LazyTensor], keys: KeyMap) -> LazyModel:
     tensors = _by_our_names(stored, keys)
+    if keys.norm_offset:
+        tensors = {
+            name: replace(one, pieces=partial(_lowered_pieces, one, keys.norm_offset), part=None)
+            if name.endswith("norm.weight")
+            else one
+            for name, one in tensors.items()
+        }
     return LazyModel(config, _unpermuted(tensors, config) if keys.is_interleaved else tensors, keys.from_kdtune)
 
 
@@ -124,6 +131,10 @@ def _unpermuted(tensors: dict[str, LazyTensor], config: TransformerConfig) -> di
             stored if heads is None else replace(stored, pieces=partial(_unpermuted_pieces, stored, heads), part=None)
         )
     return result
+
+
+def _lowered_pieces(stored: LazyTensor, offset: float) -> Iterator[Tensor]:
+    yield stored.read() - offset
 
 
 def _unpermuted_pieces(stored: LazyTensor, num_heads: int) -> Iterator[Tensor]:

@@ -2,7 +2,10 @@ from .architecture import Family, TransformerConfig
 from .builders import Builder
 from .documents import Documents
 from .dtypes import dtype_from_name
-from .families import FAMILIES, family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
+from .families import family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
+from .gemma import GEMMA3
+from .granite import GRANITE
+from .known_families import FAMILIES
 from .kv_cache import KVCache
 from .llama import LLAMA, llama
 from .lora import (
@@ -15,12 +18,24 @@ from .lora import (
     merged_config,
     merged_weights,
 )
+from .mistral import MINISTRAL, MISTRAL
+from .olmo import OLMO2
+from .qwen import QWEN2, QWEN3
 from .rope import RopeScaling
+from .smollm3 import SMOLLM3
 from .transformer import OutputHead, Transformer, on_meta_device, weight_shapes
 
 __all__ = [
     "FAMILIES",
+    "GEMMA3",
+    "GRANITE",
     "LLAMA",
+    "MINISTRAL",
+    "MISTRAL",
+    "OLMO2",
+    "QWEN2",
+    "QWEN3",
+    "SMOLLM3",
     "Builder",
     "Documents",
     "Family",

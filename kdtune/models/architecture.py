@@ -1,10 +1,10 @@
 """Architecture of a decoder, and the model family that it belongs to: what its files call its settings and tensors."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -13,8 +13,26 @@ from kdtune.models.rope import RopeScaling
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-_MOST = {"num_layers": 10_000, "head_dim": 2**16, "max_seq_len": 2**48, "norm_eps": 1e6, "rope_base": 1e30}
+MOST_LAYERS = 10_000
+_MOST = {"num_layers": MOST_LAYERS, "head_dim": 2**16, "max_seq_len": 2**48, "norm_eps": 1e6, "rope_base": 1e30}
 _MOST_OF_THE_REST = 2**28
+_NOT_SIZES = (
+    "rope_scaling",
+    "tie_embeddings",
+    "qkv_bias",
+    "qk_norm",
+    "norm_placement",
+    "norm_rounds_last",
+    "activation",
+    "windows",
+    "rotates",
+    "family",
+)
+_CHOICES = {
+    "qk_norm": (None, "head", "projection"),
+    "norm_placement": ("before", "after", "both"),
+    "activation": ("silu", "gelu_tanh"),
+}
 _MOST_PARAMETERS = 10**16
 
 
@@ -23,8 +41,19 @@ class TransformerConfig:
     """Architecture of a decoder.
 
     ``max_seq_len`` is the context the weights were trained for; forward does not enforce it. ``family`` says how the model's
-    files are named and described; None: as Llama's, for a model without the switches below. ``qkv_bias`` and ``qk_norm``
-    are ``Attention``'s; ``logit_softcap`` bounds the logits, see ``OutputHead``.
+    files are named and described; None: as Llama's, for a model whose switches have their defaults.
+
+    The switches: ``qkv_bias`` adds a bias to queries, keys and values; ``qk_norm`` normalizes them before the rotation, each
+    "head" by itself or the whole "projection". ``norm_placement`` says whether attention and feed-forward have a norm "before"
+    them, "after" them or "both"; with ``norm_rounds_last`` a norm multiplies by its gain before it rounds from fp32, not after;
+    the gain is the norm's weight plus ``norm_offset``. ``activation`` is the feed-forward's, "gelu_tanh" the approximation of
+    GELU by tanh.
+    ``logit_softcap`` bounds the logits, see ``OutputHead``. Embeddings are multiplied by ``embedding_scale``, what attention and
+    feed-forward add to the residual stream by ``residual_scale``, and scores by ``attention_scale`` (None: head_dim**-0.5);
+    logits are divided by ``logit_divisor``. Two have a value for each layer. ``windows``: the number of tokens that a token
+    attends to, itself and the last ones before it, or None for all; () is None for every layer. ``rotates``: whether queries
+    and keys are rotated; () is True for every layer. Layers with a window are rotated by ``window_rope_base``, without
+    ``rope_scaling``; None: as the others.
     """
 
     vocab_size: int
@@ -40,14 +69,25 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    norm_placement: Literal["before", "after", "both"] = "before"
+    norm_rounds_last: bool = False
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     logit_softcap: float | None = None
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
+    logit_divisor: float = 1.0
+    windows: tuple[int | None, ...] = ()
+    rotates: tuple[bool, ...] = ()
+    window_rope_base: float | None = None
     family: "Family | None" = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name in ("rope_scaling", "tie_embeddings", "family") or value is each.default:
+            if each.name in _NOT_SIZES or value is each.default:
                 continue
             # No model is near these sizes: such a value is a mistake that would fill the memory before it is noticed.
             most = _MOST.get(each.name, _MOST_OF_THE_REST)
@@ -57,12 +97,58 @@ class TransformerConfig:
             raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, choices))}")
+        for name in ("windows", "rotates"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
+                raise ConfigError(
+                    f"{name}: {len(getattr(self, name))} values; must be one for each of {self.num_layers} layers"
+                )
+        if any(window is not None and not 0 < window <= _MOST["max_seq_len"] for window in self.windows):
+            raise ConfigError(f"windows={self.windows}: must be numbers of tokens above 0, or None")
         if self.num_parameters > _MOST_PARAMETERS:
             names = ("embed_dim", "num_layers", "num_heads", "head_dim", "intermediate_dim", "vocab_size")
             raise ConfigError(
                 f"{', '.join(f'{name}={getattr(self, name)}' for name in names)}: {self.num_parameters:.2g} parameters; must be "
                 f"at most {_MOST_PARAMETERS:.0e}; check the sizes"
             )
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether every switch has its default: the model computes what the models without switches compute."""
+        switches = [each for each in fields(self) if each.default is not MISSING and each.name != "family"]
+        return all(getattr(self, each.name) == each.default for each in switches)
+
+    @property
+    def qk_norm_dims(self) -> tuple[int, int] | None:
+        """Return the sizes of the norms on queries and keys; None without them."""
+        if self.qk_norm is None:
+            return None
+        return (
+            (self.head_dim, self.head_dim)
+            if self.qk_norm == "head"
+            else (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim)
+        )
+
+    def window(self, layer: int) -> int | None:
+        """Return the number of tokens that a token attends to in this layer; None: all before it, and itself."""
+        return self.windows[layer] if self.windows else None
+
+    def is_rotated(self, layer: int) -> bool:
+        """Return whether this layer rotates queries and keys."""
+        return not self.rotates or self.rotates[layer]
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        """Return the architecture of a model of these layers alone."""
+        windows = tuple(self.window(index) for index in layers)
+        rotates = tuple(self.is_rotated(index) for index in layers)
+        return replace(
+            self,
+            num_layers=len(layers),
+            windows=windows if any(windows) else (),
+            rotates=() if all(rotates) else rotates,
+        )
 
     def described(self) -> dict[str, Any]:
         """Return the architecture as plain values, without the fields that say nothing: a new one changes no description."""
@@ -77,7 +163,9 @@ class TransformerConfig:
         """Return the number of parameters of a model of these sizes, a tied head counted once."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + 2) + biases + 2 * self.qk_norm * self.head_dim
+        norms = sum(self.qk_norm_dims or ())
+        num_norms = 4 if self.norm_placement == "both" else 2
+        layer = self.embed_dim * (attention + 3 * self.intermediate_dim + num_norms) + biases + norms
         return self.embed_dim * ((1 if self.tie_embeddings else 2) * self.vocab_size + 1) + self.num_layers * layer
 
 
@@ -91,10 +179,18 @@ class KeyMap:
     """Names of tables that old checkpoints contain and the model computes itself."""
     is_interleaved: bool = False
     """The rows of q and k are in interleaved order: see :func:`unpermute`."""
+    norm_offset: float = 0.0
+    """What a stored gain is more than ours: the gain itself, where ``TransformerConfig.norm_offset`` is added to ours."""
 
     def plus(self, ours_by_theirs: Mapping[str, str]) -> Self:
         """Return a map with more names, for models with more weights."""
         return replace(self, ours_by_theirs={**self.ours_by_theirs, **ours_by_theirs})
+
+    def without(self, *ours: str) -> Self:
+        """Return a map without these names of ours, for models that lack the weights or call them otherwise."""
+        return replace(
+            self, ours_by_theirs={theirs: name for theirs, name in self.ours_by_theirs.items() if name not in ours}
+        )
 
     @cached_property
     def _theirs_by_ours(self) -> dict[str, str]:
@@ -149,6 +245,8 @@ class Family:
     hf_constants: Mapping[str, Any]
     """Settings of config.json that have one value in all models of the family."""
     hf_keys: KeyMap
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Values that transformers takes where config.json lacks the setting, if they are not its LlamaConfig's."""
     config_from_hf: Callable[["Family", Mapping[str, Any]], TransformerConfig]
     """Read a config.json; see ``kdtune.models.file_configs.config_from_hf``."""
     config_to_hf: Callable[["Family", TransformerConfig], dict[str, Any]]
@@ -156,6 +254,8 @@ class Family:
     gguf_architecture: str | None = None
     """``general.architecture`` in a GGUF file; None: the family's GGUF files are not read."""
     gguf_keys: KeyMap | None = None
+    config_from_gguf: Callable[..., TransformerConfig] | None = None
+    """Read a GGUF file's metadata; see ``kdtune.models.file_configs.config_from_gguf``, which None stands for."""
     meta_keys: KeyMap | None = None
     """Names in Meta's consolidated.NN.pth; None: the family has none."""
     config_from_meta: Callable[..., TransformerConfig] | None = None

@@ -15,38 +15,55 @@ from kdtune.models.rope import rotate
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype."""
+    """Root mean square normalization (arXiv 1910.07467): statistics in fp32, gain in the input's dtype.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    With ``rounds_last`` the gain is in fp32 too. The gain is the weight plus ``offset``. The result is divided by ``divisor``.
+    """
+
+    def __init__(
+        self, dim: int, eps: float, *, rounds_last: bool = False, offset: float = 0.0, divisor: float = 1.0
+    ) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.rounds_last, self.offset, self.divisor = eps, rounds_last, offset, divisor
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain."""
-        return functional.rms_norm(hidden, (hidden.shape[-1],), None, self.eps) * self.weight
+        """Return the input's shape and dtype; computed in fp32 and rounded once, before the gain or after it."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) if self.rounds_last else hidden
+        gain = self.weight if self.offset == 0.0 else self.weight.to(wide.dtype) + self.offset
+        normal = (functional.rms_norm(wide, (hidden.shape[-1],), None, self.eps) * gain).to(hidden.dtype)
+        return normal if self.divisor == 1.0 else normal / self.divisor
+
+
+def norm_of(config: TransformerConfig, dim: int, *, divisor: float = 1.0) -> RMSNorm:
+    """Return a norm over ``dim`` values as the model's norms are, whose result is divided by ``divisor``."""
+    rounds_last, offset = config.norm_rounds_last, config.norm_offset
+    return RMSNorm(dim, config.norm_eps, rounds_last=rounds_last, offset=offset, divisor=divisor)
 
 
 class Attention(nn.Module):
     """Query heads in groups that share one key and one value head.
 
-    ``qkv_bias`` adds a bias to queries, keys and values; ``qk_norm`` normalizes each query and key head before its rotation.
+    The switches are `TransformerConfig`'s; the window is that of layer ``index``.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         embed_dim, head_dim, bias = config.embed_dim, config.head_dim, config.qkv_bias
-        self.head_dim = head_dim
+        self.head_dim, self.window, self.scale = head_dim, config.window(index), config.attention_scale
+        self.rotates = config.is_rotated(index)
         self.q_proj = nn.Linear(embed_dim, config.num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
         self.output_proj = nn.Linear(config.num_heads * head_dim, embed_dim, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        dims = config.qk_norm_dims
+        self.q_norm, self.k_norm = (None if dims is None else norm_of(config, dims[of_keys]) for of_keys in (0, 1))
+        self.normalizes_heads = config.qk_norm == "head"
 
     def forward(
         self,
         hidden_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, ...],
         mask: Tensor | Documents | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
@@ -55,30 +72,53 @@ class Attention(nn.Module):
 
         ``mask`` is bool, broadcastable to [B, 1, S, T], True where a query may see a key; None is causal; `Documents` is
         causal within each, for B = 1. With a cache that already holds tokens, None is correct only for a single new token.
+        The layer's window holds besides. ``rope`` is `Transformer.rope`'s.
         """
         heads = (*hidden_BSD.shape[:2], -1, self.head_dim)
-        q_BSHE, k_BSKE = self.q_proj(hidden_BSD).view(heads), self.k_proj(hidden_BSD).view(heads)
+        q, k = self.q_proj(hidden_BSD), self.k_proj(hidden_BSD)
+        if self.normalizes_heads:
+            q, k = q.view(heads), k.view(heads)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
-        q_BSHE, k_BSKE = rotate(q_BSHE, rope), rotate(k_BSKE, rope)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BSHE, k_BSKE = q.view(heads), k.view(heads)
+        if self.rotates:
+            rope = rope[-2:] if self.window is not None else rope[:2]
+            q_BSHE, k_BSKE = rotate(q_BSHE, rope), rotate(k_BSKE, rope)
         v_BSKE = self.v_proj(hidden_BSD).view(heads)
         if isinstance(mask, Documents):
-            out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0])
+            out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0], self.window, self.scale)
             return self.output_proj(out_SHE.flatten(1)[None])
         q_BHSE, k_BKTE, v_BKTE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
         if cache is not None:
             k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
-        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask)
+        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask, self.window, self.scale)
         return self.output_proj(out_BHSE.transpose(1, 2).flatten(2))
 
 
-def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query."""
+def attend(
+    q_BHSE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTE: Tensor,
+    mask: Tensor | None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query.
+
+    The queries are the last S of the T tokens; with a window, each sees only the last ``window`` ones up to itself. Scores are
+    multiplied by ``scale``, None: E**-0.5.
+    """
+    if window is not None and window < k_BKTE.shape[2]:
+        if q_BHSE.shape[2] == 1:
+            k_BKTE, v_BKTE = k_BKTE[:, :, -window:], v_BKTE[:, :, -window:]
+            mask = None if mask is None else mask[..., -window:]
+        else:
+            mask = _within(window, mask, q_BHSE.shape[2], k_BKTE.shape[2], q_BHSE.device)
     groups = q_BHSE.shape[1] // k_BKTE.shape[1]
     if groups > 1 and q_BHSE.shape[2] == 1:
         # A single query sees the same keys whatever its head: the heads that share a key are its queries.
         q_BKGE = q_BHSE.reshape(q_BHSE.shape[0], k_BKTE.shape[1], groups, -1)
-        out_BKGE = functional.scaled_dot_product_attention(q_BKGE, k_BKTE, v_BKTE, attn_mask=mask)
+        out_BKGE = functional.scaled_dot_product_attention(q_BKGE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale)
         return out_BKGE.reshape(q_BHSE.shape)
     # Only CUDA's flash kernel reads shared heads without copying them; its other kernels would fall back to one that
     # holds all scores, and on the CPU both ways take equally long.
@@ -87,15 +127,36 @@ def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None) 
         k_BKTE = k_BKTE.repeat_interleave(groups, dim=1)
         v_BKTE = v_BKTE.repeat_interleave(groups, dim=1)
     return functional.scaled_dot_product_attention(
-        q_BHSE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and q_BHSE.shape[2] > 1, enable_gqa=shared
+        q_BHSE,
+        k_BKTE,
+        v_BKTE,
+        attn_mask=mask,
+        is_causal=mask is None and q_BHSE.shape[2] > 1,
+        scale=scale,
+        enable_gqa=shared,
     )
 
 
-def attend_within(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+def _within(window: int, mask: Tensor | None, num_new: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Return the mask [..., S, T] without the keys beyond the window; None is causal."""
+    num_held = num_tokens - num_new
+    if mask is None:
+        mask = torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_held)
+    return mask & torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).triu(num_held - window + 1)
+
+
+def attend_within(
+    documents: Documents,
+    q_SHE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Compute causal softmax attention within each document, [S, H, E], from queries, keys and values of all of them.
 
     No scores between documents exist: where the flash kernel takes the tensors it is one call with the boundaries, elsewhere one
-    call a document.
+    call a document. Window and scale are `attend`'s.
     """
     head_dim = q_SHE.shape[-1]
     if q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256:
@@ -104,20 +165,34 @@ def attend_within(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Ten
         )
 
         starts, longest, is_shared = documents.starts_N1, documents.longest, q_SHE.shape[1] != k_SKE.shape[1]
+        before = (
+            -1 if window is None else window - 1
+        )  # torch's convention: those to the left, -1 for all, besides itself
         return varlen_attn(  # type: ignore[return-value]  # a pair only if more is asked for
-            q_SHE, k_SKE, v_SKE, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=is_shared
+            q_SHE,
+            k_SKE,
+            v_SKE,
+            starts,
+            starts,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(before, 0),
+            enable_gqa=is_shared,
         )
     if torch.compiler.is_compiling():
         # Every other number of documents would need code of its own. As a decorator it would import the compiler in every run.
-        out_SHE: Tensor = torch.compiler.disable(_attend_one_by_one)(documents, q_SHE, k_SKE, v_SKE)
+        out_SHE: Tensor = torch.compiler.disable(_attend_one_by_one)(documents, q_SHE, k_SKE, v_SKE, window, scale)
         return out_SHE
-    return _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE)
+    return _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE, window, scale)
 
 
-def _attend_one_by_one(documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+def _attend_one_by_one(
+    documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, window: int | None, scale: float | None
+) -> Tensor:
     def rows(tensor_SHE: Tensor) -> tuple[Tensor, ...]:
         return tensor_SHE.transpose(0, 1)[None].split(documents.lengths, dim=2)
 
-    outs = [attend(q, k, v, None) for q, k, v in zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)]
+    outs = [attend(q, k, v, None, window, scale) for q, k, v in zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)]
     # In the kernel's own order of dimensions, so that what follows is no second copy.
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)[0]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kdtune.models.architecture import Family, TransformerConfig
-from kdtune.models.families import FAMILIES
+from kdtune.models.known_families import FAMILIES
 from kdtune.models.llama import llama
 from kdtune.models.lora import apply_lora
 from kdtune.models.transformer import Transformer

@@ -1,16 +1,21 @@
-"""The model families that kdtune knows, and how a file's family is found."""
+"""How the family of a model's files is found, and how the files of a family's model are described."""
 
 import reprlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models.architecture import Family, KeyMap, TransformerConfig
 from kdtune.models.llama import LLAMA
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
-
 _OWN = "the checkpointer's `family` names one of your own (docs/extending.md)"
+
+
+def _families(named: Family | None) -> tuple[Family, ...]:
+    from kdtune.models.known_families import FAMILIES  # a file for each
+
+    return FAMILIES if named is None else (named,)
 
 
 def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> TransformerConfig:
@@ -22,7 +27,7 @@ def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> 
         CheckpointError: It is of another family, lacks a size, or has a setting that our decoder does not compute.
     """
     architectures, model_type = document.get("architectures"), document.get("model_type")
-    families = FAMILIES if named is None else (named,)
+    families = _families(named)
     for family in families:
         # A model saved without its head; the head is missed where the embedding does not take its place.
         if architectures in ([family.architecture], [family.headless]) or (
@@ -39,11 +44,11 @@ def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> 
 def family_of_gguf(metadata: Mapping[str, Any], named: Family | None = None) -> tuple[Family, KeyMap]:
     """Return a GGUF file's family, and its names there; `named` as in `read_hf_config`; CheckpointError for another."""
     architecture = metadata.get("general.architecture")
-    families = FAMILIES if named is None else (named,)
+    families = _families(named)
     for family in families:
         if family.gguf_keys is not None and family.gguf_architecture == architecture:
             return family, family.gguf_keys
-    known = [repr(family.gguf_architecture) for family in families if family.gguf_keys is not None]
+    known = dict.fromkeys(repr(family.gguf_architecture) for family in families if family.gguf_keys is not None)
     raise CheckpointError(
         f"GGUF: general.architecture={architecture!r}; want {' or '.join(known) or f'safetensors, for family={named}'}"
     )
@@ -51,7 +56,7 @@ def family_of_gguf(metadata: Mapping[str, Any], named: Family | None = None) -> 
 
 def family_of_meta(named: Family | None = None) -> tuple[KeyMap, Callable[..., TransformerConfig]]:
     """Return the names of Meta's files and what reads params.json; CheckpointError if family `named` has none."""
-    for family in FAMILIES if named is None else (named,):
+    for family in _families(named):
         if family.meta_keys is not None and family.config_from_meta is not None:
             return family.meta_keys, family.config_from_meta
     raise CheckpointError(f"params.json: not of family={named}; give its safetensors")
@@ -69,18 +74,29 @@ def write_hf_config(
         dtype: Dtype of the weights in the same folder, such as "bfloat16".
 
     Raises:
-        ConfigError: The model belongs to no family.
+        ConfigError: The model belongs to no family, or its family's files cannot describe it.
     """
-    # layer_types are of the base's layers, all alike: transformers fills them in.
+    if base is None:
+        base = {"pad_token_id": None}  # some families have a default, which may be beyond the vocabulary
+    # layer_types are of the base's layers: where they are not all alike, the family writes them.
     dropped = ("transformers_version", "_name_or_path", "quantization_config", "layer_types")
-    kept = {key: value for key, value in (base or {}).items() if key not in dropped}
+    kept = {key: value for key, value in base.items() if key not in dropped}
     family = family_of(config)
-    return kept | family.config_to_hf(family, config) | {"dtype": dtype, "torch_dtype": dtype}
+    written = kept | family.config_to_hf(family, config)
+    again = family.config_from_hf(family, written)
+    others = {
+        each.name: getattr(config, each.name)
+        for each in fields(config)
+        if each.name != "family" and getattr(config, each.name) != getattr(again, each.name)
+    }
+    if others:
+        raise ConfigError(f"config.json of {family.name} cannot say {others}; it would be read as another model")
+    return written | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def family_of(config: TransformerConfig) -> Family:
     """Return a model's family; without one, Llama's if it computes what Llama's models compute, else ConfigError."""
-    if config.family is None and not (config.qkv_bias or config.qk_norm or config.logit_softcap):
+    if config.family is None and config.is_plain:
         return LLAMA
     if config.family is None:
         raise ConfigError(

@@ -1,14 +1,14 @@
 """A model's settings in its files: read and write config.json as transformers does, and read GGUF metadata; for any family."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models.architecture import Family, TransformerConfig
+from kdtune.models.architecture import MOST_LAYERS, Family, TransformerConfig
 from kdtune.models.rope import RopeScaling, inverse_frequencies
 
 # Settings that change a decoder's arithmetic in ways that ours does not compute, with the values that do not.
@@ -16,10 +16,10 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
-    "sliding_window": (None,),
     "quantization_config": (None,),
 }
-_FULL_ATTENTION = "full_attention"
+FULL_ATTENTION = "full_attention"
+WINDOW_ATTENTION = "sliding_attention"
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -42,6 +42,13 @@ class Settings:
         value = self.number(key, kind=kind)
         if value is None:
             raise CheckpointError(f"{self.file}: {key} is missing")
+        return value
+
+    def num_layers(self, key: str = "num_hidden_layers") -> int:
+        """Return the number of layers; CheckpointError for one so large that a list of layers would fill the memory."""
+        value: int = self.size(key)
+        if value > MOST_LAYERS:
+            raise CheckpointError(f"{self.file}: {key}={reprlib.repr(value)}; want at most {MOST_LAYERS}")
         return value
 
     def number(self, key: str, default: Any = None, *, kind: type = int) -> Any:
@@ -76,29 +83,34 @@ class Settings:
             raise CheckpointError(f"{self.file}: {error}") from error
 
 
-def config_from_hf(family: Family, document: Mapping[str, Any]) -> TransformerConfig:
+def config_from_hf(
+    family: Family, document: Mapping[str, Any], *, windows: tuple[int | None, ...] | None = None, **switches: Any
+) -> TransformerConfig:
     """Return the config of the model of that family in a ``config.json``.
 
-    Absent keys get the defaults of transformers' LlamaConfig. Reads ``rope_theta`` with ``rope_scaling`` (transformers 4)
-    and ``rope_parameters`` (transformers 5).
+    Absent keys get the family's ``hf_defaults``, then the defaults of transformers' LlamaConfig. Reads ``rope_theta`` with
+    ``rope_scaling`` (transformers 4) and ``rope_parameters`` (transformers 5).
+
+    Args:
+        family: The family.
+        document: The parsed file.
+        windows: `TransformerConfig.windows`, of a family that has some; None: a window in the file is refused.
+        **switches: Further switches of `TransformerConfig`, beside the family's.
 
     Raises:
         CheckpointError: A missing size, or a setting this model does not compute.
     """
+    document = {**family.hf_defaults, **document}
     constants = {key: (value, None) if value is False else (value,) for key, value in family.hf_constants.items()}
-    plain_values = {**_PLAIN_VALUES, **constants}
-    if document.get("use_sliding_window") is False:  # then the window's size says nothing
-        del plain_values["sliding_window"]
-    for key, plain in plain_values.items():
-        if key in document and document[key] not in plain:
+    _refuse_others(document, {**_PLAIN_VALUES, **constants})
+    if windows is None:
+        windows = ()
+        if document.get("use_sliding_window") is not False:  # else the window's size says nothing
+            _refuse_others(document, {"sliding_window": (None,)})
+        if kinds := set(layer_kinds(document) or ()) - {FULL_ATTENTION}:
             raise CheckpointError(
-                f"config.json: {key}={reprlib.repr(document[key])} is not supported; want {plain[0]!r}"
+                f"config.json: layer_types with {sorted(kinds)} is not supported; want {FULL_ATTENTION!r} alone"
             )
-    kinds = document.get("layer_types")
-    if kinds and not (isinstance(kinds, list) and all(kind == _FULL_ATTENTION for kind in kinds)):
-        raise CheckpointError(
-            f"config.json: layer_types={reprlib.repr(kinds)} is not supported; want {_FULL_ATTENTION!r} alone"
-        )
     found = Settings(document, "config.json")
     embed_dim, num_heads = found.size("hidden_size"), found.size("num_attention_heads")
     max_seq_len = found.number("max_position_embeddings", 2048)
@@ -116,9 +128,52 @@ def config_from_hf(family: Family, document: Mapping[str, Any]) -> TransformerCo
         rope_base=rope_base,
         rope_scaling=rope_scaling,
         tie_embeddings=found.flag("tie_word_embeddings"),
+        windows=windows,
         family=family,
         **family.switches,
+        **switches,
     )
+
+
+def _refuse_others(document: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, values in allowed.items():
+        if key in document and document[key] not in values:
+            raise CheckpointError(
+                f"config.json: {key}={reprlib.repr(document[key])} is not supported; want {values[0]!r}"
+            )
+
+
+def layer_kinds(document: Mapping[str, Any]) -> list[str] | None:
+    """Return ``layer_types`` of a ``config.json``: the kind of attention of each layer; None if the file has none."""
+    kinds = document.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or not {*map(str, kinds)} <= {FULL_ATTENTION, WINDOW_ATTENTION}:
+        raise CheckpointError(
+            f"config.json: layer_types={reprlib.repr(kinds)} is not supported; want a list of {FULL_ATTENTION!r} and "
+            f"{WINDOW_ATTENTION!r}"
+        )
+    if len(kinds) != document.get("num_hidden_layers"):
+        raise CheckpointError(
+            f"config.json: layer_types has {len(kinds)} values; want num_hidden_layers={document.get('num_hidden_layers')}"
+        )
+    return kinds
+
+
+def windows_from_hf(family: Family, document: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int | None, ...]:
+    """Return the windows of layers of these kinds, of the size that ``sliding_window`` gives; () if no layer has one."""
+    window = Settings({**family.hf_defaults, **document}, "config.json").number("sliding_window")
+    windows = tuple(window if kind == WINDOW_ATTENTION else None for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def windows_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """Return ``sliding_window`` and ``layer_types`` of a ``config.json``; both null for a model without windows."""
+    sizes = {window for window in config.windows if window is not None}
+    if len(sizes) > 1:
+        raise ConfigError(f"windows={config.windows}: config.json has one size of them for all layers")
+    kinds = [WINDOW_ATTENTION if window else FULL_ATTENTION for window in config.windows]
+    return {"sliding_window": sizes.pop() if sizes else None, "layer_types": kinds or None}
 
 
 def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
@@ -186,7 +241,12 @@ def _rope_from_hf(found: Settings, max_seq_len: int) -> tuple[float, RopeScaling
 
 
 def config_from_gguf(
-    family: Family, metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors: Tensor | None = None
+    family: Family,
+    metadata: Mapping[str, Any],
+    *,
+    tie_embeddings: bool,
+    rope_factors: Tensor | None = None,
+    **switches: Any,
 ) -> TransformerConfig:
     """Return the config of the model of that family that a GGUF file's metadata describes.
 
@@ -195,6 +255,7 @@ def config_from_gguf(
         metadata: The file's fields, such as "llama.block_count", as plain Python values.
         tie_embeddings: Whether the file lacks the tensor ``output.weight``.
         rope_factors: The tensor ``rope_freqs.weight``, if the file has one: the divisor of each frequency.
+        **switches: Further switches of `TransformerConfig`, beside the family's.
 
     Raises:
         CheckpointError: A missing size, or a setting this model does not compute.
@@ -204,6 +265,10 @@ def config_from_gguf(
     found = Settings(own, "GGUF")
     if own.get("expert_count"):
         raise CheckpointError(f"GGUF: {prefix}expert_count={own['expert_count']} is not supported; want a dense model")
+    if own.get("attention.sliding_window"):
+        raise CheckpointError(
+            f"GGUF: {prefix}attention.sliding_window={own['attention.sliding_window']} is not supported; want none"
+        )
     if own.get("rope.scaling.type", "none") != "none":
         raise CheckpointError(
             f"GGUF: {prefix}rope.scaling.type={own['rope.scaling.type']!r} is not supported; want none"
@@ -231,6 +296,7 @@ def config_from_gguf(
         tie_embeddings=tie_embeddings,
         family=family,
         **family.switches,
+        **switches,
     )
 
 

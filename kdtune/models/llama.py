@@ -127,7 +127,7 @@ _META = KeyMap(
     is_interleaved=True,
 )
 
-_GGUF = KeyMap(
+GGUF_KEYS = KeyMap(
     "GGUF",
     {
         "token_embd.weight": "tok_embeddings.weight",
@@ -235,7 +235,7 @@ LLAMA = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     gguf_architecture="llama",
-    gguf_keys=_GGUF,
+    gguf_keys=GGUF_KEYS,
     meta_keys=_META,
     config_from_meta=config_from_meta,
     sizes=_SIZES,

@@ -53,7 +53,7 @@ def rope_tables(positions: Tensor, inverse_R: Tensor, dtype: torch.dtype) -> tup
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(heads_BSHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(heads_BSHE: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
     """Rotate each pair (i, i + R) of the queries or keys by its position's angle."""
     cos, sin = rope
     first, second = heads_BSHE.chunk(2, dim=-1)

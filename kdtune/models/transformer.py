@@ -14,14 +14,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.attention import Attention, RMSNorm
+from kdtune.models.attention import Attention, norm_of
 from kdtune.models.documents import Documents
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.rope import inverse_frequencies, rope_tables
 from kdtune.tensor_types import is_plain
 
-TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "shared"]
-"""Each process has some of a linear layer's outputs, or of its inputs; applies a norm to its own heads; or does all of it."""
+TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "over_heads", "shared"]
+"""Each process has some of a linear layer's outputs, or of its inputs; applies a norm to its own heads, or over those of all
+processes; or does not divide a block's input, but the modules in it."""
 
 # Standard deviation of a fresh model's weights, as in GPT-2 and its successors.
 INIT_STD = 0.02
@@ -34,16 +35,23 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     attn_extras: dict[str, tuple[int, ...]] = {}
     if config.qkv_bias:
         attn_extras |= {f"attn.{name}_proj.bias": (count * config.head_dim,) for name, count in heads.items()}
-    if config.qk_norm:
-        attn_extras |= {f"attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    if config.qk_norm_dims:
+        attn_extras |= {
+            f"attn.{name}_norm.weight": (size,) for name, size in zip("qk", config.qk_norm_dims, strict=True)
+        }
+    norms = [
+        name
+        for name, placement in {"norm": "before", "post_norm": "after"}.items()
+        if config.norm_placement in (placement, "both")
+    ]
     of_layer = {
-        "attn_norm.weight": (dim,),
+        **{f"attn_{name}.weight": (dim,) for name in norms},
         "attn.q_proj.weight": (config.num_heads * config.head_dim, dim),
         "attn.k_proj.weight": (config.num_kv_heads * config.head_dim, dim),
         "attn.v_proj.weight": (config.num_kv_heads * config.head_dim, dim),
         "attn.output_proj.weight": (dim, config.num_heads * config.head_dim),
         **attn_extras,
-        "mlp_norm.weight": (dim,),
+        **{f"mlp_{name}.weight": (dim,) for name in norms},
         "mlp.gate_proj.weight": (inner, dim),
         "mlp.up_proj.weight": (inner, dim),
         "mlp.down_proj.weight": (dim, inner),
@@ -62,49 +70,65 @@ def rotary_heads(name: str, config: TransformerConfig) -> int | None:
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, without biases."""
+    """SwiGLU or GeGLU (arXiv 2002.05202): ``down(activation(gate(x)) * up(x))``, without biases."""
 
-    def __init__(self, embed_dim: int, intermediate_dim: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        embed_dim, intermediate_dim = config.embed_dim, config.intermediate_dim
+        self.activation = config.activation
         self.gate_proj = nn.Linear(embed_dim, intermediate_dim, bias=False)
         self.up_proj = nn.Linear(embed_dim, intermediate_dim, bias=False)
         self.down_proj = nn.Linear(intermediate_dim, embed_dim, bias=False)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        inner_BSF = functional.silu(self.gate_proj(hidden_BSD)) * self.up_proj(hidden_BSD)
-        return self.down_proj(inner_BSF)
+        gate_BSF = self.gate_proj(hidden_BSD)
+        gate_BSF = (
+            functional.silu(gate_BSF) if self.activation == "silu" else functional.gelu(gate_BSF, approximate="tanh")
+        )
+        return self.down_proj(gate_BSF * self.up_proj(hidden_BSD))
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each with norms before or after it, added to the residual stream; ``index`` counts from 0."""
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
-        **dict.fromkeys(("attn_norm", "mlp_norm"), "shared"),
+        **dict.fromkeys(("attn", "mlp"), "shared"),
         **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), "by_outputs"),
-        **dict.fromkeys(("attn.q_norm", "attn.k_norm"), "by_heads"),
         **dict.fromkeys(("attn.output_proj", "mlp.down_proj"), "by_inputs"),
     }
-    """How tensor parallelism divides each module among processes, see ``kdtune.parallel.tensor_parallel``."""
+    """How tensor parallelism divides each module among processes, see ``kdtune.parallel.tensor_parallel``; the norms of
+    queries and keys besides, by ``qk_norm``."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    QK_NORM_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {"head": "by_heads", "projection": "over_heads"}
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = FeedForward(config.embed_dim, config.intermediate_dim)
+
+        def norm(placement: str) -> nn.Module:
+            is_there = config.norm_placement in (placement, "both")
+            return norm_of(config, config.embed_dim) if is_there else nn.Identity()
+
+        self.residual_scale = config.residual_scale
+        self.attn_norm, self.attn, self.attn_post_norm = norm("before"), Attention(config, index), norm("after")
+        self.mlp_norm, self.mlp, self.mlp_post_norm = norm("before"), FeedForward(config), norm("after")
 
     def forward(
         self,
         hidden_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, ...],
         mask: Tensor | Documents | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
-        hidden_BSD = hidden_BSD + self.attn(self.attn_norm(hidden_BSD), rope, mask, cache, cache_length)
-        return hidden_BSD + self.mlp(self.mlp_norm(hidden_BSD))
+        added_BSD = self.attn(self.attn_norm(hidden_BSD), rope, mask, cache, cache_length)
+        hidden_BSD = hidden_BSD + self._scaled(self.attn_post_norm(added_BSD))
+        added_BSD = self.mlp(self.mlp_norm(hidden_BSD))
+        return hidden_BSD + self._scaled(self.mlp_post_norm(added_BSD))
+
+    def _scaled(self, added_BSD: Tensor) -> Tensor:
+        return added_BSD if self.residual_scale == 1.0 else added_BSD * self.residual_scale
 
 
 class OutputHead(nn.Linear):
@@ -160,13 +184,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.layers = nn.ModuleList(TransformerLayer(config, index) for index in range(config.num_layers))
+        # The logits are linear in the hidden states: divided here, no head, loss or teacher needs to know of it.
+        self.norm = norm_of(config, config.embed_dim, divisor=config.logit_divisor)
         # A tied head needs no memory of its own, not even for a moment.
         head_device = "meta" if config.tie_embeddings else None
         self.output = OutputHead(config.embed_dim, config.vocab_size, softcap=config.logit_softcap, device=head_device)
         # A plain attribute, not a buffer: to_empty, .to(bfloat16) and checkpoints must not touch it.
-        self._inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+        self._inverse_frequencies = [inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)]
+        if config.window_rope_base is not None:
+            self._inverse_frequencies.append(inverse_frequencies(config.head_dim, config.window_rope_base, None))
         self.tie_weights()
         self.reset_parameters()
 
@@ -180,14 +207,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights from N(0, 0.02²), set the norms' gains to 1 and biases to 0."""
+        """Draw all weights from N(0, 0.02²), set the norms' gains to 1, without their offset, and biases to 0."""
         for name, parameter in self.named_parameters():
             if parameter.is_meta:  # where a value is none, drawing it only takes time
                 continue
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 1.0 - self.config.norm_offset)
             else:
                 nn.init.normal_(parameter, std=INIT_STD)
 
@@ -201,7 +228,7 @@ class Transformer(nn.Module):
         """Dtype of the embeddings, and so of the hidden states."""
         return self.tok_embeddings.weight.dtype
 
-    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the first layer's input [B, S, D], and the rotary tables that all layers take beside theirs.
 
         ``input_pos`` is the position of each token, [S] or [B, S]; None starts from 0.
@@ -209,14 +236,19 @@ class Transformer(nn.Module):
         if input_pos is None:
             input_pos = torch.arange(tokens.shape[1], device=tokens.device)
         hidden_BSD = self.tok_embeddings(tokens)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the weights' dtype first, as where such models are trained.
+            hidden_BSD = hidden_BSD * torch.tensor(self.config.embedding_scale, dtype=hidden_BSD.dtype, device="cpu")
         return hidden_BSD, self.rope(input_pos, hidden_BSD.dtype)
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the rotary tables that all layers of one forward share, for positions [S] or [B, S]."""
-        if not positions.is_meta and positions.device != self._inverse_frequencies.device:
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the rotary tables that all layers of one forward share, for positions [S] or [B, S]: a cosine and a sine, and
+        another pair for the layers with a window if they have a base of their own.
+        """
+        if not positions.is_meta and positions.device != self._inverse_frequencies[0].device:
             # Kept there: a copy in every forward would make a GPU wait for each new token.
-            self._inverse_frequencies = self._inverse_frequencies.to(positions.device)
-        return rope_tables(positions, self._inverse_frequencies, dtype)
+            self._inverse_frequencies = [each.to(positions.device) for each in self._inverse_frequencies]
+        return tuple(table for each in self._inverse_frequencies for table in rope_tables(positions, each, dtype))
 
     def forward(
         self,

@@ -7,6 +7,7 @@ feed-forward each need one all-reduce in forward and one in backward. Between th
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class _Style:
     outputs: Placement
     input_gradients: Placement | None = None
     """None: as the inputs, which takes an all-reduce."""
+    gathers: bool = False
+    """Gather the inputs first: every process computes all of the outputs, and goes on with its own."""
 
 
 _BY_OUTPUTS = {
@@ -45,7 +48,9 @@ _VOCABULARY = _Style(_BY_OUTPUTS, Replicate(), Replicate())
 
 # A norm of this process's heads; its gradient, a part of the sum, is reduced with the other gradients.
 _HEADS = _Style({"weight": Replicate()}, Shard(2), Shard(2))
-_STYLES = {"by_outputs": _COLUMN, "by_inputs": _ROW, "by_heads": _HEADS}
+# A norm over the heads of all processes. DTensor has no norm over a sharded dimension.
+_OVER_HEADS = _Style({"weight": Replicate()}, Shard(-1), Shard(-1), gathers=True)
+_STYLES = {"by_outputs": _COLUMN, "by_inputs": _ROW, "by_heads": _HEADS, "over_heads": _OVER_HEADS}
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
@@ -58,32 +63,39 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
         return
     mesh = mesh[TP_DIM]
     for layer in model.layers:
-        modules = dict(layer.named_modules())
-        for name, style in TransformerLayer.TENSOR_PARALLEL.items():
+        modules, styles = dict(layer.named_modules()), dict(TransformerLayer.TENSOR_PARALLEL)
+        if model.config.qk_norm:
+            styles |= dict.fromkeys(
+                ("attn.q_norm", "attn.k_norm"), TransformerLayer.QK_NORM_PARALLEL[model.config.qk_norm]
+            )
+        for name, style in styles.items():
             if style == "shared":
-                modules[name].register_forward_hook(partial(_share_inputs, mesh))
-            elif name in modules:
+                modules[name].register_forward_pre_hook(partial(_share_inputs, mesh))
+            else:
                 _distribute(modules[name], mesh, _STYLES[style])
     _distribute(model.tok_embeddings, mesh, _VOCABULARY)
     _distribute(model.output, mesh, _VOCABULARY)
     model.tie_weights()
 
 
-def _share_inputs(mesh: DeviceMesh, _: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
-    """Pass the hidden states through in forward; all-reduce their gradient in backward, where each process has a part."""
-    return DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+def _share_inputs(mesh: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pass the first input, the hidden states, through in forward; all-reduce their gradient in backward, each process's part."""
+    hidden = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+    return (hidden.to_local(grad_placements=[Partial()]), *inputs[1:])
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, style: _Style) -> None:
     gradients = None if style.input_gradients is None else [style.input_gradients]
+
+    def inputs_of(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
+        hidden = DTensor.from_local(inputs[0], mesh, [style.inputs], run_check=False, grad_placements=gradients)
+        return hidden.redistribute(placements=[Replicate()]) if style.gathers else hidden
+
     distribute_module(
         module,
         mesh,
         partial(_cut_parameters, style.parameters),
-        # Torch's annotation says None; the hook's result takes the place of the inputs.
-        lambda _, inputs, mesh: DTensor.from_local(  # type: ignore[arg-type]
-            inputs[0], mesh, [style.inputs], run_check=False, grad_placements=gradients
-        ),
+        inputs_of,  # type: ignore[arg-type]  # torch's annotation says None; the hook's result takes the place of the inputs
         lambda _, outputs, __: outputs.redistribute(placements=[style.outputs]).to_local(),
     )
     if isinstance(module, LoRALinear) and module.dropout:

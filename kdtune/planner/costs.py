@@ -91,7 +91,7 @@ def layer_cost(pieces: Transformer, batch: MicroBatch, *, backward: bool) -> Cos
 
 def _layer_inputs(
     pieces: Transformer, batch: MicroBatch, *, backward: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor], Documents | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], Documents | None]:
     hidden_BSD = _hidden(pieces, batch, backward=backward)
     # On a GPU, attention of documents is one call, as that of padded rows is.
     if batch.is_padded or batch.device_type == "cuda":
@@ -216,7 +216,7 @@ def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
     return Projection(*model.output.projection(hidden_TD), softcap=model.output.softcap)
 
 
-def _rope(pieces: Transformer, num_positions: int) -> tuple[Tensor, Tensor]:
+def _rope(pieces: Transformer, num_positions: int) -> tuple[Tensor, ...]:
     return pieces.rope(torch.empty(num_positions, dtype=torch.int64, device="meta"), pieces.dtype)
 
 

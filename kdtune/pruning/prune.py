@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -56,7 +56,7 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
     """
     check_layers(model, layers)
     with on_meta_device():
-        pruned = Transformer(replace(model.config, num_layers=len(layers)))
+        pruned = Transformer(model.config.with_layers(layers))
     for name, module in model.named_children():
         setattr(pruned, name, module)
     pruned.layers = nn.ModuleList(model.layers[index] for index in layers)
@@ -260,7 +260,7 @@ def _valid(batch: TokenBatch) -> Tensor:
     return batch.labels != IGNORE_INDEX
 
 
-def _through(layer: nn.Module, hidden_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _through(layer: nn.Module, hidden_BSD: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
     """Return the layer's output, computed for a few sequences at a time to bound memory."""
     rows = max(1, _TOKENS_AT_ONCE // hidden_BSD.shape[1])
     return torch.cat([layer(part, rope) for part in hidden_BSD.split(rows)])

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,17 @@ def float64_model(kind: str, *, tied: bool) -> Transformer:
                   tie_embeddings=tied)  # fmt: skip
     kind, _, switched = kind.partition(", ")
     if switched:
-        model = Transformer(replace(model.config, qkv_bias=True, qk_norm=True, logit_softcap=5.0))
+        switches: dict[str, Any] = {"qkv_bias": True, "qk_norm": "head", "logit_softcap": 5.0, "windows": (4, None)}
+        switches |= {"norm_placement": "both", "norm_offset": 1.0, "activation": "gelu_tanh", "window_rope_base": 30.0}
+        if switched == "norms after":
+            switches = {
+                "qk_norm": "projection",
+                "norm_placement": "after",
+                "norm_rounds_last": True,
+                "attention_scale": 0.3,
+            }
+            switches |= {"residual_scale": 0.5, "embedding_scale": 3.0, "logit_divisor": 2.0, "rotates": (True, False)}
+        model = Transformer(replace(model.config, **switches))
     with torch.no_grad():
         for parameter in model.parameters():
             if switched and parameter.ndim == 1:
@@ -201,6 +212,8 @@ MORE = pytest.mark.slow(
         *(pytest.param(kind, *layout) for kind in ("full", "lora", "dora") for layout in EVERY_KIND),
         *(pytest.param("full", *layout) for layout in FULL_ALONE),
         *(pytest.param(f"{kind}, switched", *EVERY_KIND[0]) for kind in ("full", "dora")),
+        pytest.param("full, norms after", *EVERY_KIND[0]),
+        pytest.param("lora, norms after", *EVERY_KIND[0], marks=MORE),
         *(pytest.param(kind, *layout, marks=MORE) for kind in ("lora", "dora") for layout in FULL_ALONE),
     ],
 )

@@ -11,17 +11,22 @@ from kdtune import _assets
 from kdtune.checkpoint import load_model
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
-from kdtune.models import LLAMA
+from kdtune.models import FAMILIES
 
-SIZES_OF = {"70b": 70_553_706_496, "8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
-CONFIGS = [config.name for config in _assets.configs() if config.name.startswith("llama3")]
+SIZES = {name: size for family in FAMILIES for name, (_, size) in family.sizes.items()}
+STUDY = {"70b": 70_553_706_496, "8b": 8_030_261_248, "3b": 3_212_749_824, "1b": 1_235_814_400}
+CONFIGS = [
+    config.name
+    for config in _assets.configs()
+    if config.name.startswith(("llama3", "mistral", "qwen", "olmo", "gemma"))
+]
 WITH_MODELS_DIR = [config for config in _assets.configs()
                    if config.recipe != "sweep" and "models_dir" in config.path.read_text()]  # fmt: skip
 
 
 def adapter_parameters(builder: str, rank: int) -> int:
     """Rank times the sum of inputs and outputs of q, v, output projection, gate, up and down, in each layer."""
-    _, size = LLAMA.sizes[builder]
+    size = SIZES[builder]
     q, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     shapes = [
         (size.embed_dim, q),
@@ -44,9 +49,10 @@ def test_models_of_the_shipped_configs_have_their_sizes(name: str) -> None:
         builder = node["_component_"].rpartition(".")[2]
         with torch.device("meta"):
             model = instantiate(node)
-        expected = SIZES_OF[builder.rpartition("_")[2]]
+        size = builder.partition("lora_")[2] or builder
+        expected = STUDY[size.rpartition("_")[2]] if size.startswith("llama3") else SIZES[size].num_parameters
         if "lora_" in builder:
-            expected += adapter_parameters(builder.partition("lora_")[2], node["lora_rank"])
+            expected += adapter_parameters(size, node["lora_rank"])
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
@@ -116,3 +122,18 @@ def test_the_case_study_on_a_tiny_pair(cli, good: Path, tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "kdtune" / "llama3_2_1B" / "evaluation" / "results.json").read_text())["metrics"]
     assert metrics["held_out/kd_loss"] == pytest.approx(rows[-1]["val_kd_loss"], rel=1e-4)
     assert 0 <= metrics["own_endings/acc_norm"] <= 1
+
+
+@pytest.mark.slow("a plan builds both models on the meta device, which takes seconds")
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if not name.startswith("llama3") and name != "mistral/prune"]
+)
+def test_the_configs_of_other_families_are_planned(name: str, cli) -> None:
+    # What the pruning writes is not there.
+    model = ["model=kdtune.models.mistral_7b_v0_3"] if name == "mistral/7B_to_16_layers_kd_single_device" else []
+    processes = "8" if name.endswith("_distributed") else "1"
+    done = cli("plan", name, "--world-size", processes, *model)
+    assert done.code == 0, done.err
+    assert (
+        "fits into a100-80gb" in done.out and " no" not in done.out.partition("fits into a100-80gb")[2].splitlines()[0]
+    )

@@ -99,6 +99,10 @@ def test_torchtunes_configs_lead_to_what_there_is() -> None:
         assert _assets.is_config(ours) or _assets.is_recipe(ours)
         with pytest.raises(ConfigError, match=f"torchtune's is '{ours}' here"):
             _assets.find_config(name)
-    for name in ("qwen2_5/0.5B_lora_single_device", "gemma/2B_full", "mistral/7B_lora", "phi3/mini_lora"):
-        with pytest.raises(ConfigError, match="kdtune trains models of the Llama architecture"):
+    for name in ("qwen2_5/0.5B_lora_single_device", "mistral/7B_lora"):
+        with pytest.raises(ConfigError, match="a config of the family, such as qwen2_5/7B_lora_single_device"):
+            _assets.find_config(name)
+    assert _assets.is_config("qwen2_5/7B_lora_single_device")
+    for name in ("gemma/2B_full", "phi3/mini_lora"):
+        with pytest.raises(ConfigError, match="kdtune has no such models"):
             _assets.find_config(name)

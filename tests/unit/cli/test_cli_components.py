@@ -35,7 +35,7 @@ def test_every_dataset_and_builder_is_listed(capsys: pytest.CaptureFixture[str])
     assert datasets == builders - {"load_dataset"}, "load_dataset makes what a config names"
     models = {row.split()[0].rpartition(".")[2] for row in shown(capsys, "models").partition("\n\n")[0].splitlines()}
     sizes = ["llama", *(name for family in kdtune.models.FAMILIES for name in family.sizes)]
-    assert models == {prefix + name for prefix in ("", "lora_", "qlora_") for name in sizes} and len(models) == 42
+    assert models == {prefix + name for prefix in ("", "lora_", "qlora_") for name in sizes}
 
 
 def test_a_component_shows_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

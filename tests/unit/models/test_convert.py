@@ -157,8 +157,8 @@ def test_absent_settings_have_transformers_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
-        ({"architectures": None, "model_type": "qwen2"}, "model_type='qwen2'"),
+        ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, "CohereForCausalLM"),
+        ({"architectures": None, "model_type": "cohere"}, "model_type='cohere'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_scaling": HF_CONFIG["rope_scaling"] | {"beta_fast": 32}}, "beta_fast"),
@@ -268,7 +268,7 @@ def test_gguf_rope_factors(factor):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture='qwen2'"),
+        ({"general.architecture": "cohere"}, "general.architecture='cohere'"),
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn'"),
         ({"llama.rope.dimension_count": 32}, "llama.rope.dimension_count=32"),

@@ -29,8 +29,20 @@ def model_of(kind: str) -> Transformer:
     model = llama(
         vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=64
     )
+    if kind == "norms after":
+        switches: dict[str, Any] = {"qk_norm": "projection", "norm_placement": "after", "attention_scale": 0.3}
+        switches |= {"residual_scale": 0.5, "embedding_scale": 3.0, "logit_divisor": 2.0, "rotates": (True, False)}
+        model = Transformer(replace(model.config, **switches))
     if kind == "switched":
-        model = Transformer(replace(model.config, qkv_bias=True, qk_norm=True, logit_softcap=5.0))
+        switches = {
+            "qkv_bias": True,
+            "qk_norm": "head",
+            "logit_softcap": 5.0,
+            "windows": (4, None),
+            "window_rope_base": 30.0,
+        }
+        switches |= {"norm_placement": "both", "norm_offset": 1.0, "activation": "gelu_tanh"}
+        model = Transformer(replace(model.config, **switches))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 4)
@@ -49,7 +61,7 @@ def gradients(model: Transformer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("kind", ["full", "switched", "lora", "dora"])
+@pytest.mark.parametrize("kind", ["full", "switched", "norms after", "lora", "dora"])
 def test_each_document_is_computed_as_if_it_were_alone(kind: str, is_checkpointed: bool) -> None:
     model = model_of(kind)
     texts = [torch.randint(64, (1, length)) for length in LENGTHS]
@@ -93,9 +105,9 @@ def test_other_tokens_and_arguments_that_documents_replace_are_refused() -> None
             model(tokens, documents=documents, **other)
 
 
-@pytest.mark.parametrize(("num_kv_heads", "is_shared"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("num_kv_heads", "is_shared", "window"), [(2, True, None), (4, False, 3)])
 def test_one_call_with_the_boundaries_on_a_gpu(
-    num_kv_heads: int, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+    num_kv_heads: int, is_shared: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes alone: FakeTensorMode has no values, and torch's own operator checks what it is given."""
     calls, kernel = list[tuple[Any, Any]](), varlen.varlen_attn
@@ -109,12 +121,16 @@ def test_one_call_with_the_boundaries_on_a_gpu(
         documents = Documents.of_lengths(LENGTHS)
         q_SHE = torch.empty(18, 4, 16, dtype=torch.bfloat16)
         k_SKE = torch.empty(18, num_kv_heads, 16, dtype=torch.bfloat16)
-        out_SHE = attention.attend_within(documents, q_SHE, k_SKE, k_SKE)
+        out_SHE = attention.attend_within(documents, q_SHE, k_SKE, k_SKE, window)
     (((_, _, _, starts, ends, *longest), settings),) = calls
     assert (out_SHE.shape, out_SHE.dtype, out_SHE.device.type) == ((18, 4, 16), torch.bfloat16, "cuda")
     assert starts is ends is documents.starts_N1 and longest == [9, 9]
-    # torch's convention: nothing to the right and all to the left is causal.
-    assert settings == {"window_size": (-1, 0), "enable_gqa": is_shared}
+    # torch's convention: nothing to the right and all to the left is causal; a window's size counts the token itself.
+    assert settings == {
+        "window_size": (-1 if window is None else window - 1, 0),
+        "scale": None,
+        "enable_gqa": is_shared,
+    }
 
 
 def test_compiled_layers_serve_any_number_of_documents() -> None:
