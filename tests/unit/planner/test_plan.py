@@ -17,6 +17,7 @@ from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
 from kdtune.data import Batch, collate, make_example
 from kdtune.distributed import World, fake_world
+from kdtune.losses.products import Buffers
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.quantization import num_bytes, quantize
 from kdtune.parallel import apply_activation_checkpointing
@@ -34,6 +35,12 @@ ADAPTERS = {
     "lora": ["adapter=kdtune.models.apply_lora"],
     "dora": ["adapter=kdtune.models.apply_lora", "adapter.use_dora=true"],
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_buffers_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss keeps its buffers from call to call; a tracker would not see those of another test."""
+    monkeypatch.setattr(Buffers, "_spare", {})
 
 
 def config(recipe: str, *overrides: str, source: str | None = None) -> Any:
