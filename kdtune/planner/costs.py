@@ -157,8 +157,11 @@ def loss_cost(
     kd_ratio: float,
     chunk_size: int | None,
     logits_dtype: torch.dtype | None = None,
-) -> Cost:
-    """Return the cost of the loss from hidden states, see `Cost`; the head's products are counted for every token."""
+) -> tuple[Cost, int]:
+    """Return the cost of the loss from hidden states, see `Cost`, and the bytes of a chunk's logits, which a CPU keeps.
+
+    The head's products are counted for every token.
+    """
     hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
     with torch.no_grad():
         ours = _projection(student, hidden_TD)
@@ -168,7 +171,8 @@ def loss_cost(
     vocab_size = len(ours.weight_VD)
     num_shared = vocab_size if theirs is None else min(vocab_size, len(theirs.weight_VD))
     # A chunk is alike the next.
-    rows = min(chunk_tokens(vocab_size, logits_dtype or sum_dtype(hidden_TD), chunk_size), batch.num_tokens)
+    dtype = logits_dtype or sum_dtype(hidden_TD)
+    rows = min(chunk_tokens(vocab_size, dtype, chunk_size), batch.num_tokens)
     positions = torch.empty(rows, dtype=torch.int64, device="meta")
     task = Task(
         positions,
@@ -187,7 +191,8 @@ def loss_cost(
     flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
         0 if theirs is None else 2 * num_shared * theirs.weight_VD.shape[1]
     )
-    return replace(cost, forward_flops=flops * batch.num_tokens, backward_flops=0)
+    chunk_bytes = rows * vocab_size * dtype.itemsize * (1 if theirs is None else 2)
+    return replace(cost, forward_flops=flops * batch.num_tokens, backward_flops=0), chunk_bytes
 
 
 def hidden_loss_cost(

@@ -176,7 +176,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
                 "kd_loss=kdtune.losses.ForwardKL, which gives the cost of all but the loss"
             )
     asked = teacher if kd_ratio > 0 else None
-    loss = loss_cost(
+    loss, chunk_bytes = loss_cost(
         ours.pieces,
         asked.sizes.pieces if asked else None,
         batch,
@@ -191,7 +191,9 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     update = update_bytes(
         cfg.optimizer, ours, batch.device_type, cfg.weight_update, in_backward=cfg.optimizer_in_backward
     )
-    found = phases(student, teacher, loss, accumulation, update)
+    found = phases(
+        student, teacher, loss, accumulation, update, kept_by_loss=chunk_bytes if batch.device_type == "cpu" else 0
+    )
     return Estimate(
         world_size=world.size + num_teachers,
         batch=batch,

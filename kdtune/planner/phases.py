@@ -142,7 +142,7 @@ class TeacherCost:
 
 
 def phases(
-    student: StudentCost, teacher: TeacherCost | None, loss: Cost, accumulation: int, update: int
+    student: StudentCost, teacher: TeacherCost | None, loss: Cost, accumulation: int, update: int, kept_by_loss: int = 0
 ) -> Iterator[Phase]:
     """Return the phases of a step that may be its peak, from its second micro-batch or step on.
 
@@ -152,8 +152,9 @@ def phases(
         loss: cost of the loss from hidden states.
         accumulation: micro-batches per step.
         update: bytes of the optimizer's temporaries.
+        kept_by_loss: bytes of `loss` that are not freed between its calls.
     """
-    held = _held(student, teacher, accumulation)
+    held = {**_held(student, teacher, accumulation), "loss": kept_by_loss}
     if teacher is not None and not teacher.num_ranks:
         yield from teacher_phases(teacher, held)
     yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
@@ -162,8 +163,7 @@ def phases(
     if student.updates_in_backward:  # one gradient at a time, of which that of the embeddings is the largest
         gradients = max(_gradient_bytes(student.sizes, name) for name in ("output", "tok_embeddings"))
         gradients //= max(1, student.sizes.num_shards)
-    end = {**held, "gradients": gradients}
-    yield Phase("the optimizer's step", **end, loss=update)
+    yield Phase("the optimizer's step", **{**held, "gradients": gradients, "loss": kept_by_loss + update})
 
 
 def _own(sizes: ModelSizes, share: int) -> int:
@@ -223,8 +223,9 @@ def _forward(student: StudentCost, loss: Cost, held: dict[str, int], *, answer: 
     forward = {**held, "gathered": rest + max(kept_whole, layer.whole) + buffer}
     yield Phase("the student's forward", **forward, activations=answer + below + working)
     full = {**held, "gathered": rest + kept_whole}
-    yield Phase("the loss", **full, activations=answer + student.activations, loss=loss.forward_peak)
-    yield Phase("the loss's backward", **full, activations=student.activations, loss=loss.backward_peak)
+    yield Phase("the loss", **{**full, "loss": loss.forward_peak}, activations=answer + student.activations)
+    backward = {**full, "loss": held["loss"] + loss.backward_peak}
+    yield Phase("the loss's backward", **backward, activations=student.activations)
 
 
 def _backward(student: StudentCost, held: dict[str, int]) -> Iterator[Phase]:

@@ -3,28 +3,38 @@
 import gc
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kdtune import data, distributed, losses, parallel, runs, teachers, training
 from kdtune.config import factory, instantiate
 from kdtune.distributed import to_local
+from kdtune.losses.products import Buffers
 from kdtune.models import dtype_from_name
 from kdtune.models.nf4 import is_nf4, nf4_parts
 from kdtune.planner.estimate import make_estimate
 from kdtune.planner.teacher import make_teacher_estimate
 
 
-def live_bytes() -> int:
-    """Bytes of all storages that Python can reach. Tensors of other kinds, such as DTensor or NF4, are made of plain ones."""
+def live_storages() -> dict[int, tuple[StorageWeakRef, int]]:
+    """All storages that Python can reach, with their bytes. Tensors of other kinds, such as DTensor or NF4, are made of plain ones.
+
+    While the weak references are held, no other storage has the same key.
+    """
     gc.collect()
-    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
-    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors if not one.is_meta}
-    return sum(storages.values())
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter) and not one.is_meta]
+    storages = [one.untyped_storage() for one in tensors]
+    return {one._cdata: (StorageWeakRef(one), one.nbytes()) for one in storages}
+
+
+def live_bytes(others: Mapping[int, object]) -> int:
+    """Bytes of all storages but those that were there before."""
+    return sum(size for key, (_, size) in live_storages().items() if key not in others)
 
 
 def peak_growth(profile: torch.profiler.profile) -> int:
@@ -47,6 +57,8 @@ def run_steps(cfg: Any, folder: Path) -> None:
 def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     """Two steps as the recipe makes them: what this rank held, and what a plan that it makes itself says, in bytes."""
     parallelism, dtype = instantiate(cfg.parallelism), dtype_from_name(cfg.dtype)
+    Buffers._spare.clear()  # of an earlier run in this process
+    others = live_storages()
 
     plan = make_estimate(cfg, world)
     teacher = teachers.build_teacher(cfg, world)
@@ -81,7 +93,7 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
     sizes["state"] = _bytes(
         value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
     )
-    before = live_bytes()
+    before = live_bytes(others)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     sizes |= {"before": before, "peak": before + peak_growth(profile)}
@@ -90,9 +102,9 @@ def steps(cfg: Any, world: distributed.World) -> dict[str, Any]:
 
 def answers(cfg: Any, world: distributed.World) -> dict[str, int]:
     """What a process of a teacher apart holds while the student's make their steps, and what a plan says of it, in bytes."""
-    plan = make_teacher_estimate(cfg, world, world.channel.num_students)
+    others, plan = live_storages(), make_teacher_estimate(cfg, world, world.channel.num_students)
     model = teachers.build_teacher_model(cfg, world)
-    weights, before = _bytes(model.parameters()), live_bytes()
+    weights, before = _bytes(model.parameters()), live_bytes(others)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         teachers.serve(lambda: model, world, runs.InterruptFlag())
     return {"weights": weights, "peak": before + peak_growth(profile), "planned": plan.peak.total}
