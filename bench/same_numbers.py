@@ -251,7 +251,7 @@ def record(
     quickstart: Path | None,
     rename: Rename,
     keep: Path | None,
-    settings: Sequence[str],
+    settings: Sequence[str] = (),
 ) -> int:
     """Run the cases, each with these settings too, and write their numbers; return the number of cases that failed."""
     repo = repo.resolve()

@@ -143,7 +143,7 @@ import numpy
 from safetensors.numpy import save_file
 output_dir = Path(sys.argv[-1].removeprefix("output_dir="))
 (output_dir / "final").mkdir(parents=True)
-(output_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": LOSS}))
+(output_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": LOSS + ("lr=1" in sys.argv)}))
 save_file({"norm": numpy.ones(1)}, output_dir / "final" / "model.safetensors")
 """
 
@@ -154,15 +154,15 @@ def test_the_checkout_that_is_named_is_run_and_no_other(tmp_path: Path, monkeypa
     for name in ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED"):
         monkeypatch.setenv(name, "1")  # so that they are put back
     only, records = "^kd full, 1 process, bf16$", []
-    for loss in (1.5, 2.5):
+    for loss, settings in ((1.5, []), (1.25, ["lr=1"])):
         package = tmp_path / f"checkout-{loss}" / "kdtune"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(FAKE.replace("LOSS", str(loss)))
         out = tmp_path / f"{loss}.json"
-        assert same_numbers.record(out, package.parent, only, None, str, None) == 0
+        assert same_numbers.record(out, package.parent, only, None, str, None, settings) == 0
         records.append(json.loads(out.read_text()))
-    assert same_numbers.compare(*records)[0][1] == "step 1 loss: 1.5 and 2.5, relative 4.0e-01"
+    assert same_numbers.compare(*records)[0][1] == "step 1 loss: 1.5 and 2.25, relative 3.3e-01"
     (tmp_path / "nothing").mkdir()
     assert same_numbers.record(tmp_path / "nothing.json", tmp_path / "nothing", only, None, str, None) == 1
     assert f"not from {tmp_path / 'nothing'}" in capfd.readouterr().out

@@ -47,7 +47,7 @@ def test_the_table_of_recipes_fits(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert widest(table(configs())) <= 60
     monkeypatch.setenv("COLUMNS", "80")
-    assert "\nprune                   quickstart_student\n" in table(configs())
+    assert "\nprune                   mistral/prune\n" in table(configs())
 
 
 def test_lines_are_cut_at_blanks_alone():
