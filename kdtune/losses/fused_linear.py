@@ -158,13 +158,8 @@ def _run_chunks(
         elif isinstance(task.teacher, Signal) and is_compared:
             teacher_rows = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
         for block in slices(len(logits[0]), block_size(logits[0])):
-            of_teacher = (
-                rows_of(teacher_rows, block)
-                if isinstance(teacher_rows, tuple)
-                else teacher_rows and teacher_rows[block]
-            )
+            compared = _block_of(teacher_rows, block) if is_compared else None
             weights_R = None if task.weights_N is None else task.weights_N[chunk][own][block].to(dtype)
-            compared = of_teacher if is_compared else None
             parts = task.compare_(rows_of(logits, block), compared, labels_C[own][block], weights_R, settings)
             for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
@@ -238,6 +233,11 @@ def _signal_rows(signal: Signal, positions_R: Tensor, vocab_size: int, dtype: to
     rows = rows[:, :vocab_size].to(dtype)
     num_lacking = vocab_size - rows.shape[1]
     return (F.pad(rows, (0, num_lacking), value=-torch.inf) if num_lacking else rows,)
+
+
+def _block_of(rows: Logits | SparseRows | None, block: slice) -> Logits | SparseRows | None:
+    """Return a block of the teacher's rows."""
+    return rows_of(rows, block) if isinstance(rows, tuple) else rows and rows[block]
 
 
 def _task_chunks(task: Task, chunk_size: int) -> Iterator[tuple[slice, bool]]:

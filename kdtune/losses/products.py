@@ -10,7 +10,7 @@ The result has the precision of the sums, fp32 or float64. Four ways to get it t
     rounded      bf16 operands, logits rounded to bf16: only as asked for, by `logits_dtype`
 
 With bf16 operands the gradient of the logits is rounded to bf16 once, in all forms: each number by 2^-9 at most, as the gradients of
-hidden states and head are that are made of it. Their sums are in fp32.
+hidden states and head are that are made of it. Those are sums in fp32, on a CPU with bf16 units rounded to bf16 after each chunk.
 
 Logits are a tuple of tensors that add up to them: one, or two bf16 ones, product and rounding error.
 Shapes: C tokens of a chunk, V ids, D embedding width.
@@ -183,10 +183,7 @@ def add_weight_gradient_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_
     hidden_CD = hidden_CD.to(dtype)
     for tile in slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
         grad = grad_logits_CV[:, tile].T.to(dtype)
-        if form == "two products":
-            for part in _with_rounding_error(grad, hidden_CD):
-                grad_weight_VD[tile].add_(part)
-        elif form == "rounded":
+        if form in ("two products", "rounded"):
             grad_weight_VD[tile].add_(grad @ hidden_CD)
         else:
             _addmm_(grad_weight_VD[tile], grad, hidden_CD)
