@@ -185,7 +185,7 @@ def _tokenizer_hash(tokenizer: "Tokenizer") -> str:
     date = tokenizer.date or (today() if tokenizer.asks_date else None)
     return _hashed(
         type(tokenizer).__qualname__, files, tokenizer.chat_template, tokenizer.tool_template, date, tokenizer.max_seq_len,
-        sorted(tokenizer.stop_ids), tokenizer.begins_with_bos,
+        sorted(tokenizer.stop_ids), tokenizer.begins_with_bos, tokenizer.chat_template_kwargs,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from kdtune.tokenizers.chat_format import (
     asks_date,
     check_date,
     check_template,
+    check_variables,
     family_template,
     folder_templates,
     render_chat,
@@ -134,6 +135,7 @@ class Tokenizer(ABC):
         self._finder = SpecialTokenMatcher(special.ids, lstrip=special.lstrip, rstrip=special.rstrip)
         self._cache: dict[tuple[str, int | None], list[int]] = {}
         self._date: str | None = None
+        self._variables: dict[str, Any] = {}
         self._answer_ends = self._find_answer_ends()
         extra = frozenset() if folder is None else generation_eos_ids(folder)
         self.stop_ids = frozenset(ends | extra | self._answer_ends)
@@ -184,6 +186,16 @@ class Tokenizer(ABC):
     @date.setter
     def date(self, date: str | None) -> None:
         self._date = None if date is None else check_date(date, "tokenizer.date")
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """Variables that every conversation's chat template is given, unless the conversation has its own of that name."""
+        return self._variables
+
+    @chat_template_kwargs.setter
+    def chat_template_kwargs(self, variables: Mapping[str, Any]) -> None:
+        check_variables(variables, filter(None, (self.chat_template, self.tool_template)), origin=self._template_file)
+        self._variables = dict(variables)
 
     @property
     def asks_date(self) -> bool:
@@ -282,7 +294,7 @@ class Tokenizer(ABC):
             add_generation_prompt=add_generation_prompt,
             special_tokens=self._named,
             tools=tools,
-            variables=template_variables,
+            variables={**self._variables, **(template_variables or {})},
             date=self._date,
             origin=self._template_file,
         )

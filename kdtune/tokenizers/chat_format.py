@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -20,6 +20,11 @@ from kdtune.tokenizers.folder import TOKENIZER_CONFIG, write_tokenizer_config
 from kdtune.tokenizers.template_limits import METER, LimitedEnvironment, LimitError
 
 DATE_VARIABLE = "KDTUNE_DATE"
+GIVEN_VARIABLES = {
+    "messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception",
+    "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token",
+}  # fmt: skip
+"""What a chat template is given in any case."""
 
 # Meta's llama 2 reference: the system text sits inside the first user turn, and every answer closes its own sequence.
 LLAMA2 = """\
@@ -192,6 +197,21 @@ def check_template(source: str, *, origin: str) -> None:
         _compile(source)
     except Exception as error:  # Python's compiler has words of its own, such as of loops that are nested too deeply
         raise CheckpointError(f"{origin}: the chat template is not valid Jinja: {_reason(error)}") from error
+
+
+def check_variables(variables: Mapping[str, Any], sources: Iterable[str], *, origin: str) -> None:
+    """Raise ConfigError for variables of a chat template that none of the templates looks at, or that every one is given.
+
+    `origin` names the templates' file.
+    """
+    known = set().union(*(meta.find_undeclared_variables(_environment().parse(source)) for source in sources))
+    free = sorted(known - GIVEN_VARIABLES)
+    for name in variables:
+        if name not in free:
+            has = f"it looks at {', '.join(free)}" if free else "it looks at none"
+            raise ConfigError(
+                f"tokenizer.chat_template_kwargs.{name}: no variable of the chat template in {origin}; {has}"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """Detect the kind of tokenizer at a path and load it; or build one of bytes, with nothing to download."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers
@@ -24,7 +26,13 @@ _LOOKED_FOR = (
 )
 
 
-def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None = None) -> Tokenizer:
+def load(
+    path: str | Path,
+    *,
+    max_seq_len: int | None = None,
+    date: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Load the tokenizer of a model folder, or of one tokenizer.json, tokenizer.model or GGUF file.
 
     In a folder that has both, a sentencepiece tokenizer.model takes precedence over its conversion to tokenizer.json, unless
@@ -35,15 +43,18 @@ def load(path: str | Path, *, max_seq_len: int | None = None, date: str | None =
         max_seq_len: length to which datasets truncate, in tokens.
         date: the day (YYYY-MM-DD) for a chat template that prints today's, such as Llama 3.2's; null: now. A run uses the
             day on which it was started, and writes it into its config.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False} for Qwen3's; null: none. A row's
+            own (its column of this name) come first.
 
     Raises:
         CheckpointError: nothing there is a tokenizer, or its file is broken.
-        ConfigError: max_seq_len is not positive, or date is no date.
+        ConfigError: max_seq_len is not positive, date is no date, or the chat template knows no such variable.
     """
     path = user_path(path)
     check_flags(path.parent if path.is_file() else path)
     tokenizer = _load_file(path if path.is_file() else _find(path), max_seq_len)
     tokenizer.date = date
+    tokenizer.chat_template_kwargs = chat_template_kwargs or {}
     return tokenizer
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kdtune.data import chat_dataset
+from kdtune.errors import ConfigError, DataError
 from kdtune.tokenizers import Tokenizer, byte_tokenizer, load
 
 transformers = pytest.importorskip("transformers")
@@ -95,3 +96,67 @@ def test_a_tool_template_is_used_where_transformers_uses_it(row: dict[str, Any],
         row["messages"], tools=row.get("tools"), template_variables=row.get("chat_template_kwargs")
     )
     assert found == want
+
+
+# As Qwen3's, Granite's and SmolLM3's: a switch for the block of thoughts before an answer.
+SWITCH = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+{{- m.content + '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+
+
+@pytest.fixture(scope="module")
+def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("switch")
+    byte_tokenizer().save(made)
+    (made / "chat_template.jinja").write_text(SWITCH)
+    return made
+
+
+@pytest.mark.parametrize("thinks", [True, False, None])
+def test_a_templates_switch_is_set_for_every_conversation(
+    thinks: bool | None, switch_folder: Path, tmp_path: Path
+) -> None:
+    variables = {} if thinks is None else {"enable_thinking": thinks}
+    tokenizer = load(switch_folder, chat_template_kwargs=variables)
+    reference = transformers.AutoTokenizer.from_pretrained(switch_folder)
+    chat = [QUESTION, {"role": "assistant", "content": "42"}]
+    prompt = reference.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True, **variables)
+    assert tokenizer.render([QUESTION], add_generation_prompt=True) == prompt
+    assert tokenizer.render(chat) == reference.apply_chat_template(chat, tokenize=False, **variables)
+    # Trained is what the model has to write after that prompt.
+    (tmp_path / "row.jsonl").write_text(json.dumps({"messages": chat}))
+    example = chat_dataset(tokenizer, source=str(tmp_path / "row.jsonl"))[0]
+    trained = example.labels[example.labels != -100].tolist()
+    written = tokenizer.render(chat).removeprefix(prompt).removesuffix("\n")
+    assert tokenizer.decode(trained, skip_special=False) == written
+    assert written.startswith("42") == (thinks is False)
+
+
+def test_a_rows_own_variables_come_before_the_configs(switch_folder: Path) -> None:
+    tokenizer = load(switch_folder, chat_template_kwargs={"enable_thinking": False})
+    own = tokenizer.render([QUESTION], add_generation_prompt=True, template_variables={"enable_thinking": True})
+    assert own == load(switch_folder).render([QUESTION], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", ["thinking", "messages", "bos_token"])
+def test_a_variable_that_the_template_does_not_look_at_is_refused(name: str, switch_folder: Path) -> None:
+    want = rf"tokenizer.chat_template_kwargs.{name}: no variable of the chat template .*looks at enable_thinking$"
+    with pytest.raises(ConfigError, match=want):
+        load(switch_folder, chat_template_kwargs={name: True})
+
+
+def test_a_template_that_raises_names_the_example(switch_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "raising"
+    byte_tokenizer().save(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    answer = {"role": "assistant", "content": "42"}
+    rows = [[QUESTION, answer], [{"role": "system", "content": "Be brief."}, QUESTION, answer]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl.*: row 2: .*chat_template\.jinja.*no system turn, please"):
+        chat_dataset(load(folder), source=str(tmp_path / "rows.jsonl"))

@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -261,10 +262,10 @@ def test_tokenizer_json_saved_loads_the_same(json_folder: Path, tmp_path: Path) 
 # Llama 3: tiktoken
 
 
-def _tiktoken_reference(file: Path) -> tiktoken.Encoding:
+def _tiktoken_reference(file: Path, digits: str = r"\p{N}{1,3}") -> tiktoken.Encoding:
     lines = [line.split() for line in file.read_bytes().splitlines() if line]
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -451,3 +452,34 @@ def test_gguf_of_a_sentencepiece_model(sentencepiece_file: Path, tmp_path: Path)
     saved = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
     assert differing(ours, split_specials(saved), texts()) == []
     assert saved("Hi").input_ids == ours.encode("Hi", add_eos=False)
+
+
+# Published tokenizers of other families, where there are any: KDTUNE_TEST_MODELS/tokenizers/NAME
+
+
+def published() -> list[Path]:
+    return sorted(Path(os.environ.get("KDTUNE_TEST_MODELS", "/nonexistent")).glob("tokenizers/*"))
+
+
+def published_reference(folder: Path) -> Any:
+    """What its authors use: a file of ranks (Qwen's, whose digits are single), a sentencepiece model, else transformers."""
+    for file in folder.glob("*.tiktoken"):
+        return _tiktoken_reference(file, digits=r"\p{N}").encode_ordinary
+    if (folder / "tokenizer.model").is_file():
+        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
+    return split_specials(transformers.AutoTokenizer.from_pretrained(str(folder)))
+
+
+@pytest.mark.skipif(not published(), reason="no tokenizer in KDTUNE_TEST_MODELS/tokenizers")
+@pytest.mark.parametrize("folder", published(), ids=lambda folder: folder.name)
+def test_a_published_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """The same ids as its reference; and a chat and a saved copy as transformers has them."""
+    ours = load(folder)
+    assert differing(ours, published_reference(folder), texts()) == []
+    ours.save(tmp_path, is_chat=True)
+    saved = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert same_tokenizer(ours, load(tmp_path)) is None
+    for chat in CHATS:
+        for prompt in (False, True):
+            want = saved.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render(chat, add_generation_prompt=prompt) == want
