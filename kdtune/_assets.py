@@ -38,7 +38,7 @@ class ConfigFile:
 
 
 # torchtune's names with another spelling here, or whose nearest spelling here means something else.
-_TORCHTUNE_NAMES = {
+TORCHTUNE_NAMES = {
     "dev/generate_v2": "generate",
     "generate_v2": "generate",
     "llama2/generation_v2": "generation",
@@ -49,6 +49,10 @@ _TORCHTUNE_NAMES = {
     "llama3_2/3B_lora": "llama3_2/3B_lora_single_device",
     "llama3_2/8B_to_1B_KD_lora_distributed": "llama3_2/knowledge_distillation_distributed",
     "llama3_2/8B_to_1B_KD_lora_single_device": "llama3_2/knowledge_distillation_single_device",
+    "qwen2/1.5_to_0.5B_KD_lora_distributed": "qwen2/1.5B_to_0.5B_kd_distributed",
+    "qwen2/1.5_to_0.5B_KD_lora_single_device": "qwen2/1.5B_to_0.5B_kd_single_device",
+    "qwen2_5/14B_to_7B_KD_lora_single_device": "qwen2_5/14B_to_7B_kd_single_device",
+    "qwen3/14B_to_8B_KD_lora_single_device": "qwen3/14B_to_8B_kd_single_device",
 }
 _NO_EQUIVALENT = {
     r"(lora|full)_dpo_.*|ppo_.*|(dev/)?grpo_.*|.*_dpo(_single_device|_distributed)?": "kdtune distils and finetunes, it does not train on "
@@ -63,8 +67,8 @@ _NO_EQUIVALENT = {
 
 def advice(name: str, known: Iterable[str]) -> str:
     """Suggest a replacement for an unknown name: torchtune's equivalent, or the nearest known name."""
-    if name in _TORCHTUNE_NAMES:
-        return f"; torchtune's is {_TORCHTUNE_NAMES[name]!r} here"
+    if name in TORCHTUNE_NAMES:
+        return f"; torchtune's is {TORCHTUNE_NAMES[name]!r} here"
     for pattern, why in _NO_EQUIVALENT.items():
         if re.fullmatch(pattern, name):
             return f"; torchtune's has no equivalent: {why}"

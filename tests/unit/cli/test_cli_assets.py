@@ -95,7 +95,7 @@ def test_torchtunes_recipe_names_are_known(name: str) -> None:
 
 
 def test_torchtunes_configs_lead_to_what_there_is() -> None:
-    for name, ours in _assets._TORCHTUNE_NAMES.items():
+    for name, ours in _assets.TORCHTUNE_NAMES.items():
         assert _assets.is_config(ours) or _assets.is_recipe(ours)
         with pytest.raises(ConfigError, match=f"torchtune's is '{ours}' here"):
             _assets.find_config(name)
