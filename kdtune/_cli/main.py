@@ -5,7 +5,7 @@ import os
 import sys
 
 import kdtune
-from kdtune._cli import cat, completion, cp, data, download, ls, plan, run, validate
+from kdtune._cli import cat, completion, cp, data, download, ls, migrate, plan, run, validate
 from kdtune.errors import exit_on_error
 from kdtune.log import outlive_readers
 
@@ -22,6 +22,7 @@ examples:
   kdtune data my.yaml --rows 5                  its examples, with what is trained on marked
   kdtune plan my.yaml --world-size 8            memory and time of a run, before it runs
   kdtune run knowledge_distillation --config my.yaml kd_ratio=0.75 optimizer.lr=1e-4
+  kdtune migrate torchtune.yaml -o my.yaml      a torchtune config as one of kdtune
 """
 
 
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdtune {kdtune.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (ls, cp, cat, validate, data, plan, run, download, completion):
+    for command in (ls, cp, cat, validate, data, plan, run, download, migrate, completion):
         command.add_parser(subparsers)
     return parser
 

@@ -31,8 +31,11 @@ def partner_recipe(config: _assets.ConfigFile) -> _assets.Recipe:
     """
     if config.recipe is None:
         from kdtune.config.load import read_yaml
+        from kdtune.config.migrate import migration_advice
 
-        read_yaml(config.path)  # what is not YAML is told as such
+        tree = read_yaml(config.path)  # what is not YAML is told as such
+        if advice := migration_advice(config.path, tree):
+            raise ConfigError(advice)
         known = ", ".join(recipe.name for recipe in _assets.recipes())
         raise ConfigError(
             f"{config.path}: has no line `recipe: NAME`, which says what the config is for; recipes: {known}"

@@ -46,6 +46,11 @@ def load(source: str | Path, overrides: list[str], schema: type[T]) -> T:
     """
     config = find_config(source)
     given = read_yaml(config.path)
+    if config.recipe is None:
+        from kdtune.config.migrate import migration_advice  # few configs ask for it
+
+        if advice := migration_advice(source, given, overrides):
+            raise ConfigError(advice)
     given.pop(RECIPE_KEY, None) if RECIPE_KEY not in schema_fields(schema) else None
     defaults = schema_defaults(schema)
     component_keys = {name for name, field in schema_fields(schema).items() if is_component_field(field)}

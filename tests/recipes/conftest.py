@@ -6,9 +6,10 @@ import pytest
 import torch
 from command_line import CLI, run_here, run_there
 
-from kdtune.checkpoint import save_model
+from kdtune.checkpoint import load_model, save_model
 from kdtune.models import llama
-from kdtune.tokenizers import byte_tokenizer
+from kdtune.pruning.prune import keep_layers
+from kdtune.tokenizers import byte_tokenizer, load
 
 RECIPE = "knowledge_distillation_single_device"
 CONFIG = "tiny/knowledge_distillation"
@@ -47,4 +48,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "save_every_n_steps=1", "run_val_every_n_steps=null",
     )  # fmt: skip
     assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_pair(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `teacher` and `student`, SmolLM2-135M-Instruct and 12 of its layers; a GGUF file would take seconds to read."""
+    folder = tmp_path_factory.mktemp("pair")
+    model, tokenizer = load_model(smollm2_gguf), load(smollm2_gguf)
+    save_model(model, folder / "teacher", tokenizer=tokenizer)
+    save_model(keep_layers(model, [*range(6), *range(24, 30)]), folder / "student", tokenizer=tokenizer)
     return folder

@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 from command_line import CLI
 
-from kdtune.checkpoint import load_model, save_model
-from kdtune.pruning.prune import keep_layers
-from kdtune.tokenizers import load
-
 MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_rss"}
 # A student with bytes for tokens.
 OTHER = ["~checkpointer", "~adapter", "~save_weights", "tokenizer={_component_: kdtune.tokenizers.byte_tokenizer, max_seq_len: 96}",
@@ -31,16 +27,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `teacher` and `student`, in safetensors: a GGUF file takes seconds to read."""
-    folder = tmp_path_factory.mktemp("pair")
-    model, tokenizer = load_model(smollm2_gguf), load(smollm2_gguf)
-    save_model(model, folder / "teacher", tokenizer=tokenizer)
-    save_model(keep_layers(model, [*range(6), *range(24, 30)]), folder / "student", tokenizer=tokenizer)
-    return folder
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
@@ -49,12 +35,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.real
 @pytest.mark.slow("ten steps of a real model, and five again, for each of four losses")
 @pytest.mark.parametrize("case", CASES)
-def test_ten_steps_fall_and_resume_to_the_bit(case: str, pair: Path, cli: CLI, tmp_path: Path) -> None:
+def test_ten_steps_fall_and_resume_to_the_bit(case: str, real_pair: Path, cli: CLI, tmp_path: Path) -> None:
     """On one example, ten times; the forward KL of each validation is beside whatever is trained."""
     weights = "={_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: %s}"
     run = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "~model", "~teacher_model", "kd_ratio=1.0",
-           "checkpointer" + weights % (pair / "student"), "teacher_checkpointer" + weights % (pair / "teacher"),
-           f"tokenizer={{_component_: kdtune.tokenizers.load, path: {pair / 'teacher'}, max_seq_len: 24}}",
+           "checkpointer" + weights % (real_pair / "student"), "teacher_checkpointer" + weights % (real_pair / "teacher"),
+           f"tokenizer={{_component_: kdtune.tokenizers.load, path: {real_pair / 'teacher'}, max_seq_len: 24}}",
            "adapter=kdtune.models.apply_lora", "save_weights=adapter", "optimizer.lr=3e-3", "~lr_scheduler", "batch_size=1",
            "gradient_accumulation_steps=1", "dataset.split=train[:1]", "dataset.prompt=plain", "dataset_val.split=train[:1]",
            "dataset_val.prompt=plain", "epochs=10", "max_steps_per_epoch=1", "sample_prompts=[]", *CASES[case])  # fmt: skip

@@ -179,7 +179,9 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "ls", "add", "--wrong")[0] == 2
 
 
-@pytest.mark.parametrize("command", ["ls", "cp", "cat", "validate", "data", "plan", "run", "download", "completion"])
+@pytest.mark.parametrize(
+    "command", ["ls", "cp", "cat", "validate", "data", "plan", "run", "download", "migrate", "completion"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0 and f"kdtune {command}" in out
