@@ -151,7 +151,7 @@ def test_recipes_stand_alone(path: Path) -> None:
     assert ast.get_docstring(tree)
 
 
-FAMILY_FILES = ("gemma", "granite", "llama", "mistral", "olmo", "qwen", "smollm3")
+FAMILY_FILES = ("gemma", "granite", "llama", "mistral", "olmo", "phi", "qwen", "smollm3")
 # What reads, writes, spreads, plans and prunes a model asks its config for the family; the decoder itself knows none.
 FAMILY_BLIND = [
     path
@@ -171,7 +171,7 @@ def named_families(tree: ast.AST) -> set[str]:
         text
         for text in found
         if isinstance(text, str)
-        and re.search(r"(?i)(llama|mi(ni)?stral|olmo|qwen|gemma|granite|smollm)(?!3\b|\.cpp|-gguf)", text)
+        and re.search(r"(?i)(llama|mi(ni)?stral|olmo|qwen|gemma|granite|smollm|phi3)(?!3\b|\.cpp|-gguf)", text)
     }
 
 

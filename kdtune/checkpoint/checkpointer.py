@@ -16,8 +16,11 @@ from kdtune.checkpoint.huggingface import NO_PICKLES, PICKLES
 from kdtune.checkpoint.tensors import LazyModel, check_tensors, fill_model
 from kdtune.distributed import is_sharded
 from kdtune.errors import CheckpointError
-from kdtune.models import Family, Transformer, TransformerConfig, family_of, on_meta_device
+from kdtune.log import get_logger
+from kdtune.models import Family, Transformer, TransformerConfig, on_meta_device
 from kdtune.paths import user_path
+
+_log = get_logger(__name__)
 
 _FORMATS = {".safetensors": "huggingface", ".gguf": "gguf", ".pth": "meta"}
 _READERS = {"huggingface": readers.read_huggingface, "meta": readers.read_meta, "gguf": readers.read_gguf}
@@ -100,7 +103,7 @@ class Checkpointer:
                 return []
             config = self._read(self.family).config
             if self.adapter_dir is not None:
-                peft.check_adapter(peft.read_adapter(self.adapter_dir, family_of(config)), _on_meta(config))
+                peft.check_adapter(peft.read_adapter(self.adapter_dir, config), _on_meta(config))
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -199,6 +202,9 @@ class Checkpointer:
                 self._refuse_shards(model)
             return quantized.fill_model(model or _on_meta(stored_config), files[0], dtype=dtype, device=device)
         stored = self._read(family)
+        if stored.skipped:
+            parts = " and ".join(f"{count} tensors of {part}" for part, count in stored.skipped.items())
+            _log.info("%s: the text model alone is read; %s are skipped", self.checkpoint_dir, parts)
         if model is None:
             model = _on_meta(stored.config)
         else:
@@ -206,7 +212,7 @@ class Checkpointer:
         fill = partial(fill_model, model, stored, dtype=dtype, device=device, quantization=quantization)
         if self.adapter_dir is None:
             return fill()
-        adapter = peft.read_adapter(self.adapter_dir, family_of(model.config))
+        adapter = peft.read_adapter(self.adapter_dir, model.config)
         peft.check_adapter(adapter, model)
         return peft.fill_adapter(fill(merge=adapter.merge if quantization else None), adapter)
 

@@ -1,7 +1,7 @@
 """Adapters as PEFT folders (``adapter_config.json`` and ``adapter_model.safetensors``): read, check and describe them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,18 @@ from kdtune.checkpoint.tensors import LazyTensor
 from kdtune.distributed import full_tensor, is_sharded, local_slices, to_local
 from kdtune.errors import CheckpointError
 from kdtune.json_files import read_json
-from kdtune.models import Family, LoRALinear, Transformer, adapted_linears, adapter_parameters, family_of
+from kdtune.models import (
+    Family,
+    LoRALinear,
+    Transformer,
+    TransformerConfig,
+    adapted_linears,
+    adapter_parameters,
+    family_of,
+    text_config,
+    weight_shapes,
+)
+from kdtune.models.architecture import KeyMap
 from kdtune.models.lora import merged, untie_head
 from kdtune.models.quantization import is_quantized
 from kdtune.paths import user_path
@@ -24,6 +35,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+# Where the text part is in a base that has parts for images, as transformers 5 and 4 name it.
+_TEXT_PART = "model.language_model."
+_TEXT_PARTS = (_TEXT_PART, "language_model.model.")
 # PEFT's names of an adapter's tensors, by ours.
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _OURS = {theirs: ours for ours, theirs in _PARTS.items()} | {"lora_magnitude_vector.weight": "magnitude"}
@@ -63,25 +77,27 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
-def read_adapter(folder: str | Path, family: Family) -> StoredAdapter:
-    """Describe the adapter, for a model of the family, of a PEFT folder; reads its config and the tensors' names and shapes.
+def read_adapter(folder: str | Path, base: TransformerConfig) -> StoredAdapter:
+    """Describe the adapter, for a model of that config, of a PEFT folder; reads its config and the tensors' names and shapes.
 
     Raises:
         CheckpointError: the folder or a file is missing or damaged, a setting is not supported, or config and tensors
             disagree; file, setting or tensor are named, with what was found and what is allowed.
     """
-    path = user_path(folder)
+    path, family, base_shapes = user_path(folder), family_of(base), weight_shapes(base)
     _check_folder(path)
     config = read_json(path / CONFIG)
     check_config(path / CONFIG, config)
     tensors: dict[str, LazyTensor] = {}
     copies: dict[str, LazyTensor] = {}
     for name, stored in stored_tensors([path / WEIGHTS]).items():
+        if family.with_images is not None:
+            name = next((name.replace(part, "model.", 1) for part in _TEXT_PARTS if part in name), name)
         weight = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if family.hf_keys.knows(weight) and family.hf_keys.to_kdtune(weight) in _BASE_COPIES:
             copies[family.hf_keys.to_kdtune(weight)] = stored
         else:
-            tensors[_our_name(name, stored, family)] = stored
+            tensors |= _ours(name, stored, family, base_shapes)
     modules = dict.fromkeys(name.rpartition(".lora_")[0] or name.removesuffix(".magnitude") for name in tensors)
     if not modules:
         raise CheckpointError(f"{path / WEIGHTS}: holds no adapter tensors; write the adapter again")
@@ -101,13 +117,19 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(what)
 
 
-def _our_name(name: str, stored: LazyTensor, family: Family) -> str:
-    theirs = name.removeprefix(_PREFIX)
+def _ours(
+    name: str, stored: LazyTensor, family: Family, base_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LazyTensor]:
+    """Return the tensor by our name; of a matrix that holds several of ours, the part of each."""
+    theirs, keys = name.removeprefix(_PREFIX), family.hf_keys
     for part, ours in _OURS.items():
         if name.startswith(_PREFIX) and theirs.endswith(f".{part}"):
-            weight = theirs.removesuffix(part) + "weight"
-            if family.hf_keys.knows(weight):
-                return family.hf_keys.to_kdtune(weight).removesuffix("weight") + ours
+            weights = keys.parts_of(theirs.removesuffix(part) + "weight")
+            if all(map(keys.knows, weights)):
+                names = [keys.to_kdtune(weight) for weight in weights]
+                is_shared = len(names) == 1 or ours == "lora_a.weight" or not base_shapes.keys() >= {*names}
+                parts = [stored] * len(names) if is_shared else stored.blocks([base_shapes[one][0] for one in names])
+                return {one.removesuffix("weight") + ours: part for one, part in zip(names, parts, strict=True)}
     raise CheckpointError(
         f"{stored}: unexpected; {_PREFIX}MODULE.PART expected, with a linear layer of a {family.name} as MODULE and "
         f"{', '.join(_PARTS.values())} as PART: this is an adapter for another kind of model or of another kind"
@@ -141,7 +163,7 @@ def _check_module(
 
 
 def _hf_module(module: str, family: Family) -> str:
-    return family.hf_keys.from_kdtune(f"{module}.weight").removesuffix(".weight")
+    return family.hf_keys.whole_of(family.hf_keys.from_kdtune(f"{module}.weight")).removesuffix(".weight")
 
 
 def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
@@ -171,7 +193,7 @@ def check_adapter(adapter: StoredAdapter, model: Transformer) -> None:
                 raise CheckpointError(f"{stored}: dtype {stored.dtype} found; float32, float16 or bfloat16 expected")
     _check_all_layers(adapter, model, advice)
     if own := adapted_linears(model):
-        _check_same_adapters(adapter, own)
+        _check_same_adapters(adapter, own, family_of(model.config).hf_keys)
 
 
 def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -> None:
@@ -179,9 +201,11 @@ def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -
     path = adapter.folder / CONFIG
     config = read_json(path)
     linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
+    first = next(iter(adapter.tensors.values())).name
+    begin = next((part for part in _TEXT_PARTS if part in first), "model.")
     for module in [*linears, "output"]:
         theirs = _hf_module(module, family_of(model.config))
-        if is_target(theirs, config, path) and module not in adapter.scaling:
+        if is_target(theirs.replace("model.", begin, 1), config, path) and module not in adapter.scaling:
             raise CheckpointError(
                 f"{adapter.folder / WEIGHTS}: tensor {_PREFIX + theirs + '.lora_A.weight'!r} missing; {CONFIG} "
                 f"adapts it (target_modules={config['target_modules']!r}) in each of the base's "
@@ -189,17 +213,22 @@ def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -
             )
 
 
-def _check_same_adapters(adapter: StoredAdapter, own: Mapping[str, LoRALinear]) -> None:
+def _check_same_adapters(adapter: StoredAdapter, own: Mapping[str, LoRALinear], keys: KeyMap) -> None:
+    from kdtune.checkpoint.peft_fused import modules_beside
+
     where = adapter.folder / CONFIG
+    # In the file a matrix of several of ours is adapted whole.
+    in_file = {one: [beside for beside in modules_beside(one, keys) if beside in own] for one in adapter.scaling}
+    in_file = {one: beside for one, beside in in_file.items() if one in own or not beside}
     advice = "use the settings that the adapter was trained with, or another adapter_dir"
-    if different := sorted(own.keys() ^ adapter.scaling.keys()):
+    if different := sorted(own.keys() ^ in_file.keys()):
         place = "the model's settings adapt it, the file does not" if different[0] in own else "only the file has it"
         raise CheckpointError(
             f"{where}: adapts other modules than the model (first: {different[0]!r}: {place}); {advice}"
         )
     for module, linear in own.items():
         rank = adapter.named(module)["lora_a.weight"].shape[0]
-        if rank != linear.rank:
+        if rank not in (linear.rank, linear.rank * len(in_file[module])):
             raise CheckpointError(f"{where}: rank {rank} found ({module}), lora_rank={linear.rank} expected; {advice}")
         if not math.isclose(adapter.scaling[module], linear.scaling, rel_tol=1e-6):
             raise CheckpointError(
@@ -232,7 +261,9 @@ def fill_adapter(model: Transformer, adapter: StoredAdapter) -> Transformer:
             )
     parameters = adapter_parameters(model)
     if parameters:
-        for name, stored in adapter.tensors.items():
+        from kdtune.checkpoint.peft_fused import fitted
+
+        for name, stored in fitted(adapter, adapted_linears(model), family_of(model.config).hf_keys).items():
             stored.fill(parameters[name])
         return model
     for module, scaling in adapter.scaling.items():
@@ -267,29 +298,56 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(dtype), other.to(dtype))
 
 
-def peft_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Return the adapters' parameters by PEFT's names."""
-    tensors, family = {}, family_of(model.config)
+def peft_tensors(model: Transformer, base: str | Path | None = None) -> dict[str, Tensor]:
+    """Return the adapters' parameters by PEFT's names; all processes of a sharded model call it together. `base`: see `peft_config`."""
+    from kdtune.checkpoint.peft_fused import joined
+
+    family, tensors = family_of(model.config), joined(model)
+    wholes = {_hf_module(module, family) for module, _ in tensors}
     for name, parameter in adapter_parameters(model).items():
         module, part = next((name.removesuffix(f".{part}"), part) for part in _PARTS if name.endswith(f".{part}"))
-        tensors[f"{_PREFIX}{_hf_module(module, family)}.{_PARTS[part]}"] = parameter.detach().contiguous()
-    return tensors
+        if _hf_module(module, family) not in wholes:
+            tensors[module, part] = parameter.detach().contiguous()
+    begin = _TEXT_PART if _has_images(base) else "model."
+    return {
+        f"{_PREFIX}{_hf_module(module, family).replace('model.', begin, 1)}.{_PARTS[part]}": tensor
+        for (module, part), tensor in tensors.items()
+    }
+
+
+def _in_text_part(names: Sequence[str]) -> str:
+    """Return the regular expression of modules of these names in the text part of a base that has parts for images."""
+    inner = "|".join(name for name in names if name != "lm_head")
+    return rf".*\.language_model\..*\.({inner})" + ("|lm_head" if "lm_head" in names else "")
+
+
+def _has_images(base: str | Path | None) -> bool:
+    path = None if base is None else user_path(base) / "config.json"
+    return path is not None and path.is_file() and text_config(document := read_json(path)) is not document
 
 
 def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
-    """Return an ``adapter_config.json`` for the model's adapters. `base` is the location of the base model."""
+    """Return an ``adapter_config.json`` for the model's adapters.
+
+    `base` is the location of the base model: if it has parts for images, the adapters are those of its text part.
+    """
+    from kdtune.checkpoint.peft_fused import num_joined
+
     linears, family = adapted_linears(model), family_of(model.config)
     first = next(iter(linears.values()))
-    alpha = first.alpha
+    alpha: float = int(first.alpha) if float(first.alpha).is_integer() else first.alpha
+    # The last parts of the adapted modules' names: each stands for all layers.
+    names = sorted({_hf_module(name, family).rpartition(".")[2] for name in linears})
+    counts = {name: count for name, count in num_joined(model).items() if count > 1}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(user_path(base).absolute()),
         "inference_mode": True,
-        # The last parts of the adapted modules' names: each stands for all layers.
-        "target_modules": sorted({_hf_module(name, family).rpartition(".")[2] for name in linears}),
+        # Parts for images have modules of these names too.
+        "target_modules": _in_text_part(names) if _has_images(base) else names,
         "r": first.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": alpha,
         "lora_dropout": first.dropout,
         "use_dora": first.magnitude is not None,
         "use_rslora": False,
@@ -297,8 +355,8 @@ def peft_config(model: Transformer, base: str | Path | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {name: count * first.rank for name, count in counts.items()},
+        "alpha_pattern": {name: count * alpha for name, count in counts.items()},
     }
 
 
@@ -308,6 +366,6 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     Raises:
         CheckpointError: the folder is missing or damaged, or does not belong to the model; see `Checkpointer`.
     """
-    adapter = read_adapter(folder, family_of(model.config))
+    adapter = read_adapter(folder, model.config)
     check_adapter(adapter, model)
     return fill_adapter(model, adapter)

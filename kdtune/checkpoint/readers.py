@@ -1,10 +1,12 @@
 """Describe a stored model, in any format and family: its config, and its unread tensors by kdtune's names."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,10 +22,11 @@ from kdtune.models import (
     family_of_gguf,
     family_of_meta,
     read_hf_config,
+    text_config,
     weight_shapes,
 )
 from kdtune.models.architecture import KeyMap, unpermute
-from kdtune.models.file_configs import ROPE_FACTORS, config_from_gguf
+from kdtune.models.file_configs import GGUF_FACTORS, config_from_gguf
 from kdtune.models.transformer import rotary_heads
 
 
@@ -42,12 +45,33 @@ def read_huggingface(files: list[Path], named: Family | None) -> LazyModel:
     index = huggingface.read_index(folder) if (folder / huggingface.INDEX).is_file() else None
     if index is not None and set(index.values()) != {file.name for file in files}:
         index = None
-    tensors = huggingface.stored_tensors(files, index)
+    tensors, skipped = huggingface.stored_tensors(files, index), dict[str, int]()
+    if text_config(document := read_json(folder / huggingface.CONFIG), named) is not document:
+        tensors, skipped = _text_tensors(tensors)
     # Saved from a model without head, whose names lack the part before the layers.
     prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
     renamed = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in tensors.items()}
     keys = family_of(config).hf_keys
-    return LazyModel(config, _by_our_names(renamed, keys), lambda name: keys.from_kdtune(name).removeprefix(prefix))
+    ours = _by_our_names(renamed, keys, config)
+    return LazyModel(config, ours, lambda name: keys.whole_of(keys.from_kdtune(name)).removeprefix(prefix), skipped)
+
+
+# Names of a model with parts for images: beginnings of the text part's, as transformers 4 and 5 write them, and of the others'.
+_TEXT_PARTS = {"model.language_model.": "model.", "language_model.": ""}
+_OTHER_PARTS = ("vision_tower", "multi_modal_projector")
+
+
+def _text_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, int]]:
+    """Return the tensors of the text part, by the names that its own model has, and how many the other parts have."""
+    text, skipped = {}, Counter[str]()
+    for name, stored in tensors.items():
+        other = next((part for part in _OTHER_PARTS if name.removeprefix("model.").startswith(f"{part}.")), None)
+        if other is not None:
+            skipped[other] += 1
+            continue
+        begin = next((begin for begin in _TEXT_PARTS if name.startswith(begin)), "")
+        text[_TEXT_PARTS.get(begin, "") + name.removeprefix(begin)] = stored
+    return text, skipped
 
 
 def read_meta(files: list[Path], named: Family | None) -> LazyModel:
@@ -80,13 +104,17 @@ def read_gguf(files: list[Path], named: Family | None) -> LazyModel:
     embedding = stored.get(keys.from_kdtune("tok_embeddings.weight"))
     if embedding is not None:
         metadata.setdefault(f"{family.gguf_architecture}.vocab_size", embedding.shape[0])
-    factors = stored.get(ROPE_FACTORS)
+    factors: dict[str, Any] = {
+        argument: stored[name].read()
+        for name, argument in GGUF_FACTORS.items()
+        if name in stored and keys.is_derived(name)
+    }
     with _in_file(file):
         config = (family.config_from_gguf or config_from_gguf)(
             family,
             metadata,
             tie_embeddings=keys.from_kdtune("output.weight") not in stored,
-            rope_factors=factors.read() if factors else None,
+            **factors,
         )
     return _stored_model(config, stored, keys)
 
@@ -101,7 +129,7 @@ def _in_file(path: Path) -> Iterator[None]:
 
 
 def _stored_model(config: TransformerConfig, stored: dict[str, LazyTensor], keys: KeyMap) -> LazyModel:
-    tensors = _by_our_names(stored, keys)
+    tensors = _by_our_names(stored, keys, config)
     if keys.norm_offset:
         tensors = {
             name: replace(one, pieces=partial(_lowered_pieces, one, keys.norm_offset), part=None)
@@ -109,16 +137,30 @@ def _stored_model(config: TransformerConfig, stored: dict[str, LazyTensor], keys
             else one
             for name, one in tensors.items()
         }
-    return LazyModel(config, _unpermuted(tensors, config) if keys.is_interleaved else tensors, keys.from_kdtune)
+    return LazyModel(
+        config,
+        _unpermuted(tensors, config) if keys.is_interleaved else tensors,
+        lambda name: keys.whole_of(keys.from_kdtune(name)),
+    )
 
 
-def _by_our_names(tensors: dict[str, LazyTensor], names: KeyMap) -> dict[str, LazyTensor]:
-    renamed = {}
+def _by_our_names(tensors: dict[str, LazyTensor], names: KeyMap, config: TransformerConfig) -> dict[str, LazyTensor]:
+    shapes = weight_shapes(config) if names.fused else {}
+    renamed: dict[str, LazyTensor] = {}
     for name, stored in tensors.items():
         if names.is_derived(name):
             continue
         with _in_file(stored.file):
-            renamed[names.to_kdtune(name)] = stored
+            ours = [names.to_kdtune(part) for part in names.parts_of(name)]
+        if len(ours) == 1 or not all(part in shapes for part in ours):
+            parts = [stored] * len(ours)
+        else:
+            parts = stored.blocks([shapes[part][0] for part in ours])
+        if twice := renamed.keys() & {*ours}:
+            raise CheckpointError(
+                f"{stored}: {renamed[min(twice)].name!r} is in the files too; one of them is another model's"
+            )
+        renamed |= zip(ours, parts, strict=True)
     return renamed
 
 

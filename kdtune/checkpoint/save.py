@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -147,7 +147,9 @@ def model_writer(
     change before they are written.
     """
     keys = family_of(model.config).hf_keys
-    weights = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
+    computed = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
+    wholes = dict.fromkeys(map(keys.whole_of, computed))
+    weights = {name: [computed[part] for part in keys.parts_of(name)] for name in wholes}
     planned = _planned(model, weights)
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -222,8 +224,8 @@ def adapter_writer(
     """Return a function that writes as `write_adapter` does, on all processes; `staged` as in `model_writer`."""
     if not has_adapters(model):
         raise ConfigError("the model has no adapters to write; write_model writes it whole")
-    tensors = peft.peft_tensors(model)
-    weights = {peft.WEIGHTS: {name: tensor.detach for name, tensor in tensors.items()}}
+    tensors = peft.peft_tensors(model, base)
+    weights = {peft.WEIGHTS: {name: [tensor.detach] for name, tensor in tensors.items()}}
     write_weights = tensor_writer(weights, tensors, staged=staged)
     config = peft.peft_config(model, base)
 
@@ -252,12 +254,15 @@ def _folder_of(base: str | Path | None) -> Path | None:
     return path.parent if path.is_file() else path
 
 
-def _planned(model: Transformer, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+def _planned(model: Transformer, names: Iterable[str]) -> dict[str, Tensor]:
     """Return tensors of the weights' shapes and dtypes that take no memory: merging is deferred until a shard is written."""
     state = model.state_dict()
     keys = family_of(model.config).hf_keys
-    shapes = {name: state[keys.to_kdtune(name)] for name in weights}
-    return {name: torch.empty(like.shape, dtype=like.dtype, device="meta") for name, like in shapes.items()}
+    parts = {name: [state[keys.to_kdtune(part)] for part in keys.parts_of(name)] for name in names}
+    return {
+        name: torch.empty((sum(map(len, of_name)), *of_name[0].shape[1:]), dtype=of_name[0].dtype, device="meta")
+        for name, of_name in parts.items()
+    }
 
 
 def _hf_config(model: Transformer, base: Path | None, tokenizer: SupportsSave | None, is_chat: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -38,12 +38,16 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", t
 
 
 def tensor_writer(
-    files: Mapping[str, Mapping[str, Callable[[], Tensor]]], like: Mapping[str, Tensor], *, staged: bool = False
+    files: Mapping[str, Mapping[str, Sequence[Callable[[], Tensor]]]],
+    like: Mapping[str, Tensor],
+    *,
+    staged: bool = False,
 ) -> Write:
     """Return a function that writes the tensors as safetensors files, bit-identical to `save_file(..., metadata={"format": "pt"})`.
 
     Args:
-        files: for each file, functions that compute its tensors, by name; all processes call them, in this order.
+        files: for each file, by a tensor's name, functions that compute the blocks of rows that it consists of, such as one
+            for all; all processes call them, in this order.
         like: for each name, a tensor of the same shape and dtype, such as one on the meta device.
         staged: compute the tensors now and keep copies of this process's shards in CPU memory until they are written;
             otherwise each is computed when it is written.
@@ -77,15 +81,15 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One process's shard of a tensor, to be written."""
+    """One process's shard of a tensor or of a block of its rows, to be written."""
 
     file: str
     begin: int
-    """The byte of the file where the whole tensor begins."""
+    """The byte of the file where the whole block begins."""
     shape: torch.Size
-    """Shape of the full tensor."""
+    """Shape of the full block."""
     region: tuple[slice, ...]
-    """Slices of the full tensor that the values cover."""
+    """Slices of the full block that the values cover."""
     values: Tensor
 
 
@@ -105,17 +109,20 @@ def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
 
 
 def _shards(
-    files: Mapping[str, Mapping[str, Callable[[], Tensor]]], layouts: Mapping[str, _Layout]
+    files: Mapping[str, Mapping[str, Sequence[Callable[[], Tensor]]]], layouts: Mapping[str, _Layout]
 ) -> Iterator[_Shard]:
     """Yield the shards that this process writes, one at a time."""
     for file, tensors in files.items():
-        for name, compute in tensors.items():
-            tensor = compute()
-            if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
-                tensor = full_tensor(tensor)
-            values, region = to_local(tensor), local_slices(tensor)
-            if is_first_replica(tensor) and values.numel():
-                yield _Shard(file, layouts[file].begins[name], tensor.shape, region, values)
+        for name, blocks in tensors.items():
+            begin = layouts[file].begins[name]
+            for compute in blocks:
+                tensor = compute()
+                if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+                    tensor = full_tensor(tensor)
+                values, region = to_local(tensor), local_slices(tensor)
+                if is_first_replica(tensor) and values.numel():
+                    yield _Shard(file, begin, tensor.shape, region, values)
+                begin += tensor.numel() * tensor.dtype.itemsize
 
 
 def _create(path: Path, layout: _Layout) -> None:

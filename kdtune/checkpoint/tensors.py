@@ -1,8 +1,10 @@
 """Tensors stored in files, and how to fill a model with them one at a time."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -39,6 +41,39 @@ class LazyTensor:
         found = list(self.pieces())
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def region(self, region: tuple[slice, ...]) -> "LazyTensor":
+        """Return a region of the tensor, unread; its slices have a start and a stop."""
+        shape = tuple(part.stop - part.start for part in region)
+        return replace(
+            self,
+            shape=shape,
+            pieces=partial(self._pieces_of, region),
+            part=partial(self._part_of, region) if self.part else None,
+        )
+
+    def _pieces_of(self, region: tuple[slice, ...]) -> Iterator[Tensor]:
+        yield self.part(region) if self.part else self.read()[region]
+
+    def _part_of(self, region: tuple[slice, ...], inner: tuple[slice, ...]) -> Tensor:
+        assert self.part is not None
+        return self.part(
+            tuple(
+                slice(outer.start + one.start, outer.start + one.stop) for outer, one in zip(region, inner, strict=True)
+            )
+        )
+
+    def blocks(self, rows: Sequence[int]) -> "list[LazyTensor]":
+        """Return the blocks of so many rows each that the tensor is, one below the other; CheckpointError if it has other rows."""
+        if not self.shape or self.shape[0] != sum(rows):
+            raise CheckpointError(
+                f"{self}: shape {list(self.shape)} found, {' + '.join(map(str, rows))} rows expected; the weights and the config do not "
+                "belong together: download both again"
+            )
+        rest = tuple(slice(0, size) for size in self.shape[1:])
+        return [
+            self.region((slice(end - count, end), *rest)) for count, end in zip(rows, accumulate(rows), strict=True)
+        ]
+
     def fill(self, target: Tensor) -> None:
         """Copy it into `target`, converted; for a DTensor, only this process's shard is read if the format allows."""
         shard = to_local(target)
@@ -66,6 +101,8 @@ class LazyModel:
     """Tensors by kdtune's names, rows in kdtune's order."""
     name_in_file: Callable[[str], str]
     """Maps one of kdtune's names to the name in the files."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of tensors of parts that are no text model's, by the part's name in the files."""
 
 
 def stored_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
@@ -174,7 +211,7 @@ def check_tensors(config: TransformerConfig, stored: LazyModel) -> None:
                 "embedding says so in its config (tie_word_embeddings: true)"
             )
         raise CheckpointError(
-            f"{where}: {_some([stored.name_in_file(name) for name in missing])} missing, shape {list(expected[missing[0]])} expected; "
+            f"{where}: {_some([*dict.fromkeys(map(stored.name_in_file, missing))])} missing, shape {list(expected[missing[0]])} expected; "
             f"the files do not hold the whole model that the config describes: download it again{hint}"
         )
     if unexpected := [found for name, found in tensors.items() if name not in expected]:

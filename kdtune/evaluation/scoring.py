@@ -17,7 +17,7 @@ from torch import Tensor
 from kdtune.distributed import SINGLE_PROCESS, World, parallel_map
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.models import Transformer
+from kdtune.models import Transformer, TransformerConfig
 
 # A row takes no further sequence beyond so many tokens (or twice its first): attention costs the square of a row.
 ROW_TOKENS = 1024
@@ -98,7 +98,7 @@ def score(
     with eval_mode(model):
         scored = parallel_map(
             lambda rows: _score_rows(model, rows, continuations),
-            list(_batches(_rows(inputs), batch_tokens)), model, world, on_done=count,
+            list(_batches(_rows(inputs, model.config), batch_tokens)), model, world, on_done=count,
         )  # fmt: skip
     results = dict(pair for of_batch in scored for pair in of_batch)
     return [results[request] for request in range(len(pairs))]
@@ -118,8 +118,28 @@ def _inputs(pair: Pair, max_length: int) -> list[int]:
     return [*context, *continuation][-(max_length + 1) : -1]
 
 
-def _rows(inputs: Sequence[list[int]]) -> list[_Row]:
-    """Pack the requests into rows, in lexical order, so that common prefixes are adjacent."""
+def _rows(inputs: Sequence[list[int]], config: TransformerConfig) -> list[_Row]:
+    """Pack the requests into rows, in lexical order, so that common prefixes are adjacent; where the model allows it."""
+    alone = [_Row() for _ in inputs]
+    for request, (row, sequence) in enumerate(zip(alone, inputs, strict=True)):
+        row.add(request, sequence, 0)
+    rows = []
+    for shared in _shared_rows(inputs):
+        rows += [shared] if _may_share(shared, config) else [alone[request] for request, _ in shared.paths]
+    return rows
+
+
+def _may_share(row: _Row, config: TransformerConfig) -> bool:
+    """Return whether the model computes for a node of the tree what it computes for that token of each sequence by itself."""
+    # A window counts the tokens of a row, whichever sequence they are of.
+    window = min((size for size in config.windows if size), default=None)
+    if window is not None and window < len(row.tokens) and not row.is_causal:
+        return False
+    # With LongRoPE a token depends on the length of its text.
+    return len({len(path) > config.rope_switch for _, path in row.paths} if config.rope_switch else {False}) == 1
+
+
+def _shared_rows(inputs: Sequence[list[int]]) -> list[_Row]:
     rows: list[_Row] = []
     room = 0
     before: Sequence[int] = []

@@ -110,6 +110,10 @@ def generate_batch(
                 active, tokens = [active[row] for row in rows], [tokens[row] for row in rows]
                 padding_B = None if padding_B is None else padding_B[rows]
             tokens_BS = torch.tensor(tokens, device=model.device)[:, None]
+            if any(len(prompts[i]) + len(new_ids[i]) - 1 == model.config.rope_switch for i in active):
+                # From here on all tokens of that text are rotated otherwise: the keys that are held are of no more use.
+                cache.truncate()
+                tokens_BS, padding_B = _left_padded([[*prompts[i], *new_ids[i]] for i in active], model.device)
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:

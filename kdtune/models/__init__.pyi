@@ -2,8 +2,8 @@ from .architecture import Family, TransformerConfig
 from .builders import Builder
 from .documents import Documents
 from .dtypes import dtype_from_name
-from .families import family_of, family_of_gguf, family_of_meta, read_hf_config, write_hf_config
-from .gemma import GEMMA3
+from .families import family_of, family_of_gguf, family_of_meta, read_hf_config, text_config, write_hf_config
+from .gemma import GEMMA2, GEMMA3
 from .granite import GRANITE
 from .known_families import FAMILIES
 from .kv_cache import KVCache
@@ -20,19 +20,22 @@ from .lora import (
 )
 from .mistral import MINISTRAL, MISTRAL
 from .olmo import OLMO2
+from .phi import PHI3
 from .qwen import QWEN2, QWEN3
-from .rope import RopeScaling
+from .rope import LinearRope, LongRope, RopeScaling
 from .smollm3 import SMOLLM3
 from .transformer import OutputHead, Transformer, on_meta_device, weight_shapes
 
 __all__ = [
     "FAMILIES",
+    "GEMMA2",
     "GEMMA3",
     "GRANITE",
     "LLAMA",
     "MINISTRAL",
     "MISTRAL",
     "OLMO2",
+    "PHI3",
     "QWEN2",
     "QWEN3",
     "SMOLLM3",
@@ -40,7 +43,9 @@ __all__ = [
     "Documents",
     "Family",
     "KVCache",
+    "LinearRope",
     "LoRALinear",
+    "LongRope",
     "OutputHead",
     "RopeScaling",
     "Transformer",
@@ -59,6 +64,7 @@ __all__ = [
     "merged_weights",
     "on_meta_device",
     "read_hf_config",
+    "text_config",
     "weight_shapes",
     "write_hf_config",
 ]

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models.rope import RopeScaling
+from kdtune.models.rope import AnyScaling, LongRope
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -48,12 +48,13 @@ class TransformerConfig:
     them, "after" them or "both"; with ``norm_rounds_last`` a norm multiplies by its gain before it rounds from fp32, not after;
     the gain is the norm's weight plus ``norm_offset``. ``activation`` is the feed-forward's, "gelu_tanh" the approximation of
     GELU by tanh.
-    ``logit_softcap`` bounds the logits, see ``OutputHead``. Embeddings are multiplied by ``embedding_scale``, what attention and
-    feed-forward add to the residual stream by ``residual_scale``, and scores by ``attention_scale`` (None: head_dim**-0.5);
-    logits are divided by ``logit_divisor``. Two have a value for each layer. ``windows``: the number of tokens that a token
-    attends to, itself and the last ones before it, or None for all; () is None for every layer. ``rotates``: whether queries
-    and keys are rotated; () is True for every layer. Layers with a window are rotated by ``window_rope_base``, without
-    ``rope_scaling``; None: as the others.
+    ``logit_softcap`` bounds the logits, see ``OutputHead``, and ``score_softcap`` in the same way the scaled scores, before the
+    mask. Embeddings are multiplied by ``embedding_scale``, what attention and feed-forward add to the residual stream by
+    ``residual_scale``, and scores by ``attention_scale`` (None: head_dim**-0.5); logits are divided by ``logit_divisor``.
+    Two have a value for each layer. ``windows``: the number of tokens that a token attends to, itself and the last ones before
+    it, or None for all; () is None for every layer. ``rotates``: whether queries and keys are rotated; () is True for every
+    layer. Of each head the first ``rotary_dim`` values are rotated; None: all. Layers with a window are rotated by
+    ``window_rope_base``, without ``rope_scaling``; None: as the others.
     """
 
     vocab_size: int
@@ -66,7 +67,7 @@ class TransformerConfig:
     max_seq_len: int
     norm_eps: float
     rope_base: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: AnyScaling | None
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
@@ -75,12 +76,14 @@ class TransformerConfig:
     norm_offset: float = 0.0
     activation: Literal["silu", "gelu_tanh"] = "silu"
     logit_softcap: float | None = None
+    score_softcap: float | None = None
     attention_scale: float | None = None
     residual_scale: float = 1.0
     embedding_scale: float = 1.0
     logit_divisor: float = 1.0
     windows: tuple[int | None, ...] = ()
     rotates: tuple[bool, ...] = ()
+    rotary_dim: int | None = None
     window_rope_base: float | None = None
     family: "Family | None" = field(default=None, hash=False)
 
@@ -97,6 +100,7 @@ class TransformerConfig:
             raise ConfigError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even, rotary embeddings turn pairs")
+        self._check_rope()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, choices))}")
@@ -113,6 +117,32 @@ class TransformerConfig:
                 f"{', '.join(f'{name}={getattr(self, name)}' for name in names)}: {self.num_parameters:.2g} parameters; must be "
                 f"at most {_MOST_PARAMETERS:.0e}; check the sizes"
             )
+
+    def _check_rope(self) -> None:
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ConfigError(f"rotary_dim={self.rotary_dim}: must be even and at most head_dim={self.head_dim}")
+        if not isinstance(self.rope_scaling, LongRope):
+            return
+        if not 0 < self.rope_scaling.original_max_seq_len <= _MOST["max_seq_len"]:
+            raise ConfigError(
+                f"rope_scaling: original_max_seq_len={self.rope_scaling.original_max_seq_len}: must be above 0"
+            )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rope_scaling, name)
+            if len(factors) != self.num_rotated // 2 or not all(0 < factor < 2**20 for factor in factors):
+                raise ConfigError(
+                    f"rope_scaling: {len(factors)} {name}; must be {self.num_rotated // 2} above 0, one for each rotated pair"
+                )
+
+    @property
+    def num_rotated(self) -> int:
+        """Return how many values of each query and key head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Return the number of tokens beyond which all tokens of a text are rotated otherwise; None: texts of any length alike."""
+        return self.rope_scaling.original_max_seq_len if isinstance(self.rope_scaling, LongRope) else None
 
     @property
     def is_plain(self) -> bool:
@@ -153,7 +183,7 @@ class TransformerConfig:
     def described(self) -> dict[str, Any]:
         """Return the architecture as plain values, without the fields that say nothing: a new one changes no description."""
         return {
-            each.name: asdict(value) if isinstance(value, RopeScaling) else value
+            each.name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for each in fields(self)
             if each.name != "family" and (value := getattr(self, each.name)) != each.default
         }
@@ -181,6 +211,8 @@ class KeyMap:
     """The rows of q and k are in interleaved order: see :func:`unpermute`."""
     norm_offset: float = 0.0
     """What a stored gain is more than ours: the gain itself, where ``TransformerConfig.norm_offset`` is added to ours."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of matrices that hold several of ours, one below the other: for each the names, in the same format, of its parts."""
 
     def plus(self, ours_by_theirs: Mapping[str, str]) -> Self:
         """Return a map with more names, for models with more weights."""
@@ -199,6 +231,16 @@ class KeyMap:
     def knows(self, name: str) -> bool:
         """Return whether the name is a weight of these models in this format."""
         return _pattern(name)[0] in self.ours_by_theirs
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """Return the names, in this format, of the matrices that the one of this name holds; its own alone if it is no fused one."""
+        pattern, layer = _pattern(name)
+        return tuple(part.replace("{}", layer) for part in self.fused.get(pattern, (pattern,)))
+
+    def whole_of(self, name: str) -> str:
+        """Return the name, in this format, of the matrix that holds the one of this name; its own if that is stored by itself."""
+        pattern, layer = _pattern(name)
+        return next((whole for whole, parts in self.fused.items() if pattern in parts), pattern).replace("{}", layer)
 
     def is_derived(self, name: str) -> bool:
         """Return whether the tensor may be skipped because the model computes it from its config."""
@@ -247,6 +289,8 @@ class Family:
     hf_keys: KeyMap
     hf_defaults: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """Values that transformers takes where config.json lacks the setting, if they are not its LlamaConfig's."""
+    with_images: tuple[str, str] | None = field(default=None, kw_only=True)
+    """``model_type`` and class of models that consist of one of these, whose settings are in ``text_config``, and of parts for images."""
     config_from_hf: Callable[["Family", Mapping[str, Any]], TransformerConfig]
     """Read a config.json; see ``kdtune.models.file_configs.config_from_hf``."""
     config_to_hf: Callable[["Family", TransformerConfig], dict[str, Any]]

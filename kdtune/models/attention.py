@@ -4,6 +4,8 @@ Shape suffixes: B batch, S new tokens, T tokens attended to (cached and new), D 
 heads, G query heads per key head, E head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         super().__init__()
         embed_dim, head_dim, bias = config.embed_dim, config.head_dim, config.qkv_bias
         self.head_dim, self.window, self.scale = head_dim, config.window(index), config.attention_scale
-        self.rotates = config.is_rotated(index)
+        self.rotates, self.softcap = config.is_rotated(index), config.score_softcap
         self.q_proj = nn.Linear(embed_dim, config.num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, config.num_kv_heads * head_dim, bias=bias)
@@ -86,12 +88,12 @@ class Attention(nn.Module):
             q_BSHE, k_BSKE = rotate(q_BSHE, rope), rotate(k_BSKE, rope)
         v_BSKE = self.v_proj(hidden_BSD).view(heads)
         if isinstance(mask, Documents):
-            out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0], self.window, self.scale)
+            out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0], self.window, self.scale, self.softcap)
             return self.output_proj(out_SHE.flatten(1)[None])
         q_BHSE, k_BKTE, v_BKTE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
         if cache is not None:
             k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
-        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask, self.window, self.scale)
+        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask, self.window, self.scale, self.softcap)
         return self.output_proj(out_BHSE.transpose(1, 2).flatten(2))
 
 
@@ -102,11 +104,12 @@ def attend(
     mask: Tensor | None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute softmax attention, [B, H, S, E]; mask None is causal when S == T and unrestricted for a single query.
 
     The queries are the last S of the T tokens; with a window, each sees only the last ``window`` ones up to itself. Scores are
-    multiplied by ``scale``, None: E**-0.5.
+    multiplied by ``scale``, None: E**-0.5, and bounded by ``softcap``, None: unbounded.
     """
     if window is not None and window < k_BKTE.shape[2]:
         if q_BHSE.shape[2] == 1:
@@ -118,14 +121,26 @@ def attend(
     if groups > 1 and q_BHSE.shape[2] == 1:
         # A single query sees the same keys whatever its head: the heads that share a key are its queries.
         q_BKGE = q_BHSE.reshape(q_BHSE.shape[0], k_BKTE.shape[1], groups, -1)
+        if softcap is not None:
+            return _attend_capped(q_BKGE, k_BKTE, v_BKTE, mask, scale, softcap).reshape(q_BHSE.shape)
         out_BKGE = functional.scaled_dot_product_attention(q_BKGE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale)
         return out_BKGE.reshape(q_BHSE.shape)
     # Only CUDA's flash kernel reads shared heads without copying them; its other kernels would fall back to one that
     # holds all scores, and on the CPU both ways take equally long.
-    shared = groups > 1 and mask is None and q_BHSE.is_cuda and q_BHSE.dtype in (torch.bfloat16, torch.float16)
+    shared = (
+        groups > 1
+        and mask is None
+        and softcap is None
+        and q_BHSE.is_cuda
+        and q_BHSE.dtype in (torch.bfloat16, torch.float16)
+    )
     if groups > 1 and not shared:
         k_BKTE = k_BKTE.repeat_interleave(groups, dim=1)
         v_BKTE = v_BKTE.repeat_interleave(groups, dim=1)
+    if softcap is not None:
+        if mask is None and q_BHSE.shape[2] > 1:
+            mask = torch.ones(q_BHSE.shape[2], k_BKTE.shape[2], dtype=torch.bool, device=q_BHSE.device).tril()
+        return _attend_capped(q_BHSE, k_BKTE, v_BKTE, mask, scale, softcap)
     return functional.scaled_dot_product_attention(
         q_BHSE,
         k_BKTE,
@@ -135,6 +150,19 @@ def attend(
         scale=scale,
         enable_gqa=shared,
     )
+
+
+def _attend_capped(
+    q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+) -> Tensor:
+    """Compute attention whose scores are bounded, all [B, H, S, T] of them in memory: none of torch's kernels has a soft-cap."""
+    scores_BHST = q_BHSE @ k_BHTE.transpose(2, 3) * (q_BHSE.shape[-1] ** -0.5 if scale is None else scale)
+    scores_BHST = torch.tanh(scores_BHST / softcap) * softcap
+    if mask is not None:
+        # Not -inf: a padding token that sees nothing would be NaN, and so would be all that its value is multiplied with.
+        scores_BHST = scores_BHST.masked_fill(~mask, torch.finfo(scores_BHST.dtype).min)
+    wide = torch.promote_types(q_BHSE.dtype, torch.float32)
+    return functional.softmax(scores_BHST, dim=-1, dtype=wide).to(q_BHSE.dtype) @ v_BHTE
 
 
 def _within(window: int, mask: Tensor | None, num_new: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -152,14 +180,16 @@ def attend_within(
     v_SKE: Tensor,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute causal softmax attention within each document, [S, H, E], from queries, keys and values of all of them.
 
     No scores between documents exist: where the flash kernel takes the tensors it is one call with the boundaries, elsewhere one
-    call a document. Window and scale are `attend`'s.
+    call a document. Window, scale and soft-cap are `attend`'s.
     """
     head_dim = q_SHE.shape[-1]
-    if q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256:
+    is_plain_on_cuda = q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and softcap is None
+    if is_plain_on_cuda and head_dim % 8 == 0 and head_dim <= 256:
         from torch.nn.attention.varlen import (
             varlen_attn,  # imports torch's compiler, a second that a CPU need not wait for
         )
@@ -182,17 +212,24 @@ def attend_within(
         )
     if torch.compiler.is_compiling():
         # Every other number of documents would need code of its own. As a decorator it would import the compiler in every run.
-        out_SHE: Tensor = torch.compiler.disable(_attend_one_by_one)(documents, q_SHE, k_SKE, v_SKE, window, scale)
-        return out_SHE
-    return _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE, window, scale)
+        one_by_one: Callable[..., Tensor] = torch.compiler.disable(_attend_one_by_one)
+        return one_by_one(documents, q_SHE, k_SKE, v_SKE, window, scale, softcap)
+    return _attend_one_by_one(documents, q_SHE, k_SKE, v_SKE, window, scale, softcap)
 
 
 def _attend_one_by_one(
-    documents: Documents, q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, window: int | None, scale: float | None
+    documents: Documents,
+    q_SHE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
     def rows(tensor_SHE: Tensor) -> tuple[Tensor, ...]:
         return tensor_SHE.transpose(0, 1)[None].split(documents.lengths, dim=2)
 
-    outs = [attend(q, k, v, None, window, scale) for q, k, v in zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)]
+    texts = zip(rows(q_SHE), rows(k_SKE), rows(v_SKE), strict=True)
+    outs = [attend(q, k, v, None, window, scale, softcap) for q, k, v in texts]
     # In the kernel's own order of dimensions, so that what follows is no second copy.
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)[0]

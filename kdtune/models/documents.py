@@ -38,6 +38,12 @@ class Documents:
         starts_N1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(tuple(lengths), max(lengths), positions_T, starts_N1)
 
+    @property
+    def lengths_of_tokens(self) -> Tensor:
+        """Return for each token the number of tokens of its document, int32 [T], on the device and without a wait for it."""
+        lengths_N = self.starts_N1.diff()
+        return lengths_N.repeat_interleave(lengths_N, output_size=len(self.positions_T))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Documents":
         """Return the documents with a function applied to each tensor, such as a move to a device."""
         return replace(self, positions_T=function(self.positions_T), starts_N1=function(self.starts_N1))

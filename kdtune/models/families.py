@@ -18,16 +18,42 @@ def _families(named: Family | None) -> tuple[Family, ...]:
     return FAMILIES if named is None else (named,)
 
 
+# Settings beside ``text_config`` that are the text model's too.
+_OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
+
+
+def text_config(document: Mapping[str, Any], named: Family | None = None) -> Mapping[str, Any]:
+    """Return the ``config.json`` of the text part of a model that has others, for images; the document itself of another model.
+
+    Its family is one of `FAMILIES`, or `named`. CheckpointError if ``text_config`` is no object of settings.
+    """
+    architectures, model_type, text = (
+        document.get("architectures"),
+        document.get("model_type"),
+        document.get("text_config"),
+    )
+    for family in _families(named):
+        is_whole = family.with_images is not None and (
+            architectures == [family.with_images[1]] or (not architectures and model_type == family.with_images[0])
+        )
+        if is_whole and not isinstance(text, Mapping):
+            raise CheckpointError(f"config.json: text_config={reprlib.repr(text)}; want the settings of the text part")
+        if is_whole and isinstance(text, Mapping):
+            kept = {key: document[key] for key in _OF_WHOLE if key in document}
+            return {**text, **kept, "architectures": [family.architecture], "model_type": family.model_type}
+    return document
+
+
 def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> TransformerConfig:
-    """Return the config of the model that a ``config.json`` describes.
+    """Return the config of the model that a ``config.json`` describes, or of its text part, see `text_config`.
 
     Its family is one of `FAMILIES`, or `named`.
 
     Raises:
         CheckpointError: It is of another family, lacks a size, or has a setting that our decoder does not compute.
     """
+    document, families = text_config(document, named), _families(named)
     architectures, model_type = document.get("architectures"), document.get("model_type")
-    families = _families(named)
     for family in families:
         # A model saved without its head; the head is missed where the embedding does not take its place.
         if architectures in ([family.architecture], [family.headless]) or (
@@ -78,6 +104,7 @@ def write_hf_config(
     """
     if base is None:
         base = {"pad_token_id": None}  # some families have a default, which may be beyond the vocabulary
+    base = text_config(base, config.family)
     # layer_types are of the base's layers: where they are not all alike, the family writes them.
     dropped = ("transformers_version", "_name_or_path", "quantization_config", "layer_types")
     kept = {key: value for key, value in base.items() if key not in dropped}

@@ -4,12 +4,11 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models.architecture import MOST_LAYERS, Family, TransformerConfig
-from kdtune.models.rope import RopeScaling, inverse_frequencies
+from kdtune.models.rope import AnyScaling
 
 # Settings that change a decoder's arithmetic in ways that ours does not compute, with the values that do not.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -20,12 +19,16 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 }
 FULL_ATTENTION = "full_attention"
 WINDOW_ATTENTION = "sliding_attention"
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# The tensor of frequency factors is computed from the config by the model, but it is the only place where a GGUF file says
-# how the frequencies are scaled.
+# Divisors of the frequencies are computed from the config by the model, but their tensors are the only place where a GGUF file
+# says how the frequencies are scaled: their names, and those of the arguments that a family's `config_from_gguf` takes them as.
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+GGUF_FACTORS = {
+    ROPE_FACTORS: "rope_factors",
+    SHORT_ROPE_FACTORS: "rope_short_factors",
+    LONG_ROPE_FACTORS: "rope_long_factors",
+}
 
 # Above any setting of a model, and what float64 holds: JSON has integers of any length, and Infinity.
 _TOO_LARGE = 2**200
@@ -88,8 +91,7 @@ def config_from_hf(
 ) -> TransformerConfig:
     """Return the config of the model of that family in a ``config.json``.
 
-    Absent keys get the family's ``hf_defaults``, then the defaults of transformers' LlamaConfig. Reads ``rope_theta`` with
-    ``rope_scaling`` (transformers 4) and ``rope_parameters`` (transformers 5).
+    Absent keys get the family's ``hf_defaults``, then the defaults of transformers' LlamaConfig.
 
     Args:
         family: The family.
@@ -100,6 +102,8 @@ def config_from_hf(
     Raises:
         CheckpointError: A missing size, or a setting this model does not compute.
     """
+    from kdtune.models.rope_settings import rope_from_hf  # once a run reads a model's file
+
     document = {**family.hf_defaults, **document}
     constants = {key: (value, None) if value is False else (value,) for key, value in family.hf_constants.items()}
     _refuse_others(document, {**_PLAIN_VALUES, **constants})
@@ -114,7 +118,7 @@ def config_from_hf(
     found = Settings(document, "config.json")
     embed_dim, num_heads = found.size("hidden_size"), found.size("num_attention_heads")
     max_seq_len = found.number("max_position_embeddings", 2048)
-    rope_base, rope_scaling = _rope_from_hf(found, max_seq_len)
+    rope_base, rope_scaling = rope_from_hf(found, max_seq_len)
     return found.config(
         vocab_size=found.size("vocab_size"),
         embed_dim=embed_dim,
@@ -178,12 +182,9 @@ def windows_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
     """Return the settings of a ``config.json`` that transformers 4 and 5 both read as ``config``."""
-    scaling: dict[str, Any] = {}
-    if config.rope_scaling is not None:
-        rope = config.rope_scaling
-        values = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_seq_len)
-        scaling = dict(zip(_ROPE_SCALING_KEYS, values, strict=True))
-    rope_type = "llama3" if scaling else "default"
+    from kdtune.models.rope_settings import rope_to_hf
+
+    rope = rope_to_hf(config)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -200,44 +201,9 @@ def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
         **family.hf_constants,
         # transformers 4 reads these two, transformers 5 the third where the second is null.
         "rope_theta": config.rope_base,
-        "rope_scaling": {"rope_type": rope_type, **scaling} if scaling else None,
-        "rope_parameters": {"rope_type": rope_type, "rope_theta": config.rope_base, **scaling},
+        "rope_scaling": None if config.rope_scaling is None else dict(rope),
+        "rope_parameters": {"rope_theta": config.rope_base, **rope},
     }
-
-
-def _rope_from_hf(found: Settings, max_seq_len: int) -> tuple[float, RopeScaling | None]:
-    old, new = found.section("rope_scaling"), found.section("rope_parameters")
-    for key in old.keys() & new.keys():
-        if old[key] != new[key]:
-            raise CheckpointError(
-                f"config.json: rope_scaling.{key}={reprlib.repr(old[key])} and rope_parameters.{key}={reprlib.repr(new[key])} disagree"
-            )
-    rope = {**new, **old}
-    read = Settings(rope, found.file)
-    base = read.number("rope_theta", found.number("rope_theta", 10_000.0, kind=float), kind=float)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise CheckpointError(
-            f"config.json: rope_type={reprlib.repr(rope_type)} is not supported; want 'default' or 'llama3'"
-        )
-    if rope.get("partial_rotary_factor", 1.0) not in _PLAIN_VALUES["partial_rotary_factor"]:
-        raise CheckpointError(
-            f"config.json: partial_rotary_factor={reprlib.repr(rope['partial_rotary_factor'])} is not supported; want 1.0"
-        )
-    allowed = _ROPE_KEYS | set(_ROPE_SCALING_KEYS if rope_type == "llama3" else ())
-    if unknown := sorted(rope.keys() - allowed):
-        raise CheckpointError(f"config.json: unknown rope settings {unknown}; {rope_type!r} has {sorted(allowed)}")
-    if rope_type == "default":
-        return float(base), None
-    rope.setdefault("original_max_position_embeddings", max_seq_len)
-    if missing := [key for key in _ROPE_SCALING_KEYS if rope.get(key) is None]:
-        raise CheckpointError(f"config.json: rope_type 'llama3' without {missing}")
-    factor, low, high, original = (read.number(key, kind=float) for key in _ROPE_SCALING_KEYS)
-    if not low < high:
-        raise CheckpointError(
-            f"config.json: low_freq_factor={low} and high_freq_factor={high}; want a lower and a higher one"
-        )
-    return base, RopeScaling(factor, low, high, int(original))
 
 
 def config_from_gguf(
@@ -246,6 +212,7 @@ def config_from_gguf(
     *,
     tie_embeddings: bool,
     rope_factors: Tensor | None = None,
+    rope_scaling: AnyScaling | None = None,
     **switches: Any,
 ) -> TransformerConfig:
     """Return the config of the model of that family that a GGUF file's metadata describes.
@@ -255,11 +222,14 @@ def config_from_gguf(
         metadata: The file's fields, such as "llama.block_count", as plain Python values.
         tie_embeddings: Whether the file lacks the tensor ``output.weight``.
         rope_factors: The tensor ``rope_freqs.weight``, if the file has one: the divisor of each frequency.
+        rope_scaling: A scaling that the family has read from the file; None: the one that the metadata or these factors say.
         **switches: Further switches of `TransformerConfig`, beside the family's.
 
     Raises:
         CheckpointError: A missing size, or a setting this model does not compute.
     """
+    from kdtune.models.rope_settings import linear_from_gguf, scaling_from_factors
+
     prefix = f"{family.gguf_architecture}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     found = Settings(own, "GGUF")
@@ -269,17 +239,18 @@ def config_from_gguf(
         raise CheckpointError(
             f"GGUF: {prefix}attention.sliding_window={own['attention.sliding_window']} is not supported; want none"
         )
-    if own.get("rope.scaling.type", "none") != "none":
-        raise CheckpointError(
-            f"GGUF: {prefix}rope.scaling.type={own['rope.scaling.type']!r} is not supported; want none"
-        )
     embed_dim, num_heads = found.size("embedding_length"), found.size("attention.head_count")
     head_dim = own.get("attention.key_length", embed_dim // num_heads)
-    if own.get("rope.dimension_count", head_dim) != head_dim:
+    num_rotated = switches.get("rotary_dim") or head_dim
+    if own.get("rope.dimension_count", num_rotated) != num_rotated:
         raise CheckpointError(
             f"GGUF: {prefix}rope.dimension_count={own['rope.dimension_count']}; want head_dim={head_dim}"
         )
     rope_base = float(own.get("rope.freq_base", 10_000.0))
+    if rope_scaling is None:
+        rope_scaling = linear_from_gguf(own, prefix)
+    if rope_factors is not None:
+        rope_scaling = scaling_from_factors(rope_factors, num_rotated, rope_base)
     return found.config(
         vocab_size=own.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
         embed_dim=embed_dim,
@@ -292,21 +263,9 @@ def config_from_gguf(
         # Stored as a 32-bit float: 1e-5 reads as 9.9999997e-06.
         norm_eps=float(f"{found.size('attention.layer_norm_rms_epsilon', kind=float):.7g}"),
         rope_base=rope_base,
-        rope_scaling=None if rope_factors is None else _scaling_from_factors(rope_factors, head_dim, rope_base),
+        rope_scaling=rope_scaling,
         tie_embeddings=tie_embeddings,
         family=family,
         **family.switches,
         **switches,
     )
-
-
-def _scaling_from_factors(rope_factors: Tensor, head_dim: int, rope_base: float) -> RopeScaling | None:
-    """Return the Llama 3.1 scaling with these divisors (models differ only in its factor); None if all are 1."""
-    factors = rope_factors.detach().float().cpu()
-    scaling = RopeScaling(factors.max().item(), 1.0, 4.0, 8192)
-    expected = inverse_frequencies(head_dim, rope_base, None) / inverse_frequencies(head_dim, rope_base, scaling)
-    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
-        raise CheckpointError(
-            "GGUF: rope_freqs.weight is not the frequency scaling that config.json calls llama3; no other is supported"
-        )
-    return None if scaling.factor == 1.0 else scaling

@@ -1,6 +1,6 @@
-"""Rotary position embeddings in the half-split layout (RoFormer, arXiv 2104.09864), with Llama 3.1's frequency scaling.
+"""Rotary position embeddings in the half-split layout (RoFormer, arXiv 2104.09864), and the ways to scale their frequencies.
 
-Shape suffixes: B batch, S sequence, H heads, E head dim, R = E / 2 rotated pairs.
+Shape suffixes: B batch, S sequence, T tokens of documents, H heads, E head dim, R = half of the rotated part of a head.
 The angles are always computed in fp32: bf16 cannot tell neighbouring positions apart beyond 256.
 """
 
@@ -25,13 +25,43 @@ class RopeScaling:
     original_max_seq_len: int
 
 
-def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None, device: str = "cpu") -> Tensor:
-    """Return the radians per position of each rotated pair, [R], fp32.
+@dataclass(frozen=True)
+class LinearRope:
+    """Every frequency is divided by ``factor`` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Each frequency is divided by a factor of its own (LongRoPE, arXiv 2402.13753).
+
+    The divisors of a text of up to ``original_max_seq_len`` tokens are ``short_factors``, those of a longer one, for all of its
+    tokens, ``long_factors``: one for each rotated pair. Cosines and sines are multiplied by ``attention_factor``.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_seq_len: int
+    attention_factor: float
+
+
+AnyScaling = RopeScaling | LinearRope | LongRope
+
+
+def inverse_frequencies(rotary_dim: int, base: float, scaling: AnyScaling | None, device: str = "cpu") -> Tensor:
+    """Return the radians per position of each rotated pair, [R], fp32; of `LongRope` [2, R], those of short and of long texts.
 
     Always on the CPU, so that a model built on the meta device has real values.
     """
-    exponents_R = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    inverse_R = 1.0 / base**exponents_R
+    exponents_R = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    periods_R = base**exponents_R
+    if isinstance(scaling, LongRope):
+        factors_2R = torch.tensor([scaling.short_factors, scaling.long_factors], dtype=torch.float32, device=device)
+        return 1.0 / (factors_2R * periods_R)
+    inverse_R = 1.0 / periods_R
+    if isinstance(scaling, LinearRope):
+        return inverse_R / scaling.factor
     return inverse_R if scaling is None else _scale(inverse_R, scaling)
 
 
@@ -43,18 +73,33 @@ def _scale(inverse_R: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - smooth_R) * inverse_R / scaling.factor + smooth_R * inverse_R
 
 
-def rope_tables(positions: Tensor, inverse_R: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position, each [S, 1, R] for positions [S] or [B, S, 1, R] for [B, S].
+def long_rope_frequencies(inverse_2R: Tensor, lengths: Tensor, original_max_seq_len: int) -> Tensor:
+    """Return the frequencies [..., R] of texts of these lengths [...]: those of `LongRope`'s short or of its long texts.
 
-    The angles are fp32 and only the results are rounded to ``dtype``. float64 stays float64.
+    The choice is made on the device: the host does not wait for a length.
+    """
+    return inverse_2R.to(device=lengths.device)[(lengths > original_max_seq_len).long()]
+
+
+def rope_tables(
+    positions: Tensor, inverse: Tensor, dtype: torch.dtype, *, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of every position, each [S, 1, R] for positions [S] or [B, S, 1, R] for [B, S], times ``factor``.
+
+    ``inverse`` is [R] for all positions, or [..., R] with dimensions that broadcast to theirs. The angles are fp32 and only the
+    results are rounded to ``dtype``. float64 stays float64.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    angles = positions[..., None, None].to(wide) * inverse_R.to(device=positions.device, dtype=wide)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[..., None, None].to(wide) * inverse.to(device=positions.device, dtype=wide)[..., None, :]
+    cos, sin = angles.cos(), angles.sin()
+    return (cos.to(dtype), sin.to(dtype)) if factor == 1.0 else ((cos * factor).to(dtype), (sin * factor).to(dtype))
 
 
 def rotate(heads_BSHE: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
-    """Rotate each pair (i, i + R) of the queries or keys by its position's angle."""
+    """Rotate each pair (i, i + R) of the queries or keys by its position's angle; what is beyond the pairs stays."""
     cos, sin = rope
-    first, second = heads_BSHE.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated_dim = 2 * cos.shape[-1]
+    first, second = heads_BSHE[..., :rotated_dim].chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    rest = () if rotated_dim == heads_BSHE.shape[-1] else (heads_BSHE[..., rotated_dim:],)
+    return torch.cat((*turned, *rest), dim=-1)

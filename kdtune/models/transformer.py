@@ -17,7 +17,7 @@ from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, norm_of
 from kdtune.models.documents import Documents
 from kdtune.models.kv_cache import KVCache, LayerCache
-from kdtune.models.rope import inverse_frequencies, rope_tables
+from kdtune.models.rope import LongRope, inverse_frequencies, long_rope_frequencies, rope_tables
 from kdtune.tensor_types import is_plain
 
 TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "over_heads", "shared"]
@@ -191,9 +191,9 @@ class Transformer(nn.Module):
         head_device = "meta" if config.tie_embeddings else None
         self.output = OutputHead(config.embed_dim, config.vocab_size, softcap=config.logit_softcap, device=head_device)
         # A plain attribute, not a buffer: to_empty, .to(bfloat16) and checkpoints must not touch it.
-        self._inverse_frequencies = [inverse_frequencies(config.head_dim, config.rope_base, config.rope_scaling)]
+        self._inverse_frequencies = [inverse_frequencies(config.num_rotated, config.rope_base, config.rope_scaling)]
         if config.window_rope_base is not None:
-            self._inverse_frequencies.append(inverse_frequencies(config.head_dim, config.window_rope_base, None))
+            self._inverse_frequencies.append(inverse_frequencies(config.num_rotated, config.window_rope_base, None))
         self.tie_weights()
         self.reset_parameters()
 
@@ -228,10 +228,12 @@ class Transformer(nn.Module):
         """Dtype of the embeddings, and so of the hidden states."""
         return self.tok_embeddings.weight.dtype
 
-    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(
+        self, tokens: Tensor, input_pos: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the first layer's input [B, S, D], and the rotary tables that all layers take beside theirs.
 
-        ``input_pos`` is the position of each token, [S] or [B, S]; None starts from 0.
+        ``input_pos`` is the position of each token, [S] or [B, S]; None starts from 0. ``documents`` are as in `rope`.
         """
         if input_pos is None:
             input_pos = torch.arange(tokens.shape[1], device=tokens.device)
@@ -239,16 +241,25 @@ class Transformer(nn.Module):
         if self.config.embedding_scale != 1.0:
             # Rounded to the weights' dtype first, as where such models are trained.
             hidden_BSD = hidden_BSD * torch.tensor(self.config.embedding_scale, dtype=hidden_BSD.dtype, device="cpu")
-        return hidden_BSD, self.rope(input_pos, hidden_BSD.dtype)
+        return hidden_BSD, self.rope(input_pos, hidden_BSD.dtype, documents)
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def rope(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> tuple[Tensor, ...]:
         """Return the rotary tables that all layers of one forward share, for positions [S] or [B, S]: a cosine and a sine, and
         another pair for the layers with a window if they have a base of their own.
+
+        With `LongRope` the last position of each row tells the length of its text; that of ``documents`` is each document's.
         """
         if not positions.is_meta and positions.device != self._inverse_frequencies[0].device:
             # Kept there: a copy in every forward would make a GPU wait for each new token.
             self._inverse_frequencies = [each.to(positions.device) for each in self._inverse_frequencies]
-        return tuple(table for each in self._inverse_frequencies for table in rope_tables(positions, each, dtype))
+        (scaled, *others), factor = self._inverse_frequencies, 1.0
+        if isinstance(scaling := self.config.rope_scaling, LongRope):
+            lengths = positions.amax(-1, keepdim=True) + 1 if documents is None else documents.lengths_of_tokens[None]
+            scaled = long_rope_frequencies(scaled, lengths, scaling.original_max_seq_len)
+            factor = scaling.attention_factor
+        tables = [rope_tables(positions, scaled, dtype, factor=factor)]
+        tables += [rope_tables(positions, each, dtype) for each in others]
+        return tuple(table for pair in tables for table in pair)
 
     def forward(
         self,
@@ -270,18 +281,22 @@ class Transformer(nn.Module):
                 the number of cached tokens.
             documents: Those that the tokens [1, S] are, end to end: each is attended to by itself, and its positions start
                 from 0. Not together with input_pos, mask or kv_cache.
-            kv_cache: Cache of the preceding tokens; the new ones are appended to it.
+            kv_cache: Cache of the preceding tokens; the new ones are appended to it. Where a text grows beyond
+                ``config.rope_switch``, the keys that it holds are of no more use: empty it, and pass the whole text.
             return_hidden: For losses that project chunk by chunk, so that [B, S, V] never exists.
             return_layers: With ``return_hidden``, return a pair: these hidden states, and a list of those after so many
                 layers, 1 to all; after all of them they are the first of the pair, so after the norm. No other is held.
 
         Raises:
-            ValueError: documents come with one of the arguments that they replace, or are not of these tokens.
+            ValueError: documents come with one of the arguments that they replace, or are not of these tokens; a text grows
+                beyond ``config.rope_switch`` (only noticed without input_pos).
         """
         num_held = 0
         if kv_cache is not None:
             kv_cache.check_room(tokens)
             num_held = kv_cache.length
+            if input_pos is None:
+                _check_rotation(self.config, num_held, tokens.shape[1])
         num_new = tokens.shape[1]
         allowed: Tensor | Documents | None
         if documents is not None:
@@ -295,7 +310,7 @@ class Transformer(nn.Module):
             allowed = _attention_mask(mask, num_held, num_new, tokens.device)
         if input_pos is None:
             input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
-        hidden_BSD, rope = self.embed(tokens, input_pos)
+        hidden_BSD, rope = self.embed(tokens, input_pos, documents)
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache.layers[index]
@@ -309,6 +324,14 @@ class Transformer(nn.Module):
             states[len(self.layers)] = hidden_BSD
             return hidden_BSD, [states[number] for number in return_layers]
         return hidden_BSD if return_hidden else self.output(hidden_BSD)
+
+
+def _check_rotation(config: TransformerConfig, num_held: int, num_new: int) -> None:
+    if config.rope_switch is not None and 0 < num_held <= config.rope_switch < num_held + num_new:
+        raise ValueError(
+            f"kv_cache: {num_held} tokens held and {num_new} new ones; beyond {config.rope_switch} tokens all of a text are rotated "
+            "otherwise (LongRoPE): kv_cache.truncate(), and pass the whole text"
+        )
 
 
 def _attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: torch.device) -> Tensor | None:

@@ -154,7 +154,7 @@ def write_other_shards(folder: Path) -> None:
         fully_shard(model, mesh=mesh["dp"])
         spread |= model.state_dict()
         for staged in (False, True):
-            files = {f"{staged}.safetensors": {name: tensor.detach for name, tensor in spread.items()}}
+            files = {f"{staged}.safetensors": {name: [tensor.detach] for name, tensor in spread.items()}}
             tensor_writer(files, spread, staged=staged)(folder, None)
         if dist.get_rank() == 0:
             save_file(whole, folder / "expected.safetensors", metadata={"format": "pt"})

@@ -221,6 +221,6 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
         } | {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4), "transposed": torch.randn(4, 3).T}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs",
                   metadata={"format": "pt"})  # fmt: skip
-        files = {"ours": {name: tensor.detach for name, tensor in tensors.items()}}
+        files = {"ours": {name: [tensor.detach] for name, tensor in tensors.items()}}
         sharded.tensor_writer(files, tensors)(tmp_path, None)
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -159,7 +159,7 @@ def test_absent_settings_have_transformers_defaults():
     [
         ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, "CohereForCausalLM"),
         ({"architectures": None, "model_type": "cohere"}, "model_type='cohere'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_scaling": HF_CONFIG["rope_scaling"] | {"beta_fast": 32}}, "beta_fast"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling.factor=32.0 and rope_parameters"),
