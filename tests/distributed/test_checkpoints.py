@@ -153,9 +153,17 @@ def write_other_shards(folder: Path) -> None:
         parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
         fully_shard(model, mesh=mesh["dp"])
         spread |= model.state_dict()
+        # A matrix of several of ours, each with shards of its own.
+        whole["blocks"] = torch.randn(7, 5)
+        blocks = [
+            distribute_tensor(whole["blocks"][:3], mesh, (Shard(0), Shard(1))),
+            distribute_tensor(whole["blocks"][3:], mesh, (Shard(0), Shard(0))),
+        ]
         for staged in (False, True):
-            files = {f"{staged}.safetensors": {name: [tensor.detach] for name, tensor in spread.items()}}
-            tensor_writer(files, spread, staged=staged)(folder, None)
+            tensors = {name: [tensor.detach] for name, tensor in spread.items()}
+            tensors["blocks"] = [block.detach for block in blocks]
+            like = {**spread, "blocks": whole["blocks"]}
+            tensor_writer({f"{staged}.safetensors": tensors}, like, staged=staged)(folder, None)
         if dist.get_rank() == 0:
             save_file(whole, folder / "expected.safetensors", metadata={"format": "pt"})
 
