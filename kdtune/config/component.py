@@ -32,7 +32,7 @@ def component(
     returns: type[Any] | None = None,
     may_change: bool = False,
 ) -> Any:
-    """Declare a dataclass field that holds a component node (or a list of them).
+    """Declare a dataclass field that holds a component node (or a list of them; with `returns`, only if its default is a list).
 
     `runtime` are the arguments that the recipe passes when it instantiates the node, so the config must not set them;
     `optional` are those it passes only if the component accepts them and the config does not set them. Without a default

@@ -138,6 +138,10 @@ def check_components(values: Mapping[str, Any], schema: type[Any]) -> list[str]:
             problems += _not_nodes(value, name, nullable=has_default(field))
             if needed := field.metadata.get("returns"):
                 problems += check_kind(value, needed, name)
+                if isinstance(value, list) and not isinstance(schema_defaults(schema).get(name), list):
+                    problems.append(
+                        f"{name}: is a list; the recipe needs one component: give {name}={{{COMPONENT}: ...}}"
+                    )
         problems += check_nodes(value, name, runtime, optional=optional)
     return problems
 

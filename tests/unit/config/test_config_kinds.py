@@ -57,6 +57,7 @@ def anything() -> Any:
 @dataclass
 class Frame:
     reader: Any = component(default=None, returns=Reader)
+    readers: Any = component(default=[], returns=Reader)
 
 
 HERE = "test_config_kinds"
@@ -66,7 +67,7 @@ HERE = "test_config_kinds"
     "name", ["Reader", "FileReader", "Similar", "make_reader", "unannotated", "maybe", "unknown", "anything"]
 )
 def test_what_is_or_may_be_of_the_kind_passes(name: str, tmp_path: Any) -> None:
-    (tmp_path / "a.yaml").write_text(f"reader: [{{_component_: {HERE}.{name}}}]\n")
+    (tmp_path / "a.yaml").write_text(f"readers: [{{_component_: {HERE}.{name}}}]\n")
     assert load(tmp_path / "a.yaml", [f"reader={HERE}.{name}"], Frame).reader == {"_component_": f"{HERE}.{name}"}
     load(tmp_path / "a.yaml", [], Frame)
 
@@ -80,7 +81,13 @@ def test_what_is_or_may_be_of_the_kind_passes(name: str, tmp_path: Any) -> None:
 )
 def test_another_kind_is_a_finding(name: str, words: str, tmp_path: Any) -> None:
     (tmp_path / "a.yaml").write_text(f"reader: {{_component_: {HERE}.{name}}}\n")
-    for overrides, key in (([], "reader"), ([f"reader=[{{_component_: {HERE}.{name}}}]"], "reader.0")):
+    for overrides, key in (([], "reader"), ([f"readers=[{{_component_: {HERE}.{name}}}]", "~reader"], "readers.0")):
         with pytest.raises(ConfigError) as error:
             load(tmp_path / "a.yaml", overrides, Frame)
         assert str(error.value).splitlines()[1:] == [f"  {key}: {words}"]
+
+
+def test_a_list_for_one_component_is_a_finding(tmp_path: Any) -> None:
+    (tmp_path / "a.yaml").write_text(f"reader: [{{_component_: {HERE}.Reader}}]\n")
+    with pytest.raises(ConfigError, match="reader: is a list; the recipe needs one component"):
+        load(tmp_path / "a.yaml", [], Frame)
