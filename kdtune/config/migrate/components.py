@@ -120,8 +120,8 @@ def convert_tokenizer(draft: Draft, key: str, node: Any) -> None:
         draft.note(
             "changed",
             key,
-            "the same file, and the same ids as in torchtune; kdtune.tokenizers.load with the model's folder has the chat template "
-            "of that folder instead",
+            "the same file and chat format; torchtune ends a conversation with <|end_of_text|> as well, which it does not train on. "
+            "kdtune.tokenizers.load with the model's folder has the chat template of that folder instead",
         )
     else:
         component, path = "kdtune.tokenizers.load", folder_of(str(path)) if path else _checkpoint_dir(draft)
@@ -147,7 +147,8 @@ def convert_checkpointer(draft: Draft, key: str, node: Any) -> None:
         return
     arguments = arguments_of(node)
     files = arguments.get("checkpoint_files")
-    names = [str(files.get("filename_format"))] if isinstance(files, Mapping) else [str(file) for file in files or ()]
+    listed = [files.get("filename_format")] if isinstance(files, Mapping) else files if isinstance(files, list) else []
+    names = [str(file) for file in listed]
     if any(name.endswith((".bin", ".pt")) for name in names):
         del arguments["checkpoint_files"]
         draft.note(
@@ -200,6 +201,12 @@ def _dataset(draft: Draft, key: str, node: Any) -> Any:
         draft.note(
             "changed", key, f"{name} is {ours} with {', '.join(f'{k}={shown(v)}' for k, v in stands_for.items())} here"
         )
+    if ours != "text_completion_dataset" and not given.get("train_on_input", ours.startswith("alpaca")):
+        draft.note(
+            "changed",
+            key,
+            "only answers are trained on; torchtune trains on the header before an answer too, kdtune does not",
+        )
     if ours == "text_completion_dataset":
         if given.get("packed"):
             given.setdefault("split_across_pack", True)  # torchtune's default
@@ -224,7 +231,7 @@ def convert_optimizer(draft: Draft, key: str, node: Any) -> None:
         draft.refusals.append(f"{key}: {name} has no counterpart; those of {', '.join(tables.OPTIMIZERS)} have")
     else:
         carry(draft, key, node)
-    if draft.recipe == "knowledge_distillation":
+    if draft.recipe == "knowledge_distillation" and name:
         last = name.rpartition(".")[2]
         if not last.startswith(("Paged", *tables.SCALE_FREE)):
             text = "torchtune divides the gradient by the tokens once more than kdtune: this value does not carry over"

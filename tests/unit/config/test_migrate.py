@@ -257,6 +257,17 @@ def test_a_removed_key_is_gone(tmp_path: Path) -> None:
     assert "kd_ratio" not in values(made(tmp_path, KD, "~kd_ratio"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [([], False), (["dataset.train_on_input=False"], True), (["dataset=torchtune.datasets.samsum_dataset"], True),
+     (["dataset=torchtune.datasets.samsum_dataset", "dataset.train_on_input=True"], False),
+     (["dataset=torchtune.datasets.text_completion_dataset", "dataset.source=x"], False)],
+)  # fmt: skip
+def test_that_an_answers_header_is_not_trained_on_is_told(overrides: list[str], is_told: bool, tmp_path: Path) -> None:
+    told = [note for note in finetune(tmp_path, *overrides).notes if "header before an answer" in note.text]
+    assert bool(told) == is_told
+
+
 @pytest.mark.parametrize("builder", ["mistral.qlora_mistral_7b", "code_llama2.qlora_code_llama2_7b"])
 def test_a_model_without_a_builder_here_is_read_from_its_folder(builder: str, tmp_path: Path) -> None:
     migrated = finetune(
