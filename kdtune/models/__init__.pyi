@@ -19,10 +19,10 @@ from .lora import (
     merged_weights,
 )
 from .mistral import MINISTRAL, MISTRAL
-from .olmo import OLMO2
+from .olmo import OLMO2, OLMO3
 from .phi import PHI3
 from .qwen import QWEN2, QWEN3
-from .rope import LinearRope, LongRope, RopeScaling
+from .rope import LinearRope, LongRope, RopeScaling, YarnRope
 from .smollm3 import SMOLLM3
 from .transformer import OutputHead, Transformer, on_meta_device, weight_shapes
 
@@ -35,6 +35,7 @@ __all__ = [
     "MINISTRAL",
     "MISTRAL",
     "OLMO2",
+    "OLMO3",
     "PHI3",
     "QWEN2",
     "QWEN3",
@@ -50,6 +51,7 @@ __all__ = [
     "RopeScaling",
     "Transformer",
     "TransformerConfig",
+    "YarnRope",
     "adapted_linears",
     "adapter_parameters",
     "apply_lora",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from kdtune.errors import CheckpointError, ConfigError
-from kdtune.models.rope import AnyScaling, LongRope
+from kdtune.models.rope import AnyScaling, LongRope, YarnRope
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -121,12 +121,16 @@ class TransformerConfig:
     def _check_rope(self) -> None:
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ConfigError(f"rotary_dim={self.rotary_dim}: must be even and at most head_dim={self.head_dim}")
-        if not isinstance(self.rope_scaling, LongRope):
+        if not isinstance(self.rope_scaling, LongRope | YarnRope):
             return
+        if isinstance(self.rope_scaling, YarnRope) and self.rope_base <= 1:
+            raise ConfigError(f"rope_base={self.rope_base}: must be above 1 for YarnRope")
         if not 0 < self.rope_scaling.original_max_seq_len <= _MOST["max_seq_len"]:
             raise ConfigError(
                 f"rope_scaling: original_max_seq_len={self.rope_scaling.original_max_seq_len}: must be above 0"
             )
+        if isinstance(self.rope_scaling, YarnRope):
+            return
         for name in ("short_factors", "long_factors"):
             factors = getattr(self.rope_scaling, name)
             if len(factors) != self.num_rotated // 2 or not all(0 < factor < 2**20 for factor in factors):

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kdtune.errors import CheckpointError
 from kdtune.models.architecture import Family, TransformerConfig
 from kdtune.models.file_configs import (
     FULL_ATTENTION,
@@ -24,6 +23,7 @@ from kdtune.models.file_configs import (
 )
 from kdtune.models.llama import GGUF_KEYS, LLAMA
 from kdtune.models.rope import LinearRope
+from kdtune.models.rope_settings import kinds_to_hf, rope_of_kinds
 
 _GEMMA2_SWITCHES: dict[str, Any] = {
     "norm_placement": "both",
@@ -45,17 +45,7 @@ def _pattern(num_layers: int, interval: int = 6) -> list[str]:
 def _config_from_hf(family: Family, document: Mapping[str, Any]) -> TransformerConfig:
     found = Settings({**family.hf_defaults, **document}, "config.json")
     kinds = layer_kinds(document) or _pattern(found.num_layers(), found.size("sliding_window_pattern"))
-    rope, local_base = found.section("rope_parameters"), found.number("rope_local_base_freq", _LOCAL_BASE, kind=float)
-    flat = dict(document)
-    if rope.keys() & {FULL_ATTENTION, WINDOW_ATTENTION}:  # as transformers 5 writes them, for each kind of layer
-        if unknown := sorted(rope.keys() - {FULL_ATTENTION, WINDOW_ATTENTION}):
-            raise CheckpointError(f"config.json: rope_parameters has {unknown} beside kinds of layers")
-        of_kind = Settings(rope, "config.json: rope_parameters")
-        local = Settings(of_kind.section(WINDOW_ATTENTION), f"{of_kind.file}.{WINDOW_ATTENTION}")
-        if local.values.get("rope_type", "default") != "default" or local.values.keys() - {"rope_type", "rope_theta"}:
-            raise CheckpointError(f"{local.file}={dict(local.values)} is not supported; want 'default' and rope_theta")
-        local_base = local.number("rope_theta", local_base, kind=float)
-        flat["rope_parameters"] = of_kind.section(FULL_ATTENTION)
+    flat, local_base = rope_of_kinds(document, found.number("rope_local_base_freq", _LOCAL_BASE, kind=float))
     return config_from_hf(
         family,
         flat,
@@ -75,10 +65,7 @@ def _config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": round(scale**-2),
         # transformers 4 reads this one and rope_theta, transformers 5 the other.
         "rope_local_base_freq": local_base,
-        "rope_parameters": {
-            FULL_ATTENTION: written["rope_parameters"],
-            WINDOW_ATTENTION: {"rope_type": "default", "rope_theta": local_base},
-        },
+        **kinds_to_hf(written, local_base),
     }
 
 

@@ -46,7 +46,23 @@ class LongRope:
     attention_factor: float
 
 
-AnyScaling = RopeScaling | LinearRope | LongRope
+@dataclass(frozen=True)
+class YarnRope:
+    """Low frequencies are divided by ``factor``, high ones stay, those between are interpolated (YaRN, arXiv 2309.00071).
+
+    A frequency is high from ``beta_fast`` turns in ``original_max_seq_len`` tokens on, and low up to ``beta_slow``; with ``truncates``
+    the bounds are rounded outwards to whole pairs. Cosines and sines are multiplied by ``attention_factor``.
+    """
+
+    factor: float
+    original_max_seq_len: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncates: bool = True
+
+
+AnyScaling = RopeScaling | LinearRope | LongRope | YarnRope
 
 
 def inverse_frequencies(rotary_dim: int, base: float, scaling: AnyScaling | None, device: str = "cpu") -> Tensor:
@@ -60,6 +76,8 @@ def inverse_frequencies(rotary_dim: int, base: float, scaling: AnyScaling | None
         factors_2R = torch.tensor([scaling.short_factors, scaling.long_factors], dtype=torch.float32, device=device)
         return 1.0 / (factors_2R * periods_R)
     inverse_R = 1.0 / periods_R
+    if isinstance(scaling, YarnRope):
+        return _between(inverse_R, 1.0 / (scaling.factor * periods_R), _pairs_between(rotary_dim, base, scaling))
     if isinstance(scaling, LinearRope):
         return inverse_R / scaling.factor
     return inverse_R if scaling is None else _scale(inverse_R, scaling)
@@ -71,6 +89,27 @@ def _scale(inverse_R: Tensor, scaling: RopeScaling) -> Tensor:
     smooth_R = (turns_R - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth_R = smooth_R.clamp(0.0, 1.0)
     return (1 - smooth_R) * inverse_R / scaling.factor + smooth_R * inverse_R
+
+
+def _pairs_between(rotary_dim: int, base: float, scaling: YarnRope) -> tuple[float, float]:
+    """Return the pair up to which frequencies are high, and the one from which they are low."""
+
+    def pair(turns: float) -> float:
+        return rotary_dim * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    high, low = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncates:
+        high, low = math.floor(high), math.ceil(low)
+    high, low = max(high, 0), min(low, rotary_dim - 1)
+    return high, low + 0.001 if low == high else low  # no division by 0
+
+
+def _between(high_R: Tensor, low_R: Tensor, pairs: tuple[float, float]) -> Tensor:
+    first, last = pairs
+    share_R = 1 - (
+        (torch.arange(len(high_R), dtype=torch.float32, device=high_R.device) - first) / (last - first)
+    ).clamp(0, 1)
+    return low_R * (1 - share_R) + high_R * share_R
 
 
 def long_rope_frequencies(inverse_2R: Tensor, lengths: Tensor, original_max_seq_len: int) -> Tensor:

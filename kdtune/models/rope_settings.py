@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kdtune.errors import CheckpointError
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.file_configs import Settings
-from kdtune.models.rope import AnyScaling, LinearRope, LongRope, RopeScaling, inverse_frequencies
+from kdtune.models.file_configs import FULL_ATTENTION, WINDOW_ATTENTION, Settings
+from kdtune.models.rope import AnyScaling, LinearRope, LongRope, RopeScaling, YarnRope, inverse_frequencies
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _BY_WAVELENGTH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -19,6 +19,14 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": _BY_WAVELENGTH,
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+    ),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"),
 }
 _LONGEST_LIST = 2**16
@@ -66,6 +74,8 @@ def rope_from_hf(found: Settings, max_seq_len: int) -> tuple[float, AnyScaling |
         return base, LinearRope(read.size("factor", kind=float))
     if rope_type == "llama3":
         return base, _by_wavelength(read)
+    if rope_type == "yarn":
+        return base, _yarn_from_hf(read)
     return base, _long_from_hf(read, max_seq_len) if rope_type == "longrope" else None
 
 
@@ -78,6 +88,26 @@ def _by_wavelength(read: Settings) -> RopeScaling:
             f"config.json: low_freq_factor={low} and high_freq_factor={high}; want a lower and a higher one"
         )
     return RopeScaling(factor, low, high, int(original))
+
+
+def _yarn_from_hf(read: Settings) -> YarnRope:
+    factor = read.size("factor", kind=float)
+    usual = _yarn_attention_factor(factor)
+    fast, slow = read.number("beta_fast", 32.0, kind=float), read.number("beta_slow", 1.0, kind=float)
+    if not slow < fast:
+        raise CheckpointError(f"{read.file}: beta_fast={fast} and beta_slow={slow}; want a higher and a lower one")
+    return YarnRope(
+        factor,
+        read.size("original_max_position_embeddings"),
+        read.number("attention_factor", usual, kind=float),
+        fast,
+        slow,
+        truncates=read.flag("truncate") if read.values.get("truncate") is not None else True,
+    )
+
+
+def _yarn_attention_factor(factor: float) -> float:
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _long_from_hf(read: Settings, max_seq_len: int) -> LongRope:
@@ -112,6 +142,15 @@ def rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
         values = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len)
         return {"rope_type": "llama3", **dict(zip(_BY_WAVELENGTH, values, strict=True))}
     original = scaling.original_max_seq_len
+    if isinstance(scaling, YarnRope):
+        own = {
+            "attention_factor": (scaling.attention_factor, _yarn_attention_factor(scaling.factor)),
+            "beta_fast": (scaling.beta_fast, 32.0),
+            "beta_slow": (scaling.beta_slow, 1.0),
+            "truncate": (scaling.truncates, True),
+        }
+        written = {"rope_type": "yarn", "factor": scaling.factor, "original_max_position_embeddings": original}
+        return written | {key: value for key, (value, usual) in own.items() if value != usual}
     usual = _attention_factor(config.max_seq_len / original, original)
     return {
         "rope_type": "longrope",
@@ -120,6 +159,31 @@ def rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         **({} if scaling.attention_factor == usual else {"attention_factor": scaling.attention_factor}),
     }
+
+
+def rope_of_kinds(document: Mapping[str, Any], base_of_windows: float) -> tuple[dict[str, Any], float]:
+    """Return a ``config.json`` whose rope settings are those of the layers without a window, and the base of those with one.
+
+    transformers 5 writes them for each kind of layer; in other files the base of the layers with a window is `base_of_windows`, or
+    said by another setting. CheckpointError if those layers have more settings than a base.
+    """
+    rope = Settings(document, "config.json").section("rope_parameters")
+    if not rope.keys() & {FULL_ATTENTION, WINDOW_ATTENTION}:
+        return dict(document), base_of_windows
+    if unknown := sorted(rope.keys() - {FULL_ATTENTION, WINDOW_ATTENTION}):
+        raise CheckpointError(f"config.json: rope_parameters has {unknown} beside kinds of layers")
+    of_kind = Settings(rope, "config.json: rope_parameters")
+    local = Settings(of_kind.section(WINDOW_ATTENTION), f"{of_kind.file}.{WINDOW_ATTENTION}")
+    if local.values.get("rope_type", "default") != "default" or local.values.keys() - {"rope_type", "rope_theta"}:
+        raise CheckpointError(f"{local.file}={dict(local.values)} is not supported; want 'default' and rope_theta")
+    flat = {**document, "rope_parameters": of_kind.section(FULL_ATTENTION)}
+    return flat, local.number("rope_theta", base_of_windows, kind=float)
+
+
+def kinds_to_hf(written: Mapping[str, Any], base_of_windows: float) -> dict[str, Any]:
+    """Return ``rope_parameters`` for each kind of layer, from those of the layers without a window."""
+    local = {"rope_type": "default", "rope_theta": base_of_windows}
+    return {"rope_parameters": {FULL_ATTENTION: written["rope_parameters"], WINDOW_ATTENTION: local}}
 
 
 def linear_from_gguf(own: Mapping[str, Any], prefix: str) -> LinearRope | None:

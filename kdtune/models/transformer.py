@@ -17,7 +17,7 @@ from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, norm_of
 from kdtune.models.documents import Documents
 from kdtune.models.kv_cache import KVCache, LayerCache
-from kdtune.models.rope import LongRope, inverse_frequencies, long_rope_frequencies, rope_tables
+from kdtune.models.rope import LongRope, YarnRope, inverse_frequencies, long_rope_frequencies, rope_tables
 from kdtune.tensor_types import is_plain
 
 TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "over_heads", "shared"]
@@ -252,11 +252,11 @@ class Transformer(nn.Module):
         if not positions.is_meta and positions.device != self._inverse_frequencies[0].device:
             # Kept there: a copy in every forward would make a GPU wait for each new token.
             self._inverse_frequencies = [each.to(positions.device) for each in self._inverse_frequencies]
-        (scaled, *others), factor = self._inverse_frequencies, 1.0
-        if isinstance(scaling := self.config.rope_scaling, LongRope):
+        (scaled, *others), scaling = self._inverse_frequencies, self.config.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, LongRope | YarnRope) else 1.0
+        if isinstance(scaling, LongRope):
             lengths = positions.amax(-1, keepdim=True) + 1 if documents is None else documents.lengths_of_tokens[None]
             scaled = long_rope_frequencies(scaled, lengths, scaling.original_max_seq_len)
-            factor = scaling.attention_factor
         tables = [rope_tables(positions, scaled, dtype, factor=factor)]
         tables += [rope_tables(positions, each, dtype) for each in others]
         return tuple(table for pair in tables for table in pair)

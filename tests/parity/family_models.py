@@ -35,6 +35,7 @@ GEMMA: dict[str, Any] = {
 }
 PHI: dict[str, Any] = {"max_position_embeddings": 64, "rope_theta": 1000.0, "sliding_window": 5}
 LONG: dict[str, Any] = {"rope_type": "longrope", "short_factor": [1.1, 1.5, 2.0], "long_factor": [2.0, 5.0, 9.0]}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20, "beta_fast": 3.0}
 # Heads that are not hidden_size / num_attention_heads wide, windows shorter than the text, tied and untied.
 REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("mistral", {"sliding_window": 5, "head_dim": 24}),
@@ -49,6 +50,23 @@ REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", {"head_dim": 8}),
     "olmo2, tied": ("olmo2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "num_key_value_heads": 1,
+            "rope_theta": None,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "qwen3, yarn": (
+        "qwen3",
+        {"head_dim": 24, "rope_parameters": YARN | {"attention_factor": 1.5, "beta_slow": 0.4, "truncate": False}},
+    ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "smollm3, pattern": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
     "granite": ("granite", FACTORS | {"tie_word_embeddings": True}),

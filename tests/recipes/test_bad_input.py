@@ -393,8 +393,8 @@ row("config.json is a list", student(write("config.json", "[]")), "config.json",
 row(
     "other architecture", student(setting("architectures", ["MixtralForCausalLM"])), "config.json", "MixtralForCausalLM"
 )
-row("other rope", student(both(setting("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-    setting("rope_parameters", None))), "config.json", "yarn")  # fmt: skip
+row("other rope", student(both(setting("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}),
+    setting("rope_parameters", None))), "config.json", "dynamic")  # fmt: skip
 row("rope settings that are text", student(both(setting("rope_scaling", "llama3"), setting("rope_parameters", None))),
     "config.json", "rope_scaling")  # fmt: skip
 row("attention bias", student(setting("attention_bias", True)), "config.json", "attention_bias")
