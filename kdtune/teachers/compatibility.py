@@ -1,5 +1,6 @@
 """Check that tokenizer, teacher and student use the same token ids."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def check_tokenizer(
         _check_model(tokenizer, own, f"tokenizer and {key}={folder}", folder)
         return
     _check_teacher(tokenizer, own, f"tokenizer and {key}={folder}", folder)
-    if is_chat and render_question(tokenizer) != render_question(own):
+    if is_chat and render_question(tokenizer) != render_question(own, tokenizer.chat_template_kwargs):
         log.warning(
             "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
             "tokenizer.path=%s takes its format",
@@ -110,10 +111,10 @@ def _listed(tokens: list[str]) -> str:
     return ", ".join(tokens[:4]) + (f", ... {len(tokens)} in all" if len(tokens) > 4 else "")
 
 
-def render_question(tokenizer: Tokenizer) -> str | None:
-    """Render a short conversation by the tokenizer's chat template; None if the template refuses it."""
+def render_question(tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None) -> str | None:
+    """Render a short conversation by the tokenizer's chat template, with further variables; None if the template refuses it."""
     try:
-        return tokenizer.render(_CHAT)
+        return tokenizer.render(_CHAT, template_variables=variables)
     except DataError:
         return None
 

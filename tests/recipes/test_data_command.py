@@ -167,3 +167,19 @@ def test_marked_stretches_spell_the_whole_text() -> None:
     example = make_example(ids, [False, True, True, True, False])
     assert show.example_text(example, tokenizer) == "a[[ñb]]<|im_end|>"
     assert show.rows_table(DatasetStats("x"), [], 0, None).splitlines()[0].split() == ["rows", "read", "0"]
+
+
+def test_a_variable_of_the_chat_template_is_set_by_the_config(shown: Callable[..., Any], tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path / "thinker")
+    (tmp_path / "thinker" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% if enable_thinking is false %}<think></think>{% endif %}"
+        "{% endif %}"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CHAT["messages"][2:]}))
+    thinker = f"tokenizer={{_component_: kdtune.tokenizers.load, path: {tmp_path / 'thinker'}}}"
+    run = ("tiny/finetune", thinker, "dataset=kdtune.data.chat_dataset", "dataset.source=rows.jsonl", "~dataset_val")
+    assert "assistant:[[<think></think>Bye.<|im_end|>]]" in shown(*run)[1]
+    assert "<think></think>[[Bye.<|im_end|>]]" in shown(*run, "tokenizer.chat_template_kwargs.enable_thinking=false")[1]
+    code, _, err = shown(*run, "tokenizer.chat_template_kwargs.thinking=false")
+    assert code == 2 and "tokenizer.chat_template_kwargs.thinking: no variable of the chat template" in err

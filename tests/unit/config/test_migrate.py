@@ -331,6 +331,14 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(overrides: list[str]
         finetune(tmp_path, *overrides)
 
 
+@pytest.mark.parametrize(
+    "key", ["model", "tokenizer", "checkpointer", "dataset", "optimizer", "loss", "checkpointer.checkpoint_files"]
+)
+@pytest.mark.parametrize("value", ["3", "x", "[1]", "{a: 1}", "null", "{_component_: 3}"])
+def test_odd_values_are_carried_for_validation_to_refuse(key: str, value: str, tmp_path: Path) -> None:
+    assert values(finetune(tmp_path, f"{key}={value}"))["recipe"] == "finetune"
+
+
 def test_a_file_of_another_tool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no component of torchtune's"):
         made(tmp_path, "a: 1\n")

@@ -140,3 +140,14 @@ def test_nothing_is_loaded_from_the_tokenizers_own_folder(source, tmp_path, monk
     monkeypatch.setattr(tokenizers, "load", lambda path: pytest.fail("loaded again"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         check_tokenizer(byte_tokenizer(), source, "checkpointer", path=path)
+
+
+def test_a_run_that_sets_a_variable_of_the_shared_template_is_no_warning(source, tmp_path, warnings):
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ style }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    for variables in ({"style": "short"}, {}):
+        check_tokenizer(tokenizers.load(tmp_path, chat_template_kwargs=variables), source, is_chat=True)
+    assert not warnings.text
+    check_tokenizer(byte_tokenizer(), source, is_chat=True)
+    assert "another chat template" in warnings.text
