@@ -85,7 +85,7 @@ class Config:
         found += runs.new_folder_problems(self.output_dir)
         if checkpointer := config.instantiate(self.checkpointer):
             found += [f"checkpointer: {problem}" for problem in checkpointer.problems()]
-        return found
+        return found or pruning.architecture_problems(parallel.model_config(config.factory(self.model), checkpointer))
 
 
 @config.entry_point(Config)

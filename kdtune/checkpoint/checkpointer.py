@@ -17,7 +17,7 @@ from kdtune.checkpoint.tensors import LazyModel, check_tensors, fill_model
 from kdtune.distributed import is_sharded
 from kdtune.errors import CheckpointError
 from kdtune.log import get_logger
-from kdtune.models import Family, Transformer, TransformerConfig, on_meta_device
+from kdtune.models import Family, Transformer, TransformerConfig, new_model, on_meta_device
 from kdtune.paths import user_path
 
 _log = get_logger(__name__)
@@ -259,7 +259,7 @@ class Checkpointer:
 
 def _on_meta(config: TransformerConfig) -> Transformer:
     with on_meta_device():
-        return Transformer(config)
+        return new_model(config)
 
 
 def _format(file: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdtune.checkpoint.huggingface import stored_tensors
 from kdtune.checkpoint.peft_config import check_config, is_target, value_for
@@ -200,10 +200,10 @@ def _check_all_layers(adapter: StoredAdapter, model: Transformer, advice: str) -
     """Raise if a module that the config adapts has no tensors: the base is another one, or tensors are lost."""
     path = adapter.folder / CONFIG
     config = read_json(path)
-    linears = [name.removesuffix(".weight") for name in model.state_dict() if name.endswith("proj.weight")]
+    linears = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and ".lora_" not in name]
     first = next(iter(adapter.tensors.values())).name
     begin = next((part for part in _TEXT_PARTS if part in first), "model.")
-    for module in [*linears, "output"]:
+    for module in linears:
         theirs = _hf_module(module, family_of(model.config))
         if is_target(theirs.replace("model.", begin, 1), config, path) and module not in adapter.scaling:
             raise CheckpointError(

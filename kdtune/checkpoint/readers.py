@@ -35,7 +35,7 @@ def hf_config(folder: Path, named: Family | None = None) -> TransformerConfig:
     path = folder / huggingface.CONFIG
     document = read_json(path)
     with _in_file(path):
-        return read_hf_config(document, named)
+        return read_hf_config({**document, "_name_or_path": str(folder)}, named)
 
 
 def read_huggingface(files: list[Path], named: Family | None) -> LazyModel:
@@ -49,9 +49,9 @@ def read_huggingface(files: list[Path], named: Family | None) -> LazyModel:
     if text_config(document := read_json(folder / huggingface.CONFIG), named) is not document:
         tensors, skipped = _text_tensors(tensors)
     # Saved from a model without head, whose names lack the part before the layers.
-    prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
-    renamed = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in tensors.items()}
     keys = family_of(config).hf_keys
+    prefix = "" if any(name.startswith(keys.prefix) for name in tensors) else keys.prefix
+    renamed = {name if keys.knows(name) else prefix + name: stored for name, stored in tensors.items()}
     ours = _by_our_names(renamed, keys, config)
     return LazyModel(config, ours, lambda name: keys.whole_of(keys.from_kdtune(name)).removeprefix(prefix), skipped)
 

@@ -241,10 +241,16 @@ def adapter_writer(
 
 
 def _write_companions(folder: Path, base: Path | None, tokenizer: SupportsSave | None, is_chat: bool) -> None:
-    for file in _licence_files(base):
+    own_code = sorted(base.glob("*.py")) if base is not None and _names_own_code(folder) else []
+    for file in [*_licence_files(base), *own_code]:
         shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
         tokenizer.save(folder, is_chat=is_chat)
+
+
+def _names_own_code(folder: Path) -> bool:
+    """Return whether the config.json there is of a model that is computed by code in its own folder."""
+    return (folder / CONFIG).is_file() and bool(read_json(folder / CONFIG).get("auto_map"))
 
 
 def _folder_of(base: str | Path | None) -> Path | None:

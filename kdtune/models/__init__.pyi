@@ -5,6 +5,7 @@ from .dtypes import dtype_from_name
 from .families import family_of, family_of_gguf, family_of_meta, read_hf_config, text_config, write_hf_config
 from .gemma import GEMMA2, GEMMA3
 from .granite import GRANITE
+from .hf import hf_model
 from .known_families import FAMILIES
 from .kv_cache import KVCache
 from .llama import LLAMA, llama
@@ -24,7 +25,7 @@ from .phi import PHI3
 from .qwen import QWEN2, QWEN3
 from .rope import LinearRope, LongRope, RopeScaling, YarnRope
 from .smollm3 import SMOLLM3
-from .transformer import OutputHead, Transformer, on_meta_device, weight_shapes
+from .transformer import OutputHead, Transformer, new_model, on_meta_device, weight_shapes
 
 __all__ = [
     "FAMILIES",
@@ -60,10 +61,12 @@ __all__ = [
     "family_of_gguf",
     "family_of_meta",
     "has_adapters",
+    "hf_model",
     "llama",
     "merge_adapters",
     "merged_config",
     "merged_weights",
+    "new_model",
     "on_meta_device",
     "read_hf_config",
     "text_config",

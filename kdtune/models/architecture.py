@@ -215,6 +215,8 @@ class KeyMap:
     """The rows of q and k are in interleaved order: see :func:`unpermute`."""
     norm_offset: float = 0.0
     """What a stored gain is more than ours: the gain itself, where ``TransformerConfig.norm_offset`` is added to ours."""
+    prefix: str = "model."
+    """What begins all names but the head's, and is missing in the files of a model that was saved without its head."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of matrices that hold several of ours, one below the other: for each the names, in the same format, of its parts."""
 
@@ -273,6 +275,11 @@ def _pattern(name: str) -> tuple[str, str]:
     return (_LAYER.sub("{}", name, count=1), found.group()) if found else (name, "")
 
 
+def without_layer(name: str) -> str:
+    """Return a tensor's name with its layer's number replaced by {}."""
+    return _pattern(name)[0]
+
+
 @dataclass(frozen=True, repr=False)
 class Family:
     """Models that share an architecture: how their files name and describe what ``Transformer`` computes.
@@ -313,6 +320,13 @@ class Family:
 
     def __repr__(self) -> str:
         return self.name
+
+    def describes(self, document: Mapping[str, Any]) -> bool:
+        """Return whether a ``config.json`` is of a model of the family, saved with its head or without it."""
+        # The head is missed where the embedding does not take its place.
+        named = document.get("architectures")
+        is_named = named in ([self.architecture], [self.headless])
+        return is_named or (not named and document.get("model_type") == self.model_type)
 
     @property
     def headless(self) -> str:

@@ -52,8 +52,12 @@ class Documents:
         """Return the documents with their tensors on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError unless tokens are one row [1, T] of these documents."""
+    def check_alone(self, tokens: Tensor, *others: object) -> None:
+        """Raise ValueError unless tokens are one row [1, T] of these documents, and no other input says what is attended to."""
+        if any(other is not None for other in others):
+            raise ValueError(
+                "documents: they are the positions and the mask, and no cache holds them; leave the others out"
+            )
         if tuple(tokens.shape) != (1, len(self.positions_T)):
             raise ValueError(
                 f"documents: {len(self.lengths)} of {len(self.positions_T)} tokens together, for tokens of shape "

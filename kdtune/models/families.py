@@ -9,7 +9,10 @@ from kdtune.errors import CheckpointError, ConfigError
 from kdtune.models.architecture import Family, KeyMap, TransformerConfig
 from kdtune.models.llama import LLAMA
 
-_OWN = "the checkpointer's `family` names one of your own (docs/extending.md)"
+_OWN = (
+    "the checkpointer's `family` names one of your own (docs/extending.md), or kdtune.models.hf_model, which has transformers compute it "
+    "(docs/models.md)"
+)
 
 
 def _families(named: Family | None) -> tuple[Family, ...]:
@@ -55,10 +58,7 @@ def read_hf_config(document: Mapping[str, Any], named: Family | None = None) -> 
     document, families = text_config(document, named), _families(named)
     architectures, model_type = document.get("architectures"), document.get("model_type")
     for family in families:
-        # A model saved without its head; the head is missed where the embedding does not take its place.
-        if architectures in ([family.architecture], [family.headless]) or (
-            not architectures and model_type == family.model_type
-        ):
+        if family.describes(document):
             return family.config_from_hf(family, document)
     wanted = " or ".join(f"{family.architecture} (model_type {family.model_type!r})" for family in families)
     raise CheckpointError(

@@ -23,8 +23,6 @@ from kdtune.tensor_types import is_dtensor
 
 AttnModule = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
 ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
-USUAL_ATTN_MODULES: tuple[AttnModule, ...] = ("q_proj", "v_proj", "output_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 OUTPUT = "output"
 
 
@@ -158,6 +156,7 @@ def apply_lora(
     apply_lora_to_output: bool = False,
     use_dora: bool = False,
     quantize_base: bool = False,
+    lora_modules: Sequence[str] | None = None,
 ) -> Transformer:
     """Add adapters to the model, in place, and freeze everything else: only the adapters are trainable.
 
@@ -176,6 +175,8 @@ def apply_lora(
         use_dora: Learn each output's magnitude separately from its direction (arXiv 2402.09353).
         quantize_base: Hold the adapted linear layers' own weights in NF4 (QLoRA, arXiv 2305.14314). The embeddings and
             the output head are not quantized: the losses read the head as a plain matrix.
+        lora_modules: Of a model that transformers computes, in place of lora_attn_modules and apply_lora_to_mlp: the last parts of
+            the names of the layers' linears to adapt, such as query_key_value. None: all of them.
 
     Returns:
         The same model.
@@ -183,13 +184,10 @@ def apply_lora(
     Raises:
         ConfigError: A value is outside its range, a module's name is unknown, none is chosen, or the model already has adapters.
     """
-    attn_modules, adapts_mlp = _listed(lora_attn_modules, apply_lora_to_mlp)
-    _check_settings(lora_rank, lora_alpha, lora_dropout, attn_modules)
+    _check_settings(lora_rank, lora_alpha, lora_dropout, lora_attn_modules or ())
     if has_adapters(model):
         raise ConfigError("the model has adapters already; apply_lora goes on a model without: merge them first")
-    inner = [f"attn.{name}" for name in attn_modules]
-    inner += [f"mlp.{name}" for name in MLP_MODULES if adapts_mlp]
-    names = [f"layers.{index}.{name}" for index in range(len(model.layers)) for name in inner]
+    names = model.linear_names(lora_modules, lora_attn_modules, apply_lora_to_mlp)
     names += [OUTPUT] if apply_lora_to_output else []
     if not names:
         raise ConfigError(
@@ -209,15 +207,7 @@ def apply_lora(
             quantize_base=quantize_base and name != OUTPUT,
         )
         replace_module(model, name, adapted)
-    return model
-
-
-def _listed(attn_modules: Sequence[AttnModule] | None, apply_to_mlp: bool | None) -> tuple[Sequence[AttnModule], bool]:
-    """Return the attention modules that get adapters, and whether the feed-forward does."""
-    if attn_modules is not None:
-        return attn_modules, bool(apply_to_mlp)
-    # Only the feed-forward is listed; or nothing is, or all but the feed-forward.
-    return ((), True) if apply_to_mlp else (USUAL_ATTN_MODULES, apply_to_mlp is None)
+    return model.train(model.training)
 
 
 def _empty_linear(in_features: int, out_features: int, like: Tensor) -> nn.Linear:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, norm_of
 from kdtune.models.documents import Documents
@@ -24,12 +25,17 @@ TensorParallelStyle = Literal["by_outputs", "by_inputs", "by_heads", "over_heads
 """Each process has some of a linear layer's outputs, or of its inputs; applies a norm to its own heads, or over those of all
 processes; or does not divide a block's input, but the modules in it."""
 
+USUAL_ATTN_MODULES = ("q_proj", "v_proj", "output_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+
 # Standard deviation of a fresh model's weights, as in GPT-2 and its successors.
 INIT_STD = 0.02
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a model's weights, as in its `state_dict()`, without building it."""
+    if not isinstance(config, TransformerConfig):
+        return dict(config.shapes)
     dim, inner = config.embed_dim, config.intermediate_dim
     heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
     attn_extras: dict[str, tuple[int, ...]] = {}
@@ -62,6 +68,11 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         "norm.weight": (dim,),
         "output.weight": (config.vocab_size, dim),
     }
+
+
+def new_model(config: TransformerConfig) -> "Transformer":
+    """Return a model of an architecture, which another library may compute (`kdtune.models.hf_model`), as `Transformer` makes it."""
+    return Transformer(config) if isinstance(config, TransformerConfig) else config.new_model()
 
 
 def rotary_heads(name: str, config: TransformerConfig) -> int | None:
@@ -228,6 +239,25 @@ class Transformer(nn.Module):
         """Dtype of the embeddings, and so of the hidden states."""
         return self.tok_embeddings.weight.dtype
 
+    def linear_names(
+        self, modules: Sequence[str] | None, attn_modules: Sequence[str] | None, with_mlp: bool | None
+    ) -> list[str]:
+        """Return the names of the layers' linears that adapters go on: the arguments of `kdtune.models.apply_lora`.
+
+        Raises:
+            ConfigError: `modules` is given, which names those of a model that transformers computes.
+        """
+        if modules is not None:
+            raise ConfigError(
+                f"lora_modules={list(modules)}: is for a model that transformers computes; here lora_attn_modules and apply_lora_to_mlp "
+                "say what is adapted"
+            )
+        if attn_modules is None:
+            # Only the feed-forward is listed; or nothing is, or all but the feed-forward.
+            attn_modules, with_mlp = ((), True) if with_mlp else (USUAL_ATTN_MODULES, with_mlp is None)
+        inner = [f"attn.{name}" for name in attn_modules] + [f"mlp.{name}" for name in MLP_MODULES if with_mlp]
+        return [f"layers.{index}.{name}" for index in range(len(self.layers)) for name in inner]
+
     def embed(
         self, tokens: Tensor, input_pos: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -300,14 +330,10 @@ class Transformer(nn.Module):
         num_new = tokens.shape[1]
         allowed: Tensor | Documents | None
         if documents is not None:
-            if any(given is not None for given in (input_pos, mask, kv_cache)):
-                raise ValueError(
-                    "documents: they are the positions and the mask, and no cache holds them; leave the others out"
-                )
-            documents.check_tokens(tokens)
+            documents.check_alone(tokens, input_pos, mask, kv_cache)
             allowed, input_pos = documents, documents.positions_T[None]
         else:
-            allowed = _attention_mask(mask, num_held, num_new, tokens.device)
+            allowed = attention_mask(mask, num_held, num_new, tokens.device)
         if input_pos is None:
             input_pos = torch.arange(num_held, num_held + num_new, device=tokens.device)
         hidden_BSD, rope = self.embed(tokens, input_pos, documents)
@@ -334,8 +360,8 @@ def _check_rotation(config: TransformerConfig, num_held: int, num_new: int) -> N
         )
 
 
-def _attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: torch.device) -> Tensor | None:
-    """Return the mask with a heads dimension, [B, 1, S, T]; None if the causal fast path is correct."""
+def attention_mask(mask: Tensor | None, num_held: int, num_new: int, device: torch.device) -> Tensor | None:
+    """Return the mask [B, S, T] with a heads dimension, [B, 1, S, T]; None if the causal fast path is correct."""
     if mask is not None:
         return mask[..., None, :, :]
     if num_held == 0 or num_new == 1:

@@ -8,7 +8,7 @@ from kdtune.checkpoint import Checkpointer
 from kdtune.config import factory, instantiate
 from kdtune.constants import TP_DIM
 from kdtune.distributed import Parallelism, parallelism_problems, world_size
-from kdtune.models import dtype_from_name, has_adapters
+from kdtune.models import TransformerConfig, dtype_from_name, has_adapters
 from kdtune.models.quantization import scheme_name, scheme_problems, shape_problems
 from kdtune.parallel.mesh import WHOLE_COPIES, is_whole, model_problem
 from kdtune.parallel.meta import Builder, meta_model, model_config
@@ -56,6 +56,7 @@ def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch
                 found.append(
                     f"{prefix}quantization={scheme}: with {name}, quantized weights are not divided; {WHOLE_COPIES}"
                 )
+        found += _own_decoder_problems(cfg, prefix, builder, source)
         if prefix and not is_whole(settings, num_processes):
             found += [
                 f"{key}={str(value).lower()}: with {name}, the teacher is divided among the processes; {WHOLE_COPIES}"
@@ -63,6 +64,28 @@ def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch
                 if (value := getattr(cfg, key, None))
             ]
     return found
+
+
+# Options that are there for kdtune's own decoder alone, by the prefix of the model that they are of.
+_OF_OWN_DECODER = {
+    "": ("compile", "float8_training", "activation_offloading"),
+    "teacher_": ("compile", "teacher_offload"),
+}
+
+
+def _own_decoder_problems(cfg: Any, prefix: str, builder: Builder | None, source: Checkpointer | None) -> list[str]:
+    """Return which options of a config a model that another library computes does not have."""
+    given = [key for key in _OF_OWN_DECODER[prefix] if getattr(cfg, key, None)]
+    if not given or not (builder or source) or (source and source.problems()):
+        return []
+    found = model_config(builder, source)
+    if isinstance(found, TransformerConfig):
+        return []
+    return [
+        f"{key}={str(getattr(cfg, key)).lower()}: is there for kdtune's own decoder, and transformers computes the {found.family} of "
+        f"{prefix}checkpointer; ~{key}"
+        for key in given
+    ]
 
 
 def _quantization_problems(

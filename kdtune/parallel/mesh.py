@@ -69,6 +69,10 @@ def model_problem(model: Transformer, parallelism: Parallelism, num_processes: i
 
 def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
     """Return which sizes of a model `tp` does not divide, and which values of `tp` divide them; None if it divides all."""
+    if tp > 1 and not isinstance(config, TransformerConfig):
+        return f"tp={tp}: does not divide a model that transformers computes; allowed: 1"
+    if tp == 1:
+        return None
     sizes = {name: getattr(config, name) for name in ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")}
     bad = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
     common = math.gcd(*sizes.values())

@@ -6,7 +6,7 @@ import torch
 
 from kdtune.checkpoint import Checkpointer
 from kdtune.errors import ConfigError
-from kdtune.models import Transformer, TransformerConfig, has_adapters, on_meta_device
+from kdtune.models import Transformer, TransformerConfig, has_adapters, new_model, on_meta_device
 
 Builder = Callable[[], Transformer]
 Adapter = Callable[..., Transformer]
@@ -45,7 +45,7 @@ def initial_model(builder: Builder | None, checkpointer: Checkpointer | None) ->
         return builder()
     if checkpointer is None:
         raise ConfigError("neither a builder nor a checkpointer is given; set one of them")
-    return Transformer(checkpointer.model_config())
+    return new_model(checkpointer.model_config())
 
 
 def add_adapters(model: Transformer, adapter: Adapter | None) -> Transformer:

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from kdtune.config import instantiate
 from kdtune.distributed import Parallelism, World, to_local
-from kdtune.models import Transformer, dtype_from_name
+from kdtune.errors import ConfigError
+from kdtune.models import Transformer, TransformerConfig, dtype_from_name
 from kdtune.models.nf4 import BY_ROWS, is_nf4, map_nf4, nf4_parts, quantize_nf4
 from kdtune.models.quantization import is_quantized, num_bytes
 from kdtune.parallel import shard_model
@@ -138,7 +139,12 @@ def model_sizes(
         world: the rank; for several ranks, `fake_world`'s.
         optimizer: component node of its optimizer; None: it is not trained.
         weight_update: how bf16 weights are updated, as in a training config.
+
+    Raises:
+        ConfigError: another library computes the model.
     """
+    if not isinstance(model.config, TransformerConfig):
+        raise ConfigError("plan: a model that transformers computes (family=kdtune.models.hf_model) is not estimated")
     num_layers, model.layers = len(model.layers), model.layers[:1]
     state = {} if optimizer is None else state_shapes(optimizer, _trained(model), weight_update)
     # torchao quantizes an NF4 weight again to copy it.

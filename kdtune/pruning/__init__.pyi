@@ -1,5 +1,6 @@
 from .prune import (
     RemovalStep,
+    architecture_problems,
     block_influence,
     check_layers,
     evenly_spaced,
@@ -13,6 +14,7 @@ from .record import RemovalRecord
 __all__ = [
     "RemovalRecord",
     "RemovalStep",
+    "architecture_problems",
     "block_influence",
     "check_layers",
     "evenly_spaced",

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from kdtune.constants import IGNORE_INDEX
 from kdtune.errors import ConfigError
+from kdtune.models.architecture import TransformerConfig
 from kdtune.models.transformer import Transformer, on_meta_device
 
 # Tokens that go through a layer at once, and logits that exist at once: they bound the measurements' memory.
@@ -61,6 +62,15 @@ def keep_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
         setattr(pruned, name, module)
     pruned.layers = nn.ModuleList(model.layers[index] for index in layers)
     return pruned.train(model.training)
+
+
+def architecture_problems(config: TransformerConfig) -> list[str]:
+    """Return why layers of a model of this architecture cannot be left out; one sentence, or none."""
+    if isinstance(config, TransformerConfig):
+        return []
+    return [
+        f"checkpointer.family: {config.family} is computed by transformers, and only kdtune's own decoder is pruned"
+    ]
 
 
 def check_layers(model: Transformer, layers: Sequence[int]) -> None:

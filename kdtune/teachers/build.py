@@ -11,7 +11,7 @@ from kdtune.distributed import World
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
-from kdtune.models import Transformer, dtype_from_name, has_adapters
+from kdtune.models import Transformer, TransformerConfig, dtype_from_name, has_adapters
 from kdtune.models.quantization import SCHEMES, scheme_name
 from kdtune.teachers.online import OnlineTeacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
@@ -96,11 +96,16 @@ def layer_problems(cfg: Any) -> list[str]:
     for key in ("", "teacher_"):
         builder, source = factory(getattr(cfg, f"{key}model")), instantiate(getattr(cfg, f"{key}checkpointer"))
         try:
-            num_layers = parallel.model_config(builder, source).num_layers
+            model_config = parallel.model_config(builder, source)
         except KDTuneError:  # said elsewhere
             continue
+        if not isinstance(model_config, TransformerConfig):
+            found.append(
+                f"hidden_loss: the layers of {key or 'student_'}model are computed by transformers, which keeps their states; ~hidden_loss"
+            )
+            continue
         try:
-            hidden_loss.depths(num_layers)
+            hidden_loss.depths(model_config.num_layers)
         except ConfigError as error:
             found.append(f"{error} ({'the teacher' if key else 'the student'})")
     return found
