@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from kdtune import distributed, parallel
 from kdtune._cli.main import main
-from kdtune.checkpoint import CheckpointManager, peft, save_model, sharded, step_folders
+from kdtune.checkpoint import CheckpointManager, load_adapter, peft, save_model, sharded, step_folders
 from kdtune.checkpoint.sharded import tensor_writer
-from kdtune.models import LLAMA, Transformer, apply_lora, llama, merged_weights
+from kdtune.distributed import to_local
+from kdtune.models import PHI3, Transformer, adapter_parameters, apply_lora, family_of, llama, merged_weights
 
 SMALL_FILES = 30_000
 CPU = torch.device("cpu")
@@ -37,6 +39,8 @@ KINDS = {
     "full, untied, bf16": (torch.bfloat16, False, {}),
     "lora": (torch.float32, True, {"apply_lora_to_output": True}),
     "dora, bf16": (torch.bfloat16, False, {"use_dora": True}),
+    # The files hold q, k and v as one matrix, of which k has no adapter.
+    "dora, fused": (torch.float32, True, {"use_dora": True}),
 }
 
 
@@ -46,6 +50,8 @@ def odd_model(kind: str) -> Transformer:
     torch.manual_seed(0)
     model = llama(vocab_size=321, embed_dim=36, num_layers=2, num_heads=6, num_kv_heads=3, intermediate_dim=65, max_seq_len=64,
                   tie_embeddings=tied).to(dtype)  # fmt: skip
+    if "fused" in kind:
+        model = Transformer(replace(model.config, family=PHI3))
     if kind.startswith("full"):
         return model
     model = apply_lora(model, lora_rank=3, **adapter)
@@ -57,10 +63,13 @@ def odd_model(kind: str) -> Transformer:
 
 def write_gathered(model: Transformer, folder: Path) -> None:
     """The same files by safetensors itself, every tensor made whole first."""
-    whole = {
-        LLAMA.hf_keys.from_kdtune(name): distributed.full_tensor(compute()).clone()
+    keys = family_of(model.config).hf_keys
+    parts = {
+        keys.from_kdtune(name): distributed.full_tensor(compute()).clone()
         for name, compute in merged_weights(model).items()
     }
+    wholes = dict.fromkeys(map(keys.whole_of, parts))
+    whole = {name: torch.cat([parts[part] for part in keys.parts_of(name)]) for name in wholes}
     split = split_torch_state_dict_into_shards(
         whole, filename_pattern="model{suffix}.safetensors", max_shard_size=SMALL_FILES
     )
@@ -80,6 +89,13 @@ def save_together(kind: str, replicate: int, folder: Path) -> None:
         model = parallel.shard_model(odd_model(kind), distributed.Parallelism(dp_replicate=replicate), world)
         save_model(model, folder / "final", max_shard_bytes=SMALL_FILES, save_weights="both")
         write_gathered(model, folder / "gathered")
+        if own := adapter_parameters(model):
+            again = parallel.shard_model(odd_model(kind), distributed.Parallelism(dp_replicate=replicate), world)
+            for parameter in adapter_parameters(again).values():
+                nn.init.zeros_(parameter)
+            load_adapter(again, folder / "final" / "adapter")
+            read = adapter_parameters(again)
+            assert all(torch.equal(to_local(read[name]), to_local(parameter)) for name, parameter in own.items())
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
         for name in ("sync", "async"):
             with CheckpointManager(folder / name, async_save=name == "async") as manager:

@@ -29,6 +29,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo3": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 9, "partial_rotary_factor": 0.5},
+    "gemma2": {
+        "head_dim": 12,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 3,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "granite": {
         "attention_multiplier": 0.6,
         "residual_multiplier": 0.5,

@@ -55,7 +55,11 @@ ADAPTER_ARGUMENTS = ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_ou
                      "lora_dropout", "use_dora", "quantize_base")  # fmt: skip
 
 # Builders of models by the name without lora_ or qlora_, if it is another one here.
-MODELS: dict[str, str] = {"llama3_3_70b": "llama3_1_70b"}
+MODELS: dict[str, str] = {
+    "llama3_3_70b": "llama3_1_70b",
+    "phi3_mini": "phi3_mini_4k",
+    "phi4_14b": "phi4",
+}
 # Builders for which the config.json beside the weights is read: one of torchtune's stands for several models here, or takes the
 # sizes as arguments.
 FROM_FOLDER = ("code_llama2_7b", "code_llama2_13b", "code_llama2_70b", "llama2", "llama3", "llama3_1", "llama3_2",

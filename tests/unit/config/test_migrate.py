@@ -317,7 +317,7 @@ def test_datasets_in_a_list_become_a_mixture(tmp_path: Path) -> None:
         (["ref_checkpointer={a: 1}"], "preferences or rewards"),
         (["loss=torchtune.rlhf.loss.DPOLoss"], "preferences or rewards"),
         (["quantizer={_component_: torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer}"], "finetune, then `kdtune run quan"),
-        (["model=torchtune.models.phi3.phi3_mini"], "kdtune has no model phi3_mini .* it has llama, llama2_7b.*, qwen3_32b.*docs"),
+        (["model=torchtune.models.gemma.gemma_7b"], "kdtune has no model gemma_7b .* it has llama, llama2_7b.*, qwen3_32b.*docs"),
         (["dataset=torchtune.datasets.preference_dataset"], "no counterpart of torchtune.datasets.preference_dataset"),
         (["optimizer=bitsandbytes.optim.Lion"], "bitsandbytes.optim.Lion has no counterpart"),
         (["lr_scheduler={_component_: torchtune.training.other}"], "lr_scheduler: torchtune.training.other: kdtune has no component"),
