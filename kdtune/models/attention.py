@@ -93,6 +93,8 @@ class Attention(nn.Module):
         q_BHSE, k_BKTE, v_BKTE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
         if cache is not None:
             k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
+            if mask is not None and mask.shape[-1] > k_BKTE.shape[2]:  # a layer with a window holds the last ones
+                mask = mask[..., -k_BKTE.shape[2] :]
         out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask, self.window, self.scale, self.softcap)
         return self.output_proj(out_BHSE.transpose(1, 2).flatten(2))
 

@@ -27,6 +27,7 @@ from kdtune.models import (
     KVCache,
     Transformer,
     apply_lora,
+    kv_cache,
     merge_adapters,
     read_hf_config,
     weight_shapes,
@@ -77,19 +78,25 @@ def test_logits_gradients_and_files(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", REFERENCES)
 @torch.no_grad()
-def test_caches_documents_and_padding(name: str, tmp_path: Path) -> None:
+def test_caches_documents_and_padding(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_SLACK", 1)
     in_fp32 = reference(name, tmp_path)
     theirs, model = reread(tmp_path), float64(tmp_path)
     expected = theirs(TOKENS).logits
-    for chunks in ([7, 1, 1, 1, 1, 1, 1], [2, 9, 2]):
+    for chunks in ([7, 1, 1, 1, 1, 1, 1], [2, 9, 2], [1, 2, 3, 3, 1, 3]):
         cache = KVCache(model.config, 2, 13)
         if chunks[0] <= (model.config.rope_switch or 0) < 13:
             model(TOKENS[:, : chunks[0]], kv_cache=cache)
             with pytest.raises(ValueError, match="beyond 5 tokens all of a text are rotated otherwise"):
-                model(TOKENS[:, chunks[0] : chunks[0] + chunks[1]], kv_cache=cache)
+                model(TOKENS[:, chunks[0] :], kv_cache=cache)
             continue
         assert_same(torch.cat([model(part, kv_cache=cache) for part in TOKENS.split(chunks, dim=1)], 1), expected)
-
+        for index, layer in enumerate(cache.layers):
+            window = model.config.window(index)
+            assert layer._keys_BKCE.shape[2] <= (13 if window is None else window + 1)
+        if model.config.windows:
+            with pytest.raises(ValueError, match="truncate: length=2 of 13: a layer with a window no longer holds"):
+                cache.truncate(2)
     texts = TOKENS[:1].split([9, 1, 3], dim=1)
     alone = torch.cat([theirs(text).logits for text in texts], 1)
     assert_same(model(TOKENS[:1], documents=Documents.of_lengths([9, 1, 3])), alone)
