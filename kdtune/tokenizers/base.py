@@ -316,8 +316,8 @@ class Tokenizer(ABC):
         Special tokens that the template writes become their ids; the same strings inside messages and tools stay text.
         Targets are the assistant's answers with their end-of-turn token ("answers"), the last of them ("last") or
         everything ("all"); a masked message is never a target. Text is split where an answer starts, so the ids of
-        a prompt (`add_generation_prompt=True`) are a prefix of the conversation's ids. bos occurs only where the template
-        prints it. `tools` and `template_variables` as for `render`.
+        a prompt (`add_generation_prompt=True`) are a prefix of the conversation's ids, where its text is one. bos occurs only where
+        the template prints it. `tools` and `template_variables` as for `render`.
 
         Raises:
             DataError: the template refuses a message or conversation, or the start of an answer cannot be found in its

@@ -124,17 +124,22 @@ def answer_spans(
     """Return, by index of the assistant's messages, the characters [start, end) of `text` that generation has to produce.
 
     An answer starts where the generation prompt ends and stops with its end-of-turn token, or with the message's last
-    character if the template has no such token for the assistant.
+    character if the template has no such token for the assistant. Templates that leave an empty block of thoughts out of all
+    answers but the last have it in the prompt of each: an earlier answer starts with its content.
 
     Raises:
         DataError: the rendering up to a message's generation prompt is not a prefix of the full rendering.
     """
     starts: dict[int, int] = {}
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = render(messages[:i], True)
-            _check_prefix(prompt, text, i)
-            starts[i] = len(prompt)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers:
+        prompt = render(messages[:i], True)
+        start = len(prompt) if text.startswith(prompt) else None
+        if start is None and i < answers[-1]:
+            start = _content_after_header(prompt, text, len(render(messages[:i], False)), messages[i].get("content"))
+        if start is None:
+            raise _no_prefix(prompt, text, i)
+        starts[i] = start
     if not starts:
         return {}
     spans: dict[int, tuple[int, int]] = {}
@@ -154,11 +159,24 @@ def answer_spans(
     return spans
 
 
-def _check_prefix(prompt: str, text: str, index: int) -> None:
-    if text.startswith(prompt):
-        return
-    at = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
-    raise DataError(
+def _content_after_header(prompt: str, text: str, history: int, content: Any) -> int | None:
+    """Return where a message's content starts, if text and prompt share all that is between the history and it; else None."""
+    if not isinstance(content, str) or not content.strip():
+        return None
+    shared = _shared(prompt, text)
+    # The last place: the header may hold the same word.
+    found = text.rfind(content.strip(), history + 1, shared + len(content.strip()))
+    return None if found < 0 else found
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters both begin with."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _no_prefix(prompt: str, text: str, index: int) -> DataError:
+    at = _shared(prompt, text)
+    return DataError(
         f"chat template: cannot tell where the answer in messages[{index}] starts: the prompt that generation sees "
         f"is not how the conversation begins; at character {at} the prompt has {prompt[at : at + 30]!r} and the "
         f"conversation {text[at : at + 30]!r}; use a template whose generation prompt is how an assistant turn starts"

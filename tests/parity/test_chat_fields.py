@@ -1,7 +1,10 @@
 """What rows and turns hold beside their text, rendered as transformers' apply_chat_template does, to the byte."""
 
 import copy
+import itertools
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +163,39 @@ def test_a_template_that_raises_names_the_example(switch_folder: Path, tmp_path:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
     with pytest.raises(DataError, match=r"rows\.jsonl.*: row 2: .*chat_template\.jinja.*no system turn, please"):
         chat_dataset(load(folder), source=str(tmp_path / "rows.jsonl"))
+
+
+# Published templates of model families, where there are any: KDTUNE_TEST_MODELS/chat_templates/NAME.jinja
+PUBLISHED = sorted(Path(os.environ.get("KDTUNE_TEST_MODELS", "/nonexistent")).glob("chat_templates/*.jinja"))
+TALKS = [
+    [QUESTION],
+    [{"role": "system", "content": " Be brief.\n"}, QUESTION],
+    [QUESTION, {"role": "assistant", "content": " 42 "}, {"role": "user", "content": "Sure?\n"}, {"role": "assistant", "content": "Yes."}],
+    [QUESTION, {"role": "assistant", "content": "42", "reasoning_content": "6 * 7"}],
+    [QUESTION, {"role": "assistant", "content": "<think>\n6 * 7\n</think>\n\n42"}],
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="no template in KDTUNE_TEST_MODELS/chat_templates")
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_a_published_template_renders_as_in_transformers(file: Path, tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(file.read_bytes())
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    code = re.sub(r"\{#.*?#\}", "", file.read_text(), flags=re.DOTALL)
+    switches = [{}, *({"enable_thinking": value} for value in (True, False) if "enable_thinking" in code)]
+    tokenizers = [load(tmp_path, chat_template_kwargs=variables) for variables in switches]
+    rendered = 0
+    for talk, tokenizer, prompt in itertools.product(TALKS, tokenizers, (False, True)):
+        variables = tokenizer.chat_template_kwargs
+        try:
+            want = reference.apply_chat_template(
+                copy.deepcopy(talk), tokenize=False, add_generation_prompt=prompt, **variables
+            )
+        except Exception:  # whatever a template raises
+            with pytest.raises(DataError, match="the chat template refuses a conversation"):
+                tokenizer.render(talk, add_generation_prompt=prompt)
+            continue
+        assert tokenizer.render(talk, add_generation_prompt=prompt) == want
+        rendered += 1
+    assert rendered

@@ -218,6 +218,24 @@ def test_earlier_answers_that_change_end_at_their_end_of_turn(chatml_folder: Pat
     assert trained_text(with_template(chatml_folder, template), CHAT) == "the cat<|im_end|>thought sat<|im_end|>"
 
 
+@pytest.mark.parametrize("answer", ["the cat", "a", "assistant", "<b>x</b>", "<think> of it", "\n", "t"])
+def test_earlier_answers_may_lack_the_prompts_empty_block_of_thoughts(answer: str, chatml_folder: Path) -> None:
+    # As Qwen3's with enable_thinking=False: the prompt has the block, and so has the last answer alone.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    chat = [*CHAT[:2], Message("assistant", answer), *CHAT[3:]]
+    tokenizer = with_template(chatml_folder, template)
+    if answer.strip():
+        assert trained_text(tokenizer, chat) == f"{answer}<|im_end|>sat<|im_end|>"
+    else:  # nothing tells where it is
+        with pytest.raises(DataError, match=r"messages\[2\] starts"):
+            tokenizer.tokenize_messages(chat)
+
+
 def test_refusals_of_a_template_are_data_errors(sentencepiece_file: Path) -> None:
     tokenizer = llama2_tokenizer(sentencepiece_file)
     with pytest.raises(DataError, match=r"roles \[user, system\]: only the first message may have the role system"):
