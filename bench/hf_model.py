@@ -25,7 +25,7 @@ from kdtune.losses import KDLoss, Targets
 from kdtune.models import Documents, OutputHead, hf_model
 
 WAYS = ("kdtune", "hf_model", "transformers, mask of positions", "transformers, padded")
-STEPS = 4
+STEPS = 3
 
 
 def lengths() -> list[int]:

@@ -64,6 +64,9 @@ class HFConfig:
     rope_switch: ClassVar[None] = None
     """No rotation depends on the length of a text: such models are refused."""
 
+    def window(self, _: int) -> None:
+        """Return None: the cache of every layer holds all tokens, for which layers have a window only transformers knows."""
+
     def new_model(self) -> "HFModel":
         """Return the model on the current default device and dtype, with random weights as transformers draws them."""
         from kdtune.models.hf_form import build

@@ -35,7 +35,7 @@ _SILENT = {
 
 
 @dataclass(frozen=True)
-class _Allowed:
+class Allowed:
     """What a layer's queries may attend to: the arguments of `attend`."""
 
     mask: Mask
@@ -63,7 +63,7 @@ def _mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) ->
         raise ConfigError(
             "family=kdtune.models.hf_model: the model adds to the causal mask, which kdtune does not compute"
         )
-    return _Allowed(_MASK.get(), local_size)
+    return Allowed(_MASK.get(), local_size)
 
 
 def _attention(
@@ -80,7 +80,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Return [B, S, H, E] and, in place of the scores, None."""
     name = type(module).__name__
-    if not isinstance(attention_mask, _Allowed):
+    if not isinstance(attention_mask, Allowed):
         raise ConfigError(
             f"family=kdtune.models.hf_model: {name} is not given the model's mask, so documents could see each other"
         )

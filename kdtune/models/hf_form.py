@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,17 @@ def build(document: Mapping[str, Any], folder: str | None, trust_remote_code: bo
             config.tie_word_embeddings = document.get("tie_word_embeddings", config.tie_word_embeddings)
         else:
             config = CONFIG_MAPPING[document["model_type"]].from_dict(dict(document))
-        config.pad_token_id = None  # else its embedding would get no gradient
+        with suppress(Exception):  # a few want one
+            config.pad_token_id = None  # families' defaults may lie beyond the vocabulary
         with _without_weights() if is_meta else nullcontext():
             causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
+    except Exception as error:
         raise _refusal(
             f"transformers {__version__} makes no causal language model of it: {first_line(error)}"
         ) from error
+    for module in causal.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # else it would get no gradient
     causal.tie_weights(recompute_mapping=False)
     if causal._can_set_attn_implementation():
         causal.set_attn_implementation(INTERFACE)
@@ -190,9 +194,10 @@ def _check_tokens_apart(causal: PreTrainedModel, parts: Mapping[str, str]) -> No
         raise _refusal(
             f"rope_type {sorted(moving)}: a token's rotation depends on the longest text of a batch, and documents could not be kept apart"
         )
-    if "position_ids" not in inspect.signature(causal.get_submodule(parts["base"]).forward).parameters:
+    taken = inspect.signature(causal.get_submodule(parts["base"]).forward).parameters
+    if missing := [name for name in ("position_ids", "past_key_values") if name not in taken]:
         raise _refusal(
-            f"{type(causal).__name__} takes no position_ids, so documents, and prompts of different lengths, cannot be kept apart"
+            f"{type(causal).__name__} takes no {missing[0]}, without which documents, or prompts of different lengths, cannot be kept apart"
         )
 
 
@@ -212,7 +217,7 @@ def parts_of(causal: PreTrainedModel) -> dict[str, str]:
         )
     lists = [
         path for path, module in (base or nn.Module()).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == causal.config.num_hidden_layers
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(causal.config, "num_hidden_layers", None)
     ]  # fmt: skip
     if not isinstance(base, nn.Module) or not isinstance(embeddings, nn.Embedding) or not lists:
         raise _refusal(

@@ -15,7 +15,7 @@ from kdtune.errors import CheckpointError, ConfigError, first_line
 from kdtune.log import get_logger
 from kdtune.models.documents import Documents
 from kdtune.models.hf import HFConfig
-from kdtune.models.hf_attention import INTERFACE, allowing
+from kdtune.models.hf_attention import INTERFACE, Allowed, allowing
 from kdtune.models.hf_form import parts_of
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.lora import LoRALinear
@@ -161,7 +161,12 @@ def check_attention(model: HFModel) -> None:
         model(tokens, kv_cache=KVCache(model.config, 1, 2), return_hidden=True)  # type: ignore[arg-type]
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from error
-    except Exception as error:  # what the meta device lacks a forward with values may have
+    except Exception as error:
+        if Allowed.__name__ in str(error):
+            raise CheckpointError(
+                f"config.json: {model.config.family} makes a mask of its own of the one that it is given, which kdtune does not compute"
+            ) from error
+        # What the meta device lacks a forward with values may have.
         log.debug("%s: on the meta device: %s", model.config.family, first_line(error))
 
 

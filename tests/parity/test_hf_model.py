@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kdtune.checkpoint import Checkpointer, load_adapter, save_model
+from kdtune.checkpoint import Checkpointer, load_adapter, load_model, save_model
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.evaluation.scoring import score
 from kdtune.generation import generate, generate_batch
@@ -194,6 +194,10 @@ def test_which_linears_are_adapted(tmp_path: Path) -> None:
         ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]}, "layer_types with|other layers"),
         ("gpt_oss", {"num_local_experts": 2, "num_key_value_heads": 2, "head_dim": 8}, "s_aux"),
         ("bert", {"is_decoder": True}, "output head"),
+        ("doge", {"num_key_value_heads": 4}, "a mask of its own"),
+        ("openai-gpt", {"n_head": 4, "n_layer": 3, "n_embd": 32}, "takes no past_key_values"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                                      "original_max_position_embeddings": 32}, "num_key_value_heads": 4}, r"rope_type \['longrope'\]"),
     ],
 )  # fmt: skip
 def test_what_the_engine_does_not_compute_is_refused_by_name(
@@ -304,6 +308,23 @@ def test_a_models_own_code_is_run_only_where_the_config_says_so(
     assert (tmp_path / "written" / "own_code.py").is_file()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written", trust_remote_code=True)
     close(again(TOKENS).logits, model(TOKENS), 1e-5)
+
+
+@pytest.mark.real
+@pytest.mark.slow("reads the real model four times; the families above are compared in a fraction of it")
+def test_the_real_model_has_the_loss_of_the_native_one(smollm2_gguf: Path, tmp_path: Path) -> None:
+    save_model(load_model(smollm2_gguf, dtype=torch.float32), tmp_path)
+    tokens = torch.randint(49152, (1, 96), generator=torch.Generator().manual_seed(0))
+    documents, targets = Documents.of_lengths((40, 1, 55)), Targets.from_labels(tokens.roll(-1, 1))
+    found = []
+    for family in (None, hf_model):
+        model = Checkpointer(tmp_path, family=family).load(dtype=torch.float32)
+        loss, _ = KDLoss(kd_ratio=0.0)(
+            model(tokens, documents=documents, return_hidden=True), model.output, None, targets
+        )
+        loss.backward()
+        found.append((float(loss), float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()]))))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_random_weights_come_from_torchs_seed(tmp_path: Path) -> None:
