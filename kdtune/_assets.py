@@ -60,7 +60,8 @@ _NO_EQUIVALENT = {
     r"qat_.*|.*_qat_.*": "quantization is not trained for; finetune, then `kdtune run quantize`",
     r"(mistral|qwen2(_5)?|qwen3)/.*": "`kdtune cp` a config of the family, such as qwen2_5/7B_lora_single_device, and change its "
     "models and paths",
-    r"(code_llama2|gemma2?|llama3_2_vision|llama4|phi[34])/.*": "kdtune has no such models (docs/models.md); `kdtune cp` a config of "
+    r"(code_llama2|gemma2|phi[34])/.*": "`kdtune migrate FILE -o NEW.yaml` turns torchtune's file into one of kdtune",
+    r"(gemma|llama3_2_vision|llama4)/.*": "kdtune has no such models (docs/models.md); `kdtune cp` a config of "
     "llama3_2 and change its models and paths",
 }
 

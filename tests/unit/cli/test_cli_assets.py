@@ -103,6 +103,8 @@ def test_torchtunes_configs_lead_to_what_there_is() -> None:
         with pytest.raises(ConfigError, match="a config of the family, such as qwen2_5/7B_lora_single_device"):
             _assets.find_config(name)
     assert _assets.is_config("qwen2_5/7B_lora_single_device")
-    for name in ("gemma/2B_full", "phi3/mini_lora"):
+    with pytest.raises(ConfigError, match=r"`kdtune migrate FILE -o NEW\.yaml` turns"):
+        _assets.find_config("phi3/mini_lora")
+    for name in ("gemma/2B_full", "llama4/scout_17B_16E_full"):
         with pytest.raises(ConfigError, match="kdtune has no such models"):
             _assets.find_config(name)
