@@ -110,15 +110,15 @@ def kd_step(
     return step
 
 
-def flops_per_token(model: models.Transformer, lengths: list[int], passes: int) -> float:
-    """Return the operations of a token in a forward, with passes=2 also those of the gradients of inputs."""
+def flops_per_token(model: models.Transformer, lengths: list[int], passes: int, *, with_head: bool = True) -> float:
+    """Return the operations of a token in a forward, with passes=2 also those of the gradients of inputs; no adapters."""
     config = model.config
     linear = sum(
         module.weight.numel()
         for name, module in model.layers.named_modules()
         if isinstance(module, torch.nn.Linear) and "lora" not in name
     )
-    head = config.vocab_size * config.embed_dim
+    head = config.vocab_size * config.embed_dim * with_head
     seen = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)  # tokens that a token attends to
     attention = 2 * 2 * seen * config.num_heads * config.head_dim * config.num_layers
     return passes * 2 * (linear + head) + attention * (1 if passes == 1 else 3)

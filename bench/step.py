@@ -10,6 +10,9 @@ cosine schedule. Each job is a process of its own, one after the other, `--round
 by the same few lines (peers/probe.py); the first two steps are left out, and steps during which others kept more than a tenth of a
 core busy are named. The trained students are compared on held-out rows, by kdtune.
 
+The floor of a step are its operations at the rate of one of the teacher's products of as many tokens, measured in the same run: those of
+all real tokens in the layers, attention and adapters, and of tokens with a label in the heads, none of padding.
+
 With `--row-length` rows have one length: kdtune and torchtune pack whole examples, TRL gets the stream cut into rows. torchtune's loss
 keeps the teacher's entropy, and TRL has no cross entropy (its runs are those of kd_ratio 1): compare the held-out KL. On a
 CPU; on CUDA the peers' configs need another device.
@@ -30,9 +33,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import shapes
 import torch
 
-from kdtune import checkpoint, data, evaluation, losses, pruning, teachers, tokenizers
+from kdtune import checkpoint, data, evaluation, losses, models, pruning, teachers, tokenizers
 from kdtune.distributed import World
 
 HERE = Path(__file__).parent
@@ -87,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     out = Path(args.out).resolve()
-    teacher, student = models(args.teacher, args.layers, out / "models")
+    teacher, student = make_models(args.teacher, args.layers, out / "models")
     texts, rows = write_rows(args.data, teacher, args.steps * args.batch_size * (4 if args.row_length else 1), out)
     runs: dict[str, list[Path]] = {}
     for number in range(args.rounds):
@@ -99,9 +103,13 @@ def main() -> None:
             run(command, out / f"{name}.log", args.threads)
             runs.setdefault(tool, []).append(Path(job.log))
     report(runs, rows, args, teacher, out)
+    if "kdtune" in runs:
+        floor = floor_seconds(rows, args, student, teacher) / (args.steps - WARM_UP)
+        found = statistics.fmean(step["seconds"] for log in runs["kdtune"] for step in read_steps(log, rows, args))
+        print(f"the floor is {floor:.3g} s a step; kdtune takes {found / floor:.2f} times that")
 
 
-def models(source: str, num_layers: int, folder: Path) -> tuple[Path, Path]:
+def make_models(source: str, num_layers: int, folder: Path) -> tuple[Path, Path]:
     """Return Hugging Face folders of the teacher and of the student, made where they are missing."""
     teacher, student = folder / "teacher", folder / f"student-{num_layers}"
     if not (student / "config.json").exists():
@@ -231,6 +239,31 @@ def read_steps(log: Path, rows: Path, args: argparse.Namespace) -> list[dict[str
     return steps[WARM_UP - 1 :]
 
 
+def floor_seconds(rows: Path, args: argparse.Namespace, student: Path, teacher: Path) -> float:
+    """Return the seconds that the measured steps' operations take at the rate of one of the teacher's products of a step's tokens."""
+    size = args.batch_size * (args.row_length or 1)
+    begin, end, place = WARM_UP * size, args.steps * size, 0
+    measured = []
+    for row in json.loads(rows.read_text()):
+        if begin <= place < end:
+            measured.append(row)
+        place += len(row["tokens"]) if args.row_length else 1
+    lengths = [len(row["tokens"]) for row in measured]
+    num_tokens, num_valid = sum(lengths), sum(label >= 0 for row in measured for label in row["labels"])
+    ours, theirs = (checkpoint.load_model(one, dtype=torch.float32, device="cpu") for one in (student, teacher))
+    passes = 2 if args.rank else 3  # with adapters the base's weights have no gradient
+    flops = num_tokens * shapes.flops_per_token(theirs, lengths, 1, with_head=False)
+    flops += num_tokens * shapes.flops_per_token(ours, lengths, passes, with_head=False)
+    if args.rank:
+        names = ["q_proj", "v_proj", "output_proj"]
+        adapted = models.apply_lora(ours, lora_rank=args.rank, lora_attn_modules=names, apply_lora_to_mlp=True)
+        flops += num_tokens * 3 * 2 * sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+    heads = [(theirs.config, 1), (ours.config, passes)]
+    flops += num_valid * sum(2 * times * config.vocab_size * config.embed_dim for config, times in heads)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    return flops / shapes.matmul_rate(torch.device("cpu"), dtype, num_tokens // (args.steps - WARM_UP), theirs.config)
+
+
 def report(runs: dict[str, list[Path]], rows: Path, args: argparse.Namespace, teacher: Path, out: Path) -> None:
     """Print a row per tool and round, with its ratio to kdtune's of the same round."""
     print(f"\ntorch {torch.__version__}, {args.threads} threads, {args.dtype}, kd_ratio {args.kd_ratio:g}, LoRA rank {args.rank}, "
@@ -270,9 +303,9 @@ def held_out_kl(run_dir: Path, teacher: Path, out: Path) -> float:
     folder = max((path.parent for path in run_dir.rglob("config.json")), key=lambda path: path.stat().st_mtime)
     tokenizer = tokenizers.load(teacher, max_seq_len=512)
     dataset = data.alpaca_dataset(tokenizer, source=str(out / "held_out.jsonl"))
-    models = [checkpoint.load_model(path, dtype=torch.float32, device="cpu").eval() for path in (folder, teacher)]
+    ours, theirs = (checkpoint.load_model(path, dtype=torch.float32, device="cpu").eval() for path in (folder, teacher))
     found = evaluation.evaluate_kd(
-        models[0], teachers.OnlineTeacher(models[1]), losses.KDLoss(kd_ratio=1.0), list(data.batches(dataset, 4, tokenizer.pad_id)),
+        ours, teachers.OnlineTeacher(theirs), losses.KDLoss(kd_ratio=1.0), list(data.batches(dataset, 4, tokenizer.pad_id)),
         world=World(torch.device("cpu")),
     )  # fmt: skip
     return found["kd_loss"]

@@ -132,7 +132,8 @@ def project(hidden_CD: Tensor, head: Projection, buffers: Logits) -> Logits:
     else:
         dtype = torch.bfloat16 if form == "accumulated" else first_CV.dtype
         hidden_CD = hidden_CD.to(dtype)
-        for tile, weight in _tiles(weight_VD, dtype):
+        # On a CPU also without a copy: 342 tokens by 16 MiB of rows take 0.85 to 0.93 of the time that they take by all rows.
+        for tile, weight in _tiles(weight_VD, dtype, in_tiles=hidden_CD.device.type == "cpu"):
             _mm(hidden_CD, weight.T, out=first_CV[:, tile])
     if head.softcap is not None:
         for block in slices(len(first_CV), block_size(first_CV)):
@@ -221,13 +222,13 @@ def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
-def _tiles(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a head's rows in `dtype`, and their slice: all at once if that takes no copy, else by tiles."""
-    vocab_size = len(weight_VD)
+def _tiles(weight_VD: Tensor, dtype: torch.dtype, *, in_tiles: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a head's rows in `dtype`, and their slice: all at once if that takes no copy, unless in_tiles, else by tiles."""
+    vocab_size, rows = len(weight_VD), _tile_rows(weight_VD, dtype)
     if weight_VD.dtype == dtype:
-        yield slice(0, vocab_size), weight_VD
+        for tile in slices(vocab_size, rows if in_tiles else vocab_size):
+            yield tile, weight_VD[tile]
         return
-    rows = _tile_rows(weight_VD, dtype)
     buffer = weight_VD.new_empty(min(rows, vocab_size), weight_VD.shape[1], dtype=dtype)
     for tile in slices(vocab_size, rows):
         yield tile, buffer[: tile.stop - tile.start].copy_(weight_VD[tile])

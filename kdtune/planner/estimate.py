@@ -58,7 +58,7 @@ class Estimate:
     """Dtype of the computation."""
     save_weights: str
     teacher_estimate: TeacherEstimate | None = None
-    """Estimate for a rank of a disaggregated teacher, if known."""
+    """Estimate for a rank of a disaggregated teacher, or for `teacher_device`, if known."""
     maps: int = 0
     """Bytes of the learned maps of `hidden_loss` and their optimizer state, which every rank holds whole."""
 
@@ -91,7 +91,7 @@ class Estimate:
         again = 0 if is_selective else student.saved.num_recomputed(student.sizes.num_layers)
         forwards = (student.sizes.num_layers + again) * student.layer.forward_flops
         total = forwards + student.sizes.num_layers * student.layer.backward_flops + self.loss.forward_flops
-        if self.teacher is not None and not self.teacher.num_ranks:
+        if self.teacher is not None and not self.teacher.is_elsewhere:
             total += self.teacher.flops
         return self.accumulation * total
 
@@ -111,19 +111,19 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that a rank holds in CPU memory instead (cpu_offload, activation_offloading)."""
+        """Bytes that a rank holds in CPU memory instead (cpu_offload, activation_offloading, teacher_offload)."""
         own = self.held.stored + self.held.gradients + self.held.state if self.student.sizes.is_offloaded else 0
-        if self.teacher is not None and not self.teacher.num_ranks and self.teacher.sizes.is_offloaded:
-            own += self.teacher.sizes.total.stored
+        if self.teacher is not None and not self.teacher.is_elsewhere:
+            own += self.teacher.on_host
         return own + self.student.saved.on_host(self.student.sizes.num_layers)
 
     def computing(self, gpu: GPU) -> float:
-        """Seconds of computation per step, from stated figures; a disaggregated teacher adds the slower side's time and one wait."""
+        """Seconds of computation per step, from stated figures; with a teacher elsewhere the slower side's time and one wait."""
         # The optimizer reads weights, gradients and state, and writes weights and state.
         updated = 3 * self.held.gradients + 2 * self.held.state
         speed = UTILIZATION * gpu.flops(is_bf16=self.dtype == "bf16")
         own = self.flops / speed
-        if self.teacher is not None and self.teacher.num_ranks:
+        if self.teacher is not None and self.teacher.is_elsewhere:
             # It is asked for all micro-batches at the step's start: the first is waited for, or the student's last one follows.
             answer = self.teacher.flops / speed
             own = max(answer + own, self.accumulation * answer + own / self.accumulation)
@@ -155,7 +155,6 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         CheckpointError: only the checkpoint describes a model, and it cannot be read.
     """
     check_trains(cfg)
-    _check_teacher_place(cfg)
     parallelism: Parallelism = instantiate(cfg.parallelism)
     parallelism.sizes(world.size)
     source, dtype = instantiate(cfg.checkpointer), dtype_from_name(cfg.dtype)
@@ -276,17 +275,3 @@ def _saved_activations(cfg: Any, pieces: Transformer, batch: MicroBatch) -> Save
     # Only the input is moved: the outputs of products are kept by the recomputation itself, not by autograd.
     moved_input = hidden if hidden >= SMALLEST_BYTES else 0
     return SavedActivations(cfg.checkpointed, recomputed - moved_input, moved, moved_input)
-
-
-def _check_teacher_place(cfg: Any) -> None:
-    """Raise ConfigError if the teacher is computed where its memory is not estimated."""
-    instead = {
-        "teacher_device": "teacher_processes=1 has the same memory on each of two devices",
-        "teacher_offload": "an upper bound",
-        "teacher_overlap": "the memory of the teacher's forward comes on top",
-    }
-    for key, what in instead.items():
-        if value := getattr(cfg, key, None):
-            raise ConfigError(
-                f"plan: the memory of {key}={str(value).lower()} is not estimated; plan without it ({what})"
-            )

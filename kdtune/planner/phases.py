@@ -11,7 +11,7 @@ tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embedd
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -55,7 +55,7 @@ class CommVolume:
     tensor_parallel: int
     """All-reduces of hidden states, two per layer and pass, and the all-to-all of logits for the loss."""
     answers: int = 0
-    """Hidden states from a disaggregated teacher."""
+    """Hidden states from a teacher elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,39 @@ class TeacherCost:
     """Its output for a micro-batch."""
     fixed: int
     num_ranks: int = 0
-    """Number of ranks that hold only the teacher (the student's then have a copy of its head); 0: it is colocated."""
+    """Number of ranks that hold only the teacher; 0: it is colocated."""
     rounds: int = 1
     """Forwards of one of its ranks for one micro-batch of every student rank."""
+    is_elsewhere: bool = False
+    """True if it is on other devices than the student, which then has a copy of its head."""
+    is_offloaded: bool = False
+    """True if its layers are in CPU memory; two of them have room on the device."""
+    overlaps: bool = False
+    """True if it computes beside the student, in memory of its own."""
 
     @property
     def stored(self) -> int:
-        """Its shards, or its head, on a rank of the student."""
+        """Its shards, or its head, on the device of the student."""
         head = self.sizes.pieces.output.weight
-        return head.numel() * head.element_size() if self.num_ranks else self.sizes.total.stored
+        return head.numel() * head.element_size() if self.is_elsewhere else self.on_device
+
+    @property
+    def on_device(self) -> int:
+        """Its shards on the device that computes it."""
+        layers = min(2, self.sizes.num_layers) if self.is_offloaded else self.sizes.num_layers
+        return _own(self.sizes, self.sizes.rest.plus(self.sizes.layer, layers).stored)
+
+    @property
+    def on_host(self) -> int:
+        """Its shards in CPU memory."""
+        if self.is_offloaded:
+            return self.sizes.num_layers * self.sizes.layer.stored
+        return self.sizes.total.stored if self.sizes.is_offloaded else 0
+
+    @property
+    def working(self) -> int:
+        """Bytes of its forward."""
+        return self.fixed + self.layer.forward_peak
 
     @property
     def flops(self) -> int:
@@ -155,15 +179,25 @@ def phases(
         kept_by_loss: bytes of `loss` that are not freed between its calls.
     """
     held = {**_held(student, teacher, accumulation), "loss": kept_by_loss}
-    if teacher is not None and not teacher.num_ranks:
+    beside = 0
+    if teacher is not None and not teacher.is_elsewhere:
         yield from teacher_phases(teacher, held)
+        beside = teacher.working if teacher.overlaps else 0
+    for phase in _student_phases(student, teacher, loss, held, kept_by_loss + update):
+        # CUDA's allocator keeps what one stream has freed for that stream.
+        yield replace(phase, activations=phase.activations + beside)
+
+
+def _student_phases(
+    student: StudentCost, teacher: TeacherCost | None, loss: Cost, held: dict[str, int], in_update: int
+) -> Iterator[Phase]:
     yield from _forward(student, loss, held, answer=0 if teacher is None else teacher.hidden)
     yield from _backward(student, held)
     gradients = _own(student.sizes, student.sizes.total.gradients)
     if student.updates_in_backward:  # one gradient at a time, of which that of the embeddings is the largest
         gradients = max(_gradient_bytes(student.sizes, name) for name in ("output", "tok_embeddings"))
         gradients //= max(1, student.sizes.num_shards)
-    yield Phase("the optimizer's step", **{**held, "gradients": gradients, "loss": kept_by_loss + update})
+    yield Phase("the optimizer's step", **{**held, "gradients": gradients, "loss": in_update})
 
 
 def _own(sizes: ModelSizes, share: int) -> int:
@@ -187,7 +221,7 @@ def _held(student: StudentCost, teacher: TeacherCost | None, accumulation: int) 
     }
     if teacher is None:
         return held
-    if teacher.num_ranks:
+    if teacher.is_elsewhere:
         return {**held, "weights": held["weights"] + teacher.stored}
     return {name: size + teacher_held(teacher).get(name, 0) for name, size in held.items()}
 
@@ -196,7 +230,7 @@ def teacher_held(teacher: TeacherCost) -> dict[str, int]:
     """Return the bytes allocated throughout a step on the ranks that compute the teacher, by purpose."""
     sizes = teacher.sizes
     layers = 0 if sizes.reshards else sizes.num_layers * sizes.layer.whole
-    return {"weights": _own(sizes, sizes.total.stored), "gathered": sizes.rest.whole + layers}
+    return {"weights": teacher.on_device, "gathered": sizes.rest.whole + layers}
 
 
 def teacher_phases(teacher: TeacherCost, held: dict[str, int], *, unfetched: int = 0) -> Iterator[Phase]:
@@ -206,8 +240,7 @@ def teacher_phases(teacher: TeacherCost, held: dict[str, int], *, unfetched: int
     first = sizes.rest.whole + _buffer(sizes, sizes.rest) + buffer
     yield Phase("the teacher's first use", weights=held["weights"], gathered=first)
     gathered = held["gathered"] + (layer.whole + buffer if sizes.reshards else 0)
-    activations = unfetched + teacher.fixed + teacher.layer.forward_peak
-    yield Phase("the teacher's forward", **{**held, "gathered": gathered}, activations=activations)
+    yield Phase("the teacher's forward", **{**held, "gathered": gathered}, activations=unfetched + teacher.working)
 
 
 def _forward(student: StudentCost, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Phase]:
@@ -301,7 +334,7 @@ def volume(
     summed = 2 * _ring(reduced // max(1, student.num_shards), replicas)
     cut = _cut_volume(student, batch, passes=2 + recomputed, exchanges=2)
     answers = 0
-    if teacher is not None and teacher.num_ranks:
+    if teacher is not None and teacher.is_elsewhere:
         answers = teacher.hidden
     elif teacher is not None:
         gathered += teacher_gather(teacher)

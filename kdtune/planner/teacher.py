@@ -29,6 +29,8 @@ class TeacherEstimate:
     """Floating-point operations of a step."""
     gather: int
     """Bytes received of its weights in a step."""
+    device: str | None = None
+    """The `teacher_device`, for a teacher of the student's process."""
 
     @property
     def peak(self) -> Phase:
@@ -41,22 +43,38 @@ def make_teacher_estimate(
 ) -> TeacherEstimate:
     """Estimate a rank of `world` that holds only the teacher (`teacher_processes`), for `num_students` ranks of the student.
 
-    The other arguments, and the errors, are those of `make_estimate`.
+    With `teacher_device`, that device is such a rank. The other arguments, and the errors, are those of `make_estimate`.
     """
     context = model_config(factory(cfg.model), instantiate(cfg.checkpointer)).max_seq_len
     batch, _ = longest_batch(cfg, context, device_type or world.device.type, seq_len)
     share, rounds = _share(batch, num_students, world.size)
-    teacher = replace(_teacher_cost(_sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds)
+    teacher = replace(
+        _teacher_cost(cfg, _sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds
+    )
     # The answer before is kept until it has been fetched.
     found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
     steps = micro_batches(cfg, batch)
-    return TeacherEstimate(teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher))
+    return TeacherEstimate(
+        teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher), cfg.teacher_device
+    )
 
 
 def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
     """Return the teacher colocated with the student. With kd_ratio 0 it is loaded all the same, for validation."""
     runs = cfg.kd_ratio > 0 or bool(cfg.hidden_loss)
-    return _teacher_cost(_sizes(cfg, _parallelism(cfg), world), batch, runs=runs)
+    return replace(
+        _teacher_cost(cfg, _sizes(cfg, _parallelism(cfg), world), batch, runs=runs),
+        is_elsewhere=has_own_device(cfg, batch.device_type),
+        overlaps=cfg.teacher_overlap,
+    )
+
+
+def has_own_device(cfg: Any, device_type: str) -> bool:
+    """Return whether the teacher of a process computes on another device than the student's, which is of that type."""
+    if cfg.teacher_device is None:
+        return False
+    device = torch.device(cfg.teacher_device)
+    return device.type != device_type or bool(device.index)
 
 
 def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:
@@ -66,12 +84,14 @@ def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCos
     dtype = _parallelism(cfg).param_dtype or cfg.teacher_dtype or cfg.dtype
     sizes = _sizes(cfg, Parallelism(), World(torch.device("cpu")), dtype=dtype)
     answer = hidden_bytes(sizes.pieces, batch)
-    return replace(_teacher_cost(sizes, share), hidden=answer, num_ranks=cfg.teacher_processes, rounds=rounds)
+    cost = _teacher_cost(cfg, sizes, share)
+    return replace(cost, hidden=answer, num_ranks=cfg.teacher_processes, rounds=rounds, is_elsewhere=True)
 
 
-def _teacher_cost(sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:
+def _teacher_cost(cfg: Any, sizes: ModelSizes, batch: MicroBatch, *, runs: bool = True) -> TeacherCost:
     cost = layer_cost(sizes.pieces, batch, backward=False) if runs else Cost(0, 0, 0, 0, 0)
-    return TeacherCost(sizes, cost, hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch))
+    hidden, fixed = hidden_bytes(sizes.pieces, batch), fixed_bytes(sizes.pieces, batch)
+    return TeacherCost(sizes, cost, hidden, fixed, is_offloaded=cfg.teacher_offload)
 
 
 def _parallelism(cfg: Any) -> Parallelism:

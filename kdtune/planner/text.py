@@ -97,6 +97,9 @@ def _plan(cfg: Any, size: int, **options: Any) -> Estimate:
     if num_teachers:
         with fake_world(num_teachers) as world:
             plan = replace(plan, teacher_estimate=make_teacher_estimate(cfg, world, students, **options))
+    elif plan.teacher and plan.teacher.is_elsewhere:
+        own = options | {"device_type": torch.device(cfg.teacher_device).type}
+        plan = replace(plan, teacher_estimate=make_teacher_estimate(cfg, World(torch.device("cpu")), 1, **own))
     return plan
 
 
@@ -132,7 +135,7 @@ def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
         row("student's weights" if teacher else "weights", lambda plan: plan.held.stored),
     ]
     if teacher:
-        label = "teacher's head" if teacher.num_ranks else "teacher's weights"
+        label = "teacher's head" if teacher.is_elsewhere else "teacher's weights"
         rows.append(row(label, lambda plan: plan.teacher.stored if plan.teacher else 0))
     rows += [
         row("gradients", lambda plan: plan.held.gradients),
@@ -150,16 +153,18 @@ def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
 
 
 def _teacher_rows(plans: Sequence[TeacherEstimate], gpu: GPU | None) -> list[Row]:
-    """Return the table rows of ranks that hold only the teacher."""
-    unit, name = _unit(plans)
+    """Return the table rows of ranks that hold only the teacher, or of `teacher_device`."""
+    (unit, name), device = _unit(plans), plans[0].device
     rows = [
-        (f"memory a process of the teacher, {name}", []),
-        _bytes_row("weights", plans, unit, lambda plan: plan.teacher.sizes.total.stored),
+        (f"memory of {device}, for the teacher, {name}" if device else f"memory a process of the teacher, {name}", []),
+        _bytes_row("weights", plans, unit, lambda plan: plan.teacher.on_device),
         _bytes_row("at the peak, activations", plans, unit, lambda plan: plan.peak.activations),
         _bytes_row("... all-gathered weights", plans, unit, lambda plan: plan.peak.gathered),
         _bytes_row("peak", plans, unit, lambda plan: plan.peak.total),
     ]
-    if gpu is not None:
+    if any(plan.teacher.on_host for plan in plans):
+        rows.append(_bytes_row("in the CPU's memory", plans, unit, lambda plan: plan.teacher.on_host))
+    if gpu is not None and (device is None or device.startswith("cuda")):
         rows.append(_fits_row(plans, gpu))
     rows += [
         ("a step of the teacher", []),

@@ -70,9 +70,3 @@ def test_what_several_processes_exclude(key: str, monkeypatch: pytest.MonkeyPatc
     for settings, is_refused in ((divided, True), (copies, False)):
         found = training.placement_problems(load("tiny/knowledge_distillation", settings, schema))
         assert any(one.startswith(message) for one in found) == is_refused, found
-
-
-@pytest.mark.parametrize("key", ["teacher_device=cpu", "teacher_offload=true", "teacher_overlap=true"])
-def test_a_plan_refuses_what_it_does_not_estimate(key: str, cli: CLI) -> None:
-    done = cli("plan", "tiny/knowledge_distillation", key)
-    assert done.code == 2 and f"plan: the memory of {key} is not estimated; plan without it" in done.err

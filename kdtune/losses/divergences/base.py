@@ -194,7 +194,7 @@ def ascending(x_NV: Tensor) -> tuple[Tensor, Tensor]:
     non-negative floating-point numbers are ordered as the integers of the same bits.
     """
     is_plain = x_NV.device.type != "cpu" or x_NV.dtype != torch.float32 or len(x_NV) == 0
-    if is_plain or torch.compiler.is_compiling():
+    if is_plain:
         return x_NV.sort(dim=-1)
     rows = [row.sort(stable=True) for row in x_NV.contiguous().view(torch.int32)]
     values, order = (torch.stack([row[i] for row in rows]) for i in (0, 1))
