@@ -90,7 +90,8 @@ class TopKTargets:
         """Return the k ids with their tail, or dense rows with -inf for all others."""
         logp_RK, ids_RK = teacher_logp_RV.topk(min(self.k, teacher_logp_RV.shape[1]), dim=1, sorted=False)
         if self.outside == "renormalize":
-            return torch.full_like(teacher_logp_RV, -torch.inf).scatter_(1, ids_RK, logp_RK.log_softmax(-1))
+            # Not full_like: compiled by torch 2.13, some readers of the result get its constant at the k ids too.
+            return teacher_logp_RV.clamp(max=-torch.inf).scatter(1, ids_RK, logp_RK.log_softmax(-1))
         return TopKRows(ids_RK, logp_RK, rest(teacher_logp_RV, ids_RK))
 
 
