@@ -70,7 +70,7 @@ def found(package: str, made: str) -> list[str]:
     for name in dir(module):
         target = getattr(module, name)
         given = returned_class(target) if inspect.isfunction(target) else None
-        takes_objects = given and {"model", "dataset"} & (parameters_of(target) or {}).keys()
+        takes_objects = given and {"config", "model", "dataset"} & (parameters_of(target) or {}).keys()
         if inspect.isclass(given) and issubclass(given, kind) and not takes_objects:
             names.append(f"{package}.{name}")
     return names

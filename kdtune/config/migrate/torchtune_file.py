@@ -15,6 +15,7 @@ from kdtune.config.migrate.keys import is_torchtune, migrate_tree
 from kdtune.config.migrate.text import to_text
 from kdtune.config.overrides import apply_overrides
 from kdtune.errors import ConfigError
+from kdtune.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def migration_advice(source: str | Path, tree: Mapping[str, Any], overrides: Seq
     """
     if RECIPE_KEY in tree or not is_torchtune(tree):
         return None
-    words = ["kdtune", "migrate", str(source), "-o", f"{Path(source).stem}_kdtune.yaml", *overrides]
+    words = ["kdtune", "migrate", str(source), "-o", f"{user_path(source).stem}_kdtune.yaml", *overrides]
     return (
         f"{source}: is a torchtune config; to have it as one of kdtune, and be told what changes: {shlex.join(words)}"
     )
