@@ -144,7 +144,10 @@ def model_sizes(
         ConfigError: another library computes the model.
     """
     if not isinstance(model.config, TransformerConfig):
-        raise ConfigError("plan: a model that transformers computes (family=kdtune.models.hf_model) is not estimated")
+        raise ConfigError(
+            "plan: a model that transformers computes (family=kdtune.models.hf_model) is not estimated; plan with a model of like sizes "
+            "that kdtune computes (docs/models.md)"
+        )
     num_layers, model.layers = len(model.layers), model.layers[:1]
     state = {} if optimizer is None else state_shapes(optimizer, _trained(model), weight_update)
     # torchao quantizes an NF4 weight again to copy it.

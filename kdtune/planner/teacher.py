@@ -73,8 +73,8 @@ def has_own_device(cfg: Any, device_type: str) -> bool:
     """Return whether the teacher of a process computes on another device than the student's, which is of that type."""
     if cfg.teacher_device is None:
         return False
-    device = torch.device(cfg.teacher_device)
-    return device.type != device_type or bool(device.index)
+    theirs, own = torch.device(cfg.teacher_device), torch.device(cfg.device or device_type)
+    return theirs.type != device_type or (theirs.index or 0) != (own.index or 0)
 
 
 def remote_teacher(cfg: Any, num_students: int, batch: MicroBatch) -> TeacherCost:

@@ -101,7 +101,8 @@ def layer_problems(cfg: Any) -> list[str]:
             continue
         if not isinstance(model_config, TransformerConfig):
             found.append(
-                f"hidden_loss: the layers of {key or 'student_'}model are computed by transformers, which keeps their states; ~hidden_loss"
+                f"hidden_loss: the layers of {'the teacher' if key else 'the student'} are computed by transformers, which keeps their "
+                "states; ~hidden_loss"
             )
             continue
         try:

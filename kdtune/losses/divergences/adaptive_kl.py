@@ -76,7 +76,7 @@ def _first_outside_row(p_V: Tensor, mass: float) -> Tensor:
     size = p_V.element_size()
     # As non-negative numbers are ordered as the integers of their bits; those up to 1 fill the first quarter.
     class_V = p_V.view(torch.int32 if size == 4 else torch.int64) >> (8 * size - 16)
-    above_C = torch.bincount(class_V, weights=p_V, minlength=2**14).double().flip(0).cumsum(0)
+    above_C = torch.bincount(class_V, weights=p_V.double(), minlength=2**14).flip(0).cumsum(0)
     place = min(int((above_C <= mass).sum()), len(above_C) - 1)
     members = p_V[class_V == len(above_C) - 1 - place].sort(descending=True).values
     if len(members) == 0:  # all of them sum to no more than the mass

@@ -65,7 +65,9 @@ def test_a_device_of_its_own_is_as_a_process_of_its_own() -> None:
         for key in ("teacher_device=cuda:1", "teacher_processes=1")
     ]
     assert theirs[0].peak.total == theirs[1].peak.total and theirs[0].flops == theirs[1].flops
-    # The student's own device is no other one.
+    # The student's own device is no other one, whatever its number.
+    assert planned("teacher_device=cuda:1", "device=cuda:1").peak.total == planned().peak.total
+    assert planned("teacher_device=cuda:0", "device=cuda:1").peak.total == named.peak.total
     assert planned("teacher_device=cpu", device_type="cpu").peak.total == planned(device_type="cpu").peak.total
 
 
