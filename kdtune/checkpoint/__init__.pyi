@@ -1,4 +1,4 @@
-from .atomic import atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
+from .atomic import atomic_file, atomic_folder, atomic_write_text, clean_leftovers, remove_folder, writing
 from .checkpointer import Checkpointer, load_model
 from .manager import (
     CheckpointManager,
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointManager",
     "Checkpointer",
     "SaveWeights",
+    "atomic_file",
     "atomic_folder",
     "atomic_write_text",
     "best_step",

@@ -73,13 +73,26 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
+    with atomic_file(path) as hidden:
+        hidden.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a hidden file beside `path` to be written; when the block ends without an error it becomes `path`.
+
+    A reader sees the old content or the new, never a part. Missing parents are made, an existing file is replaced.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
     target = user_path(path).absolute()
     hidden = _hidden_sibling(target, "partial")
     _in_use.add(hidden)
     try:
         with writing(target):
             hidden.parent.mkdir(parents=True, exist_ok=True)
-            hidden.write_text(text, encoding="utf-8", errors="backslashreplace")
+            yield hidden
             sync(hidden)
             hidden.replace(target)
             sync(target.parent)

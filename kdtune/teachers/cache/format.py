@@ -1,0 +1,338 @@
+"""Write and read the files of a teacher cache: shards of examples, found by index and checked by a hash of their tokens.
+
+Shapes: E examples of a shard, N positions of an example or of all of them, V ids of the teacher, D width of its hidden states.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdtune.checkpoint.atomic import atomic_file, atomic_write_text, clean_leftovers
+from kdtune.errors import CheckpointError, ConfigError, DataError
+from kdtune.json_files import read_json, to_json
+from kdtune.paths import user_path
+from kdtune.teachers.cache.header import FILE, Header, differences, read_header
+from kdtune.teachers.cache.kinds import Column, columns
+
+INDEX = "index.json"
+HEAD = "head.safetensors"
+HASH_BYTES = 16
+# Mapped files that a reader keeps open.
+_OPEN_SHARDS = 256
+_AGAIN = "capture it again: delete the folder, and run the same kdtune run cache_teacher"
+
+# Tensors of a shard beside the kind's columns: dtype, and whether they have a row for each example or each position.
+_EXAMPLE_TENSORS = {
+    "example_ids": torch.int64,
+    "token_hashes": torch.uint8,
+    "lengths": torch.int32,
+    "offsets": torch.int64,
+    "checksums": torch.int64,
+}
+_POSITIONS = Column(torch.int32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a cache keeps of one example."""
+
+    example_id: int
+    """Index of the example in its data set."""
+    tokens: npt.NDArray[Any]
+    """All of the example's ids [S], as the teacher read them."""
+    positions: Tensor
+    """int32 [N], ascending: the positions in the example that are kept; position t predicts token t + 1."""
+    columns: Mapping[str, Tensor]
+    """The kind's, see `kdtune.teachers.cache.columns`: [N, ...] each."""
+
+
+def begin(folder: str | Path, header: Header) -> list[int]:
+    """Make the folder of a capture, or find the one that was begun; return the numbers of the shards that it has not yet.
+
+    On several processes, the main one calls it first.
+
+    Raises:
+        ConfigError: the folder holds a capture with another header; the message has the keys that differ.
+        CheckpointError: the folder cannot be written, or holds something else.
+    """
+    path = user_path(folder)
+    clean_leftovers(path)
+    if (path / FILE).is_file():
+        if found := differences(read_header(path), header):
+            listed = "\n".join(f"  {line}" for line in found)
+            raise ConfigError(
+                f"{path}: holds the capture of something else, and nothing is overwritten:\n{listed}\nchoose another output_dir, or "
+                "delete the folder"
+            )
+    elif path.is_dir() and any(path.iterdir()):
+        raise CheckpointError(
+            f"{path}: is not empty and holds no teacher cache; nothing is overwritten: choose another output_dir"
+        )
+    else:
+        atomic_write_text(path / FILE, to_json(header.described(), indent=2) + "\n")
+    return [number for number in range(header.num_shards) if not (path / shard_name(number)).is_file()]
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: str | Path, header: Header, number: int, rows: Sequence[Row]) -> int:
+    """Write the shard of a number, atomically, and return its size in bytes.
+
+    rows: of all examples of the shard, in order. The file depends on header and rows alone.
+
+    Raises:
+        ValueError: the rows are not those of the shard, or not of the header's kind.
+        CheckpointError: the disk is full or cannot be written.
+    """
+    expected, path = columns(header), user_path(folder) / shard_name(number)
+    if [row.example_id for row in rows] != list(header.examples_of(number)):
+        raise ValueError(f"{path}: needs one row for each of the examples {header.examples_of(number)}, in order")
+    for row in rows:
+        _check_row(row, expected)
+    counts = torch.tensor([0, *(len(row.positions) for row in rows)])
+    tensors = {
+        "example_ids": torch.tensor([row.example_id for row in rows]),
+        "token_hashes": torch.stack([torch.tensor(list(token_hash(row.tokens)), dtype=torch.uint8) for row in rows]),
+        "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),
+        "offsets": counts.cumsum(0),
+        "checksums": torch.tensor([checksum(row.positions, row.columns) for row in rows]),
+        "positions": torch.cat([row.positions for row in rows]),
+        **{name: torch.cat([row.columns[name] for row in rows]) for name in expected},
+    }
+    with atomic_file(path) as hidden:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, hidden)
+    return path.stat().st_size
+
+
+def write_head(folder: str | Path, weight_VD: Tensor) -> None:
+    """Write the teacher's output weight beside its hidden states, atomically, if it is not there yet.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    path = user_path(folder) / HEAD
+    if not path.is_file():
+        with atomic_file(path) as hidden:
+            save_file({"weight": weight_VD.detach().cpu().contiguous()}, hidden)
+
+
+def finish(folder: str | Path) -> dict[str, Any]:
+    """Write the index, which says that the cache is complete, and return it; on several processes, the main one, at the end.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or the disk cannot be written.
+    """
+    path = user_path(folder)
+    header, shards = read_header(path), []
+    names = [shard_name(number) for number in range(header.num_shards)]
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(names)} shards are missing, such as {missing[0]}; run the same capture again, which goes "
+            "on where it stopped; on several hosts, output_dir must be a folder that all share"
+        )
+    for number, name in enumerate(names):
+        shard = Shard(path / name, header, number)
+        shards.append({"name": name, "num_rows": shard.num_rows, "bytes": shard.path.stat().st_size})
+    index: dict[str, Any] = {"shards": shards, "num_rows": sum(one["num_rows"] for one in shards)}
+    if header.kind == "hidden":
+        index["head_sha256"] = _file_sha256(path / HEAD)
+    index["bytes"] = sum(one["bytes"] for one in shards) + (
+        (path / HEAD).stat().st_size if header.kind == "hidden" else 0
+    )
+    atomic_write_text(path / INDEX, to_json(index, indent=2) + "\n")
+    return index
+
+
+class Cache:
+    """A complete teacher cache, for reading. Nothing but header, index and sizes are read until a row is asked for.
+
+    Args:
+        folder: that of the capture.
+
+    Raises:
+        CheckpointError: it holds no complete cache, or a file of another size than it was written with.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = user_path(folder)
+        self.header = read_header(self.folder)
+        if not (self.folder / INDEX).is_file():
+            raise CheckpointError(
+                f"{self.folder}: the capture is not finished: it has no {INDEX}; run the same kdtune run cache_teacher again, which "
+                "goes on where it stopped"
+            )
+        self.index = read_json(self.folder / INDEX, advice=_AGAIN)
+        for one in self.index["shards"]:
+            file = self.folder / one["name"]
+            found = file.stat().st_size if file.is_file() else None
+            if found != one["bytes"]:
+                what = "is missing" if found is None else f"has {found:,} bytes, and was written with {one['bytes']:,}"
+                raise CheckpointError(f"{file}: {what}; copy it again, or {_AGAIN}")
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open)
+
+    @property
+    def example_ids(self) -> range:
+        """Indices of the examples that it has."""
+        return self.header.example_ids
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The teacher's output weight [V, D]; of kind hidden.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        file = self.folder / HEAD
+        if not file.is_file() or _file_sha256(file) != self.index.get("head_sha256"):
+            raise CheckpointError(f"{file}: is missing, or not the file that was written; copy it again, or {_AGAIN}")
+        with safe_open(file, "pt") as opened:
+            weight: Tensor = opened.get_tensor("weight")
+        return weight
+
+    def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
+        """Return what is kept of an example, checked against its tokens.
+
+        Args:
+            example_id: index of the example in the data set.
+            tokens: its ids [S].
+
+        Raises:
+            DataError: the cache has no such example, or has it with other tokens, or its numbers are damaged.
+            CheckpointError: the shard cannot be read.
+        """
+        if example_id not in self.example_ids:
+            first, last = self.example_ids[0], self.example_ids[-1]
+            raise DataError(
+                f"{self.folder}: has no example {example_id}; it was captured of the examples {first} to {last}"
+            )
+        return self._shard(self.header.shard_of(example_id)).read(example_id, tokens)
+
+    def _open(self, number: int) -> "Shard":
+        return Shard(self.folder / shard_name(number), self.header, number)
+
+
+class Shard:
+    """One file of a cache, mapped: its table of examples is read, its columns when a row is asked for.
+
+    Args:
+        path: the file.
+        header: the cache's.
+        number: of the shard.
+
+    Raises:
+        CheckpointError: it cannot be read, or its tensors are not those of the header's kind.
+    """
+
+    def __init__(self, path: Path, header: Header, number: int) -> None:
+        self.path, self.header, self._columns = path, header, columns(header)
+        try:
+            self._file = safe_open(path, "pt")
+            table = {name: self._file.get_tensor(name) for name in _EXAMPLE_TENSORS}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}; copy it again, or {_AGAIN}") from error
+        self._first, self._table = header.examples_of(number).start, {name: one.numpy() for name, one in table.items()}
+        self._check(table, len(header.examples_of(number)))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of positions of all its examples."""
+        return int(self._table["offsets"][-1])
+
+    def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
+        """Return what is kept of an example; arguments and errors as of `Cache.read`."""
+        at = example_id - self._first
+        if self._table["token_hashes"][at].tobytes() != token_hash(tokens):
+            raise DataError(f"{self.path}: example {example_id} {self._difference(at, len(tokens))}")
+        start, end = (int(x) for x in self._table["offsets"][at : at + 2])
+        read = {name: self._file.get_slice(name)[start:end] for name in ("positions", *self._columns)}
+        positions = read.pop("positions")
+        if checksum(positions, read) != self._table["checksums"][at]:
+            raise DataError(
+                f"{self.path}: the numbers of example {example_id} are not those that were written: the file is damaged; copy it "
+                f"again, or {_AGAIN}"
+            )
+        return Row(example_id, tokens, positions, read)
+
+    def _difference(self, at: int, length: int) -> str:
+        """Say how the tokens of a run differ from those that were captured."""
+        stored = int(self._table["lengths"][at])
+        if stored == length:
+            return (
+                "has other tokens in the run than it had when the cache was captured: another tokenizer, chat template, date, or text; "
+                "use the settings of the capture (header.json), or capture again"
+            )
+        limit = self.header.max_seq_len
+        return (
+            f"has {length} tokens in the run, and had {stored} when the cache was captured, with "
+            f"tokenizer.max_seq_len={'null' if limit is None else limit}: it is cut at another length, or is another text; use the "
+            "settings of the capture (header.json), or capture again"
+        )
+
+    def _check(self, table: Mapping[str, Tensor], num_examples: int) -> None:
+        found = {name: (one.dtype, tuple(one.shape)) for name, one in table.items()}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_EXAMPLE_TENSORS, (num_examples,))
+        shapes |= {"token_hashes": (num_examples, HASH_BYTES), "offsets": (num_examples + 1,)}
+        expected = {name: (dtype, shapes[name]) for name, dtype in _EXAMPLE_TENSORS.items()}
+        names = set(self._file.keys())
+        for name, column in {"positions": _POSITIONS, **self._columns}.items():
+            expected[name] = (column.dtype, (self.num_rows, *column.shape))
+            if name in names:
+                part = self._file.get_slice(name)
+                found[name] = (part[:0].dtype, tuple(part.get_shape()))
+        for name, one in expected.items():
+            if found.get(name) != one:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} must be {_described(one)}, is {_described(found.get(name))}; {_AGAIN}"
+                )
+        ids = range(self._first, self._first + num_examples)
+        if not np.array_equal(self._table["example_ids"], np.arange(ids.start, ids.stop)):
+            raise CheckpointError(
+                f"{self.path}: must hold the examples {ids.start} to {ids.stop - 1}, in order; {_AGAIN}"
+            )
+
+
+def token_hash(tokens: npt.ArrayLike) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of token ids [S], as little-endian int32."""
+    return hashlib.sha256(np.asarray(tokens).astype("<i4").tobytes()).digest()[:HASH_BYTES]
+
+
+def checksum(positions: Tensor, values: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the bytes of an example's positions, then of its columns, sorted by name."""
+    found = 0
+    for one in (positions, *(values[name] for name in sorted(values))):
+        found = zlib.crc32(one.contiguous().view(torch.uint8).numpy().data, found)
+    return found
+
+
+def _check_row(row: Row, expected: Mapping[str, Column]) -> None:
+    for name, column in {"positions": _POSITIONS, **expected}.items():
+        found = row.positions if name == "positions" else row.columns.get(name)
+        wanted = (column.dtype, (len(row.positions), *column.shape))
+        if found is None or (found.dtype, tuple(found.shape)) != wanted:
+            seen = None if found is None else (found.dtype, tuple(found.shape))
+            raise ValueError(f"example {row.example_id}: {name} must be {_described(wanted)}, is {_described(seen)}")
+
+
+def _described(one: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "missing" if one is None else f"{str(one[0]).removeprefix('torch.')} {list(one[1])}"
+
+
+def _file_sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
