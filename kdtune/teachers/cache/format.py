@@ -303,6 +303,9 @@ class Shard:
             raise CheckpointError(
                 f"{self.path}: must hold the examples {ids.start} to {ids.stop - 1}, in order; {_AGAIN}"
             )
+        offsets = self._table["offsets"]
+        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+            raise CheckpointError(f"{self.path}: tensor offsets must rise from 0; {_AGAIN}")
 
 
 def token_hash(tokens: npt.ArrayLike) -> bytes:
