@@ -89,6 +89,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def shard_tensors(header: Header, num_examples: int, num_rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of each tensor of a shard with so many examples, and positions of all of them."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_EXAMPLE_TENSORS, (num_examples,))
+    shapes |= {"token_hashes": (num_examples, HASH_BYTES), "offsets": (num_examples + 1,)}
+    of_rows = {"positions": _POSITIONS, **columns(header)}
+    return {name: (dtype, shapes[name]) for name, dtype in _EXAMPLE_TENSORS.items()} | {
+        name: (column.dtype, (num_rows, *column.shape)) for name, column in of_rows.items()
+    }
+
+
 def write_shard(folder: str | Path, header: Header, number: int, rows: Sequence[Row]) -> int:
     """Write the shard of a number, atomically, and return its size in bytes.
 
@@ -137,7 +147,8 @@ def finish(folder: str | Path) -> dict[str, Any]:
         CheckpointError: a shard is missing or damaged, or the disk cannot be written.
     """
     path = user_path(folder)
-    header, shards = read_header(path), []
+    header = read_header(path)
+    shards: list[dict[str, Any]] = []
     names = [shard_name(number) for number in range(header.num_shards)]
     if missing := [name for name in names if not (path / name).is_file()]:
         raise CheckpointError(
@@ -284,13 +295,9 @@ class Shard:
 
     def _check(self, table: Mapping[str, Tensor], num_examples: int) -> None:
         found = {name: (one.dtype, tuple(one.shape)) for name, one in table.items()}
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_EXAMPLE_TENSORS, (num_examples,))
-        shapes |= {"token_hashes": (num_examples, HASH_BYTES), "offsets": (num_examples + 1,)}
-        expected = {name: (dtype, shapes[name]) for name, dtype in _EXAMPLE_TENSORS.items()}
-        names = set(self._file.keys())
-        for name, column in {"positions": _POSITIONS, **self._columns}.items():
-            expected[name] = (column.dtype, (self.num_rows, *column.shape))
-            if name in names:
+        expected, names = shard_tensors(self.header, num_examples, self.num_rows), set(self._file.keys())
+        for name in expected:
+            if name not in found and name in names:
                 part = self._file.get_slice(name)
                 found[name] = (part[:0].dtype, tuple(part.get_shape()))
         for name, one in expected.items():
