@@ -48,6 +48,7 @@ CLI_MAY_IMPORT = {
     "data",
     "download",
     "planner",
+    "teachers",
     "training",
     "_cli",
 }

@@ -4,7 +4,7 @@ import argparse
 
 from kdtune import _assets
 
-_COMMANDS = ("ls", "cp", "cat", "validate", "data", "plan", "run", "download", "migrate", "completion")
+_COMMANDS = ("ls", "cp", "cat", "validate", "data", "plan", "run", "cache", "download", "migrate", "completion")
 
 _BASH = """\
 # bash: eval "$(kdtune completion bash)"

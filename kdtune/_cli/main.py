@@ -5,7 +5,7 @@ import os
 import sys
 
 import kdtune
-from kdtune._cli import cat, completion, cp, data, download, ls, migrate, plan, run, validate
+from kdtune._cli import cache, cat, completion, cp, data, download, ls, migrate, plan, run, validate
 from kdtune.errors import exit_on_error
 from kdtune.log import outlive_readers
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdtune {kdtune.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for errors too")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (ls, cp, cat, validate, data, plan, run, download, migrate, completion):
+    for command in (ls, cp, cat, validate, data, plan, run, cache, download, migrate, completion):
         command.add_parser(subparsers)
     return parser
 

@@ -1,4 +1,4 @@
-from .checks import builder_problems, divergence_problems, may_change
+from .checks import builder_problems, divergence_problems, may_change, range_problems
 from .clip import check_finite, clip_grad_norm_
 from .config import TrainingConfig
 from .inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
@@ -73,6 +73,7 @@ __all__ = [
     "pair_tokenizers",
     "placement_problems",
     "plan_steps",
+    "range_problems",
     "resolve_device",
     "resume_extra",
     "set_seed",

@@ -49,8 +49,8 @@ def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
         return profiler, instantiate(cfg.metric_logger, optional={"log_dir": cfg.output_dir})
 
 
-def loop_problems(cfg: Any) -> list[str]:
-    """Return problems with a training recipe's config, one sentence each, for the keys that all of these recipes have."""
+def range_problems(cfg: Any) -> list[str]:
+    """Return which keys of any recipe's config are below their smallest value, or above the largest, one sentence each."""
     least = {
         field.name: field.metadata["at_least"] for field in fields(cfg) if field.metadata.get("at_least") is not None
     }
@@ -62,8 +62,14 @@ def loop_problems(cfg: Any) -> list[str]:
     found += [
         f"{key}={getattr(cfg, key)}: must be at most {most:,}"
         for key, most in {**dict.fromkeys(least, 2**31 - 1), "num_workers": _MAX_WORKERS, "seed": 2**63 - 1}.items()
-        if (getattr(cfg, key) or 0) > most
+        if (getattr(cfg, key, None) or 0) > most
     ]
+    return found
+
+
+def loop_problems(cfg: Any) -> list[str]:
+    """Return problems with a training recipe's config, one sentence each, for the keys that all of these recipes have."""
+    found = range_problems(cfg)
     if cfg.num_workers < 0:
         found.append(f"num_workers={cfg.num_workers}: must be 0 (the run itself prepares its batches) or more")
     found += device_name_problems(cfg.device)

@@ -1,19 +1,42 @@
-from .format import Cache, Row, Shard, begin, finish, write_head, write_shard
+from .capture import Source, capture_headers, capture_shards, checked_dataset, start_capture
+from .encode import decode, encode
+from .forecast import Amount, amount_of, cache_bytes, capture_seconds
+from .format import INDEX, Cache, Row, Shard, begin, finish, write_head, write_shard
 from .header import Header
 from .kinds import KINDS, Column, Kind, bytes_per_token, columns
+from .quality import QUALITY, described, measure_quality, size_text
+from .server_rows import import_rows, server_header
 
 __all__ = [
+    "INDEX",
     "KINDS",
+    "QUALITY",
+    "Amount",
     "Cache",
     "Column",
     "Header",
     "Kind",
     "Row",
     "Shard",
+    "Source",
+    "amount_of",
     "begin",
     "bytes_per_token",
+    "cache_bytes",
+    "capture_headers",
+    "capture_seconds",
+    "capture_shards",
+    "checked_dataset",
     "columns",
+    "decode",
+    "described",
+    "encode",
     "finish",
+    "import_rows",
+    "measure_quality",
+    "server_header",
+    "size_text",
+    "start_capture",
     "write_head",
     "write_shard",
 ]

@@ -180,7 +180,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["ls", "cp", "cat", "validate", "data", "plan", "run", "download", "migrate", "completion"]
+    "command", ["ls", "cp", "cat", "validate", "data", "plan", "run", "cache", "download", "migrate", "completion"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
