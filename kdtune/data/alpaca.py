@@ -83,7 +83,7 @@ def alpaca_dataset(
     pack_examples.
     column_map: from instruction, input and output to the dataset's columns.
     filter_fn: a function, or its dotted path, that returns whether to keep a row.
-    source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer): see Source.
+    source and the rest (split, data_files, data_dir, name, streaming, shuffle_buffer, route_column): see Source.
 
     Raises:
         ConfigError: settings contradict each other.

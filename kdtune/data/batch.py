@@ -27,9 +27,12 @@ class Batch:
     lengths: tuple[int, ...]
     """Number of tokens of each row, without padding; of each document where they are end to end."""
     example_ids: tuple[int, ...] | None = None
-    """Index of each row's example in its dataset; None for a stream, and for packs."""
+    """Index of each row's example in its dataset, in a pack of each document's; None for a stream, and where an example is cut to
+    fill a pack."""
     prompt_lengths: tuple[int, ...] | None = None
     """Number of tokens of each row before the first trained one."""
+    routes: tuple[str | None, ...] | None = None
+    """Of each row, the value of the column that chooses its teacher; None without one."""
     own_teacher_inputs: Mapping[str, Any] | None = None
     """The same examples for a teacher with another tokenizer; None: it reads `inputs`."""
     teacher_lengths: tuple[int, ...] | None = None
@@ -105,6 +108,30 @@ class Batch:
                 targets = replace(targets, alignment=targets.alignment.moved(teacher_index_T, own["tokens"].shape))
         return replace(self, inputs=inputs, targets=targets, own_teacher_inputs=own)
 
+    def of_rows(self, rows: Sequence[int]) -> "Batch":
+        """Return a batch on the CPU of some of its `rows`, in their order, in the same layout; of no row, one padding token.
+
+        Of inputs that are tokens alone, without a teacher's own.
+        """
+        if not rows:
+            return Batch.from_labels(torch.zeros((1, 1), dtype=torch.int64), torch.full((1, 1), IGNORE_INDEX), (0,))
+        starts, width, is_padded = self.row_starts, self.tokens.shape[-1], "documents" not in self.inputs
+        sizes = [width if is_padded else self.lengths[row] for row in rows]
+        kept_T = torch.cat(
+            [torch.arange(starts[row], starts[row] + size) for row, size in zip(rows, sizes, strict=True)]
+        )
+        tokens = self.tokens.flatten()[kept_T].view(-1 if is_padded else 1, width if is_padded else len(kept_T))
+        labels_T = self.labels.flatten()[kept_T].view(tokens.shape)
+        batch = Batch.from_labels(tokens, labels_T, [self.lengths[row] for row in rows])
+        inputs = (
+            {"tokens": tokens} if is_padded else {"tokens": tokens, "documents": Documents.of_lengths(batch.lengths)}
+        )
+        chosen: dict[str, Any] = {
+            name: None if (values := getattr(self, name)) is None else tuple(values[row] for row in rows)
+            for name in ("example_ids", "prompt_lengths", "routes")
+        }
+        return replace(batch, inputs=inputs, **chosen)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on a device. On CUDA the copy is asynchronous, from pinned memory."""
         move = mover(torch.device(device))
@@ -150,12 +177,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
     is_paired: each example has the text in the teacher's own tokens too, see `Dataset.is_paired`. padding_free: rows end to
     end, as `Batch.without_padding` lays them; not together with is_paired.
     """
-    packs = [example.documents or (example,) for example in examples]
-    examples = [
-        replace(one, index=None if pack.documents else pack.index)
-        for pack, documents in zip(examples, packs, strict=True)
-        for one in documents
-    ]
+    examples = [one for example in examples for one in example.documents or (example,)]
     if not examples:
         batch = Batch.from_labels(torch.full((1, 1), pad_id), torch.full((1, 1), IGNORE_INDEX), (0,))
         return _with_teacher(batch, []) if is_paired else batch
@@ -172,6 +194,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_paired: bool = False
         batch,
         example_ids=tuple(indices) if len(indices) == len(examples) else None,
         prompt_lengths=tuple(example.prompt_length for example in examples),
+        routes=tuple(example.route for example in examples) if any(example.route for example in examples) else None,
     )
     return _with_teacher(batch, [example.teacher for example in examples]) if is_paired else batch
 

@@ -171,6 +171,7 @@ class TokenizedDataset(MapDataset):
     def __init__(self, encoded: Iterable[Encoded | EncodedRow], report: DatasetStats, *, is_chat: bool = False) -> None:
         ids, trained, ends = array("i"), bytearray(), array("q", [0])
         self._teachers: list[Any] = []
+        self.routes: list[str] = []
         for one in encoded:
             row = one if isinstance(one, EncodedRow) else EncodedRow(*one)
             ids.extend(row.ids)
@@ -178,6 +179,8 @@ class TokenizedDataset(MapDataset):
             ends.append(len(ids))
             if row.teacher is not None:
                 self._teachers.append(row.teacher.packed())
+            if row.route is not None:
+                self.routes.append(row.route)
         self.report = report
         self.is_chat = is_chat
         self.is_paired = bool(self._teachers)
@@ -194,11 +197,14 @@ class TokenizedDataset(MapDataset):
         report: DatasetStats,
         *,
         is_chat: bool,
+        routes: list[str] | None = None,
     ) -> "TokenizedDataset":
-        """Return the dataset with these `arrays`; ValueError if they do not fit each other."""
+        """Return the dataset with these `arrays`, and `routes`; ValueError if they do not fit each other."""
         dataset = cls([], report, is_chat=is_chat)
+        dataset.routes = routes or []
         kinds = [(one.dtype.type, one.ndim) for one in (ids, trained, ends)]
         fits = kinds == [(np.int32, 1), (np.bool_, 1), (np.int64, 1)] and len(ends) > 0
+        fits = fits and len(dataset.routes) in (0, len(ends) - 1)
         if not fits or ends[0] != 0 or (np.diff(ends) < 0).any() or not len(ids) == len(trained) == ends[-1]:
             raise ValueError("its arrays do not fit each other")
         dataset._ids, dataset._trained, dataset._ends = ids, trained, ends
@@ -216,7 +222,7 @@ class TokenizedDataset(MapDataset):
             raise IndexError(f"example {index} of {len(self)}")
         part = slice(self._ends[index], self._ends[index + 1])
         teacher = self._teachers[index].unpacked() if self._teachers else None
-        return make_example(self._ids[part], self._trained[part], teacher)
+        return make_example(self._ids[part], self._trained[part], teacher, self.routes[index] if self.routes else None)
 
     @property
     def lengths(self) -> list[int]:
@@ -230,9 +236,10 @@ class TokenizedDataset(MapDataset):
         return [len(teacher.tokens) for teacher in self._teachers] if self.is_paired else None
 
     def fingerprint(self) -> str:
-        """Return the number of examples and a hash of all their tokens and training flags."""
+        """Return the number of examples and a hash of all their tokens and training flags, and one of their routes, if any."""
         of_teacher = [array for teacher in self._teachers for array in (teacher.tokens, teacher.chunks_K5)]
-        return f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained, *of_teacher])}"
+        found = f"{len(self)} examples, {_hash_of_arrays([self._ends, self._ids, self._trained, *of_teacher])}"
+        return found + (f", routes {_hash_of_arrays([np.array(self.routes)])}" if self.routes else "")
 
 
 class StreamDataset(Dataset):

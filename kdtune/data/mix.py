@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,7 @@ from kdtune.data.batch import Batch
 from kdtune.data.dataset import Dataset, DatasetStats, MapDataset, Order, StreamDataset, random_state, total_report
 from kdtune.data.sources import PREVIEW
 from kdtune.data.tokenized_cache import tokenized_cache
-from kdtune.data.transforms import Example, pair_of
+from kdtune.data.transforms import Example, pair_of, unnumbered
 from kdtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ class MixedDataset(MapDataset):
 
     def __getitem__(self, index: int) -> Example:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._datasets[number][index - int(self._starts[number])]
+        return unnumbered(self._datasets[number][index - int(self._starts[number])])
 
     @property
     def lengths(self) -> list[int] | None:
@@ -238,7 +237,7 @@ class MixedStream(StreamDataset):
                 passes[number] += 1
                 running[number] = self._pass(number, passes[number], seed, epoch, shuffle)
                 example = next(running[number])
-            yield replace(example, index=None)  # of one of the datasets: not unique here
+            yield unnumbered(example)  # its index in one of the datasets is not unique here
 
     def _pass(self, number: int, repeat: int, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         own_seed = _own_seed(seed, number, repeat)

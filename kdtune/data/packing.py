@@ -84,11 +84,15 @@ class PackedDataset(MapDataset):
 
     def __init__(self, dataset: MapDataset, size: int, *, split_across_pack: bool = False) -> None:
         self.report, self.is_chat = dataset.report, dataset.is_chat
-        self._dataset = dataset
-        self._kind = f"up to {size} tokens{', examples split' if split_across_pack else ''}"
+        self.unpacked = dataset
+        self._size, self._split = size, split_across_pack
         known = dataset.lengths
         length_of = known.__getitem__ if known is not None else lambda index: len(dataset[index].tokens)
         self._packs = list(cut_into_packs(range(dataset.size), length_of, size, split=split_across_pack))
+
+    def packed_alike(self, dataset: MapDataset) -> "PackedDataset":
+        """Return other examples, packed in the same way."""
+        return PackedDataset(dataset, self._size, split_across_pack=self._split)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -96,7 +100,7 @@ class PackedDataset(MapDataset):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
-        return _pack([(self._dataset[example], start, stop) for example, start, stop in self._packs[index]])
+        return _pack([(self.unpacked.numbered(example), start, stop) for example, start, stop in self._packs[index]])
 
     @property
     def lengths(self) -> list[int]:
@@ -105,7 +109,8 @@ class PackedDataset(MapDataset):
 
     def fingerprint(self) -> str:
         """Return number and kind of the packs, and the fingerprint of the examples in them."""
-        return f"{len(self)} packs of {self._kind}: {self._dataset.fingerprint()}"
+        split = ", examples split" if self._split else ""
+        return f"{len(self)} packs of up to {self._size} tokens{split}: {self.unpacked.fingerprint()}"
 
 
 class PackedStream(StreamDataset):
@@ -130,9 +135,17 @@ class PackedStream(StreamDataset):
 
 
 def _pack(pieces: list[tuple[Example, int, int]]) -> Example:
-    """Return the pack of these parts; the last label of a part that is cut is the token that follows in the next pack."""
+    """Return the pack of these parts; the last label of a part that is cut is the token that follows in the next pack.
+
+    A part has no index: it is read without what came before, and is another example than the whole.
+    """
     parts = tuple(
-        replace(example, tokens=example.tokens[start:stop], labels=example.labels[start:stop], index=None)
+        replace(
+            example,
+            tokens=example.tokens[start:stop],
+            labels=example.labels[start:stop],
+            index=example.index if stop - start == len(example.tokens) else None,
+        )
         for example, start, stop in pieces
     )
     tokens, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "labels"))

@@ -1,7 +1,7 @@
 """Rows of a source, encoded to examples: in memory, or as a stream."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -44,7 +44,7 @@ class RowEncoder:
     """Turn the rows of a source into examples: select rows and tokenize them.
 
     encode: from a row to its tokens, truncated; None if it does not fit. columns: those that it reads. suggest: returns
-    settings for a row that lacks one of them. is_chat, is_paired: those of the dataset.
+    settings for a row that lacks one of them. is_chat, is_paired: those of the dataset. route_column: see Source.
     """
 
     encode: Callable[[Row], EncodedRow | None]
@@ -53,6 +53,7 @@ class RowEncoder:
     suggest: Suggest | None = None
     is_chat: bool = False
     is_paired: bool = False
+    route_column: str | None = None
 
     def encoded(self, rows: Iterable[Row], report: DatasetStats) -> Iterator[EncodedRow]:
         """Yield the rows that can be trained on, tokenized and truncated; the report counts every row read."""
@@ -71,16 +72,24 @@ class RowEncoder:
             except RecursionError as error:
                 raise DataError(f"{report.source}: row {report.rows}: nested too deeply; take the row out") from error
             if self.columns is not None:
-                report.unread.update(key for key in row if key not in self.columns)
+                report.unread.update(key for key in row if key not in (*self.columns, self.route_column))
             if found is None:
                 report.too_long += 1
                 continue
             report.truncated += found.truncated
             report.remarks.update(found.remarks)
             if is_trainable(found.trained):
-                yield found
+                yield found if self.route_column is None else replace(found, route=self._route(row, report))
             else:
                 report.untrainable += 1
+
+    def _route(self, row: Row, report: DatasetStats) -> str:
+        if self.route_column is None or row.get(self.route_column) is None:
+            raise DataError(
+                f"{report.source}: row {report.rows}: column {self.route_column!r} has no value; it is the route_column, which chooses the "
+                "row's teacher; fill it, or leave the row out by filter_fn"
+            )
+        return str(row[self.route_column])
 
 
 class RowStream(StreamDataset):
@@ -110,7 +119,7 @@ class RowStream(StreamDataset):
             random = random_state(seed, epoch)
             rows = shuffled(shuffled_shards(self._rows, random), self._shuffle_buffer, random)
         for row in self._encoder.encoded(read_stream(rows, report.source), report):
-            yield make_example(row.ids, row.trained, row.teacher)
+            yield make_example(row.ids, row.trained, row.teacher, row.route)
         check_not_empty(report)
         _log_report(report)
 
@@ -153,7 +162,7 @@ def build_dataset(
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
     keep = resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
-    encoder = RowEncoder(encode, keep, columns, suggest, is_chat, is_paired)
+    encoder = RowEncoder(encode, keep, columns, suggest, is_chat, is_paired, source.route_column)
     rows = open_rows(source)
     if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer

@@ -43,6 +43,7 @@ class SourceOptions(TypedDict, total=False):
     name: str | None
     streaming: bool
     shuffle_buffer: int | None
+    route_column: str | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Source:
 
     source: a hub dataset ("tatsu-lab/alpaca"), a local folder of data files, a local file, or one of json, csv, parquet
     and text together with data_files. split may be an expression such as "train[:90%]" (not when streaming).
-    shuffle_buffer: rows held for shuffling a stream.
+    shuffle_buffer: rows held for shuffling a stream. route_column: the one whose values choose the teacher of a row, see
+    kdtune.teachers.Routed.
     """
 
     source: str
@@ -61,6 +63,7 @@ class Source:
     name: str | None = None
     streaming: bool = False
     shuffle_buffer: int | None = None
+    route_column: str | None = None
 
     @property
     def label(self) -> str:

@@ -109,10 +109,13 @@ def read_tokenized(file: Path | None, *, is_chat: bool) -> TokenizedDataset | No
         return None
     try:
         with np.load(file, allow_pickle=False) as stored:
-            ids, trained, ends, report = (stored[name] for name in ("ids", "trained", "ends", "report"))
+            ids, trained, ends, report, routes = (
+                stored[name] for name in ("ids", "trained", "ends", "report", "routes")
+            )
         values = json.loads(report.tobytes())
         counters = {name: Counter(values[name]) for name in ("remarks", "unread")}
-        found = TokenizedDataset.of_arrays(ids, trained, ends, DatasetStats(**{**values, **counters}), is_chat=is_chat)
+        stats, values_of_column = DatasetStats(**{**values, **counters}), json.loads(routes.tobytes())
+        found = TokenizedDataset.of_arrays(ids, trained, ends, stats, is_chat=is_chat, routes=values_of_column)
         size = file.stat().st_size
         _mark_used(file)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
@@ -128,13 +131,15 @@ def write_tokenized(file: Path | None, dataset: TokenizedDataset) -> None:
     if file is None:
         return
     ids, trained, ends = dataset.arrays()
-    report = np.frombuffer(json.dumps(vars(dataset.report)).encode(), dtype=np.uint8)
+    report, routes = (
+        np.frombuffer(json.dumps(one).encode(), dtype=np.uint8) for one in (vars(dataset.report), dataset.routes)
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as opened:
-                np.savez(opened, ids=ids, trained=trained, ends=ends, report=report)
+                np.savez(opened, ids=ids, trained=trained, ends=ends, report=report, routes=routes)
             os.chmod(part, 0o666 & ~_umask())
             os.replace(part, file)
         except BaseException:

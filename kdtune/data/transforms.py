@@ -29,6 +29,8 @@ class EncodedRow:
     """Further notes, such as content that the chat template omits."""
     teacher: "TeacherExample | None" = None
     """The same text in the tokens of a teacher with another tokenizer."""
+    route: str | None = None
+    """Value of the column that chooses the teacher; None without one."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Example:
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     index: int | None = None
-    """Index of the example in its dataset; None in a stream."""
+    """Index of the example in its dataset; None in a stream, and of a document that is part of an example."""
     teacher: "TeacherExample | None" = None
     """The same text in the tokens of a teacher with another tokenizer; None: the teacher reads these tokens."""
+    route: str | None = None
+    """Value of the column that chooses the teacher (`kdtune.teachers.Routed`); None without one."""
     documents: tuple["Example", ...] = ()
     """Of a pack: the documents that its tokens and labels are, end to end; (): one document."""
 
@@ -51,20 +55,26 @@ class Example:
         return int(has_label.argmax()) + 1 if has_label.any() else len(self.tokens)
 
 
+def unnumbered(example: Example) -> Example:
+    """Return an example, or a pack, whose index in another dataset means nothing where it is used."""
+    return replace(example, index=None, documents=tuple(replace(one, index=None) for one in example.documents))
+
+
 def make_example(
     ids: Sequence[int] | npt.NDArray[Any],
     trained: Sequence[bool] | npt.NDArray[Any],
     teacher: "TeacherExample | None" = None,
+    route: str | None = None,
 ) -> Example:
     """Make an example of a token sequence: position t is labelled with token t + 1 if that token is trained on.
 
     The last position has no next token: its label is IGNORE_INDEX. Whether the first token is trained on has no effect.
-    ids and trained are of the student; teacher as in `Example`.
+    ids and trained are of the student; teacher and route as in `Example`.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     labels = np.full_like(tokens, IGNORE_INDEX)
     labels[:-1] = np.where(np.asarray(trained, dtype=bool)[1:], tokens[1:], IGNORE_INDEX)
-    return Example(tokens, labels, teacher=teacher)
+    return Example(tokens, labels, teacher=teacher, route=route)
 
 
 def is_trainable(trained: Sequence[bool]) -> bool:

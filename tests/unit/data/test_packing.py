@@ -83,7 +83,7 @@ def test_split_packs_are_full_and_lose_no_label(dataset):
 def test_lengths_indices_and_fingerprints():
     whole, split = packed(in_memory()), packed(in_memory(), split_across_pack=True)
     assert whole.lengths == [7, 7, 8, 3] == [len(one.tokens) for one in read(whole)]
-    assert collate(read(whole)[:2], 0).example_ids is None
+    assert collate(read(whole)[:2], 0).example_ids == (0, 1, 2, 3) and collate(read(split)[:2], 0).example_ids is None
     prints = {one.fingerprint() for one in (whole, split, packed(in_memory(), 9), in_memory())}
     assert len(prints) == 4 and whole.fingerprint() == packed(in_memory()).fingerprint()
     with pytest.raises(IndexError, match="pack 4 of 4"):
