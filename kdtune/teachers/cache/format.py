@@ -196,9 +196,29 @@ class Cache:
         self._shard = lru_cache(_OPEN_SHARDS)(self._open)
 
     @property
+    def columns(self) -> dict[str, Column]:
+        """Columns of its kind, by name."""
+        return columns(self.header)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the header, and a hash of the tokens and the checksums of all examples: equal for equal numbers."""
+        found = hashlib.sha256()
+        for number in range(self.header.num_shards):
+            found.update(self._open(number).summary)
+        head = {"head": self.index["head_sha256"]} if "head_sha256" in self.index else {}
+        return {**self.header.described(), **head, "rows": found.hexdigest()[:16]}
+
+    @property
     def example_ids(self) -> range:
         """Indices of the examples that it has."""
         return self.header.example_ids
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Dtype of the teacher's output weight, which is not read; of kind hidden."""
+        with safe_open(self.folder / HEAD, "pt") as opened:
+            dtype: torch.dtype = opened.get_slice("weight")[:0].dtype
+        return dtype
 
     @cached_property
     def head(self) -> Tensor:
@@ -262,6 +282,11 @@ class Shard:
     def num_rows(self) -> int:
         """Number of positions of all its examples."""
         return int(self._table["offsets"][-1])
+
+    @property
+    def summary(self) -> bytes:
+        """Hashes of the examples' tokens, and checksums of their numbers."""
+        return b"".join(self._table[name].tobytes() for name in ("token_hashes", "checksums"))
 
     def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
         """Return what is kept of an example; arguments and errors as of `Cache.read`."""
