@@ -29,7 +29,8 @@ class Config(teachers.TeacherConfig, training.TrainingConfig):
     teacher_processes: int = config.key(0, at_least=0, may_change=True)
     """Number of torchrun's processes, the last ones, that hold only the teacher; 0: every process holds its part of both models."""
     teacher: Any = config.component(default=None, returns=teachers.Teacher)
-    """A teacher in place of a model: kdtune.teachers.BaseOfStudent, or one of your own (docs/extending.md); null: one of the keys above."""
+    """A teacher in place of a model: kdtune.teachers.CachedTeacher (docs/teacher_cache.md), BaseOfStudent, or one of your own
+    (docs/extending.md); null: one of the keys above."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence between teacher and student."""
     teacher_targets: Any = config.component(default=None)
@@ -68,9 +69,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
 
     # Models. The teacher first: its random weights must be the same in a resumed run, where the student draws none.
     progress.phase("loading the models")
-    teacher: teachers.Teacher = config.instantiate(cfg.teacher)
-    if teacher is None:
-        teacher = teachers.build_teacher(cfg, world)
+    teacher = teachers.build_teacher(cfg, world)
     student = training.build_trained_model(cfg, world, inputs, "student")
     if isinstance(teacher, teachers.TeacherOfStudent):
         teacher.attach(student)
@@ -82,9 +81,8 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     loss_fn = training.build_kd_loss(cfg, divergence, student, teacher, world)
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps, loss_fn)
 
-    with training.Run(
-        inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn, **names
-    ) as session:
+    with training.Run(inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn,
+                      teacher=teacher, **names) as session:  # fmt: skip
         if session.is_new:
             session.log(validate(student, teacher, loss_fn, inputs.held_out, world, progress, with_teacher_loss=True))
             session.sample({"student": student, "teacher": teacher})
@@ -132,9 +130,11 @@ def validate(
     """Return held-out cross entropy and divergence in nats per token, and top-1 agreement; {} without held-out data."""
     if held_out is None:
         return {}
-    teacher.prefetch(held_out)
-    measured = loss_fn.with_kd_ratio(1.0)  # whatever is trained
-    found = evaluation.evaluate_kd(student, teacher, measured, held_out, world=world, progress=progress.validating,
+    judge = teachers.held_out_teacher(teacher)  # None: cross entropy alone
+    if judge is not None:
+        judge.prefetch(held_out)
+    measured = loss_fn.with_kd_ratio(0.0 if judge is None else 1.0)  # whatever is trained
+    found = evaluation.evaluate_kd(student, judge, measured, held_out, world=world, progress=progress.validating,
                                    with_teacher_loss=with_teacher_loss)  # fmt: skip
     return {f"val_{name}": value for name, value in found.items() if name != "tokens"}
 

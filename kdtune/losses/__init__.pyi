@@ -13,7 +13,7 @@ from .heads import Head, check_head
 from .hidden_states import HiddenStateLoss
 from .kd_loss import KDLoss, StatefulLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
-from .signal import DenseSignal, HiddenSignal, PendingSignal, SampledSignal, Signal, TopKSignal
+from .signal import DenseSignal, HiddenSignal, PendingSignal, SampledSignal, Signal, TextSignal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
 from .token_log_probs import token_log_probs
@@ -52,6 +52,7 @@ __all__ = [
     "SymmetricKL",
     "Targets",
     "TeacherTargets",
+    "TextSignal",
     "TopKSignal",
     "TopKTargets",
     "TotalVariation",

@@ -20,7 +20,7 @@ from kdtune.losses.cross_tokenizer import ALM, cross_value_and_gradient
 from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd, project_logits
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.products import sum_dtype
-from kdtune.losses.signal import HiddenSignal, Signal
+from kdtune.losses.signal import HiddenSignal, Signal, TextSignal
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 from kdtune.losses.token_log_probs import token_log_probs
 
@@ -170,6 +170,8 @@ def _likelihood_loss(
     with torch.no_grad():
         if isinstance(teacher, Projection):
             teacher_logp_M = token_log_probs(teacher, positions_M, labels_M, loss.chunk_size)
+        elif isinstance(teacher, TextSignal):
+            teacher_logp_M = teacher.text_log_probs(positions_M)
         else:
             size = loss.chunk_size or max(1, CHUNK_BYTES // (teacher.vocab_size * logp_N.element_size()))
             pieces = zip(positions_M.split(size), labels_M.split(size), strict=True)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from kdtune.errors import ConfigError
 from kdtune.losses.divergences.base import raised
 from kdtune.losses.sparse import SampledRows, SparseRows, TopKRows, log1mexp
 
@@ -68,7 +69,7 @@ class HiddenSignal:
 
 @dataclass(frozen=True)
 class PendingSignal:
-    """A signal that is being computed: beside the student's forward, or on another device.
+    """A signal that is being computed, beside the student's forward or on another device, or read from a file.
 
     `result` makes whoever reads it wait, and not before: `KDLoss` calls it.
     """
@@ -77,10 +78,10 @@ class PendingSignal:
     """(B, S)."""
     vocab_size: int
     """V."""
-    result: Callable[[], HiddenSignal]
+    result: Callable[[], Signal]
 
-    def log_probs(self, positions_C: Tensor) -> Tensor:
-        """Return natural log-probabilities [C, V], fp32 or wider."""
+    def log_probs(self, positions_C: Tensor) -> Tensor | SparseRows:
+        """Return what the result does."""
         return self.result().log_probs(positions_C)
 
 
@@ -120,6 +121,8 @@ class TopKSignal:
     """Natural log-probabilities, or, renormalized, logits, of these ids."""
     vocab_size: int
     outside: Literal["renormalize", "tail"] = "renormalize"
+    log_tail_BS: Tensor | None = None
+    """With a tail, the logarithm of its probability; None: of what the K leave of 1, which rounding blurs where it is small."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,6 +135,8 @@ class TopKSignal:
         logp_CK = self.logp_BSK.flatten(0, -2)[positions_C]
         if self.outside == "tail":
             (logp_CK,) = raised(logp_CK)
+            if self.log_tail_BS is not None:
+                return TopKRows(ids_CK, logp_CK, self.log_tail_BS.flatten()[positions_C].to(logp_CK.dtype))
             return TopKRows(ids_CK, logp_CK, log1mexp(logp_CK.logsumexp(-1)))
         logp_CK = _log_softmax(logp_CK)
         dense_CV = logp_CK.new_full((len(ids_CK), self.vocab_size), -torch.inf)
@@ -159,6 +164,30 @@ class SampledSignal:
         """Return the positions' draws."""
         rows = (x.flatten(0, -2)[positions_C] for x in (self.ids_BSK, self.logp_BSK, self.weights_BSK))
         return SampledRows(*rows).to(torch.promote_types(self.logp_BSK.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class TextSignal:
+    """The probability of the text's own next token at every position, as a cache stores it: what `kdtune.losses.ALM` reads."""
+
+    logp_BS: Tensor
+    """Natural log-probabilities."""
+    vocab_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S)."""
+        return tuple(self.logp_BS.shape)
+
+    def log_probs(self, positions_C: Tensor) -> Tensor:
+        """Raise: other ids' probabilities are not known."""
+        raise ConfigError(
+            "the teacher knows the probability of the text's own tokens alone; allowed is kd_loss=kdtune.losses.ALM, or another teacher"
+        )
+
+    def text_log_probs(self, positions_M: Tensor) -> Tensor:
+        """Return the natural log-probability [M] of the token after each of the flattened positions."""
+        return self.logp_BS.flatten()[positions_M]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

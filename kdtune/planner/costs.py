@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 from kdtune.data.micro_batches import is_padding_free
-from kdtune.losses import Divergence, HiddenStateLoss
+from kdtune.losses import Divergence, HiddenSignal, HiddenStateLoss, Signal
 from kdtune.losses.contract import over_student_ids
 from kdtune.losses.fused_linear import Task, chunk_tokens, fused_linear_kd
-from kdtune.losses.heads import Projection
+from kdtune.losses.heads import Projection, project
 from kdtune.losses.products import sum_dtype
 from kdtune.models import Documents, Transformer
 from kdtune.parallel.activations import SMALLEST_BYTES, is_offloaded, keeps_products
@@ -150,7 +150,7 @@ def norm_kept(pieces: Transformer, batch: MicroBatch) -> int:
 
 def loss_cost(
     student: Transformer,
-    teacher: Transformer | None,
+    teacher: Transformer | Signal | None,
     batch: MicroBatch,
     *,
     divergence: Divergence,
@@ -160,16 +160,13 @@ def loss_cost(
 ) -> tuple[Cost, int]:
     """Return the cost of the loss from hidden states, see `Cost`, and the bytes of a chunk's logits, which a CPU keeps.
 
-    The head's products are counted for every token.
+    The head's products are counted for every token. `teacher`: its model, or the signal that is read from a file.
     """
     hidden_TD = _hidden(student, batch, backward=True).flatten(0, 1).detach().requires_grad_()
     with torch.no_grad():
-        ours = _projection(student, hidden_TD)
-        theirs = (
-            None if teacher is None else _projection(teacher, _hidden(teacher, batch, backward=False).flatten(0, 1))
-        )
+        ours, theirs = _projection(student, hidden_TD), _teacher_input(teacher, batch)
     vocab_size = len(ours.weight_VD)
-    num_shared = vocab_size if theirs is None else min(vocab_size, len(theirs.weight_VD))
+    num_shared = vocab_size if theirs is None else min(vocab_size, theirs.vocab_size)
     # A chunk is alike the next.
     dtype = logits_dtype or sum_dtype(hidden_TD)
     rows = min(chunk_tokens(vocab_size, dtype, chunk_size), batch.num_tokens)
@@ -183,15 +180,15 @@ def loss_cost(
         chunk_size,
         logits_dtype=logits_dtype,
     )
-    theirs_held = [] if theirs is None else [theirs.hidden_TD, theirs.weight_VD]
+    theirs_held = [] if theirs is None else [one for one in vars(theirs).values() if isinstance(one, Tensor)]
     held = [hidden_TD, positions, *student.output.parameters(), *theirs_held]
     cost = measure(
         lambda: fused_linear_kd(_projection(student, hidden_TD), task).total, held, batch.device_type, backward=True
     )
-    flops = _head_flops(student, ours, vocab_size, kd_ratio) + (
-        0 if theirs is None else 2 * num_shared * theirs.weight_VD.shape[1]
-    )
-    chunk_bytes = rows * vocab_size * dtype.itemsize * (1 if theirs is None else 2)
+    flops = _head_flops(student, ours, vocab_size, kd_ratio)
+    if isinstance(theirs, Projection):
+        flops += 2 * num_shared * theirs.weight_VD.shape[1]
+    chunk_bytes = rows * vocab_size * dtype.itemsize * (2 if isinstance(theirs, Projection) else 1)
     return replace(cost, forward_flops=flops * batch.num_tokens, backward_flops=0), chunk_bytes
 
 
@@ -219,6 +216,15 @@ def _head_flops(student: Transformer, head: Projection, vocab_size: int, kd_rati
 
 def _projection(model: Transformer, hidden_TD: Tensor) -> Projection:
     return Projection(*model.output.projection(hidden_TD), softcap=model.output.softcap)
+
+
+def _teacher_input(teacher: Transformer | Signal | None, batch: MicroBatch) -> Projection | Signal | None:
+    """Return what the loss reads of a teacher."""
+    if isinstance(teacher, HiddenSignal):
+        return project("teacher", teacher.hidden_BSD, teacher.output)
+    if isinstance(teacher, Transformer):
+        return _projection(teacher, _hidden(teacher, batch, backward=False).flatten(0, 1))
+    return teacher
 
 
 def _rope(pieces: Transformer, num_positions: int) -> tuple[Tensor, ...]:

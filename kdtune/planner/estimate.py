@@ -13,7 +13,7 @@ from torch import Tensor
 from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
-from kdtune.losses import Divergence, HiddenStateLoss, divergence_name, divergence_of
+from kdtune.losses import Divergence, HiddenSignal, HiddenStateLoss, Signal, divergence_name, divergence_of
 from kdtune.models import Transformer, dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
 from kdtune.parallel.activations import SMALLEST_BYTES
@@ -34,7 +34,7 @@ from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import CommVolume, Phase, SavedActivations, StudentCost, TeacherCost, phases, volume
 from kdtune.planner.sizes import FSDPUnit, ModelSizes, model_sizes, update_bytes
-from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher
+from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher, stored_signal
 
 # What the configs of recipes that train have.
 _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
@@ -61,6 +61,8 @@ class Estimate:
     """Estimate for a rank of a disaggregated teacher, or for `teacher_device`, if known."""
     maps: int = 0
     """Bytes of the learned maps of `hidden_loss` and their optimizer state, which every rank holds whole."""
+    stored_head: int = 0
+    """Bytes of the head of a teacher that is read from files, on every rank."""
 
     @property
     def held(self) -> FSDPUnit:
@@ -165,21 +167,15 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     accumulation = micro_batches(cfg, batch)
     student = _student_cost(cfg, ours, batch)
     teacher: TeacherCost | None = None
-    divergence: Divergence = _no_divergence
     if hasattr(cfg, "teacher_model") and getattr(cfg, "teacher", None) is None:
         teacher = remote_teacher(cfg, world.size, batch) if num_teachers else colocated_teacher(cfg, world, batch)
-        divergence = divergence_of(instantiate(cfg.kd_loss))
-        if getattr(divergence, "is_cross_tokenizer", False):
-            raise ConfigError(
-                f"plan: the cost of a cross-tokenizer kd_loss ({divergence_name(divergence)}) is not estimated; plan with "
-                "kd_loss=kdtune.losses.ForwardKL, which gives the cost of all but the loss"
-            )
+    stored = stored_signal(cfg, batch)
     asked = teacher if kd_ratio > 0 else None
     loss, chunk_bytes = loss_cost(
         ours.pieces,
-        asked.sizes.pieces if asked else None,
+        asked.sizes.pieces if asked else stored if kd_ratio > 0 else None,
         batch,
-        divergence=divergence,
+        divergence=_no_divergence if teacher is None and stored is None else _divergence(cfg),
         kd_ratio=kd_ratio,
         chunk_size=cfg.loss_chunk_size,
         logits_dtype=None if cfg.loss_logits_dtype is None else dtype_from_name(cfg.loss_logits_dtype),
@@ -201,14 +197,25 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         student=student,
         teacher=teacher,
         loss=loss,
-        phases=tuple(_with_maps(one, *maps) for one in found),
+        phases=tuple(_with_stored(_with_maps(one, *maps), stored) for one in found),
         volume=volume(
             ours, asked, accumulation, batch, recomputed=student.saved.num_recomputed(ours.num_layers) / ours.num_layers
         ),
         dtype=(parallelism.param_dtype if world.size > 1 else None) or cfg.dtype,
         save_weights=cfg.save_weights,
         maps=sum(maps),
+        stored_head=_head_bytes(stored),
     )
+
+
+def _divergence(cfg: Any) -> Divergence:
+    divergence = divergence_of(instantiate(cfg.kd_loss))
+    if getattr(divergence, "is_cross_tokenizer", False):
+        raise ConfigError(
+            f"plan: the cost of a cross-tokenizer kd_loss ({divergence_name(divergence)}) is not estimated; plan with "
+            "kd_loss=kdtune.losses.ForwardKL, which gives the cost of all but the loss"
+        )
+    return divergence
 
 
 def _with_hidden_loss(
@@ -236,6 +243,21 @@ def _with_maps(phase: Phase, maps: int, state: int) -> Phase:
     """Return the phase with learned maps, their gradients and optimizer state, which every rank holds whole."""
     held = {"weights": maps, "gradients": maps, "optimizer": state}
     return replace(phase, **{name: getattr(phase, name) + size for name, size in held.items()})
+
+
+def _with_stored(phase: Phase, signal: Signal | None) -> Phase:
+    """Return the phase with the head of a teacher that is read from files, and a micro-batch's rows until the loss has read them."""
+    if signal is None:
+        return phase
+    rows = sum(one.nbytes for one in vars(signal).values() if isinstance(one, Tensor))
+    is_used = phase.name in ("the student's first use", "the student's forward", "the loss")
+    return replace(
+        phase, weights=phase.weights + _head_bytes(signal), activations=phase.activations + (rows if is_used else 0)
+    )
+
+
+def _head_bytes(signal: Signal | None) -> int:
+    return signal.output.weight.nbytes if isinstance(signal, HiddenSignal) else 0
 
 
 def check_trains(cfg: Any) -> None:

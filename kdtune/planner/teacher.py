@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from kdtune.config import factory, instantiate
+from kdtune.config.check import COMPONENT, resolve
 from kdtune.distributed import Parallelism, World
+from kdtune.losses import Signal
 from kdtune.models import dtype_from_name
 from kdtune.models.quantization import linear_quantizer, scheme_name, target_linears
 from kdtune.parallel import meta_model, model_config
@@ -67,6 +69,15 @@ def colocated_teacher(cfg: Any, world: World, batch: MicroBatch) -> TeacherCost:
         is_elsewhere=has_own_device(cfg, batch.device_type),
         overlaps=cfg.teacher_overlap,
     )
+
+
+def stored_signal(cfg: Any, batch: MicroBatch) -> Signal | None:
+    """Return a micro-batch's signal, without numbers, from a teacher that reads it from files; None for another teacher."""
+    node = getattr(cfg, "teacher", None)
+    if node is None or not hasattr(resolve(node[COMPONENT]), "meta_signal"):
+        return None
+    signal: Signal = instantiate(node).meta_signal((batch.batch_size, batch.seq_len))
+    return signal
 
 
 def has_own_device(cfg: Any, device_type: str) -> bool:

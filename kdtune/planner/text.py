@@ -132,11 +132,13 @@ def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
     rows += [
         _row("replicas x shards x tp", plans, lambda plan: " x ".join(map(str, plan.layout))),
         (f"memory a process, {name}", []),
-        row("student's weights" if teacher else "weights", lambda plan: plan.held.stored),
+        row("student's weights" if teacher or plans[0].stored_head else "weights", lambda plan: plan.held.stored),
     ]
     if teacher:
         label = "teacher's head" if teacher.is_elsewhere else "teacher's weights"
         rows.append(row(label, lambda plan: plan.teacher.stored if plan.teacher else 0))
+    elif plans[0].stored_head:
+        rows.append(row("teacher's head", lambda plan: plan.stored_head))
     rows += [
         row("gradients", lambda plan: plan.held.gradients),
         row("optimizer state", lambda plan: plan.held.state),

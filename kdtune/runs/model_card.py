@@ -120,6 +120,7 @@ def run_facts(
     if is_distilled(config):
         found += [
             ("teacher", _teacher_text(config)),
+            ("what is stored of the teacher", _stored_text(inputs.get("teacher"))),
             ("loss", "(1 - kd_ratio) × cross entropy + kd_ratio × divergence"),
             ("divergence from the teacher", component_text(config["kd_loss"])),
         ]
@@ -196,6 +197,14 @@ def _teacher_text(config: Mapping[str, Any]) -> str:
     if config.get("teacher") is not None:
         return component_text(config["teacher"])
     return model_name(config.get("teacher_checkpointer")) or "random weights"
+
+
+def _stored_text(header: Any) -> str:
+    """Describe the cache that a run's targets are from, by its header in run.json; "" without one."""
+    if not isinstance(header, Mapping) or "kind" not in header:
+        return ""
+    num_ids = f", {header['num_ids']} ids a token" if header.get("num_ids") else ""
+    return f"{header['kind']} of {header['num_examples']} examples, {header['dtype']}{num_ids}"
 
 
 def _trained_text(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:

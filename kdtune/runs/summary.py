@@ -23,19 +23,21 @@ _SAMPLES, _METRICS, _PLOT = "samples.jsonl", "metrics.jsonl", "loss.png"
 def step_numbers(row: Mapping[str, float], *, divergence: str = "KL") -> list[str]:
     """Format a step's metrics for display, most important first: "loss 2.310", "KL 0.520", "0.41 s/step" ...
 
-    The wait for data is shown where it is over 5 % of the step.
+    The wait for data, and that for a teacher's files, is shown where it is over 5 % of the step.
     """
     forms = {
         "loss": "loss {:.3f}",
         "kd_loss": f"{divergence} {{:.3f}}",
         "step_seconds": "{:.2f} s/step",
         "data_seconds": "waited {:.2f} s for data",
+        "teacher_seconds": "waited {:.2f} s for the teacher",
         "class_loss": "ce {:.3f}",
         "lr": "lr {:.2e}",
         "tokens_per_second": "{:,.0f} tok/s",
     }
-    if row.get("data_seconds", 0.0) <= _NOTABLE_WAIT * row.get("step_seconds", math.inf):
-        del forms["data_seconds"]
+    for name in ("data_seconds", "teacher_seconds"):
+        if row.get(name, 0.0) <= _NOTABLE_WAIT * row.get("step_seconds", math.inf):
+            del forms[name]
     return [form.format(row[name]) for name, form in forms.items() if name in row]
 
 

@@ -4,19 +4,25 @@ from .build import (
     build_online_teacher,
     build_teacher,
     build_teacher_model,
+    configured_teacher,
+    fit_data,
+    held_out_teacher,
     layer_problems,
     place_problems,
     problems,
 )
+from .cache.cached import CachedTeacher
 from .compatibility import check_tokenizer, check_vocabularies
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
-from .protocol import Teacher, TeacherConfig, TeacherOfStudent
+from .protocol import ConfiguredTeacher, Teacher, TeacherConfig, TeacherOfStudent
 from .remote import RemoteTeacher, serve
 
 __all__ = [
     "PLACES",
     "BaseOfStudent",
+    "CachedTeacher",
+    "ConfiguredTeacher",
     "OnlineTeacher",
     "RemoteTeacher",
     "Teacher",
@@ -27,6 +33,9 @@ __all__ = [
     "build_teacher_model",
     "check_tokenizer",
     "check_vocabularies",
+    "configured_teacher",
+    "fit_data",
+    "held_out_teacher",
     "layer_problems",
     "log_aligned_share",
     "pair_with_teacher",

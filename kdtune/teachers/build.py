@@ -7,6 +7,8 @@ import torch
 
 from kdtune import parallel
 from kdtune.config import factory, instantiate
+from kdtune.config.check import COMPONENT, resolve
+from kdtune.data import Dataset
 from kdtune.distributed import World
 from kdtune.errors import ConfigError, KDTuneError
 from kdtune.log import get_logger
@@ -14,7 +16,9 @@ from kdtune.losses import check_head
 from kdtune.models import Transformer, TransformerConfig, dtype_from_name, has_adapters
 from kdtune.models.quantization import SCHEMES, scheme_name
 from kdtune.teachers.online import OnlineTeacher
+from kdtune.teachers.protocol import ConfiguredTeacher, Teacher
 from kdtune.teachers.remote import RemoteTeacher, check_sendable
+from kdtune.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 
@@ -22,11 +26,16 @@ log = get_logger(__name__)
 PLACES = ("teacher_device", "teacher_offload", "teacher_overlap")
 
 
-def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
+def build_teacher(cfg: Any, world: World) -> Teacher:
     """Build the frozen teacher, parallelized over this world; with its own processes, the channel to them.
 
-    See `build_teacher_model` for the keys and the errors.
+    The component of the key `teacher`, if there is one. See `build_teacher_model` for the other keys and the errors.
     """
+    if getattr(cfg, "teacher", None) is not None:
+        teacher: Teacher = instantiate(cfg.teacher)
+        if isinstance(teacher, ConfiguredTeacher):
+            teacher.start(cfg, world)
+        return teacher
     if world.channel is None:
         return build_online_teacher(cfg, world)
     log.info("the teacher is on %d of the run's %d processes", world.channel.num_teachers, world.channel.num_processes)
@@ -35,6 +44,43 @@ def build_teacher(cfg: Any, world: World) -> OnlineTeacher | RemoteTeacher:
         with instantiate(cfg.teacher_parallelism or cfg.parallelism).param_device(world):
             instantiate(cfg.teacher_model)
     return RemoteTeacher(world.channel, world.device)
+
+
+def configured_teacher(cfg: Any) -> ConfiguredTeacher | None:
+    """Return the component of the key `teacher`, not started, if a run checks it and makes it ready; None for another, or none."""
+    node = getattr(cfg, "teacher", None)
+    if node is None or not hasattr(resolve(node[COMPONENT]), "fit_data"):  # another's constructor may read weights
+        return None
+    teacher: ConfiguredTeacher = instantiate(node)
+    return teacher
+
+
+def fit_data(
+    cfg: Any, tokenizer: Tokenizer, dataset: Dataset, dataset_val: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """Return the parts of `dataset` and `dataset_val` that the component of the key `teacher` can teach; all for another teacher.
+
+    Raises:
+        ConfigError, DataError: it cannot teach them with the run's `tokenizer`; `cfg` is the recipe's.
+    """
+    teacher = configured_teacher(cfg)
+    if teacher is None:
+        return dataset, dataset_val
+    dataset, judge = teacher.fit_data("dataset", tokenizer, dataset), teacher.held_out
+    if dataset_val is None:
+        return dataset, None
+    if judge is None:
+        log.info(
+            "there is no teacher for dataset_val (teacher.validation): the validation measures the cross entropy alone"
+        )
+    return dataset, judge.fit_data("dataset_val", tokenizer, dataset_val) if isinstance(
+        judge, ConfiguredTeacher
+    ) else dataset_val
+
+
+def held_out_teacher(teacher: Teacher) -> Teacher | None:
+    """Return the teacher that a validation asks, `teacher` itself unless it names another; None: there is none for held-out data."""
+    return teacher.held_out if isinstance(teacher, ConfiguredTeacher) else teacher
 
 
 def build_online_teacher(cfg: Any, world: World) -> OnlineTeacher:

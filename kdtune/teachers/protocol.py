@@ -6,9 +6,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from kdtune.checkpoint import Checkpointer
 from kdtune.config import component, key
-from kdtune.data import Batch
+from kdtune.data import Batch, Dataset
+from kdtune.distributed import World
 from kdtune.losses import Signal
 from kdtune.models import Transformer
+from kdtune.tokenizers import Tokenizer
 
 
 @runtime_checkable
@@ -32,6 +34,34 @@ class TeacherOfStudent(Protocol):
 
     def attach(self, student: Transformer) -> None:
         """Keep the student."""
+
+
+@runtime_checkable
+class ConfiguredTeacher(Protocol):
+    """A teacher for the key `teacher` that a run checks and makes ready; its constructor reads nothing.
+
+    `problems` is called when the config is read, `fit_data` when the data is, and `start` before the first batch.
+    """
+
+    @property
+    def held_out(self) -> Teacher | None:
+        """The teacher that the validation asks; None: it measures the cross entropy alone."""
+
+    def problems(self, cfg: Any) -> list[str]:
+        """Return why it cannot serve a distillation config, one sentence each; read no weights and no rows."""
+
+    def fit_data(self, key: str, tokenizer: Tokenizer, dataset: Dataset) -> Dataset:
+        """Check the run's tokenizer and its dataset of a config key, and return the part that it can teach.
+
+        Raises:
+            ConfigError, DataError: it cannot teach it.
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies it: a resumed run must have an equal one."""
+
+    def start(self, cfg: Any, world: World) -> None:
+        """Read what it needs to answer on the world's device; all processes call it."""
 
 
 @dataclass(kw_only=True)

@@ -174,6 +174,8 @@ class TrainingConfig:
         found = placement_problems(self)
         if getattr(self, "hidden_loss", None):
             found += teachers.layer_problems(self)
+        if (teacher := teachers.configured_teacher(self)) is not None:
+            found += teacher.problems(self)
         if self.activation_offloading and not found and resolve_device(self.device).type != "cuda":
             found.append(
                 "activation_offloading=true: needs a CUDA device, from which there is something to move; set it to false"

@@ -13,6 +13,7 @@ from kdtune.log import get_logger
 from kdtune.parallel import model_config
 from kdtune.runs.folder import holds_run
 from kdtune.runs.record import differing_values, recorded_starts
+from kdtune.teachers import configured_teacher
 from kdtune.tokenizers import Tokenizer, fingerprint
 
 log = get_logger(__name__)
@@ -54,8 +55,9 @@ def check_inputs(
 
 
 def _files(cfg: Any, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """Return the fingerprints of the tokenizer and the models, by config key."""
+    """Return the fingerprints of the tokenizer, the models and a teacher read from files, by config key."""
     nodes = {key: instantiate(getattr(cfg, key, None)) for _, key in _MODELS}
+    nodes["teacher"] = configured_teacher(cfg)
     own = {"teacher_tokenizer": fingerprint(tokenizer.pair.teacher)} if tokenizer.pair else {}
     return {"tokenizer": fingerprint(tokenizer), **own, **{key: one.fingerprint() for key, one in nodes.items() if one}}
 
@@ -267,5 +269,7 @@ def _known(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Any:
         return found
     if key.endswith("tokenizer"):
         return {name: value for name, value in found.items() if name in old}
+    if "config" not in found:
+        return found
     known = old.get("config", {})
     return {**found, "config": {name: value for name, value in found["config"].items() if name in known}}

@@ -23,11 +23,18 @@ class Metrics:
     Args:
         world: the processes of the run.
         clock: returns seconds, for the speed.
+        teacher_wait: returns the seconds waited for the teacher's files since it was last called; None: there are none.
     """
 
-    def __init__(self, world: World = SINGLE_PROCESS, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        world: World = SINGLE_PROCESS,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        teacher_wait: Callable[[], float] | None = None,
+    ) -> None:
         self._world = world
-        self._clock = clock
+        self._clock, self._teacher_wait = clock, teacher_wait
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._counts = [0, 0, 0]  # valid, all but padding, padding
         self._data_seconds = 0.0
@@ -63,7 +70,8 @@ class Metrics:
 
         This waits for the device, the only time in a step. A step's time, `step_seconds`, is that since the last such wait: it
         has the optimizer's step before in it, so that `tokens_per_second`, without padding, counts all that a step takes.
-        `data_seconds`, a part of it, is the wait for the step's batches, the mean over the processes.
+        `data_seconds`, a part of it, is the wait for the step's batches, the mean over the processes; `teacher_seconds`, if the
+        teacher reads files, the wait for these.
 
         Args:
             scalars: 0-d tensors that are the same on all processes, such as the gradient norm; fetched in the same transfer.
@@ -75,8 +83,13 @@ class Metrics:
         values = _fetch([*(value for values in self._sums.values() for value in values), *scalars.values()])
         now, parts = self._clock(), list(self._sums)
         own = [math.fsum(value for key, value in zip(names, values, strict=True) if key == name) for name in parts]
-        summed = self._world.sum([*own, *self._counts, self._data_seconds])
-        *sums, num_valid_tokens, num_tokens, num_padded_tokens, data_seconds = summed
+        waits = {"data_seconds": self._data_seconds}
+        if self._teacher_wait is not None:
+            waits["teacher_seconds"] = self._teacher_wait()
+        summed = self._world.sum([*own, *self._counts, *waits.values()])
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens = summed[: -len(waits)]
+        seconds_of = (seconds / self._world.dp_size for seconds in summed[-len(waits) :])
+        waits = dict(zip(waits, seconds_of, strict=True))
         if num_valid_tokens == 0:
             raise TrainingError("metrics: 0 valid tokens since the last step; every batch needs at least one label")
         seconds = max(now - self._since, 1e-9)
@@ -89,7 +102,7 @@ class Metrics:
             "num_padded_tokens": int(num_padded_tokens),
             **dict(zip(scalars, values[len(values) - len(scalars) :], strict=True)),
             "step_seconds": seconds,
-            "data_seconds": data_seconds / self._world.dp_size,
+            **waits,
             "tokens_per_second": num_tokens / seconds,
         }
 

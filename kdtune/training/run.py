@@ -106,6 +106,7 @@ class Run:
         optimizer: optimizer of its parameters.
         scheduler: learning-rate schedule; None: a constant rate.
         loss: the loss, if it may have state (`kdtune.losses.StatefulLoss`), such as `kdtune.losses.KDLoss`.
+        teacher: the teacher, if its waits are measured (`pop_seconds_waited`), such as `kdtune.teachers.CachedTeacher`.
         trained: name of the model in tables, such as "student".
         divergence: display name of `kd_loss`; None without a teacher.
     """
@@ -120,12 +121,13 @@ class Run:
         optimizer: Optimizer,
         scheduler: Any = None,
         loss: KDLoss | None = None,
+        teacher: Any = None,
         trained: str = "model",
         divergence: str | None = None,
     ) -> None:
         self.inputs, self.world, self.progress = inputs, world, progress
         self.cfg = cfg = inputs.cfg
-        self.metrics = Metrics(world)
+        self.metrics = Metrics(world, teacher_wait=getattr(teacher, "pop_seconds_waited", None))
         self._model, self.optimizer, self._scheduler, self._loss = model, optimizer, scheduler, loss
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)

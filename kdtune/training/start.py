@@ -94,6 +94,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         load_dataset(key, getattr(cfg, key), tokenizer, cache_dir=cfg.tokenized_cache_dir)
         for key in ("dataset", "dataset_val")
     )
+    dataset, dataset_val = teachers.fit_data(cfg, tokenizer, dataset, dataset_val)
     _check_packs(cfg, dataset)
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)

@@ -1,0 +1,232 @@
+"""Distillation from a teacher cache: the run that a live teacher gives, whatever the order, the epochs, the layout and the restarts."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import CLI
+from safetensors.torch import load_file
+from written_caches import write_cache, write_rows
+
+from kdtune.checkpoint import load_model, save_model
+from kdtune.data import Batch, Loader, quickstart_dataset
+from kdtune.models import llama
+from kdtune.teachers import OnlineTeacher
+from kdtune.teachers.cache import Header, Row
+from kdtune.tokenizers import byte_tokenizer, fingerprint
+
+MEASURED = {"time", "step_seconds", "data_seconds", "teacher_seconds", "tokens_per_second", "peak_memory_rss"}
+TOP = "teacher_targets={_component_: kdtune.losses.TopKTargets"
+SPLIT, HELD_OUT = "train[:24]", "test[:6]"
+KD = ["knowledge_distillation", "--config", "tiny/knowledge_distillation", "~teacher_model", "optimizer=torch.optim.SGD",
+      "optimizer.lr=0.3", "~lr_scheduler", "sample_prompts=[]", "save_every_n_steps=null", "run_val_every_n_steps=null",
+      f"dataset.split={SPLIT}", f"dataset_val.split={HELD_OUT}", "max_steps_per_epoch=null"]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `teacher`, caches of the training data by kind, and `held_out` of that of the validation."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(5)
+    model = llama(
+        vocab_size=320, embed_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_dim=96, max_seq_len=256
+    )
+    with torch.no_grad():
+        model.output.weight.mul_(8)  # far from uniform
+    save_model(model, folder / "teacher", tokenizer=byte_tokenizer())
+    model, tokenizer = load_model(folder / "teacher").eval(), byte_tokenizer(max_seq_len=256)
+    data = {split: quickstart_dataset(tokenizer, split=split) for split in (SPLIT, HELD_OUT)}
+    for kind in ("hidden", "topk", "path"):
+        write_cache(folder / kind, model, data[SPLIT], tokenizer, {"kind": kind})
+    write_cache(folder / "held_out", model, data[HELD_OUT], tokenizer)
+    return folder
+
+
+def online(made: Path) -> list[str]:
+    return [f"teacher_checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {made / 'teacher'}}}"]
+
+
+def cached(made: Path, kind: str = "hidden", more: str = "") -> list[str]:
+    return [f"teacher={{_component_: kdtune.teachers.CachedTeacher, path: {made / kind}{more}}}"]
+
+
+def train(cli: CLI, out: Path, *overrides: str) -> list[dict[str, Any]]:
+    done = cli("run", *KD, f"output_dir={out}", *overrides)
+    assert done.code == 0, done.err
+    return rows(out)
+
+
+def check(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-6), (theirs["step"], name)
+
+
+def steps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("val_")} for row in found if "loss" in row
+    ]
+
+
+class Captured:
+    """Rows of the batches that a run reads, as its own teacher computes them: of another batch a sum may be rounded elsewhere."""
+
+    def __init__(self, made: Path) -> None:
+        self.model, self.tokenizer = load_model(made / "teacher"), byte_tokenizer(max_seq_len=256)
+        self.data = quickstart_dataset(self.tokenizer, split=SPLIT)
+
+    def rows(self, batches: Iterator[Batch]) -> list[Row]:
+        teacher, found = OnlineTeacher(self.model), {}
+        for batch in batches:
+            states = teacher(batch).hidden_BSD[0]
+            for index, start in zip(batch.example_ids, batch.row_starts, strict=True):
+                example = self.data[index]
+                positions = torch.from_numpy((example.labels != -100).nonzero()[0].astype("int32"))
+                columns = {"hidden": states[start + positions.long()]}
+                found[index] = Row(index, example.tokens, positions, columns)
+        return [found[index] for index in sorted(found)]
+
+
+def test_the_same_bits_as_with_the_teacher_itself(cli: CLI, made: Path, tmp_path: Path) -> None:
+    captured = Captured(made)
+    loader = Loader(captured.data, batch_size=4, pad_id=captured.tokenizer.pad_id, padding_free=True)
+    header = Header(
+        kind="hidden", dtype="fp32", vocab_size=320, dim=48, num_examples=24, dataset_size=24, examples_per_shard=10,
+        max_seq_len=256, tokenizer=fingerprint(captured.tokenizer), dataset=captured.data.fingerprint(),
+    )  # fmt: skip
+    write_rows(tmp_path / "hidden", header, captured.rows(next(loader) for _ in range(6)), captured.model.output.weight)
+    expected = train(cli, tmp_path / "online", *online(made), "dataset_val=null")
+    assert train(cli, tmp_path / "cached", *cached(tmp_path), "dataset_val=null") == expected and len(expected) == 4
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("cached", "online"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["epochs=2", "gradient_accumulation_steps=3"],
+        ["padding_free=false", "kd_ratio=1.0", "kd_loss=kdtune.losses.ReverseKL"],
+        ["tokens_per_micro_batch=500", "epochs=2", "seed=3"],
+        ["dataset.packed=true", "batch_size=2", "kd_loss={_component_: kdtune.losses.ForwardKL, temperature: 2.0}"],
+        [f"{TOP}, k: 5}}"],
+    ],
+)
+def test_the_run_of_the_live_teacher(cli: CLI, made: Path, tmp_path: Path, settings: list[str]) -> None:
+    expected = train(cli, tmp_path / "online", *online(made), *settings)
+    found = train(cli, tmp_path / "cached", *cached(made, more=f", validation: {made / 'held_out'}"), *settings)
+    check(found, expected)
+    assert "val_kd_loss" in found[0] and found[0].keys() == expected[0].keys()
+
+
+def test_top_k_is_the_run_of_the_live_teachers_top_k(cli: CLI, made: Path, tmp_path: Path) -> None:
+    expected = train(cli, tmp_path / "online", *online(made), f"{TOP}, k: 8}}")
+    found = train(cli, tmp_path / "cached", *cached(made, "topk"))
+    check(steps(found), steps(expected))
+    # Without a teacher for the held-out data, the validation measures the cross entropy alone.
+    assert {name for name in found[0] if name.startswith("val_")} == {"val_class_loss"}
+    record = json.loads((tmp_path / "cached" / "run.json").read_text())["starts"][0]["inputs"]["teacher"]
+    assert (record["kind"], record["num_ids"], record["num_examples"]) == ("topk", 8, 24)
+    assert "topk of 24 examples" in (tmp_path / "cached" / "final" / "README.md").read_text()
+
+
+def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None:
+    """Of examples that are not cut: where one is, the two tokenizations are cut together, and other tokens are left."""
+    tokenizer = byte_tokenizer(max_seq_len=2048)
+    model = llama(
+        vocab_size=320, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_dim=24, max_seq_len=2048
+    )
+    save_model(model, tmp_path / "teacher", tokenizer=byte_tokenizer())
+    for kind in ("path", "hidden"):
+        write_cache(
+            tmp_path / kind, model.eval(), quickstart_dataset(tokenizer, split=SPLIT), tokenizer, {"kind": kind}
+        )
+    settings = [
+        "kd_loss=kdtune.losses.ALM",
+        "kd_ratio=0.9",
+        "dataset_val=null",
+        "tokenizer.max_seq_len=2048",
+        "model.max_seq_len=2048",
+    ]
+    expected = train(cli, tmp_path / "online", *online(tmp_path), *settings)
+    for kind in ("path", "hidden"):
+        check(train(cli, tmp_path / f"of_{kind}", *cached(tmp_path, kind), *settings), expected)
+
+
+def test_a_resumed_run_is_the_whole_one_and_wants_the_same_cache(cli: CLI, made: Path, tmp_path: Path) -> None:
+    settings = [*cached(made), "save_every_n_steps=1", "dataset_val=null"]
+    expected = train(cli, tmp_path / "whole", *settings, "epochs=2")
+    train(cli, tmp_path / "parts", *settings, "epochs=1")
+    assert train(cli, tmp_path / "parts", *settings, "epochs=2", "resume_from_checkpoint=true") == expected
+    settings[0] = settings[0].replace(str(made / "hidden"), str(tmp_path / "copy"))
+    shutil.copytree(made / "hidden", tmp_path / "copy")
+    train(cli, tmp_path / "third", *settings)
+    shutil.rmtree(tmp_path / "copy")
+    tokenizer = byte_tokenizer(max_seq_len=256)
+    model, data = load_model(made / "teacher").eval(), quickstart_dataset(tokenizer, split=SPLIT)
+    write_cache(tmp_path / "copy", model, data, tokenizer, {"dtype": "bf16"})
+    done = cli("run", *KD, f"output_dir={tmp_path / 'third'}", *settings, "epochs=3", "resume_from_checkpoint=true")
+    assert done.code == 2 and "teacher.dtype: was 'fp32', is 'bf16'" in done.err and "teacher.rows: was" in done.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "settings", "said"),
+    [
+        ("topk", "", ["kd_loss=kdtune.losses.AdaptiveKL"], "kind=topk cannot serve adaptive KL (0.5): "),
+        ("path", "", [], "kind=path cannot serve KL: it knows the probability of the text's own tokens alone; allowed are "),
+        ("topk", "", [f"{TOP}, k: 4}}"], "teacher_targets: what the divergence sees was chosen"),
+        ("hidden", ", outside: renormalize", [], "teacher.outside=renormalize: is for a cache of kind=topk"),
+        ("hidden", "", ["hidden_loss=kdtune.losses.HiddenStateLoss"], "hidden_loss: needs the hidden states of a teacher in"),
+        ("hidden", "", ["teacher_offload=true"], "teacher_offload: has no effect beside teacher"),
+        ("none", "", [], "is not a teacher cache: it has no header.json"),
+        ("hidden", ", validation: {made}/none", [], "teacher.validation: "),
+        ("hidden", "", ["best_metric=val_kd_loss", "run_val_every_n_steps=1", "save_every_n_steps=1"], "teacher.validation is null"),
+        ("hidden", ", validation: {made}/held_out", ["~dataset_val"], "teacher.validation: has no effect without dataset_val"),
+    ],
+)  # fmt: skip
+def test_what_a_cache_cannot_serve_is_refused_when_the_config_is_read(
+    cli: CLI, made: Path, tmp_path: Path, kind: str, more: str, settings: list[str], said: str
+) -> None:
+    done = cli(
+        "run", *KD, f"output_dir={tmp_path}/x", *cached(made, kind, more.replace("{made}", str(made))), *settings
+    )
+    assert done.code == 2 and said in done.err, done.err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["tokenizer.max_seq_len=128"], "dataset: {made}/hidden was captured of other examples: tokenizer.max_seq_len is 128, and was 256"),
+        (["dataset.split=train[:25]"], "there are 25 examples, and were 24"),
+        (["dataset.prompt=plain"], "their texts, their order or what of them is trained on differs"),
+    ],
+)  # fmt: skip
+def test_other_data_is_refused_before_the_student_is_built(
+    cli: CLI, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], said: str
+) -> None:
+    monkeypatch.setattr("kdtune.parallel.build_model", None)
+    done = cli("run", *KD, f"output_dir={tmp_path}/x", *cached(made), *settings)
+    assert done.code == 2 and said.replace("{made}", str(made)) in done.err, done.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_plan_counts_head_and_rows_alone(cli: CLI, made: Path) -> None:
+    """The head of 320 x 48 numbers in fp32, 0.0586 MiB, and none of the teacher's layers; with top-k not even that."""
+    config, *overrides = KD[2:]
+    plans = {kind: cli("plan", config, *overrides, *cached(made, kind)) for kind in ("hidden", "topk")}
+    assert all(done.code == 0 and "teacher's weights" not in done.out for done in plans.values())
+    (head,) = (line.split() for line in plans["hidden"].out.splitlines() if "teacher's head" in line)
+    assert float(head[-1]) == pytest.approx(320 * 48 * 4 / 2**20, rel=0.05)
+    assert "teacher's" not in plans["topk"].out
+    done = cli("plan", config, *overrides, *cached(made), "kd_loss=kdtune.losses.ULD")
+    assert done.code == 2 and "the cost of a cross-tokenizer kd_loss" in done.err
