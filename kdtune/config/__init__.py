@@ -1,6 +1,6 @@
 """Configs: load YAML and overrides into a recipe's typed dataclass, and instantiate component nodes."""
 
-from kdtune.config.check import MISSING, is_component, resolve
+from kdtune.config.check import MISSING, Factory, is_component, resolve
 from kdtune.config.component import bind, component, factory, instantiate, key
 from kdtune.config.load import as_values, check_machine, load, to_yaml
 from kdtune.config.recipe import EntryPoint, Origin, entry_point, origin, resolved_yaml, run_record
@@ -12,6 +12,7 @@ __all__ = [
     "MISSING",
     "ConfigError",
     "EntryPoint",
+    "Factory",
     "KeyDoc",
     "Origin",
     "PathText",

@@ -21,6 +21,15 @@ _LISTS = (list, set, frozenset, collections.abc.Sequence, collections.abc.Iterab
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
+class _FactoryMark:
+    """Marks an argument that takes a component not yet built."""
+
+
+FACTORY_MARK = _FactoryMark()
+Factory = Annotated[collections.abc.Callable[..., Any], FACTORY_MARK]
+"""Type of a component's argument that is given a nested component as a function that builds it, such as a model when its time comes."""
+
+
 class MismatchError(ValueError):
     """A value that does not fit its annotation; the text says what was found and what is allowed."""
 
@@ -84,6 +93,12 @@ def accepts(annotation: Any, value: Any) -> bool:
 def is_path(annotation: Any) -> bool:
     """Return whether a string of this annotation is a path."""
     return any(_is_path_class(get_origin(member) or member) for member in _members(annotation))
+
+
+def is_factory(annotation: Any) -> bool:
+    """Return whether an argument of this annotation is given a function that builds the component."""
+    marked = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return any(get_origin(member) is Annotated and FACTORY_MARK in get_args(member) for member in marked)
 
 
 def is_text(annotation: Any) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, MISSING, MismatchError, coerce, is_component, resolve, shown
+from kdtune.config.check import COMPONENT, MISSING, MismatchError, coerce, is_component, is_factory, resolve, shown
 from kdtune.config.torchtune_keys import key_hint
 from kdtune.errors import ConfigError
 
@@ -268,7 +268,8 @@ def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], i
     for name, value in node.items():
         if name != COMPONENT:
             annotation = parameters[name].annotation if name in parameters else Any
-            arguments[name] = _build(coerce(value, annotation), {}, {}, offered)
+            is_later = is_component(value) and is_factory(annotation)
+            arguments[name] = factory(value) if is_later else _build(coerce(value, annotation), {}, {}, offered)
     for name, parameter in parameters.items():
         if name not in arguments and parameter.kind in _NAMED:
             if name in optional:

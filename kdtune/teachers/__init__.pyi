@@ -13,18 +13,23 @@ from .build import (
 )
 from .cache.cached import CachedTeacher
 from .compatibility import check_tokenizer, check_vocabularies
+from .live import LiveTeacher
 from .online import OnlineTeacher
 from .other_tokenizer import log_aligned_share, pair_with_teacher
 from .protocol import ConfiguredTeacher, Teacher, TeacherConfig, TeacherOfStudent
 from .remote import RemoteTeacher, serve
+from .several import Mixture, Routed
 
 __all__ = [
     "PLACES",
     "BaseOfStudent",
     "CachedTeacher",
     "ConfiguredTeacher",
+    "LiveTeacher",
+    "Mixture",
     "OnlineTeacher",
     "RemoteTeacher",
+    "Routed",
     "Teacher",
     "TeacherConfig",
     "TeacherOfStudent",

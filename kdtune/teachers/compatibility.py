@@ -48,7 +48,7 @@ def check_tokenizer(
     except CheckpointError as error:
         log.warning("%s: its tokenizer could not be compared with the run's: %s", key, error)
         return
-    if key != "teacher_checkpointer":
+    if not key.startswith("teacher"):
         _check_model(tokenizer, own, f"tokenizer and {key}={folder}", folder)
         return
     _check_teacher(tokenizer, own, f"tokenizer and {key}={folder}", folder)
