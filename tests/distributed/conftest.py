@@ -69,9 +69,9 @@ class Launcher:
         assert not late, "\n".join(rank.text for rank in started)
         return started
 
-    def call(self, function: Callable[..., None], *arguments: object, ranks: int) -> None:
+    def call(self, function: Callable[..., None], *arguments: object, ranks: int, timeout: float = 120) -> None:
         """`function(*arguments)` in each of so many processes, all of which must end well."""
-        ended = self.wait(self.start(function, *arguments, ranks=ranks))
+        ended = self.wait(self.start(function, *arguments, ranks=ranks), timeout)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
 
     def kdtune(self, *argv: str, ranks: int) -> list[Rank]:

@@ -149,9 +149,9 @@ def config_of(name: str, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(model_type, **(SIZES | settings | changes))
 
 
-def reference(name: str, folder: Path, **changes: Any) -> Any:
+def reference(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:
     """A random model of transformers, saved in the folder; its norms and biases are far from where they start."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_of(name, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
