@@ -23,6 +23,8 @@ from kdtune.models.documents import Documents
 
 INTERFACE = "kdtune"
 """Name of the implementation in transformers."""
+INSTEAD = "use a model of another architecture, or write this one as a family of your own (docs/extending.md)"
+"""What to do where kdtune's attention does not compute what a model asks for."""
 
 Mask = Tensor | Documents | None
 _MASK: ContextVar[Mask] = ContextVar("_MASK", default=None)
@@ -58,11 +60,13 @@ def allowing(mask: Mask) -> Iterator[None]:
         _MASK.reset(token)
 
 
+def _refusal(what: str, instead: str) -> ConfigError:
+    return ConfigError(f"family=kdtune.models.hf_model: {what}; {instead}")
+
+
 def _mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Any:
     if use_vmap:
-        raise ConfigError(
-            "family=kdtune.models.hf_model: the model adds to the causal mask, which kdtune does not compute"
-        )
+        raise _refusal("the model adds to the causal mask, which kdtune does not compute", INSTEAD)
     return Allowed(_MASK.get(), local_size)
 
 
@@ -81,15 +85,11 @@ def _attention(
     """Return [B, S, H, E] and, in place of the scores, None."""
     name = type(module).__name__
     if not isinstance(attention_mask, Allowed):
-        raise ConfigError(
-            f"family=kdtune.models.hf_model: {name} is not given the model's mask, so documents could see each other"
-        )
+        raise _refusal(f"{name} is not given the model's mask, so documents could see each other", INSTEAD)
     if unknown := sorted(key for key, value in others.items() if key not in _SILENT and value is not None):
-        raise ConfigError(
-            f"family=kdtune.models.hf_model: {name} passes {', '.join(unknown)} to attention, which kdtune does not compute"
-        )
+        raise _refusal(f"{name} passes {', '.join(unknown)} to attention, which kdtune does not compute", INSTEAD)
     if dropout:
-        raise ConfigError(f"family=kdtune.models.hf_model: {name} drops scores, {dropout}, and kdtune does not")
+        raise _refusal(f"{name} drops scores, {dropout}, and kdtune does not", "set its dropout to 0 in config.json")
     mask, window = attention_mask.mask, attention_mask.window
     if isinstance(mask, Documents):
         q_SHE, k_SKE, v_SKE = (tensor[0].transpose(0, 1) for tensor in (query_BHSE, key_BKTE, value_BKTE))

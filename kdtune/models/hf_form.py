@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from kdtune.errors import CheckpointError, first_line
 from kdtune.log import get_logger
 from kdtune.models.architecture import without_layer
-from kdtune.models.hf_attention import INTERFACE, register
+from kdtune.models.hf_attention import INSTEAD, INTERFACE, register
 
 log = get_logger(__name__)
 
@@ -139,12 +139,10 @@ def form_of(causal: PreTrainedModel) -> Form:
         raise _refusal(f"max_position_embeddings={context}; the length of the context expected")
     state = causal.state_dict()
     if kept := sorted(state.keys() - {name for name, _ in causal.named_parameters(remove_duplicate=False)}):
-        raise _refusal(f"the files hold {kept[0]!r}, which is no weight: such models are not supported")
+        raise _refusal(f"the files hold {kept[0]!r}, which is no weight; {INSTEAD}")
     ours = {name: own for name in state if (own := _our_name(name, parts)) is not None}
     if other := [name for name in state if name not in ours]:
-        raise _refusal(
-            f"{type(causal).__name__} has {other[0]!r} outside of decoder and output head, which is not supported"
-        )
+        raise _refusal(f"{type(causal).__name__} has {other[0]!r} outside of decoder and output head; {INSTEAD}")
     head: Any = causal.get_submodule(parts["output"])
     embeddings, layers = (causal.get_submodule(parts[name]) for name in ("tok_embeddings", "layers"))
     prefix, buffers = (
@@ -221,7 +219,7 @@ def parts_of(causal: PreTrainedModel) -> dict[str, str]:
     ]  # fmt: skip
     if not isinstance(base, nn.Module) or not isinstance(embeddings, nn.Embedding) or not lists:
         raise _refusal(
-            f"{name}: decoder, embeddings or layers are not where models of transformers have them; it is not supported"
+            f"{name}: decoder, embeddings or layers are not where models of transformers have them; {INSTEAD}"
         )
     prefix = path_of[base]
     return {
@@ -246,16 +244,21 @@ def _our_name(name: str, parts: Mapping[str, str]) -> str | None:
 
 def _names_in_files(causal: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names in the model of its weights, by their names in files, where they may be older ones."""
-    found = {id(tensor): name for name, tensor in state.items()}
+    model, found = type(causal).__name__, {id(tensor): name for name, tensor in state.items()}
     try:
         written = revert_weight_conversion(causal, dict(state))
-    except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError):
-        written = {}
-    named = {theirs: found.get(id(tensor)) for theirs, tensor in written.items()}
-    if None in named.values() or len(named) != len(state):
+    except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
         raise _refusal(
-            f"{type(causal).__name__}: transformers joins or splits weights when it reads them, as of mixtures of experts; not supported"
+            f"{model}: transformers {__version__} fails to say how the weights are named in files: {first_line(error)}; {INSTEAD}"
+        ) from error
+    named = {theirs: found.get(id(tensor)) for theirs, tensor in written.items()}
+    if changed := [theirs for theirs, name in named.items() if name is None]:
+        raise _refusal(
+            f"{model}: transformers joins or splits weights when it reads them, as of mixtures of experts: {changed[0]!r} of the files is "
+            f"none of the model's; {INSTEAD}"
         )
+    if len(named) != len(state):
+        raise _refusal(f"{model}: its {len(state)} weights have {len(named)} names in files; {INSTEAD}")
     return {theirs: name for theirs, name in named.items() if name is not None}
 
 
@@ -301,7 +304,7 @@ def _logits_form(causal: PreTrainedModel, parts: Mapping[str, str]) -> tuple[flo
             entering = instead_of_head.inputs.double()
         except Exception as error:
             raise _refusal(
-                f"{type(causal).__name__}: what it does with its logits cannot be found out: {first_line(error)}"
+                f"{type(causal).__name__}: what it does with its logits cannot be found out: {first_line(error)}; {INSTEAD}"
             ) from error
         finally:
             _replace(causal, parts["output"], head)
@@ -313,7 +316,7 @@ def _logits_form(causal: PreTrainedModel, parts: Mapping[str, str]) -> tuple[flo
     expected = values * after if softcap is None else softcap * torch.tanh(values * after / softcap)
     if entering.shape != hidden.shape or not (_close(entering, hidden * before) and _close(logits, expected)):
         raise _refusal(
-            f"{type(causal).__name__}: it does more with hidden states or logits than to scale and soft-cap them; not supported"
+            f"{type(causal).__name__}: it does more with hidden states or logits than to scale and soft-cap them; {INSTEAD}"
         )
     scale = before * after
     return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap

@@ -15,7 +15,7 @@ from kdtune.errors import CheckpointError, ConfigError, first_line
 from kdtune.log import get_logger
 from kdtune.models.documents import Documents
 from kdtune.models.hf import HFConfig
-from kdtune.models.hf_attention import INTERFACE, Allowed, allowing
+from kdtune.models.hf_attention import INSTEAD, INTERFACE, Allowed, allowing
 from kdtune.models.hf_form import parts_of
 from kdtune.models.kv_cache import KVCache, LayerCache
 from kdtune.models.lora import LoRALinear
@@ -164,7 +164,8 @@ def check_attention(model: HFModel) -> None:
     except Exception as error:
         if Allowed.__name__ in str(error):
             raise CheckpointError(
-                f"config.json: {model.config.family} makes a mask of its own of the one that it is given, which kdtune does not compute"
+                f"config.json: {model.config.family} makes a mask of its own of the one that it is given, which kdtune does not compute; "
+                f"{INSTEAD}"
             ) from error
         # What the meta device lacks a forward with values may have.
         log.debug("%s: on the meta device: %s", model.config.family, first_line(error))

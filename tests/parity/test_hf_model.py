@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,11 @@ def test_which_linears_are_adapted(tmp_path: Path) -> None:
         ("phi", {"num_key_value_heads": 4}, "output head, lm_head, is a Linear with a bias"),
         ("bloom", {"n_head": 4, "n_layer": 2}, "takes no position_ids"),
         ("mamba", {"num_hidden_layers": 2, "state_size": 4}, "other layers than attention"),
-        ("mixtral", {"num_local_experts": 2, "num_key_value_heads": 2}, "joins or splits weights"),
+        ("mixtral", {"num_local_experts": 2, "num_key_value_heads": 2}, "joins or splits weights .*: '.*' of the files"),
         ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]}, "layer_types with|other layers"),
-        ("gpt_oss", {"num_local_experts": 2, "num_key_value_heads": 2, "head_dim": 8}, "s_aux"),
+        ("gpt_oss", {"num_local_experts": 2, "num_key_value_heads": 2, "head_dim": 8}, "s_aux.*; use a model of another arch"),
         ("bert", {"is_decoder": True}, "output head"),
-        ("doge", {"num_key_value_heads": 4}, "a mask of its own"),
+        ("doge", {"num_key_value_heads": 4}, "a mask of its own.*; use a model of another"),
         ("openai-gpt", {"n_head": 4, "n_layer": 3, "n_embd": 32}, "takes no past_key_values"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
                                       "original_max_position_embeddings": 32}, "num_key_value_heads": 4}, r"rope_type \['longrope'\]"),
@@ -207,6 +208,25 @@ def test_what_the_engine_does_not_compute_is_refused_by_name(
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
     with pytest.raises(CheckpointError, match=rf"config.json: .*{wanted}"):
         Checkpointer(tmp_path, checkpoint_files=["model.safetensors"], family=hf_model).model_config()
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (lambda weights: {}["no such key"], "fails to say how the weights are named in files: .*no such key"),
+        (lambda weights: weights | {"new": torch.ones(2)}, "joins or splits weights .*: 'new' of the files"),
+        (lambda weights: dict(list(weights.items())[1:]), "its 40 weights have 39 names in files"),
+    ],
+)
+def test_names_in_files_that_are_not_those_of_the_weights(
+    written: Callable[[Any], Any], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdtune.models import hf_form
+
+    make("stablelm", tmp_path, vocab_size=97)  # which no other test has inspected
+    monkeypatch.setattr(hf_form, "revert_weight_conversion", lambda _, weights: written(weights))
+    with pytest.raises(CheckpointError, match=f"StableLmForCausalLM: .*{wanted}.*; use a model of another arch"):
+        load(tmp_path)
 
 
 def test_a_logits_function_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
