@@ -93,7 +93,10 @@ def shape_problems(
     """Return which linears of the model have a shape that the (known) scheme cannot hold; reads no weights."""
     scheme = scheme_name(scheme)
     if not isinstance(config, TransformerConfig):
-        return [f"scheme={scheme}: a model that transformers computes is not quantized; leave it out"]
+        return [
+            f"scheme={scheme}: a model that transformers computes is not quantized; leave it out, or give a model of a family that "
+            "kdtune computes (docs/models.md)"
+        ]
     if quantize_output and config.tie_embeddings:
         return ["quantize_output=true: the head is the embedding (tied), which stays as it is; set it to false"]
     with on_meta_device():

@@ -66,16 +66,20 @@ def problems(cfg: Any, device: torch.device | None = None, teacher_device: torch
     return found
 
 
-# Options that are there for kdtune's own decoder alone, by the prefix of the model that they are of.
+# Options that are there for kdtune's own decoder alone, by the prefix of the model that they are of, and what to do instead.
 _OF_OWN_DECODER = {
-    "": ("compile", "float8_training", "activation_offloading"),
-    "teacher_": ("compile", "teacher_offload"),
+    "": {
+        "compile": "",
+        "float8_training": ", or dtype=bf16 for speed",
+        "activation_offloading": ", or activation_checkpointing=full for memory",
+    },
+    "teacher_": {"compile": "", "teacher_offload": ", or teacher_device=cpu for memory"},
 }
 
 
 def _own_decoder_problems(cfg: Any, prefix: str, builder: Builder | None, source: Checkpointer | None) -> list[str]:
     """Return which options of a config a model that another library computes does not have."""
-    given = [key for key in _OF_OWN_DECODER[prefix] if getattr(cfg, key, None)]
+    given = {key: instead for key, instead in _OF_OWN_DECODER[prefix].items() if getattr(cfg, key, None)}
     if not given or not (builder or source) or (source and source.problems()):
         return []
     found = model_config(builder, source)
@@ -83,8 +87,8 @@ def _own_decoder_problems(cfg: Any, prefix: str, builder: Builder | None, source
         return []
     return [
         f"{key}={str(getattr(cfg, key)).lower()}: is there for kdtune's own decoder, and transformers computes the {found.family} of "
-        f"{prefix}checkpointer; ~{key}"
-        for key in given
+        f"{prefix}checkpointer; ~{key}{instead}"
+        for key, instead in given.items()
     ]
 
 

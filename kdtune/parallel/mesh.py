@@ -57,6 +57,11 @@ def model_problem(model: Transformer, parallelism: Parallelism, num_processes: i
     tp = parallelism.sizes(num_processes)[TP_DIM]
     if problem := tensor_parallel_problem(model.config, tp):
         return problem
+    if parallelism.cpu_offload and not isinstance(model.config, TransformerConfig):
+        return (
+            "cpu_offload=true: of a model that transformers computes, tables that are no weights would stay on the CPU; set it to "
+            "false: dp_shard divides weights, gradients and optimizer state"
+        )
     is_quantized = any(linear.quantize_base for linear in adapted_linears(model).values())
     if is_quantized and (tp > 1 or parallelism.cpu_offload):
         return (
@@ -70,7 +75,7 @@ def model_problem(model: Transformer, parallelism: Parallelism, num_processes: i
 def tensor_parallel_problem(config: TransformerConfig, tp: int) -> str | None:
     """Return which sizes of a model `tp` does not divide, and which values of `tp` divide them; None if it divides all."""
     if tp > 1 and not isinstance(config, TransformerConfig):
-        return f"tp={tp}: does not divide a model that transformers computes; allowed: 1"
+        return f"tp={tp}: does not divide a model that transformers computes; allowed: 1, and dp_shard divides it"
     if tp == 1:
         return None
     sizes = {name: getattr(config, name) for name in ("num_kv_heads", "num_heads", "intermediate_dim", "vocab_size")}

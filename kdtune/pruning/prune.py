@@ -69,7 +69,8 @@ def architecture_problems(config: TransformerConfig) -> list[str]:
     if isinstance(config, TransformerConfig):
         return []
     return [
-        f"checkpointer.family: {config.family} is computed by transformers, and only kdtune's own decoder is pruned"
+        f"checkpointer.family: {config.family} is computed by transformers, and only kdtune's own decoder is pruned; give a model of one "
+        "of its families (docs/models.md)"
     ]
 
 

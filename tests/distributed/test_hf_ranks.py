@@ -25,12 +25,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.slow(
-    "three starts of up to two processes, twice; that a decoder is sharded at all is seen in test_same_numbers.py"
-)
-@pytest.mark.parametrize("adapter", ["null", "kdtune.models.apply_lora"])
-def test_two_processes_compute_what_one_does(adapter: str, launch, folders: Path, tmp_path: Path) -> None:
-    models = [
+def models(folders: Path) -> list[str]:
+    return [
         part
         for prefix, name in (("", "stablelm"), ("teacher_", "gpt_neox"))
         for part in (
@@ -40,7 +36,18 @@ def test_two_processes_compute_what_one_does(adapter: str, launch, folders: Path
             f"{prefix}checkpointer.family=kdtune.models.hf_model",
         )
     ]
-    run = [*KD, *PLAIN, *models, f"adapter={adapter}", "run_val_every_n_steps=3", "save_every_n_steps=3"]
+
+
+LORA = ["adapter=kdtune.models.apply_lora"]
+ADAPTERS = {"null": ["adapter=null"], "LoRA": LORA, "QLoRA": [*LORA, "adapter.quantize_base=true", "optimizer.lr=3.0"]}
+
+
+@pytest.mark.slow(
+    "three starts of up to two processes, twice; that a decoder is sharded at all is seen in test_same_numbers.py"
+)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_two_processes_compute_what_one_does(adapter: str, launch, folders: Path, tmp_path: Path) -> None:
+    run = [*KD, *PLAIN, *models(folders), *ADAPTERS[adapter], "run_val_every_n_steps=3", "save_every_n_steps=3"]
     for ranks in (1, 2):
         accumulation = f"gradient_accumulation_steps={2 // ranks}"
         ended = launch.kdtune(*run, accumulation, f"output_dir={tmp_path / str(ranks)}", ranks=ranks)
@@ -53,3 +60,21 @@ def test_two_processes_compute_what_one_does(adapter: str, launch, folders: Path
     ended = launch.kdtune(*run, *resumed, ranks=1)
     assert ended[0].code == 0, ended[0].text
     check_same_rows(rows(tmp_path / "2"), rows(tmp_path / "1"))
+
+
+@pytest.mark.slow(
+    "five processes, one or two at a time; that a teacher is apart at all is seen in test_remote_teacher.py"
+)
+def test_a_teacher_on_its_own_process_and_bf16_arithmetic(launch, folders: Path, tmp_path: Path) -> None:
+    run = [*KD, *PLAIN, *models(folders), "run_val_every_n_steps=3", "gradient_accumulation_steps=2"]
+    layouts: dict[str, tuple[int, list[str]]] = {
+        "one": (1, []),
+        "apart": (2, ["teacher_processes=1"]),
+        "bf16": (2, ["parallelism.param_dtype=bf16", "gradient_accumulation_steps=1"]),
+    }
+    for name, (ranks, settings) in layouts.items():
+        ended = launch.kdtune(*run, *settings, f"output_dir={tmp_path / name}", ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+    check_same_rows(rows(tmp_path / "apart"), rows(tmp_path / "one"))
+    check_same_change(tmp_path / "apart" / "final", tmp_path / "one" / "final", folders / "stablelm")
+    check_same_rows(rows(tmp_path / "bf16"), rows(tmp_path / "one"), tolerance=0.05)

@@ -26,18 +26,22 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`gpt_neox` and `stablelm`, with the tiny configs' tokenizer."""
-    found = tmp_path_factory.mktemp("hf")
+def made(folder: Path, **families: dict[str, Any]) -> Path:
+    """A folder with a model of each of transformers' families, with these settings and the tiny configs' tokenizer."""
     tokenizer = byte_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
-    for seed, name in enumerate(("gpt_neox", "stablelm")):
+    for seed, (name, settings) in enumerate(families.items()):
         torch.manual_seed(seed)
-        config = transformers.AutoConfig.for_model(name, **SIZES, **ids)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(found / name)
-        tokenizer.save(found / name, is_chat=True)
-    return found
+        config = transformers.AutoConfig.for_model(name, **SIZES | ids | settings)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save(folder / name, is_chat=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`gpt_neox` and `stablelm`."""
+    return made(tmp_path_factory.mktemp("hf"), gpt_neox={}, stablelm={})
 
 
 def node(prefix: str, folder: Path) -> list[str]:
@@ -106,20 +110,85 @@ def test_a_teacher_with_another_tokenizer(cli: CLI, folders: Path, other_tokeniz
     assert found[-1]["val_kd_loss"] < found[0]["val_kd_loss"]
 
 
+# Of qwen2 and mistral, which kdtune computes too; SGD, where a gradient's scale is seen.
+SGD = ("~lr_scheduler", "optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~clip_grad_norm", "gradient_accumulation_steps=1", "batch_size=2",
+       "sample_prompts=[]", "save_every_n_steps=null", "max_steps_per_epoch=3", "run_val_every_n_steps=3", "tokenizer.max_seq_len=96",
+       "dataset_val.split=test[:4]")  # fmt: skip
+LORA = ("adapter=kdtune.models.apply_lora", "optimizer.lr=3.0")
+# One linear of a layer: several are drawn in the order of their names, which differ.
+ADAPTED = {"transformers": "adapter.lora_modules=[q_proj]", "kdtune": "adapter.lora_attn_modules=[q_proj]"}
+OPTIONS = {
+    "all recomputed": ("activation_checkpointing=full",),
+    "selectively recomputed": ("activation_checkpointing=selective",),
+    "every second layer recomputed": ("activation_checkpointing=2",),
+    "updated in backward": ("optimizer_in_backward=true",),
+    "padded": ("padding_free=false",),
+    "cut by tokens": ("tokens_per_micro_batch=96",),
+    "clipped": ("clip_grad_norm=0.05", "gradient_accumulation_steps=2"),
+    "teacher on a named device": ("teacher_device=cpu",),
+    "bf16 teacher": ("teacher_dtype=bf16",),
+    "fp32 master": ("dtype=bf16", "weight_update=fp32_master"),
+    "stochastic": ("dtype=bf16", "weight_update=stochastic"),
+    "LoRA": (*LORA, "adapter.lora_dropout=0.1"),
+    "DoRA": (*LORA, "adapter.use_dora=true", "adapter.apply_lora_to_output=true"),
+    "QLoRA": (*LORA, "adapter.quantize_base=true"),
+    "QLoRA, recomputed": (*LORA, "adapter.quantize_base=true", "activation_checkpointing=full"),
+    "QLoRA, own base": (*LORA, "adapter.quantize_base=true", "~teacher_checkpointer", "teacher=kdtune.teachers.BaseOfStudent"),
+    "top-k targets": ("teacher_targets=kdtune.losses.TopKTargets", "teacher_targets.k=8"),
+}  # fmt: skip
+QUICK = ("selectively recomputed", "QLoRA")
+
+
+@pytest.fixture(scope="module")
+def own_families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`qwen2` and `mistral`, with a window shorter than the examples."""
+    return made(tmp_path_factory.mktemp("own"), qwen2={"num_key_value_heads": 2, "tie_word_embeddings": True},
+                mistral={"num_key_value_heads": 2, "sliding_window": 16})  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        (("parallelism.tp=2",), "parallelism: tp=2"),
-        (("teacher_quantization=int8",), "teacher_quantization=int8: a model that transformers computes"),
-        (("compile=true",), "compile=true: is there for kdtune's own decoder"),
-        (("hidden_loss=kdtune.losses.HiddenStateLoss",), "hidden_loss: "),
-    ],
+    "option",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow("two runs for each of many options; two are quick"))
+     for name in OPTIONS],
 )  # fmt: skip
+def test_an_option_computes_what_it_does_in_kdtunes_own_decoder(
+    option: str, cli: CLI, own_families: Path, tmp_path: Path
+) -> None:
+    settings, found = OPTIONS[option], {}
+    for computed_by, adapted in ADAPTED.items():
+        models = [*node("", own_families / "qwen2"), *node("teacher_", own_families / "mistral")]
+        if computed_by == "kdtune":
+            models = [one for one in models if ".family=" not in one]
+        own = [adapted] if settings[: len(LORA)] == LORA else []
+        done = cli(*KD, *SGD, *models, *settings, *own, f"output_dir={tmp_path / computed_by}")
+        assert done.code == 0, done.err
+        found[computed_by] = rows(tmp_path / computed_by)
+    in_bf16 = any("bf16" in setting for setting in settings)
+    for ours, theirs in zip(found["transformers"], found["kdtune"], strict=True):
+        assert ours == pytest.approx(theirs, rel=0.03 if in_bf16 else 1e-5, abs=1e-7)
+    assert found["kdtune"][-1]["loss"] < found["kdtune"][1]["loss"]
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "transformers" / "final")
+    assert type(final).__name__ == "Qwen2ForCausalLM"
+
+
+REFUSED = [
+    (("parallelism.tp=2",), "parallelism: tp=2: does not divide a model that transformers computes; allowed: 1, and dp_shard"),
+    (("parallelism.cpu_offload=true",), "parallelism: cpu_offload=true: of a model that transformers computes"),
+    (("teacher_quantization=int8",), "teacher_quantization=int8: a model that transformers computes is not quantized"),
+    (("compile=true",), "compile=true: is there for kdtune's own decoder"),
+    (("float8_training=tensorwise",), "float8_training=tensorwise: is there for kdtune's own decoder"),
+    (("activation_offloading=true",), "or activation_checkpointing=full for memory"),
+    (("teacher_offload=true",), "or teacher_device=cpu for memory"),
+    (("hidden_loss=kdtune.losses.HiddenStateLoss",), "hidden_loss: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "wanted"), REFUSED)
 def test_what_it_lacks_is_refused_by_the_key_before_a_weight_is_read(
     given: tuple[str, ...], wanted: str, cli: CLI, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdtune.checkpoint.checkpointer.fill_model", lambda *_, **__: pytest.fail("a weight is read"))
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items() if "tp" in given[0] else ():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items() if "parallelism" in given[0] else ():
         monkeypatch.setenv(name, value)
     done = cli(
         *KD,
