@@ -93,13 +93,7 @@ BF16 = ("dtype=bf16",)
 PADDED = ("tokenizer.max_seq_len=512", "model.max_seq_len=512", "teacher_model.max_seq_len=512", "dataset.train_on=answers",
           "dataset.prompt=plain")  # fmt: skip
 # 21 examples are 11 micro-batches: the last of 3 steps has 3, and one of two processes has none left at its end.
-SHORT = (
-    "dataset.split=train[:21]",
-    "batch_size=2",
-    "gradient_accumulation_steps=4",
-    "max_steps_per_epoch=null",
-    "epochs=2",
-)
+SHORT = ("dataset.split=train[:21]", "batch_size=2", "gradient_accumulation_steps=4", "max_steps_per_epoch=null", "epochs=2")  # fmt: skip
 # Recipe, student, layout and overrides.
 OTHERS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "kd full, 1 process, bf16": ("kd", "full", "1 process", BF16),

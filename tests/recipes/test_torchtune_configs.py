@@ -5,11 +5,13 @@ import json
 import os
 import re
 import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import CLI
+from torchtune_text import KD
 
 from kdtune import _assets
 from kdtune.config.load import read_yaml
@@ -17,31 +19,46 @@ from kdtune.config.migrate import migrate
 from kdtune.config.yaml_text import parse_yaml
 from kdtune.errors import ConfigError
 
-# torchtune's six: ours, theirs, processes; builders of student and teacher; folders; rank, alpha; batch size, epochs, recomputation.
-PAIRS: dict[str, tuple[str, int, tuple[str, str], tuple[str, str], tuple[int, int], tuple[int, int, bool]]] = {
-    "llama3_2/knowledge_distillation_single_device": (
-        "llama3_2/8B_to_1B_KD_lora_single_device", 1, ("llama3_2.lora_llama3_2_1b", "llama3_1.llama3_1_8b"),
-        ("Llama-3.2-1B-Instruct", "Meta-Llama-3.1-8B-Instruct"), (64, 128), (4, 1, False),
+
+@dataclass(frozen=True)
+class Pair:
+    """A distillation of torchtune's: its config there, and what it has of its own."""
+
+    config: str
+    student: str
+    teacher: str
+    folders: tuple[str, str]
+    batch_size: int = 4
+    rank: int = 64
+    epochs: int = 1
+    recomputes: bool = False
+    processes: int = 1
+
+
+CASE_STUDY = Pair("llama3_2/8B_to_1B_KD_lora_single_device", "llama3_2.lora_llama3_2_1b", "llama3_1.llama3_1_8b",
+                  ("Llama-3.2-1B-Instruct", "Meta-Llama-3.1-8B-Instruct"))  # fmt: skip
+QWEN2 = Pair("qwen2/1.5_to_0.5B_KD_lora_single_device", "qwen2.lora_qwen2_0_5b", "qwen2.qwen2_1_5b",
+             ("Qwen2-0.5B-Instruct", "Qwen2-1.5B-Instruct"), batch_size=8, rank=32)  # fmt: skip
+LONG: dict[str, Any] = {"batch_size": 2, "epochs": 5, "recomputes": True}
+
+
+def on_two_processes(pair: Pair) -> Pair:
+    return replace(pair, config=pair.config.replace("single_device", "distributed"), processes=2)
+
+
+# torchtune's six, by ours.
+PAIRS = {
+    "llama3_2/knowledge_distillation_single_device": CASE_STUDY,
+    "llama3_2/knowledge_distillation_distributed": on_two_processes(CASE_STUDY),
+    "qwen2/1.5B_to_0.5B_kd_single_device": QWEN2,
+    "qwen2/1.5B_to_0.5B_kd_distributed": on_two_processes(QWEN2),
+    "qwen2_5/14B_to_7B_kd_single_device": Pair(
+        "qwen2_5/14B_to_7B_KD_lora_single_device", "qwen2_5.lora_qwen2_5_7b", "qwen2_5.lora_qwen2_5_14b_instruct",
+        ("Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct"), **LONG,
     ),
-    "llama3_2/knowledge_distillation_distributed": (
-        "llama3_2/8B_to_1B_KD_lora_distributed", 2, ("llama3_2.lora_llama3_2_1b", "llama3_1.llama3_1_8b"),
-        ("Llama-3.2-1B-Instruct", "Meta-Llama-3.1-8B-Instruct"), (64, 128), (4, 1, False),
-    ),
-    "qwen2/1.5B_to_0.5B_kd_single_device": (
-        "qwen2/1.5_to_0.5B_KD_lora_single_device", 1, ("qwen2.lora_qwen2_0_5b", "qwen2.qwen2_1_5b"),
-        ("Qwen2-0.5B-Instruct", "Qwen2-1.5B-Instruct"), (32, 64), (8, 1, False),
-    ),
-    "qwen2/1.5B_to_0.5B_kd_distributed": (
-        "qwen2/1.5_to_0.5B_KD_lora_distributed", 2, ("qwen2.lora_qwen2_0_5b", "qwen2.qwen2_1_5b"),
-        ("Qwen2-0.5B-Instruct", "Qwen2-1.5B-Instruct"), (32, 64), (8, 1, False),
-    ),
-    "qwen2_5/14B_to_7B_kd_single_device": (
-        "qwen2_5/14B_to_7B_KD_lora_single_device", 1, ("qwen2_5.lora_qwen2_5_7b", "qwen2_5.lora_qwen2_5_14b_instruct"),
-        ("Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct"), (64, 128), (2, 5, True),
-    ),
-    "qwen3/14B_to_8B_kd_single_device": (
-        "qwen3/14B_to_8B_KD_lora_single_device", 1, ("qwen3.lora_qwen3_8b_base", "qwen3.lora_qwen3_14b_instruct"),
-        ("Qwen3-8B", "Qwen3-14B"), (64, 128), (2, 5, True),
+    "qwen3/14B_to_8B_kd_single_device": Pair(
+        "qwen3/14B_to_8B_KD_lora_single_device", "qwen3.lora_qwen3_8b_base", "qwen3.lora_qwen3_14b_instruct", ("Qwen3-8B", "Qwen3-14B"),
+        **LONG,
     ),
 }  # fmt: skip
 DEFAULTS = {
@@ -53,66 +70,28 @@ DEFAULTS = {
 AS_WITHOUT = {"apply_lora_to_output": False, "lora_dropout": 0.0}
 
 
-def in_torchtunes_manner(name: str) -> str:
-    """The config of a pair as a user of torchtune has it, in our words."""
-    _, _, (student, teacher), folders, (rank, alpha), (batch_size, epochs, recomputes) = PAIRS[name]
-    tokenizer = f"path: /tmp/{folders[0]}/vocab.json\n  merges_file: /tmp/{folders[0]}/merges.txt"
-    kind = student.partition(".")[0]
+FORWARD_KL = ("kd_loss=torchtune.modules.loss.ForwardKLWithChunkedOutputLoss", "~kd_loss.sym_kd_ratio")
+
+
+def of_pair(pair: Pair) -> list[str]:
+    """What a pair's config has otherwise than `KD`, as overrides of torchtune's."""
+    kind = pair.student.partition(".")[0]
+    folder = f"/tmp/{pair.folders[0]}"
+    is_adapted = "lora" in pair.teacher
     if kind == "llama3_2":
-        kind, tokenizer = "llama3", f"path: /tmp/{folders[0]}/original/tokenizer.model"
-    checkpointers = "".join(
-        f"""{role}checkpointer:
-  _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: /tmp/{folder}/
-  checkpoint_files:
-    filename_format: model-{{}}-of-{{}}.safetensors
-    max_filename: "00050"
-  recipe_checkpoint: null
-  output_dir: ${{output_dir}}
-  model_type: SOME
-"""
-        for role, folder in zip(("", "teacher_"), folders, strict=True)
-    )
-    adapters = "\n  lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']"
-    return f"""\
-output_dir: /tmp/x
-model:
-  _component_: torchtune.models.{student}{adapters}
-  apply_lora_to_mlp: True
-  lora_rank: {rank}
-  lora_alpha: {alpha}
-  lora_dropout: 0.0
-teacher_model:
-  _component_: torchtune.models.{teacher}{adapters if "lora" in teacher else ""}
-tokenizer:
-  _component_: torchtune.models.{kind}.{kind}_tokenizer
-  {tokenizer}
-  max_seq_len: null
-{checkpointers}resume_from_checkpoint: False
-dataset:
-  _component_: torchtune.datasets.alpaca_cleaned_dataset
-  packed: False
-seed: null
-batch_size: {batch_size}
-optimizer:
-  _component_: torch.optim.AdamW
-  fused: True
-  weight_decay: 0.01
-  lr: 3e-4
-lr_scheduler:
-  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
-  num_warmup_steps: 100
-loss:
-  _component_: torchtune.modules.loss.CEWithChunkedOutputLoss
-kd_loss:
-  _component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss
-kd_ratio: 0.5
-epochs: {epochs}
-gradient_accumulation_steps: 8
-device: cuda
-dtype: bf16
-enable_activation_checkpointing: {recomputes}
-"""
+        tokenizer = ["tokenizer=torchtune.models.llama3.llama3_tokenizer", f"tokenizer.path={folder}/original/tokenizer.model",
+                     "~tokenizer.merges_file"]  # fmt: skip
+    else:
+        tokenizer = [f"tokenizer=torchtune.models.{kind}.{kind}_tokenizer", f"tokenizer.path={folder}/vocab.json",
+                     f"tokenizer.merges_file={folder}/merges.txt"]  # fmt: skip
+    return [
+        f"model=torchtune.models.{pair.student}", "model.lora_attn_modules=[q_proj,v_proj,output_proj]",
+        f"model.lora_rank={pair.rank}", f"model.lora_alpha={2 * pair.rank}", "model.lora_dropout=0.0",
+        f"teacher_model=torchtune.models.{pair.teacher}", *([] if is_adapted else ["~teacher_model.lora_attn_modules"]),
+        *tokenizer, f"checkpointer.checkpoint_dir={folder}/", f"teacher_checkpointer.checkpoint_dir=/tmp/{pair.folders[1]}/",
+        f"batch_size={pair.batch_size}", "optimizer.weight_decay=0.01", *FORWARD_KL, "kd_ratio=0.5", f"epochs={pair.epochs}",
+        "gradient_accumulation_steps=8", "device=cuda", f"enable_activation_checkpointing={pair.recomputes}",
+    ]  # fmt: skip
 
 
 def what_matters(values: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -136,7 +115,7 @@ def what_matters(values: dict[str, Any], processes: int) -> dict[str, Any]:
 
 
 def assert_same(name: str, migrated: dict[str, Any]) -> None:
-    processes = PAIRS[name][1]
+    processes = PAIRS[name].processes
     ours = read_yaml(_assets.find_config(name).path)
     assert what_matters(migrated, processes) == what_matters(ours, processes)
     teacher = ours["teacher_checkpointer"]["checkpoint_dir"]
@@ -147,10 +126,10 @@ def assert_same(name: str, migrated: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_of_torchtunes_is_shipped(name: str, tmp_path: Path) -> None:
-    (tmp_path / "kd.yaml").write_text(in_torchtunes_manner(name))
-    assert_same(name, dict(parse_yaml(migrate(tmp_path / "kd.yaml").text)))
+    (tmp_path / "kd.yaml").write_text(KD)
+    assert_same(name, dict(parse_yaml(migrate(tmp_path / "kd.yaml", of_pair(PAIRS[name])).text)))
     with pytest.raises(ConfigError, match=f"torchtune's is '{name}' here"):
-        _assets.find_config(PAIRS[name][0])
+        _assets.find_config(PAIRS[name].config)
 
 
 def shipped(folder: Path) -> list[Path]:
@@ -199,87 +178,30 @@ def test_every_config_of_torchtunes_becomes_a_valid_one_or_is_refused(cli: CLI, 
         done = cli("validate", str(new))
         assert (done.code, done.err) == (0, ""), f"{name}: {done.err}"
         valid.append(name)
-        for pair, (theirs, *_) in PAIRS.items():
-            if f"{theirs}.yaml" == name:
-                assert_same(pair, read_yaml(new))
+        for ours, pair in PAIRS.items():
+            if f"{pair.config}.yaml" == name:
+                assert_same(ours, read_yaml(new))
     assert len(valid) >= 120 and all(refused.values())
 
 
-SMOLLM2 = """\
-# A student of 12 layers and its teacher of 30.
-output_dir: {output_dir}
-model:
-  _component_: torchtune.models.llama3_2.lora_llama3_2
-  lora_attn_modules: ['q_proj', 'v_proj']
-  apply_lora_to_mlp: True
-  lora_rank: 8
-  lora_alpha: 16
-  vocab_size: 49152
-  num_layers: 12
-  num_heads: 9
-  num_kv_heads: 3
-  embed_dim: 576
-  intermediate_dim: 1536
-  max_seq_len: 8192
-  rope_base: 100000
-  scale_factor: 1
-teacher_model:
-  _component_: torchtune.models.llama3_2.llama3_2
-  vocab_size: 49152
-  num_layers: 30
-  num_heads: 9
-  num_kv_heads: 3
-  embed_dim: 576
-  intermediate_dim: 1536
-  max_seq_len: 8192
-  rope_base: 100000
-  scale_factor: 1
-tokenizer:
-  _component_: torchtune.models.qwen2.qwen2_tokenizer
-  path: {pair}/student/vocab.json
-  merges_file: {pair}/student/merges.txt
-  max_seq_len: 64
-checkpointer:
-  _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: {pair}/student
-  checkpoint_files: [model.safetensors]
-  output_dir: ${{output_dir}}
-  model_type: LLAMA3_2
-teacher_checkpointer:
-  _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: {pair}/teacher
-  checkpoint_files: [model.safetensors]
-  output_dir: ${{output_dir}}
-  model_type: LLAMA3_2
-dataset:
-  _component_: torchtune.datasets.instruct_dataset
-  source: json
-  data_files: {rows}
-  column_map: {{input: question, output: answer}}
-  split: train
-seed: null
-shuffle: False
-batch_size: 2
-optimizer:
-  _component_: torch.optim.AdamW
-  lr: 3e-3
-lr_scheduler:
-  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
-  num_warmup_steps: 1
-loss:
-  _component_: torchtune.modules.loss.CEWithChunkedOutputLoss
-kd_loss:
-  _component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss
-kd_ratio: 1.0
-epochs: 3
-max_steps_per_epoch: 1
-gradient_accumulation_steps: 1
-device: cpu
-dtype: fp32
-metric_logger:
-  _component_: torchtune.training.metric_logging.DiskLogger
-  log_dir: ${{output_dir}}/logs
-"""
+SMOLLM2 = {"vocab_size": 49152, "num_heads": 9, "num_kv_heads": 3, "embed_dim": 576, "intermediate_dim": 1536, "max_seq_len": 8192,
+           "rope_base": 100000, "scale_factor": 1}  # fmt: skip
+
+
+def of_real_pair(folder: Path, rows: Path, output_dir: Path) -> list[str]:
+    """What a short distillation of SmolLM2's 30 layers into 12 has otherwise than `KD`."""
+    sizes = [f"{key}.{name}={size}" for key in ("model", "teacher_model") for name, size in SMOLLM2.items()]
+    return [
+        f"output_dir={output_dir}", "model=torchtune.models.llama3_2.lora_llama3_2", "model.num_layers=12",
+        "teacher_model=torchtune.models.llama3_2.llama3_2", "teacher_model.num_layers=30", *sizes, "~teacher_model.lora_attn_modules",
+        f"tokenizer.path={folder}/student/vocab.json", f"tokenizer.merges_file={folder}/student/merges.txt", "tokenizer.max_seq_len=64",
+        f"checkpointer.checkpoint_dir={folder}/student", f"teacher_checkpointer.checkpoint_dir={folder}/teacher",
+        "teacher_checkpointer.checkpoint_files=[model.safetensors]", "dataset=torchtune.datasets.instruct_dataset", "~dataset.packed",
+        "dataset.source=json", f"dataset.data_files={rows}", "dataset.column_map={input: question, output: answer}",
+        "dataset.split=train", "shuffle=False", "batch_size=2", "optimizer.lr=3e-3", "lr_scheduler.num_warmup_steps=1", *FORWARD_KL,
+        "kd_ratio=1.0", "epochs=3", "max_steps_per_epoch=1", "gradient_accumulation_steps=1", "dtype=fp32",
+        "~save_adapter_weights_only", "~enable_activation_offloading", "~clip_grad_norm", "~mystery",
+    ]  # fmt: skip
 
 
 @pytest.mark.real
@@ -287,8 +209,8 @@ metric_logger:
 def test_a_migrated_distillation_of_the_real_pair_runs(real_pair: Path, cli: CLI, tmp_path: Path) -> None:
     rows, old, new = tmp_path / "rows.jsonl", tmp_path / "torchtune.yaml", tmp_path / "new.yaml"
     rows.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(2)))
-    old.write_text(SMOLLM2.format(output_dir=tmp_path / "run", pair=real_pair, rows=rows))
-    done = cli("migrate", str(old), "-o", str(new))
+    old.write_text(KD)
+    done = cli("migrate", str(old), "-o", str(new), *of_real_pair(real_pair, rows, tmp_path / "run"))
     assert done.code == 0, done.err
     done = cli("run", "knowledge_distillation", "--config", str(new))
     assert done.code == 0, done.err
