@@ -12,6 +12,7 @@ Several ways, each case in a fresh process:
     fused    kdtune.losses.KDLoss
     compiled the same with compile=True
     rounded  the same with logits_dtype=torch.bfloat16, for bf16; rounded+compiled: both
+    topk64, sampled50   the fused one of a teacher's 64 most likely ids and their tail, and of 50 draws
     plain    full fp32 logits of both models, F.cross_entropy and F.kl_div
     matmul   the floor: only the products that any exact loss needs, in the dtype as it is: both logits, the gradient of
              the hidden states and, with a trainable head, of its weight; by tiles of 16,032 ids, in reused memory
@@ -197,6 +198,8 @@ def fused(
     from kdtune.losses import HiddenSignal, KDLoss
 
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
+    if targets := settings.pop("targets", None):
+        settings["teacher_targets"] = getattr(losses, targets[0])(targets[1])
     loss_fn = KDLoss(getattr(losses, divergence)(), chunk_size=chunk_size, **settings)
 
     def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
@@ -246,6 +249,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor, bool, int | None, str], Call]] = {
     "compiled": partial(fused, compile=True),
     "rounded": partial(fused, logits_dtype=torch.bfloat16),
     "rounded+compiled": partial(fused, logits_dtype=torch.bfloat16, compile=True),
+    "topk64": partial(fused, targets=("TopKTargets", 64)),
+    "sampled50": partial(fused, targets=("SampledTargets", 50)),
     "plain": plain,
     "matmul": matmul,
 }

@@ -266,10 +266,7 @@ def floor_seconds(rows: Path, args: argparse.Namespace, student: Path, teacher: 
 
 def report(runs: dict[str, list[Path]], rows: Path, args: argparse.Namespace, teacher: Path, out: Path) -> None:
     """Print a row per tool and round, with its ratio to kdtune's of the same round."""
-    print(f"\ntorch {torch.__version__}, {args.threads} threads, {args.dtype}, kd_ratio {args.kd_ratio:g}, LoRA rank {args.rank}, "
-          f"batches of {args.batch_size}, rows of {args.row_length or 'one example'}; steps {WARM_UP + 1} to {args.steps}")  # fmt: skip
-    columns = "round, tool, s/step (median), real tokens/s, processor s/step, x kdtune's time, processor, peak GiB, others, held-out KL"
-    print(f"| {columns.replace(', ', ' | ')} |\n|{'---|' * len(columns.split(', '))}")
+    lines = []
     for number in range(args.rounds):
         found = {tool: read_steps(logs[number], rows, args) for tool, logs in runs.items()}
         for tool, steps in found.items():
@@ -295,7 +292,12 @@ def report(runs: dict[str, list[Path]], rows: Path, args: argparse.Namespace, te
                 mean["others"],
                 held_out_kl(runs[tool][number].with_suffix(""), teacher, out),
             ]
-            print(f"| {number + 1} | {tool} | {' | '.join(f'{value:.3g}' for value in numbers)} |", flush=True)
+            lines.append(f"| {number + 1} | {tool} | {' | '.join(f'{value:.3g}' for value in numbers)} |")
+    print(f"\ntorch {torch.__version__}, {args.threads} threads, {args.dtype}, kd_ratio {args.kd_ratio:g}, LoRA rank {args.rank}, "
+          f"batches of {args.batch_size}, rows of {args.row_length or 'one example'}; steps {WARM_UP + 1} to {args.steps}")  # fmt: skip
+    columns = "round, tool, s/step (median), real tokens/s, processor s/step, x kdtune's time, processor, peak GiB, others, held-out KL"
+    print(f"| {columns.replace(', ', ' | ')} |\n|{'---|' * len(columns.split(', '))}")
+    print("\n".join(lines), flush=True)
 
 
 def held_out_kl(run_dir: Path, teacher: Path, out: Path) -> float:

@@ -4,10 +4,13 @@ import ctypes
 import os
 import sys
 
+import torch
+
 # <malloc.h>. The largest int: glibc takes the thresholds as ints.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST = 2**31 - 1
-_LARGEST_OF_OLD = 32 * 2**20  # glibc before 2.35 refuses larger ones
+_MAPPED_FROM = 256 * 2**20
+_MAPPED_FROM_OF_OLD = 32 * 2**20  # glibc before 2.35 refuses larger ones
 _TOP_PAD = 256 * 2**20
 
 
@@ -16,7 +19,8 @@ def keep_freed_memory() -> bool:
 
     glibc returns every block from 32 MiB on when it is freed, and smaller ones at the end of the heap. The next tensor then
     touches fresh pages, which on a CPU costs about as much as computing on them. The process keeps its peak until it ends.
-    Blocks from 2 GiB on, such as large weights, are returned as before.
+    Blocks from 256 MiB on, such as the gradient of a head of 128,256 ids, are returned as before: smaller ones would settle in the room
+    of such a block, and the next step's would take another.
 
     Without effect under another C library, and where the user chose: a variable MALLOC_... (mallopt(3)) or GLIBC_TUNABLES is
     set.
@@ -26,9 +30,27 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # The others without it would be worse than nothing: each of them ends glibc's own raising of this threshold.
-    if not any(mallopt(_M_MMAP_THRESHOLD, size) for size in (_LARGEST, _LARGEST_OF_OLD)):
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) for size in (_MAPPED_FROM, _MAPPED_FROM_OF_OLD)):
         return False
     return all([mallopt(_M_TRIM_THRESHOLD, _LARGEST), mallopt(_M_TOP_PAD, _TOP_PAD)])
+
+
+class Room:
+    """Room for a step's tensors on a device: on a CPU, glibc keeps no gaps that a step larger than any before cannot use.
+
+    Its tensors do not fit into the gaps among those of smaller steps, and take fresh pages beside them. So free memory is returned to
+    the system before such a step, whose tensors touch it again. Most steps are not larger than all before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._largest = 0
+        self._keeps_gaps = device.type == "cpu" and _is_glibc()
+
+    def make(self, size: int) -> None:
+        """Make room for a step of a size, such as its number of tokens."""
+        if self._keeps_gaps and size > self._largest:
+            self._largest = size
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_glibc() -> bool:

@@ -18,6 +18,7 @@ Shapes: C tokens of a chunk, V ids, D embedding width.
 
 import functools
 import math
+import mmap
 from collections.abc import Iterator
 from typing import ClassVar, Literal, Self, TypeAlias
 
@@ -107,10 +108,12 @@ class Buffers:
         if like.device.type != "cpu" or like.is_meta or isinstance(like, FakeTensor):
             return like.new_empty(size, dtype=dtype)
         spare = self._spare.get(dtype)
-        flat = spare.pop() if spare else None
+        flat: Tensor | None = spare.pop() if spare else None
         if flat is None or len(flat) < size:
+            del flat
+            # Not from the C library's heap, where a buffer that is outgrown leaves a gap.
             with torch.inference_mode(False):
-                flat = torch.empty(size, dtype=dtype, device="cpu")
+                flat = torch.frombuffer(mmap.mmap(-1, max(1, size) * dtype.itemsize), dtype=dtype)
         self._taken.append(flat)
         return flat[:size]
 

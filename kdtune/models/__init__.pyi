@@ -1,4 +1,4 @@
-from .architecture import Family, TransformerConfig
+from .architecture import Family, TransformerConfig, weight_shapes
 from .builders import Builder
 from .documents import Documents
 from .dtypes import dtype_from_name
@@ -25,7 +25,7 @@ from .phi import PHI3
 from .qwen import QWEN2, QWEN3
 from .rope import LinearRope, LongRope, RopeScaling, YarnRope
 from .smollm3 import SMOLLM3
-from .transformer import OutputHead, Transformer, new_model, on_meta_device, weight_shapes
+from .transformer import OutputHead, Transformer, new_model, on_meta_device
 
 __all__ = [
     "FAMILIES",

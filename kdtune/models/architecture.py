@@ -341,3 +341,41 @@ def unpermute(weight: Tensor, num_heads: int) -> Tensor:
     """
     rows = weight.unflatten(0, (num_heads, -1, 2))
     return rows.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a model's weights, as in its `state_dict()`, without building it."""
+    if not isinstance(config, TransformerConfig):
+        return dict(config.shapes)
+    dim, inner = config.embed_dim, config.intermediate_dim
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    attn_extras: dict[str, tuple[int, ...]] = {}
+    if config.qkv_bias:
+        attn_extras |= {f"attn.{name}_proj.bias": (count * config.head_dim,) for name, count in heads.items()}
+    if config.qk_norm_dims:
+        attn_extras |= {
+            f"attn.{name}_norm.weight": (size,) for name, size in zip("qk", config.qk_norm_dims, strict=True)
+        }
+    norms = [
+        name
+        for name, placement in {"norm": "before", "post_norm": "after"}.items()
+        if config.norm_placement in (placement, "both")
+    ]
+    of_layer = {
+        **{f"attn_{name}.weight": (dim,) for name in norms},
+        "attn.q_proj.weight": (config.num_heads * config.head_dim, dim),
+        "attn.k_proj.weight": (config.num_kv_heads * config.head_dim, dim),
+        "attn.v_proj.weight": (config.num_kv_heads * config.head_dim, dim),
+        "attn.output_proj.weight": (dim, config.num_heads * config.head_dim),
+        **attn_extras,
+        **{f"mlp_{name}.weight": (dim,) for name in norms},
+        "mlp.gate_proj.weight": (inner, dim),
+        "mlp.up_proj.weight": (inner, dim),
+        "mlp.down_proj.weight": (dim, inner),
+    }
+    return {
+        "tok_embeddings.weight": (config.vocab_size, dim),
+        **{f"layers.{index}.{name}": shape for index in range(config.num_layers) for name, shape in of_layer.items()},
+        "norm.weight": (dim,),
+        "output.weight": (config.vocab_size, dim),
+    }

@@ -32,44 +32,6 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 INIT_STD = 0.02
 
 
-def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a model's weights, as in its `state_dict()`, without building it."""
-    if not isinstance(config, TransformerConfig):
-        return dict(config.shapes)
-    dim, inner = config.embed_dim, config.intermediate_dim
-    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-    attn_extras: dict[str, tuple[int, ...]] = {}
-    if config.qkv_bias:
-        attn_extras |= {f"attn.{name}_proj.bias": (count * config.head_dim,) for name, count in heads.items()}
-    if config.qk_norm_dims:
-        attn_extras |= {
-            f"attn.{name}_norm.weight": (size,) for name, size in zip("qk", config.qk_norm_dims, strict=True)
-        }
-    norms = [
-        name
-        for name, placement in {"norm": "before", "post_norm": "after"}.items()
-        if config.norm_placement in (placement, "both")
-    ]
-    of_layer = {
-        **{f"attn_{name}.weight": (dim,) for name in norms},
-        "attn.q_proj.weight": (config.num_heads * config.head_dim, dim),
-        "attn.k_proj.weight": (config.num_kv_heads * config.head_dim, dim),
-        "attn.v_proj.weight": (config.num_kv_heads * config.head_dim, dim),
-        "attn.output_proj.weight": (dim, config.num_heads * config.head_dim),
-        **attn_extras,
-        **{f"mlp_{name}.weight": (dim,) for name in norms},
-        "mlp.gate_proj.weight": (inner, dim),
-        "mlp.up_proj.weight": (inner, dim),
-        "mlp.down_proj.weight": (dim, inner),
-    }
-    return {
-        "tok_embeddings.weight": (config.vocab_size, dim),
-        **{f"layers.{index}.{name}": shape for index in range(config.num_layers) for name, shape in of_layer.items()},
-        "norm.weight": (dim,),
-        "output.weight": (config.vocab_size, dim),
-    }
-
-
 def new_model(config: TransformerConfig) -> "Transformer":
     """Return a model of an architecture, which another library may compute (`kdtune.models.hf_model`), as `Transformer` makes it."""
     return Transformer(config) if isinstance(config, TransformerConfig) else config.new_model()
@@ -93,11 +55,31 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        gate_BSF = self.gate_proj(hidden_BSD)
-        gate_BSF = (
-            functional.silu(gate_BSF) if self.activation == "silu" else functional.gelu(gate_BSF, approximate="tanh")
-        )
-        return self.down_proj(gate_BSF * self.up_proj(hidden_BSD))
+        gated_BSF = _GatedActivation.apply(self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD), self.activation)
+        return self.down_proj(gated_BSF)
+
+
+class _GatedActivation(torch.autograd.Function):
+    """``activation(gate) * up``, whose backward computes the activation again: autograd would keep it, a seventh of a layer's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _activated(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        grad_up = _activated(gate, ctx.activation).mul_(grad)
+        grad_activated = grad * up
+        if ctx.activation == "silu":
+            return torch.ops.aten.silu_backward(grad_activated, gate), grad_up, None
+        return torch.ops.aten.gelu_backward(grad_activated, gate, approximate="tanh"), grad_up, None
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
 
 
 class TransformerLayer(nn.Module):

@@ -19,6 +19,7 @@ from kdtune import config
 from kdtune.checkpoint import CheckpointManager
 from kdtune.data import Batch
 from kdtune.distributed import World
+from kdtune.distributed.allocator import Room
 from kdtune.errors import CheckpointError
 from kdtune.generation import Generator, answer
 from kdtune.losses import KDLoss
@@ -69,6 +70,7 @@ class Step:
         _ = self.num_valid_tokens  # counted before the first backward, by all processes at the same time
         for index, batch in enumerate(run.progress.micro_batches(self.batches)):
             set_step_seed(run.cfg.seed, self._number, index * world.dp_size + world.dp_rank)
+            run.room.make(batch.tokens.numel())
             yield batch.to(world.device)
 
     def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
@@ -139,7 +141,7 @@ class Run:
             "is_chat": inputs.loader.dataset.is_chat,
         }
         self._step, self._is_stopped = inputs.num_steps if inputs.is_finished else 0, False
-        self._resources = ExitStack()
+        self._resources, self.room = ExitStack(), Room(world.device)
 
     def __enter__(self) -> Self:
         cfg, inputs = self.cfg, self.inputs

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from kdtune.distributed import allocator
 
@@ -36,7 +37,7 @@ def test_the_users_choice_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert not allocator.keep_freed_memory()
 
 
-@pytest.mark.parametrize(("accepted", "kept"), [(2**31 - 1, True), (32 * 2**20, True), (0, False)])
+@pytest.mark.parametrize(("accepted", "kept"), [(2**28, True), (32 * 2**20, True), (0, False)])
 def test_an_old_glibc_takes_a_smaller_threshold_or_nothing(
     accepted: int, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,3 +59,62 @@ def test_an_old_glibc_takes_a_smaller_threshold_or_nothing(
     monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
     assert allocator.keep_freed_memory() == kept
     assert calls.get(allocator._M_MMAP_THRESHOLD) == (accepted if kept else None) and len(calls) == (3 if kept else 0)
+
+
+def test_room_is_made_before_steps_that_are_larger_than_all_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+
+    class Library:
+        @staticmethod
+        def malloc_trim(pad: int) -> int:
+            trimmed.append(pad)
+            return 1
+
+    monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
+    room, counts = allocator.Room(torch.device("cpu")), []
+    for size in (3, 5, 4, 5, 6):
+        room.make(size)
+        counts.append(len(trimmed))
+    assert counts == [1, 2, 2, 2, 3]
+    allocator.Room(torch.device("cuda")).make(9)
+    assert len(trimmed) == 3
+
+
+_GROWING = """
+import torch
+from kdtune.distributed.allocator import Room, keep_freed_memory
+assert keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+room, held, most = Room(torch.device("cpu")), [], 0
+before = resident()
+for size in range(8, 64, 4):  # MiB
+    if {trims}:
+        room.make(size)
+    tensors = []
+    for _ in range(3):
+        tensors.append(torch.ones(size * 2**18))
+        held.append(torch.ones(2**12))  # what outlives a step: a larger one finds no room below it
+    most = max(most, resident() - before)
+    del tensors
+print(most / 2**20)
+"""
+
+
+@pytest.mark.skipif(not allocator._is_glibc(), reason="another C library")
+def test_growing_steps_take_the_room_of_the_largest() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    with_trims, without = (
+        float(
+            subprocess.run(
+                [sys.executable, "-c", _GROWING.format(trims=trims)],
+                env=clean,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for trims in (True, False)
+    )
+    assert with_trims < 3 * 60 + 20 and without > 2 * with_trims

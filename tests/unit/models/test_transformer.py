@@ -11,6 +11,7 @@ import torch
 from kdtune import models
 from kdtune.errors import ConfigError
 from kdtune.models import LLAMA, KVCache, Transformer
+from kdtune.models.transformer import FeedForward
 
 PARAMETERS = {
     "llama2_7b": 6_738_415_616,
@@ -269,3 +270,27 @@ def test_the_number_of_parameters_is_that_of_the_model(tie: bool) -> None:
         tie_embeddings=tie,
     )  # fmt: skip
     assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feed_forward_keeps_no_activation_and_has_autograds_gradient_to_the_bit(activation, dtype):
+    config = dataclasses.replace(tiny().config, activation=activation)
+    mlp = FeedForward(config).to(dtype)
+    hidden = torch.randn(1, 5, config.embed_dim, dtype=dtype, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        out = mlp(hidden)
+    gradient = torch.randn_like(out)
+    found = torch.autograd.grad(out, [hidden, *mlp.parameters()], gradient)
+
+    gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
+    act = (
+        torch.nn.functional.silu if activation == "silu" else lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    )
+    plain = mlp.down_proj(act(gate) * up)
+    assert torch.equal(out, plain)
+    for one, other in zip(found, torch.autograd.grad(plain, [hidden, *mlp.parameters()], gradient), strict=True):
+        assert torch.equal(one, other)
+    # The gate's input, the other factor, and their product, which the last linear reads.
+    assert len({one.data_ptr() for one in kept if one.numel() == 5 * config.intermediate_dim}) == 3
