@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import CLI
+from command_line import CLI, Fork
 from safetensors.torch import load_file
 from written_caches import write_cache, write_rows
 
@@ -162,10 +164,14 @@ def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None
         check(train(cli, tmp_path / f"of_{kind}", *cached(tmp_path, kind), *settings), expected)
 
 
-def test_a_resumed_run_is_the_whole_one_and_wants_the_same_cache(cli: CLI, made: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_the_whole_one_and_wants_the_same_cache(cli: CLI, made: Path, tmp_path: Path) -> None:
     settings = [*cached(made), "save_every_n_steps=1", "dataset_val=null"]
     expected = train(cli, tmp_path / "whole", *settings, "epochs=2")
-    train(cli, tmp_path / "parts", *settings, "epochs=1")
+    process = Fork("run", *KD, f"output_dir={tmp_path / 'parts'}", *settings, "epochs=2")
+    while process.is_running and not (tmp_path / "parts" / "step_2").exists():
+        time.sleep(0.005)
+    process.send(signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL, "the run ended before it was killed"
     assert train(cli, tmp_path / "parts", *settings, "epochs=2", "resume_from_checkpoint=true") == expected
     settings[0] = settings[0].replace(str(made / "hidden"), str(tmp_path / "copy"))
     shutil.copytree(made / "hidden", tmp_path / "copy")
