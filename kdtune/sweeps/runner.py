@@ -26,6 +26,8 @@ STOPPED = "stopped"
 _POLL_SECONDS = 0.1
 _CLOCK_SECONDS = 5.0
 _NUM_TAIL_LINES = 12
+# Of a training, and of a teacher cache: a stopped one ends without it.
+_LAST_WRITTEN = ("final", "quality.json")
 
 
 @contextmanager
@@ -88,8 +90,8 @@ def run_step(step: Step, *, lock: int, stop: Callable[[], bool]) -> str | None:
         return STOPPED
     if code != 0:
         return f"exit code {code}\n{tail(step.log)}"
-    if can_resume(step) and not (step.folder / "final").is_dir():
-        return f"ended without writing {step.folder / 'final'}\n{tail(step.log)}"
+    if can_resume(step) and not any((step.folder / name).exists() for name in _LAST_WRITTEN):
+        return f"ended without writing {' or '.join(_LAST_WRITTEN)} in {step.folder}\n{tail(step.log)}"
     record = {
         "step": step.name,
         "recipe": step.recipe,
