@@ -215,7 +215,7 @@ def dry_run(
         if not world.is_main:
             return
         seconds = cache.capture_seconds(teacher, source, headers, amount, folder)
-        quality = cache.measure_quality(teacher, source, headers, source.batches(headers[0].example_ids[-8:]))
+        quality = cache.measure_quality(teacher, source, headers, source.batches(headers[0].example_ids[-4:]))
     # Every process takes whole shards.
     rounds = -(-headers[0].num_shards // world.dp_size) / headers[0].num_shards
     rows = [

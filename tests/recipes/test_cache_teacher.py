@@ -127,15 +127,22 @@ def test_a_stopped_capture_goes_on(cli, whole, tmp_path):
 
 
 @pytest.mark.slow("starts twenty-one captures, a second each, and kills twenty of them at random moments")
-def test_a_capture_that_is_killed_twenty_times(cli, whole, tmp_path):
-    folder, random = tmp_path / "cache", np.random.default_rng(0)
+def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
+    """A shard for each example; until the last one is there, a killed process leaves what it has written, and hidden files."""
+    folder, random, num_unfinished = tmp_path / "cache", np.random.default_rng(0), 0
+    one_each = ["examples_per_shard=1", "max_examples=60"]
+    assert capture(cli, tmp_path / "whole", *one_each).code == 0
     for _ in range(20):
-        process = Fork("run", "cache_teacher", "--config", CONFIG, f"output_dir={folder}", *SMALL)
-        time.sleep(random.uniform(0.05, 1.5))
+        process = Fork("run", "cache_teacher", "--config", CONFIG, f"output_dir={folder}", *SMALL, *one_each)
+        before, deadline = len(list(folder.glob("shard-*"))), time.monotonic() + random.uniform(0, 0.1)
+        while process.is_running and (len(list(folder.glob("shard-*"))) == before or time.monotonic() < deadline):
+            time.sleep(random.uniform(0, 0.02))
         process.send(signal.SIGKILL)
         process.end(timeout=60)
-    assert capture(cli, folder).code == 0
-    assert files(folder) == files(whole)
+        num_unfinished += not (folder / "index.json").exists()
+    assert num_unfinished >= 10
+    assert capture(cli, folder, *one_each).code == 0
+    assert files(folder) == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

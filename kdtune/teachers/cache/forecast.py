@@ -7,11 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from kdtune.data import Example
 from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.teachers.cache.capture import Source, draws_of, kept_positions, split_rows, teacher_states
@@ -20,9 +23,9 @@ from kdtune.teachers.cache.format import Row, shard_tensors, write_shard
 from kdtune.teachers.cache.header import Header
 
 # The part that is timed takes the teacher about so long.
-SECONDS = 10.0
+SECONDS = 8.0
 # Of that many examples at least, if there are so many: a part whose lengths are those of the whole.
-_LEAST_EXAMPLES = 32
+_LEAST_EXAMPLES = 16
 
 # As safetensors writes them: tensors by dtype, in this order, then by name, which decides the digits of their offsets.
 _NAMES = {
@@ -34,7 +37,8 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+_Tensors: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+_States: TypeAlias = tuple[Sequence[Example], Tensor, Tensor, list[npt.NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -90,32 +94,40 @@ def capture_seconds(
     batches, states, started = source.batches(sample), [], time.perf_counter()
     for examples in batches:
         states.append((examples, *teacher_states(model, first.positions, source, examples)))
-    of_teacher = (time.perf_counter() - started) / sum(len(one.tokens) for batch in batches for one in batch)
+    of_token = (time.perf_counter() - started) / sum(len(one.tokens) for batch in batches for one in batch)
     parent = next(one for one in user_path(folder).absolute().parents if one.is_dir())
-    found = []
-    for header in headers:
-        started = time.perf_counter()
-        rows: list[Row] = []
-        for examples, hidden_ND, labels_N, kept in states:
-            values = encode(header, hidden_ND, model.output, labels_N, draws_of(header, examples, kept))
-            rows += split_rows(examples, kept, values)
-        small = replace(header, first_example=0, num_examples=len(rows), examples_per_shard=len(rows))
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".kdtune-dry-run-") as temporary:
-            write_shard(temporary, small, 0, [replace(row, example_id=index) for index, row in enumerate(rows)])
-            seconds = time.perf_counter() - started
-        of_row = seconds / max(1, sum(len(row.positions) for row in rows))
-        found.append(of_teacher * amount.num_tokens + of_row * amount.num_rows)
-    return found
+    of_row: dict[str, float] = {}
+    # The dtype of what a head has computed makes no difference beside that.
+    names = [header.dtype if header.kind == "hidden" else header.kind for header in headers]
+    for name, header in zip(names, headers, strict=True):
+        if name not in of_row:
+            of_row[name] = _row_seconds(model, header, states, parent)
+    return [of_token * amount.num_tokens + of_row[name] * amount.num_rows for name in names]
+
+
+def _row_seconds(model: Transformer, header: Header, states: Sequence[_States], parent: Path) -> float:
+    """Return how long it takes to make a row from hidden states, and to write it into a folder in `parent`."""
+    started = time.perf_counter()
+    rows: list[Row] = []
+    for examples, hidden_ND, labels_N, kept in states:
+        values = encode(header, hidden_ND, model.output, labels_N, draws_of(header, examples, kept))
+        rows += split_rows(examples, kept, values)
+    small = replace(header, first_example=0, num_examples=len(rows), examples_per_shard=len(rows))
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".kdtune-dry-run-") as temporary:
+        write_shard(temporary, small, 0, [replace(row, example_id=index) for index, row in enumerate(rows)])
+        seconds = time.perf_counter() - started
+    return seconds / max(1, sum(len(row.positions) for row in rows))
 
 
 def _tokens_in_time(model: Transformer, source: Source, header: Header) -> float:
     """Return how many tokens the teacher reads in `SECONDS`, after a batch that is not timed."""
-    ids = _spread(header, max(1, header.num_examples // 8))
-    batch = source.batches(ids)[0]
-    teacher_states(model, header.positions, source, batch)
-    started = time.perf_counter()
-    teacher_states(model, header.positions, source, batch)
-    return SECONDS * sum(len(one.tokens) for one in batch) / (time.perf_counter() - started)
+    batch = source.batches(_spread(header, 4))[0]
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        teacher_states(model, header.positions, source, batch)
+        seconds = time.perf_counter() - started
+    return SECONDS * sum(len(one.tokens) for one in batch) / seconds
 
 
 def _sample(header: Header, source: Source, num_tokens: float, amount: Amount) -> list[int]:
