@@ -21,9 +21,12 @@ from torch import Tensor
 from kdtune.checkpoint.atomic import atomic_file, atomic_write_text, clean_leftovers
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.json_files import read_json, to_json
+from kdtune.log import get_logger
 from kdtune.paths import user_path
 from kdtune.teachers.cache.header import FILE, Header, differences, read_header
 from kdtune.teachers.cache.kinds import Column, columns
+
+log = get_logger(__name__)
 
 INDEX = "index.json"
 HEAD = "head.safetensors"
@@ -81,7 +84,19 @@ def begin(folder: str | Path, header: Header) -> list[int]:
         )
     else:
         atomic_write_text(path / FILE, to_json(header.described(), indent=2) + "\n")
-    return [number for number in range(header.num_shards) if not (path / shard_name(number)).is_file()]
+    return [number for number in range(header.num_shards) if not _is_whole(path / shard_name(number), header, number)]
+
+
+def _is_whole(path: Path, header: Header, number: int) -> bool:
+    """Return whether a shard is there and can be read; what another program has cut off is written anew."""
+    if not path.is_file():
+        return False
+    try:
+        Shard(path, header, number)
+    except CheckpointError:
+        log.warning("%s: is cut off or damaged, and is captured again", path)
+        return False
+    return True
 
 
 def shard_name(number: int) -> str:
