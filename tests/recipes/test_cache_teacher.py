@@ -91,7 +91,10 @@ def test_other_kinds_go_on_where_they_stopped(cli, kind, tmp_path):
     expected = files(folder)
     for name in ("shard-00001.safetensors", "index.json", "quality.json"):
         (folder / name).unlink()
-    assert capture(cli, folder, f"kind={kind}", "k=8", "num_draws=6").code == 0
+    cut_off = folder / "shard-00003.safetensors"
+    cut_off.write_bytes(cut_off.read_bytes()[:-100])
+    again = capture(cli, folder, f"kind={kind}", "k=8", "num_draws=6")
+    assert again.code == 0 and f"{cut_off}: is cut off or damaged, and is captured again" in again.err
     assert files(folder) == expected
     other = capture(cli, folder, f"kind={kind}", "k=9", "num_draws=6", "seed=1", "tokenizer.max_seq_len=128")
     assert (
@@ -126,6 +129,34 @@ def test_a_stopped_capture_goes_on(cli, whole, tmp_path):
     assert files(folder) == files(whole)
 
 
+def test_packs_are_captured_by_example(cli, whole, tmp_path):
+    assert capture(cli, tmp_path / "cache", "dataset.packed=true").code == 0
+    assert files(tmp_path / "cache") == files(whole)
+
+
+def test_a_student_learns_from_it_what_it_learns_from_the_teacher(cli, good, tmp_path):
+    """The config's random teacher is drawn with the same seed in both."""
+    assert capture(cli, tmp_path / "cache", "stored_dtype=fp32").code == 0
+    found = {}
+    for name, teacher in {
+        "live": ["dataset.split=train[:20]"],
+        "cached": [
+            "~teacher_model",
+            f"teacher={{_component_: kdtune.teachers.CachedTeacher, path: {tmp_path / 'cache'}}}",
+        ],
+    }.items():
+        done = cli(
+            "run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", f"output_dir={tmp_path / name}",
+            f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {good}/model}}", "dataset_val=null",
+            "optimizer=torch.optim.SGD", "optimizer.lr=0.3", "~lr_scheduler", "sample_prompts=[]", "save_every_n_steps=null",
+            "run_val_every_n_steps=null", "max_steps_per_epoch=2", *teacher,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [row[key] for row in rows if "loss" in row for key in ("kd_loss", "grad_norm")]
+    assert found["cached"] == pytest.approx(found["live"], rel=1e-5) and len(found["live"]) == 4
+
+
 @pytest.mark.slow("starts twenty-one captures, a second each, and kills twenty of them at random moments")
 def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
     """A shard for each example; until the last one is there, a killed process leaves what it has written, and hidden files."""
@@ -148,8 +179,6 @@ def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["dataset.packed=true"], "dataset: is packed, and packs have no rows of their own; a teacher cache finds what it keeps by the "
-                                  "example's index: ~dataset.packed"),
         (["kind=path", "stored_dtype=int8"], "stored_dtype=int8: kind=path is stored in fp32; ~stored_dtype"),
         (["temperature=2.0"], "temperature=2.0: is of kind=topk, found kind=hidden; ~temperature"),
         (["kind=topk", "temperature=0"], "temperature=0.0: must be above 0"),
@@ -164,6 +193,13 @@ def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
 def test_what_is_refused(cli, tmp_path, overrides, words):
     done = capture(cli, tmp_path / "cache", *overrides)
     assert done.code == 2 and words in done.err and not (tmp_path / "cache").exists(), done.err
+
+
+def test_a_stream_is_refused(cli, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input": "Why?", "output": "Because."}\n' * 4)
+    source = f"{{_component_: kdtune.data.instruct_dataset, source: {tmp_path}/rows.jsonl, streaming: true}}"
+    done = capture(cli, tmp_path / "cache", f"dataset={source}")
+    assert done.code == 2 and "dataset: is a stream, whose examples have no index" in done.err, done.err
 
 
 def test_a_folder_of_something_else_is_refused(cli, tmp_path):

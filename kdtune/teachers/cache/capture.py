@@ -57,18 +57,17 @@ class Source:
 
 
 def checked_dataset(key: str, dataset: Dataset) -> MapDataset:
-    """Return the dataset of a config's `key`, if rows of it can be found again by index.
+    """Return the dataset of a config's `key`, or of a packed one the examples in the packs, whose rows can be found by index.
 
     Raises:
-        ConfigError: it is a stream, packed, or has no next token to predict.
+        ConfigError: it is a stream.
     """
-    if isinstance(dataset, PackedDataset) or not isinstance(dataset, MapDataset):
-        what, change = (
-            ("packed, and packs have no rows of their own", f"~{key}.packed; the run that trains on the cache may pack")
-            if isinstance(dataset, PackedDataset)
-            else ("a stream, whose examples have no index", f"{key}.streaming=false")
+    if isinstance(dataset, PackedDataset):
+        return dataset.unpacked
+    if not isinstance(dataset, MapDataset):
+        raise ConfigError(
+            f"{key}: is a stream, whose examples have no index by which a teacher cache finds what it keeps; {key}.streaming=false"
         )
-        raise ConfigError(f"{key}: is {what}; a teacher cache finds what it keeps by the example's index: {change}")
     return dataset
 
 
