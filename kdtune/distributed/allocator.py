@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,8 @@ _LARGEST = 2**31 - 1
 _MAPPED_FROM = 256 * 2**20
 _MAPPED_FROM_OF_OLD = 32 * 2**20  # glibc before 2.35 refuses larger ones
 _TOP_PAD = 256 * 2**20
+# Of the resident set by gaps, before they are returned.
+_GROWTH = 1.03
 
 
 def keep_freed_memory() -> bool:
@@ -35,22 +38,42 @@ def keep_freed_memory() -> bool:
     return all([mallopt(_M_TRIM_THRESHOLD, _LARGEST), mallopt(_M_TOP_PAD, _TOP_PAD)])
 
 
-class Room:
-    """Room for a step's tensors on a device: on a CPU, glibc keeps no gaps that a step larger than any before cannot use.
+def keep_few_kernels() -> None:
+    """Make oneDNN keep the kernels of a few steps, unless the user chose; to be called before its first one.
 
-    Its tensors do not fit into the gaps among those of smaller steps, and take fresh pages beside them. So free memory is returned to
-    the system before such a step, whose tensors touch it again. Most steps are not larger than all before.
+    It compiles one for each shape, and the shapes of a step follow its number of tokens. Its default of 1,024 keeps those of many
+    steps, some 30 MB each, which do not come again.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+class Room:
+    """Room for a step's tensors on a device: on a CPU, glibc keeps few gaps that no step can use.
+
+    Tensors of a step larger than any before do not fit into the gaps among those of smaller ones, and take fresh pages beside them; those
+    of smaller steps are cut out of them, and leave others. So free memory is returned to the system before such a step, and once the gaps
+    have grown. The next step touches it again.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._largest = 0
+        self._largest, self._bound, self._is_trimmed = 0, 0.0, False
         self._keeps_gaps = device.type == "cpu" and _is_glibc()
 
     def make(self, size: int) -> None:
         """Make room for a step of a size, such as its number of tokens."""
-        if self._keeps_gaps and size > self._largest:
-            self._largest = size
+        if not self._keeps_gaps:
+            return
+        resident = _resident_bytes()
+        if self._is_trimmed:  # before the last step: this is what a step takes without old gaps
+            self._bound = max(self._bound, _GROWTH * resident)
+        self._is_trimmed = size > self._largest or resident > self._bound
+        self._largest = max(self._largest, size)
+        if self._is_trimmed:
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_glibc() -> bool:

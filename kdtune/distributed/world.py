@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from kdtune.distributed.allocator import keep_freed_memory
+from kdtune.distributed.allocator import keep_few_kernels, keep_freed_memory
 from kdtune.distributed.channel import Channel, start_two_worlds
 from kdtune.distributed.collectives import broadcast_object
 from kdtune.errors import KDTuneError
@@ -138,11 +138,12 @@ def start_world(
         teacher_processes: number of torchrun's processes, the last ones, that form a world of their own for the teacher, with
             a channel to the world of the others.
 
-    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`). An error that ends the block is printed with rank
-    and host, so that the root cause can be found in the combined output.
+    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`), and few of oneDNN's kernels (`keep_few_kernels`). An
+    error that ends the block is printed with rank and host, so that the root cause can be found in the combined output.
     """
     if device.type == "cpu":
         keep_freed_memory()
+        keep_few_kernels()
     if not is_under_torchrun():
         yield World(device)
         return

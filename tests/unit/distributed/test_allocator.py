@@ -61,7 +61,9 @@ def test_an_old_glibc_takes_a_smaller_threshold_or_nothing(
     assert calls.get(allocator._M_MMAP_THRESHOLD) == (accepted if kept else None) and len(calls) == (3 if kept else 0)
 
 
-def test_room_is_made_before_steps_that_are_larger_than_all_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_made_before_steps_that_are_larger_than_all_before_and_once_gaps_have_grown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trimmed: list[int] = []
 
     class Library:
@@ -72,49 +74,39 @@ def test_room_is_made_before_steps_that_are_larger_than_all_before(monkeypatch: 
 
     monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
     monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
+    resident = iter([100, 200, 202, 300, 210, 211, 260, 261, 400, 405])
+    monkeypatch.setattr(allocator, "_resident_bytes", lambda: next(resident))
     room, counts = allocator.Room(torch.device("cpu")), []
-    for size in (3, 5, 4, 5, 6):
+    # A first step, smaller ones without gaps and with some, one that is larger, and memory that is in use from then on.
+    for size in (3, 2, 3, 3, 2, 2, 5, 5, 4, 4):
         room.make(size)
         counts.append(len(trimmed))
-    assert counts == [1, 2, 2, 2, 3]
+    assert counts == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
     allocator.Room(torch.device("cuda")).make(9)
-    assert len(trimmed) == 3
+    assert len(trimmed) == 4
 
 
-_GROWING = """
+_GAPS = """
 import torch
-from kdtune.distributed.allocator import Room, keep_freed_memory
+from kdtune.distributed.allocator import Room, _resident_bytes, keep_freed_memory
 assert keep_freed_memory()
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-room, held, most = Room(torch.device("cpu")), [], 0
-before = resident()
-for size in range(8, 64, 4):  # MiB
-    if {trims}:
-        room.make(size)
-    tensors = []
-    for _ in range(3):
-        tensors.append(torch.ones(size * 2**18))
-        held.append(torch.ones(2**12))  # what outlives a step: a larger one finds no room below it
-    most = max(most, resident() - before)
-    del tensors
-print(most / 2**20)
+room = Room(torch.device("cpu"))
+room.make(1)
+room.make(1)  # a step lies between them
+before, kept, held = _resident_bytes(), [], []
+for _ in range(100):
+    kept.append(torch.ones(2**20))
+    held.append(torch.ones(2**14))  # what outlives a step lies between what it frees
+del kept
+gaps = _resident_bytes() - before
+room.make(1)
+print(gaps >> 20, _resident_bytes() - before >> 20)
 """
 
 
 @pytest.mark.skipif(not allocator._is_glibc(), reason="another C library")
-def test_growing_steps_take_the_room_of_the_largest() -> None:
+def test_gaps_are_returned_to_the_system() -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    with_trims, without = (
-        float(
-            subprocess.run(
-                [sys.executable, "-c", _GROWING.format(trims=trims)],
-                env=clean,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for trims in (True, False)
-    )
-    assert with_trims < 3 * 60 + 20 and without > 2 * with_trims
+    done = subprocess.run([sys.executable, "-c", _GAPS], env=clean, capture_output=True, text=True, check=True)
+    gaps, left = map(int, done.stdout.split())
+    assert gaps > 380 and left < 40
