@@ -88,8 +88,10 @@ def capture(form: str, teacher: Path, texts: Path, out: Path, threads: int) -> N
 
 
 def train(form: str, seed: int, teacher: Path, student: Path, texts: Path, out: Path, args: argparse.Namespace) -> Path:
-    """Make the steps with the live teacher or a form, and return the run's folder."""
+    """Make the steps with the live teacher or a form, if they are not made, and return the run's folder."""
     folder = out / f"{form}-seed{seed}"
+    if (folder / "final").exists():
+        return folder
     settings: dict[str, Any] = {
         "output_dir": folder, "tokenizer.path": teacher, "checkpointer.checkpoint_dir": student, "dtype": "fp32",
         "dataset.source": texts, "batch_size": BATCH_SIZE, "optimizer.lr": args.lr, "kd_ratio": 0.5, "max_steps_per_epoch": args.steps,
