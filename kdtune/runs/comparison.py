@@ -15,7 +15,7 @@ from kdtune.runs.record import TrainingRun, differences, read_run
 VALIDATION = "val_class_loss"
 # What the held-out cross entropy depends on beside the model, and what its distance to the teacher depends on too.
 _DATA_KEYS = ("dataset_val", "tokenizer")
-_TEACHER_KEYS = ("teacher_checkpointer", "teacher_model", "kd_loss")
+_TEACHER_KEYS = ("teacher", "teacher_checkpointer", "teacher_model", "kd_loss")
 _TEACHER_METRICS = (
     "val_kd_loss",
     "val_forward_kl",
@@ -70,6 +70,17 @@ def _has_teacher(run: TrainingRun) -> bool:
     return any("val_kd_loss" in row for row in run.rows)
 
 
+def _with_held_out_teacher(run: TrainingRun) -> TrainingRun:
+    """Return the run with the teacher of its validation in place of the one that it was trained with, if it names another."""
+    node, inputs = run.config.get("teacher"), run.start.get("inputs")
+    if not isinstance(node, Mapping) or not node.get("validation"):
+        return run
+    recorded = inputs.get("teacher") if isinstance(inputs, Mapping) else None
+    judge = recorded.get("validation") if isinstance(recorded, Mapping) else None
+    start = {**run.start, "inputs": {**(inputs or {}), "teacher": judge}}
+    return replace(run, config={**run.config, "teacher": node["validation"]}, start=start)
+
+
 def _without_teacher(run: TrainingRun) -> TrainingRun:
     """Return the run without the metrics that depend on its teacher."""
     rows = [{name: value for name, value in row.items() if name not in _TEACHER_METRICS} for row in run.rows]
@@ -87,7 +98,7 @@ def comparable(runs: Mapping[str, TrainingRun]) -> tuple[dict[str, TrainingRun],
             "runs: their held-out losses are not of the same tokens:\n" + found + "\n"
             "compare runs that have the same dataset_val and tokenizer"
         )
-    taught = {name: run for name, run in runs.items() if _has_teacher(run)}
+    taught = {name: _with_held_out_teacher(run) for name, run in runs.items() if _has_teacher(run)}
     if found := _conflicts(taught, _TEACHER_KEYS):
         note = f"left out: divergence and agreement, which are not to the same teacher by the same measure:\n{found}"
         return {name: _without_teacher(run) for name, run in runs.items()}, [note]

@@ -22,6 +22,7 @@ from kdtune.teachers.cache import Header, Row
 from kdtune.tokenizers import byte_tokenizer, fingerprint
 
 MEASURED = {"time", "step_seconds", "data_seconds", "teacher_seconds", "tokens_per_second", "peak_memory_rss"}
+LAYOUTS = pytest.mark.slow("two runs; tests/unit/teachers finds the rows of every layout")
 TOP = "teacher_targets={_component_: kdtune.losses.TopKTargets"
 SPLIT, HELD_OUT = "train[:24]", "test[:6]"
 KD = ["knowledge_distillation", "--config", "tiny/knowledge_distillation", "~teacher_model", "optimizer=torch.optim.SGD",
@@ -50,6 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("hidden", "topk", "path"):
         write_cache(folder / kind, model, data[SPLIT], tokenizer, {"kind": kind})
     write_cache(folder / "held_out", model, data[HELD_OUT], tokenizer)
+    with torch.no_grad():
+        model.output.weight.mul_(2)
+    write_cache(folder / "other", model, data[HELD_OUT], tokenizer)
     return folder
 
 
@@ -83,8 +87,8 @@ def steps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Captured:
     """Rows of the batches that a run reads, as its own teacher computes them: of another batch a sum may be rounded elsewhere."""
 
-    def __init__(self, made: Path) -> None:
-        self.model, self.tokenizer = load_model(made / "teacher"), byte_tokenizer(max_seq_len=256)
+    def __init__(self, made: Path, dtype: torch.dtype) -> None:
+        self.model, self.tokenizer = load_model(made / "teacher", dtype=dtype), byte_tokenizer(max_seq_len=256)
         self.data = quickstart_dataset(self.tokenizer, split=SPLIT)
 
     def rows(self, batches: Iterator[Batch]) -> list[Row]:
@@ -99,28 +103,41 @@ class Captured:
         return [found[index] for index in sorted(found)]
 
 
-def test_the_same_bits_as_with_the_teacher_itself(cli: CLI, made: Path, tmp_path: Path) -> None:
-    captured = Captured(made)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("fp32", torch.float32, marks=pytest.mark.slow("two runs; bf16 is the same code")),
+        ("bf16", torch.bfloat16),
+    ],
+)
+def test_the_same_bits_as_with_the_teacher_itself(
+    cli: CLI, made: Path, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    captured = Captured(made, dtype)
     loader = Loader(captured.data, batch_size=4, pad_id=captured.tokenizer.pad_id, padding_free=True)
     header = Header(
-        kind="hidden", dtype="fp32", vocab_size=320, dim=48, num_examples=24, dataset_size=24, examples_per_shard=10,
+        kind="hidden", dtype=name, vocab_size=320, dim=48, num_examples=24, dataset_size=24, examples_per_shard=10,
         max_seq_len=256, tokenizer=fingerprint(captured.tokenizer), dataset=captured.data.fingerprint(),
     )  # fmt: skip
     write_rows(tmp_path / "hidden", header, captured.rows(next(loader) for _ in range(6)), captured.model.output.weight)
-    expected = train(cli, tmp_path / "online", *online(made), "dataset_val=null")
-    assert train(cli, tmp_path / "cached", *cached(tmp_path), "dataset_val=null") == expected and len(expected) == 4
-    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("cached", "online"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    settings = [f"dtype={name}", "dataset_val=null"]
+    expected = train(cli, tmp_path / "online", *online(made), *settings)
+    assert train(cli, tmp_path / "cached", *cached(tmp_path), *settings) == expected and len(expected) == 4
+    ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("cached", "online"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[one], theirs[one]) for one in theirs)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         ["epochs=2", "gradient_accumulation_steps=3"],
-        ["padding_free=false", "kd_ratio=1.0", "kd_loss=kdtune.losses.ReverseKL"],
-        ["tokens_per_micro_batch=500", "epochs=2", "seed=3"],
-        ["dataset.packed=true", "batch_size=2", "kd_loss={_component_: kdtune.losses.ForwardKL, temperature: 2.0}"],
-        [f"{TOP}, k: 5}}"],
+        pytest.param(["padding_free=false", "kd_ratio=1.0", "kd_loss=kdtune.losses.ReverseKL"], marks=LAYOUTS),
+        pytest.param(["tokens_per_micro_batch=500", "epochs=2", "seed=3"], marks=LAYOUTS),
+        pytest.param(
+            ["dataset.packed=true", "batch_size=2", "kd_loss={_component_: kdtune.losses.ForwardKL, temperature: 2.0}"],
+            marks=LAYOUTS,
+        ),
+        pytest.param([f"{TOP}, k: 5}}"], marks=LAYOUTS),
     ],
 )
 def test_the_run_of_the_live_teacher(cli: CLI, made: Path, tmp_path: Path, settings: list[str]) -> None:
@@ -141,6 +158,40 @@ def test_top_k_is_the_run_of_the_live_teachers_top_k(cli: CLI, made: Path, tmp_p
     assert "topk of 24 examples" in (tmp_path / "cached" / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow("three runs; tests/unit/teachers has parts and mixtures")
+def test_a_part_a_live_validation_and_a_mixture(cli: CLI, made: Path, tmp_path: Path) -> None:
+    """Two examples in three, judged by the model itself, are the run of those examples; a teacher mixed with itself is itself."""
+    tokenizer, model = byte_tokenizer(max_seq_len=256), load_model(made / "teacher").eval()
+    part = {"first_example": 4, "num_examples": 16}
+    write_cache(tmp_path / "part", model, quickstart_dataset(tokenizer, split=SPLIT), tokenizer, part)
+    (weights,) = online(made)
+    live = f"{{_component_: kdtune.teachers.LiveTeacher, checkpointer: {weights.partition('=')[2]}}}"
+    expected = train(cli, tmp_path / "online", *online(made), "dataset.split=train[4:20]")
+    done = cli("run", *KD, f"output_dir={tmp_path / 'cached'}", *cached(tmp_path, "part", f", validation: {live}"))
+    assert "part has the examples 4 to 19 of 24: the run trains on these" in done.err
+    check(rows(tmp_path / "cached"), expected)
+    (of_part,) = cached(tmp_path, "part")
+    mixture = (
+        f"teacher={{_component_: kdtune.teachers.Mixture, teachers: [{live}, {of_part.removeprefix('teacher=')}]}}"
+    )
+    check(steps(train(cli, tmp_path / "mixture", mixture, "dataset_val=null")), steps(expected))
+    done = cli("plan", *KD[2:], mixture)
+    assert done.code == 2 and "the memory of Mixture's teachers is not estimated" in done.err
+
+
+@pytest.mark.slow("three runs; test_compare.py compares runs of a live teacher")
+def test_runs_are_compared_by_the_teacher_of_their_validation(cli: CLI, made: Path, tmp_path: Path) -> None:
+    for kind in ("hidden", "topk"):
+        train(cli, tmp_path / kind, *cached(made, kind, f", validation: {made / 'held_out'}"), "max_steps_per_epoch=1")
+    runs = f"runs=[{tmp_path / 'hidden'},{tmp_path / 'topk'}]"
+    done = cli("run", "compare", runs, f"output_dir={tmp_path / 'one'}")
+    assert done.code == 0 and "KL to teacher" in done.out, done.out + done.err
+    train(cli, tmp_path / "other", *cached(made, "hidden", f", validation: {made / 'other'}"), "max_steps_per_epoch=1")
+    done = cli("run", "compare", runs.replace("topk", "other"), f"output_dir={tmp_path / 'two'}")
+    assert "left out: divergence and agreement" in done.out + done.err, done.out
+
+
+@pytest.mark.slow("three runs; tests/unit/teachers reads what is stored")
 def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None:
     """Of examples that are not cut: where one is, the two tokenizations are cut together, and other tokens are left."""
     tokenizer = byte_tokenizer(max_seq_len=2048)
@@ -164,6 +215,7 @@ def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None
         check(train(cli, tmp_path / f"of_{kind}", *cached(tmp_path, kind), *settings), expected)
 
 
+@pytest.mark.slow("four runs; test_resumed_runs.py resumes others, and rows are found by example")
 def test_a_killed_run_goes_on_as_the_whole_one_and_wants_the_same_cache(cli: CLI, made: Path, tmp_path: Path) -> None:
     settings = [*cached(made), "save_every_n_steps=1", "dataset_val=null"]
     expected = train(cli, tmp_path / "whole", *settings, "epochs=2")
