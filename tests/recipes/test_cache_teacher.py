@@ -68,6 +68,8 @@ def test_the_folder_is_complete(cli, whole):
     assert torch.allclose(row.columns["hidden"].float(), hidden, rtol=1e-2, atol=1e-3)
     again = capture(cli, whole)
     assert again.code == 0 and "is complete" in again.out and "loading the teacher" not in again.err
+    new = capture(cli, whole, "resume_from_checkpoint=false")
+    assert new.code == 2 and f"output_dir={whole}: already holds a run" in new.err
 
 
 def test_a_dry_run_knows_the_size_of_every_kind(cli, whole, tmp_path):
