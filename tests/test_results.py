@@ -182,8 +182,8 @@ def configured() -> list[str]:
         f"{steps} steps of {batch} examples ({steps * batch} of {random + rated - last_training_row:,}) of at most {length} tokens",
         f"three seeds for SFT and for kd_ratio {' and '.join(repeated)}, one for the rest",
         f"{held_out} held-out examples; the first {documents} documents of each task; {answers} answers of at most {answer_tokens} tokens",
-        f"`sweeps/{sorted(ROOT.glob('configs/sweeps/case_study_table*'))[0].stem}` to "
-        f"`{sorted(ROOT.glob('configs/sweeps/case_study_table*'))[-1].stem.removeprefix('case_study_')}` are ready",
+        f"`sweeps/{sorted(ROOT.glob('configs/sweeps/case_study_table?.yaml'))[0].stem}` to "
+        f"`{sorted(ROOT.glob('configs/sweeps/case_study_table?.yaml'))[-1].stem.removeprefix('case_study_')}` are ready",
         *(f"]({path.relative_to(ROOT / 'docs')})" for path in FOLDER.iterdir()),
         f"[{FOLDER.relative_to(ROOT / 'docs')}]",
     ]  # fmt: skip
