@@ -73,10 +73,12 @@ def test_the_first_step_needs_neither_compiler_nor_sharding_nor_plots(tmp_path: 
     assert not found & LATER
 
 
-def test_validating_a_training_config_imports_no_compiler() -> None:
+def test_validating_a_training_config_imports_no_compiler_and_collects_no_garbage_of_torch() -> None:
     program = (
-        "import sys\nfrom kdtune._cli.main import main\n"
+        "import gc, sys\nfrom kdtune._cli.main import main\n"
+        "full = []\ngc.callbacks.append(lambda phase, info: full.append(info) if info['generation'] == 2 else None)\n"
         "try:\n    main(['validate', 'tiny/knowledge_distillation'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000 and not full, (gc.get_freeze_count(), full)\n"
         f"found = set({sorted(LATER)!r}) & sys.modules.keys()\n"
         "assert not found, found\n"
     )
