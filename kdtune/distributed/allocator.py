@@ -28,8 +28,7 @@ def keep_freed_memory() -> bool:
     Without effect under another C library, and where the user chose: a variable MALLOC_... (mallopt(3)) or GLIBC_TUNABLES is
     set.
     """
-    is_chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if is_chosen or not _is_glibc():
+    if _is_chosen_by_user() or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # The others without it would be worse than nothing: each of them ends glibc's own raising of this threshold.
@@ -44,7 +43,8 @@ def keep_few_kernels() -> None:
     It compiles one for each shape, and the shapes of a step follow its number of tokens. Its default of 1,024 keeps those of many
     steps, some 30 MB each, which do not come again.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the name of old
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class Room:
@@ -57,7 +57,7 @@ class Room:
 
     def __init__(self, device: torch.device) -> None:
         self._largest, self._bound, self._is_trimmed = 0, 0.0, False
-        self._keeps_gaps = device.type == "cpu" and _is_glibc()
+        self._keeps_gaps = device.type == "cpu" and _is_glibc() and not _is_chosen_by_user()
 
     def make(self, size: int) -> None:
         """Make room for a step of a size, such as its number of tokens."""
@@ -74,6 +74,10 @@ class Room:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_chosen_by_user() -> bool:
+    return any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
 
 
 def _is_glibc() -> bool:

@@ -19,6 +19,7 @@ Shapes: C tokens of a chunk, V ids, D embedding width.
 import functools
 import math
 import mmap
+import sys
 from collections.abc import Iterator
 from typing import ClassVar, Literal, Self, TypeAlias
 
@@ -113,9 +114,16 @@ class Buffers:
             del flat
             # Not from the C library's heap, where a buffer that is outgrown leaves a gap.
             with torch.inference_mode(False):
-                flat = torch.frombuffer(mmap.mmap(-1, max(1, size) * dtype.itemsize), dtype=dtype)
+                flat = torch.frombuffer(_mapped(max(1, size) * dtype.itemsize), dtype=dtype)
         self._taken.append(flat)
         return flat[:size]
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    """Return memory of its own. Private: Python's default is the same memory in every forked process."""
+    if sys.platform == "win32":  # which has neither
+        return mmap.mmap(-1, num_bytes)
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def project(hidden_CD: Tensor, head: Projection, buffers: Logits) -> Logits:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdtune.config import instantiate
 from kdtune.data import Batch, Dataset, MapDataset
+from kdtune.data.batch import mover
 from kdtune.distributed import World
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.losses import Signal
@@ -39,6 +40,8 @@ class _Several:
                 found += teacher.problems(cfg)
             if isinstance(teacher, CachedTeacher):
                 found += _lack_of_ids(teacher)
+        if (tp := instantiate(cfg.parallelism).tp) != 1:
+            found.append(f"parallelism.tp={tp}: several teachers need whole output heads; tp=1")
         if getattr(instantiate(cfg.kd_loss), "is_cross_tokenizer", False):
             found.append(
                 "teacher: several teachers read the student's tokens, and a cross-tokenizer kd_loss is for a teacher with its own; choose "
@@ -68,7 +71,6 @@ class _Several:
 
     def start(self, cfg: Any, world: World) -> None:
         """Start each teacher."""
-        self._device = world.device
         for teacher in self.teachers:
             if isinstance(teacher, ConfiguredTeacher):
                 teacher.start(cfg, world)
@@ -179,10 +181,10 @@ class Routed(_Several):
         """Return the signals of the next batch's examples, each of its own teacher."""
         if not self._announced:
             self.prefetch([batch])
-        part = self._announced.popleft()
-        signals = tuple(teacher(own.to(self._device)) for teacher, own in zip(self.teachers, part.batches, strict=True))
-        teacher_T, place_T = (one.to(self._device, non_blocking=True) for one in (part.teacher_T, part.place_T))
-        return RoutedSignal(signals, teacher_T, place_T, tuple(batch.tokens.shape))
+        part, device = self._announced.popleft(), batch.tokens.device
+        signals = tuple(teacher(own.to(device)) for teacher, own in zip(self.teachers, part.batches, strict=True))
+        move = mover(device)
+        return RoutedSignal(signals, move(part.teacher_T), move(part.place_T), tuple(batch.tokens.shape))
 
     def _number(self, route: str | None, where: str) -> int:
         """Return the number of the teacher for a value of the column; `where` names the example."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdtune.config import instantiate
 from kdtune.data import Batch, Dataset
+from kdtune.data.batch import mover
 from kdtune.distributed import World
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.losses import PendingSignal, Signal
@@ -28,7 +29,7 @@ from kdtune.paths import PathText
 from kdtune.teachers.cache.checks import fitted_dataset
 from kdtune.teachers.cache.format import Cache
 from kdtune.teachers.cache.signals import Outside, loss_problem, stored_signal
-from kdtune.teachers.protocol import ConfiguredTeacher, Teacher
+from kdtune.teachers.protocol import ConfiguredTeacher, Teacher, TeacherOfStudent
 from kdtune.tokenizers import Tokenizer
 
 # Micro-batches whose rows are read before they are asked for.
@@ -59,7 +60,7 @@ class CachedTeacher:
         self._seconds = 0.0
         self._student_vocab_size: int | None = None
         self._announced: deque[Batch] = deque()
-        self._reading: deque[tuple[tuple[int, int], Future[_Rows]]] = deque()
+        self._reading: deque[tuple[Batch, Future[_Rows]]] = deque()
 
     @functools.cached_property
     def cache(self) -> Cache:
@@ -128,7 +129,7 @@ class CachedTeacher:
     def attach(self, student: Transformer) -> None:
         """Keep the number of the student's ids, beyond which no stored id may lie."""
         self._student_vocab_size = student.config.vocab_size
-        if isinstance(self.held_out, CachedTeacher):
+        if isinstance(self.held_out, TeacherOfStudent):
             self.held_out.attach(student)
 
     def prefetch(self, batches: Sequence[Batch]) -> None:
@@ -144,9 +145,12 @@ class CachedTeacher:
         """
         if not self._reading:
             self.prefetch([batch])
-        shape, rows = self._reading.popleft()
-        if shape != (asked := _shape(batch)):
-            raise RuntimeError(f"tokens {asked}: those announced next are {shape}")
+        shape, (announced, rows) = _shape(batch), self._reading.popleft()
+        if (shape, batch.example_ids) != (_shape(announced), announced.example_ids):
+            raise RuntimeError(
+                f"a batch of {shape} tokens, examples {batch.example_ids}: the one announced next has {_shape(announced)}, examples "
+                f"{announced.example_ids}"
+            )
         self._read_ahead()
         return PendingSignal(shape, self.vocab_size, functools.cache(functools.partial(self._signal, shape, rows)))
 
@@ -177,15 +181,13 @@ class CachedTeacher:
     def _read_ahead(self) -> None:
         while self._announced and len(self._reading) < _AHEAD:
             batch = self._announced.popleft()
-            self._reading.append((_shape(batch), self._reader.submit(self._rows, batch)))
+            self._reading.append((batch, self._reader.submit(self._rows, batch)))
 
     def _signal(self, shape: tuple[int, int], rows: "Future[_Rows]") -> Signal:
         since = time.perf_counter()
         found = rows.result()
         self._seconds += time.perf_counter() - since
-        positions, *values = (
-            one.to(self._device, non_blocking=True) for one in (found.positions_N, *found.columns.values())
-        )
+        positions, *values = map(mover(self._device), (found.positions_N, *found.columns.values()))
         columns = dict(zip(found.columns, values, strict=True))
         return stored_signal(self.cache.header, positions, columns, shape, head=self._head, outside=self.outside)
 

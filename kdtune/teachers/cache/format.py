@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ class Cache:
             dtype: torch.dtype = opened.get_slice("weight")[:0].dtype
         return dtype
 
-    @cached_property
+    @property
     def head(self) -> Tensor:
         """The teacher's output weight [V, D]; of kind hidden.
 

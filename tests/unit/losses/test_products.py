@@ -1,5 +1,7 @@
 """The ways to multiply bf16 hidden states with a bf16 head, against float64."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,20 @@ def batch(
         nn.init.normal_(head.weight, std=0.4, generator=generator)
     labels = torch.randint(num_ids, (1, num_tokens), generator=generator)
     return hidden.requires_grad_(), heads[0], HiddenSignal(teacher_hidden, heads[1]), labels
+
+
+def test_forked_processes_have_buffers_of_their_own() -> None:
+    head = Projection(torch.zeros(1, 4), torch.zeros(8, 4))
+    with products.Buffers() as buffers:
+        buffers.logits(head, 2, 8, torch.float32)[0].fill_(1.0)
+    if (child := os.fork()) == 0:
+        with products.Buffers() as buffers:
+            buffers.logits(head, 2, 8, torch.float32)[0].fill_(2.0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    with products.Buffers() as buffers:
+        (kept,) = buffers.logits(head, 2, 8, torch.float32)
+    assert kept.tolist() == [[1.0] * 8] * 2
 
 
 def exact(hidden: Tensor, output: OutputHead, signal: HiddenSignal, labels: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -201,6 +201,20 @@ def test_the_validation_asks_the_teachers_that_have_one(made: Path) -> None:
     assert judged.teachers[0] is one and judged.teachers[1].path.endswith("cache2") and judged.weights == (1 / 3, 2 / 3)
 
 
+def test_the_teachers_of_a_routed_validation_are_asked(made: Path) -> None:
+    teacher = Routed({"a": live(made, 0), "b": cached(made, 1, validation=str(made / "cache2"))}, default=live(made, 2))
+    teacher.start(CFG, SINGLE_PROCESS)
+    judge = teacher.held_out
+    for batch in batches(rows(ROUTES), 4, 0):
+        judge.prefetch([batch])
+        signal = judge(batch)
+        for start, length, route in zip(batch.row_starts, batch.lengths, batch.routes, strict=True):
+            places = batch.targets.positions_N
+            places = places[(places >= start) & (places < start + length)]
+            expected = logp_of(0 if route == "a" else 2, batch, places)
+            torch.testing.assert_close(signal.log_probs(places).double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_a_model_of_a_component_is_built_when_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_component_": "kdtune.models.llama", "vocab_size": 320, "embed_dim": 16, "num_layers": 1, "num_heads": 2,
             "num_kv_heads": 1, "intermediate_dim": 24, "max_seq_len": 32}  # fmt: skip
