@@ -138,6 +138,23 @@ def test_what_does_not_fit_is_refused(cli, answers, tmp_path, what, words):
     assert not (tmp_path / "cache" / "index.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("repeats_ids", "words"), [(False, "has no log-probability of the text's own token"), (True, "token 3 is ")]
+)
+def test_answers_in_the_wrong_order_are_refused(cli, teacher, data, answers, tmp_path, repeats_ids, words):
+    """An answer beside the ids of another example of equal length, as a join by place gives it."""
+    row = answers[0]
+    other = list(row["prompt_token_ids"])
+    other[3] ^= 1
+    row |= answer_to(teacher, other, 6)
+    if repeats_ids:
+        row["choices"][0]["prompt_token_ids"] = other
+    else:
+        assert str(row["prompt_token_ids"][3]) not in row["choices"][0]["prompt_logprobs"][3]
+    done = import_lines(cli, tmp_path, answers)
+    assert done.code == 2 and "line 1, example 4" in done.err and words in done.err, done.err
+
+
 def test_configs_that_ask_for_something_else(cli, answers, tmp_path):
     for overrides, words in ((["kind=path"], "kind=path: a server gives the most likely ids"),
                              (["temperature=2.0"], "a server's prompt_logprobs are of temperature 1")):  # fmt: skip

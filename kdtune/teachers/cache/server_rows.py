@@ -60,7 +60,8 @@ def import_rows(file: Path, folder: str | Path, header: Header, dataset: MapData
 
     A line is a JSON object with ``example_id`` (or ``custom_id``, as in batch files), ``prompt_token_ids`` and ``prompt_logprobs``, at
     its top or in ``choices[0]`` of the answer, which may stand under ``response`` or ``response.body``. Lines may stand in any order;
-    of several of one example the last counts, for an answer that was asked for again.
+    of several of one example the last counts, for an answer that was asked for again. Of ids that stand in several places of a line the
+    innermost count, and each entry of ``prompt_logprobs`` has the text's own token: an answer to another prompt is found.
 
     Args:
         file: the answers.
@@ -104,6 +105,13 @@ def server_row(header: Header, example: Example, answer: Mapping[str, Any]) -> R
     kept = kept_positions(example, header.positions)
     # What the server says of a token is its distribution given the tokens before it: that of the position before.
     pairs = [_most_likely(header, int(at) + 1, per_token[at + 1]) for at in kept]
+    # The ids may be those that were sent, not those that were answered: a server lists the text's own token whatever its rank.
+    for at, (token, entry) in enumerate(zip(tokens, per_token, strict=True)):
+        if at and not (isinstance(entry, dict) and str(token) in entry):
+            raise DataError(
+                f"token {at}: prompt_logprobs has no log-probability of the text's own token {token}: the answer to another prompt, or "
+                "a server that leaves it out; put answers and examples together by example_id"
+            )
     ids_NK = torch.tensor([[one for one, _ in pair] for pair in pairs]).view(len(kept), -1)
     logp_NK = torch.tensor([[value for _, value in pair] for pair in pairs], dtype=torch.float64).view(len(kept), -1)
     mass_N = logp_NK.logsumexp(-1)
@@ -163,7 +171,7 @@ def _difference(found: Sequence[int], expected: Sequence[int]) -> str:
 
 
 def _answer(line: str) -> dict[str, Any]:
-    """Return `prompt_token_ids` and `prompt_logprobs` of a line, wherever they stand in it."""
+    """Return `prompt_token_ids` and `prompt_logprobs` of a line: of several, the innermost, which are the answer's own."""
     outer = json.loads(line)
     places = [outer]
     for inner in ("response", "body", "choices"):
@@ -177,7 +185,7 @@ def _answer(line: str) -> dict[str, Any]:
         if not values:
             error = f"; the server said: {str(outer['error'])[:200]}" if outer.get("error") else ""
             raise DataError(f"has no list {key}; keep the ids that were sent, and ask for prompt_logprobs{error}")
-        found[key] = values[0]
+        found[key] = values[-1]
     return found
 
 
