@@ -139,6 +139,11 @@ class MixedDataset(MapDataset):
         return self._length
 
     @property
+    def datasets(self) -> Sequence[MapDataset]:
+        """The datasets of the mixture."""
+        return self._datasets
+
+    @property
     def size(self) -> int:
         """Number of examples of all datasets together."""
         return int(self._starts[-1])

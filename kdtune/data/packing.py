@@ -85,14 +85,14 @@ class PackedDataset(MapDataset):
     def __init__(self, dataset: MapDataset, size: int, *, split_across_pack: bool = False) -> None:
         self.report, self.is_chat = dataset.report, dataset.is_chat
         self.unpacked = dataset
-        self._size, self._split = size, split_across_pack
+        self._size, self.split_across_pack = size, split_across_pack
         known = dataset.lengths
         length_of = known.__getitem__ if known is not None else lambda index: len(dataset[index].tokens)
         self._packs = list(cut_into_packs(range(dataset.size), length_of, size, split=split_across_pack))
 
     def packed_alike(self, dataset: MapDataset) -> "PackedDataset":
         """Return other examples, packed in the same way."""
-        return PackedDataset(dataset, self._size, split_across_pack=self._split)
+        return PackedDataset(dataset, self._size, split_across_pack=self.split_across_pack)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -109,7 +109,7 @@ class PackedDataset(MapDataset):
 
     def fingerprint(self) -> str:
         """Return number and kind of the packs, and the fingerprint of the examples in them."""
-        split = ", examples split" if self._split else ""
+        split = ", examples split" if self.split_across_pack else ""
         return f"{len(self)} packs of up to {self._size} tokens{split}: {self.unpacked.fingerprint()}"
 
 

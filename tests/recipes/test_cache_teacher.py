@@ -186,6 +186,7 @@ def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
         (["kind=topk", "temperature=0"], "temperature=0.0: must be above 0"),
         (["kind=topk", "k=400"], "num_ids=400: the teacher has 320 ids; choose at most so many"),
         (["k=0", "kind=topk"], "k=0: must be at least 1"),
+        (["dataset.packed=true", "dataset.split_across_pack=true"], "dataset.split_across_pack=true: examples that are cut"),
         (["first_example=200"], "first_example=200: the data set has 189 examples, counted from 0"),
         (["~teacher_model"], "teacher_checkpointer: missing, and no teacher_model to start from random weights"),
         (["teacher_device=cpu"], "teacher_device=cpu: nothing runs beside this teacher; ~teacher_device"),

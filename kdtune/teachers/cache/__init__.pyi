@@ -1,4 +1,5 @@
-from .capture import Source, capture_headers, capture_shards, checked_dataset, start_capture
+from .capture import Source, capture_headers, capture_shards, start_capture
+from .checks import checked_dataset
 from .encode import decode, encode
 from .forecast import Amount, amount_of, cache_bytes, capture_seconds
 from .format import INDEX, Cache, Row, Shard, begin, finish, write_head, write_shard

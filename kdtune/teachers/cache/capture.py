@@ -18,10 +18,10 @@ from torch import Tensor
 from kdtune import parallel
 from kdtune.config import factory, instantiate
 from kdtune.constants import IGNORE_INDEX
-from kdtune.data import Dataset, Example, MapDataset, PackedDataset
+from kdtune.data import Example, MapDataset
 from kdtune.data.micro_batches import cut_by_tokens
 from kdtune.distributed import World, lockstep_forwards, parallel_map, raise_on_all_ranks
-from kdtune.errors import CheckpointError, ConfigError, DataError
+from kdtune.errors import CheckpointError, DataError
 from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
@@ -54,21 +54,6 @@ class Source:
         is_padded = self.dataset.has_own_batches
         parts = cut_by_tokens([len(one.tokens) for one in examples], self.tokens_per_batch, is_padded=is_padded)
         return [[examples[index] for index in part] for part in parts]
-
-
-def checked_dataset(key: str, dataset: Dataset) -> MapDataset:
-    """Return the dataset of a config's `key`, or of a packed one the examples in the packs, whose rows can be found by index.
-
-    Raises:
-        ConfigError: it is a stream.
-    """
-    if isinstance(dataset, PackedDataset):
-        return dataset.unpacked
-    if not isinstance(dataset, MapDataset):
-        raise ConfigError(
-            f"{key}: is a stream, whose examples have no index by which a teacher cache finds what it keeps; {key}.streaming=false"
-        )
-    return dataset
 
 
 def capture_headers(cfg: Any, tokenizer: Tokenizer, dataset: MapDataset) -> list[Header]:

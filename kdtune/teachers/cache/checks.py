@@ -1,7 +1,10 @@
-"""Whether a cache was captured of the examples that a run trains on, found before the student's weights are read."""
+"""Whether a data set can be captured, and a cache was captured of the examples that a run trains on, found before weights are read."""
+
+import re
 
 from kdtune import tokenizers
 from kdtune.data import Dataset, MapDataset, PackedDataset
+from kdtune.data.mix import MixedDataset
 from kdtune.data.part import part_of
 from kdtune.errors import ConfigError
 from kdtune.log import get_logger
@@ -18,6 +21,37 @@ _PARTS = {
 }
 
 
+def checked_dataset(key: str, dataset: Dataset) -> MapDataset:
+    """Return the dataset of a config's `key`, or of a packed one the examples in the packs, whose rows can be found by index.
+
+    Raises:
+        ConfigError: it is a stream, its examples are cut to fill packs, or it is a mixture of packs.
+    """
+    if not isinstance(dataset, MapDataset):
+        raise ConfigError(
+            f"{key}: is a stream, whose examples have no index by which a teacher cache finds its rows; {key}.streaming=false"
+        )
+    if isinstance(dataset, PackedDataset):
+        if dataset.split_across_pack:
+            raise ConfigError(
+                f"{key}.split_across_pack=true: examples that are cut are read without what came before, and a teacher cache has rows "
+                f"of whole ones; ~{key}.split_across_pack"
+            )
+        return dataset.unpacked
+    if _has_packs(dataset):
+        raise ConfigError(
+            f"{key}: is a mixture of packs, whose examples have no index by which a teacher cache finds its rows; {key}.datasets without "
+            "packed=true: batches are without padding (padding_free), and tokens_per_micro_batch bounds their tokens"
+        )
+    return dataset
+
+
+def _has_packs(dataset: Dataset) -> bool:
+    if isinstance(dataset, MixedDataset):
+        return any(map(_has_packs, dataset.datasets))
+    return isinstance(dataset, PackedDataset)
+
+
 def fitted_dataset(cache: Cache, key: str, tokenizer: Tokenizer, dataset: Dataset) -> Dataset:
     """Return the examples of a run's dataset that a cache has: all of them, or the part that was captured, which is logged.
 
@@ -29,19 +63,16 @@ def fitted_dataset(cache: Cache, key: str, tokenizer: Tokenizer, dataset: Datase
 
     Raises:
         ConfigError: the cache was captured of another data set, or with another tokenizer, template or truncation; the message has all
-            that differs. Or the data is a stream, whose examples have no index.
+            that differs. Or as of `checked_dataset`.
     """
-    if not isinstance(dataset, MapDataset):
-        raise ConfigError(
-            f"{key}: is read as a stream, whose examples have no index by which {cache.folder} has its rows; {key}.streaming=false"
-        )
-    header, whole = cache.header, dataset.unpacked if isinstance(dataset, PackedDataset) else dataset
+    header, whole = cache.header, checked_dataset(key, dataset)
     if different := _differences(cache, tokenizer, whole):
         raise ConfigError(
             f"{key}: {cache.folder} was captured of other examples: {'; '.join(different)}; use the settings of the capture "
             f"({FILE}), or capture again"
         )
     try:
+        assert isinstance(dataset, MapDataset)  # `whole` is it, or is in it
         part = part_of(dataset, header.first_example, header.num_examples)
     except ConfigError as error:
         raise ConfigError(f"{key}: {cache.folder} has part of it: {error}") from error
@@ -66,8 +97,9 @@ def _differences(cache: Cache, tokenizer: Tokenizer, dataset: MapDataset) -> lis
     found = ["the tokenizer gives other ids"] if "ids" in different else []
     if dataset.size != header.dataset_size:
         found.append(f"there are {dataset.size} examples, and were {header.dataset_size}")
-    rows = dataset.fingerprint().partition(", routes ")[0]
-    is_same = not header.dataset or dataset.is_paired or rows == header.dataset.partition(", routes ")[0]
+    # Routes choose teachers, and change no example; in a mixture each of its datasets may have some.
+    rows, captured = (re.sub(r", routes \w+", "", text) for text in (dataset.fingerprint(), header.dataset))
+    is_same = not header.dataset or dataset.is_paired or rows == captured
     if is_same:
         return found
     found += [f"the {name} is another one" for part, name in _PARTS.items() if part in different]

@@ -270,6 +270,25 @@ def test_examples_without_an_index_are_refused(folder: Path) -> None:
         batch = next(iter(batches(dataset, 4, 0, padding_free=True)))
         with pytest.raises(ConfigError, match="do not say which examples they hold"):
             started(folder)(batch).result()
+        with pytest.raises(ConfigError, match=r"data.split_across_pack=true|data: is a mixture of packs"):
+            CachedTeacher(str(folder)).fit_data("data", byte_tokenizer(max_seq_len=16), dataset)
+
+
+def test_routes_of_a_mixture_make_no_difference_and_all_of_its_examples_do(tmp_path: Path) -> None:
+    tokenizer, weights = byte_tokenizer(max_seq_len=16), [1.0, 1.0]
+    parts = [rows_of(), rows_of(), rows_of(LENGTHS[::-1])]
+    routed = [rows_of(), rows_of(), rows_of(LENGTHS[::-1])]
+    for one in routed:
+        one.routes = ["code", "math"] * (len(LENGTHS) // 2) + ["code"] * (len(LENGTHS) % 2)
+    plain, with_routes = (mixed_dataset(tokenizer, datasets=one[:2], weights=weights) for one in (parts, routed))
+    assert with_routes.fingerprint().count(", routes ") == 2
+    for name, captured, trained in (("plain", plain, with_routes), ("routed", with_routes, plain)):
+        teacher = CachedTeacher(str(write_cache(tmp_path / name, tiny(), captured, tokenizer)))
+        assert len(teacher.fit_data("dataset", tokenizer, trained)) == len(trained)
+        for others in (parts, routed):
+            other = mixed_dataset(tokenizer, datasets=[others[0], others[2]], weights=weights)
+            with pytest.raises(ConfigError, match="their texts, their order or what of them is trained on differs"):
+                teacher.fit_data("dataset", tokenizer, other)
 
 
 def test_a_part_is_trained_on_alone_under_its_own_numbers(tmp_path: Path) -> None:
