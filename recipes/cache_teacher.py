@@ -148,13 +148,14 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     header, *others = cache.capture_headers(cfg, tokenizer, source.dataset)
     tokenizers.check_vocabulary(tokenizer, header.vocab_size, "teacher")
     amount = cache.amount_of(header, source)
+    num_bytes = cache.cache_bytes(header, amount)
     world.print(f"{header.num_examples:,} of {header.dataset_size:,} examples, {amount.num_tokens:,} tokens; "
-                f"{amount.num_rows:,} positions are kept")  # fmt: skip
+                f"{amount.num_rows:,} positions are kept, {cache.size_text(num_bytes)}")  # fmt: skip
 
     folder = user_path(cfg.output_dir)
     missing: list[int] = []
     if not cfg.dry_run:
-        missing = cache.start_capture(folder, header, world)
+        missing = cache.start_capture(folder, header, num_bytes, world)
         if world.broadcast(not missing and all((folder / name).is_file() for name in (cache.INDEX, cache.QUALITY))):
             return world.print(f"{folder}: is complete\n{summary(folder)}")
         if world.is_main:
@@ -221,7 +222,7 @@ def dry_run(
     rows = [
         cache.described(found)
         | {
-            "size": cache.size_text(cache.cache_bytes(header, amount, teacher.output.weight.dtype)),
+            "size": cache.size_text(cache.cache_bytes(header, amount)),
             "time": str(timedelta(seconds=math.ceil(rounds * one))),
         }
         for header, found, one in zip(headers, quality, seconds, strict=True)

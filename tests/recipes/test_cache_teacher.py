@@ -5,10 +5,12 @@ import io
 import json
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from command_line import ROOT, Fork
 
 from kdtune.data import quickstart_dataset
 from kdtune.models import llama
-from kdtune.teachers.cache import KINDS, Cache
+from kdtune.teachers.cache import KINDS, Cache, size_text
 from kdtune.tokenizers import byte_tokenizer
 
 CONFIG = "tiny/cache_teacher"
@@ -42,6 +44,8 @@ def whole(cli, tmp_path_factory) -> Path:
     done = capture(cli, folder)
     assert done.code == 0, done.err
     assert re.search(r"^hidden, bf16 +100 +\S+ +\S+ [kM]B$", done.out, flags=re.M), done.out
+    shown = re.search(r" positions are kept, (\S+ [kM]B)$", done.out, flags=re.M)
+    assert shown and shown[1] == size_text(json.loads((folder / "index.json").read_text())["bytes"]), done.out
     assert "the teacher has random weights, drawn with seed=0" in done.err
     return folder
 
@@ -98,10 +102,13 @@ def test_other_kinds_go_on_where_they_stopped(cli, kind, tmp_path):
     again = capture(cli, folder, f"kind={kind}", "k=8", "num_draws=6")
     assert again.code == 0 and f"{cut_off}: is cut off or damaged, and is captured again" in again.err
     assert files(folder) == expected
-    other = capture(cli, folder, f"kind={kind}", "k=9", "num_draws=6", "seed=1", "tokenizer.max_seq_len=128")
+    other = capture(
+        cli, folder, f"kind={kind}", "k=9", "num_draws=6", "seed=1", "tokenizer.max_seq_len=128", "tokens_per_batch=700"
+    )
     assert (
         other.code == 2
         and "max_seq_len: 256 in the folder, 128 now" in other.err
+        and "tokens_per_batch: 600 in the folder, 700 now" in other.err
         and "nothing is overwritten" in other.err
     )
     assert ("num_ids: 8 in the folder, 9 now" in other.err) == (kind == "topk")
@@ -203,6 +210,20 @@ def test_a_stream_is_refused(cli, tmp_path):
     source = f"{{_component_: kdtune.data.instruct_dataset, source: {tmp_path}/rows.jsonl, streaming: true}}"
     done = capture(cli, tmp_path / "cache", f"dataset={source}")
     assert done.code == 2 and "dataset: is a stream, whose examples have no index" in done.err, done.err
+
+
+def test_a_disk_without_room_is_refused_and_what_is_there_counts(cli, whole, tmp_path, monkeypatch):
+    """Room for all but the files of the first two shards is enough once they are there."""
+    half = tmp_path / "half"
+    shutil.copytree(whole, half)
+    for name in ("index.json", "shard-00002.safetensors", "shard-00003.safetensors", "shard-00004.safetensors"):
+        (half / name).unlink()
+    free = sum(file.stat().st_size for file in whole.glob("shard-0000[234].safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    done = capture(cli, tmp_path / "new" / "cache")
+    assert done.code == 2 and "not enough space" in done.err and f"{size_text(free)} free" in done.err, done.err
+    assert "loading the teacher" not in done.err and not (tmp_path / "new").exists()
+    assert capture(cli, half).code == 0 and files(half) == files(whole)
 
 
 def test_a_folder_of_something_else_is_refused(cli, tmp_path):

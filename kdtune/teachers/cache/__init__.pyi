@@ -4,8 +4,8 @@ from .encode import decode, encode
 from .forecast import Amount, amount_of, cache_bytes, capture_seconds
 from .format import INDEX, Cache, Row, Shard, begin, finish, write_head, write_shard
 from .header import Header
-from .kinds import KINDS, Column, Kind, bytes_per_token, columns
-from .quality import QUALITY, described, measure_quality, size_text
+from .kinds import KINDS, Column, Kind, bytes_per_token, columns, size_text
+from .quality import QUALITY, described, measure_quality
 from .server_rows import import_rows, server_header
 
 __all__ = [

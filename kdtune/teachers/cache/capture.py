@@ -5,6 +5,7 @@ whether the capture was stopped before. Shapes: T tokens of a batch, N positions
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from kdtune.runs.progress import Progress
 from kdtune.teachers.cache.encode import encode, head_weight, uniforms
 from kdtune.teachers.cache.format import Row, begin, write_head, write_shard
 from kdtune.teachers.cache.header import Header
-from kdtune.teachers.cache.kinds import KINDS, Kind
+from kdtune.teachers.cache.kinds import KINDS, Kind, size_text
 from kdtune.tokenizers import Tokenizer, fingerprint
 
 log = get_logger(__name__)
@@ -83,7 +84,7 @@ def capture_headers(cfg: Any, tokenizer: Tokenizer, dataset: MapDataset) -> list
     others = [(kind, dtype) for kind, dtypes in KINDS.items() for dtype in dtypes if (kind, dtype) != chosen]
     return headers_of(
         cfg, tokenizer, dataset, [chosen, *others], teacher=teacher, vocab_size=vocab_size, dim=dim,
-        softcap=getattr(head, "softcap", None),
+        softcap=getattr(head, "softcap", None), tokens_per_batch=cfg.tokens_per_batch,
     )  # fmt: skip
 
 
@@ -97,11 +98,12 @@ def headers_of(
     vocab_size: int,
     dim: int | None = None,
     softcap: float | None = None,
+    tokens_per_batch: int | None = None,
 ) -> list[Header]:
     """Return the headers of kinds, each with its dtype, for a teacher that is computed here or elsewhere.
 
     cfg, tokenizer, dataset, and what is raised: as of `capture_headers`. teacher: what it is known by. vocab_size, dim, softcap: of
-    its head.
+    its head. tokens_per_batch: of a capture.
     """
     left = dataset.size - cfg.first_example
     if left < 1:
@@ -113,6 +115,7 @@ def headers_of(
         "num_examples": min(left, cfg.max_examples or left),
         "dataset_size": dataset.size,
         "examples_per_shard": cfg.examples_per_shard,
+        "tokens_per_batch": tokens_per_batch,
         "max_seq_len": tokenizer.max_seq_len,
         "teacher": json.loads(json.dumps(teacher)),  # as it comes back from the file
         "tokenizer": fingerprint(tokenizer),
@@ -129,19 +132,36 @@ def headers_of(
     return [Header(kind=kind, dtype=dtype, **of_kind[kind], **common) for kind, dtype in kinds]
 
 
-def start_capture(folder: str | Path, header: Header, world: World) -> list[int]:
+def start_capture(folder: str | Path, header: Header, num_bytes: int, world: World) -> list[int]:
     """Begin or resume a capture in a folder, and lock it; return the numbers of the shards that are missing, on every process.
+
+    Args:
+        folder: of the cache.
+        header: of it.
+        num_bytes: of all its shards and the head, see `cache_bytes`.
+        world: the processes.
 
     Raises:
         ConfigError: the folder holds another capture, or a process is writing there.
-        CheckpointError: it holds something else, or cannot be written.
+        CheckpointError: it holds something else, or cannot be written, or its disk has no room for what is missing.
     """
     missing: list[int] = []
     with raise_on_all_ranks():
         if world.is_main:
+            _check_space(user_path(folder), num_bytes)
             missing = begin(folder, header)
             lock(user_path(folder))
     return world.broadcast(missing)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    needed = num_bytes - sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(disk).free) < needed:
+        raise CheckpointError(
+            f"{folder}: not enough space: {size_text(needed)} to write, {size_text(free)} free; free some, choose another output_dir, or "
+            "capture less of the data (max_examples) or of each position (dry_run=true compares the kinds)"
+        )
 
 
 def capture_shards(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdtune.data import Example
-from kdtune.models import Transformer
+from kdtune.models import Transformer, dtype_from_name
 from kdtune.paths import user_path
 from kdtune.teachers.cache.capture import Source, draws_of, kept_positions, split_rows, teacher_states
 from kdtune.teachers.cache.encode import encode
@@ -64,13 +64,16 @@ def amount_of(header: Header, source: Source) -> Amount:
     return Amount(rows_E, int(tokens_E.sum()))
 
 
-def cache_bytes(header: Header, amount: Amount, head_dtype: torch.dtype) -> int:
-    """Return the bytes of all shards and the head, as `finish` counts them; `amount`: of the range; `head_dtype`: the head's."""
+def cache_bytes(header: Header, amount: Amount) -> int:
+    """Return the bytes of all shards and the head, as `finish` counts them; `amount`: of the range.
+
+    The head is in the dtype that the header's teacher computes in.
+    """
     shards = [header.examples_of(number) for number in range(header.num_shards)]
     rows = [int(amount.rows_E[ids.start - header.first_example :][: len(ids)].sum()) for ids in shards]
     files: list[_Tensors] = [shard_tensors(header, len(ids), count) for ids, count in zip(shards, rows, strict=True)]
     if header.kind == "hidden":
-        files.append({"weight": (head_dtype, (header.vocab_size, header.dim or 0))})
+        files.append({"weight": (dtype_from_name(header.teacher["dtype"]), (header.vocab_size, header.dim or 0))})
     return sum(map(_file_bytes, files))
 
 

@@ -44,6 +44,8 @@ class Header:
     dataset_size: int
     """Number of examples of the data set."""
     examples_per_shard: int
+    tokens_per_batch: int | None = None
+    """Tokens of a forward pass of the teacher, on which the numbers depend by rounding; None: not computed by a capture."""
     max_seq_len: int | None = None
     """Longest example that the tokenizer made; None: no limit."""
     teacher: Mapping[str, Any] = field(default_factory=dict)

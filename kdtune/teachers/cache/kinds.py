@@ -67,3 +67,12 @@ def columns(header: "Header") -> dict[str, Column]:
 def bytes_per_token(header: "Header") -> int:
     """Return the bytes of one stored position: its columns, and 4 of its place in the example."""
     return 4 + sum(column.bytes for column in columns(header).values())
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes with a unit, such as "1.25 GB"; the units are powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

@@ -60,12 +60,3 @@ def described(quality: Mapping[str, Any]) -> dict[str, Any]:
         "bytes a token": quality["bytes_per_token"],
         "KL (nats)": f"{quality['forward_kl']:.2g}",
     }
-
-
-def size_text(num_bytes: float) -> str:
-    """Return a number of bytes with a unit, such as "1.25 GB"; the units are powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
