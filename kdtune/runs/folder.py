@@ -13,7 +13,7 @@ log = get_logger(__name__)
 
 _TRACES = ("config.yaml", "metrics.jsonl", "final")
 _IN_USE = "another run is writing there; wait for it, stop it, or choose another output_dir"
-_LOCK = ".lock"
+LOCK = ".lock"
 _held: dict[Path, int] = {}
 
 
@@ -88,7 +88,7 @@ def lock(folder: Path) -> None:
     path = folder.absolute()
     if path in _held:
         return
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     is_locked = try_lock(descriptor)
     if is_locked is False:
         os.close(descriptor)
@@ -113,7 +113,7 @@ def _is_locked(folder: Path) -> bool:
     if folder.absolute() in _held:
         return False
     try:
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:  # no run has been there; what may not be read is told by the other checks
         return False
     try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kdtune import parallel
+from kdtune.checkpoint import writing
 from kdtune.config import factory, instantiate
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data import Example, MapDataset
@@ -149,8 +150,10 @@ def start_capture(folder: str | Path, header: Header, num_bytes: int, world: Wor
     with raise_on_all_ranks():
         if world.is_main:
             _check_space(user_path(folder), num_bytes)
-            missing = begin(folder, header)
-            lock(user_path(folder))
+            with writing(path := user_path(folder)):
+                path.mkdir(parents=True, exist_ok=True)
+            lock(path)  # before the header is read or written
+            missing = begin(path, header)
     return world.broadcast(missing)
 
 

@@ -23,6 +23,7 @@ from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.json_files import read_json, to_json
 from kdtune.log import get_logger
 from kdtune.paths import user_path
+from kdtune.runs.folder import LOCK
 from kdtune.teachers.cache.header import FILE, Header, differences, read_header
 from kdtune.teachers.cache.kinds import Column, columns
 
@@ -72,19 +73,27 @@ def begin(folder: str | Path, header: Header) -> list[int]:
     path = user_path(folder)
     clean_leftovers(path)
     if (path / FILE).is_file():
-        if found := differences(read_header(path), header):
+        found = differences(read_header(path), header)
+        if found and not any((path / shard_name(number)).is_file() for number in range(header.num_shards)):
+            write_header(path, header)  # nothing was captured by the one that is there
+        elif found:
             listed = "\n".join(f"  {line}" for line in found)
             raise ConfigError(
                 f"{path}: holds the capture of something else, and nothing is overwritten:\n{listed}\nchoose another output_dir, or "
                 "delete the folder"
             )
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(one.name != LOCK for one in path.iterdir()):
         raise CheckpointError(
             f"{path}: is not empty and holds no teacher cache; nothing is overwritten: choose another output_dir"
         )
     else:
-        atomic_write_text(path / FILE, to_json(header.described(), indent=2) + "\n")
+        write_header(path, header)
     return [number for number in range(header.num_shards) if not _is_whole(path / shard_name(number), header, number)]
+
+
+def write_header(path: Path, header: Header) -> None:
+    """Write the header into its folder."""
+    atomic_write_text(path / FILE, to_json(header.described(), indent=2) + "\n")
 
 
 def _is_whole(path: Path, header: Header, number: int) -> bool:
@@ -92,8 +101,8 @@ def _is_whole(path: Path, header: Header, number: int) -> bool:
     if not path.is_file():
         return False
     try:
-        Shard(path, header, number)
-    except CheckpointError:
+        Shard(path, header, number).check_numbers()
+    except (CheckpointError, DataError):
         log.warning("%s: is cut off or damaged, and is captured again", path)
         return False
     return True
@@ -144,15 +153,13 @@ def write_shard(folder: str | Path, header: Header, number: int, rows: Sequence[
 
 
 def write_head(folder: str | Path, weight_VD: Tensor) -> None:
-    """Write the teacher's output weight beside its hidden states, atomically, if it is not there yet.
+    """Write the teacher's output weight beside its hidden states, atomically; what is there is replaced.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    path = user_path(folder) / HEAD
-    if not path.is_file():
-        with atomic_file(path) as hidden:
-            save_file({"weight": weight_VD.detach().cpu().contiguous()}, hidden)
+    with atomic_file(user_path(folder) / HEAD) as hidden:
+        save_file({"weight": weight_VD.detach().cpu().contiguous()}, hidden)
 
 
 def finish(folder: str | Path) -> dict[str, Any]:
@@ -202,12 +209,22 @@ class Cache:
                 "goes on where it stopped"
             )
         self.index = read_json(self.folder / INDEX, advice=_AGAIN)
-        for one in self.index["shards"]:
-            file = self.folder / one["name"]
+        try:
+            sizes = {one["name"]: one["bytes"] for one in self.index["shards"]}
+        except (KeyError, TypeError):
+            sizes = {}
+        if list(sizes) != [shard_name(number) for number in range(self.header.num_shards)]:
+            raise CheckpointError(
+                f"{self.folder / INDEX}: does not list the shards of {FILE}; copy it again, or {_AGAIN}"
+            )
+        for name, size in sizes.items():
+            file = self.folder / name
             found = file.stat().st_size if file.is_file() else None
-            if found != one["bytes"]:
-                what = "is missing" if found is None else f"has {found:,} bytes, and was written with {one['bytes']:,}"
+            if found != size:
+                what = "is missing" if found is None else f"has {found:,} bytes, and was written with {size:,}"
                 raise CheckpointError(f"{file}: {what}; copy it again, or {_AGAIN}")
+        if self.header.kind == "hidden":
+            self._opened_head()
         self._shard = lru_cache(_OPEN_SHARDS)(self._open)
 
     @property
@@ -231,8 +248,7 @@ class Cache:
     @property
     def head_dtype(self) -> torch.dtype:
         """Dtype of the teacher's output weight, which is not read; of kind hidden."""
-        with safe_open(self.folder / HEAD, "pt") as opened:
-            dtype: torch.dtype = opened.get_slice("weight")[:0].dtype
+        dtype: torch.dtype = self._opened_head().get_slice("weight")[:0].dtype
         return dtype
 
     @property
@@ -242,12 +258,23 @@ class Cache:
         Raises:
             CheckpointError: the file is damaged.
         """
-        file = self.folder / HEAD
-        if not file.is_file() or _file_sha256(file) != self.index.get("head_sha256"):
-            raise CheckpointError(f"{file}: is missing, or not the file that was written; copy it again, or {_AGAIN}")
-        with safe_open(file, "pt") as opened:
-            weight: Tensor = opened.get_tensor("weight")
+        weight: Tensor = self._opened_head().get_tensor("weight")
+        if _file_sha256(file := self.folder / HEAD) != self.index.get("head_sha256"):
+            raise CheckpointError(f"{file}: is not the file that was written; copy it again, or {_AGAIN}")
         return weight
+
+    def _opened_head(self) -> Any:
+        file, expected = self.folder / HEAD, [self.header.vocab_size, self.header.dim]
+        try:
+            opened = safe_open(file, "pt")
+            shape = opened.get_slice("weight").get_shape()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: is missing or cut off: {error}; copy it again, or {_AGAIN}") from error
+        if shape != expected:
+            raise CheckpointError(
+                f"{file}: weight is {shape}, and {FILE} says {expected}; copy both again, or {_AGAIN}"
+            )
+        return opened
 
     def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
         """Return what is kept of an example, checked against its tokens.
@@ -303,20 +330,29 @@ class Shard:
         """Hashes of the examples' tokens, and checksums of their numbers."""
         return b"".join(self._table[name].tobytes() for name in ("token_hashes", "checksums"))
 
+    def check_numbers(self) -> None:
+        """Read all columns, and raise DataError if the numbers of an example are not those that were written."""
+        for at in range(len(self._table["lengths"])):
+            self._columns_of(at)
+
     def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
         """Return what is kept of an example; arguments and errors as of `Cache.read`."""
         at = example_id - self._first
         if self._table["token_hashes"][at].tobytes() != token_hash(tokens):
             raise DataError(f"{self.path}: example {example_id} {self._difference(at, len(tokens))}")
+        return Row(example_id, tokens, *self._columns_of(at))
+
+    def _columns_of(self, at: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the positions and the columns of the example at a place of the table, checked."""
         start, end = (int(x) for x in self._table["offsets"][at : at + 2])
         read = {name: self._file.get_slice(name)[start:end] for name in ("positions", *self._columns)}
         positions = read.pop("positions")
         if checksum(positions, read) != self._table["checksums"][at]:
             raise DataError(
-                f"{self.path}: the numbers of example {example_id} are not those that were written: the file is damaged; copy it "
+                f"{self.path}: the numbers of example {self._first + at} are not those that were written: the file is damaged; copy it "
                 f"again, or {_AGAIN}"
             )
-        return Row(example_id, tokens, positions, read)
+        return positions, read
 
     def _difference(self, at: int, length: int) -> str:
         """Say how the tokens of a run differ from those that were captured."""
