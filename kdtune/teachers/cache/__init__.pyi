@@ -2,11 +2,12 @@ from .capture import Source, capture_headers, capture_shards, start_capture
 from .checks import checked_dataset
 from .encode import decode, encode
 from .forecast import Amount, amount_of, cache_bytes, capture_seconds
-from .format import INDEX, Cache, Row, Shard, begin, finish, write_head, write_shard
+from .format import INDEX, Cache, begin, finish, write_head, write_shard
 from .header import Header
 from .kinds import KINDS, Column, Kind, bytes_per_token, columns, size_text
 from .quality import QUALITY, described, measure_quality
 from .server_rows import import_rows, server_header
+from .shard import Row, Shard
 
 __all__ = [
     "INDEX",

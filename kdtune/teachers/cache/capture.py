@@ -31,9 +31,10 @@ from kdtune.paths import user_path
 from kdtune.runs.folder import lock
 from kdtune.runs.progress import Progress
 from kdtune.teachers.cache.encode import encode, head_weight, uniforms
-from kdtune.teachers.cache.format import Row, begin, write_head, write_shard
+from kdtune.teachers.cache.format import begin, write_head, write_shard
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import KINDS, Kind, size_text
+from kdtune.teachers.cache.shard import Row
 from kdtune.tokenizers import Tokenizer, fingerprint
 
 log = get_logger(__name__)

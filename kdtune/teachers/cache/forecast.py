@@ -19,8 +19,9 @@ from kdtune.models import Transformer, dtype_from_name
 from kdtune.paths import user_path
 from kdtune.teachers.cache.capture import Source, draws_of, kept_positions, split_rows, teacher_states
 from kdtune.teachers.cache.encode import encode
-from kdtune.teachers.cache.format import Row, shard_tensors, write_shard
+from kdtune.teachers.cache.format import write_shard
 from kdtune.teachers.cache.header import Header
+from kdtune.teachers.cache.shard import Row, shard_tensors
 
 # The part that is timed takes the teacher about so long.
 SECONDS = 8.0

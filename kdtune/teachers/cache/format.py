@@ -4,14 +4,11 @@ Shapes: E examples of a shard, N positions of an example or of all of them, V id
 """
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,39 +23,23 @@ from kdtune.paths import user_path
 from kdtune.runs.folder import LOCK
 from kdtune.teachers.cache.header import FILE, Header, differences, read_header
 from kdtune.teachers.cache.kinds import Column, columns
+from kdtune.teachers.cache.shard import (
+    AGAIN,
+    POSITIONS,
+    Row,
+    Shard,
+    checksum,
+    described_tensor,
+    shard_name,
+    token_hash,
+)
 
 log = get_logger(__name__)
 
 INDEX = "index.json"
 HEAD = "head.safetensors"
-HASH_BYTES = 16
 # Mapped files that a reader keeps open.
 _OPEN_SHARDS = 256
-_AGAIN = "capture it again: delete the folder, and run the same kdtune run cache_teacher"
-
-# Tensors of a shard beside the kind's columns: dtype, and whether they have a row for each example or each position.
-_EXAMPLE_TENSORS = {
-    "example_ids": torch.int64,
-    "token_hashes": torch.uint8,
-    "lengths": torch.int32,
-    "offsets": torch.int64,
-    "checksums": torch.int64,
-}
-_POSITIONS = Column(torch.int32)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a cache keeps of one example."""
-
-    example_id: int
-    """Index of the example in its data set."""
-    tokens: npt.NDArray[Any]
-    """All of the example's ids [S], as the teacher read them."""
-    positions: Tensor
-    """int32 [N], ascending: the positions in the example that are kept; position t predicts token t + 1."""
-    columns: Mapping[str, Tensor]
-    """The kind's, see `kdtune.teachers.cache.columns`: [N, ...] each."""
 
 
 def begin(folder: str | Path, header: Header) -> list[int]:
@@ -106,21 +87,6 @@ def _is_whole(path: Path, header: Header, number: int) -> bool:
         log.warning("%s: is cut off or damaged, and is captured again", path)
         return False
     return True
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def shard_tensors(header: Header, num_examples: int, num_rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of each tensor of a shard with so many examples, and positions of all of them."""
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_EXAMPLE_TENSORS, (num_examples,))
-    shapes |= {"token_hashes": (num_examples, HASH_BYTES), "offsets": (num_examples + 1,)}
-    of_rows = {"positions": _POSITIONS, **columns(header)}
-    return {name: (dtype, shapes[name]) for name, dtype in _EXAMPLE_TENSORS.items()} | {
-        name: (column.dtype, (num_rows, *column.shape)) for name, column in of_rows.items()
-    }
 
 
 def write_shard(folder: str | Path, header: Header, number: int, rows: Sequence[Row]) -> int:
@@ -208,21 +174,21 @@ class Cache:
                 f"{self.folder}: the capture is not finished: it has no {INDEX}; run the same kdtune run cache_teacher again, which "
                 "goes on where it stopped"
             )
-        self.index = read_json(self.folder / INDEX, advice=_AGAIN)
+        self.index = read_json(self.folder / INDEX, advice=AGAIN)
         try:
             sizes = {one["name"]: one["bytes"] for one in self.index["shards"]}
         except (KeyError, TypeError):
             sizes = {}
         if list(sizes) != [shard_name(number) for number in range(self.header.num_shards)]:
             raise CheckpointError(
-                f"{self.folder / INDEX}: does not list the shards of {FILE}; copy it again, or {_AGAIN}"
+                f"{self.folder / INDEX}: does not list the shards of {FILE}; copy it again, or {AGAIN}"
             )
         for name, size in sizes.items():
             file = self.folder / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found:,} bytes, and was written with {size:,}"
-                raise CheckpointError(f"{file}: {what}; copy it again, or {_AGAIN}")
+                raise CheckpointError(f"{file}: {what}; copy it again, or {AGAIN}")
         if self.header.kind == "hidden":
             self._opened_head()
         self._shard = lru_cache(_OPEN_SHARDS)(self._open)
@@ -260,7 +226,7 @@ class Cache:
         """
         weight: Tensor = self._opened_head().get_tensor("weight")
         if _file_sha256(file := self.folder / HEAD) != self.index.get("head_sha256"):
-            raise CheckpointError(f"{file}: is not the file that was written; copy it again, or {_AGAIN}")
+            raise CheckpointError(f"{file}: is not the file that was written; copy it again, or {AGAIN}")
         return weight
 
     def _opened_head(self) -> Any:
@@ -269,11 +235,9 @@ class Cache:
             opened = safe_open(file, "pt")
             shape = opened.get_slice("weight").get_shape()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: is missing or cut off: {error}; copy it again, or {_AGAIN}") from error
+            raise CheckpointError(f"{file}: is missing or cut off: {error}; copy it again, or {AGAIN}") from error
         if shape != expected:
-            raise CheckpointError(
-                f"{file}: weight is {shape}, and {FILE} says {expected}; copy both again, or {_AGAIN}"
-            )
+            raise CheckpointError(f"{file}: weight is {shape}, and {FILE} says {expected}; copy both again, or {AGAIN}")
         return opened
 
     def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
@@ -298,123 +262,15 @@ class Cache:
         return Shard(self.folder / shard_name(number), self.header, number)
 
 
-class Shard:
-    """One file of a cache, mapped: its table of examples is read, its columns when a row is asked for.
-
-    Args:
-        path: the file.
-        header: the cache's.
-        number: of the shard.
-
-    Raises:
-        CheckpointError: it cannot be read, or its tensors are not those of the header's kind.
-    """
-
-    def __init__(self, path: Path, header: Header, number: int) -> None:
-        self.path, self.header, self._columns = path, header, columns(header)
-        try:
-            self._file = safe_open(path, "pt")
-            table = {name: self._file.get_tensor(name) for name in _EXAMPLE_TENSORS}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}; copy it again, or {_AGAIN}") from error
-        self._first, self._table = header.examples_of(number).start, {name: one.numpy() for name, one in table.items()}
-        self._check(table, len(header.examples_of(number)))
-
-    @property
-    def num_rows(self) -> int:
-        """Number of positions of all its examples."""
-        return int(self._table["offsets"][-1])
-
-    @property
-    def summary(self) -> bytes:
-        """Hashes of the examples' tokens, and checksums of their numbers."""
-        return b"".join(self._table[name].tobytes() for name in ("token_hashes", "checksums"))
-
-    def check_numbers(self) -> None:
-        """Read all columns, and raise DataError if the numbers of an example are not those that were written."""
-        for at in range(len(self._table["lengths"])):
-            self._columns_of(at)
-
-    def read(self, example_id: int, tokens: npt.NDArray[Any]) -> Row:
-        """Return what is kept of an example; arguments and errors as of `Cache.read`."""
-        at = example_id - self._first
-        if self._table["token_hashes"][at].tobytes() != token_hash(tokens):
-            raise DataError(f"{self.path}: example {example_id} {self._difference(at, len(tokens))}")
-        return Row(example_id, tokens, *self._columns_of(at))
-
-    def _columns_of(self, at: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the positions and the columns of the example at a place of the table, checked."""
-        start, end = (int(x) for x in self._table["offsets"][at : at + 2])
-        read = {name: self._file.get_slice(name)[start:end] for name in ("positions", *self._columns)}
-        positions = read.pop("positions")
-        if checksum(positions, read) != self._table["checksums"][at]:
-            raise DataError(
-                f"{self.path}: the numbers of example {self._first + at} are not those that were written: the file is damaged; copy it "
-                f"again, or {_AGAIN}"
-            )
-        return positions, read
-
-    def _difference(self, at: int, length: int) -> str:
-        """Say how the tokens of a run differ from those that were captured."""
-        stored = int(self._table["lengths"][at])
-        if stored == length:
-            return (
-                "has other tokens in the run than it had when the cache was captured: another tokenizer, chat template, date, or text; "
-                "use the settings of the capture (header.json), or capture again"
-            )
-        limit = self.header.max_seq_len
-        return (
-            f"has {length} tokens in the run, and had {stored} when the cache was captured, with "
-            f"tokenizer.max_seq_len={'null' if limit is None else limit}: it is cut at another length, or is another text; use the "
-            "settings of the capture (header.json), or capture again"
-        )
-
-    def _check(self, table: Mapping[str, Tensor], num_examples: int) -> None:
-        found = {name: (one.dtype, tuple(one.shape)) for name, one in table.items()}
-        expected, names = shard_tensors(self.header, num_examples, self.num_rows), set(self._file.keys())
-        for name in expected:
-            if name not in found and name in names:
-                part = self._file.get_slice(name)
-                found[name] = (part[:0].dtype, tuple(part.get_shape()))
-        for name, one in expected.items():
-            if found.get(name) != one:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} must be {_described(one)}, is {_described(found.get(name))}; {_AGAIN}"
-                )
-        ids = range(self._first, self._first + num_examples)
-        if not np.array_equal(self._table["example_ids"], np.arange(ids.start, ids.stop)):
-            raise CheckpointError(
-                f"{self.path}: must hold the examples {ids.start} to {ids.stop - 1}, in order; {_AGAIN}"
-            )
-        offsets = self._table["offsets"]
-        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
-            raise CheckpointError(f"{self.path}: tensor offsets must rise from 0; {_AGAIN}")
-
-
-def token_hash(tokens: npt.ArrayLike) -> bytes:
-    """Return the first 16 bytes of the SHA-256 of token ids [S], as little-endian int32."""
-    return hashlib.sha256(np.asarray(tokens).astype("<i4").tobytes()).digest()[:HASH_BYTES]
-
-
-def checksum(positions: Tensor, values: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of the bytes of an example's positions, then of its columns, sorted by name."""
-    found = 0
-    for one in (positions, *(values[name] for name in sorted(values))):
-        found = zlib.crc32(one.contiguous().view(torch.uint8).numpy().data, found)
-    return found
-
-
 def _check_row(row: Row, expected: Mapping[str, Column]) -> None:
-    for name, column in {"positions": _POSITIONS, **expected}.items():
+    for name, column in {"positions": POSITIONS, **expected}.items():
         found = row.positions if name == "positions" else row.columns.get(name)
         wanted = (column.dtype, (len(row.positions), *column.shape))
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
             seen = None if found is None else (found.dtype, tuple(found.shape))
-            raise ValueError(f"example {row.example_id}: {name} must be {_described(wanted)}, is {_described(seen)}")
-
-
-def _described(one: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "missing" if one is None else f"{str(one[0]).removeprefix('torch.')} {list(one[1])}"
+            raise ValueError(
+                f"example {row.example_id}: {name} must be {described_tensor(wanted)}, is {described_tensor(seen)}"
+            )
 
 
 def _file_sha256(path: Path) -> str | None:

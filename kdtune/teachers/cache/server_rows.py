@@ -19,9 +19,10 @@ from kdtune.data import Example, MapDataset
 from kdtune.errors import ConfigError, DataError
 from kdtune.losses.sparse import log1mexp
 from kdtune.teachers.cache.capture import headers_of, kept_positions, number
-from kdtune.teachers.cache.format import Row, begin, finish, write_shard
+from kdtune.teachers.cache.format import begin, finish, write_shard
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import KINDS, Kind, columns
+from kdtune.teachers.cache.shard import Row
 from kdtune.tokenizers import Tokenizer
 
 # Probabilities that servers round may add up to this much above 1.
