@@ -108,6 +108,10 @@ class Config(teachers.TeacherConfig):
         if self.stored_dtype not in (None, *cache.KINDS[self.kind]):
             allowed = ", ".join(cache.KINDS[self.kind])
             found.append(f"stored_dtype={self.stored_dtype}: kind={self.kind} is stored in {allowed}; ~stored_dtype")
+        if not self.temperature > 0:
+            found.append(f"temperature={self.temperature}: must be above 0")
+        if not 0 < self.exponent <= 1:
+            found.append(f"exponent={self.exponent}: must be above 0 and at most 1")
         if self.temperature != 1 and self.kind != "topk":
             found.append(f"temperature={self.temperature}: is of kind=topk, found kind={self.kind}; ~temperature")
         return found + training.builder_problems(self) + data.first_row_problems(self)
@@ -228,8 +232,9 @@ def dry_run(
         for header, found, one in zip(headers, quality, seconds, strict=True)
     ]
     print(runs.format_table(rows))
+    processes = f"{world.dp_size} process{'es' * (world.dp_size > 1)}"
     print(
-        f"KL(live || stored) over {quality[0]['num_tokens']:,} tokens; time on {world.dp_size} processes, once the teacher is loaded"
+        f"KL(live || stored) over {quality[0]['num_tokens']:,} tokens; time on {processes}, once the teacher is loaded"
     )
 
 
@@ -237,7 +242,7 @@ def summary(folder: Path) -> str:
     """Return what a complete cache takes, and how well it keeps the teacher."""
     index, quality = json.loads((folder / cache.INDEX).read_text()), json.loads((folder / cache.QUALITY).read_text())
     rows = [cache.described(quality) | {"size": cache.size_text(index["bytes"])}]
-    return f"{runs.format_table(rows)}\nKL(live || stored) over {quality['num_tokens']:,} held-out tokens; {folder}"
+    return f"{runs.format_table(rows)}\nKL(live || stored) over {quality['num_tokens']:,} tokens; {folder}"
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def import_answers(arguments: argparse.Namespace) -> None:
     cfg, tokenizer, dataset = _config_and_data(arguments)
     file = user_path(arguments.rows)
     name = arguments.teacher or file.name
-    header = cache.server_header(cfg, tokenizer, dataset, name=name, vocab_size=arguments.vocab_size)
+    header = cache.server_header(cfg, tokenizer, dataset, name=name, answers=file, vocab_size=arguments.vocab_size)
     index = cache.import_rows(file, cfg.output_dir, header, dataset)
     print(
         f"{cfg.output_dir}: {header.num_examples:,} examples, {index['num_rows']:,} positions, {index['bytes']:,} bytes"

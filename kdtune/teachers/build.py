@@ -200,7 +200,14 @@ def problems(cfg: Any) -> list[str]:
     except KDTuneError as error:
         found.append(str(error))
     if cfg.teacher is not None:
-        keys = ("teacher_model", "teacher_checkpointer", "teacher_quantization", "teacher_processes", *PLACES)
+        keys = (
+            "teacher_model",
+            "teacher_checkpointer",
+            "teacher_dtype",
+            "teacher_quantization",
+            "teacher_processes",
+            *PLACES,
+        )
         given = [key for key in keys if getattr(cfg, key)]
         found += [
             f"{key}: has no effect beside teacher, which stands in place of a model; ~{key}, or ~teacher"

@@ -1,5 +1,6 @@
 """kdtune cache: from the prompts of a data set over a server's answers to a teacher cache; whatever does not fit is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_what_a_server_says_is_what_a_capture_writes(cli, teacher, data, tmp_pat
         cli("run", "cache_teacher", "--config", CONFIG, f"output_dir={tmp_path / 'own'}", *RANGE, "kind=topk").code == 0
     )
     served, own = Cache(tmp_path / "served"), Cache(tmp_path / "own")
-    assert served.header.teacher == {"served": "tiny-random"}
+    assert served.header.teacher["served"] == "tiny-random"
     for index in (2, 3, 4):
         tokens = data[index].tokens
         found, expected = served.read(index, tokens), own.read(index, tokens)
@@ -162,3 +163,13 @@ def test_configs_that_ask_for_something_else(cli, answers, tmp_path):
         assert done.code == 2 and words in done.err, done.err
     done = cli("cache", "import", "tiny/prune", "rows.jsonl")
     assert done.code == 2, done.err
+
+
+def test_other_answers_do_not_pass_for_those_that_were_imported(cli, answers, tmp_path):
+    for _ in range(2):
+        assert import_lines(cli, tmp_path, answers).code == 0
+    other = copy.deepcopy(answers)
+    for one in other[0]["choices"][0]["prompt_logprobs"][1].values():
+        one["logprob"] -= 0.01
+    done = import_lines(cli, tmp_path, other)
+    assert done.code == 2 and "holds the capture of something else" in done.err and "answers" in done.err

@@ -191,7 +191,7 @@ def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
         (["kind=path", "stored_dtype=int8"], "stored_dtype=int8: kind=path is stored in fp32; ~stored_dtype"),
         (["temperature=2.0"], "temperature=2.0: is of kind=topk, found kind=hidden; ~temperature"),
         (["kind=topk", "temperature=0"], "temperature=0.0: must be above 0"),
-        (["kind=topk", "k=400"], "num_ids=400: the teacher has 320 ids; choose at most so many"),
+        (["kind=topk", "k=400"], "k=400: the teacher has 320 ids; choose at most so many"),
         (["k=0", "kind=topk"], "k=0: must be at least 1"),
         (["dataset.packed=true", "dataset.split_across_pack=true"], "dataset.split_across_pack=true: examples that are cut"),
         (["first_example=200"], "first_example=200: the data set has 189 examples, counted from 0"),

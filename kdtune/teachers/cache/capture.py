@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kdtune import parallel
-from kdtune.checkpoint import writing
 from kdtune.config import factory, instantiate
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data import Example, MapDataset
@@ -28,10 +27,9 @@ from kdtune.log import get_logger
 from kdtune.losses import check_head
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.paths import user_path
-from kdtune.runs.folder import lock
 from kdtune.runs.progress import Progress
 from kdtune.teachers.cache.encode import encode, head_weight, uniforms
-from kdtune.teachers.cache.format import begin, write_head, write_shard
+from kdtune.teachers.cache.format import begin, lock_folder, write_head, write_shard
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import KINDS, Kind, size_text
 from kdtune.teachers.cache.shard import Row
@@ -151,10 +149,7 @@ def start_capture(folder: str | Path, header: Header, num_bytes: int, world: Wor
     with raise_on_all_ranks():
         if world.is_main:
             _check_space(user_path(folder), num_bytes)
-            with writing(path := user_path(folder)):
-                path.mkdir(parents=True, exist_ok=True)
-            lock(path)  # before the header is read or written
-            missing = begin(path, header)
+            missing = begin(lock_folder(folder), header)
     return world.broadcast(missing)
 
 

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdtune.checkpoint.atomic import atomic_file, atomic_write_text, clean_leftovers
+from kdtune.checkpoint.atomic import atomic_file, atomic_write_text, clean_leftovers, writing
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.json_files import read_json, to_json
 from kdtune.log import get_logger
 from kdtune.paths import user_path
-from kdtune.runs.folder import LOCK
+from kdtune.runs.folder import LOCK, lock
 from kdtune.teachers.cache.header import FILE, Header, differences, read_header
 from kdtune.teachers.cache.kinds import Column, columns
 from kdtune.teachers.cache.shard import (
@@ -40,6 +40,29 @@ INDEX = "index.json"
 HEAD = "head.safetensors"
 # Mapped files that a reader keeps open.
 _OPEN_SHARDS = 256
+
+
+def lock_folder(folder: str | Path) -> Path:
+    """Make a capture's folder if it is missing, lock it until this process ends, and return its path; to be called before `begin`.
+
+    Raises:
+        ConfigError: another process is writing there.
+        CheckpointError: it holds something else, or cannot be made.
+    """
+    path = user_path(folder)
+    _check_is_ours(path)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock(path)
+    return path
+
+
+def _check_is_ours(path: Path) -> None:
+    names = {one.name for one in path.iterdir()} if path.is_dir() else set()
+    if names - {LOCK} and FILE not in names:
+        raise CheckpointError(
+            f"{path}: is not empty and holds no teacher cache; nothing is overwritten: choose another output_dir"
+        )
 
 
 def begin(folder: str | Path, header: Header) -> list[int]:
@@ -63,11 +86,8 @@ def begin(folder: str | Path, header: Header) -> list[int]:
                 f"{path}: holds the capture of something else, and nothing is overwritten:\n{listed}\nchoose another output_dir, or "
                 "delete the folder"
             )
-    elif path.is_dir() and any(one.name != LOCK for one in path.iterdir()):
-        raise CheckpointError(
-            f"{path}: is not empty and holds no teacher cache; nothing is overwritten: choose another output_dir"
-        )
     else:
+        _check_is_ours(path)
         write_header(path, header)
     return [number for number in range(header.num_shards) if not _is_whole(path / shard_name(number), header, number)]
 
@@ -177,7 +197,7 @@ class Cache:
         self.index = read_json(self.folder / INDEX, advice=AGAIN)
         try:
             sizes = {one["name"]: one["bytes"] for one in self.index["shards"]}
-        except (KeyError, TypeError):
+        except (KeyError, TypeError):  # not an index
             sizes = {}
         if list(sizes) != [shard_name(number) for number in range(self.header.num_shards)]:
             raise CheckpointError(

@@ -103,7 +103,7 @@ def problems(header: Header) -> list[str]:
         needed["num_ids"] = header.num_ids
     found += [f"{key}={value}: must be 1 or more" for key, value in needed.items() if value is None or value < 1]
     if header.kind == "topk" and (header.num_ids or 0) > header.vocab_size:
-        found.append(f"num_ids={header.num_ids}: the teacher has {header.vocab_size} ids; choose at most so many")
+        found.append(f"k={header.num_ids}: the teacher has {header.vocab_size} ids; choose at most so many")
     if not header.temperature > 0:
         found.append(f"temperature={header.temperature}: must be above 0")
     if not 0 < header.exponent <= 1:

@@ -3,6 +3,7 @@
 Shapes: N positions that are kept of an example, K ids of each.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from kdtune.data import Example, MapDataset
 from kdtune.errors import ConfigError, DataError
 from kdtune.losses.sparse import log1mexp
 from kdtune.teachers.cache.capture import headers_of, kept_positions, number
-from kdtune.teachers.cache.format import begin, finish, write_shard
+from kdtune.teachers.cache.format import begin, finish, lock_folder, write_shard
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import KINDS, Kind, columns
 from kdtune.teachers.cache.shard import Row
@@ -30,7 +31,7 @@ _ABOVE_ONE = 1e-3
 
 
 def server_header(
-    cfg: Any, tokenizer: Tokenizer, dataset: MapDataset, *, name: str, vocab_size: int | None = None
+    cfg: Any, tokenizer: Tokenizer, dataset: MapDataset, *, name: str, answers: Path, vocab_size: int | None = None
 ) -> Header:
     """Return the header of kind topk for a teacher that a server computes.
 
@@ -39,11 +40,12 @@ def server_header(
         tokenizer: of the run.
         dataset: whose examples were asked for.
         name: of the served model.
+        answers: file of what it said, whose hash the header has.
         vocab_size: rows of its head; None: of the config's teacher_model, else the number of the tokenizer's ids.
 
     Raises:
         ConfigError: a value is out of range, or not that of a server's log-probabilities.
-        DataError: as of `headers_of`.
+        DataError: as of `headers_of`; or the answers cannot be read.
     """
     if cfg.temperature != 1:
         raise ConfigError(
@@ -53,7 +55,13 @@ def server_header(
         builder = factory(cfg.teacher_model)
         vocab_size = parallel.model_config(builder, None).vocab_size if builder else tokenizer.vocab_size
     kind: tuple[Kind, str] = ("topk", cfg.stored_dtype or KINDS["topk"][0])
-    return headers_of(cfg, tokenizer, dataset, [kind], teacher={"served": name}, vocab_size=vocab_size)[0]
+    try:
+        with answers.open("rb") as file:
+            said = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise DataError(f"{answers}: cannot be read: {error.strerror or error}") from error
+    teacher = {"served": name, "answers": said}
+    return headers_of(cfg, tokenizer, dataset, [kind], teacher=teacher, vocab_size=vocab_size)[0]
 
 
 def import_rows(file: Path, folder: str | Path, header: Header, dataset: MapDataset) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def import_rows(file: Path, folder: str | Path, header: Header, dataset: MapData
             f"{file}: has no answer for {len(missing):,} of {header.num_examples:,} examples, such as {missing[0]}; ask for them too, or "
             "choose a range that is whole by first_example and max_examples"
         )
-    for shard in begin(folder, header):
+    for shard in begin(lock_folder(folder), header):
         rows = []
         for index in header.examples_of(shard):
             line, start = starts[index]

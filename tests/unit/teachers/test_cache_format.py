@@ -25,6 +25,7 @@ from kdtune.teachers.cache import (
     write_head,
     write_shard,
 )
+from kdtune.teachers.cache.header import read_header
 
 DIM, IDS, VOCAB = 6, 3, 50
 
@@ -194,7 +195,7 @@ def test_a_shard_with_other_tensors_is_refused(tmp_path):
         ({"kind": "logits", "dtype": "fp16"}, "kind=logits: must be one of hidden, topk, sampled, path"),
         ({"kind": "hidden", "dtype": "fp16"}, "dtype=fp16: kind=hidden keeps bf16 or int8 or fp32"),
         ({"num_ids": 0}, "num_ids=0: must be 1 or more"),
-        ({"num_ids": VOCAB + 1}, "num_ids=51: the teacher has 50 ids"),
+        ({"num_ids": VOCAB + 1}, "k=51: the teacher has 50 ids"),
         ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
         ({"kind": "sampled", "exponent": 1.5}, "exponent=1.5: must be above 0 and at most 1"),
     ],
@@ -219,3 +220,41 @@ def test_what_is_not_a_cache_is_said(tmp_path):
         Path(tmp_path / "header.json").write_text(json.dumps(values | change))
         with pytest.raises(CheckpointError, match=message):
             Cache(tmp_path)
+
+
+def test_a_header_without_shards_gives_way_to_another(tmp_path):
+    begin(tmp_path, make_header(num_ids=4))
+    assert begin(tmp_path, make_header(num_ids=3)) == [0, 1, 2] and read_header(tmp_path).num_ids == 3
+
+
+def test_damaged_numbers_are_captured_again(tmp_path):
+    header = make_header("hidden")
+    rows = write(tmp_path, header)
+    shard, head = tmp_path / "shard-00001.safetensors", tmp_path / "head.safetensors"
+    good, good_head = shard.read_bytes(), head.read_bytes()
+    start = struct.unpack("<Q", good[:8])[0] + 8
+    place = start + json.loads(good[8:start])["hidden"]["data_offsets"][0]
+    shard.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    assert begin(tmp_path, header) == [1]
+    write_shard(tmp_path, header, 1, [rows[index] for index in header.examples_of(1)])
+    head.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=r"head.safetensors: is missing or cut off"):
+        Cache(tmp_path)
+    write_head(tmp_path, torch.arange(VOCAB * DIM, dtype=torch.float32).view(VOCAB, DIM))
+    assert shard.read_bytes() == good and head.read_bytes() == good_head
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("index.json", "{}", "does not list the shards"),
+        ("index.json", '{"shards": [1]}', "does not list the shards"),
+        ("header.json", None, "weight is .50, 6., and header.json says .49, 6."),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(tmp_path, name, text, message):
+    header = make_header("hidden")
+    write(tmp_path, header)
+    (tmp_path / name).write_text(json.dumps(header.described() | {"vocab_size": 49}) if text is None else text)
+    with pytest.raises(CheckpointError, match=message):
+        Cache(tmp_path)
