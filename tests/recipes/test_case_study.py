@@ -87,7 +87,7 @@ def test_the_evaluation_reads_what_the_runs_leave() -> None:
 def test_a_config_with_models_dir_has_no_path_outside_it(config: _assets.ConfigFile) -> None:
     assert config.recipe
     cfg = load(config.name, ["models_dir=/elsewhere"], import_recipe(_assets.find_recipe(config.recipe)).schema)
-    nodes = [cfg.tokenizer, cfg.checkpointer, getattr(cfg, "teacher_checkpointer", None)]
+    nodes = [cfg.tokenizer, *(getattr(cfg, key, None) for key in ("checkpointer", "teacher_checkpointer"))]
     paths = [node[key] for node in nodes if node for key in ("path", "checkpoint_dir") if key in node]
     assert paths and all(path.startswith("/elsewhere/") for path in paths), paths
 
