@@ -114,6 +114,8 @@ class Config(teachers.TeacherConfig):
             found.append(f"exponent={self.exponent}: must be above 0 and at most 1")
         if self.temperature != 1 and self.kind != "topk":
             found.append(f"temperature={self.temperature}: is of kind=topk, found kind={self.kind}; ~temperature")
+        if self.exponent != 1 and self.kind != "sampled":
+            found.append(f"exponent={self.exponent}: is of kind=sampled, found kind={self.kind}; ~exponent")
         return found + training.builder_problems(self) + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:

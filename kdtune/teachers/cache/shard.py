@@ -128,6 +128,11 @@ class Shard:
                 "use the settings of the capture (header.json), or capture again"
             )
         limit = self.header.max_seq_len
+        if stored == limit:
+            return (
+                f"has {length} tokens in the run, and was cut at tokenizer.max_seq_len={limit} when the cache was captured: the run cuts "
+                "it elsewhere, as a kd_loss of two tokenizers does (ALM); capture and train with a max_seq_len that cuts no example"
+            )
         return (
             f"has {length} tokens in the run, and had {stored} when the cache was captured, with "
             f"tokenizer.max_seq_len={'null' if limit is None else limit}: it is cut at another length, or is another text; use the "

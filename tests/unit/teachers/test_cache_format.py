@@ -258,3 +258,12 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path, name, text, mess
     (tmp_path / name).write_text(json.dumps(header.described() | {"vocab_size": 49}) if text is None else text)
     with pytest.raises(CheckpointError, match=message):
         Cache(tmp_path)
+
+
+def test_an_example_that_was_cut_is_told_from_another_text(tmp_path):
+    header = make_header(max_seq_len=4)  # example 12 has as many
+    rows = write(tmp_path, header)
+    with pytest.raises(
+        DataError, match=r"example 12 has 3 tokens in the run, and was cut at tokenizer.max_seq_len=4 .*ALM"
+    ):
+        Cache(tmp_path).read(12, rows[12].tokens[:-1])
