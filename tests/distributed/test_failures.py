@@ -29,9 +29,12 @@ def arguments(folder: Path, how: str, *overrides: str) -> list[str]:
     ("how", "messages"),
     [
         ("raise", (f"[rank 1 on {socket.gethostname()}]", "ValueError: it went wrong", "Traceback")),
-        (
+        pytest.param(
             "memory",
             ("[rank 1] error: cpu is out of memory: CUDA out of memory.", "`kdtune plan CONFIG --world-size N`"),
+            marks=pytest.mark.slow(
+                "8 seconds; the other error is in the quick tests, and this message in those of one process"
+            ),
         ),
     ],
 )

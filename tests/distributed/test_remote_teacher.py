@@ -241,11 +241,11 @@ def test_a_process_that_fails(whose: str, how: str, first: str, launch, tmp_path
     assert not (tmp_path / "out" / "final").exists()
 
 
+@pytest.mark.slow("11 seconds; a process of either side that fails while it trains is in the quick tests")
 @pytest.mark.parametrize(
     ("mistake", "first_says", "last_says"),
     [
-        pytest.param(["dataset.split=train[:0]"], "the dataset is empty", "rank 0, a process of the student, has ended",
-                     marks=pytest.mark.slow("the other way round is in the quick tests")),
+        (["dataset.split=train[:0]"], "the dataset is empty", "rank 0, a process of the student, has ended"),
         (["teacher_model=run_parts.adapted_teacher"],
          "rank 2, a process of the teacher, has ended with an error of its own", "the teacher's output head has an adapter"),
     ],
