@@ -76,6 +76,8 @@ def begin(folder: str | Path, header: Header) -> list[int]:
     """
     path = user_path(folder)
     clean_leftovers(path)
+    for leftover in path.glob(".tmp??????"):  # safetensors writes to a file of this name, which a killed process leaves
+        leftover.unlink(missing_ok=True)
     if (path / FILE).is_file():
         found = differences(read_header(path), header)
         if found and not any((path / shard_name(number)).is_file() for number in range(header.num_shards)):

@@ -112,7 +112,9 @@ def test_a_capture_that_was_stopped_is_continued_and_refused_until_then(tmp_path
     assert begin(tmp_path, header) == [0, 1, 2]
     write_shard(tmp_path, header, 1, [make_row(header, index) for index in header.examples_of(1)])
     (tmp_path / ".shard-00000.safetensors.partial-elsewhere-1-00000000").write_bytes(b"cut off")
+    (tmp_path / ".tmpN4Dbac").write_bytes(b"")  # of safetensors
     assert begin(tmp_path, replace(header, kdtune_version="another")) == [0, 2]
+    assert sorted(one.name for one in tmp_path.iterdir() if one.name.startswith(".tmp")) == []
     with pytest.raises(CheckpointError, match="2 of 3 shards are missing, such as shard-00000"):
         finish(tmp_path)
     with pytest.raises(CheckpointError, match="is not finished"):
