@@ -50,6 +50,7 @@ def lock_folder(folder: str | Path) -> Path:
         CheckpointError: it holds something else, or cannot be made.
     """
     path = user_path(folder)
+    clean_leftovers(path)  # a capture that was killed at its header has left nothing else
     _check_is_ours(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,7 @@ def begin(folder: str | Path, header: Header) -> list[int]:
     """
     path = user_path(folder)
     clean_leftovers(path)
+    _check_is_ours(path)
     for leftover in path.glob(".tmp??????"):  # safetensors writes to a file of this name, which a killed process leaves
         leftover.unlink(missing_ok=True)
     if (path / FILE).is_file():
@@ -89,7 +91,6 @@ def begin(folder: str | Path, header: Header) -> list[int]:
                 "delete the folder"
             )
     else:
-        _check_is_ours(path)
         write_header(path, header)
     return [number for number in range(header.num_shards) if not _is_whole(path / shard_name(number), header, number)]
 

@@ -23,7 +23,7 @@ from kdtune.teachers.cache.kinds import Column, columns
 HASH_BYTES = 16
 AGAIN = "capture it again: delete the folder, and run the same kdtune run cache_teacher"
 
-# Tensors of a shard beside the kind's columns: dtype, and whether they have a row for each example or each position.
+# Tensors of a shard that tell of its examples, and their dtypes.
 _EXAMPLE_TENSORS = {
     "example_ids": torch.int64,
     "token_hashes": torch.uint8,

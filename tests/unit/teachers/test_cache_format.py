@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -25,6 +26,7 @@ from kdtune.teachers.cache import (
     write_head,
     write_shard,
 )
+from kdtune.teachers.cache.format import lock_folder
 from kdtune.teachers.cache.header import read_header
 
 DIM, IDS, VOCAB = 6, 3, 50
@@ -269,3 +271,15 @@ def test_an_example_that_was_cut_is_told_from_another_text(tmp_path):
         DataError, match=r"example 12 has 3 tokens in the run, and was cut at tokenizer.max_seq_len=4 .*ALM"
     ):
         Cache(tmp_path).read(12, rows[12].tokens[:-1])
+
+
+def test_a_capture_that_was_killed_at_its_header_begins_again(tmp_path):
+    (tmp_path / ".header.json.partial-elsewhere-1-00000000").write_text("{")
+    os.utime(tmp_path / ".header.json.partial-elsewhere-1-00000000", (0, 0))
+    assert begin(lock_folder(tmp_path), make_header()) == [0, 1, 2]
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / ".tmp123456").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no teacher cache"):
+        begin(other, make_header())
+    assert (other / ".tmp123456").read_text() == "mine"
