@@ -22,8 +22,8 @@ _FOUND = {
 }
 _LOSSES = [
     "ForwardKL", "ReverseKL", "SymmetricKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL", "AdaptiveKL",
-    "AlphaBeta", "ConcreteScore", "ArgMaxCrossEntropy", "Mixture", "TAID", "WeightedSum", "ULD", "HybridULD", "ALM",
-    "HiddenStateLoss", "TopKTargets", "SampledTargets",
+    "AlphaBeta", "ConcreteScore", "ArgMaxCrossEntropy", "Mixture", "TAID", "WeightedSum", "SampledReverseKL", "ULD",
+    "HybridULD", "ALM", "HiddenStateLoss", "TopKTargets", "SampledTargets",
 ]  # fmt: skip
 _LISTED = {
     "adapters": ["kdtune.models.apply_lora"],

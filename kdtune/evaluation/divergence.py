@@ -11,7 +11,7 @@ from kdtune.data import Batch
 from kdtune.distributed import World
 from kdtune.errors import DataError
 from kdtune.generation import eval_mode
-from kdtune.losses import ForwardKL, KDLoss, PendingSignal, Signal, TopKSignal, signal_cross_entropy
+from kdtune.losses import ForwardKL, KDLoss, PendingSignal, Signal, TextSignal, TopKSignal, signal_cross_entropy
 from kdtune.models import Transformer
 from kdtune.models.quantization import megabytes
 
@@ -70,7 +70,7 @@ def evaluate_kd(
             _, parts = loss(*inputs)
             if batch.targets.alignment is not None:  # the teacher's ids are others: only the run's own loss is defined
                 signal = None
-            if signal is not None:
+            if signal is not None and not isinstance(signal, TextSignal):
                 parts["forward_kl"] = (parts if forward_kl is loss else forward_kl(*inputs)[1])["kd_loss"]
             # A signal of K ids gives a label outside them no probability.
             if with_teacher_loss and signal is not None and not isinstance(signal, TopKSignal):

@@ -1,5 +1,13 @@
 from .alignment import Alignment, align
-from .contract import Divergence, check_divergence, covers_extra_ids, divergence_name, divergence_of, value_and_gradient
+from .contract import (
+    Divergence,
+    check_divergence,
+    covers_extra_ids,
+    divergence_name,
+    divergence_of,
+    is_of_text,
+    value_and_gradient,
+)
 from .cross_tokenizer import ALM, ULD, HybridULD
 from .divergences.adaptive_kl import AdaptiveKL
 from .divergences.alpha_beta import AlphaBeta
@@ -13,6 +21,7 @@ from .heads import Head, check_head
 from .hidden_states import HiddenStateLoss
 from .kd_loss import KDLoss, StatefulLoss, signal_cross_entropy
 from .plain import CrossEntropyLoss, DivergenceLoss, ForwardKLLoss, compare_logits
+from .sampled import SampledReverseKL
 from .signal import DenseSignal, HiddenSignal, PendingSignal, SampledSignal, Signal, TextSignal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
@@ -42,6 +51,7 @@ __all__ = [
     "Mixture",
     "PendingSignal",
     "ReverseKL",
+    "SampledReverseKL",
     "SampledSignal",
     "SampledTargets",
     "Signal",
@@ -66,6 +76,7 @@ __all__ = [
     "divergence_name",
     "divergence_of",
     "forward_kl",
+    "is_of_text",
     "signal_cross_entropy",
     "token_log_probs",
     "value_and_gradient",

@@ -20,9 +20,9 @@ from kdtune.losses.cross_tokenizer import ALM, cross_value_and_gradient
 from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd, project_logits
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.products import sum_dtype
-from kdtune.losses.signal import HiddenSignal, Signal, TextSignal
+from kdtune.losses.signal import HiddenSignal, Signal
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
-from kdtune.losses.token_log_probs import token_log_probs
+from kdtune.losses.token_log_probs import dense_rows, signal_token_log_probs, token_log_probs
 
 if TYPE_CHECKING:
     from kdtune.losses.kd_loss import KDLoss
@@ -167,16 +167,7 @@ def _likelihood_loss(
         raise TrainingError("targets.weights_N: ALM compares pieces of text, not tokens; allowed is None")
     logp_N = token_log_probs(student, targets.positions_N, targets.labels_N, loss.chunk_size)
     positions_M, labels_M, chunks_M = alignment.teacher_text_M3.unbind(1)
-    with torch.no_grad():
-        if isinstance(teacher, Projection):
-            teacher_logp_M = token_log_probs(teacher, positions_M, labels_M, loss.chunk_size)
-        elif isinstance(teacher, TextSignal):
-            teacher_logp_M = teacher.text_log_probs(positions_M)
-        else:
-            size = loss.chunk_size or max(1, CHUNK_BYTES // (teacher.vocab_size * logp_N.element_size()))
-            pieces = zip(positions_M.split(size), labels_M.split(size), strict=True)
-            found = [_log_probs(teacher, at).gather(1, labels[:, None]).squeeze(1) for at, labels in pieces]
-            teacher_logp_M = torch.cat(found) if found else logp_N.new_zeros(0)
+    teacher_logp_M = signal_token_log_probs(teacher, positions_M, labels_M, loss.chunk_size)
     empty = logp_N.new_zeros(alignment.num_chunks + 1)  # one more for tokens in no chunk
     student_K = empty.index_add(0, alignment.chunks_N, logp_N)[:-1]
     teacher_K = empty.index_add(0, chunks_M, teacher_logp_M.to(logp_N.dtype))[:-1]
@@ -184,15 +175,6 @@ def _likelihood_loss(
     # A part with weight 0 is left out, not multiplied by 0: it may be infinite.
     total = loss.kd_ratio * kd if loss.kd_ratio == 1 else (1 - loss.kd_ratio) * ce + loss.kd_ratio * kd
     return total, {"class_loss": ce.detach(), "kd_loss": kd.detach()}
-
-
-def _log_probs(signal: Signal, positions_C: Tensor) -> Tensor:
-    rows = signal.log_probs(positions_C)
-    if not isinstance(rows, Tensor):
-        raise ConfigError(
-            f"the teacher's {type(rows).__name__} lack most ids: a cross-tokenizer loss needs every probability of the teacher"
-        )
-    return rows
 
 
 class _AlignedTeacher:
@@ -214,7 +196,7 @@ class _AlignedTeacher:
         if isinstance(self._teacher, Projection):
             logits_CW = project_logits(self._teacher, teacher_C)
         else:
-            logits_CW = _log_probs(self._teacher, teacher_C)
+            logits_CW = dense_rows(self._teacher, teacher_C)
         return _AlignedRows(logits_CW, num_tokens_C, None if self._all_exact else exact_C == 1)
 
 

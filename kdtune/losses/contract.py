@@ -62,6 +62,11 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
         )
 
 
+def is_of_text(divergence: Any) -> bool:
+    """Return whether it compares the likelihoods of single tokens, `f(student_logp_N, teacher_logp_N) -> [N]`, of one tokenizer."""
+    return getattr(divergence, "of_text", False) and not getattr(divergence, "is_cross_tokenizer", False)
+
+
 def divergence_of(kd_loss: Any) -> Divergence:
     """Return the divergence that a `kd_loss` component stands for: itself, or its attribute `divergence`.
 
@@ -184,6 +189,8 @@ def covers_extra_ids(divergence: Divergence, *, of_teacher: bool = False) -> boo
     They do for forward KL and, carefully implemented, for Jensen-Shannon; for reverse KL they cannot. of_teacher: if the
     teacher gives some, and the student none, where it is the other way round.
     """
+    if is_of_text(divergence):  # no other ids than the text's
+        return True
     student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
     (student if of_teacher else teacher)[:, -1] = -torch.inf
     try:

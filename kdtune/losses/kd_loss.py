@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
-from kdtune.losses.contract import Divergence, OnSharedIds, divergence_of, over_student_ids
+from kdtune.losses.contract import Divergence, OnSharedIds, divergence_of, is_of_text, over_student_ids
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.heads import Projection, project
-from kdtune.losses.signal import HiddenSignal, PendingSignal, SampledSignal, Signal
+from kdtune.losses.signal import HiddenSignal, PendingSignal, SampledSignal, Signal, TextSignal
 from kdtune.losses.sparse import TeacherTargets, check_targets, misses_extra_ids
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
 
@@ -112,8 +112,6 @@ class KDLoss:
             DataError: a label is not an id of both vocabularies.
             TrainingError: hidden states, signal and targets are not of the same positions.
         """
-        from kdtune.losses.fused_linear import Task, fused_linear_kd
-
         if isinstance(targets, Tensor):
             targets = Targets.from_labels(targets)
         if isinstance(signal, PendingSignal):
@@ -127,35 +125,18 @@ class KDLoss:
             if self.logits_dtype is None:
                 self._compare(hidden_BSD)  # says once that it is not compiled
             return aligned_loss(self, student, signal, targets, targets.alignment)
-        teacher = self._teacher(student, signal, targets)
-        num_shared = student.vocab_size if teacher is None else min(student.vocab_size, teacher.vocab_size)
-        check_target_ids(targets.id_range, num_shared)
-        task = Task(
-            positions_N=targets.positions_N,
-            labels_N=targets.labels_N,
-            teacher=teacher,
-            divergence=self._divergence_over(student.vocab_size, num_shared, signal),
-            kd_ratio=self.kd_ratio,
-            chunk_size=self.chunk_size,
-            weights_N=targets.weights_N,
-            teacher_targets=self.teacher_targets,
-            logits_dtype=self.logits_dtype,
-            compare_=self._compare(hidden_BSD),
-        )
-        sums = fused_linear_kd(student, task)
-        parts = {
-            "class_loss": sums.ce,
-            "kd_loss": sums.kd,
-            "agreement": sums.agreement,
-            "student_mass_outside": sums.outside,
-        }
-        total = sums.total
+        if self.kd_ratio > 0 and is_of_text(self.divergence):
+            from kdtune.losses.sampled import text_loss  # few losses are
+
+            total, parts = text_loss(self, student, signal, targets)
+        else:
+            total, parts = self._fused(student, signal, targets, self._compare(hidden_BSD))
         if self.module is not None:
             if not isinstance(signal, HiddenSignal) or not signal.layers:
                 raise ConfigError("hidden_loss: the teacher's signal has no hidden states of layers; ~hidden_loss")
             term = self.module(states, signal.layers, targets.positions_N, targets.weights_N)
             total, parts["hidden_loss"] = total + self.module.weight * term, term.detach()
-        return total, {name: part for name, part in parts.items() if part is not None}
+        return total, parts
 
     @property
     def needs_teacher(self) -> bool:
@@ -170,6 +151,36 @@ class KDLoss:
     def parameters(self) -> list[nn.Parameter]:
         """Return its own trained parameters: the maps of its term on hidden states."""
         return [] if self.module is None else list(self.module.parameters())
+
+    def _fused(
+        self, student: Projection, signal: Signal | None, targets: Targets, compare_: "Compare"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return cross entropy and divergence of distributions, and their parts."""
+        from kdtune.losses.fused_linear import Task, fused_linear_kd
+
+        teacher = self._teacher(student, signal, targets)
+        num_shared = student.vocab_size if teacher is None else min(student.vocab_size, teacher.vocab_size)
+        check_target_ids(targets.id_range, num_shared)
+        task = Task(
+            positions_N=targets.positions_N,
+            labels_N=targets.labels_N,
+            teacher=teacher,
+            divergence=self._divergence_over(student.vocab_size, num_shared, signal),
+            kd_ratio=self.kd_ratio,
+            chunk_size=self.chunk_size,
+            weights_N=targets.weights_N,
+            teacher_targets=self.teacher_targets,
+            logits_dtype=self.logits_dtype,
+            compare_=compare_,
+        )
+        sums = fused_linear_kd(student, task)
+        parts = {
+            "class_loss": sums.ce,
+            "kd_loss": sums.kd,
+            "agreement": sums.agreement,
+            "student_mass_outside": sums.outside,
+        }
+        return sums.total, {name: part for name, part in parts.items() if part is not None}
 
     def _compare(self, hidden_BSD: Tensor) -> "Compare":
         """Return what compares a block of logits, compiled if that is asked for and there are values to compute."""
@@ -271,7 +282,7 @@ def _parts_with_state(name: str, divergence: Any) -> Iterator[tuple[str, Statefu
 def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | None = None) -> Tensor | None:
     """Return the cross entropy of a teacher with the labels, summed over valid tokens, over all of its own ids.
 
-    None if the signal does not know the probability of every id.
+    None if the signal does not know the probability of every id, nor those of the text.
 
     Args:
         signal: the teacher's.
@@ -280,6 +291,8 @@ def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | Non
     """
     from kdtune.losses.fused_linear import CHUNK_BYTES
 
+    if isinstance(signal, TextSignal):
+        return -signal.text_log_probs(targets.positions_N).sum()
     if isinstance(signal, HiddenSignal):
         return KDLoss(kd_ratio=0.0, chunk_size=chunk_size)(signal.hidden_BSD, signal.output, None, targets)[0]
     size = chunk_size or max(1, CHUNK_BYTES // (signal.vocab_size * torch.float32.itemsize))

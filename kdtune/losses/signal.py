@@ -168,7 +168,10 @@ class SampledSignal:
 
 @dataclass(frozen=True)
 class TextSignal:
-    """The probability of the text's own next token at every position, as a cache stores it: what `kdtune.losses.ALM` reads."""
+    """The probability of the text's own next token at every position, as a cache stores it.
+
+    `kdtune.losses.ALM` and `kdtune.losses.SampledReverseKL` read it.
+    """
 
     logp_BS: Tensor
     """Natural log-probabilities."""
@@ -182,7 +185,8 @@ class TextSignal:
     def log_probs(self, positions_C: Tensor) -> Tensor:
         """Raise: other ids' probabilities are not known."""
         raise ConfigError(
-            "the teacher knows the probability of the text's own tokens alone; allowed is kd_loss=kdtune.losses.ALM, or another teacher"
+            "the teacher knows the probability of the text's own tokens alone; allowed is kd_loss=kdtune.losses.ALM or "
+            "kdtune.losses.SampledReverseKL, or another teacher"
         )
 
     def text_log_probs(self, positions_M: Tensor) -> Tensor:

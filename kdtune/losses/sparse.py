@@ -141,7 +141,7 @@ _DEFINED: dict[TargetKind, str] = {
 
 def target_problem(divergence: Divergence, kind: TargetKind) -> str | None:
     """Return why a divergence is not defined on targets of a kind; None if it is."""
-    if kind == "renormalized":
+    if kind == "renormalized" and not getattr(divergence, "of_text", False):
         is_finite = covers_extra_ids(divergence)
         return None if is_finite else "it is infinite where the student alone gives an id probability"
     own = getattr(divergence, "target_problem", None)

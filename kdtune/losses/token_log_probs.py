@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtune.losses.fused_linear import chunk_slices, project_logits
+from kdtune.errors import ConfigError
+from kdtune.losses.fused_linear import CHUNK_BYTES, chunk_slices, project_logits
 from kdtune.losses.heads import Projection
 from kdtune.losses.products import add_weight_gradient_, hidden_gradient
+from kdtune.losses.signal import Signal, TextSignal
 
 
 def token_log_probs(head: Projection, positions_N: Tensor, labels_N: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -28,6 +30,45 @@ def token_log_probs(head: Projection, positions_N: Tensor, labels_N: Tensor, chu
         head.hidden_TD, head.weight_VD, head.softcap, positions_N, labels_N, chunk_size
     )
     return found
+
+
+@torch.no_grad()
+def signal_token_log_probs(
+    teacher: Projection | Signal, positions_N: Tensor, labels_N: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """Return a teacher's log-probability [N] of the label of each position, in fp32 or wider; a constant.
+
+    Args:
+        teacher: hidden states and the head's weight, or another signal.
+        positions_N: int64.
+        labels_N: int64 ids, of the teacher.
+        chunk_size: as of `token_log_probs`.
+
+    Raises:
+        ConfigError: the signal lacks most ids.
+    """
+    if isinstance(teacher, Projection):
+        return token_log_probs(teacher, positions_N, labels_N, chunk_size)
+    if isinstance(teacher, TextSignal):
+        return teacher.text_log_probs(positions_N)
+    size = chunk_size or max(1, CHUNK_BYTES // (teacher.vocab_size * torch.float32.itemsize))
+    pieces = zip(positions_N.split(size), labels_N.split(size), strict=True)
+    found = [dense_rows(teacher, at).gather(1, labels[:, None]).squeeze(1) for at, labels in pieces]
+    return torch.cat(found)
+
+
+def dense_rows(signal: Signal, positions_C: Tensor) -> Tensor:
+    """Return a signal's log-probabilities [C, V].
+
+    Raises:
+        ConfigError: it lacks most ids.
+    """
+    rows = signal.log_probs(positions_C)
+    if not isinstance(rows, Tensor):
+        raise ConfigError(
+            f"the teacher's {type(rows).__name__} lack most ids: this loss needs every probability of the teacher, or those of the text"
+        )
+    return rows
 
 
 class _TokenLogProbs(torch.autograd.Function):

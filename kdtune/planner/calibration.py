@@ -17,7 +17,7 @@ from kdtune.config import factory, instantiate
 from kdtune.data import Batch
 from kdtune.distributed.allocator import keep_freed_memory
 from kdtune.errors import ConfigError
-from kdtune.losses import HiddenSignal, KDLoss, divergence_of
+from kdtune.losses import HiddenSignal, KDLoss, divergence_of, is_of_text
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.models.float8 import apply_float8
 from kdtune.models.nf4 import is_nf4, quantize_nf4
@@ -164,8 +164,11 @@ def check_calibrated(cfg: Any) -> None:
             raise ConfigError(
                 f"--calibrate: {key} is set, and only a teacher beside the student in one process is timed; ~{key}"
             )
-    if getattr(cfg, "kd_loss", None) and getattr(divergence_of(instantiate(cfg.kd_loss)), "is_cross_tokenizer", False):
-        raise ConfigError("--calibrate: a cross-tokenizer kd_loss is not timed; give kd_loss=kdtune.losses.ForwardKL")
+    divergence = divergence_of(instantiate(cfg.kd_loss)) if getattr(cfg, "kd_loss", None) else None
+    if getattr(divergence, "is_cross_tokenizer", False) or is_of_text(divergence):
+        raise ConfigError(
+            "--calibrate: a cross-tokenizer kd_loss, or one of the text's likelihood, is not timed; give kd_loss=kdtune.losses.ForwardKL"
+        )
 
 
 def _model(

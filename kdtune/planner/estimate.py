@@ -13,7 +13,7 @@ from torch import Tensor
 from kdtune.config import factory, instantiate
 from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
-from kdtune.losses import Divergence, HiddenSignal, HiddenStateLoss, Signal, divergence_name, divergence_of
+from kdtune.losses import Divergence, HiddenSignal, HiddenStateLoss, Signal, divergence_name, divergence_of, is_of_text
 from kdtune.models import Transformer, dtype_from_name, has_adapters
 from kdtune.parallel import meta_model
 from kdtune.parallel.activations import SMALLEST_BYTES
@@ -210,10 +210,12 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
 
 def _divergence(cfg: Any) -> Divergence:
     divergence = divergence_of(instantiate(cfg.kd_loss))
-    if getattr(divergence, "is_cross_tokenizer", False):
+    is_cross = getattr(divergence, "is_cross_tokenizer", False)
+    if is_cross or is_of_text(divergence):
+        what = "a cross-tokenizer kd_loss" if is_cross else "a kd_loss of the text's likelihood"
         raise ConfigError(
-            f"plan: the cost of a cross-tokenizer kd_loss ({divergence_name(divergence)}) is not estimated; plan with "
-            "kd_loss=kdtune.losses.ForwardKL, which gives the cost of all but the loss"
+            f"plan: the cost of {what} ({divergence_name(divergence)}) is not estimated; plan with kd_loss=kdtune.losses.ForwardKL, which "
+            "gives the cost of all but the loss"
         )
     return divergence
 

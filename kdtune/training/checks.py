@@ -171,10 +171,15 @@ def _update_problems(cfg: Any) -> list[str]:
     return found
 
 
-def divergence_problems(kd_loss: Any, teacher_targets: Any = None) -> list[str]:
-    """Return problems with the `kd_loss` divergence, found by calling it on a few tokens, and with its targets."""
+def divergence_problems(kd_loss: Any, teacher_targets: Any = None, *, is_own_text: bool = False) -> list[str]:
+    """Return problems with the `kd_loss` divergence, found by calling it on a few tokens, and with its `teacher_targets`.
+
+    is_own_text: the student has sampled the text that it is trained on; a data set's is not.
+    """
     try:
         divergence = instantiate(kd_loss)
+        if not is_own_text and (ask := getattr(divergence, "text_problem", None)) and (problem := ask()):
+            return [f"kd_loss: {problem}"]
         losses.check_divergence(divergence)
         losses.check_targets(losses.divergence_of(divergence), instantiate(teacher_targets))
     except KDTuneError as error:

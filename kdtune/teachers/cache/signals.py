@@ -72,6 +72,8 @@ def kind_problem(kind: Kind, kd_loss: Any, outside: Outside = "tail") -> str | N
         return None if is_of_text else "it knows the probability of the text's own tokens alone"
     if is_cross:
         return "a cross-tokenizer loss needs every probability of the teacher"
+    if is_of_text:
+        return "it needs the probability of the text's own tokens"
     if kind == "sampled":
         return target_problem(divergence_of(kd_loss), "sampled")
     return target_problem(divergence_of(kd_loss), "tail" if outside == "tail" else "renormalized")
