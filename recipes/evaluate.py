@@ -89,6 +89,9 @@ class Config(teachers.TeacherConfig):
     # Held-out examples
     dataset_val: Any = config.component("tokenizer", default=None, returns=data.Dataset)
     """Held-out examples: cross entropy, and with a teacher KL and agreement."""
+    teacher: Any = config.component(default=None, returns=teachers.Teacher)
+    """A teacher in place of a model, as in knowledge_distillation: dataset_val is compared with the one that its validation asks, such as
+    the cache in teacher.validation of kdtune.teachers.CachedTeacher."""
     kd_loss: Any = config.component(default={"_component_": "kdtune.losses.ForwardKL"})
     """The divergence from the teacher."""
     inspect: int = 0
@@ -142,7 +145,8 @@ class Config(teachers.TeacherConfig):
 
     def _unused(self) -> list[str]:
         """Return problems with settings that have no effect, because what they apply to is missing."""
-        has_teacher = bool(self.teacher_checkpointer or self.teacher_model)
+        is_model = bool(self.teacher_checkpointer or self.teacher_model)
+        has_teacher = is_model or self.teacher is not None
         found = [
             f"{key}: has no effect without tasks; give tasks, or ~{key}"
             for key in ("include_path", "limit", "num_fewshot", "apply_chat_template")
@@ -157,15 +161,23 @@ class Config(teachers.TeacherConfig):
         if self.inspect and self.teacher_device:
             found.append(f"inspect={self.inspect}, teacher_device={self.teacher_device}: compares the models on one device; "
                          "~inspect, or ~teacher_device")  # fmt: skip
-        if self.inspect and not has_teacher:
-            found.append(f"inspect={self.inspect}: has no effect without a teacher; give one, or ~inspect")
+        if self.inspect and not is_model:
+            found.append(
+                f"inspect={self.inspect}: needs a teacher that is a model; give teacher_checkpointer, or ~inspect"
+            )
+        if is_model and self.teacher is not None:
+            found.append(
+                "teacher: stands in place of a model, and teacher_checkpointer or teacher_model gives one; teacher=null, or ~them"
+            )
         if has_teacher and self.dataset_val is None:
-            given = " ".join(f"~{key}" for key in ("teacher_checkpointer", "teacher_model") if getattr(self, key))
+            given = " ".join(
+                f"~{key}" for key in ("teacher_checkpointer", "teacher_model", "teacher") if getattr(self, key)
+            )
             found.append(f"dataset_val: missing, the examples to compare with the teacher on; give it, or {given}")
         found += [
             f"{key}: has no effect without a teacher; give one, or ~{key}"
             for key in ("teacher_dtype", "teacher_quantization", "teacher_parallelism", *teachers.PLACES)
-            if getattr(self, key) and not has_teacher
+            if getattr(self, key) and not is_model
         ]
         if self.perplexity_stride and not self.perplexity_files:
             found.append(f"perplexity_stride={self.perplexity_stride}: has no effect without perplexity_files; "
@@ -177,6 +189,15 @@ class Config(teachers.TeacherConfig):
         if self.run is not None and (found := evaluation.run_problems(self.run, self.run_weights)):
             return found
         found = training.placement_problems(self)
+        if isinstance(judge := judge_of(self), teachers.ConfiguredTeacher):
+            found += judge.problems(self)
+        if self.teacher is not None and teachers.configured_teacher(self) is None:
+            found.append(f"teacher: {self.teacher['_component_']} is not asked here; allowed are kdtune.teachers.CachedTeacher, "
+                         "LiveTeacher, Mixture and Routed; or give teacher_checkpointer")  # fmt: skip
+        if self.inspect and losses.is_of_text(config.instantiate(self.kd_loss)):
+            found.append(
+                f"inspect={self.inspect}: shows distributions, and this kd_loss compares likelihoods of the text; ~inspect"
+            )
         if self.inspect and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             found.append(f"inspect={self.inspect}: needs both models on one process; run it without --nproc_per_node")
         found += runs.new_folder_problems(self.output_dir)
@@ -261,12 +282,20 @@ def run(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> evaluatio
     return measured
 
 
+def judge_of(cfg: Config) -> teachers.Teacher | None:
+    """Return the teacher that a validation with the key `teacher` asks, not started; None: there is none for held-out examples."""
+    teacher = teachers.configured_teacher(cfg)
+    return None if teacher is None else teacher.held_out
+
+
 def load_held_out(cfg: Config, tokenizer: tokenizers.Tokenizer, world: World) -> list[data.Batch] | None:
     """Return this process's batches of dataset_val, checked with the tokenizer against both checkpoints' folders."""
     training.check_context(cfg, "max_seq_length")
     dataset_val = data.load_dataset("dataset_val", cfg.dataset_val, tokenizer)
     if dataset_val is not None:
         training.check_data(cfg, {"dataset_val": dataset_val}, world, tokenizer)
+        if isinstance(judge := judge_of(cfg), teachers.ConfiguredTeacher):
+            dataset_val = judge.fit_data("dataset_val", tokenizer, dataset_val)
     for key in ("checkpointer", "teacher_checkpointer"):
         teachers.check_tokenizer(tokenizer, config.instantiate(getattr(cfg, key)), key, path=cfg.tokenizer.get("path"),
                                  is_chat=dataset_val is not None and dataset_val.is_chat)  # fmt: skip
@@ -318,9 +347,14 @@ def measure_held_out(
     way, the numbers include both models' bytes and speed.
     """
     progress = lambda batches: tqdm(batches, desc="held-out examples", unit="batch", **bar_settings())  # noqa: E731
-    if not (cfg.teacher_checkpointer or cfg.teacher_model):
+    teacher: teachers.Teacher | None = judge_of(cfg)
+    if isinstance(teacher, teachers.ConfiguredTeacher):
+        teacher.start(cfg, world)
+    elif cfg.teacher_checkpointer or cfg.teacher_model:
+        teacher = teachers.build_online_teacher(cfg, world)
+    if teacher is None:
         return _of("held_out", evaluation.evaluate_ce(model, held_out, world=world, progress=progress)), {}
-    teacher = teachers.build_online_teacher(cfg, world)
+    teacher.prefetch(held_out)
     kd_loss = config.instantiate(cfg.kd_loss)
     teachers.check_vocabularies(tokenizer, model.config.vocab_size, teacher.vocab_size, kd_loss)
     loss = losses.KDLoss(kd_loss, kd_ratio=1.0)
@@ -329,10 +363,11 @@ def measure_held_out(
     )
     found["perplexity"] = evaluation.perplexity(found["class_loss"])
     numbers = _of("held_out", found)
+    models = {"model": model} | ({"teacher": teacher.model} if isinstance(teacher, teachers.OnlineTeacher) else {})
     if cfg.quantization or cfg.teacher_quantization:
-        for name, one in {"model": model, "teacher": teacher.model}.items():
+        for name, one in models.items():
             numbers |= _of(f"cost/{name}", evaluation.forward_cost(one, held_out))
-    return numbers, inspected(cfg, model, teacher.model, tokenizer, held_out) if cfg.inspect else {}
+    return numbers, inspected(cfg, model, models["teacher"], tokenizer, held_out) if cfg.inspect else {}
 
 
 def _of(measurement: str, values: Mapping[str, float]) -> dict[str, float]:

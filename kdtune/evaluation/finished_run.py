@@ -12,6 +12,7 @@ FINAL, BEST = "final", "best"
 _CHECKPOINTER = "kdtune.checkpoint.Checkpointer"
 _OF_THE_DATA = ("teacher_checkpointer", "teacher_model", "teacher_dtype", "teacher_quantization", "teacher_device",
                 "teacher_offload", "kd_loss")  # fmt: skip
+_TEACHERS = [f"kdtune.teachers.{name}" for name in ("CachedTeacher", "LiveTeacher", "Mixture", "Routed")]
 
 
 def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +46,13 @@ def run_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         found |= {key: values[key] for key in _OF_THE_DATA if values.get(key) is not None}
         if "teacher_model" in found and "teacher_checkpointer" not in found:
             found["seed"] = values["seed"]  # of the teacher's random weights
+        node = values.get("teacher")
+        if node and not {"teacher", "teacher_checkpointer", "teacher_model"} & given.keys():
+            # A cache has the run's own held-out examples; other components may compute with the student.
+            if node["_component_"] in _TEACHERS and "dataset_val" not in given:
+                found["teacher"] = node
+            else:
+                found.pop("kd_loss", None)
     return found
 
 

@@ -169,7 +169,7 @@ BAD = {
     "settings without tasks": (["perplexity_files=[a.txt]", "limit=3"], "limit: has no effect without tasks"),
     "page without a teacher": (
         ["dataset_val=kdtune.data.quickstart_dataset", "inspect=2"],
-        "inspect=2: has no effect without a teacher",
+        "inspect=2: needs a teacher that is a model",
     ),
     "page of fewer than no examples": (["perplexity_files=[a.txt]", "inspect=-1"], "inspect=-1: must be 0"),
     "stride without files": (["tasks=[own_texts]", "perplexity_stride=3"], "perplexity_stride=3"),

@@ -139,3 +139,34 @@ def test_what_is_no_finished_run_is_told(cli: CLI, kd: Path, good: Path, tmp_pat
         done = cli("run", "evaluate", *overrides.split(), f"output_dir={tmp_path}/out")
         assert done.code == 2 and words in done.err, (overrides, done.err)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow("two captures, a run and three evaluations; what is asked of a cache is in test_cached_runs.py")
+def test_a_run_from_a_cache_has_the_numbers_of_its_last_validation(cli: CLI, tmp_path: Path) -> None:
+    """By the teacher of its held-out examples, a cache of theirs; without one, and on other examples, the cross entropy alone."""
+    for split in ("train", "test"):
+        done = cli("run", "cache_teacher", "--config", "tiny/cache_teacher", f"dataset.split={split}", "dataset_val=null",
+                   "stored_dtype=fp32", "quality_examples=1", f"output_dir={tmp_path / split}")  # fmt: skip
+        assert done.code == 0, done.err
+    cached = [
+        "~teacher_model",
+        "teacher=kdtune.teachers.CachedTeacher",
+        f"teacher.path={tmp_path / 'train'}",
+        "save_every_n_steps=null",
+    ]
+    run = train(cli, "knowledge_distillation", tmp_path / "run", *cached, f"teacher.validation={tmp_path / 'test'}",
+                "kd_loss=kdtune.losses.ReverseKL")  # fmt: skip
+    assert cli("run", "evaluate", f"run={run}").code == 0
+    found, row = measured(run / "evaluation"), last_row(run)
+    for name in ("class_loss", "kd_loss", "forward_kl", "agreement"):
+        assert found[f"held_out/{name}"] == pytest.approx(row[f"val_{name}"], rel=1e-5), name
+    assert "held_out/teacher_class_loss" in found
+    refused = cli("run", "evaluate", f"run={run}", "inspect=2", f"output_dir={tmp_path / 'inspected'}")
+    assert refused.code == 2 and "inspect=2: needs a teacher that is a model; give teacher_checkpointer" in refused.err
+    alone = [
+        "dataset_val=kdtune.data.quickstart_dataset",
+        "dataset_val.split=test[:5]",
+        f"output_dir={tmp_path / 'alone'}",
+    ]
+    done = cli("run", "evaluate", f"run={run}", *alone)
+    assert done.code == 0 and "held_out/kd_loss" not in measured(tmp_path / "alone"), done.err
