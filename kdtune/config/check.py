@@ -106,6 +106,19 @@ def is_text(annotation: Any) -> bool:
     return is_path(annotation) or any(member is str for member in _members(annotation))
 
 
+def names_component(value: Any, annotation: Any) -> bool:
+    """Return whether a value is the dotted path of a class or function, for an argument that takes an object with certain methods.
+
+    Beside other text, such as a folder, which a dotted path of nothing is.
+    """
+    if not isinstance(value, str) or not any(getattr(member, "_is_protocol", False) for member in _members(annotation)):
+        return False
+    try:
+        return callable(resolve(value))
+    except ConfigError:
+        return False
+
+
 def item_annotation(annotation: Any) -> Any:
     """Return the annotation of the items of a list or mapping of this annotation; Any if it has none."""
     for member in _members(annotation):

@@ -250,8 +250,8 @@ def instantiate(node: Any, *, optional: Mapping[str, Any] | None = None, **runti
 
 
 def factory(node: Any) -> Callable[..., Any] | None:
-    """Return a function that builds the object of a component node, and takes its runtime arguments; None for null."""
-    return None if node is None else partial(instantiate, node)
+    """Return a function that builds the object of a component node, and takes its runtime arguments; None for null, a function itself."""
+    return node if node is None or callable(node) else partial(instantiate, node)
 
 
 def _build(node: Any, runtime: Mapping[str, Any], optional: Mapping[str, Any], inherited: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kdtune._assets import did_you_mean
-from kdtune.config.check import COMPONENT, accepts, is_component, is_text, shown
+from kdtune.config.check import COMPONENT, accepts, is_component, is_text, names_component, shown
 from kdtune.config.yaml_text import AmbiguousValueError
 from kdtune.errors import ConfigError
 
@@ -68,7 +68,10 @@ def apply_overrides(
                 _remove(tree, override[1:])
             else:
                 parts, text = _split(override)
-                value = read_value(text, declared(parts), parse_value, key=".".join(parts))
+                annotation = declared(parts)
+                value = read_value(text, annotation, parse_value, key=".".join(parts))
+                if len(parts) > 1 and names_component(value, annotation):
+                    value = {COMPONENT: value}
                 _assign(tree, parts, value, defaults, component_keys)
         except ConfigError as error:
             problems.append(str(error))

@@ -1,13 +1,16 @@
 """A teacher that is a model, as a component: for the validation of a run with cached targets, and among several teachers."""
 
 from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, Self
+
+import torch
 
 from kdtune import parallel
 from kdtune.checkpoint import Checkpointer
 from kdtune.config import Factory, instantiate
 from kdtune.data import Batch, Dataset
-from kdtune.distributed import World
+from kdtune.distributed import World, parallelism_problems
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.losses import HiddenSignal, PendingSignal, Signal, check_head
 from kdtune.models import dtype_from_name
@@ -59,7 +62,20 @@ class LiveTeacher:
             parallel.model_config(self._builder, self._checkpointer)
         except KDTuneError as error:
             return [f"teacher: {error}"]
-        return []
+        if parallelism_problems(instantiate(cfg.parallelism), instantiate(cfg.teacher_parallelism)):
+            return []  # said of the run
+        as_keys = SimpleNamespace(
+            dtype=cfg.dtype,
+            compile=getattr(cfg, "compile", False),
+            parallelism=cfg.parallelism,
+            teacher_parallelism=cfg.teacher_parallelism,
+            teacher_model=self._builder,
+            teacher_checkpointer=self._checkpointer,
+            teacher_dtype=self._dtype,
+            teacher_quantization=self._quantization,
+        )
+        found = parallel.problems(as_keys, _device(cfg.device))
+        return [f"teacher: {problem.replace('teacher_quantization=', 'quantization=', 1)}" for problem in found]
 
     def fit_data(self, key: str, tokenizer: Tokenizer, dataset: Dataset) -> Dataset:
         """Check that the tokenizer is the model's, and that no example is longer than its context; return the dataset."""
@@ -90,7 +106,7 @@ class LiveTeacher:
             parallelism=instantiate(cfg.teacher_parallelism or cfg.parallelism),
             trainable=False,
             quantization=self._quantization,
-            compile=cfg.compile,
+            compile=getattr(cfg, "compile", False),
         )
         check_head("teacher", model.output)
         self._teacher = OnlineTeacher(model)
@@ -116,3 +132,14 @@ class LiveTeacher:
         return self._teacher.generate(
             prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sync_tokens=sync_tokens
         )
+
+
+def _device(name: str | None) -> torch.device | None:
+    """Return the device of a config's `device`, the best one there is for None; None if there is none such, which is said of the run."""
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = best if name is None else torch.device(name)
+    except RuntimeError:
+        return None
+    is_there = device.type in ("cpu", best.type) and (device.index or 0) < max(1, torch.accelerator.device_count())
+    return device if is_there else None

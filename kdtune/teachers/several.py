@@ -23,7 +23,7 @@ from kdtune.tokenizers import Tokenizer
 
 
 class _Several:
-    """What a run does with several teachers, whatever becomes of their signals."""
+    """What a run does with several teachers, whatever becomes of their signals; each may be several itself."""
 
     teachers: tuple[Teacher, ...]
 
@@ -54,7 +54,7 @@ class _Several:
         parts = [
             (one, one.fit_data(key, tokenizer, dataset)) for one in self.teachers if isinstance(one, ConfiguredTeacher)
         ]
-        cached = [part for one, part in parts if isinstance(one, CachedTeacher)]
+        cached = [part for one, part in parts if _has_caches(one)]
         if len({part.fingerprint() for part in cached}) > 1:
             raise ConfigError(
                 f"{key}: the teachers' caches are of different parts of it; capture the same part, or all of it"
@@ -90,7 +90,7 @@ class _Several:
 
     def pop_seconds_waited(self) -> float:
         """Return the seconds that were waited for the files of the teachers since the last call."""
-        return sum(one.pop_seconds_waited() for one in self.teachers if isinstance(one, CachedTeacher))
+        return sum(one.pop_seconds_waited() for one in self.teachers if isinstance(one, CachedTeacher | _Several))
 
 
 class Mixture(_Several):
@@ -224,6 +224,13 @@ class _Parts:
     batches: list[Batch]
     teacher_T: Tensor
     place_T: Tensor
+
+
+def _has_caches(teacher: Teacher) -> bool:
+    """Return whether it is a cache, or some among several, which have the examples of their capture alone."""
+    if isinstance(teacher, _Several):
+        return any(map(_has_caches, teacher.teachers))
+    return isinstance(teacher, CachedTeacher)
 
 
 def _judges(teachers: tuple[Teacher, ...]) -> tuple[Teacher, ...] | None:

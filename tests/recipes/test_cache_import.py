@@ -11,6 +11,7 @@ from logprob_server import answer_to, logprob_server
 from test_cache_teacher import CONFIG, scripts
 
 from kdtune.data import quickstart_dataset
+from kdtune.errors import CheckpointError
 from kdtune.models import llama
 from kdtune.teachers.cache import Cache
 from kdtune.tokenizers import byte_tokenizer
@@ -157,7 +158,7 @@ def test_answers_in_the_wrong_order_are_refused(cli, teacher, data, answers, tmp
 
 
 def test_configs_that_ask_for_something_else(cli, answers, tmp_path):
-    for overrides, words in ((["kind=path"], "kind=path: a server gives the most likely ids"),
+    for overrides, words in ((["kind=path", "k=64"], "kind=path: a server gives the most likely ids"),
                              (["temperature=2.0"], "a server's prompt_logprobs are of temperature 1")):  # fmt: skip
         done = import_lines(cli, tmp_path, answers, *overrides)
         assert done.code == 2 and words in done.err, done.err
@@ -168,6 +169,9 @@ def test_configs_that_ask_for_something_else(cli, answers, tmp_path):
 def test_other_answers_do_not_pass_for_those_that_were_imported(cli, answers, tmp_path):
     for _ in range(2):
         assert import_lines(cli, tmp_path, answers).code == 0
+    (tmp_path / "cache" / "index.json").unlink()
+    with pytest.raises(CheckpointError, match="is not finished: .* run the same kdtune cache import again"):
+        Cache(tmp_path / "cache")
     other = copy.deepcopy(answers)
     for one in other[0]["choices"][0]["prompt_logprobs"][1].values():
         one["logprob"] -= 0.01

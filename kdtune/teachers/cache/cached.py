@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdtune.config import instantiate
+from kdtune import parallel
+from kdtune.config import factory, instantiate
 from kdtune.data import Batch, Dataset
 from kdtune.data.batch import mover
 from kdtune.distributed import World
@@ -79,7 +80,7 @@ class CachedTeacher:
             found += self.held_out._problems(cfg, "teacher.validation")
         elif isinstance(self.held_out, ConfiguredTeacher):
             found += self.held_out.problems(cfg)
-        if self.held_out is None and cfg.best_metric in _MEASURED_AGAINST_A_TEACHER:
+        if self.held_out is None and getattr(cfg, "best_metric", None) in _MEASURED_AGAINST_A_TEACHER:
             found.append(
                 f"best_metric={cfg.best_metric}: is measured against a teacher, and teacher.validation is null; give one, or "
                 "best_metric=val_class_loss"
@@ -167,11 +168,13 @@ class CachedTeacher:
         found = []
         if problem := loss_problem(header, kd_loss, self.outside):
             found.append(f"{key}={self.path}: {problem}")
-        if cfg.teacher_targets is not None and header.kind != "hidden":
+        if getattr(cfg, "teacher_targets", None) is not None and header.kind != "hidden":
             found.append(
                 f"teacher_targets: what the divergence sees was chosen when {self.path} was captured (kind={header.kind}); "
                 "~teacher_targets, or a cache of kind=hidden"
             )
+        if self.cache.largest_id is not None and (problem := _id_problem(self.cache.largest_id, _vocab_size(cfg))):
+            found.append(f"{key}={self.path}: {problem}")
         if self.outside != "tail" and header.kind != "topk":
             found.append(
                 f"teacher.outside={self.outside}: is for a cache of kind=topk, and {self.path} is of kind={header.kind}; ~teacher.outside"
@@ -197,8 +200,12 @@ class CachedTeacher:
         names = parts[0].columns if parts else {}
         positions = torch.cat([part.positions_N for part in parts]) if parts else torch.zeros(0, dtype=torch.int64)
         columns = {name: torch.cat([part.columns[name] for part in parts]) for name in names} or self._no_columns()
-        if "ids" in columns and self._student_vocab_size is not None and len(positions):
-            self._check_ids(int(columns["ids"].max()))
+        if (
+            "ids" in columns
+            and len(positions)
+            and (problem := _id_problem(int(columns["ids"].max()), self._student_vocab_size))
+        ):
+            raise DataError(f"{self.path}: {problem}")
         if self._device.type == "cuda":
             positions, columns = positions.pin_memory(), {name: one.pin_memory() for name, one in columns.items()}
         return _Rows(positions, columns)
@@ -224,13 +231,6 @@ class CachedTeacher:
         """Return the columns of a micro-batch without labels."""
         return {name: torch.zeros(0, *one.shape, dtype=one.dtype) for name, one in self.cache.columns.items()}
 
-    def _check_ids(self, largest: int) -> None:
-        if self._student_vocab_size is not None and largest >= self._student_vocab_size:
-            raise DataError(
-                f"{self.path}: the teacher's id {largest} is none of the student's {self._student_vocab_size} ids; capture kind=hidden, "
-                "of which the student's ids alone are compared"
-            )
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -249,6 +249,25 @@ class _Document:
     """Place of its first token among the flattened ones."""
     wanted: npt.NDArray[np.int64]
     """Positions in it whose rows the loss reads, ascending."""
+
+
+def _id_problem(largest: int, vocab_size: int | None) -> str | None:
+    """Return why a teacher's ids, the largest of which is given, do not fit a student's head; None if they do, or it is not known."""
+    if vocab_size is None or largest < vocab_size:
+        return None
+    return (
+        f"the teacher's id {largest} is none of the student's {vocab_size} ids; capture kind=hidden, of which the student's ids alone are "
+        "compared"
+    )
+
+
+def _vocab_size(cfg: Any) -> int | None:
+    """Return the number of ids of a config's student; None if it cannot be read, which is said elsewhere."""
+    builder, source = factory(cfg.model), instantiate(cfg.checkpointer)
+    try:
+        return parallel.model_config(builder, source).vocab_size if builder or source else None
+    except KDTuneError:
+        return None
 
 
 def _shape(batch: Batch) -> tuple[int, int]:

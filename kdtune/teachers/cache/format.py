@@ -160,18 +160,22 @@ def finish(folder: str | Path) -> dict[str, Any]:
     path = user_path(folder)
     header = read_header(path)
     shards: list[dict[str, Any]] = []
+    largest: list[int] = []
     names = [shard_name(number) for number in range(header.num_shards)]
     if missing := [name for name in names if not (path / name).is_file()]:
         raise CheckpointError(
-            f"{path}: {len(missing)} of {len(names)} shards are missing, such as {missing[0]}; run the same capture again, which goes "
-            "on where it stopped; on several hosts, output_dir must be a folder that all share"
+            f"{path}: {len(missing)} of {len(names)} shards are missing, such as {missing[0]}; run the same {_command(header)} again, "
+            "which goes on where it stopped; on several hosts, output_dir must be a folder that all share"
         )
     for number, name in enumerate(names):
         shard = Shard(path / name, header, number)
         shards.append({"name": name, "num_rows": shard.num_rows, "bytes": shard.path.stat().st_size})
+        largest += [] if shard.largest_id is None else [shard.largest_id]
     index: dict[str, Any] = {"shards": shards, "num_rows": sum(one["num_rows"] for one in shards)}
     if header.kind == "hidden":
         index["head_sha256"] = _file_sha256(path / HEAD)
+    if largest:
+        index["largest_id"] = max(largest)
     index["bytes"] = sum(one["bytes"] for one in shards) + (
         (path / HEAD).stat().st_size if header.kind == "hidden" else 0
     )
@@ -194,8 +198,8 @@ class Cache:
         self.header = read_header(self.folder)
         if not (self.folder / INDEX).is_file():
             raise CheckpointError(
-                f"{self.folder}: the capture is not finished: it has no {INDEX}; run the same kdtune run cache_teacher again, which "
-                "goes on where it stopped"
+                f"{self.folder}: is not finished: it has no {INDEX}; run the same {_command(self.header)} again, which goes on where it "
+                "stopped"
             )
         self.index = read_json(self.folder / INDEX, advice=AGAIN)
         try:
@@ -228,6 +232,12 @@ class Cache:
             found.update(self._open(number).summary)
         head = {"head": self.index["head_sha256"]} if "head_sha256" in self.index else {}
         return {**self.header.described(), **head, "rows": found.hexdigest()[:16]}
+
+    @property
+    def largest_id(self) -> int | None:
+        """The largest of the teacher's ids that it keeps; None: it keeps none, or its index does not say."""
+        found = self.index.get("largest_id")
+        return found if isinstance(found, int) else None
 
     @property
     def example_ids(self) -> range:
@@ -294,6 +304,11 @@ def _check_row(row: Row, expected: Mapping[str, Column]) -> None:
             raise ValueError(
                 f"example {row.example_id}: {name} must be {described_tensor(wanted)}, is {described_tensor(seen)}"
             )
+
+
+def _command(header: Header) -> str:
+    """Return the command that fills a cache with this header."""
+    return "kdtune cache import" if "served" in header.teacher else "kdtune run cache_teacher"
 
 
 def _file_sha256(path: Path) -> str | None:

@@ -21,7 +21,7 @@ from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import Column, columns
 
 HASH_BYTES = 16
-AGAIN = "capture it again: delete the folder, and run the same kdtune run cache_teacher"
+AGAIN = "make it again: delete the folder, and run the same kdtune run cache_teacher, or kdtune cache import"
 
 # Tensors of a shard that tell of its examples, and their dtypes.
 _EXAMPLE_TENSORS = {
@@ -89,6 +89,11 @@ class Shard:
     def num_rows(self) -> int:
         """Number of positions of all its examples."""
         return int(self._table["offsets"][-1])
+
+    @property
+    def largest_id(self) -> int | None:
+        """The largest of the teacher's ids that it has; all are read. None: it has none."""
+        return int(self._file.get_tensor("ids").max()) if "ids" in self._columns and self.num_rows else None
 
     @property
     def summary(self) -> bytes:

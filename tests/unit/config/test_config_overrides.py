@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdtune.config import ConfigError, PathText, as_values, component, load
+from kdtune.config.component import argument_type
 from kdtune.config.load import parse_value
 from kdtune.config.overrides import apply_overrides, held_out_note
 
@@ -262,3 +263,22 @@ def test_held_out_note(overrides: list[str], dataset: dict[str, Any], told: str 
     assert note is None if told is None else told in (note or "")
     assert held_out_note(SimpleNamespace(dataset=dataset, dataset_val=None), overrides) is None
     assert held_out_note(SimpleNamespace(dataset_val=ALPACA), ["dataset_val.source=b"]) is None
+
+
+def test_an_argument_that_takes_an_object_is_given_its_component_by_name() -> None:
+    """Beside a folder, which is text too: that of no component."""
+    given = {
+        "teacher.validation=kdtune.teachers.LiveTeacher": {"_component_": "kdtune.teachers.LiveTeacher"},
+        "teacher.validation=caches.held_out": "caches.held_out",
+        "teacher.validation=kdtune.teachers.LiveTeache": "kdtune.teachers.LiveTeache",
+    }
+    for override, expected in given.items():
+        tree, problems = apply_overrides(
+            {"teacher": {"_component_": "kdtune.teachers.CachedTeacher"}},
+            [override],
+            defaults={},
+            component_keys={"teacher"},
+            parse_value=parse_value,
+            declared=lambda parts: argument_type("kdtune.teachers.CachedTeacher", parts[-1]),
+        )
+        assert not problems and tree["teacher"]["validation"] == expected

@@ -435,6 +435,17 @@ def test_ids_that_the_student_lacks_are_refused(tmp_path: Path) -> None:
     teacher.attach(SimpleNamespace(config=SimpleNamespace(vocab_size=200)))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="is none of the student's 200 ids"):
         teacher(next(iter(batches(rows_of(), 2, 0, padding_free=True)))).result()
+    largest = max(int(load_file(file)["ids"].max()) for file in path.glob("shard-*"))
+    assert teacher.cache.largest_id == largest
+    student = {"_component_": "kdtune.models.llama", "vocab_size": 200, "embed_dim": 8, "num_layers": 1, "num_heads": 1,
+               "num_kv_heads": 1, "intermediate_dim": 8, "max_seq_len": 16}  # fmt: skip
+    cfg = SimpleNamespace(
+        kd_loss={"_component_": "kdtune.losses.ForwardKL"}, model=student, checkpointer=None, dataset_val=None
+    )
+    (problem,) = teacher.problems(cfg)
+    assert problem.startswith(f"teacher.path={path}: the teacher's id {largest} is none of the student's 200 ids; ")
+    student["vocab_size"] = largest + 1
+    assert not teacher.problems(cfg)
 
 
 def test_the_fingerprint_is_of_the_numbers(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ROUTES = ["a", "b", "a", "b", "b", "c", "a", "c"]
 CFG = SimpleNamespace(
     dtype="fp32", teacher_parallelism=None, parallelism={"_component_": "kdtune.distributed.Parallelism"}, compile=False,
     kd_loss={"_component_": "kdtune.losses.ForwardKL"}, teacher_targets=None, best_metric=None, dataset_val=None,
+    device="cpu", model=None, checkpointer=None,
 )  # fmt: skip
 
 
@@ -191,6 +192,43 @@ def test_what_several_teachers_cannot_be(made: Path) -> None:
         )
         == 3
     )
+
+
+def test_several_teachers_may_be_among_several(made: Path) -> None:
+    inner = Routed({"a": cached(made, 0), "b": live(made, 1), "c": live(made, 2)})
+    teacher = Mixture([inner, Mixture([live(made, 2), cached(made, 1)])], [1, 3])
+    assert not teacher.problems(CFG)
+    teacher.start(CFG, SINGLE_PROCESS)
+    (batch,) = batches(rows(ROUTES), len(LENGTHS), 0, padding_free=True)
+    teacher.prefetch([batch])
+    places = batch.targets.positions_N
+    p = [logp_of(seed, batch, places).exp() for seed in range(3)]
+    of_route = torch.tensor(["abc".index(route) for route in batch.routes]).repeat_interleave(
+        torch.tensor(batch.lengths)
+    )
+    routed = torch.stack(p)[of_route[places], torch.arange(len(places))]
+    expected = (0.25 * routed + 0.75 * (p[2] + p[1]) / 2).log()
+    torch.testing.assert_close(teacher(batch).log_probs(places).double(), expected, rtol=1e-5, atol=1e-4)
+    assert teacher.pop_seconds_waited() > 0
+    # What one of them lacks, all do.
+    part = write_cache(made / "some", model(0), rows(), byte_tokenizer(max_seq_len=16), {"num_examples": 3})
+    fitted = Mixture([live(made, 1), Mixture([CachedTeacher(str(part))])]).fit_data(
+        "dataset", byte_tokenizer(max_seq_len=16), rows()
+    )
+    assert len(fitted) == 3
+
+
+def test_a_model_that_cannot_be_built_so_is_refused_when_the_config_is_read(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default two processes have halves of it."""
+    weights = Checkpointer(made / "model0")
+    (problem,) = LiveTeacher(weights, quantization="int7").problems(CFG)
+    assert problem.startswith("teacher: quantization=int7: unknown; one of ")
+    assert not LiveTeacher(weights, quantization="int8").problems(CFG)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (problem,) = Mixture([LiveTeacher(weights, quantization="int8"), live(made, 1)]).problems(CFG)
+    assert problem.startswith("teacher: quantization=int8: ") and "quantized weights are not divided" in problem
 
 
 def test_the_validation_asks_the_teachers_that_have_one(made: Path) -> None:
