@@ -24,6 +24,12 @@ from kdtune.models import Transformer
 from kdtune.paths import user_path
 from kdtune.teachers import cache
 
+# Keys that mean something for one kind alone.
+_OF_KIND = {"k": "topk", "temperature": "topk", "num_draws": "sampled", "exponent": "sampled"}
+
+# Examples whose files are read again at the end, beside those of dataset_val.
+_READ_BACK = 16
+
 
 @dataclass(kw_only=True)
 class Config(teachers.TeacherConfig):
@@ -72,6 +78,9 @@ class Config(teachers.TeacherConfig):
     """Examples of a file; a capture that is stopped goes on at the next one."""
     tokens_per_batch: int = config.key(4096, at_least=1)
     """Tokens of a forward pass; a longer example is one by itself."""
+    batch_size: int | None = config.key(None, at_least=1)
+    """Examples of a forward pass, in the data set's order, in place of tokens_per_batch. A run with this batch_size and shuffle=false
+    gets the hidden states of its live teacher to the bit (docs/teacher_cache.md); null: by tokens_per_batch."""
 
     # The teacher's computation
     device: str | None = None
@@ -112,10 +121,18 @@ class Config(teachers.TeacherConfig):
             found.append(f"temperature={self.temperature}: must be above 0")
         if not 0 < self.exponent <= 1:
             found.append(f"exponent={self.exponent}: must be above 0 and at most 1")
-        if self.temperature != 1 and self.kind != "topk":
-            found.append(f"temperature={self.temperature}: is of kind=topk, found kind={self.kind}; ~temperature")
-        if self.exponent != 1 and self.kind != "sampled":
-            found.append(f"exponent={self.exponent}: is of kind=sampled, found kind={self.kind}; ~exponent")
+        found += [
+            f"{key}={getattr(self, key)}: is of kind={kind}, found kind={self.kind}; ~{key}, or kind={kind}"
+            for key, kind in _OF_KIND.items()
+            if kind != self.kind
+            and getattr(self, key) != getattr(Config, key)
+            and not self.dry_run  # which shows every kind
+        ]
+        if self.batch_size is not None and self.examples_per_shard % self.batch_size:
+            found.append(
+                f"batch_size={self.batch_size}: examples_per_shard={self.examples_per_shard} must be a multiple of it: a file has whole "
+                "batches"
+            )
         return found + training.builder_problems(self) + data.first_row_problems(self)
 
     def machine_problems(self) -> list[str]:
@@ -146,7 +163,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     progress.phase("reading the data")
     loaded = {key: data.load_dataset(key, getattr(cfg, key), tokenizer) for key in ("dataset", "dataset_val")}
     training.check_data(cfg, loaded, world, tokenizer)
-    sources = {key: cache.Source(cache.checked_dataset(key, one), tokenizer.pad_id, cfg.tokens_per_batch)
+    sources = {key: cache.Source(cache.checked_dataset(key, one), tokenizer.pad_id, cfg.tokens_per_batch, cfg.batch_size)
                for key, one in loaded.items() if one is not None}  # fmt: skip
     source, held_out = sources["dataset"], sources.get("dataset_val")
     checkpointer = config.instantiate(cfg.teacher_checkpointer)
@@ -190,21 +207,30 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
 
     # Quality: what is stored beside what the teacher says now.
     progress.phase("comparing what is stored with the teacher")
-    batches = quality_batches(cfg, header, source, held_out)
     with lockstep_forwards(teacher, world):
         if world.is_main:
-            (found,) = cache.measure_quality(teacher, held_out or source, [header], batches)
+            found = measured_quality(cfg, teacher, header, source, held_out, cache.Cache(folder))
             checkpoint.atomic_write_text(folder / cache.QUALITY, json.dumps(found, indent=2) + "\n")
             print(summary(folder))
 
 
-def quality_batches(
-    cfg: Config, header: cache.Header, source: cache.Source, held_out: cache.Source | None
-) -> list[list[data.Example]]:
-    """Return the examples that the stored form is compared on: the first of dataset_val, else the last of those captured."""
+def measured_quality(
+    cfg: Config,
+    teacher: Transformer,
+    header: cache.Header,
+    source: cache.Source,
+    held_out: cache.Source | None,
+    written: cache.Cache,
+) -> dict[str, Any]:
+    """Return the KL from the teacher to the stored form, on the first examples of dataset_val, and to the files, on their last ones."""
+    count = cfg.quality_examples if held_out is None else min(cfg.quality_examples, _READ_BACK)
+    last = source.batches(header.example_ids[max(0, header.num_examples - count) :])
+    (read,) = cache.measure_quality(teacher, source, [header], last, written)
+    found = read
     if held_out is not None:
-        return held_out.batches(range(held_out.dataset.size)[: cfg.quality_examples])
-    return source.batches(header.example_ids[max(0, header.num_examples - cfg.quality_examples) :])
+        first = held_out.batches(range(held_out.dataset.size)[: cfg.quality_examples])
+        (found,) = cache.measure_quality(teacher, held_out, [header], first)
+    return found | {"read_back": {key: read[key] for key in ("forward_kl", "num_tokens")}}
 
 
 def dry_run(
@@ -244,7 +270,12 @@ def summary(folder: Path) -> str:
     """Return what a complete cache takes, and how well it keeps the teacher."""
     index, quality = json.loads((folder / cache.INDEX).read_text()), json.loads((folder / cache.QUALITY).read_text())
     rows = [cache.described(quality) | {"size": cache.size_text(index["bytes"])}]
-    return f"{runs.format_table(rows)}\nKL(live || stored) over {quality['num_tokens']:,} tokens; {folder}"
+    lines = [runs.format_table(rows), f"KL(live || stored) over {quality['num_tokens']:,} tokens; {folder}"]
+    if read := quality.get("read_back"):
+        lines.append(
+            f"read back from the files: {read['forward_kl']:.2g} over {read['num_tokens']:,} tokens that were captured"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def test_the_folder_is_complete(cli, whole):
     assert header.num_shards == 5 and header.teacher["random weights"]["seed"] == 0
     data = quickstart_dataset(byte_tokenizer(max_seq_len=256))
     assert header.dataset == data.fingerprint() and header.dataset_size == len(data)
-    assert abs(json.loads((whole / "quality.json").read_text())["forward_kl"]) < 1e-5
+    quality = json.loads((whole / "quality.json").read_text())
+    assert abs(quality["forward_kl"]) < 1e-5
+    assert quality["read_back"] == {key: quality[key] for key in ("forward_kl", "num_tokens")}
     torch.manual_seed(0)
     model = llama(
         vocab_size=320, embed_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_dim=96, max_seq_len=256
@@ -93,17 +95,19 @@ def test_a_dry_run_knows_the_size_of_every_kind(cli, whole, tmp_path):
 @pytest.mark.parametrize("kind", ["topk", "sampled", "path"])
 def test_other_kinds_go_on_where_they_stopped(cli, kind, tmp_path):
     folder = tmp_path / "cache"
-    assert capture(cli, folder, f"kind={kind}", "k=8", "num_draws=6").code == 0
+    own = {"topk": ["k=8"], "sampled": ["num_draws=6"], "path": []}[kind]
+    assert capture(cli, folder, f"kind={kind}", *own).code == 0
     expected = files(folder)
     for name in ("shard-00001.safetensors", "index.json", "quality.json"):
         (folder / name).unlink()
     cut_off = folder / "shard-00003.safetensors"
     cut_off.write_bytes(cut_off.read_bytes()[:-100])
-    again = capture(cli, folder, f"kind={kind}", "k=8", "num_draws=6")
+    again = capture(cli, folder, f"kind={kind}", *own)
     assert again.code == 0 and f"{cut_off}: is cut off or damaged, and is captured again" in again.err
     assert files(folder) == expected
+    changed = [text.replace("8", "9") for text in own]
     other = capture(
-        cli, folder, f"kind={kind}", "k=9", "num_draws=6", "seed=1", "tokenizer.max_seq_len=128", "tokens_per_batch=700"
+        cli, folder, f"kind={kind}", *changed, "seed=1", "tokenizer.max_seq_len=128", "tokens_per_batch=700"
     )
     assert (
         other.code == 2
@@ -136,6 +140,23 @@ def test_a_stopped_capture_goes_on(cli, whole, tmp_path):
     done = capture(cli, folder)
     assert done.code == 0, done.err
     assert files(folder) == files(whole)
+
+
+def test_the_quality_is_of_what_the_disk_has(cli, tmp_path, monkeypatch):
+    """Beside held-out examples, which are in no file, those whose files are read: of numbers that were written wrong."""
+    import kdtune.teachers.cache.capture as module
+
+    def of_noise(*arguments):
+        return {name: one * 0.5 for name, one in encode(*arguments).items()}
+
+    encode = module.encode
+    monkeypatch.setattr(module, "encode", of_noise)
+    assert (
+        capture(cli, tmp_path / "cache", "dataset_val={_component_: kdtune.data.quickstart_dataset, split: test}").code
+        == 0
+    )
+    quality = json.loads((tmp_path / "cache" / "quality.json").read_text())
+    assert abs(quality["forward_kl"]) < 1e-5 and quality["read_back"]["forward_kl"] > 100 * 1e-5
 
 
 def test_packs_are_captured_by_example(cli, whole, tmp_path):
@@ -189,7 +210,9 @@ def test_a_capture_that_is_killed_twenty_times(cli, tmp_path):
     ("overrides", "words"),
     [
         (["kind=path", "stored_dtype=int8"], "stored_dtype=int8: kind=path is stored in fp32; ~stored_dtype"),
-        (["temperature=2.0"], "temperature=2.0: is of kind=topk, found kind=hidden; ~temperature"),
+        (["temperature=2.0"], "temperature=2.0: is of kind=topk, found kind=hidden; ~temperature, or kind=topk"),
+        (["num_draws=8", "k=8"], "num_draws=8: is of kind=sampled, found kind=hidden; ~num_draws, or kind=sampled"),
+        (["batch_size=3"], "batch_size=3: examples_per_shard=4 must be a multiple of it"),
         (["kind=topk", "temperature=0"], "temperature=0.0: must be above 0"),
         (["kind=topk", "k=400"], "k=400: the teacher has 320 ids; choose at most so many"),
         (["k=0", "kind=topk"], "k=0: must be at least 1"),

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import pytest
 import torch
 from command_line import CLI, Fork
 from safetensors.torch import load_file
-from written_caches import write_cache, write_rows
+from written_caches import write_cache
 
 from kdtune.checkpoint import load_model, save_model
-from kdtune.data import Batch, Loader, quickstart_dataset
+from kdtune.data import quickstart_dataset
 from kdtune.models import llama
-from kdtune.teachers import OnlineTeacher
-from kdtune.teachers.cache import Header, Row
-from kdtune.tokenizers import byte_tokenizer, fingerprint
+from kdtune.tokenizers import byte_tokenizer
 
 MEASURED = {"time", "step_seconds", "data_seconds", "teacher_seconds", "tokens_per_second", "peak_memory_rss"}
 LAYOUTS = pytest.mark.slow("two runs; tests/unit/teachers finds the rows of every layout")
@@ -84,45 +81,20 @@ def steps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-class Captured:
-    """Rows of the batches that a run reads, as its own teacher computes them: of another batch a sum may be rounded elsewhere."""
-
-    def __init__(self, made: Path, dtype: torch.dtype) -> None:
-        self.model, self.tokenizer = load_model(made / "teacher", dtype=dtype), byte_tokenizer(max_seq_len=256)
-        self.data = quickstart_dataset(self.tokenizer, split=SPLIT)
-
-    def rows(self, batches: Iterator[Batch]) -> list[Row]:
-        teacher, found = OnlineTeacher(self.model), {}
-        for batch in batches:
-            states = teacher(batch).hidden_BSD[0]
-            for index, start in zip(batch.example_ids, batch.row_starts, strict=True):
-                example = self.data[index]
-                positions = torch.from_numpy((example.labels != -100).nonzero()[0].astype("int32"))
-                columns = {"hidden": states[start + positions.long()]}
-                found[index] = Row(index, example.tokens, positions, columns)
-        return [found[index] for index in sorted(found)]
-
-
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        pytest.param("fp32", torch.float32, marks=pytest.mark.slow("two runs; bf16 is the same code")),
-        ("bf16", torch.bfloat16),
-    ],
+    "name", [pytest.param("fp32", marks=pytest.mark.slow("two runs; bf16 is the same code")), "bf16"]
 )
-def test_the_same_bits_as_with_the_teacher_itself(
-    cli: CLI, made: Path, tmp_path: Path, name: str, dtype: torch.dtype
-) -> None:
-    captured = Captured(made, dtype)
-    loader = Loader(captured.data, batch_size=4, pad_id=captured.tokenizer.pad_id, padding_free=True)
-    header = Header(
-        kind="hidden", dtype=name, vocab_size=320, dim=48, num_examples=24, dataset_size=24, examples_per_shard=10,
-        max_seq_len=256, tokenizer=fingerprint(captured.tokenizer), dataset=captured.data.fingerprint(),
+def test_the_same_bits_as_with_the_teacher_itself(cli: CLI, made: Path, tmp_path: Path, name: str) -> None:
+    """Captured in the run's own micro-batches: of others a sum may be rounded elsewhere."""
+    done = cli(
+        "run", "cache_teacher", "--config", "tiny/cache_teacher", "~teacher_model", *online(made), f"dtype={name}",
+        f"stored_dtype={name}", f"dataset.split={SPLIT}", "dataset_val=null", "quality_examples=2", "batch_size=4",
+        "examples_per_shard=8", f"output_dir={tmp_path / 'hidden'}",
     )  # fmt: skip
-    write_rows(tmp_path / "hidden", header, captured.rows(next(loader) for _ in range(6)), captured.model.output.weight)
-    settings = [f"dtype={name}", "dataset_val=null"]
+    assert done.code == 0, done.err
+    settings = [f"dtype={name}", "dataset_val=null", "shuffle=false", "epochs=2"]
     expected = train(cli, tmp_path / "online", *online(made), *settings)
-    assert train(cli, tmp_path / "cached", *cached(tmp_path), *settings) == expected and len(expected) == 4
+    assert train(cli, tmp_path / "cached", *cached(tmp_path), *settings) == expected and len(expected) == 7
     ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("cached", "online"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[one], theirs[one]) for one in theirs)
 
@@ -191,6 +163,17 @@ def test_runs_are_compared_by_the_teacher_of_their_validation(cli: CLI, made: Pa
     assert "left out: divergence and agreement" in done.out + done.err, done.out
 
 
+@pytest.mark.slow("two runs; tests/unit/losses has the loss")
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_the_text_alone_serves_the_sampled_reverse_kl(cli: CLI, made: Path, tmp_path: Path, estimator: str) -> None:
+    loss = f"{{_component_: kdtune.losses.SampledReverseKL, estimator: {estimator}, off_policy: true}}"
+    settings = [f"kd_loss={loss}", "kd_ratio=0.7"]
+    expected = train(cli, tmp_path / "online", *online(made), *settings)
+    found = train(cli, tmp_path / "cached", *cached(made, "path", f", validation: {made / 'held_out'}"), *settings)
+    check(found, expected)
+    assert {"val_kd_loss", "val_forward_kl", "val_teacher_class_loss"} <= found[0].keys()
+
+
 @pytest.mark.slow("three runs; tests/unit/teachers reads what is stored")
 def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None:
     """Of examples that are not cut: where one is, the two tokenizations are cut together, and other tokens are left."""
@@ -240,6 +223,7 @@ def test_a_killed_run_goes_on_as_the_whole_one_and_wants_the_same_cache(cli: CLI
     ("kind", "more", "settings", "said"),
     [
         ("topk", "", ["kd_loss=kdtune.losses.AdaptiveKL"], "kind=topk cannot serve adaptive KL (0.5): "),
+        ("path", "", ["kd_loss=kdtune.losses.SampledReverseKL"], "SampledReverseKL is the reverse KL on text that the student has sampled"),
         ("path", "", [], "kind=path cannot serve KL: it knows the probability of the text's own tokens alone; allowed are "),
         ("topk", "", [f"{TOP}, k: 4}}"], "teacher_targets: what the divergence sees was chosen"),
         ("hidden", ", outside: renormalize", [], "teacher.outside=renormalize: is for a cache of kind=topk"),

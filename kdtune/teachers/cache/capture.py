@@ -43,15 +43,19 @@ class Source:
     """The examples that a teacher reads, and how they are laid out in batches.
 
     dataset: in memory, not packed. pad_id: the tokenizer's. tokens_per_batch: largest batch, in tokens; a longer example is one.
+    batch_size: examples of a batch, in their order, whatever tokens_per_batch is; None: by tokens_per_batch.
     """
 
     dataset: MapDataset
     pad_id: int
     tokens_per_batch: int
+    batch_size: int | None = None
 
     def batches(self, example_ids: Sequence[int]) -> list[list[Example]]:
-        """Return the examples in batches of similar lengths, the longest first; numbered as in their dataset."""
+        """Return the examples, numbered as in their dataset: in batches of similar lengths, the longest first, or in their order."""
         examples = [self.dataset.numbered(index) for index in example_ids]
+        if self.batch_size is not None:
+            return [examples[at : at + self.batch_size] for at in range(0, len(examples), self.batch_size)]
         is_padded = self.dataset.has_own_batches
         parts = cut_by_tokens([len(one.tokens) for one in examples], self.tokens_per_batch, is_padded=is_padded)
         return [[examples[index] for index in part] for part in parts]
@@ -84,7 +88,8 @@ def capture_headers(cfg: Any, tokenizer: Tokenizer, dataset: MapDataset) -> list
     others = [(kind, dtype) for kind, dtypes in KINDS.items() for dtype in dtypes if (kind, dtype) != chosen]
     return headers_of(
         cfg, tokenizer, dataset, [chosen, *others], teacher=teacher, vocab_size=vocab_size, dim=dim,
-        softcap=getattr(head, "softcap", None), tokens_per_batch=cfg.tokens_per_batch,
+        softcap=getattr(head, "softcap", None), tokens_per_batch=None if cfg.batch_size else cfg.tokens_per_batch,
+        batch_size=cfg.batch_size,
     )  # fmt: skip
 
 
@@ -99,11 +104,12 @@ def headers_of(
     dim: int | None = None,
     softcap: float | None = None,
     tokens_per_batch: int | None = None,
+    batch_size: int | None = None,
 ) -> list[Header]:
     """Return the headers of kinds, each with its dtype, for a teacher that is computed here or elsewhere.
 
     cfg, tokenizer, dataset, and what is raised: as of `capture_headers`. teacher: what it is known by. vocab_size, dim, softcap: of
-    its head. tokens_per_batch: of a capture.
+    its head. tokens_per_batch, batch_size: of a capture.
     """
     left = dataset.size - cfg.first_example
     if left < 1:
@@ -116,6 +122,7 @@ def headers_of(
         "dataset_size": dataset.size,
         "examples_per_shard": cfg.examples_per_shard,
         "tokens_per_batch": tokens_per_batch,
+        "batch_size": batch_size,
         "max_seq_len": tokenizer.max_seq_len,
         "teacher": json.loads(json.dumps(teacher)),  # as it comes back from the file
         "tokenizer": fingerprint(tokenizer),

@@ -45,7 +45,10 @@ class Header:
     """Number of examples of the data set."""
     examples_per_shard: int
     tokens_per_batch: int | None = None
-    """Tokens of a forward pass of the teacher, on which the numbers depend by rounding; None: not computed by a capture."""
+    """Tokens of a forward pass of the teacher, on which the numbers depend by rounding; None: not computed by a capture, or by
+    batch_size."""
+    batch_size: int | None = None
+    """Examples of a forward pass, in their order; None: by tokens_per_batch."""
     max_seq_len: int | None = None
     """Longest example that the tokenizer made; None: no limit."""
     teacher: Mapping[str, Any] = field(default_factory=dict)

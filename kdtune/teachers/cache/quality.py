@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdtune.data import Example
 from kdtune.losses import ForwardKL
 from kdtune.losses.fused_linear import chunk_slices
 from kdtune.losses.heads import project
 from kdtune.models import Transformer
-from kdtune.teachers.cache.capture import Source, draws_of, teacher_states
+from kdtune.teachers.cache.capture import Source, draws_of, number, teacher_states
 from kdtune.teachers.cache.encode import decode, encode, live_log_probs
+from kdtune.teachers.cache.format import Cache
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import bytes_per_token
 
@@ -20,7 +22,11 @@ QUALITY = "quality.json"
 
 @torch.no_grad()
 def measure_quality(
-    model: Transformer, source: Source, headers: Sequence[Header], batches: Sequence[Sequence[Example]]
+    model: Transformer,
+    source: Source,
+    headers: Sequence[Header],
+    batches: Sequence[Sequence[Example]],
+    written: Cache | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each header its bytes a token and `forward_kl`, KL(live || stored) in nats, mean over the tokens.
 
@@ -32,13 +38,19 @@ def measure_quality(
         source: the data set of the examples.
         headers: of caches with the same positions.
         batches: examples, numbered.
+        written: a cache with these examples, of the one header: its numbers are read from the disk. None: the teacher's states are
+            encoded anew.
     """
     sums, num_tokens = [0.0] * len(headers), 0
     for examples in batches:
         hidden_ND, labels_N, kept = teacher_states(model, headers[0].positions, source, examples)
         head = project("teacher", hidden_ND[None], model.output)
         for index, header in enumerate(headers):
-            values = encode(header, hidden_ND, model.output, labels_N, draws_of(header, examples, kept))
+            values = (
+                encode(header, hidden_ND, model.output, labels_N, draws_of(header, examples, kept))
+                if written is None
+                else _read(written, examples)
+            )
             on_device = {"labels": labels_N, **{name: one.to(hidden_ND.device) for name, one in values.items()}}
             for chunk in chunk_slices(head, len(hidden_ND), None):
                 stored = decode(header, {name: one[chunk] for name, one in on_device.items()}, head.weight_VD)
@@ -50,6 +62,12 @@ def measure_quality(
          "forward_kl": total / max(1, num_tokens), "num_tokens": num_tokens}
         for header, total in zip(headers, sums, strict=True)
     ]  # fmt: skip
+
+
+def _read(cache: Cache, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the columns of some examples, end to end, as they are on the disk."""
+    rows = [cache.read(number(one), one.tokens) for one in examples]
+    return {name: torch.cat([row.columns[name] for row in rows]) for name in cache.columns}
 
 
 def described(quality: Mapping[str, Any]) -> dict[str, Any]:
