@@ -1,15 +1,18 @@
 from .generate import check_max_new_tokens, eval_mode, generate, generate_batch
 from .prompts import encode_prompt, read_prompts
+from .rollout import Completion, complete
 from .samples import Generator, answer
 from .sampling import Sampling, sample_token, sample_tokens
 from .stream import TextStream
 
 __all__ = [
+    "Completion",
     "Generator",
     "Sampling",
     "TextStream",
     "answer",
     "check_max_new_tokens",
+    "complete",
     "encode_prompt",
     "eval_mode",
     "generate",

@@ -79,7 +79,7 @@ def generate_batch(
     check_max_new_tokens(max_new_tokens)
     if not prompts:
         return []
-    limits = _new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
+    limits = new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
     if is_fsdp_module(model):
         model.unshard()  # only then have its weights the dtype and device that they compute in
     tokens_BS, padding_B = _left_padded(prompts, model.device)
@@ -122,7 +122,8 @@ def check_max_new_tokens(max_new_tokens: int) -> None:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
 
-def _new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[int]:
+def new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[int]:
+    """Return how many ids may follow each prompt; raise a DataError if none may."""
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             name = "prompt" if len(prompts) == 1 else f"prompts[{index}]"

@@ -1,4 +1,4 @@
-"""Sample the next tokens. Shape suffixes: B batch, V vocabulary, N candidate tokens."""
+"""Sample the next tokens. Shape suffixes: B batch, V vocabulary, N candidate tokens, 1 one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,58 +43,69 @@ GREEDY = Sampling()
 def sample_tokens(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     """Return each sequence's next id.
 
+    Every draw takes one number of the sequence's own generator, on the CPU, so that it depends neither on its neighbours nor, up to
+    rounding, on the device.
+
     Args:
         logits_BV: [B, V], any dtype and device.
         sampling: how it is chosen.
-        generators: one per sequence, so that its draws do not depend on its neighbours.
+        generators: a CPU generator per sequence, unused where the most likely id is taken.
 
     Raises:
         CheckpointError: logits that are not finite.
     """
-    if sampling.temperature == 0.0:
-        best_B, ids_B = logits_BV.max(dim=-1)
-        _check_finite(best_B)
-        chosen: list[int] = ids_B.tolist()
-        return chosen
-    # One transfer for the whole batch.
-    logits_BV = logits_BV.to("cpu", torch.float32)
-    return [
-        sample_token(logits_V, sampling, generator) for logits_V, generator in zip(logits_BV, generators, strict=True)
-    ]
+    best_B1, ids_B1 = logits_BV.max(dim=-1, keepdim=True)
+    _check_finite(best_B1)
+    if sampling.temperature > 0.0:
+        uniforms = [torch.rand((), generator=each, dtype=torch.float64) for each in generators]
+        # One transfer for the whole batch.
+        logits_BV = logits_BV.to("cpu", torch.promote_types(logits_BV.dtype, torch.float32))
+        # From the largest down, so that no temperature makes one of them infinite.
+        scaled_BV = (logits_BV - best_B1.to(logits_BV)) / max(sampling.temperature, _LEAST_TEMPERATURE)
+        ids_B1 = _drawn(scaled_BV, sampling, torch.stack(uniforms)[:, None])
+    chosen: list[int] = ids_B1[:, 0].tolist()
+    return chosen
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token's id, from `logits_V` [V] of any dtype and device.
-
-    `generator` is a CPU generator: sampling happens on the CPU, so that a seed gives the same tokens on every device.
+    """Return the next token's id, from `logits_V` [V] of any dtype and device, with a CPU generator, see `sample_tokens`.
 
     Raises:
         CheckpointError: logits that are not finite.
     """
+    return sample_tokens(logits_V[None], sampling, [generator])[0]
+
+
+def _drawn(scaled_BV: Tensor, sampling: Sampling, uniforms_B1: Tensor) -> Tensor:
+    """Return ids [B, 1]: where the cumulative probabilities of those that are not filtered out reach a uniform number of [0, 1)."""
     top_k, top_p = sampling.top_k, sampling.top_p
-    best, best_id = logits_V.to("cpu", torch.float32).max(dim=-1)
-    _check_finite(best)
-    if sampling.temperature == 0.0:
-        return int(best_id)
-    # From the largest down, so that no temperature makes one of them infinite.
-    scaled_V = (logits_V.to("cpu", torch.float32) - best) / max(sampling.temperature, _LEAST_TEMPERATURE)
     if top_k is None and top_p is None:
-        return int(torch.multinomial(scaled_V.softmax(dim=-1), 1, generator=generator))
+        return _reached(scaled_BV.softmax(dim=-1), uniforms_B1)
+    vocab_size = scaled_BV.shape[-1]
     # Sorted from the most likely on.
-    scaled_N, ids_N = scaled_V.topk(scaled_V.numel() if top_k is None else min(top_k, scaled_V.numel()))
-    probabilities_N = scaled_N.softmax(dim=-1)
+    scaled_BN, ids_BN = scaled_BV.topk(vocab_size if top_k is None else min(top_k, vocab_size))
+    probabilities_BN = scaled_BN.softmax(dim=-1)
     if top_p is not None:
-        before_N = probabilities_N.cumsum(dim=-1) - probabilities_N
-        is_left_out_N = before_N >= top_p
-        is_left_out_N[0] = False  # the most likely token always stays
-        probabilities_N = probabilities_N.masked_fill(is_left_out_N, 0.0)
-    return int(ids_N[torch.multinomial(probabilities_N, 1, generator=generator)])
+        before_BN = probabilities_BN.cumsum(dim=-1, dtype=torch.float64) - probabilities_BN
+        is_left_out_BN = before_BN >= top_p
+        is_left_out_BN[:, 0] = False  # the most likely token always stays
+        probabilities_BN = probabilities_BN.masked_fill(is_left_out_BN, 0.0)
+    return ids_BN.gather(1, _reached(probabilities_BN, uniforms_B1))
+
+
+def _reached(weights_BN: Tensor, shares_B1: Tensor) -> Tensor:
+    """Return the first index [B, 1] up to which more than this share of the weights lies."""
+    sums_BN = weights_BN.cumsum(dim=-1, dtype=torch.float64)
+    totals_B1 = sums_BN[:, -1:]
+    # Below the total also where the product is rounded up: an index is found, and its weight is not 0.
+    wanted_B1 = torch.minimum(shares_B1 * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1)))
+    return torch.searchsorted(sums_BN, wanted_B1, right=True)
 
 
 def _check_finite(best: Tensor) -> None:
-    """Return each sequence's largest logit, NaN if any of them is NaN."""
+    """Raise if one of the sequences' largest logits, NaN if any logit is NaN, is not finite."""
     if not best.isfinite().all():
-        value = best[~best.isfinite()][0] if best.ndim else best
+        value = best[~best.isfinite()][0]
         raise CheckpointError(
             f"the model's logits are not numbers (found {value.item()}): its weights hold NaN or infinity, or their dtype is "
             "too narrow for it; check where the weights come from, or try dtype=fp32"

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.documents import Documents
-from kdtune.models.kv_cache import LayerCache
+from kdtune.models.kv_cache import LayerCache, SlotLayer
 from kdtune.models.rope import rotate
 
 
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         hidden_BSD: Tensor,
         rope: tuple[Tensor, ...],
         mask: Tensor | Documents | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | SlotLayer | None = None,
         cache_length: int = 0,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D].
@@ -91,12 +91,13 @@ class Attention(nn.Module):
             out_SHE = attend_within(mask, q_BSHE[0], k_BSKE[0], v_BSKE[0], self.window, self.scale, self.softcap)
             return self.output_proj(out_SHE.flatten(1)[None])
         q_BHSE, k_BKTE, v_BKTE = q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+        window, num_idle = self.window, 0
         if cache is not None:
-            k_BKTE, v_BKTE = cache.store(cache_length, k_BKTE, v_BKTE)
-            if mask is not None and mask.shape[-1] > k_BKTE.shape[2]:  # a layer with a window holds the last ones
-                mask = mask[..., -k_BKTE.shape[2] :]
-        out_BHSE = attend(q_BHSE, k_BKTE, v_BKTE, mask, self.window, self.scale, self.softcap)
-        return self.output_proj(out_BHSE.transpose(1, 2).flatten(2))
+            k_BKTE, v_BKTE, mask, window = cache.attended(cache_length, k_BKTE, v_BKTE, mask, window)
+            num_idle = len(q_BHSE) - len(k_BKTE)  # rows that belong to no slot
+        out_BHSE = attend(q_BHSE[: len(k_BKTE)], k_BKTE, v_BKTE, mask, window, self.scale, self.softcap)
+        out_BSF = out_BHSE.transpose(1, 2).flatten(2)
+        return self.output_proj(functional.pad(out_BSF, (0, 0, 0, 0, 0, num_idle)) if num_idle else out_BSF)
 
 
 def attend(

@@ -110,7 +110,7 @@ class HFModel(Transformer):
             positions = None if input_pos is None else input_pos.expand(tokens.shape)
             hidden_BSD = self._base(tokens, positions, allowed, cache)
         if kv_cache is not None:
-            kv_cache.length += tokens.shape[1]
+            kv_cache.advance(tokens.shape[1])
         if self.config.logit_scale != 1.0:
             hidden_BSD = hidden_BSD * self.config.logit_scale
         return hidden_BSD if return_hidden else self.output(hidden_BSD)

@@ -1,7 +1,9 @@
-"""Key-value cache of the tokens a model has already processed, for generation.
+"""Key-value caches of the tokens a model has already processed, for generation.
 
-Shape suffixes: B batch, S new tokens, K key/value heads, C capacity of the cache, P cached tokens, E head dim.
+Shape suffixes: B batch, N slots in use, S new tokens, T tokens attended to, K key/value heads, C capacity of the cache, E head dim.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +14,11 @@ from kdtune.models.architecture import TransformerConfig
 _FIRST_ROOM = 1024
 # Tokens that a layer with a window has room for beside those in it: so often they are moved to the front.
 _SLACK = 256
+# Slots have room for multiples of so many tokens, and all of them are read. Kernels add up a vector of numbers in blocks: what a
+# text's own numbers sum up to does not change with the number of masked ones behind them as long as all blocks are whole.
+_BLOCK = 64
+# Places that slots begin with; they then double.
+_FIRST_PLACES = 256
 
 
 class LayerCache:
@@ -65,6 +72,20 @@ class LayerCache:
         self._keys_BKCE = _grown(keys_BKSE[:, :, last:], keys_BKSE, kept, self._capacity)
         self._values_BKCE = _grown(values_BKSE[:, :, last:], values_BKSE, kept, self._capacity)
         return keys_BKSE, values_BKSE
+
+    def attended(
+        self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor, mask: Tensor | None, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+        """Return ``store``'s keys and values, and the mask [B, 1, S, T] and the window that hold for them."""
+        keys_BKTE, values_BKTE = self.store(start, keys_BKSE, values_BKSE)
+        if mask is not None and mask.shape[-1] > keys_BKTE.shape[2]:  # a layer with a window holds the last ones
+            mask = mask[..., -keys_BKTE.shape[2] :]
+        return keys_BKTE, values_BKTE, mask, window
+
+    def held(self, length: int) -> tuple[int, Tensor, Tensor]:
+        """Return which token the first held keys are of, and the keys and values [B, K, held, E] of it and those before ``length``."""
+        first = self._first
+        return first, self._keys_BKCE[:, :, : length - first], self._values_BKCE[:, :, : length - first]
 
     def keeps(self, length: int) -> bool:
         """Return whether it still holds what a token after the first ``length`` attends to."""
@@ -128,6 +149,10 @@ class KVCache:
             )
         self.length = length
 
+    def advance(self, num_new: int) -> None:
+        """Count the new tokens, whose keys all layers have stored."""
+        self.length += num_new
+
     def keep_sequences(self, rows: list[int]) -> None:
         """Discard all sequences of the batch but these, given by ascending index; the rest move up, in place."""
         if not rows or rows != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < self.batch_size:
@@ -135,3 +160,130 @@ class KVCache:
         for layer in self.layers:
             layer.keep_sequences(rows, self.length)
         self.batch_size = len(rows)
+
+
+class SlotLayer:
+    """Keys and values of one layer in slots, each with a text of its own length: token number p of a text is in place p.
+
+    A layer with a window begins again at place 0 when it has gone through the places it has, which are at least the window.
+    """
+
+    def __init__(self, slots: "SlotCache", window: int | None) -> None:
+        self._slots, self._window = slots, window
+        self._keys_RKCE = self._values_RKCE = torch.empty(0)
+
+    def attended(
+        self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor, *__: object
+    ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+        """Write the next token of each slot in use; return keys and values [N, K, T, E], their mask [N, 1, 1, T], and no window.
+
+        ``keys_BKSE`` and ``values_BKSE`` have S = 1, and may have more rows than slots are in use.
+        """
+        rows_N, places_N, mask, num_places = self._slots.next_places(self._window, keys_BKSE)
+        num_rows = len(rows_N)
+        self._make_room(num_places, keys_BKSE)
+        self._keys_RKCE[rows_N, :, places_N] = keys_BKSE[:num_rows, :, 0]
+        self._values_RKCE[rows_N, :, places_N] = values_BKSE[:num_rows, :, 0]
+        return self._keys_RKCE[:num_rows, :, :num_places], self._values_RKCE[:num_rows, :, :num_places], mask, None
+
+    def write(self, slot: int, layer: LayerCache, length: int) -> None:
+        """Put the text of a cache of one sequence, of ``length`` tokens, into a slot."""
+        first, keys_1KPE, values_1KPE = layer.held(length)
+        num_places = _places(self._window, length)
+        skipped = max(keys_1KPE.shape[2] - num_places, 0)
+        self._make_room(num_places, keys_1KPE)
+        places_P = torch.arange(first + skipped, length, device=keys_1KPE.device) % num_places
+        self._keys_RKCE[slot, :, places_P] = keys_1KPE[0, :, skipped:]
+        self._values_RKCE[slot, :, places_P] = values_1KPE[0, :, skipped:]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the text of one slot to another."""
+        for tensor_RKCE in (self._keys_RKCE, self._values_RKCE):
+            if tensor_RKCE.numel():
+                tensor_RKCE[target] = tensor_RKCE[source]
+
+    def _make_room(self, num_places: int, like_BKSE: Tensor) -> None:
+        room = self._keys_RKCE.shape[2] if self._keys_RKCE.numel() else 0
+        if num_places <= room:
+            return
+        _, heads, _, head_dim = like_BKSE.shape
+        more = min(max(num_places, _FIRST_PLACES, 2 * room), _places(self._window, self._slots.max_seq_len))
+        for name in ("_keys_RKCE", "_values_RKCE"):
+            grown = like_BKSE.new_zeros(self._slots.num_slots, heads, more, head_dim)
+            if room:
+                grown[:, :, :room] = getattr(self, name)
+            setattr(self, name, grown)
+
+
+def _places(window: int | None, length: int) -> int:
+    """Return the number of places that texts of up to ``length`` tokens take in a layer with this window."""
+    needed = length if window is None else min(window, length)
+    return -(-needed // _BLOCK) * _BLOCK
+
+
+class SlotCache:
+    """Keys and values of every layer for texts of different lengths, one a slot, of which each forward appends one token.
+
+    Args:
+        config: The model's.
+        num_slots: Number of texts that it has room for.
+        max_seq_len: Tokens of the longest text. Memory grows on demand, doubling when full.
+
+    For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, 1] and ``input_pos``
+    [B, 1]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
+    the bit in fp32 on a CPU.
+    """
+
+    length = 0
+    """``Transformer.forward`` is told each token's position."""
+
+    def __init__(self, config: TransformerConfig, num_slots: int, max_seq_len: int) -> None:
+        self.num_slots, self.max_seq_len = num_slots, max_seq_len
+        self.layers = [SlotLayer(self, config.window(index)) for index in range(config.num_layers)]
+        self._is_additive = (
+            config.score_softcap is None
+        )  # what torch's kernels would make of a bool mask in every layer
+        self._last_N = self._rows_N = torch.empty(0, dtype=torch.int64)
+        self._longest = 0
+        self._of_windows: dict[int | None, tuple[Tensor, Tensor, Tensor, int]] = {}
+
+    def place(self, positions: Sequence[int], device: torch.device) -> None:
+        """Say which token of its text comes next in each of the first slots, from 0."""
+        self._last_N = torch.tensor(positions, device=device)
+        self._rows_N = torch.arange(len(positions), device=device)
+        self._longest = max(positions) + 1
+        self._of_windows = {}
+
+    def next_places(self, window: int | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the slots in use [N], the next token's place in each [N], the mask [N, 1, 1, T] with that token, and T."""
+        if window not in self._of_windows:
+            num_places = _places(window, self._longest)
+            # How many tokens ago each place was written, were all of them written in turn.
+            ago_NT = (self._last_N[:, None] - torch.arange(num_places, device=like.device)) % num_places
+            is_seen_NT = ago_NT <= self._last_N[:, None]
+            if window is not None:
+                is_seen_NT &= ago_NT < window
+            mask_NT = is_seen_NT
+            if self._is_additive:
+                mask_NT = torch.zeros_like(is_seen_NT, dtype=like.dtype).masked_fill_(~is_seen_NT, float("-inf"))
+            places_N = self._last_N % num_places
+            self._of_windows[window] = self._rows_N, places_N, mask_NT[:, None, None], num_places
+        return self._of_windows[window]
+
+    def write(self, slot: int, cache: KVCache) -> None:
+        """Put the one text of another cache into a slot; whatever was there is gone."""
+        for own, layer in zip(self.layers, cache.layers, strict=True):
+            own.write(slot, layer, cache.length)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the text of one slot to another."""
+        for layer in self.layers:
+            layer.move(source, target)
+
+    def check_room(self, tokens_BS: Tensor) -> None:
+        """Raise ValueError if there is not one token for each slot in use."""
+        if tokens_BS.shape[1] != 1 or len(tokens_BS) < len(self._last_N):
+            raise ValueError(f"SlotCache: tokens {list(tokens_BS.shape)}; [{len(self._last_N)} or more, 1] expected")
+
+    def advance(self, _: int) -> None:
+        """Do nothing: ``place`` counts."""

@@ -17,7 +17,7 @@ from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.attention import Attention, norm_of
 from kdtune.models.documents import Documents
-from kdtune.models.kv_cache import KVCache, LayerCache
+from kdtune.models.kv_cache import KVCache, LayerCache, SlotCache, SlotLayer
 from kdtune.models.rope import LongRope, YarnRope, inverse_frequencies, long_rope_frequencies, rope_tables
 from kdtune.tensor_types import is_plain
 
@@ -111,7 +111,7 @@ class TransformerLayer(nn.Module):
         hidden_BSD: Tensor,
         rope: tuple[Tensor, ...],
         mask: Tensor | Documents | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | SlotLayer | None = None,
         cache_length: int = 0,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]; the arguments are those of ``Attention.forward``."""
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
         input_pos: Tensor | None = None,
         mask: Tensor | None = None,
         documents: Documents | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: KVCache | SlotCache | None = None,
         return_hidden: bool = False,
         return_layers: Sequence[int] = (),
     ) -> Any:
@@ -326,7 +326,7 @@ class Transformer(nn.Module):
             if index + 1 in return_layers:
                 states[index + 1] = hidden_BSD
         if kv_cache is not None:
-            kv_cache.length += num_new
+            kv_cache.advance(num_new)
         hidden_BSD = self.norm(hidden_BSD)
         if return_layers:
             states[len(self.layers)] = hidden_BSD

@@ -1,0 +1,106 @@
+"""Samples of many prompts, for training on them: fast, and none depends on another."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kdtune.errors import ConfigError
+from kdtune.generation.generate import check_max_new_tokens, new_token_limits
+from kdtune.generation.sampling import Sampling
+from kdtune.generation.slots import Text, grow
+from kdtune.models import Transformer
+
+# Rows that the linear layers compute on a CPU in each forward, with so many slots or fewer: the number of rows decides how a kernel
+# rounds.
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt."""
+
+    ids: list[int]
+    """The new ids, including the final stop id if the model produced one."""
+    is_finished: bool
+    """It ended with a stop id; False: it was cut at a limit, and no stop id is invented."""
+    log_probs: list[float] | None
+    """Natural logarithm of the model's own probability of each new id (temperature 1, whole vocabulary), computed in fp32, of a
+    float64 model in float64; None if not asked for."""
+
+
+def complete(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    slots: int = 32,
+    with_log_probs: bool = False,
+    sync_tokens: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> list[Completion]:
+    """Return a completion of each prompt, in order.
+
+    A text ends at a stop id, after ``max_new_tokens``, or where the model's context is full; its slot is then given the next prompt,
+    whose tokens go through the model alone. Prompts that are equal and follow each other share that forward.
+
+    In fp32 on a CPU a completion does not depend, to the bit, on the other prompts, on their order, on ``slots`` up to 32, or on which
+    process computes it, if all have as many threads. The model computes as it is, in eval mode and with its adapters; its mode is
+    restored, and torch's global generator is not used.
+
+    Args:
+        model: on any device.
+        prompts: ids, at least one each; any number of them.
+        max_new_tokens: at least one.
+        stop_ids: ids that end a text.
+        sampling: how each id is chosen.
+        seeds: of each prompt's own random numbers.
+        slots: number of texts that grow at a time; memory for their keys and values grows with it. Fewer than 32 save no time on a CPU.
+        with_log_probs: return ``Completion.log_probs``.
+        sync_tokens: every process continues with rank 0's ids. For processes that complete the same prompts, such as those of a
+            sharded model: a rounding error on one could end a text that continues on another.
+        progress: called with the number of prompts that have just been completed.
+
+    Raises:
+        ConfigError: a number is out of range, or there is not one seed for each prompt.
+        DataError: a prompt is empty or leaves no room in the model's context.
+        CheckpointError: the model's logits are not finite.
+    """
+    check_max_new_tokens(max_new_tokens)
+    if slots < 1:
+        raise ConfigError(f"slots={slots}: must be 1 or more")
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one for each")
+    if not prompts:
+        return []
+    limits = new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
+    completions: list[Completion | None] = [None] * len(prompts)
+
+    def has_ended(text: Text) -> bool:
+        num_prompt, is_finished = len(prompts[text.number]), text.ids[-1] in stop_ids
+        if not is_finished and len(text.ids) < num_prompt + limits[text.number]:
+            return False
+        log_probs = text.log_probs if with_log_probs else None
+        completions[text.number] = Completion(text.ids[num_prompt:], is_finished, log_probs)
+        if progress is not None:
+            progress(1)
+        return True
+
+    grow(
+        model,
+        [
+            Text(number, list(prompt), torch.Generator().manual_seed(seed))
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ],
+        has_ended,
+        sampling=sampling,
+        slots=slots,
+        rows=max(_ROWS, slots) if model.device.type == "cpu" else 1,
+        longest=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
+        with_log_probs=with_log_probs,
+        sync_tokens=sync_tokens,
+    )
+    return [completion for completion in completions if completion is not None]

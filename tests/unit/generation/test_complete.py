@@ -1,0 +1,148 @@
+"""Samples of many prompts against whole forwards, one text at a time, and against each other in other company."""
+
+import pytest
+import torch
+from test_generate_batch import greedy_by_recomputing
+
+from kdtune.errors import CheckpointError, ConfigError, DataError
+from kdtune.generation import Sampling, complete
+from kdtune.models import apply_lora, llama
+
+GREEDY = {"sampling": Sampling(), "max_new_tokens": 12, "stop_ids": ()}
+DRAWN = {"sampling": Sampling(1.0), "max_new_tokens": 12, "stop_ids": (5, 9), "with_log_probs": True}
+# Some end in one block of a slot's places, some in the next, some further on; two pairs are equal and follow each other.
+LENGTHS = [5, 1, 60, 2, 2, 130, 55, 55, 64, 30, 3]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(32, (length,), generator=generator).tolist() for length in LENGTHS]
+    texts[4], texts[7] = texts[3], texts[6]
+    return texts
+
+
+def new_model(**settings):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 32,
+        "embed_dim": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_dim": 24,
+    }
+    model = llama(**sizes, max_seq_len=144, **settings)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model()
+
+
+def test_each_text_as_by_whole_forwards(model, prompts):
+    found = complete(model, prompts, seeds=[0] * len(prompts), slots=3, **GREEDY)
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert prompt + completion.ids == greedy_by_recomputing(model, prompt, 12)
+        assert not completion.is_finished
+        assert completion.log_probs is None
+    assert len({tuple(completion.ids) for completion in found}) > 5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=8, top_p=0.9)])
+@torch.no_grad()
+def test_log_probs_are_the_models_own(prompts, dtype, tolerance, sampling):
+    model = new_model().to(dtype)
+    settings = DRAWN | {"sampling": sampling}
+    for prompt, one in zip(prompts, complete(model, prompts, seeds=range(11), slots=4, **settings), strict=True):
+        expected = model(torch.tensor([prompt + one.ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = expected[range(len(one.ids)), one.ids]
+        torch.testing.assert_close(torch.tensor(one.log_probs, dtype=dtype), expected, atol=tolerance, rtol=0)
+
+
+def test_none_depends_on_its_company(model, prompts):
+    """To the bit: by the number of slots, the order of the prompts, and in two parts as two processes would."""
+    seeds = list(range(100, 111))
+    together = complete(model, prompts, seeds=seeds, **DRAWN)
+    assert {one.is_finished for one in together} == {True, False}
+    assert together[3] != together[4]
+    for slots in (1, 8):
+        assert complete(model, prompts, seeds=seeds, slots=slots, **DRAWN) == together
+    order = [7, 2, 10, 0, 5, 1, 9, 3, 8, 6, 4]
+    shuffled = complete(model, [prompts[i] for i in order], seeds=[seeds[i] for i in order], slots=4, **DRAWN)
+    assert shuffled == [together[i] for i in order]
+    halves = [complete(model, prompts[i::2], seeds=seeds[i::2], slots=4, **DRAWN) for i in range(2)]
+    assert [halves[i % 2][i // 2] for i in range(11)] == together
+
+
+def test_ends_with_a_stop_id_or_where_the_context_is_full(model, prompts):
+    free = complete(model, prompts, seeds=range(11), **GREEDY | {"max_new_tokens": 1000})
+    assert [len(prompt) + len(one.ids) for prompt, one in zip(prompts, free, strict=True)] == [144] * 11
+    stop = free[0].ids[7]
+    for one, limited in zip(
+        free, complete(model, prompts, seeds=range(11), **GREEDY | {"stop_ids": {stop, 999}}), strict=True
+    ):
+        expected = one.ids[:12]
+        if stop in expected:
+            expected = expected[: expected.index(stop) + 1]
+        assert limited.ids == expected
+        assert limited.is_finished == (expected[-1] == stop)
+
+
+def test_equal_prompts_share_a_forward(model, prompts):
+    lengths = []
+    hook = model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    told = []
+    complete(model, prompts, seeds=range(11), slots=4, progress=told.append, **DRAWN)
+    hook.remove()
+    assert [length for length in lengths if length > 1] == [4, 59, 129, 54, 63, 29, 2]  # without the last token
+    assert sum(told) == 11
+
+
+@torch.no_grad()
+def test_adapters_are_sampled_from_in_eval_mode(prompts):
+    model = apply_lora(new_model(), lora_rank=2, lora_dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.train()
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    found = complete(model, prompts, seeds=range(11), **DRAWN)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert found == complete(model.eval(), prompts, seeds=range(11), **DRAWN)
+    assert found != complete(new_model(), prompts, seeds=range(11), **DRAWN)
+
+
+def test_bf16(prompts):
+    model = new_model().bfloat16()
+    found = complete(model, prompts, seeds=range(11), slots=4, **DRAWN)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts[2] + found[2].ids]))[0, len(prompts[2]) - 1 : -1].float()
+    expected = logits.log_softmax(-1)[range(len(found[2].ids)), found[2].ids]
+    torch.testing.assert_close(torch.tensor(found[2].log_probs), expected, atol=0.2, rtol=0)
+
+
+def test_bad_arguments(model):
+    with pytest.raises(ConfigError, match="slots=0: must be 1 or more"):
+        complete(model, [[1]], seeds=[0], slots=0, **GREEDY)
+    with pytest.raises(ConfigError, match="seeds: 1 for 2 prompts"):
+        complete(model, [[1], [2]], seeds=[0], **GREEDY)
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        complete(model, [[1]], seeds=[0], **GREEDY | {"max_new_tokens": 0})
+    with pytest.raises(DataError, match=r"prompts\[1\]: 144 tokens"):
+        complete(model, [[1], [1] * 144], seeds=[0, 0], **GREEDY)
+    assert complete(model, [], seeds=[], **GREEDY) == []
+    broken = new_model()
+    broken.norm.weight.data[0] = torch.nan
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
+        complete(broken, [[1]], seeds=[0], **GREEDY)
