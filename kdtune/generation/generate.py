@@ -1,19 +1,14 @@
-"""Generate text from one prompt or many, token by token, with a key-value cache.
-
-Shape suffixes: B unfinished sequences, S new tokens, T cached and new tokens, D embedding, V vocabulary.
-"""
+"""Generate text from one prompt or many, token by token."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kdtune.distributed import broadcast_object
 from kdtune.errors import ConfigError, DataError
-from kdtune.generation.sampling import GREEDY, Sampling, sample_tokens
-from kdtune.models import KVCache, Transformer
-from kdtune.tensor_types import is_fsdp_module
+from kdtune.generation.sampling import GREEDY, Sampling
+from kdtune.models import Transformer
 
 
 def generate(
@@ -56,9 +51,9 @@ def generate_batch(
     """Return the new ids of each prompt, without the prompt, including a final stop id if the model produced one.
 
     A text ends after `max_new_tokens`, at a stop id, when `should_stop` returns true, or when the model's context is full;
-    it then leaves the batch. The prompts may differ in length: a prompt's text does not depend on its neighbours (up to
-    rounding), though prompts of similar length waste less. Tokens are drawn from separate random generators, so torch's
-    global one, which training uses, is unchanged. The model's mode is restored.
+    it then leaves the batch. The prompts may differ in length: a prompt's text does not depend on its neighbours, up to
+    rounding. `complete` is for more prompts than a batch, and for samples that do not depend on them at all. Tokens are drawn from
+    separate random generators, so torch's global one, which training uses, is unchanged. The model's mode is restored.
 
     Args:
         model: on any device.
@@ -79,41 +74,34 @@ def generate_batch(
     check_max_new_tokens(max_new_tokens)
     if not prompts:
         return []
+    # Imported with the first text: a training run may have none.
+    from kdtune.generation.slots import Text, grow
+
     limits = new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
-    if is_fsdp_module(model):
-        model.unshard()  # only then have its weights the dtype and device that they compute in
-    tokens_BS, padding_B = _left_padded(prompts, model.device)
-    cache = KVCache(model.config, len(prompts), tokens_BS.shape[1] + max(limits))
-    seeds = [seed + index for index in range(len(prompts))] if isinstance(seed, int) else seed
-    generators = [torch.Generator().manual_seed(each) for each in seeds]
-    new_ids: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # which prompt each row belongs to
-    with eval_mode(model):
-        while True:
-            hidden_BSD = _forward(model, tokens_BS, padding_B, cache)
-            # Only the last position is projected: a long prompt's [S, V] logits would be thrown away.
-            logits_BV = model.output(hidden_BSD[:, -1])
-            tokens = sample_tokens(logits_BV, sampling, [generators[i] for i in active])
-            tokens = broadcast_object(tokens) if sync_tokens else tokens
-            rows = []
-            for row, (index, token) in enumerate(zip(active, tokens, strict=True)):
-                new_ids[index].append(token)
-                if on_token is not None:
-                    on_token(index, token)
-                ends = token in stop_ids or len(new_ids[index]) == limits[index]
-                if not ends and not (should_stop is not None and should_stop(index, new_ids[index])):
-                    rows.append(row)
-            if not rows:
-                return new_ids
-            if len(rows) < len(active):
-                cache.keep_sequences(rows)
-                active, tokens = [active[row] for row in rows], [tokens[row] for row in rows]
-                padding_B = None if padding_B is None else padding_B[rows]
-            tokens_BS = torch.tensor(tokens, device=model.device)[:, None]
-            if any(len(prompts[i]) + len(new_ids[i]) - 1 == model.config.rope_switch for i in active):
-                # From here on all tokens of that text are rotated otherwise: the keys that are held are of no more use.
-                cache.truncate()
-                tokens_BS, padding_B = _left_padded([[*prompts[i], *new_ids[i]] for i in active], model.device)
+    seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else seed
+    texts = [
+        Text(number, list(prompt), torch.Generator().manual_seed(own))
+        for number, (prompt, own) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+
+    def has_ended(text: Text) -> bool:
+        number, token, num_prompt = text.number, text.ids[-1], len(prompts[text.number])
+        if on_token is not None:
+            on_token(number, token)
+        if token in stop_ids or len(text.ids) == num_prompt + limits[number]:
+            return True
+        return should_stop is not None and should_stop(number, text.ids[num_prompt:])
+
+    grow(
+        model,
+        texts,
+        has_ended,
+        sampling=sampling,
+        slots=len(texts),
+        longest=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
+        sync_tokens=sync_tokens,
+    )
+    return [text.ids[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:
@@ -132,34 +120,6 @@ def new_token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, cont
                 "change it"
             )
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Pad the prompts on the left; return them and the number of padding tokens of each, None if all are 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    padding = [longest - len(prompt) for prompt in prompts]
-    # Any id will do for padding: nothing sees it.
-    tokens_BS = torch.tensor(
-        [[0] * padded + list(prompt) for padded, prompt in zip(padding, prompts, strict=True)], device=device
-    )
-    return tokens_BS, torch.tensor(padding, device=device) if any(padding) else None
-
-
-def _forward(model: Transformer, tokens_BS: Tensor, padding_B: Tensor | None, cache: KVCache) -> Tensor:
-    """Return hidden states [B, S, D]; positions count from each sequence's first real token, and padding is masked."""
-    if padding_B is None:
-        hidden_BSD: Tensor = model(tokens_BS, kv_cache=cache, return_hidden=True)
-        return hidden_BSD
-    held, num_new = cache.length, tokens_BS.shape[1]
-    slots_T = torch.arange(held + num_new, device=tokens_BS.device)
-    slots_S = slots_T[held:]
-    positions_BS = (slots_S - padding_B[:, None]).clamp(min=0)
-    is_real_BT = slots_T >= padding_B[:, None]
-    # Padding sees itself: a query that sees nothing would have no defined output.
-    is_self_ST = slots_T == slots_S[:, None]
-    mask_BST = (slots_T <= slots_S[:, None]) & (is_real_BT[:, None] | is_self_ST)
-    hidden_BSD = model(tokens_BS, input_pos=positions_BS, mask=mask_BST, kv_cache=cache, return_hidden=True)
-    return hidden_BSD
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
 def _drawn(scaled_BV: Tensor, sampling: Sampling, uniforms_B1: Tensor) -> Tensor:
     """Return ids [B, 1]: where the cumulative probabilities of those that are not filtered out reach a uniform number of [0, 1)."""
-    top_k, top_p = sampling.top_k, sampling.top_p
+    top_k, top_p = sampling.top_k, sampling.top_p if sampling.top_p != 1.0 else None
     if top_k is None and top_p is None:
         return _reached(scaled_BV.softmax(dim=-1), uniforms_B1)
     vocab_size = scaled_BV.shape[-1]

@@ -34,7 +34,6 @@ class Text:
     """Of the new ids, if they are asked for."""
 
 
-@torch.no_grad()
 def grow(
     model: Transformer,
     texts: Iterable[Text],
@@ -68,11 +67,10 @@ def grow(
         served = (
             _Slots(model, min(slots, len(waiting)), rows, longest) if _has_slots(model) else _OneByOne(model, longest)
         )
-        active: list[Text] = []
-        while waiting or active:
-            while waiting and len(active) < served.num_slots:
-                active.append(waiting.popleft())
-                served.put(len(active) - 1, active[-1].ids)
+        active = [waiting.popleft() for _ in range(min(served.num_slots, len(waiting)))]
+        for slot, text in enumerate(active):
+            served.put(slot, text.ids)
+        while active:
             logits_BV = served.logits(active)
             tokens = sample_tokens(logits_BV[: len(active)], sampling, [text.generator for text in active])
             tokens = broadcast_object(tokens) if sync_tokens else tokens
@@ -89,6 +87,10 @@ def grow(
                     served.put(slot, text.ids)
             # From the last on, so that what moves into a free slot has not ended.
             for slot in reversed(ended):
+                if waiting:
+                    active[slot] = waiting.popleft()
+                    served.put(slot, active[slot].ids)
+                    continue
                 last = active.pop()
                 if slot < len(active):
                     served.move(len(active), slot)
@@ -115,7 +117,10 @@ class _Slots:
 
     def __init__(self, model: Transformer, num_slots: int, num_rows: int, longest: int) -> None:
         self._model, self.num_slots, self._num_rows = model, num_slots, num_rows
-        self._cache = SlotCache(model.config, num_slots, longest)
+        # Attention that is not kdtune's own computes all rows.
+        self._has_idle_slots = not isinstance(model.config, TransformerConfig)
+        num_kept = max(num_slots, num_rows) if self._has_idle_slots else num_slots
+        self._cache = SlotCache(model.config, num_kept, longest)
         # Texts that begin alike one after the other share what is computed of the beginning.
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
@@ -139,7 +144,7 @@ class _Slots:
         positions = [len(text.ids) - 1 for text in texts]
         tokens = [text.ids[-1] for text in texts]
         device = self._model.device
-        self._cache.place(positions, device)
+        self._cache.place(positions + idle if self._has_idle_slots else positions, device)
         inputs_2B = torch.tensor([tokens + idle, positions + idle], device=device)
         hidden_B1D = self._model(
             inputs_2B[0, :, None], input_pos=inputs_2B[1, :, None], kv_cache=self._cache, return_hidden=True
@@ -176,8 +181,8 @@ def _cache_of(model: Transformer, ids: Sequence[int], longest: int) -> KVCache:
 
 
 def _has_slots(model: Transformer) -> bool:
-    # A model of transformers has attention and caches of its own.
-    return isinstance(model.config, TransformerConfig)
+    # Some models of transformers take no mask.
+    return not getattr(model, "has_foreign_windows", False)
 
 
 def _uncompiled(model: Transformer) -> AbstractContextManager[object]:

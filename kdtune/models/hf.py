@@ -63,6 +63,8 @@ class HFConfig:
 
     rope_switch: ClassVar[None] = None
     """No rotation depends on the length of a text: such models are refused."""
+    score_softcap: ClassVar[None] = None
+    """Only transformers knows."""
 
     def window(self, _: int) -> None:
         """Return None: the cache of every layer holds all tokens, for which layers have a window only transformers knows."""

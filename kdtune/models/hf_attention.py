@@ -20,13 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kdtune.errors import ConfigError
 from kdtune.models.attention import attend, attend_within
 from kdtune.models.documents import Documents
+from kdtune.models.kv_cache import SlotCache
 
 INTERFACE = "kdtune"
 """Name of the implementation in transformers."""
 INSTEAD = "use a model of another architecture, or write this one as a family of your own (docs/extending.md)"
 """What to do where kdtune's attention does not compute what a model asks for."""
 
-Mask = Tensor | Documents | None
+Mask = Tensor | Documents | SlotCache | None
 _MASK: ContextVar[Mask] = ContextVar("_MASK", default=None)
 
 # What layers pass on that changes nothing here: the window is the mask's, and models are causal.
@@ -91,6 +92,8 @@ def _attention(
     if dropout:
         raise _refusal(f"{name} drops scores, {dropout}, and kdtune does not", "set its dropout to 0 in config.json")
     mask, window = attention_mask.mask, attention_mask.window
+    if isinstance(mask, SlotCache):
+        mask, window = mask.mask(window, key_BKTE.shape[2]), None
     if isinstance(mask, Documents):
         q_SHE, k_SKE, v_SKE = (tensor[0].transpose(0, 1) for tensor in (query_BHSE, key_BKTE, value_BKTE))
         return attend_within(mask, q_SHE, k_SKE, v_SKE, window, scaling, softcap)[None], None

@@ -17,7 +17,7 @@ from kdtune.models.documents import Documents
 from kdtune.models.hf import HFConfig
 from kdtune.models.hf_attention import INSTEAD, INTERFACE, Allowed, allowing
 from kdtune.models.hf_form import parts_of
-from kdtune.models.kv_cache import KVCache, LayerCache
+from kdtune.models.kv_cache import KVCache, LayerCache, SlotCache, SlotLayer
 from kdtune.models.lora import LoRALinear
 from kdtune.models.transformer import OutputHead, Transformer, attention_mask
 
@@ -88,7 +88,7 @@ class HFModel(Transformer):
         input_pos: Tensor | None = None,
         mask: Tensor | None = None,
         documents: Documents | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: KVCache | SlotCache | None = None,
         return_hidden: bool = False,
         return_layers: Sequence[int] = (),
     ) -> Any:
@@ -105,7 +105,9 @@ class HFModel(Transformer):
             documents.check_alone(tokens, input_pos, mask, kv_cache)
             hidden_BSD = self._documents(tokens, documents)
         else:
-            allowed = attention_mask(mask, num_held, tokens.shape[1], tokens.device)
+            allowed: Tensor | SlotCache | None = attention_mask(mask, num_held, tokens.shape[1], tokens.device)
+            if isinstance(kv_cache, SlotCache):
+                allowed = kv_cache if self.takes_any_mask else kv_cache.mask(None, kv_cache.places(None)[2])
             cache = None if kv_cache is None else Cache([_CacheLayer(layer, num_held) for layer in kv_cache.layers])
             positions = None if input_pos is None else input_pos.expand(tokens.shape)
             hidden_BSD = self._base(tokens, positions, allowed, cache)
@@ -120,6 +122,11 @@ class HFModel(Transformer):
         """Whether attention is kdtune's, for which documents need no padding."""
         return bool(self.base.config._attn_implementation == INTERFACE)
 
+    @property
+    def has_foreign_windows(self) -> bool:
+        """Whether attention has a window and is not kdtune's: it takes no mask then."""
+        return not self.takes_any_mask and bool(getattr(self.base.config, "sliding_window", None))
+
     def _documents(self, tokens: Tensor, documents: Documents) -> Tensor:
         if self.takes_any_mask:
             return self._base(tokens, documents.positions_T[None], documents)
@@ -133,13 +140,13 @@ class HFModel(Transformer):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        allowed: Tensor | Documents | None = None,
+        allowed: Tensor | Documents | SlotCache | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         others: dict[str, Any] = {} if positions is None else {"position_ids": positions}
         if isinstance(allowed, Tensor) and not self.takes_any_mask:
             mask = allowed if allowed.ndim == 4 else allowed[None, None]
-            if getattr(self.base.config, "sliding_window", None):
+            if self.has_foreign_windows:
                 raise ConfigError(
                     f"{self.config.family}: its attention has a window, and takes no mask beside it; use batches of one"
                 )
@@ -174,7 +181,7 @@ def check_attention(model: HFModel) -> None:
 class _CacheLayer(DynamicLayer):
     """A layer of kdtune's cache as transformers asks for it."""
 
-    def __init__(self, layer: LayerCache, num_held: int) -> None:
+    def __init__(self, layer: LayerCache | SlotLayer, num_held: int) -> None:
         super().__init__()
         self.layer, self.num_held = layer, num_held
 

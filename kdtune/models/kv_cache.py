@@ -91,16 +91,6 @@ class LayerCache:
         """Return whether it still holds what a token after the first ``length`` attends to."""
         return length == 0 or self._first == 0 or length - self._first >= self._window - 1
 
-    def keep_sequences(self, rows: list[int], length: int) -> None:
-        """Move the first ``length`` tokens of these sequences, given in order, to the front; discard the others."""
-        held = max(length - self._first, 0)
-        for tensor_BKCE in (self._keys_BKCE, self._values_BKCE):
-            for new, old in enumerate(rows):
-                if new != old:  # always new < old: nothing is overwritten before it is moved
-                    tensor_BKCE[new, :, :held] = tensor_BKCE[old, :, :held]
-        self._keys_BKCE = self._keys_BKCE[: len(rows)]
-        self._values_BKCE = self._values_BKCE[: len(rows)]
-
 
 def _grown(held_BKCE: Tensor, new_BKSE: Tensor, length: int, room: int) -> Tensor:
     """Return a tensor with this capacity that holds the first ``length`` cached tokens."""
@@ -153,14 +143,6 @@ class KVCache:
         """Count the new tokens, whose keys all layers have stored."""
         self.length += num_new
 
-    def keep_sequences(self, rows: list[int]) -> None:
-        """Discard all sequences of the batch but these, given by ascending index; the rest move up, in place."""
-        if not rows or rows != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < self.batch_size:
-            raise ValueError(f"KVCache.keep_sequences: rows={rows}; ascending indices below {self.batch_size} expected")
-        for layer in self.layers:
-            layer.keep_sequences(rows, self.length)
-        self.batch_size = len(rows)
-
 
 class SlotLayer:
     """Keys and values of one layer in slots, each with a text of its own length: token number p of a text is in place p.
@@ -168,23 +150,29 @@ class SlotLayer:
     A layer with a window begins again at place 0 when it has gone through the places it has, which are at least the window.
     """
 
-    def __init__(self, slots: "SlotCache", window: int | None) -> None:
-        self._slots, self._window = slots, window
+    def __init__(self, slots: "SlotCache", window: int | None, *, is_capped: bool) -> None:
+        self._slots, self._window, self._is_capped = slots, window, is_capped
         self._keys_RKCE = self._values_RKCE = torch.empty(0)
 
-    def attended(
-        self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor, *__: object
-    ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
-        """Write the next token of each slot in use; return keys and values [N, K, T, E], their mask [N, 1, 1, T], and no window.
+    def store(self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next token of each slot in use; return their keys and values [N, K, T, E].
 
         ``keys_BKSE`` and ``values_BKSE`` have S = 1, and may have more rows than slots are in use.
         """
-        rows_N, places_N, mask, num_places = self._slots.next_places(self._window, keys_BKSE)
-        num_rows = len(rows_N)
+        rows_N, places_N, num_places = self._slots.places(self._window)
         self._make_room(num_places, keys_BKSE)
-        self._keys_RKCE[rows_N, :, places_N] = keys_BKSE[:num_rows, :, 0]
-        self._values_RKCE[rows_N, :, places_N] = values_BKSE[:num_rows, :, 0]
-        return self._keys_RKCE[:num_rows, :, :num_places], self._values_RKCE[:num_rows, :, :num_places], mask, None
+        self._keys_RKCE[rows_N, :, places_N] = keys_BKSE[: len(rows_N), :, 0]
+        self._values_RKCE[rows_N, :, places_N] = values_BKSE[: len(rows_N), :, 0]
+        return self._keys_RKCE[: len(rows_N), :, :num_places], self._values_RKCE[: len(rows_N), :, :num_places]
+
+    def attended(
+        self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor, *_: object
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return ``store``'s keys and values, their mask [N, 1, 1, T], and None: the mask knows of the window."""
+        keys_NKTE, values_NKTE = self.store(start, keys_BKSE, values_BKSE)
+        # Of a bool one torch's kernels would make the same in every layer.
+        dtype = torch.bool if self._is_capped else keys_NKTE.dtype
+        return keys_NKTE, values_NKTE, self._slots.mask(self._window, keys_NKTE.shape[2], dtype), None
 
     def write(self, slot: int, layer: LayerCache, length: int) -> None:
         """Put the text of a cache of one sequence, of ``length`` tokens, into a slot."""
@@ -231,44 +219,46 @@ class SlotCache:
 
     For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, 1] and ``input_pos``
     [B, 1]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
-    the bit in fp32 on a CPU.
+    the bit in fp32 on a CPU. ``length`` is the number of tokens before the next one, in the longest of the texts.
     """
 
-    length = 0
-    """``Transformer.forward`` is told each token's position."""
-
     def __init__(self, config: TransformerConfig, num_slots: int, max_seq_len: int) -> None:
-        self.num_slots, self.max_seq_len = num_slots, max_seq_len
-        self.layers = [SlotLayer(self, config.window(index)) for index in range(config.num_layers)]
-        self._is_additive = (
-            config.score_softcap is None
-        )  # what torch's kernels would make of a bool mask in every layer
+        self.num_slots, self.max_seq_len, self.length = num_slots, max_seq_len, 0
+        is_capped = config.score_softcap is not None
+        self.layers = [SlotLayer(self, config.window(index), is_capped=is_capped) for index in range(config.num_layers)]
         self._last_N = self._rows_N = torch.empty(0, dtype=torch.int64)
-        self._longest = 0
-        self._of_windows: dict[int | None, tuple[Tensor, Tensor, Tensor, int]] = {}
+        self._places: dict[int | None, tuple[Tensor, Tensor, int]] = {}
+        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
 
     def place(self, positions: Sequence[int], device: torch.device) -> None:
         """Say which token of its text comes next in each of the first slots, from 0."""
         self._last_N = torch.tensor(positions, device=device)
         self._rows_N = torch.arange(len(positions), device=device)
-        self._longest = max(positions) + 1
-        self._of_windows = {}
+        self.length = max(positions)
+        self._places, self._masks = {}, {}
 
-    def next_places(self, window: int | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return the slots in use [N], the next token's place in each [N], the mask [N, 1, 1, T] with that token, and T."""
-        if window not in self._of_windows:
-            num_places = _places(window, self._longest)
+    def places(self, window: int | None) -> tuple[Tensor, Tensor, int]:
+        """Return the slots in use [N], the next token's place in each [N], and the number of places in use, T."""
+        if window not in self._places:
+            num_places = _places(window, self.length + 1)
+            self._places[window] = self._rows_N, self._last_N % num_places, num_places
+        return self._places[window]
+
+    def mask(self, window: int | None, num_places: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """Return the mask [N, 1, 1, T] of the next tokens, True where they see a place; of another dtype it is added to scores."""
+        key = window, num_places, dtype
+        if key not in self._masks:
+            places_T = torch.arange(num_places, device=self._last_N.device)
             # How many tokens ago each place was written, were all of them written in turn.
-            ago_NT = (self._last_N[:, None] - torch.arange(num_places, device=like.device)) % num_places
+            ago_NT = (self._last_N[:, None] - places_T) % num_places
             is_seen_NT = ago_NT <= self._last_N[:, None]
             if window is not None:
                 is_seen_NT &= ago_NT < window
             mask_NT = is_seen_NT
-            if self._is_additive:
-                mask_NT = torch.zeros_like(is_seen_NT, dtype=like.dtype).masked_fill_(~is_seen_NT, float("-inf"))
-            places_N = self._last_N % num_places
-            self._of_windows[window] = self._rows_N, places_N, mask_NT[:, None, None], num_places
-        return self._of_windows[window]
+            if dtype != torch.bool:
+                mask_NT = torch.zeros_like(is_seen_NT, dtype=dtype).masked_fill_(~is_seen_NT, float("-inf"))
+            self._masks[key] = mask_NT[:, None, None]
+        return self._masks[key]
 
     def write(self, slot: int, cache: KVCache) -> None:
         """Put the one text of another cache into a slot; whatever was there is gone."""

@@ -1,6 +1,5 @@
 """One process and several give the same numbers: gradients in float64, and whole runs of the recipes in fp32."""
 
-import importlib
 import json
 import os
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from kdtune import distributed, losses, parallel, training
 from kdtune.distributed import full_tensor as whole_tensor
 from kdtune.distributed import to_local
+from kdtune.generation import slots
 from kdtune.models import Transformer, apply_lora, llama
 from kdtune.tokenizers import byte_tokenizer
 
@@ -262,14 +262,13 @@ def test_samples_and_bf16_arithmetic_beside_fp32_weights(launch, tmp_path: Path)
 
 def test_an_answer_ends_on_all_processes_at_once(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that drew another token than the first, here the one that ends the text, goes on with it in step."""
-    module = importlib.import_module("kdtune.generation.generate")  # the package has a function of that name
-    sample_tokens = module.sample_tokens
+    sample_tokens = slots.sample_tokens
 
     def stops_elsewhere(*arguments: object, **settings: object) -> list[int]:
         tokens = sample_tokens(*arguments, **settings)
         return tokens if os.environ["RANK"] == "0" else [next(iter(byte_tokenizer().stop_ids))] * len(tokens)
 
-    monkeypatch.setattr(module, "sample_tokens", stops_elsewhere)
+    monkeypatch.setattr(slots, "sample_tokens", stops_elsewhere)
     run = [*KD, "~lr_scheduler", "max_steps_per_epoch=1", "sample_max_new_tokens=4", "parallelism.timeout_minutes=0.2",
            "dataset_val=null", "run_val_every_n_steps=null"]  # fmt: skip
     for name, ranks, layout in (("sharded", 2, []), ("apart", 3, ["teacher_processes=1"])):

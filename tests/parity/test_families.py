@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from kdtune.checkpoint import Checkpointer, load_model, save_model, write_quantized
 from kdtune.evaluation.scoring import score
-from kdtune.generation import generate, generate_batch
+from kdtune.generation import Sampling, complete, generate, generate_batch
 from kdtune.models import (
     Documents,
     KVCache,
@@ -80,6 +81,7 @@ def test_logits_gradients_and_files(name: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_caches_documents_and_padding(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_SLACK", 1)
+    monkeypatch.setattr(kv_cache, "_BLOCK", 2)
     in_fp32 = reference(name, tmp_path)
     theirs, model = reread(tmp_path), float64(tmp_path)
     expected = theirs(TOKENS).logits
@@ -115,6 +117,21 @@ def test_caches_documents_and_padding(name: str, tmp_path: Path, monkeypatch: py
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     told = in_fp32.generate(TOKENS[:1], attention_mask=torch.ones_like(TOKENS[:1]), **greedy)[0, 13:].tolist()
     assert generate(load_model(tmp_path), TOKENS[0].tolist(), max_new_tokens=8, stop_ids=[]) == told
+    check_samples(model, theirs)
+
+
+def check_samples(model: Transformer, theirs: Any) -> None:
+    """Samples in slots have the probabilities that the whole texts have in transformers, each as long as it was then."""
+    prompts = [TOKENS[number, :length].tolist() for number, length in ((0, 13), (1, 4), (1, 4), (0, 1), (1, 5), (1, 6))]
+    settings: Any = {"sampling": Sampling(1.0), "max_new_tokens": 7, "stop_ids": (), "with_log_probs": True}
+    for prompt, one in zip(prompts, complete(model, prompts, seeds=range(6), slots=2, **settings), strict=True):
+        ids, before = prompt + one.ids, range(len(prompt), len(prompt) + 7)
+        if model.config.rope_switch is None:
+            logits = theirs(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+        else:
+            logits = torch.stack([theirs(torch.tensor([ids[:length]])).logits[0, -1] for length in before])
+        expected = logits.log_softmax(-1)[range(7), one.ids]
+        torch.testing.assert_close(torch.tensor(one.log_probs, dtype=torch.float64), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["phi3, short", "gemma2"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from kdtune.checkpoint import Checkpointer, load_adapter, load_model, save_model
 from kdtune.errors import CheckpointError, ConfigError
 from kdtune.evaluation.scoring import score
-from kdtune.generation import generate, generate_batch
+from kdtune.generation import Sampling, complete, generate, generate_batch
 from kdtune.losses import KDLoss, Targets
 from kdtune.models import Documents, KVCache, Transformer, apply_lora, hf_model, merge_adapters, new_model
 
@@ -130,6 +130,8 @@ def test_a_cache_and_prompts_of_different_lengths(family: tuple[Any, Path]) -> N
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist(), TOKENS[1, :7].tolist()]
     found = generate_batch(ours, prompts, max_new_tokens=8, stop_ids=())
     assert found == [generate(ours, prompt, max_new_tokens=8, stop_ids=()) for prompt in prompts]
+    greedy = complete(ours, prompts, max_new_tokens=8, stop_ids=(), sampling=Sampling(), seeds=range(3), slots=2)
+    assert found == [one.ids for one in greedy]
     for prompt, ids in zip(prompts, found, strict=True):
         row = torch.tensor([prompt + ids])
         assert theirs(row).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == ids

@@ -5,7 +5,7 @@ import torch
 
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation import Sampling, answer, eval_mode, generate, generate_batch, sample_token
-from kdtune.models import KVCache, llama
+from kdtune.models import llama
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -243,18 +243,3 @@ def test_seeds_can_be_given_one_by_one(model):
     seeds = [9, 4, 4, 0, 7]
     alone = [generate(model, prompt, seed=seed, **settings) for prompt, seed in zip(PROMPTS, seeds, strict=True)]
     assert generate_batch(model, PROMPTS, seed=seeds, **settings) == alone
-
-
-def test_keep_sequences_moves_what_is_held(model):
-    cache = KVCache(model.config, 4, 10)
-    tokens = torch.arange(12).view(4, 3)
-    with torch.no_grad():
-        model(tokens, kv_cache=cache)
-        cache.keep_sequences([1, 3])
-        new = model(torch.tensor([[5], [6]]), kv_cache=cache)[:, -1]
-        for row, (kept, token) in enumerate([(1, 5), (3, 6)]):
-            expected = model(torch.cat([tokens[kept], torch.tensor([token])])[None])[0, -1]
-            torch.testing.assert_close(new[row], expected, atol=1e-5, rtol=1e-5)
-    for rows in ([], [1, 0], [0, 0], [2], [-1]):
-        with pytest.raises(ValueError, match="keep_sequences"):
-            cache.keep_sequences(rows)
