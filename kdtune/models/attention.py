@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kdtune.models.architecture import TransformerConfig
 from kdtune.models.documents import Documents
-from kdtune.models.kv_cache import LayerCache, SlotLayer
+from kdtune.models.kv_cache import PART, LayerCache, SlotLayer
 from kdtune.models.rope import rotate
 
 
@@ -125,7 +125,7 @@ def attend(
         # A single query sees the same keys whatever its head: the heads that share a key are its queries.
         q_BKGE = q_BHSE.reshape(q_BHSE.shape[0], k_BKTE.shape[1], groups, -1)
         if softcap is not None:
-            return _attend_capped(q_BKGE, k_BKTE, v_BKTE, mask, scale, softcap).reshape(q_BHSE.shape)
+            return _attend_capped(q_BKGE, k_BKTE, v_BKTE, mask, scale, softcap, part=PART).reshape(q_BHSE.shape)
         out_BKGE = functional.scaled_dot_product_attention(q_BKGE, k_BKTE, v_BKTE, attn_mask=mask, scale=scale)
         return out_BKGE.reshape(q_BHSE.shape)
     # Only CUDA's flash kernel reads shared heads without copying them; its other kernels would fall back to one that
@@ -143,7 +143,8 @@ def attend(
     if softcap is not None:
         if mask is None and q_BHSE.shape[2] > 1:
             mask = torch.ones(q_BHSE.shape[2], k_BKTE.shape[2], dtype=torch.bool, device=q_BHSE.device).tril()
-        return _attend_capped(q_BHSE, k_BKTE, v_BKTE, mask, scale, softcap)
+        part = PART if q_BHSE.shape[2] == 1 else None
+        return _attend_capped(q_BHSE, k_BKTE, v_BKTE, mask, scale, softcap, part=part)
     return functional.scaled_dot_product_attention(
         q_BHSE,
         k_BKTE,
@@ -156,16 +157,30 @@ def attend(
 
 
 def _attend_capped(
-    q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+    q_BHSE: Tensor,
+    k_BHTE: Tensor,
+    v_BHTE: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    *,
+    part: int | None = None,
 ) -> Tensor:
-    """Compute attention whose scores are bounded, all [B, H, S, T] of them in memory: none of torch's kernels has a soft-cap."""
+    """Compute attention whose scores are bounded, all [B, H, S, T] of them in memory: none of torch's kernels has a soft-cap.
+
+    With ``part`` the sum over tokens is one of sums over so many.
+    """
     scores_BHST = q_BHSE @ k_BHTE.transpose(2, 3) * (q_BHSE.shape[-1] ** -0.5 if scale is None else scale)
     scores_BHST = torch.tanh(scores_BHST / softcap) * softcap
     if mask is not None:
         # Not -inf: a padding token that sees nothing would be NaN, and so would be all that its value is multiplied with.
         scores_BHST = scores_BHST.masked_fill(~mask, torch.finfo(scores_BHST.dtype).min)
     wide = torch.promote_types(q_BHSE.dtype, torch.float32)
-    return functional.softmax(scores_BHST, dim=-1, dtype=wide).to(q_BHSE.dtype) @ v_BHTE
+    weights_BHST = functional.softmax(scores_BHST, dim=-1, dtype=wide).to(q_BHSE.dtype)
+    if part is None or weights_BHST.shape[-1] <= part:
+        return weights_BHST @ v_BHTE
+    first, *others = zip(weights_BHST.split(part, dim=3), v_BHTE.split(part, dim=2), strict=True)
+    return sum((weights @ values for weights, values in others), first[0] @ first[1])
 
 
 def _within(window: int, mask: Tensor | None, num_new: int, num_tokens: int, device: torch.device) -> Tensor:

@@ -14,9 +14,10 @@ from kdtune.models.architecture import TransformerConfig
 _FIRST_ROOM = 1024
 # Tokens that a layer with a window has room for beside those in it: so often they are moved to the front.
 _SLACK = 256
-# Slots have room for multiples of so many tokens, and all of them are read. Kernels add up a vector of numbers in blocks: what a
-# text's own numbers sum up to does not change with the number of masked ones behind them as long as all blocks are whole.
+# Of so many places slots have whole blocks, and all of them are read.
 _BLOCK = 64
+# Places that a sum is taken over at a time, see `_places`.
+PART = 512
 # Places that slots begin with; they then double.
 _FIRST_PLACES = 256
 
@@ -206,7 +207,12 @@ class SlotLayer:
 def _places(window: int | None, length: int) -> int:
     """Return the number of places that texts of up to ``length`` tokens take in a layer with this window."""
     needed = length if window is None else min(window, length)
-    return -(-needed // _BLOCK) * _BLOCK
+    # Kernels take a sum over the places in parts. Where the parts begin must not depend on the longest of the texts, so that masked
+    # places at the end only add zeros: torch's attention has parts of 512, of which MKL's product takes up to 256 at once (384 on some
+    # processors), and 512 in halves.
+    full, rest = divmod(needed, PART)
+    rest = -(-rest // _BLOCK) * _BLOCK
+    return full * PART + (PART if rest > PART // 2 else rest)
 
 
 class SlotCache:

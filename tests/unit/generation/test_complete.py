@@ -1,5 +1,7 @@
 """Samples of many prompts against whole forwards, one text at a time, and against each other in other company."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_generate_batch import greedy_by_recomputing
@@ -22,7 +24,7 @@ def prompts() -> list[list[int]]:
     return texts
 
 
-def new_model(**settings):
+def new_model(max_seq_len=144):
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 32,
@@ -32,7 +34,7 @@ def new_model(**settings):
         "num_kv_heads": 2,
         "intermediate_dim": 24,
     }
-    model = llama(**sizes, max_seq_len=144, **settings)
+    model = llama(**sizes, max_seq_len=max_seq_len)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -78,6 +80,20 @@ def test_none_depends_on_its_company(model, prompts):
     assert shuffled == [together[i] for i in order]
     halves = [complete(model, prompts[i::2], seeds=seeds[i::2], slots=4, **DRAWN) for i in range(2)]
     assert [halves[i % 2][i // 2] for i in range(11)] == together
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_longer_neighbour_changes_nothing(softcap):
+    """The places of a slot, and so the sums over them, are as many as the longest text in any slot takes."""
+    torch.manual_seed(0)
+    model = new_model(max_seq_len=1100)
+    for layer in model.layers:
+        layer.attn.softcap = softcap
+    model.config = replace(model.config, score_softcap=softcap)
+    prompts = [torch.randint(32, (length,)).tolist() for length in (250, 300, 380, 500, 700, 1000)]
+    settings = DRAWN | {"max_new_tokens": 6}
+    together = complete(model, prompts, seeds=range(6), **settings)
+    assert complete(model, prompts, seeds=range(6), slots=1, **settings) == together
 
 
 def test_ends_with_a_stop_id_or_where_the_context_is_full(model, prompts):
