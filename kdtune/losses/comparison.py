@@ -69,7 +69,8 @@ def compare_(
                 agreement_R = (best_R == teacher.most_likely()).to(logp_RV.dtype)
         outside_R = logp_RV[:, settings.num_teacher_ids :].exp().sum(-1)
         kd_R, grad_logp_RV = _divergence(logp_RV, teacher_logp, settings)
-        grad_logp_RV.mul_(settings.kd_ratio)
+        if settings.kd_ratio != 1:
+            grad_logp_RV.mul_(settings.kd_ratio)
     if settings.needs_grad:
         softcap = settings.softcap
         slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()

@@ -41,6 +41,10 @@ class AlphaBeta(SumOverIds):
     def terms(self, s_NV: Tensor, t_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Return terms and slopes, [N, V], at temperature 1."""
         a, b = self.alpha, self.beta
+        if a and b and is_within(s_NV, 80.0 / (a + b)) and is_within(x_NV := t_NV - s_NV, 80.0 / (a + b)):
+            size_NV = ((a + b) * s_NV).exp()  # nothing over- or underflows
+            of_a_NV, of_both_NV = (size_NV * (c * x_NV).expm1() for c in (a, a + b))
+            return torch.sub(of_both_NV / ((a + b) * b), of_a_NV, alpha=1 / (a * b)), of_a_NV * (-1 / a)
         of_a_NV = self._scaled(a, s_NV, t_NV)
         if b == 0:
             if a == 0:
@@ -54,10 +58,6 @@ class AlphaBeta(SumOverIds):
         size_NV, x_NV = _exp(s_NV, t_NV, self.alpha + self.beta, 0), _difference(s_NV, t_NV)
         if c == 0:
             return times(size_NV, x_NV)
-        if is_within(x_NV, 80.0 / c) and is_within(
-            s_NV, 80.0 / (self.alpha + self.beta)
-        ):  # nothing over- or underflows
-            return size_NV * (c * x_NV).expm1() / c
         near_NV = x_NV.abs() < 1
         far_NV = _exp(s_NV, t_NV, self.alpha + self.beta - c, c) - size_NV
         return torch.where(near_NV, size_NV * (c * x_NV.masked_fill(~near_NV, 0.0)).expm1(), far_NV) / c

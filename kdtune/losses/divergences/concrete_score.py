@@ -46,13 +46,13 @@ class ConcreteScore(TemperedDivergence):
             d_NV = d_NV.masked_fill(_neither(s_NV, t_NV) | ((w1_NV == 0) & (w2_NV == 0)), 0.0)
             infinite_N = d_NV.isinf().any(-1)
             d_NV = d_NV.masked_fill(d_NV.isinf(), 0.0)
-        mean1_N1 = (w1_NV * d_NV).sum(-1, keepdim=True)
-        mean2_N1 = (w2_NV * d_NV).sum(-1, keepdim=True)
-        slope_NV = 0.5 * (w1_NV * (d_NV - mean2_N1) + w2_NV * (d_NV - mean1_N1))
+        mean1_N1, mean2_N1 = ((w_NV * d_NV).sum(-1, keepdim=True) for w_NV in (w1_NV, w2_NV))
         # Centred before it is squared: d may have a constant that is large beside its differences.
         centred_NV = d_NV - 0.5 * (mean1_N1 + mean2_N1)
-        spread_N = (w1_NV * centred_NV.square()).sum(-1) + (w2_NV * centred_NV.square()).sum(-1)
-        values_N = 0.25 * spread_N + 0.125 * (mean1_N1 - mean2_N1).square().squeeze(-1)
+        weighted_NV = torch.lerp(w1_NV, w2_NV, 0.5) * centred_NV
+        half_N1 = 0.5 * (mean1_N1 - mean2_N1)
+        values_N = 0.5 * (weighted_NV * centred_NV).sum(-1) + 0.5 * half_N1.square().squeeze(-1)
+        slope_NV = torch.addcmul(weighted_NV, w1_NV - w2_NV, 0.5 * half_N1)
         return values_N if infinite_N is None else values_N.masked_fill(infinite_N, torch.inf), slope_NV
 
 

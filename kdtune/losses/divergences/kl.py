@@ -1,8 +1,17 @@
 """Kullback-Leibler divergences in both directions, their weighted sum, and their skew forms. Notation as in `base`."""
 
+import torch
 from torch import Tensor
 
-from kdtune.losses.divergences.base import SumOverIds, check_range, log_ratios_to_mixture, raised, times, zero_outside
+from kdtune.losses.divergences.base import (
+    SumOverIds,
+    check_range,
+    is_within,
+    log_ratios_to_mixture,
+    raised,
+    times,
+    zero_outside,
+)
 
 
 def forward_kl(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
@@ -92,12 +101,13 @@ class SymmetricKL(SumOverIds):
         """Return terms and slopes, [N, V], at temperature 1."""
         if self.forward_weight in (0, 1):  # the other direction may be infinite
             return _forward_terms(s_NV, t_NV) if self.forward_weight else _reverse_terms(s_NV, t_NV)
-        (forward_NV, forward_slope_NV), (reverse_NV, reverse_slope_NV) = (
-            _forward_terms(s_NV, t_NV),
-            _reverse_terms(s_NV, t_NV),
-        )
         w, v = self.forward_weight, 1 - self.forward_weight
-        return w * forward_NV + v * reverse_NV, w * forward_slope_NV + v * reverse_slope_NV
+        d_NV, p_NV, q_NV = s_NV - t_NV, t_NV.exp(), s_NV.exp()
+        difference_NV = torch.sub(v * q_NV, p_NV, alpha=w)
+        if is_within(d_NV):
+            return difference_NV * d_NV, torch.addcmul(difference_NV, q_NV, d_NV, value=v)
+        reverse_NV = times(q_NV, d_NV)
+        return v * reverse_NV - w * times(p_NV, d_NV), difference_NV + v * reverse_NV
 
 
 class SkewForwardKL(SumOverIds):
@@ -167,4 +177,5 @@ class SkewReverseKL(SumOverIds):
             # The same value; its derivative is that of s alone.
             free_NV = zero_outside(s_NV - s_NV.detach(), s_NV)
             return q_NV * (s_ratio_NV.detach() + free_NV), q_NV * (s_ratio_NV + 1)
-        return q_NV * s_ratio_NV, q_NV * (s_ratio_NV + 1 - self.alpha * s_ratio_NV.exp())
+        terms_NV = q_NV * s_ratio_NV
+        return terms_NV, terms_NV + torch.addcmul(q_NV, q_NV, s_ratio_NV.exp(), value=-self.alpha)
