@@ -118,6 +118,17 @@ class TokenizerPair:
             shared.append((our_end, their_end))
         return [i for i, _ in shared], [i for _, i in shared]
 
+    def word_starts(self) -> tuple[list[int], list[int], list[int]]:
+        """Return the ids that no word goes on with, of student and teacher: those that begin with a blank, a tab or a line feed, and
+        the special ones; and the student's special ones.
+        """
+        special = [sorted(stream.tokenizer.special_tokens.values()) for stream in self._streams]
+        ours, theirs = (
+            [i for i, spelled in enumerate(stream.bytes) if spelled and spelled[:1] in (b" ", b"\t", b"\n")] + ids
+            for stream, ids in zip(self._streams, special, strict=True)
+        )
+        return ours, theirs, special[0]
+
     def _end_id(self, tokenizer: "Tokenizer") -> int | None:
         """Return the special token after an answer, or of a text; None if there is not exactly one."""
         eos = {tokenizer.eos_id} - {None}

@@ -16,13 +16,19 @@ from torch import Tensor
 
 from kdtune.errors import ConfigError, TrainingError
 from kdtune.losses.contract import Divergence
-from kdtune.losses.cross_tokenizer import ALM, cross_value_and_gradient
+from kdtune.losses.cross_tokenizer import ALM, cross_value_and_gradient, debiased
 from kdtune.losses.fused_linear import CHUNK_BYTES, Task, fused_linear_kd, project_logits
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.products import sum_dtype
 from kdtune.losses.signal import HiddenSignal, Signal
 from kdtune.losses.targets import Targets, check_positions, check_target_ids
-from kdtune.losses.token_log_probs import dense_rows, signal_token_log_probs, token_log_probs
+from kdtune.losses.token_log_probs import (
+    dense_rows,
+    set_log_probs,
+    signal_set_log_probs,
+    signal_token_log_probs,
+    token_log_probs,
+)
 
 if TYPE_CHECKING:
     from kdtune.losses.kd_loss import KDLoss
@@ -38,6 +44,10 @@ class Alignment:
     """int64: the student's tokens of the chunk, which it stands for."""
     is_exact_K: Tensor
     """bool: the tokens of both models are the same bytes. False where a template's blank belongs to one of them."""
+    meets_next_K: Tensor
+    """bool: the next chunk begins where this one ends, for both models."""
+    last_labels_K: Tensor
+    """int64: the student's id of the chunk's last token."""
     chunks_N: Tensor
     """int64: chunk of each of the student's targets; K for none."""
     teacher_text_M3: Tensor
@@ -89,12 +99,17 @@ def align(targets: Targets, chunks_K5: Tensor, teacher_tokens_BS: Tensor) -> Tar
     rank_K[by_position_K] = torch.arange(num_chunks)
     rank = torch.cat([rank_K, torch.tensor([num_chunks])])  # chunks in the order of their first positions
     positions_N = targets.positions_N[order_N]
+    ends = [one[by_position_K] for one in (first_K, last_K, teacher_first_K, teacher_last_K)]
+    meets_next_K = torch.zeros(num_chunks, dtype=torch.bool)
+    meets_next_K[:-1] = (ends[1][:-1] == ends[0][1:]) & (ends[3][:-1] == ends[2][1:])
     text_M = _ranges(teacher_first_K, teacher_last_K)
     text_chunk_M = rank_K.repeat_interleave(teacher_last_K - teacher_first_K)
     found = Alignment(
-        teacher_first_K[by_position_K],
-        (last_K - first_K)[by_position_K],
+        ends[2],
+        ends[1] - ends[0],
         exact_K[by_position_K] == 1,
+        meets_next_K,
+        targets.to_labels().flatten()[ends[1] - 1],
         rank[chunk_of[positions_N]],
         torch.stack([text_M, teacher_tokens_BS.flatten()[text_M + 1], text_chunk_M], dim=1),
         tuple(teacher_tokens_BS.shape),
@@ -171,7 +186,20 @@ def _likelihood_loss(
     empty = logp_N.new_zeros(alignment.num_chunks + 1)  # one more for tokens in no chunk
     student_K = empty.index_add(0, alignment.chunks_N, logp_N)[:-1]
     teacher_K = empty.index_add(0, chunks_M, teacher_logp_M.to(logp_N.dtype))[:-1]
-    ce, kd = -logp_N.sum(), alm(student_K, teacher_K).sum()
+    ce = -logp_N.sum()
+    if alm.debias_threshold is None:
+        kd = alm(student_K, teacher_K).sum()
+    else:
+        our_ids, their_ids, special_ids = alm.word_starts(logp_N.device)
+        starts_K = set_log_probs(student, targets.positions_N[: alignment.num_chunks], our_ids, loss.chunk_size)
+        teacher_starts_K = signal_set_log_probs(teacher, alignment.teacher_positions_K, their_ids, loss.chunk_size)
+        kd = debiased(
+            alm,
+            (student_K, teacher_K),
+            (starts_K, teacher_starts_K.to(logp_N.dtype)),
+            alignment.meets_next_K,
+            (alignment.last_labels_K[:, None] == special_ids).any(1),
+        )
     # A part with weight 0 is left out, not multiplied by 0: it may be infinite.
     total = loss.kd_ratio * kd if loss.kd_ratio == 1 else (1 - loss.kd_ratio) * ce + loss.kd_ratio * kd
     return total, {"class_loss": ce.detach(), "kd_loss": kd.detach()}

@@ -7,7 +7,7 @@ teacher's vocabulary, which need not be the student's.
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,19 +185,68 @@ class ALM:
     about 1 / T of t' log(t' / s') - t' + s' with s' = -s and t' = -t: with kd_ratio between 0 and 1, set scale_by_temperature or
     the cross entropy outweighs it. tokenkit clamps probabilities at 1e-6 on both sides; here only rounding does.
 
+    A token "_Wor" also says that the text does not go on with "ld", which would have been another token; the bytes of "_Wor" do
+    not. With a `debias_threshold`, the paper's outcome chunk debiasing (its section 3.1), a chunk's probability is therefore
+    multiplied by that of a next token that begins with a blank, a tab or a line feed or is a special one, which is p(the text, and
+    a word ends here) for both. Chunks are joined up to where the teacher gives such a token more than the threshold, as in the
+    authors' code; an end that is a special token needs neither. What follows the last such place of a text is left out.
+
     Args:
         temperature: T.
         scale_by_temperature: multiply by T.
+        debias_threshold: from 0 to below 1, the paper's gamma: 0.1. None: no debiasing, which needs the text's probabilities alone.
     """
 
     is_cross_tokenizer = True
     of_text = True
     """It compares the likelihoods of pieces of text, not distributions over ids."""
 
-    def __init__(self, temperature: float = 100.0, scale_by_temperature: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 100.0,
+        scale_by_temperature: bool = False,
+        debias_threshold: float | None = None,
+    ) -> None:
         self.temperature = check_temperature(temperature)
         self.scale_by_temperature = scale_by_temperature
-        self.name = "ALM" if temperature == 100 else f"ALM (T={temperature:g})"
+        if debias_threshold is not None:
+            check_range("debias_threshold", debias_threshold, lambda p: 0 <= p < 1, "from 0 to below 1, or null")
+        self.debias_threshold = debias_threshold
+        name = "ALM" if debias_threshold is None else "debiased ALM"
+        self.name = name if temperature == 100 else f"{name} (T={temperature:g})"
+        self._starts: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def with_word_starts(
+        self, student_ids: Sequence[int], teacher_ids: Sequence[int], special_ids: Sequence[int]
+    ) -> "ALM":
+        """Return the loss for two vocabularies, for debiasing.
+
+        Args:
+            student_ids: ids of the student's tokens that a word cannot go on with, special ones among them.
+            teacher_ids: the same of the teacher.
+            special_ids: ids of the student's special tokens, which no text continues.
+        """
+        bound = copy.copy(self)
+        ours, theirs, special = (
+            torch.tensor(sorted(set(ids)), dtype=torch.int64) for ids in (student_ids, teacher_ids, special_ids)
+        )
+        bound._starts = {torch.device("cpu"): (ours, theirs, special)}
+        return bound
+
+    def word_starts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `with_word_starts` was given, on a device.
+
+        Raises:
+            ConfigError: it was not called.
+        """
+        if not self._starts:
+            raise ConfigError(
+                "kd_loss: ALM with debias_threshold does not know which tokens begin a word; call with_word_starts, as a run does"
+            )
+        if device not in self._starts:
+            ours, theirs, special = self._starts[torch.device("cpu")]
+            self._starts[device] = (ours.to(device), theirs.to(device), special.to(device))
+        return self._starts[device]
 
     def __call__(self, student_logp_K: Tensor, teacher_logp_K: Tensor) -> Tensor:
         """Return the loss of each chunk, [K], from its log-likelihoods by student and teacher."""
@@ -208,6 +257,38 @@ class ALM:
     def target_problem(self, kind: Any) -> str | None:
         """Return why the loss is not defined on sparse targets: it needs the probability of the text."""
         return "a cross-tokenizer loss needs every probability of the teacher"
+
+
+def debiased(
+    alm: ALM,
+    logp_K: tuple[Tensor, Tensor],
+    starts_K: tuple[Tensor, Tensor],
+    meets_next_K: Tensor,
+    ends_special_K: Tensor,
+) -> Tensor:
+    """Return the sum of ALM over chunks that are joined and debiased; without waiting for an accelerator.
+
+    Args:
+        alm: the loss, with a `debias_threshold`.
+        logp_K: log-likelihoods of the chunks, in the order of the text, by student and teacher.
+        starts_K: at the first position of each chunk, the log-probability that a word begins there, by both.
+        meets_next_K: bool, whether the next chunk begins where this one ends.
+        ends_special_K: bool, whether the chunk ends with a special token.
+    """
+    after_K = tuple(torch.cat([one[1:], one.new_zeros(min(1, len(one)))]) for one in starts_K)
+    likely_K = after_K[1].exp() > cast(float, alm.debias_threshold)
+    is_debiased_K = meets_next_K & likely_K & ~ends_special_K
+    is_end_K = is_debiased_K | ends_special_K
+    # Chunks of the same group are joined; a group without an end is left out.
+    closes_K = is_end_K | ~meets_next_K
+    group_K = closes_K.cumsum(0) - closes_K.long()
+    is_whole_G = torch.zeros_like(group_K).index_add(0, group_K, is_end_K.long()) > 0
+    joined_G = []
+    for text_K, word_end_K in zip(logp_K, after_K, strict=True):
+        text_K = text_K + torch.where(is_debiased_K, word_end_K, 0.0)
+        sum_G = torch.zeros_like(text_K).index_add(0, group_K, text_K)
+        joined_G.append(torch.where(is_whole_G, sum_G, -1.0))
+    return torch.where(is_whole_G, alm(*joined_G), 0.0).sum()
 
 
 def cross_value_and_gradient(

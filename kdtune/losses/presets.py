@@ -86,12 +86,13 @@ def uld() -> ULD:
     return ULD()
 
 
-def alm(temperature: float = 100.0) -> ALM:
+def alm(temperature: float = 100.0, debias_threshold: float | None = 0.1) -> ALM:
     """Approximate likelihood matching, for a teacher with another tokenizer (arXiv 2503.20083), times its temperature.
 
-    Not in it: the debiasing of chunk ends, and the paper's term on hidden states (`hidden_loss` needs one tokenizer).
+    Not in it: the paper's term on hidden states (`hidden_loss` needs one tokenizer), and its weighing of losses by their gradients.
 
     Args:
         temperature: of the probabilities of chunks.
+        debias_threshold: as in `kdtune.losses.ALM`; None, without debiasing, is enough for a cache of the text's probabilities.
     """
-    return ALM(temperature, scale_by_temperature=True)
+    return ALM(temperature, scale_by_temperature=True, debias_threshold=debias_threshold)

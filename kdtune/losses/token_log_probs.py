@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from hidden states and an output head; the logits are computed again in backward.
+"""Log-probabilities of given tokens or sets of tokens, from hidden states and an output head; logits are computed again in backward.
 
 Shapes as in `fused_linear`.
 """
@@ -26,9 +26,22 @@ def token_log_probs(head: Projection, positions_N: Tensor, labels_N: Tensor, chu
         labels_N: int64 ids.
         chunk_size: tokens whose logits exist at a time; None: as many as fit a fixed number of bytes.
     """
-    found: Tensor = _TokenLogProbs.apply(
-        head.hidden_TD, head.weight_VD, head.softcap, positions_N, labels_N, chunk_size
+    found: Tensor = _LogProbs.apply(
+        head.hidden_TD, head.weight_VD, head.softcap, positions_N, labels_N, None, chunk_size
     )
+    return found
+
+
+def set_log_probs(head: Projection, positions_N: Tensor, ids_U: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Return the logarithm of the probability that all of `ids_U` have together, of each position, [N], as `token_log_probs`.
+
+    Args:
+        head: hidden states and the head's weight; not in shards.
+        positions_N: int64, each at most once.
+        ids_U: int64 ids, each once.
+        chunk_size: tokens whose logits exist at a time; None: as many as fit a fixed number of bytes.
+    """
+    found: Tensor = _LogProbs.apply(head.hidden_TD, head.weight_VD, head.softcap, positions_N, None, ids_U, chunk_size)
     return found
 
 
@@ -57,6 +70,31 @@ def signal_token_log_probs(
     return torch.cat(found)
 
 
+@torch.no_grad()
+def signal_set_log_probs(
+    teacher: Projection | Signal, positions_N: Tensor, ids_U: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """Return the logarithm of the probability that a teacher gives to all of `ids_U` together, as `signal_token_log_probs`.
+
+    Args:
+        teacher: hidden states and the head's weight, or another signal.
+        positions_N: int64.
+        ids_U: int64 ids of the teacher, each once.
+        chunk_size: as of `token_log_probs`.
+
+    Raises:
+        ConfigError: the signal lacks most ids.
+    """
+    if isinstance(teacher, Projection):
+        return set_log_probs(teacher, positions_N, ids_U, chunk_size)
+    if isinstance(teacher, TextSignal):
+        raise ConfigError(
+            "the teacher gives the probabilities of the text alone: this loss needs every probability of the teacher"
+        )
+    size = chunk_size or max(1, CHUNK_BYTES // (teacher.vocab_size * torch.float32.itemsize))
+    return torch.cat([dense_rows(teacher, at)[:, ids_U].logsumexp(-1) for at in positions_N.split(size)])
+
+
 def dense_rows(signal: Signal, positions_C: Tensor) -> Tensor:
     """Return a signal's log-probabilities [C, V].
 
@@ -71,7 +109,7 @@ def dense_rows(signal: Signal, positions_C: Tensor) -> Tensor:
     return rows
 
 
-class _TokenLogProbs(torch.autograd.Function):
+class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -79,31 +117,36 @@ class _TokenLogProbs(torch.autograd.Function):
         weight_VD: Tensor,
         softcap: float | None,
         positions_N: Tensor,
-        labels_N: Tensor,
+        labels_N: Tensor | None,
+        ids_U: Tensor | None,
         chunk_size: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_TD, weight_VD, positions_N, labels_N)
+        ctx.save_for_backward(hidden_TD, weight_VD, positions_N, labels_N, ids_U)
         ctx.softcap, ctx.chunk_size = softcap, chunk_size
         head = Projection(hidden_TD, weight_VD, softcap=softcap)
-        found = hidden_TD.new_zeros(len(labels_N), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        found = hidden_TD.new_zeros(len(positions_N), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            for chunk in chunk_slices(head, len(labels_N), chunk_size):
+            for chunk in chunk_slices(head, len(positions_N), chunk_size):
                 logits_CV = project_logits(head, positions_N[chunk])
-                found[chunk] = logits_CV.gather(1, labels_N[chunk, None]).squeeze(1) - logits_CV.logsumexp(-1)
+                chosen = logits_CV[:, ids_U] if labels_N is None else logits_CV.gather(1, labels_N[chunk, None])
+                found[chunk] = chosen.logsumexp(-1) - logits_CV.logsumexp(-1)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, positions_N, labels_N = ctx.saved_tensors
+        hidden_TD, weight_VD, positions_N, labels_N, ids_U = ctx.saved_tensors
         head = Projection(hidden_TD, weight_VD, softcap=ctx.softcap)
         grad_hidden_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            for chunk in chunk_slices(head, len(labels_N), ctx.chunk_size):
+            for chunk in chunk_slices(head, len(positions_N), ctx.chunk_size):
                 logits_CV = project_logits(head, positions_N[chunk])
                 slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square()
                 grad_CV = logits_CV.softmax(-1).mul_(-grad_N[chunk, None])
-                grad_CV[torch.arange(len(grad_CV), device=grad_CV.device), labels_N[chunk]] += grad_N[chunk]
+                if labels_N is not None:
+                    grad_CV[torch.arange(len(grad_CV), device=grad_CV.device), labels_N[chunk]] += grad_N[chunk]
+                else:
+                    grad_CV.index_add_(1, ids_U, logits_CV[:, ids_U].softmax(-1) * grad_N[chunk, None])
                 if slope_CV is not None:
                     grad_CV.mul_(slope_CV)
                 hidden_CD = hidden_TD[positions_N[chunk]]
@@ -112,4 +155,4 @@ class _TokenLogProbs(torch.autograd.Function):
                 if grad_weight_VD is not None:
                     add_weight_gradient_(grad_weight_VD, grad_CV, hidden_CD, weight_VD)
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_TD, grad_weight, None, None, None, None
+        return grad_hidden_TD, grad_weight, None, None, None, None, None

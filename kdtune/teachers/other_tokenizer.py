@@ -110,6 +110,8 @@ def problems(cfg: Any) -> list[str]:
 
 def fit_loss(tokenizer: Tokenizer, sizes: Sequence[int], kd_loss: Any) -> Any:
     """Return the loss for the vocabularies of a pair of tokenizers; sizes: rows of the student's and the teacher's head."""
+    if tokenizer.pair is not None and getattr(kd_loss, "debias_threshold", None) is not None:
+        return kd_loss.with_word_starts(*tokenizer.pair.word_starts())
     if tokenizer.pair is None or not hasattr(kd_loss, "over"):
         return kd_loss
     student_ids, teacher_ids = tokenizer.pair.shared_ids()

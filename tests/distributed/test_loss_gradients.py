@@ -72,7 +72,7 @@ def compare(name: str, folder: Path, layout: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", [{"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 1}], ids=["FSDP", "replicas"])
-@pytest.mark.parametrize("name", ["hidden", "ULD", "HybridULD", "ALM"])
+@pytest.mark.parametrize("name", ["hidden", "ULD", "HybridULD", "presets.alm"])
 def test_two_processes_have_the_gradient_of_one(
     name: str, layout: dict[str, int], launch, other_tokenizer: Path
 ) -> None:

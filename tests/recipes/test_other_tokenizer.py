@@ -18,7 +18,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{key: one[key] for key in one if "loss" in key or key in ("step", "grad_norm")} for one in lines]
 
 
-@pytest.mark.parametrize("name", ["ULD", "HybridULD", "ALM"])
+@pytest.mark.parametrize("name", ["ULD", "HybridULD", "presets.alm"])
 def test_a_run_falls_and_resumes_to_the_bit(name: str, cli: CLI, other_tokenizer: Path, tmp_path: Path) -> None:
     arguments = (*RUN, *SHORT, f"kd_loss=kdtune.losses.{name}", "teacher_tokenizer=kdtune.tokenizers.load",
                  f"teacher_tokenizer.path={other_tokenizer}")  # fmt: skip

@@ -69,7 +69,8 @@ def kind_problem(kind: Kind, kd_loss: Any, outside: Outside = "tail") -> str | N
         return None
     is_of_text, is_cross = (getattr(kd_loss, name, False) for name in ("of_text", "is_cross_tokenizer"))
     if kind == "path":
-        return None if is_of_text else "it knows the probability of the text's own tokens alone"
+        needs_others = not is_of_text or getattr(kd_loss, "debias_threshold", None) is not None
+        return "it knows the probability of the text's own tokens alone" if needs_others else None
     if is_cross:
         return "a cross-tokenizer loss needs every probability of the teacher"
     if is_of_text:

@@ -11,6 +11,7 @@ from kdtune.errors import ConfigError
 from kdtune.losses import (
     ALM,
     ULD,
+    DenseSignal,
     ForwardKL,
     HiddenSignal,
     HybridULD,
@@ -18,12 +19,15 @@ from kdtune.losses import (
     KDLoss,
     ReverseKL,
     Targets,
+    TextSignal,
     align,
     token_log_probs,
     value_and_gradient,
 )
-from kdtune.losses.cross_tokenizer import sorted_distance
+from kdtune.losses.cross_tokenizer import debiased, sorted_distance
 from kdtune.losses.heads import Projection
+from kdtune.losses.token_log_probs import set_log_probs
+from kdtune.teachers.cache.signals import kind_problem
 
 V, W, D = 7, 11, 5
 
@@ -128,6 +132,24 @@ def test_token_log_probs(softcap: float | None, chunk_size: int | None) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_set_log_probs(softcap: float | None, chunk_size: int | None) -> None:
+    hidden, weight = rows(6, D, seed=5).requires_grad_(), rows(V, D, seed=6).requires_grad_()
+    positions, ids, factors = torch.tensor([4, 0, 3, 1, 5]), [6, 0, 3], rows(5, seed=7)
+    find = lambda h, w: set_log_probs(Projection(h, w, softcap=softcap), positions, torch.tensor(ids), chunk_size)  # noqa: E731
+    logits = hidden[positions] @ weight.T
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    expected = logits.softmax(-1)[:, ids].sum(-1).log()
+    found = find(hidden, weight)
+    torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad((found * factors).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.gradcheck(find, (hidden, weight))
+
+
 # Two rows; the student has 5 positions and the teacher 4. Chunks: first and last boundary of both, and whether exact.
 LABELS = torch.tensor([[-100, 3, 1, 2, -100], [-100, -100, 4, 6, -100]])
 CHUNKS = torch.tensor([[1, 2, 0, 2, 1], [2, 4, 2, 3, 1], [7, 8, 5, 6, 0], [8, 9, 6, 7, 1]])
@@ -169,7 +191,7 @@ LOSSES: dict[str, Any] = {"uld": ULD(), "hybrid": HybridULD().over(*shared(), (V
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(("kd_ratio", "chunk_size"), [(0.0, None), (0.3, None), (0.3, 2), (1.0, 1)])
+@pytest.mark.parametrize(("kd_ratio", "chunk_size"), [(0.0, None), (0.3, None), (0.05, 2), (1.0, 1)])
 def test_the_loss_of_a_batch_is_the_one_computed_by_hand(name: str, kd_ratio: float, chunk_size: int | None) -> None:
     hidden, output, signal = pair()
     targets = align(Targets.from_labels(LABELS), CHUNKS, TEACHER_TOKENS)
@@ -239,6 +261,87 @@ def test_a_vocabulary_that_is_part_of_the_other_needs_a_divergence_that_is_finit
         s, t = (torch.randn(3, size, generator=torch.Generator().manual_seed(size)).log_softmax(-1) for size in sizes)
         values, gradient = value_and_gradient(bound, s, t)
         assert values.isfinite().all() and gradient.isfinite().all()
+
+
+# Ids that begin a word, the special ones among them.
+STARTS = ([0, 2, 6], [1, 4, 9], [6])
+
+
+def joined_by_hand(
+    chunks: list[list[int]], s: Tensor, t: Tensor, labels: Tensor, tokens: Tensor, threshold: float
+) -> tuple[Tensor, int]:
+    """The paper's loss, one text after the other: join chunks until the teacher may well begin a word; and the number of outcomes."""
+    ours, theirs, special = STARTS
+    total, open_, count = s.new_zeros(()), (s.new_zeros(()), s.new_zeros(())), 0
+    for i, (first, last, their_first, their_last, _) in enumerate(chunks):
+        open_ = (
+            open_[0] + sum(s[j, labels[j]] for j in range(first, last)),
+            open_[1] + sum(t[j, tokens[j + 1]] for j in range(their_first, their_last)),
+        )
+        is_special = int(labels[last - 1]) in special
+        goes_on = i + 1 < len(chunks) and chunks[i + 1][0] == last and chunks[i + 1][2] == their_last
+        boundary = t[their_last].exp()[theirs].sum() if goes_on else 0.0
+        if not is_special and boundary > threshold:
+            open_ = (open_[0] + s[last].exp()[ours].sum().log(), open_[1] + t[their_last].exp()[theirs].sum().log())
+        if is_special or boundary > threshold:
+            x, y = ((one / 100).exp() for one in open_)
+            total, count = total + y * (y / x).log() + (1 - y) * ((1 - y) / (1 - x)).log(), count + 1
+        if is_special or boundary > threshold or not goes_on:
+            open_ = (s.new_zeros(()), s.new_zeros(()))
+    return total, count
+
+
+@pytest.mark.parametrize(("threshold", "num_outcomes"), [(0.0, 3), (0.05, 2), (0.99, 1)])
+@pytest.mark.parametrize("signal_kind", ["hidden", "dense"])
+def test_debiased_alm_is_the_one_computed_by_hand(threshold: float, num_outcomes: int, signal_kind: str) -> None:
+    """The second chunk ends a text without a special token: nothing says what follows it, and it is left out."""
+    hidden, output, signal = pair()
+    targets = align(Targets.from_labels(LABELS), CHUNKS.flip(0), TEACHER_TOKENS)
+    s = (hidden @ output.weight.T).log_softmax(-1).flatten(0, 1)
+    t = (signal.hidden_BSD @ signal.output.weight.T).log_softmax(-1).detach()
+    expected, count = joined_by_hand(
+        CHUNKS.tolist(), s, t.flatten(0, 1), LABELS.flatten(), TEACHER_TOKENS.flatten(), threshold
+    )
+    assert count == num_outcomes
+    alm = ALM(debias_threshold=threshold).with_word_starts(*STARTS)
+    own: Any = signal if signal_kind == "hidden" else DenseSignal(t)
+    total, parts = KDLoss(alm, kd_ratio=1.0, chunk_size=3)(hidden, output, own, targets)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(parts["kd_loss"], expected.detach())
+    inputs = (hidden, output.weight)
+    for a, b in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_debiasing_makes_a_subword_and_a_byte_model_of_one_distribution_agree() -> None:
+    """The paper's example: texts "ab " and "a " of a model that has the token "ab", and the same texts of a model of bytes."""
+    p = {"ab ": 0.7, "a ": 0.3}
+    # After "a", the subword model ends the word for sure, for "ab" would have been another token; the byte model need not.
+    subword_a, end_of_subword_a = math.log(p["a "]), 0.0
+    byte_a, end_of_byte_a = 0.0, math.log(p["a "])
+    pair_of = lambda a, b: (torch.tensor([a, 0.0]), torch.tensor([b, 0.0]))  # noqa: E731
+    meets, special = torch.tensor([True, False]), torch.tensor([False, False])
+    texts, starts = (
+        pair_of(byte_a, subword_a),
+        (torch.tensor([0.0, end_of_byte_a]), torch.tensor([0.0, end_of_subword_a])),
+    )
+    alm = ALM(temperature=1.0, debias_threshold=0.1)
+    assert alm(texts[0][:1], texts[1][:1]) > 0.5
+    torch.testing.assert_close(debiased(alm, texts, starts, meets, special), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_debiasing_needs_every_probability_and_the_ids_that_begin_a_word() -> None:
+    hidden, output, signal = pair()
+    targets = align(Targets.from_labels(LABELS), CHUNKS, TEACHER_TOKENS)
+    alm = ALM(debias_threshold=0.1)
+    with pytest.raises(ConfigError, match="with_word_starts"):
+        KDLoss(alm)(hidden, output, signal, targets)
+    text = TextSignal(torch.zeros(2, 4), W)
+    with pytest.raises(ConfigError, match="text alone: this loss needs every probability"):
+        KDLoss(alm.with_word_starts(*STARTS))(hidden, output, text, targets)
+    with pytest.raises(ConfigError, match="debias_threshold=1"):
+        ALM(debias_threshold=1.0)
+    assert kind_problem("path", alm) and kind_problem("path", ALM()) is None and kind_problem("hidden", alm) is None
 
 
 def test_a_text_without_probability_has_its_limit_in_alm() -> None:

@@ -35,3 +35,4 @@ def test_presets_for_another_tokenizer() -> None:
     assert isinstance(presets.uld(), losses.ULD)
     found = presets.alm(temperature=50.0)
     assert isinstance(found, losses.ALM) and (found.temperature, found.scale_by_temperature) == (50.0, True)
+    assert found.debias_threshold == 0.1 and presets.alm(debias_threshold=None).debias_threshold is None

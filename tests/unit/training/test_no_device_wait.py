@@ -152,7 +152,7 @@ def test_a_distillation_step_waits_once(kind: str, dtype: str, tmp_path: Path, m
     check_a_step_waits_once("knowledge_distillation", 4, kind, dtype, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["ULD", "HybridULD", "ALM"])
+@pytest.mark.parametrize("name", ["ULD", "HybridULD", "presets.alm"])
 def test_a_step_with_a_teacher_of_another_tokenizer_waits_once(
     name: str, other_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
