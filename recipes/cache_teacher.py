@@ -271,7 +271,8 @@ def summary(folder: Path) -> str:
     index, quality = json.loads((folder / cache.INDEX).read_text()), json.loads((folder / cache.QUALITY).read_text())
     rows = [cache.described(quality) | {"size": cache.size_text(index["bytes"])}]
     lines = [runs.format_table(rows), f"KL(live || stored) over {quality['num_tokens']:,} tokens; {folder}"]
-    if read := quality.get("read_back"):
+    read = quality.get("read_back")
+    if read and read.items() - quality.items():  # else it is of the same tokens
         lines.append(
             f"read back from the files: {read['forward_kl']:.2g} over {read['num_tokens']:,} tokens that were captured"
         )

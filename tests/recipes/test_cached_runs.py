@@ -139,7 +139,11 @@ def test_a_part_a_live_validation_and_a_mixture(cli: CLI, made: Path, tmp_path: 
     (weights,) = online(made)
     live = f"{{_component_: kdtune.teachers.LiveTeacher, checkpointer: {weights.partition('=')[2]}}}"
     expected = train(cli, tmp_path / "online", *online(made), "dataset.split=train[4:20]")
-    done = cli("run", *KD, f"output_dir={tmp_path / 'cached'}", *cached(tmp_path, "part", f", validation: {live}"))
+    judge = [
+        "teacher.validation=kdtune.teachers.LiveTeacher",
+        f"teacher.validation.checkpointer={weights.partition('=')[2]}",
+    ]
+    done = cli("run", *KD, f"output_dir={tmp_path / 'cached'}", *cached(tmp_path, "part"), *judge)
     assert "part has the examples 4 to 19 of 24: the run trains on these" in done.err
     check(rows(tmp_path / "cached"), expected)
     (of_part,) = cached(tmp_path, "part")
