@@ -35,6 +35,8 @@ class Config(teachers.TeacherConfig, training.TrainingConfig):
     """The divergence between teacher and student."""
     teacher_targets: Any = config.component(default=None)
     """What the divergence sees of the teacher's distribution: kdtune.losses.TopKTargets or SampledTargets; null: all of it."""
+    rollouts: Any = config.component(default=None)
+    """Texts that a model writes, learned from in place of the data's answers: kdtune.rollouts.Rollouts (docs/regimes.md); null: none."""
     hidden_loss: Any = config.component(default=None)
     """A term on hidden states added to the loss: kdtune.losses.HiddenStateLoss; null: none."""
     kd_ratio: float = 0.5
@@ -43,7 +45,9 @@ class Config(teachers.TeacherConfig, training.TrainingConfig):
     def problems(self) -> list[str]:
         """Return config problems, one sentence each."""
         found = [*super().problems(), *teachers.problems(self)]
-        found += training.divergence_problems(self.kd_loss, self.teacher_targets)
+        own_text = training.is_own_text(self)
+        found += training.divergence_problems(self.kd_loss, self.teacher_targets, is_own_text=own_text)
+        found += training.rollout_problems(self)
         if not 0 <= self.kd_ratio <= 1:
             found.append(f"kd_ratio={self.kd_ratio}: must lie between 0 (cross entropy only) and 1 (divergence only)")
         return found
@@ -80,16 +84,19 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     # Loss and optimizer.
     loss_fn = training.build_kd_loss(cfg, divergence, student, teacher, world)
     optimizer, scheduler = training.build_optimizer(cfg, student, inputs.num_steps, loss_fn)
+    rollouts = training.start_rollouts(cfg, inputs, student, teacher, world)
 
     with training.Run(inputs, world, progress, model=student, optimizer=optimizer, scheduler=scheduler, loss=loss_fn,
-                      teacher=teacher, **names) as session:  # fmt: skip
+                      teacher=teacher, rollouts=rollouts, **names) as session:  # fmt: skip
         if session.is_new:
             session.log(validate(student, teacher, loss_fn, inputs.held_out, world, progress, with_teacher_loss=True))
             session.sample({"student": student, "teacher": teacher})
 
         for step in session.steps():
+            if rollouts is not None:
+                step.batches = rollouts.batches(step)  # maybe a model writes the step's answers
             if loss_fn.needs_teacher:
-                teacher.prefetch(step.batches)
+                teacher.prefetch([batch for batch in step.batches if batch.signal is None])
             for batch in step.micro_batches():
                 loss, parts = kd_step(student, teacher, loss_fn, batch)
                 (loss / step.num_valid_tokens).backward()
@@ -112,7 +119,7 @@ def kd_step(
     student: models.Transformer, teacher: teachers.Teacher, loss_fn: losses.KDLoss, batch: data.Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss summed over the micro-batch's valid tokens, and its named parts."""
-    signal = teacher(batch) if loss_fn.needs_teacher else None
+    signal = (batch.signal or teacher(batch)) if loss_fn.needs_teacher else None
     hidden = student(**batch.inputs, return_hidden=True, **loss_fn.forward_options)
     return loss_fn(hidden, student.output, signal, batch.targets)
 

@@ -31,7 +31,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["config", "distributed", "models", "losses", "tokenizers", "download"], 1),
     **dict.fromkeys(["data", "checkpoint"], 2),
     **dict.fromkeys(["parallel", "generation", "runs"], 3),
-    **dict.fromkeys(["teachers", "pruning", "planner"], 4),
+    **dict.fromkeys(["teachers", "rollouts", "pruning", "planner"], 4),
     **dict.fromkeys(["training", "evaluation"], 5),
     **dict.fromkeys(["sweeps"], 6),
     **dict.fromkeys(["reports"], 7),

@@ -10,7 +10,7 @@ _WIDTH = 110
 # Written out, so that a listing of recipes does not import what lists components.
 _KINDS = (
     "adapters", "checkpointers", "datasets", "loggers", "losses", "models", "optimizers", "parallelism", "profilers",
-    "schedules", "teachers", "tokenizers",
+    "rollouts", "schedules", "teachers", "tokenizers",
 )  # fmt: skip
 
 

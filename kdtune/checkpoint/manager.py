@@ -125,6 +125,7 @@ class CheckpointManager:
         optimizer: Optimizer,
         scheduler: "Stateful | None" = None,
         loss: "Stateful | None" = None,
+        rollouts: "Stateful | None" = None,
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         base: str | Path | None = None,
@@ -152,6 +153,7 @@ class CheckpointManager:
             optimizer=optimizer,
             scheduler=scheduler,
             loss=loss,
+            rollouts=rollouts,
             extra={**extra, "step": step, "metrics": dict(metrics)},
             staged=self.async_save,
         )

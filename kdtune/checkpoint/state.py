@@ -32,7 +32,7 @@ STATE_FILE = "state.json"
 TENSORS_FILE = ".metadata"
 """Written last by torch.distributed.checkpoint: without it the tensors are incomplete."""
 _VERSION = 1
-_LOSS = "loss."
+_LOSS, _ROLLOUTS = "loss.", "rollouts."
 
 
 def state_writer(
@@ -42,6 +42,7 @@ def state_writer(
     extra: Mapping[str, Any],
     scheduler: "Stateful | None" = None,
     loss: "Stateful | None" = None,
+    rollouts: "Stateful | None" = None,
     staged: bool = False,
 ) -> Write:
     """Return a function that writes the current resume state into an existing folder, such as a part of an atomic folder.
@@ -54,7 +55,8 @@ def state_writer(
     # An optimizer before its first step has no state: get_optimizer_state_dict would create one by taking a step.
     trained = _with_parameters(model, loss)
     tensors, scalars = _split(_named_state(trained, optimizer) if optimizer.state else {})
-    loss_tensors, loss_values = _loss_state(loss)
+    loss_tensors, loss_values = _state_of(loss, _LOSS)
+    rollout_tensors, rollout_values = _state_of(rollouts, _ROLLOUTS)
     rng_tensors, python_rng = _rng_state()
     document = {
         "version": _VERSION,
@@ -64,17 +66,28 @@ def state_writer(
         "optimizer_tensors": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         "schedulers": [] if scheduler is None else [scheduler.state_dict()],
         **({"loss": {"values": loss_values, "tensors": sorted(loss_tensors)}} if loss_values or loss_tensors else {}),
+        # Buffers have other sizes in every step.
+        **(
+            {
+                "rollouts": {
+                    "values": rollout_values,
+                    "tensors": {name: _kind(one) for name, one in rollout_tensors.items()},
+                }
+            }
+            if rollouts
+            else {}
+        ),
         "rng": {"python": python_rng, "tensors": {name: list(tensor.shape) for name, tensor in rng_tensors.items()}},
     }
     try:
         text = json.dumps(document, indent=1, default=_scalar_tensor)
     except TypeError as error:
         raise CheckpointError(
-            f"{STATE_FILE}: a value of the optimizer, scheduler, loss or extra state is neither a tensor nor JSON: {error}"
+            f"{STATE_FILE}: a value of the optimizer, scheduler, loss, rollouts or extra state is neither a tensor nor JSON: {error}"
         ) from error
     kept = {
         name: to_cpu_copy(tensor) if staged else tensor
-        for name, tensor in {**tensors, **loss_tensors, **rng_tensors}.items()
+        for name, tensor in {**tensors, **loss_tensors, **rollout_tensors, **rng_tensors}.items()
     }
 
     def write(folder: Path, group: ProcessGroup | None = None) -> None:
@@ -95,9 +108,10 @@ def load_state(
     optimizer: Optimizer,
     scheduler: "Stateful | None" = None,
     loss: "Stateful | None" = None,
+    rollouts: "Stateful | None" = None,
     ignore_scheduler: bool = False,
 ) -> dict[str, Any]:
-    """Restore optimizer, scheduler, loss and random number generators in place; return the `extra` that was saved.
+    """Restore optimizer, scheduler, loss, rollouts and random number generators in place; return the `extra` that was saved.
 
     Load the weights first. Gradients are cleared. With `ignore_scheduler`, neither the saved scheduler nor this one matters.
 
@@ -116,11 +130,15 @@ def load_state(
     optimizer.zero_grad(set_to_none=True)
     tensors = _targets(path, document, trained, optimizer)
     loss_tensors = _loss_targets(path, document, loss)
+    rollout_tensors = _rollout_targets(path, document, rollouts)
     rng_tensors = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in document["rng"]["tensors"].items()}
-    dcp.read_tensors(path, {**tensors, **loss_tensors, **rng_tensors})
+    dcp.read_tensors(path, {**tensors, **loss_tensors, **rollout_tensors, **rng_tensors})
     if loss is not None and "loss" in document:
         own = {name.removeprefix(_LOSS): tensor for name, tensor in loss_tensors.items()}
         loss.load_state_dict({**own, **document["loss"]["values"]})
+    if rollouts is not None:
+        own = {name.removeprefix(_ROLLOUTS): tensor for name, tensor in rollout_tensors.items()}
+        rollouts.load_state_dict({**own, **document["rollouts"]["values"]})
     for group, saved in zip(optimizer.param_groups, _with_tensors(document["optimizers"][0]["groups"]), strict=True):
         group.update({key: _like(group.get(key), value) for key, value in saved.items() if key != "params"})
     for one, saved in zip(schedulers, saved_schedulers, strict=True):
@@ -157,16 +175,32 @@ def _with_parameters(model: nn.Module, loss: "Stateful | None") -> nn.Module:
     return both
 
 
-def _loss_state(loss: "Stateful | None") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a loss's state, each by `loss.name`, and its other values."""
-    found = {} if loss is None else loss.state_dict()
-    tensors = {f"{_LOSS}{name}": value for name, value in found.items() if isinstance(value, Tensor)}
+def _state_of(one: "Stateful | None", prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the state of a loss or of rollouts, each by its name after the prefix, and its other values."""
+    found = {} if one is None else one.state_dict()
+    tensors = {f"{prefix}{name}": value for name, value in found.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in found.items() if not isinstance(value, Tensor)}
+
+
+def _kind(tensor: Tensor) -> list[Any]:
+    """Return dtype and shape of a tensor, as JSON has them."""
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _rollout_targets(folder: Path, document: dict[str, Any], rollouts: "Stateful | None") -> dict[str, Tensor]:
+    """Return tensors that the saved ones of the rollouts go into."""
+    if ("rollouts" in document) != (rollouts is not None):
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: only {'the saved' if rollouts is None else 'this'} run has rollouts; resume with the config of the "
+            "run that wrote it"
+        )
+    saved = document["rollouts"]["tensors"] if rollouts is not None else {}
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in saved.items()}
 
 
 def _loss_targets(folder: Path, document: dict[str, Any], loss: "Stateful | None") -> dict[str, Tensor]:
     """Return the loss's tensors that the saved ones go into; its state must have the names that the saved one has."""
-    tensors, values = _loss_state(loss)
+    tensors, values = _state_of(loss, _LOSS)
     saved = document.get("loss", {"tensors": [], "values": {}})
     if different := sorted({*tensors, *values} ^ {*saved["tensors"], *saved["values"]}):
         raise CheckpointError(

@@ -229,6 +229,8 @@ def _mismatch(value: Any, annotation: Any) -> str:
     hint = ""
     if isinstance(value, str) and value.lower() == "none" and "null" in describe(annotation):
         hint = "; write null for no value"
+    if isinstance(value, dict) and not is_component(value):
+        hint = f"; for a component, give {COMPONENT} too, its class or function"
     return f"{shown(value)} is not allowed; must be {describe(annotation)}{hint}"
 
 

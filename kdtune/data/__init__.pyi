@@ -1,5 +1,6 @@
 from .alignment import TeacherExample, TokenizerPair
 from .alpaca import alpaca_cleaned_dataset, alpaca_dataset, alpaca_prompt, quickstart_dataset
+from .answers import answers_dataset
 from .batch import Batch, collate
 from .chat import chat_dataset, instruct_dataset
 from .conversation import ConversationEncoder, ConversationOptions, TrainingOptions
@@ -42,6 +43,7 @@ __all__ = [
     "alpaca_cleaned_dataset",
     "alpaca_dataset",
     "alpaca_prompt",
+    "answers_dataset",
     "batches",
     "chat_dataset",
     "collate",

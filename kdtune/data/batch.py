@@ -11,7 +11,7 @@ from torch import Tensor
 from kdtune.constants import IGNORE_INDEX
 from kdtune.data.transforms import Example
 from kdtune.errors import DataError
-from kdtune.losses import Targets
+from kdtune.losses import Signal, Targets
 from kdtune.models import Documents
 
 
@@ -37,6 +37,8 @@ class Batch:
     """The same examples for a teacher with another tokenizer; None: it reads `inputs`."""
     teacher_lengths: tuple[int, ...] | None = None
     """Number of its tokens of each row; None without them."""
+    signal: Signal | None = None
+    """The teacher's signal, on the device that computes, where it is known beforehand; None: the teacher is asked for it."""
 
     @classmethod
     def from_labels(cls, tokens_BS: Tensor, labels_BS: Tensor, lengths: Sequence[int] | None = None) -> "Batch":

@@ -3,16 +3,19 @@ from .prompts import encode_prompt, read_prompts
 from .rollout import Completion, complete
 from .samples import Generator, answer
 from .sampling import Sampling, sample_token, sample_tokens
+from .speculative import Speculation, complete_speculatively
 from .stream import TextStream
 
 __all__ = [
     "Completion",
     "Generator",
     "Sampling",
+    "Speculation",
     "TextStream",
     "answer",
     "check_max_new_tokens",
     "complete",
+    "complete_speculatively",
     "encode_prompt",
     "eval_mode",
     "generate",

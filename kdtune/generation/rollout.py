@@ -4,16 +4,22 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kdtune.errors import ConfigError
 from kdtune.generation.generate import check_max_new_tokens, new_token_limits
 from kdtune.generation.sampling import Sampling
-from kdtune.generation.slots import Text, grow
+from kdtune.generation.slots import Partner, Text, grow
 from kdtune.models import Transformer
 
 # Rows that the linear layers compute on a CPU in each forward, with so many slots or fewer: the number of rows decides how a kernel
 # rounds.
 _ROWS = 32
+
+
+def rows_of(model: Transformer, slots: int) -> int:
+    """Return the rows that the linear layers of a model compute in each forward for so many slots, see `grow`."""
+    return max(_ROWS, slots) if model.device.type == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,10 @@ class Completion:
     log_probs: list[float] | None
     """Natural logarithm of the model's own probability of each new id (temperature 1, whole vocabulary), computed in fp32, of a
     float64 model in float64; None if not asked for."""
+    partner_log_probs: list[float] | None = None
+    """Those by the partner; None without one."""
+    partner_hidden: list[Tensor] | None = None
+    """The partner's last hidden states [D], after its final norm, that predict each new id; None without one."""
 
 
 def complete(
@@ -41,6 +51,8 @@ def complete(
     with_log_probs: bool = False,
     sync_tokens: bool = False,
     progress: Callable[[int], object] | None = None,
+    partner: Transformer | None = None,
+    partner_share: float = 0.5,
 ) -> list[Completion]:
     """Return a completion of each prompt, in order.
 
@@ -63,6 +75,9 @@ def complete(
         sync_tokens: every process continues with rank 0's ids. For processes that complete the same prompts, such as those of a
             sharded model: a rounding error on one could end a text that continues on another.
         progress: called with the number of prompts that have just been completed.
+        partner: a second model, such as a teacher, that writes with it: each id is drawn from the mixture of their distributions, and
+            ``sampling`` applies to that.
+        partner_share: its part of the mixture.
 
     Raises:
         ConfigError: a number is out of range, or there is not one seed for each prompt.
@@ -76,15 +91,21 @@ def complete(
         raise ConfigError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one for each")
     if not prompts:
         return []
-    limits = new_token_limits(prompts, max_new_tokens, model.config.max_seq_len)
+    contexts = [one.config.max_seq_len for one in (model, partner) if one is not None]
+    limits = new_token_limits(prompts, max_new_tokens, min(contexts))
     completions: list[Completion | None] = [None] * len(prompts)
 
     def has_ended(text: Text) -> bool:
         num_prompt, is_finished = len(prompts[text.number]), text.ids[-1] in stop_ids
         if not is_finished and len(text.ids) < num_prompt + limits[text.number]:
             return False
-        log_probs = text.log_probs if with_log_probs else None
-        completions[text.number] = Completion(text.ids[num_prompt:], is_finished, log_probs)
+        completions[text.number] = Completion(
+            text.ids[num_prompt:],
+            is_finished,
+            text.log_probs if with_log_probs else None,
+            None if partner is None else text.partner_log_probs,
+            None if partner is None else text.partner_hidden,
+        )
         if progress is not None:
             progress(1)
         return True
@@ -98,9 +119,10 @@ def complete(
         has_ended,
         sampling=sampling,
         slots=slots,
-        rows=max(_ROWS, slots) if model.device.type == "cpu" else 1,
+        rows=rows_of(model, slots),
         longest=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
-        with_log_probs=with_log_probs,
+        with_log_probs=with_log_probs or partner is not None,
         sync_tokens=sync_tokens,
+        partner=None if partner is None else Partner(partner, partner_share),
     )
     return [completion for completion in completions if completion is not None]

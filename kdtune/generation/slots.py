@@ -3,6 +3,7 @@
 Shape suffixes: B rows of a forward, N slots in use, S new tokens, D embedding, V vocabulary.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kdtune.distributed import broadcast_object
 from kdtune.generation.generate import eval_mode
@@ -32,6 +34,26 @@ class Text:
     """That its ids are drawn with."""
     log_probs: list[float] = field(default_factory=list)
     """Of the new ids, if they are asked for."""
+    partner_log_probs: list[float] = field(default_factory=list)
+    """Those by the partner, if there is one."""
+    partner_hidden: list[Tensor] = field(default_factory=list)
+    """The partner's last hidden states [D] that predict the new ids."""
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A second model that texts are written with: each id is drawn from a mixture of both models' distributions."""
+
+    model: Transformer
+    share: float
+    """Its part of the mixture, between 0 and 1."""
+
+    def mixed(self, logits_BV: Tensor, partner_logits_BV: Tensor) -> Tensor:
+        """Return the logarithm of the mixture [B, V], over the first model's ids."""
+        ours_BV, theirs_BV = log_softmax(logits_BV), log_softmax(partner_logits_BV[:, : logits_BV.shape[1]])
+        lacking = ours_BV.shape[1] - theirs_BV.shape[1]
+        theirs_BV = functional.pad(theirs_BV, (0, lacking), value=-torch.inf)
+        return torch.logaddexp(ours_BV + math.log1p(-self.share), theirs_BV + math.log(self.share))
 
 
 def grow(
@@ -45,6 +67,7 @@ def grow(
     longest: int,
     with_log_probs: bool = False,
     sync_tokens: bool = False,
+    partner: Partner | None = None,
 ) -> None:
     """Append ids to each text until it has ended.
 
@@ -59,45 +82,52 @@ def grow(
         longest: tokens of the longest text, at most.
         with_log_probs: fill in ``log_probs``.
         sync_tokens: every process continues with rank 0's ids.
+        partner: a second model to write with.
     """
     waiting = deque(texts)
-    if is_fsdp_module(model):
-        model.unshard()  # only then have its weights the dtype and device that they compute in
-    with eval_mode(model), _uncompiled(model):
-        served = (
-            _Slots(model, min(slots, len(waiting)), rows, longest) if _has_slots(model) else _OneByOne(model, longest)
-        )
+    models = [model] if partner is None else [model, partner.model]
+    for one in models:
+        if is_fsdp_module(one):
+            one.unshard()  # only then have its weights the dtype and device that they compute in
+    with eval_mode(*models), uncompiled(models):
+        served = Together([served_by(one, min(slots, len(waiting)), rows, longest) for one in models])
         active = [waiting.popleft() for _ in range(min(served.num_slots, len(waiting)))]
         for slot, text in enumerate(active):
             served.put(slot, text.ids)
         while active:
-            logits_BV = served.logits(active)
-            tokens = sample_tokens(logits_BV[: len(active)], sampling, [text.generator for text in active])
+            states = served.hidden(active)
+            logits = [one.output(hidden_BD)[: len(active)] for one, hidden_BD in zip(models, states, strict=True)]
+            drawn_from = logits[0] if partner is None else partner.mixed(*logits)
+            tokens = sample_tokens(drawn_from, sampling, [text.generator for text in active])
             tokens = broadcast_object(tokens) if sync_tokens else tokens
             if with_log_probs:
-                for text, log_prob in zip(active, _log_probs(logits_BV, tokens), strict=True):
-                    text.log_probs.append(log_prob)
+                _note(active, tokens, logits, states)
             ended = []
             for slot, (text, token) in enumerate(zip(active, tokens, strict=True)):
                 text.ids.append(token)
                 if has_ended(text):
                     ended.append(slot)
-                elif len(text.ids) - 1 == model.config.rope_switch:
+                elif any(len(text.ids) - 1 == one.config.rope_switch for one in models):
                     # From here on all tokens of that text are rotated otherwise: the keys that are held are of no more use.
                     served.put(slot, text.ids)
-            # From the last on, so that what moves into a free slot has not ended.
-            for slot in reversed(ended):
-                if waiting:
-                    active[slot] = waiting.popleft()
-                    served.put(slot, active[slot].ids)
-                    continue
-                last = active.pop()
-                if slot < len(active):
-                    served.move(len(active), slot)
-                    active[slot] = last
+            refill(active, ended, waiting, served)
 
 
-class _Served(Protocol):
+def refill(active: list[Text], ended: Sequence[int], waiting: deque[Text], served: "Together") -> None:
+    """Give the slots of texts that have ended to those that wait, or move the last texts there; ``ended`` ascends."""
+    # From the last on, so that what moves into a free slot has not ended.
+    for slot in reversed(ended):
+        if waiting:
+            active[slot] = waiting.popleft()
+            served.put(slot, active[slot].ids)
+            continue
+        last = active.pop()
+        if slot < len(active):
+            served.move(len(active), slot)
+            active[slot] = last
+
+
+class Served(Protocol):
     """A model with caches of the texts that grow."""
 
     num_slots: int
@@ -108,19 +138,22 @@ class _Served(Protocol):
     def move(self, source: int, target: int) -> None:
         """Move the text of one slot to another."""
 
-    def logits(self, texts: Sequence[Text]) -> Tensor:
-        """Append the last token of each text, that of the first slots; return the next one's logits [B, V], in the first rows."""
+    def hidden(self, texts: Sequence[Text], num_new: int = 1) -> Tensor:
+        """Append the last ``num_new`` tokens of each text, those of the first slots; return hidden states [B, S, D], theirs first.
+
+        What a slot held of these places and beyond is gone.
+        """
 
 
 class _Slots:
     """kdtune's decoder, with a `SlotCache`."""
 
-    def __init__(self, model: Transformer, num_slots: int, num_rows: int, longest: int) -> None:
+    def __init__(self, model: Transformer, num_slots: int, num_rows: int, longest: int, num_new: int) -> None:
         self._model, self.num_slots, self._num_rows = model, num_slots, num_rows
         # Attention that is not kdtune's own computes all rows.
         self._has_idle_slots = not isinstance(model.config, TransformerConfig)
         num_kept = max(num_slots, num_rows) if self._has_idle_slots else num_slots
-        self._cache = SlotCache(model.config, num_kept, longest)
+        self._cache = SlotCache(model.config, num_kept, longest, num_new=num_new)
         # Texts that begin alike one after the other share what is computed of the beginning.
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
@@ -139,17 +172,16 @@ class _Slots:
     def move(self, source: int, target: int) -> None:
         self._cache.move(source, target)
 
-    def logits(self, texts: Sequence[Text]) -> Tensor:
+    def hidden(self, texts: Sequence[Text], num_new: int = 1) -> Tensor:
         idle = [0] * (self._num_rows - len(texts))  # any id will do: nothing sees it
-        positions = [len(text.ids) - 1 for text in texts]
-        tokens = [text.ids[-1] for text in texts]
+        positions = [len(text.ids) - num_new for text in texts]
+        tokens = [text.ids[-num_new:] for text in texts] + [[0] * num_new for _ in idle]
         device = self._model.device
-        self._cache.place(positions + idle if self._has_idle_slots else positions, device)
-        inputs_2B = torch.tensor([tokens + idle, positions + idle], device=device)
-        hidden_B1D = self._model(
-            inputs_2B[0, :, None], input_pos=inputs_2B[1, :, None], kv_cache=self._cache, return_hidden=True
-        )
-        return self._model.output(hidden_B1D[:, 0])
+        self._cache.place(positions + idle if self._has_idle_slots else positions, device, num_new)
+        tokens_BS, firsts_B = torch.tensor(tokens, device=device), torch.tensor(positions + idle, device=device)
+        positions_BS = firsts_B[:, None] + torch.arange(num_new, device=device)
+        hidden_BSD: Tensor = self._model(tokens_BS, input_pos=positions_BS, kv_cache=self._cache, return_hidden=True)
+        return hidden_BSD
 
 
 class _OneByOne:
@@ -167,9 +199,37 @@ class _OneByOne:
     def move(self, source: int, target: int) -> None:
         """Never called: there is one slot."""
 
-    def logits(self, texts: Sequence[Text]) -> Tensor:
-        token_11 = torch.tensor([[texts[0].ids[-1]]], device=self._model.device)
-        return self._model.output(self._model(token_11, kv_cache=self._cache, return_hidden=True)[:, -1])
+    def hidden(self, texts: Sequence[Text], num_new: int = 1) -> Tensor:
+        tokens_1S = torch.tensor([texts[0].ids[-num_new:]], device=self._model.device)
+        hidden_1SD: Tensor = self._model(tokens_1S, kv_cache=self._cache, return_hidden=True)
+        return hidden_1SD
+
+
+class Together:
+    """Models that write the same texts."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self._served = served
+        self.num_slots = min(one.num_slots for one in served)
+
+    def put(self, slot: int, ids: Sequence[int]) -> None:
+        """See `Served.put`."""
+        for one in self._served:
+            one.put(slot, ids)
+
+    def move(self, source: int, target: int) -> None:
+        """See `Served.move`."""
+        for one in self._served:
+            one.move(source, target)
+
+    def hidden(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Return the hidden states [B, D] of each, for the last token of each text."""
+        return [one.hidden(texts)[:, -1] for one in self._served]
+
+
+def served_by(model: Transformer, slots: int, rows: int, longest: int, num_new: int = 1) -> Served:
+    """Return a model with caches of texts of up to ``longest`` tokens, to which up to ``num_new`` are appended at a time; see `grow`."""
+    return _Slots(model, slots, rows, longest, num_new) if has_slots(model) else _OneByOne(model, longest)
 
 
 def _cache_of(model: Transformer, ids: Sequence[int], longest: int) -> KVCache:
@@ -180,20 +240,30 @@ def _cache_of(model: Transformer, ids: Sequence[int], longest: int) -> KVCache:
     return cache
 
 
-def _has_slots(model: Transformer) -> bool:
+def has_slots(model: Transformer) -> bool:
+    """Return whether texts of different lengths go through a model side by side."""
     # Some models of transformers take no mask.
     return not getattr(model, "has_foreign_windows", False)
 
 
-def _uncompiled(model: Transformer) -> AbstractContextManager[object]:
+def uncompiled(models: Sequence[Transformer]) -> AbstractContextManager[object]:
     """Return a context in which layers that are compiled for training are not: each length would have code of its own."""
-    if all(layer._compiled_call_impl is None for layer in model.layers):
+    if all(layer._compiled_call_impl is None for model in models for layer in model.layers):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
-def _log_probs(logits_BV: Tensor, tokens: Sequence[int]) -> list[float]:
-    """Return the logarithm of each token's probability, of those of the first rows, computed in fp32 or the logits' wider dtype."""
-    wide_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).log_softmax(dim=-1)
-    found: list[float] = wide_BV[range(len(tokens)), tokens].tolist()
-    return found
+def _note(texts: Sequence[Text], tokens: Sequence[int], logits: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+    """Note the logarithm of the probability of each text's new id, and of a partner, the second model, its hidden states too."""
+    for of_partner, one_BV in enumerate(logits):
+        log_probs: list[float] = log_softmax(one_BV)[range(len(tokens)), tokens].tolist()
+        for text, log_prob in zip(texts, log_probs, strict=True):
+            (text.partner_log_probs if of_partner else text.log_probs).append(log_prob)
+    if len(states) > 1:
+        for text, hidden_D in zip(texts, states[1], strict=False):
+            text.partner_hidden.append(hidden_D)
+
+
+def log_softmax(logits_BV: Tensor) -> Tensor:
+    """Return log-probabilities in fp32, or in the logits' wider dtype."""
+    return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).log_softmax(dim=-1)

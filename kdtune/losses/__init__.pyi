@@ -25,7 +25,7 @@ from .sampled import SampledReverseKL
 from .signal import DenseSignal, HiddenSignal, PendingSignal, SampledSignal, Signal, TextSignal, TopKSignal
 from .sparse import SampledTargets, SparseRows, TeacherTargets, TopKTargets, check_targets
 from .targets import Targets
-from .token_log_probs import token_log_probs
+from .token_log_probs import signal_token_log_probs, token_log_probs
 
 __all__ = [
     "ALM",
@@ -78,6 +78,7 @@ __all__ = [
     "forward_kl",
     "is_of_text",
     "signal_cross_entropy",
+    "signal_token_log_probs",
     "token_log_probs",
     "value_and_gradient",
 ]

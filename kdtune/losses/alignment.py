@@ -137,6 +137,8 @@ def aligned_loss(
         TrainingError: the signal is not of the teacher's positions.
     """
     check_target_ids(targets.id_range, student.vocab_size)
+    if targets.class_weights_N is not None:
+        raise TrainingError("targets.class_weights_N: of a teacher with another tokenizer; allowed is None")
     if loss.logits_dtype is not None:
         raise ConfigError("loss_logits_dtype: a cross-tokenizer loss has its logits in fp32; set null")
     task = Task(

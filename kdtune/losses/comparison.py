@@ -35,15 +35,17 @@ class Settings:
     """In compiled code, subtract the label's part in the gradient's own pass over the ids."""
 
 
+Weights: TypeAlias = tuple[Tensor | None, ...]
+"""Two tensors: factors [R] of the tokens' losses, and of their cross entropy besides; None: all 1."""
 Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]
-Compare: TypeAlias = Callable[[Logits, Logits | SparseRows | None, Tensor, Tensor | None, Settings], Parts]
+Compare: TypeAlias = Callable[[Logits, Logits | SparseRows | None, Tensor, Weights, Settings], Parts]
 
 
 def compare_(
     logits: Logits,
     teacher: Logits | SparseRows | None,
     labels_R: Tensor,
-    weights_R: Tensor | None,
+    weights: Weights,
     settings: Settings,
 ) -> Parts:
     """Return cross entropy, divergence, agreement and probability outside, of each token.
@@ -52,6 +54,7 @@ def compare_(
     the gradient with respect to the product before the cap: 1 - (z / softcap)^2 times z's.
     """
     given_RV, logits_RV = logits[0], joined(logits)
+    weights_R, class_weights_R = weights
     logp_RV, best_R = _log_softmax(logits_RV)
     ce_R = -logp_RV.gather(1, labels_R[:, None]).squeeze(1)
     kd_R: Tensor | float = 0.0
@@ -75,12 +78,17 @@ def compare_(
         softcap = settings.softcap
         slope_RV = None if softcap is None else 1 - (logits_RV / softcap).square()
         in_one_pass = settings.label_in_one_pass and torch.compiler.is_compiling()
-        _logit_grad(logp_RV, grad_logp_RV, labels_R, settings.kd_ratio, out_RV=logits_RV, in_one_pass=in_one_pass)
+        class_weight = (
+            1 - settings.kd_ratio if class_weights_R is None else (1 - settings.kd_ratio) * class_weights_R[:, None]
+        )
+        _logit_grad(logp_RV, grad_logp_RV, labels_R, class_weight, out_RV=logits_RV, in_one_pass=in_one_pass)
         for scale in (slope_RV, None if weights_R is None else weights_R[:, None]):
             if scale is not None:
                 logits_RV.mul_(scale)
         if given_RV.dtype != logits_RV.dtype:
             given_RV.copy_(logits_RV)
+    if class_weights_R is not None:
+        ce_R = ce_R * class_weights_R
     if weights_R is not None:
         ce_R, kd_R = ce_R * weights_R, kd_R * weights_R
     return ce_R, kd_R, agreement_R, outside_R
@@ -108,15 +116,15 @@ def compiled(device_type: str, problem: str | None = None) -> Compare:
         logits: Logits,
         teacher: Logits | SparseRows | None,
         labels_R: Tensor,
-        weights_R: Tensor | None,
+        weights: Weights,
         settings: Settings,
     ) -> Parts:
         of_teacher = () if teacher is None else teacher if isinstance(teacher, tuple) else vars(teacher).values()
-        for tensor in (*logits, labels_R, weights_R, *of_teacher):
+        for tensor in (*logits, labels_R, *weights, *of_teacher):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         nonlocal is_in_one_pass
-        block = (logits, teacher, labels_R, weights_R)
+        block = (logits, teacher, labels_R, weights)
         try:
             parts: Parts = run(*block, replace(settings, label_in_one_pass=is_in_one_pass))
         except InductorError:
@@ -169,24 +177,25 @@ def _logit_grad(
     logp_RV: Tensor,
     grad_logp_RV: Tensor | None,
     labels_R: Tensor,
-    kd_ratio: float,
+    class_weight: Tensor | float,
     *,
     out_RV: Tensor,
     in_one_pass: bool,
 ) -> None:
     """Write g - softmax * sum(g) into out_RV, where g is the divergence's gradient plus the cross entropy's.
 
-    The cross entropy's is -(1 - kd_ratio) at the label and 0 elsewhere; in_one_pass: in a form for compiled code.
+    The cross entropy's is -class_weight, a number or [R, 1], at the label and 0 elsewhere; in_one_pass: in a form for compiled code.
     """
     p_RV = logp_RV.exp()
     if grad_logp_RV is None:
-        torch.mul(p_RV, 1 - kd_ratio, out=out_RV)
+        torch.mul(p_RV, class_weight, out=out_RV)
     else:
-        sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - (1 - kd_ratio)
+        sum_R1 = grad_logp_RV.sum(-1, keepdim=True) - class_weight
         torch.addcmul(grad_logp_RV, p_RV, sum_R1, value=-1, out=out_RV)
     if in_one_pass:
         ids_V = torch.arange(out_RV.shape[1], dtype=torch.int32, device=out_RV.device)
         is_label_RV = ids_V == labels_R[:, None].int()
-        out_RV.copy_(torch.where(is_label_RV, out_RV - (1 - kd_ratio), out_RV))
+        out_RV.copy_(torch.where(is_label_RV, out_RV - class_weight, out_RV))
     else:
-        out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= 1 - kd_ratio
+        at_label = class_weight.squeeze(1) if isinstance(class_weight, Tensor) else class_weight
+        out_RV[torch.arange(len(labels_R), device=out_RV.device), labels_R] -= at_label

@@ -55,6 +55,7 @@ class Task:
     kd_ratio: float
     chunk_size: int | None  # tokens; None: as many as CHUNK_BYTES hold
     weights_N: Tensor | None = None  # of each token's loss; None: all 1
+    class_weights_N: Tensor | None = None  # of each token's cross entropy, besides; None: all 1
     teacher_targets: TeacherTargets | None = None  # what the loss keeps of dense teacher rows; None: all
     num_compared: int | None = None  # the first tokens, which alone have a teacher's row; None: all
     logits_dtype: torch.dtype | None = None  # of logits in memory and their gradient; None: fp32 or wider
@@ -159,8 +160,9 @@ def _run_chunks(
             teacher_rows = _signal_rows(task.teacher, positions_C[own], vocab_size, dtype)
         for block in slices(len(logits[0]), block_size(logits[0])):
             compared = _block_of(teacher_rows, block) if is_compared else None
-            weights_R = None if task.weights_N is None else task.weights_N[chunk][own][block].to(dtype)
-            parts = task.compare_(rows_of(logits, block), compared, labels_C[own][block], weights_R, settings)
+            given = (task.weights_N, task.class_weights_N)
+            weights = tuple(None if one is None else one[chunk][own][block].to(dtype) for one in given)
+            parts = task.compare_(rows_of(logits, block), compared, labels_C[own][block], weights, settings)
             for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         if not needs_grad:

@@ -98,7 +98,8 @@ class KDLoss:
         likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
         probability that the student gives to them. Its softmax is over all of its ids, with a teacher as without one; see
         `kdtune.losses.covers_extra_ids` for what the divergence is taken over. The targets' weights multiply the loss of each
-        token and its two losses among the parts. Softmax and sums are in fp32 (float64 for float64 hidden states).
+        token and its two losses among the parts; its class weights the cross entropy alone. Softmax
+        and sums are in fp32 (float64 for float64 hidden states).
 
         Args:
             hidden: the student's last hidden states [B, S, D], after the final norm; with a hidden_loss a pair of these and
@@ -169,6 +170,7 @@ class KDLoss:
             kd_ratio=self.kd_ratio,
             chunk_size=self.chunk_size,
             weights_N=targets.weights_N,
+            class_weights_N=targets.class_weights_N,
             teacher_targets=self.teacher_targets,
             logits_dtype=self.logits_dtype,
             compare_=compare_,

@@ -114,6 +114,8 @@ def text_loss(
     student_N = token_log_probs(student, targets.positions_N, targets.labels_N, loss.chunk_size)
     teacher_N = signal_token_log_probs(teacher, targets.positions_N, targets.labels_N, loss.chunk_size)
     ce_N, kd_N = -student_N, loss.divergence(student_N, teacher_N.to(student_N.dtype))
+    if targets.class_weights_N is not None:
+        ce_N = ce_N * targets.class_weights_N.to(ce_N.dtype)
     if targets.weights_N is not None:
         ce_N, kd_N = (one * targets.weights_N.to(one.dtype) for one in (ce_N, kd_N))
     ce, kd = ce_N.sum(), kd_N.sum()

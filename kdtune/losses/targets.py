@@ -32,6 +32,8 @@ class Targets:
     """Smallest and largest target id, (0, -1) without targets: checked against a vocabulary without reading from the device."""
     weights_N: Tensor | None = None
     """Factors of the tokens' losses, floating-point; None: all 1."""
+    class_weights_N: Tensor | None = None
+    """Factors of the tokens' cross entropies, beside weights_N: 0 where a text is not to be imitated; None: all 1."""
     alignment: "Alignment | None" = None
     """Where the teacher reads the same text in tokens of its own; None: it reads these."""
 

@@ -148,7 +148,8 @@ class KVCache:
 class SlotLayer:
     """Keys and values of one layer in slots, each with a text of its own length: token number p of a text is in place p.
 
-    A layer with a window begins again at place 0 when it has gone through the places it has, which are at least the window.
+    A layer with a window begins again at place 0 when it has gone through the places it has, which are at least the window and the new
+    tokens of a forward.
     """
 
     def __init__(self, slots: "SlotCache", window: int | None, *, is_capped: bool) -> None:
@@ -156,14 +157,14 @@ class SlotLayer:
         self._keys_RKCE = self._values_RKCE = torch.empty(0)
 
     def store(self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next token of each slot in use; return their keys and values [N, K, T, E].
+        """Write the next tokens of each slot in use; return their keys and values [N, K, T, E].
 
-        ``keys_BKSE`` and ``values_BKSE`` have S = 1, and may have more rows than slots are in use.
+        ``keys_BKSE`` and ``values_BKSE`` may have more rows than slots are in use.
         """
-        rows_N, places_N, num_places = self._slots.places(self._window)
+        rows_N, places_NS, num_places = self._slots.places(self._window)
         self._make_room(num_places, keys_BKSE)
-        self._keys_RKCE[rows_N, :, places_N] = keys_BKSE[: len(rows_N), :, 0]
-        self._values_RKCE[rows_N, :, places_N] = values_BKSE[: len(rows_N), :, 0]
+        self._keys_RKCE[rows_N[:, None], :, places_NS] = keys_BKSE[: len(rows_N)].transpose(1, 2)
+        self._values_RKCE[rows_N[:, None], :, places_NS] = values_BKSE[: len(rows_N)].transpose(1, 2)
         return self._keys_RKCE[: len(rows_N), :, :num_places], self._values_RKCE[: len(rows_N), :, :num_places]
 
     def attended(
@@ -178,7 +179,7 @@ class SlotLayer:
     def write(self, slot: int, layer: LayerCache, length: int) -> None:
         """Put the text of a cache of one sequence, of ``length`` tokens, into a slot."""
         first, keys_1KPE, values_1KPE = layer.held(length)
-        num_places = _places(self._window, length)
+        num_places = self._slots.num_places(self._window, length)
         skipped = max(keys_1KPE.shape[2] - num_places, 0)
         self._make_room(num_places, keys_1KPE)
         places_P = torch.arange(first + skipped, length, device=keys_1KPE.device) % num_places
@@ -196,7 +197,8 @@ class SlotLayer:
         if num_places <= room:
             return
         _, heads, _, head_dim = like_BKSE.shape
-        more = min(max(num_places, _FIRST_PLACES, 2 * room), _places(self._window, self._slots.max_seq_len))
+        most = self._slots.num_places(self._window, self._slots.max_seq_len)
+        more = min(max(num_places, _FIRST_PLACES, 2 * room), most)
         for name in ("_keys_RKCE", "_values_RKCE"):
             grown = like_BKSE.new_zeros(self._slots.num_slots, heads, more, head_dim)
             if room:
@@ -204,66 +206,73 @@ class SlotLayer:
             setattr(self, name, grown)
 
 
-def _places(window: int | None, length: int) -> int:
-    """Return the number of places that texts of up to ``length`` tokens take in a layer with this window."""
-    needed = length if window is None else min(window, length)
-    # Kernels take a sum over the places in parts. Where the parts begin must not depend on the longest of the texts, so that masked
-    # places at the end only add zeros: torch's attention has parts of 512, of which MKL's product takes up to 256 at once (384 on some
-    # processors), and 512 in halves.
-    full, rest = divmod(needed, PART)
-    rest = -(-rest // _BLOCK) * _BLOCK
-    return full * PART + (PART if rest > PART // 2 else rest)
-
-
 class SlotCache:
-    """Keys and values of every layer for texts of different lengths, one a slot, of which each forward appends one token.
+    """Keys and values of every layer for texts of different lengths, one a slot, to which each forward appends one token or a few.
 
     Args:
         config: The model's.
         num_slots: Number of texts that it has room for.
         max_seq_len: Tokens of the longest text. Memory grows on demand, doubling when full.
+        num_new: Largest number of tokens that a forward appends, and by which a text may become shorter again.
 
-    For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, 1] and ``input_pos``
-    [B, 1]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
+    For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, S] and ``input_pos``
+    [B, S]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
     the bit in fp32 on a CPU. ``length`` is the number of tokens before the next one, in the longest of the texts.
     """
 
-    def __init__(self, config: TransformerConfig, num_slots: int, max_seq_len: int) -> None:
+    def __init__(self, config: TransformerConfig, num_slots: int, max_seq_len: int, *, num_new: int = 1) -> None:
         self.num_slots, self.max_seq_len, self.length = num_slots, max_seq_len, 0
+        self._most_new = num_new
         is_capped = config.score_softcap is not None
         self.layers = [SlotLayer(self, config.window(index), is_capped=is_capped) for index in range(config.num_layers)]
-        self._last_N = self._rows_N = torch.empty(0, dtype=torch.int64)
+        self._rows_N = torch.empty(0, dtype=torch.int64)
+        self._positions_NS = torch.empty(0, 1, dtype=torch.int64)
         self._places: dict[int | None, tuple[Tensor, Tensor, int]] = {}
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
 
-    def place(self, positions: Sequence[int], device: torch.device) -> None:
-        """Say which token of its text comes next in each of the first slots, from 0."""
-        self._last_N = torch.tensor(positions, device=device)
+    def place(self, positions: Sequence[int], device: torch.device, num_new: int = 1) -> None:
+        """Say which token of its text comes next in each of the first slots, from 0, and how many in all.
+
+        What a slot holds of that token and later ones is overwritten, or never seen.
+        """
+        self._positions_NS = torch.tensor(positions, device=device)[:, None] + torch.arange(num_new, device=device)
         self._rows_N = torch.arange(len(positions), device=device)
         self.length = max(positions)
         self._places, self._masks = {}, {}
 
     def places(self, window: int | None) -> tuple[Tensor, Tensor, int]:
-        """Return the slots in use [N], the next token's place in each [N], and the number of places in use, T."""
+        """Return the slots in use [N], the next tokens' places in each [N, S], and the number of places in use, T."""
         if window not in self._places:
-            num_places = _places(window, self.length + 1)
-            self._places[window] = self._rows_N, self._last_N % num_places, num_places
+            num_places = self.num_places(window, self.length + self._positions_NS.shape[1])
+            self._places[window] = self._rows_N, self._positions_NS % num_places, num_places
         return self._places[window]
 
+    def num_places(self, window: int | None, length: int) -> int:
+        """Return the number of places that texts of up to ``length`` tokens take in a layer with this window."""
+        # Tokens that were taken back must not seem to be old ones in the window.
+        needed = length if window is None else min(window + self._most_new - 1, length)
+        # Kernels take a sum over the places in parts. Where the parts begin must not depend on the longest of the texts, so that
+        # masked places at the end only add zeros: torch's attention has parts of 512, of which MKL's product takes up to 256 at once
+        # (384 on some processors), and 512 in halves.
+        full, rest = divmod(needed, PART)
+        rest = -(-rest // _BLOCK) * _BLOCK
+        return full * PART + (PART if rest > PART // 2 else rest)
+
     def mask(self, window: int | None, num_places: int, dtype: torch.dtype = torch.bool) -> Tensor:
-        """Return the mask [N, 1, 1, T] of the next tokens, True where they see a place; of another dtype it is added to scores."""
+        """Return the mask [N, 1, S, T] of the next tokens, True where they see a place; of another dtype it is added to scores."""
         key = window, num_places, dtype
         if key not in self._masks:
-            places_T = torch.arange(num_places, device=self._last_N.device)
+            places_T = torch.arange(num_places, device=self._positions_NS.device)
+            positions_NS1 = self._positions_NS[:, :, None]
             # How many tokens ago each place was written, were all of them written in turn.
-            ago_NT = (self._last_N[:, None] - places_T) % num_places
-            is_seen_NT = ago_NT <= self._last_N[:, None]
+            ago_NST = (positions_NS1 - places_T) % num_places
+            is_seen_NST = ago_NST <= positions_NS1
             if window is not None:
-                is_seen_NT &= ago_NT < window
-            mask_NT = is_seen_NT
+                is_seen_NST &= ago_NST < window
+            mask_NST = is_seen_NST
             if dtype != torch.bool:
-                mask_NT = torch.zeros_like(is_seen_NT, dtype=dtype).masked_fill_(~is_seen_NT, float("-inf"))
-            self._masks[key] = mask_NT[:, None, None]
+                mask_NST = torch.zeros_like(is_seen_NST, dtype=dtype).masked_fill_(~is_seen_NST, float("-inf"))
+            self._masks[key] = mask_NST[:, None]
         return self._masks[key]
 
     def write(self, slot: int, cache: KVCache) -> None:
@@ -277,9 +286,10 @@ class SlotCache:
             layer.move(source, target)
 
     def check_room(self, tokens_BS: Tensor) -> None:
-        """Raise ValueError if there is not one token for each slot in use."""
-        if tokens_BS.shape[1] != 1 or len(tokens_BS) < len(self._last_N):
-            raise ValueError(f"SlotCache: tokens {list(tokens_BS.shape)}; [{len(self._last_N)} or more, 1] expected")
+        """Raise ValueError if there are not the tokens that were placed for each slot in use."""
+        num_used, num_new = self._positions_NS.shape
+        if tokens_BS.shape[1] != num_new or len(tokens_BS) < num_used:
+            raise ValueError(f"SlotCache: tokens {list(tokens_BS.shape)}; [{num_used} or more, {num_new}] expected")
 
     def advance(self, _: int) -> None:
         """Do nothing: ``place`` counts."""

@@ -14,6 +14,11 @@ _PANELS = (
     ("class_loss", "Class loss (cross entropy)", "cross entropy"),
     ("loss", "Total loss", "loss"),
 )
+# Of a run that learns from text which a model writes (kdtune.rollouts), beside the losses.
+_OF_ROLLOUTS = (
+    ("rollout_entropy", "Entropy of the written text", "-log q"),
+    ("rollout_tokens", "Length of the written text", "tokens"),
+)
 _COMPARED = (
     ("val_kd_loss", "Held-out {divergence} to the teacher", "{divergence}"),
     ("val_class_loss", "Held-out cross entropy", "cross entropy"),
@@ -29,6 +34,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = "KL") -> Path:
     """Draw KD, class and total loss over the steps of a metrics.jsonl, with the validation points, and return the file.
 
+    Entropy and length of the text that a model has written are drawn too, where there is some.
+
     `metrics_file` is a run's, `png` the file to write, `divergence` the display name of `kd_loss`.
 
     Raises:
@@ -40,6 +47,7 @@ def plot_losses(metrics_file: str | Path, png: str | Path, *, divergence: str = 
         raise DataError(
             f"{metrics_file}: no losses to plot; rows with {', '.join(panel[0] for panel in _PANELS)} are needed"
         )
+    panels += [panel for panel in _OF_ROLLOUTS if any(panel[0] in row for row in rows)]
     figure, all_axes = _figure(panels, divergence)
     for axes, (name, *_) in zip(all_axes, panels, strict=True):
         _draw(axes, rows, name)
@@ -123,11 +131,13 @@ def _figure(panels: Sequence[tuple[str, str, str]], divergence: str) -> tuple[An
 
 
 def unit_of(metric: str, divergence: str) -> str:
-    """Return the unit of a loss of metrics.jsonl: nats per token, or per token where a divergence other than the KL is in it.
+    """Return the unit of a metric of metrics.jsonl: nats per token, or per token where a divergence other than the KL is in it.
 
     `divergence` is the display name of `kd_loss`.
     """
-    is_in_nats = metric.removeprefix(VALIDATION_PREFIX) == "class_loss" or divergence == "KL"
+    if metric == "rollout_tokens":
+        return "per answer"
+    is_in_nats = metric.removeprefix(VALIDATION_PREFIX) in ("class_loss", "rollout_entropy") or divergence == "KL"
     return "nats per token" if is_in_nats else "per token"
 
 

@@ -1,4 +1,4 @@
-from .checks import builder_problems, divergence_problems, may_change, range_problems
+from .checks import builder_problems, divergence_problems, is_own_text, may_change, range_problems, rollout_problems
 from .clip import check_finite, clip_grad_norm_
 from .config import TrainingConfig
 from .inputs import check_context, check_data, check_inputs, check_lengths, context_note, example_lengths
@@ -20,7 +20,16 @@ from .schedules import (
     get_wsd_schedule,
 )
 from .seed import set_seed, set_step_seed
-from .start import Inputs, build_kd_loss, build_optimizer, build_trained_model, load_inputs, start, steps_of
+from .start import (
+    Inputs,
+    build_kd_loss,
+    build_optimizer,
+    build_trained_model,
+    load_inputs,
+    start,
+    start_rollouts,
+    steps_of,
+)
 from .steps import count_steps, enter_epoch, plan_steps, step_text, take_micro_batches
 from .tokenizer import load_tokenizer, pair_tokenizers
 
@@ -64,6 +73,7 @@ __all__ = [
     "get_linear_schedule_with_warmup",
     "get_wsd_schedule",
     "is_muon_weight",
+    "is_own_text",
     "load_inputs",
     "load_tokenizer",
     "load_training_state",
@@ -76,10 +86,12 @@ __all__ = [
     "range_problems",
     "resolve_device",
     "resume_extra",
+    "rollout_problems",
     "set_seed",
     "set_step_seed",
     "show_results",
     "start",
+    "start_rollouts",
     "step_text",
     "steps_of",
     "take_micro_batches",

@@ -187,6 +187,24 @@ def divergence_problems(kd_loss: Any, teacher_targets: Any = None, *, is_own_tex
     return []
 
 
+def is_own_text(cfg: Any) -> bool:
+    """Return whether all text that a distillation config `cfg` learns from is the student's own; False if it cannot be told."""
+    try:
+        rollouts = instantiate(cfg.rollouts)
+    except KDTuneError:  # which `rollout_problems` tells
+        return False
+    return rollouts is not None and rollouts.policy.sources == {"student"}
+
+
+def rollout_problems(cfg: Any) -> list[str]:
+    """Return problems with the `rollouts` of a distillation config; reads no weights and no rows."""
+    try:
+        rollouts = instantiate(cfg.rollouts)
+        return [] if rollouts is None else list(rollouts.problems(cfg))
+    except KDTuneError as error:
+        return [f"rollouts: {error}"]
+
+
 def check_save_weights(model: Transformer, save_weights: str) -> None:
     """Raise ConfigError if save_weights asks for an adapter and the model has none."""
     if save_weights != "both" and not has_adapters(model):

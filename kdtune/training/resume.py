@@ -24,9 +24,16 @@ def resume_extra(cfg: Any, position: tuple[int, int]) -> dict[str, Any]:
 
 
 def load_training_state(
-    folder: Path, cfg: Any, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, loss: Any = None
+    folder: Path,
+    cfg: Any,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    loss: Any = None,
+    rollouts: Any = None,
 ) -> dict[str, Any]:
-    """Restore optimizer, scheduler and loss (None: there is none) from a `state` folder, as `load_state`; return its `extra`.
+    """Restore optimizer, scheduler, loss and rollouts (None: there are none) from a `state` folder, as `load_state`; return its `extra`.
 
     Both are built from this run's config, the scheduler before its first step. If the config's optimizer arguments
     differ from the saved ones, the config's are used; with another schedule or other learning rates, this config's
@@ -42,7 +49,7 @@ def load_training_state(
         )
     before = {**now, **(recorded or {})}
     if before == now:
-        return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss)
+        return load_state(folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss, rollouts=rollouts)
     old, new = (_options(instantiate(node["optimizer"], params=trainable_parameters(model))) for node in (before, now))
     # Groups of the loss's own parameters, which these settings do not change, come after the model's.
     old, new = ([*one, *_options(optimizer)[len(one) :]] for one in (old, new))
@@ -51,7 +58,13 @@ def load_training_state(
         one["lr"] != other["lr"] for one, other in zip(old, new, strict=True)
     )
     extra = load_state(
-        folder, model=model, optimizer=optimizer, scheduler=scheduler, loss=loss, ignore_scheduler=replay
+        folder,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss=loss,
+        rollouts=rollouts,
+        ignore_scheduler=replay,
     )
     for group, was, is_now, rate in zip(optimizer.param_groups, old, new, rates, strict=True):
         changed = {key: value for key, value in is_now.items() if key not in _RATES and was.get(key) != value}

@@ -43,7 +43,8 @@ from kdtune.training.steps import enter_epoch, take_micro_batches
 class Step:
     """One optimizer step: its micro-batches, and the metrics that it records.
 
-    `is_validated` says whether a validation is due after it.
+    `is_validated` says whether a validation is due after it; `number` is the number of steps made before. The recipe may replace
+    `batches`, by the same number on all processes, until it asks for the first of them.
 
     Args:
         run: the run that yields it.
@@ -55,7 +56,7 @@ class Step:
     def __init__(self, run: "Run", number: int, batches: list[Batch], position: tuple[int, int]) -> None:
         self.batches, self.position = batches, position
         self.row: dict[str, float] = {}
-        self._run, self._number = run, number
+        self._run, self.number = run, number
         self.is_validated = is_due(number + 1, run.cfg.run_val_every_n_steps) or number + 1 == run.inputs.num_steps
 
     @cached_property
@@ -69,7 +70,7 @@ class Step:
         run, world = self._run, self._run.world
         _ = self.num_valid_tokens  # counted before the first backward, by all processes at the same time
         for index, batch in enumerate(run.progress.micro_batches(self.batches)):
-            set_step_seed(run.cfg.seed, self._number, index * world.dp_size + world.dp_rank)
+            set_step_seed(run.cfg.seed, self.number, index * world.dp_size + world.dp_rank)
             run.room.make(batch.tokens.numel())
             yield batch.to(world.device)
 
@@ -87,11 +88,12 @@ class Step:
         optimizer = self._run.optimizer
         is_updated = is_in_backward(optimizer)
         self.row = self._run.metrics.pop(grad_norm=pop_grad_norm(optimizer) if is_updated else grad_norm)
-        check_finite(self.row["loss"], self.row["grad_norm"], self._number + 1, self.position, is_updated=is_updated)
+        check_finite(self.row["loss"], self.row["grad_norm"], self.number + 1, self.position, is_updated=is_updated)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Add values, such as a validation's, to the step's row of metrics.jsonl."""
+        """Add a validation's values to the step's row of metrics.jsonl."""
         self.row |= values
+        self._run.tell(values)
 
 
 class Run:
@@ -109,6 +111,7 @@ class Run:
         scheduler: learning-rate schedule; None: a constant rate.
         loss: the loss, if it may have state (`kdtune.losses.StatefulLoss`), such as `kdtune.losses.KDLoss`.
         teacher: the teacher, if its waits are measured (`pop_seconds_waited`), such as `kdtune.teachers.CachedTeacher`.
+        rollouts: `kdtune.rollouts.Rollouts`, whose state is saved; None: there are none.
         trained: name of the model in tables, such as "student".
         divergence: display name of `kd_loss`; None without a teacher.
     """
@@ -124,6 +127,7 @@ class Run:
         scheduler: Any = None,
         loss: KDLoss | None = None,
         teacher: Any = None,
+        rollouts: Any = None,
         trained: str = "model",
         divergence: str | None = None,
     ) -> None:
@@ -131,6 +135,7 @@ class Run:
         self.cfg = cfg = inputs.cfg
         self.metrics = Metrics(world, teacher_wait=getattr(teacher, "pop_seconds_waited", None))
         self._model, self.optimizer, self._scheduler, self._loss = model, optimizer, scheduler, loss
+        self._rollouts = rollouts
         self._trained, self._divergence = trained, divergence
         self._output_dir = Path(cfg.output_dir)
         base = (cfg.checkpointer or {}).get("checkpoint_dir")
@@ -149,7 +154,7 @@ class Run:
             return self
         if inputs.resume_from is not None:
             saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self.optimizer,
-                                        scheduler=self._scheduler, loss=self._loss)  # fmt: skip
+                                        scheduler=self._scheduler, loss=self._loss, rollouts=self._rollouts)  # fmt: skip
             self._step = saved["step"]
             inputs.loader.seek(saved["position"])
         self._profiler, second_logger = profiler_and_logger(cfg, self.world)
@@ -183,6 +188,12 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Record the numbers of the validation before the first step."""
         self._log.log(values, self._step)
+        self.tell(values)
+
+    def tell(self, values: Mapping[str, float]) -> None:
+        """Tell the rollouts the numbers of a validation, {} if there was none."""
+        if self._rollouts is not None and values:
+            self._rollouts.after_validation(values)
 
     def sample(self, models: Mapping[str, Any]) -> None:
         """Append each model's answer to each of `sample_prompts` to samples.jsonl; one that cannot generate is left out.
@@ -242,6 +253,8 @@ class Run:
         row = {"epoch": step.position[0], **step.row, "lr": lr}
         if self._loss is not None and "kd_loss" in row:
             row |= self._loss.after_step(self._step, num_steps, row["kd_loss"])
+        if self._rollouts is not None:
+            row |= self._rollouts.metrics
         if cfg.log_peak_memory_stats:
             row |= memory_stats(self.world.device)
         self._log.log(row, self._step)
@@ -254,7 +267,8 @@ class Run:
             self.progress.phase(f"saving step_{self._step}")
             with self.paused():
                 self._manager.save(self._step, model=self._model, optimizer=self.optimizer, scheduler=self._scheduler, loss=self._loss,
-                                   metrics=row, extra=resume_extra(cfg, self.inputs.loader.position), **self._beside)  # fmt: skip
+                                   rollouts=self._rollouts, metrics=row, extra=resume_extra(cfg, self.inputs.loader.position),
+                                   **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()
 

@@ -200,6 +200,17 @@ def build_kd_loss(cfg: Any, divergence: Any, student: Transformer, teacher: Any,
                   teacher_targets=instantiate(cfg.teacher_targets), **cfg.loss_settings())  # fmt: skip
 
 
+def start_rollouts(cfg: Any, inputs: Inputs, student: Transformer, teacher: Any, world: World) -> Any:
+    """Return the `rollouts` of a distillation config `cfg`, ready to write; None without them.
+
+    `inputs` are from `load_inputs`; `student` and `teacher` write, or are learned from, on the processes of the `world`.
+    """
+    rollouts = instantiate(cfg.rollouts)
+    if rollouts is not None:
+        rollouts.start(inputs, student, teacher, world)
+    return rollouts
+
+
 def build_optimizer(cfg: Any, model: Transformer, num_steps: int, loss: KDLoss | None = None) -> tuple[Optimizer, Any]:
     """Build the optimizer of the trainable parameters, and its schedule for `num_steps`: None without `lr_scheduler`.
 

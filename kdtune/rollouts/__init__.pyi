@@ -1,0 +1,25 @@
+from .buffer import Buffer
+from .policy import DistiLLMSchedule, Policy, Share
+from .policy_gradient import PolicyGradient
+from .record import Prompt, Rollout, prompts_of_dataset, random_seed
+from .rollouts import Rollouts
+from .watch import Guards
+from .written import answer_rows, answers_header, answers_summary, start_answers
+
+__all__ = [
+    "Buffer",
+    "DistiLLMSchedule",
+    "Guards",
+    "Policy",
+    "PolicyGradient",
+    "Prompt",
+    "Rollout",
+    "Rollouts",
+    "Share",
+    "answer_rows",
+    "answers_header",
+    "answers_summary",
+    "prompts_of_dataset",
+    "random_seed",
+    "start_answers",
+]

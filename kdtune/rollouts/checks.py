@@ -1,0 +1,83 @@
+"""Whether a distillation config can learn from text that a model writes."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from kdtune.config import instantiate
+from kdtune.config.check import COMPONENT
+from kdtune.distributed import is_under_torchrun
+from kdtune.errors import KDTuneError
+
+if TYPE_CHECKING:
+    from kdtune.rollouts.rollouts import Rollouts
+
+OF_BOTH = ("mixed", "speculative")
+"""Sources for which the teacher computes with the student, and what it has said is kept."""
+
+
+def config_problems(rollouts: "Rollouts", cfg: Any) -> list[str]:
+    """Return why a distillation config `cfg` cannot have these rollouts, one sentence each; read no weights and no rows."""
+    return [*_loss_problems(rollouts, cfg), *_teacher_problems(rollouts, cfg), *_place_problems(rollouts, cfg)]
+
+
+def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
+    sources = rollouts.policy.sources
+    if cfg.kd_ratio == 0 and sources & {"student", *OF_BOTH}:
+        yield "kd_ratio=0: of the student's own text only the divergence from the teacher is learned; give it a weight, or ~rollouts"
+    if 0 < cfg.kd_ratio < 1 and rollouts.policy_gradient is None and not sources & {"dataset", "teacher"}:
+        yield (
+            f"kd_ratio={cfg.kd_ratio}: on the student's own text there is no cross entropy, and rollouts.policy has no other text; set "
+            "kd_ratio=1, give a share to the data, or give rollouts.policy_gradient"
+        )
+    if rollouts.policy_gradient is not None and (not 0 < cfg.kd_ratio < 1 or sources - {"dataset", "student", "mixed"}):
+        yield (
+            f"rollouts.policy_gradient: needs kd_ratio between 0 and 1 (found {cfg.kd_ratio}), and of models' texts only the student's "
+            f"(the policy has: {', '.join(sorted(sources))})"
+        )
+    try:
+        kd_loss = instantiate(cfg.kd_loss)
+    except KDTuneError:  # said elsewhere
+        return
+    if getattr(kd_loss, "is_cross_tokenizer", False):
+        yield "rollouts: the text of one tokenizer is not paired with that of another while it trains; choose another kd_loss, or ~rollouts"
+    if "replay" in sources and not rollouts.buffer.capacity:
+        yield "rollouts.buffer_size=0: the policy learns from earlier texts; give a number of them, such as 1000"
+    if rollouts.buffer.capacity and "replay" not in sources:
+        yield f"rollouts.buffer_size={rollouts.buffer.capacity}: the policy never learns from earlier texts; ~rollouts.buffer_size"
+    if cfg.hidden_loss and rollouts.buffer.capacity and rollouts.keep_targets:
+        yield "rollouts.keep_targets=true: hidden_loss compares layers, whose states are not kept; set it to false, or ~hidden_loss"
+
+
+def _teacher_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
+    if _has_cache(cfg.teacher):
+        yield (
+            "teacher: a cache knows the texts that it was captured of, not those that a model writes; give a teacher that is computed, or "
+            "~rollouts"
+        )
+    if rollouts.policy.sources & {"teacher", *OF_BOTH} and (cfg.teacher or cfg.teacher_processes):
+        key = "teacher" if cfg.teacher else "teacher_processes"
+        yield f"rollouts.policy: the teacher writes only as a model in the student's processes; ~{key}, or a policy without its texts"
+
+
+def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
+    if (cfg.parallelism or {}).get("tp", 1) > 1:
+        yield "parallelism.tp: processes that share a model cannot write different texts; set 1, and dp_shard to divide it"
+    parallelism = instantiate(cfg.parallelism)
+    if rollouts.policy.sources & {*OF_BOTH} and is_under_torchrun() and parallelism.dp_shard != 1:
+        yield (
+            "rollouts.policy: where both models write a text, every process needs whole ones; parallelism.dp_shard=1 "
+            "parallelism.dp_replicate=-1"
+        )
+    nodes = cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
+    if any(isinstance(node, dict) and node.get("split_across_pack") for node in nodes):
+        yield "dataset.split_across_pack=true: an example that is cut has no prompt; set it to false, or ~rollouts"
+
+
+def _has_cache(node: Any) -> bool:
+    """Return whether a teacher, or one that it consists of, is a cache; one that only validates does not matter."""
+    if isinstance(node, list):
+        return any(map(_has_cache, node))
+    if not isinstance(node, dict):
+        return False
+    is_one = str(node.get(COMPONENT, "")).endswith(".CachedTeacher")
+    return is_one or any(_has_cache(value) for key, value in node.items() if key != "validation")

@@ -1,0 +1,302 @@
+"""The text of each training step: the data's, or one that a model writes after the data's prompts, now or some steps ago.
+
+Shapes: N targets of a micro-batch, B batch, S sequence, A tokens of an answer, D width of the teacher's hidden states.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdtune.data import Batch, collate
+from kdtune.data.micro_batches import cut_by_tokens, is_padding_free
+from kdtune.distributed import World, lockstep_forwards
+from kdtune.errors import ConfigError
+from kdtune.generation import Completion, Sampling, Speculation, check_max_new_tokens, complete, complete_speculatively
+from kdtune.losses import HiddenSignal, PendingSignal, signal_token_log_probs
+from kdtune.losses.heads import project
+from kdtune.models import Transformer
+from kdtune.rollouts.buffer import Buffer
+from kdtune.rollouts.checks import OF_BOTH, config_problems
+from kdtune.rollouts.policy import Policy, Source
+from kdtune.rollouts.policy_gradient import PolicyGradient, importance_weights
+from kdtune.rollouts.record import Prompt, Rollout, prompts_of, random_seed
+from kdtune.rollouts.watch import Guards, describe
+
+
+class Rollouts:
+    """Text that the student or the teacher writes, in place of the data's answers: the key `rollouts` of distillation.
+
+    The policy decides whose text a step learns from. The prompts are those of the step's examples; a text depends on the seed, the
+    epoch, its prompt and the weights, not on batches or processes. Token ids are trained on as they were generated. On the student's
+    own text there is no cross entropy (imitating itself teaches nothing): the divergence alone, with its weight kd_ratio.
+
+    Args:
+        policy: such as `kdtune.rollouts.Share`.
+        max_new_tokens: longest answer; one that is cut has no end to learn.
+        temperature: of the sampling, not of the divergence; 0 takes the most likely token.
+        top_k: sample from so many most likely tokens; None: from all.
+        top_p: sample from the fewest most likely tokens that hold this probability; None: from all.
+        teacher_share: of the teacher's distribution in the mixture that `mixed` text is drawn from; MiniLLM's alpha.
+        speculation: how the teacher corrects `speculative` text, `kdtune.generation.Speculation`; None: as published.
+        slots: texts that are written at a time, by each process.
+        buffer_size: earlier texts that are kept for a policy with replay, in all processes together.
+        max_staleness: optimizer steps after which a kept text is dropped; None: never.
+        keep_targets: keep the teacher's last hidden states of the texts in the buffer too, in the CPU's memory, so that learning from one
+            again costs no forward of the teacher. Without effect for a teacher that is not a model in the same processes.
+        policy_gradient: MiniLLM's term on the student's own text, `kdtune.rollouts.PolicyGradient`; None: none.
+        guards: when to stop, see `kdtune.rollouts.Guards`; None: its defaults.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        teacher_share: float = 0.2,
+        speculation: Speculation | None = None,
+        slots: int = 32,
+        buffer_size: int = 0,
+        max_staleness: int | None = None,
+        keep_targets: bool = True,
+        policy_gradient: PolicyGradient | None = None,
+        guards: Guards | None = None,
+    ) -> None:
+        check_max_new_tokens(max_new_tokens)
+        if not isinstance(policy, Policy):
+            raise ConfigError(
+                f"policy={policy}: must be an object with the methods of kdtune.rollouts.Policy; give policy._component_, such as "
+                "kdtune.rollouts.Share"
+            )
+        self.policy, self.max_new_tokens, self.slots = policy, max_new_tokens, slots
+        if not 0 < teacher_share < 1:
+            raise ConfigError(f"teacher_share={teacher_share}: must lie between 0 and 1")
+        self.sampling, self.teacher_share = Sampling(temperature, top_k, top_p), teacher_share
+        self.speculation = Speculation() if speculation is None else speculation
+        self.buffer, self.keep_targets = Buffer(buffer_size, max_staleness), keep_targets
+        self.policy_gradient, self.guards = policy_gradient, Guards() if guards is None else guards
+        self.metrics: dict[str, float] = {}
+
+    def problems(self, cfg: Any) -> list[str]:
+        """Return why a distillation config cannot have these texts, one sentence each; read no weights and no rows."""
+        return config_problems(self, cfg)
+
+    def start(self, inputs: Any, student: Transformer, teacher: Any, world: World) -> None:
+        """Keep the models, the world's processes and the settings of the run, whose `inputs` are `kdtune.training.Inputs`."""
+        cfg, tokenizer = inputs.cfg, inputs.tokenizer
+        self._world, self._student, self._teacher = world, student, teacher
+        model = getattr(teacher, "model", None)
+        self._teacher_model: Transformer | None = model if isinstance(model, Transformer) else None
+        self._keeps_targets = self.keep_targets and self.buffer.capacity > 0 and self._teacher_model is not None
+        self._seed, self._num_steps, self._kd_ratio = cfg.seed, inputs.num_steps, cfg.kd_ratio
+        self._batch_size, self._max_tokens = cfg.batch_size, cfg.tokens_per_micro_batch
+        self._padding_free, self._pad_id, self._stop_ids = is_padding_free(cfg), tokenizer.pad_id, tokenizer.stop_ids
+        contexts = [one.config.max_seq_len for one in (student, self._teacher_model) if one is not None]
+        self._longest = min([*contexts, tokenizer.max_seq_len or contexts[0]])
+
+    def batches(self, step: Any) -> list[Batch]:
+        """Return the micro-batches that this process learns from in a step: the step's own, or texts that take their place.
+
+        All processes call it. `step` has the step's `number`, `batches` and `position` (`kdtune.training.Step`).
+
+        Raises:
+            TrainingError: a guard stops the run.
+        """
+        since = time.perf_counter()
+        self.buffer.drop_stale(step.number)
+        source = self._source(step.number)
+        self.metrics = {"rollout_share": float(source != "dataset"), **_prefixed("policy_", self.policy.state_dict())}
+        if source == "dataset":
+            return list(step.batches)
+        if source == "replay":
+            (count,) = self._world.sum(
+                [sum(bool(batch.prompt_lengths) and len(batch.lengths) for batch in step.batches)]
+            )
+            rollouts = self.buffer.draw(int(count), random_seed(self._seed, step.number, 1))
+        else:
+            rollouts = self._written(step, source)
+        self.metrics |= describe(rollouts, step.number)
+        parts = self._parts(rollouts)
+        batches = [self._batch([rollouts[index] for index in part]) for part in parts]
+        if source != "replay":
+            self.guards.check(self.metrics, is_drawn=self.sampling.temperature > 0)
+            self.metrics["generated_tokens"] = float(sum(one.answer_length for one in rollouts))
+            if source not in OF_BOTH and (self._keeps_targets or self.policy_gradient is not None):
+                batches, rollouts = self._answered(batches, parts, rollouts)
+            self.buffer.push(rollouts)
+        self.metrics["generation_seconds"] = time.perf_counter() - since
+        return self._with_class_weights(batches, parts, rollouts)
+
+    def after_validation(self, metrics: Mapping[str, float]) -> None:
+        """Tell the policy the results of a validation; TrainingError if they show a teacher that cannot teach."""
+        self.policy.after_validation(metrics)
+        self.guards.check_teacher(metrics, self._teacher.vocab_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must have again, by part and name: tensors, and values that JSON has."""
+        return {
+            f"{part}.{name}": value
+            for part, one in self._parts_with_state()
+            for name, value in one.state_dict().items()
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore it."""
+        for part, one in self._parts_with_state():
+            own = {
+                name.removeprefix(f"{part}."): value
+                for name, value in state_dict.items()
+                if name.startswith(f"{part}.")
+            }
+            one.load_state_dict(own)
+
+    def _parts_with_state(self) -> list[tuple[str, Any]]:
+        return [("policy", self.policy), ("buffer", self.buffer), ("guards", self.guards)]
+
+    def _source(self, step: int) -> Source:
+        draw = np.random.default_rng(random_seed(self._seed, step)).random()
+        source = self.policy.source(draw, step / self._num_steps, is_full=self.buffer.is_full)
+        # All kept texts may have become too old.
+        return "student" if source == "replay" and not self.buffer.rollouts else source
+
+    def _written(self, step: Any, source: Source) -> list[Rollout]:
+        """Return the texts after the prompts of all processes' examples, ordered by example: the same on all of them."""
+        prompts = [prompt for batch in step.batches for prompt in prompts_of(batch)]
+        asked: dict[str, Any] = {
+            "prompts": [prompt.ids for prompt in prompts],
+            "max_new_tokens": self.max_new_tokens,
+            "stop_ids": self._stop_ids,
+            "sampling": self.sampling,
+            "seeds": [random_seed(self._seed, step.position[0], prompt.key) for prompt in prompts],
+            "slots": self.slots,
+        }
+        student, teacher = self._student, self._teacher_model
+        if source == "student":
+            with lockstep_forwards(student, self._world):
+                found = complete(student, with_log_probs=True, **asked)
+        elif teacher is None:
+            raise ConfigError(
+                "rollouts.policy: the teacher is to write, and it is no model in this process; give a policy without its texts"
+            )
+        elif source == "teacher":
+            with lockstep_forwards(teacher, self._world):
+                found = complete(teacher, with_log_probs=True, **asked)
+        elif source == "mixed":
+            found = complete(student, with_log_probs=True, partner=teacher, partner_share=self.teacher_share, **asked)
+        else:
+            found = complete_speculatively(student, teacher, speculation=self.speculation, **asked)
+        own = [self._rollout(*one, source, step.number) for one in zip(prompts, found, strict=True)]
+        return sorted(chain.from_iterable(self._world.gather(own)), key=lambda one: (one.key, one.tokens.tolist()))
+
+    def _rollout(self, prompt: Prompt, completion: Completion, source: Source, step: int) -> Rollout:
+        """Return a text, cut to the shortest context that has to read it."""
+        room = self._longest - len(prompt.ids)
+        ids, log_probs, of_teacher = completion.ids[:room], completion.log_probs, completion.partner_log_probs
+        hidden = completion.partner_hidden
+        return Rollout(
+            np.array([*prompt.ids, *ids]),
+            len(prompt.ids),
+            completion.is_finished and len(completion.ids) <= room,
+            source,
+            step,
+            prompt.key,
+            prompt.route,
+            None if log_probs is None else np.array(log_probs[:room], dtype=np.float32),
+            None if of_teacher is None else np.array(of_teacher[:room], dtype=np.float32),
+            None if hidden is None else torch.stack(hidden[:room]).cpu(),
+        )
+
+    def _parts(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Return the indices of the rollouts of each of this process's micro-batches, laid out as the loader lays out examples."""
+        rank, size, every = self._world.dp_rank, self._world.dp_size, self._batch_size
+        if self._max_tokens is not None:
+            lengths = [len(one.tokens) for one in rollouts]
+            parts = cut_by_tokens(lengths, self._max_tokens, num_ranks=size, is_padded=not self._padding_free)
+        else:
+            indices = list(range(len(rollouts)))
+            parts = [indices[start : start + every] for start in range(0, len(indices), every)]
+            parts += [[] for _ in range(-len(parts) % size)]
+        return parts[rank::size]
+
+    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
+        """Return a micro-batch of some rollouts, with the teacher's signal if it is kept."""
+        batch = collate([one.example() for one in rollouts], self._pad_id, padding_free=self._padding_free)
+        if not rollouts:
+            return batch
+        targets = [one.target for one in rollouts if one.target is not None]
+        if len(targets) < len(rollouts):
+            return batch
+        # The loss reads the positions that have a target, and no others.
+        target_ND, positions_N = torch.cat(targets), batch.targets.positions_N
+        hidden_TD = target_ND.new_zeros(batch.tokens.numel(), target_ND.shape[1]).index_copy_(0, positions_N, target_ND)
+        return self._with_signal(batch, hidden_TD.view(*batch.tokens.shape, -1).to(self._world.device))
+
+    def _with_signal(self, batch: Batch, hidden_BSD: Tensor) -> Batch:
+        return (
+            replace(batch, signal=HiddenSignal(hidden_BSD, self._teacher_model.output))
+            if self._teacher_model
+            else batch
+        )
+
+    def _answered(
+        self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Batch], list[Rollout]]:
+        """Ask the teacher now: return the batches with its signal, and all processes' rollouts with what is needed of it."""
+        answered: list[Batch] = []
+        own: dict[int, dict[str, Any]] = {}
+        for batch, part in zip(batches, parts, strict=True):
+            targets = batch.targets.map(lambda tensor: tensor.to(self._world.device))
+            signal = self._teacher(batch.to(self._world.device))
+            signal = signal.result() if isinstance(signal, PendingSignal) else signal
+            answered.append(replace(batch, signal=signal))
+            of_tokens: dict[str, Tensor] = {}
+            if self._keeps_targets and isinstance(signal, HiddenSignal):
+                of_tokens["target"] = signal.hidden_BSD.flatten(0, 1)[targets.positions_N].cpu()
+            if self.policy_gradient is not None:
+                is_hidden = isinstance(signal, HiddenSignal)
+                source = project("teacher", signal.hidden_BSD, signal.output) if is_hidden else signal
+                logp_N = signal_token_log_probs(source, targets.positions_N, targets.labels_N)
+                of_tokens["teacher_log_probs"] = logp_N.float().cpu()
+            sizes = [rollouts[index].answer_length for index in part]
+            for name, values in of_tokens.items():
+                for index, value in zip(part, values.split(sizes), strict=True):
+                    own.setdefault(index, {})[name] = value.numpy() if name == "teacher_log_probs" else value.clone()
+        everyone: dict[int, dict[str, Any]] = {}
+        for found in self._world.gather(own):
+            everyone |= found
+        return answered, [replace(one, **everyone[index]) for index, one in enumerate(rollouts)]
+
+    def _with_class_weights(
+        self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
+    ) -> list[Batch]:
+        """Return the batches with the weights of cross entropy: 1 on the teacher's text; on the student's 0, or its advantages."""
+        if self._kd_ratio in (0, 1):
+            return list(batches)
+        weights = [np.full(one.answer_length, float(one.source == "teacher")) for one in rollouts]
+        if self.policy_gradient is not None:
+            # Cross entropy has the weight 1 - kd_ratio; this term has that of the divergence.
+            scale = self._kd_ratio / (1 - self._kd_ratio)
+            weights = [
+                scale * advantage * importance_weights(one, self.teacher_share if one.source == "mixed" else 0.0)
+                for advantage, one in zip(self.policy_gradient.advantages(rollouts), rollouts, strict=True)
+            ]
+        found = []
+        for batch, part in zip(batches, parts, strict=True):
+            own = np.concatenate([weights[index] for index in part]) if part else np.zeros(0)
+            found.append(replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own))))
+        return found
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in values.items()}

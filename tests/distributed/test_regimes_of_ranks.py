@@ -1,0 +1,79 @@
+"""Text that a model writes in training, on several processes: the same texts, sources and steps as on one."""
+
+from pathlib import Path
+
+import pytest
+from distributed_runs import HELD_OUT, check_same_change, check_same_rows, rows
+
+PLAIN = ["optimizer=torch.optim.SGD", "optimizer.lr=3.0", "~lr_scheduler", "sample_prompts=[]", "save_every_n_steps=null",
+         "max_steps_per_epoch=4", "run_val_every_n_steps=2", "rollouts.max_new_tokens=8", "batch_size=2"]  # fmt: skip
+MORE = {"distillm": ["rollouts.policy.start=0.8", "rollouts.policy.replay=increasing", "rollouts.buffer_size=12"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        pytest.param("gkd", [], id="gkd"),
+        pytest.param("distillm", [], id="distillm", marks=pytest.mark.slow("another regime through the same code")),
+        pytest.param("on_policy", [], id="on_policy", marks=pytest.mark.slow("another regime through the same code")),
+        pytest.param("seqkd", [], id="seqkd", marks=pytest.mark.slow("another regime through the same code")),
+        pytest.param("gkd", ["tokens_per_micro_batch=200"], id="by tokens", marks=pytest.mark.slow("another layout of the same texts")),
+        pytest.param("distillm", ["parallelism.dp_shard=1", "parallelism.dp_replicate=-1"], id="copies",
+                     marks=pytest.mark.slow("copies in place of shards, which differ less")),
+    ],
+)  # fmt: skip
+def test_one_process_and_two_make_the_same_steps(
+    name: str, own: list[str], launch, small_model: Path, tmp_path: Path
+) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    start = ["run", "knowledge_distillation", "--config", f"tiny/{name}", HELD_OUT, *PLAIN, *MORE.get(name, []), base]
+    for folder, ranks, accumulation in (("1", 1, 4), ("2", 2, 2)):
+        more = own if ranks == 2 or "parallelism" not in "".join(own) else []
+        ended = launch.kdtune(*start, *more, f"output_dir={tmp_path / folder}", f"gradient_accumulation_steps={accumulation}",
+                              ranks=ranks)  # fmt: skip
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+    ours, theirs = (
+        [{key: value for key, value in row.items() if key != "generation_seconds"} for row in rows(tmp_path / folder)]
+        for folder in ("2", "1")
+    )
+    check_same_rows(ours, theirs, tolerance=2e-5)
+    assert any(row.get("rollout_share") == 1.0 for row in theirs)
+    check_same_change(tmp_path / "2" / "final", tmp_path / "1" / "final", small_model)
+
+
+@pytest.mark.slow("four processes for what the test above shows of one model")
+@pytest.mark.parametrize("name", ["minillm", "speculative"])
+def test_two_models_that_write_together(name: str, launch, small_model: Path, tmp_path: Path) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    start = ["run", "knowledge_distillation", "--config", f"tiny/{name}", HELD_OUT, *PLAIN, base]
+    copies = ["parallelism.dp_shard=1", "parallelism.dp_replicate=-1"]
+    refused = launch.kdtune(*start, f"output_dir={tmp_path / 'none'}", ranks=2)
+    assert {rank.code for rank in refused} == {2}
+    assert "every process needs whole ones; parallelism.dp_shard=1" in refused[0].text
+    for folder, ranks, accumulation in (("1", 1, 4), ("2", 2, 2)):
+        ended = launch.kdtune(*start, *copies, f"output_dir={tmp_path / folder}", f"gradient_accumulation_steps={accumulation}",
+                              ranks=ranks)  # fmt: skip
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+    ours, theirs = (
+        # A policy gradient's whitened advantages add up to about 0: the sum has the rounding of its terms.
+        [
+            {key: value for key, value in row.items() if key not in ("generation_seconds", "loss", "class_loss")}
+            for row in rows(tmp_path / folder)
+        ]
+        for folder in ("2", "1")
+    )
+    check_same_rows(ours, theirs, tolerance=2e-5)
+    check_same_change(tmp_path / "2" / "final", tmp_path / "1" / "final", small_model)
+
+
+@pytest.mark.slow("answers of two processes; one of a model in shards")
+@pytest.mark.parametrize(
+    "layout", [[], ["parallelism.dp_shard=-1", "parallelism.dp_replicate=1"]], ids=["copies", "shards"]
+)
+def test_two_processes_write_the_answers_of_one(layout: list[str], launch, tmp_path: Path) -> None:
+    run = ["run", "write_answers", "--config", "tiny/write_answers", "prompts_per_file=5"]
+    for name, ranks, own in (("one", 1, []), ("two", 2, layout)):
+        ended = launch.kdtune(*run, *own, f"output_dir={tmp_path / name}", ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+    for file in (tmp_path / "one").glob("answers*"):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()

@@ -1,0 +1,185 @@
+"""Regimes of the distillation recipe: who has written a step's text, and that it depends on nothing else than it should."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import CLI
+from safetensors.torch import load_file
+
+MEASURED = {"time", "step_seconds", "data_seconds", "generation_seconds", "tokens_per_second", "peak_memory_rss"}
+REGIMES = ("gkd", "on_policy", "seqkd", "distillm", "minillm", "speculative")
+RUN = ("run", "knowledge_distillation", "sample_prompts=[]", "max_steps_per_epoch=6", "save_every_n_steps=3",
+       "run_val_every_n_steps=2", "dataset_val.split=test[:4]", "optimizer=torch.optim.SGD", "optimizer.lr=0.3",
+       "~lr_scheduler", "rollouts.max_new_tokens=8")  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(folder) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(cli: CLI, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run of each regime, uninterrupted."""
+    folder = tmp_path_factory.mktemp("regimes")
+    for name in REGIMES:
+        done = cli(*RUN, "--config", f"tiny/{name}", f"output_dir={folder / name}")
+        assert done.code == 0, (name, done.err)
+    return folder
+
+
+def test_the_source_of_each_step(runs: Path) -> None:
+    share = {name: [row["rollout_share"] for row in steps(runs / name)] for name in REGIMES}
+    assert share["on_policy"] == share["seqkd"] == share["minillm"] == [1.0] * 6
+    assert set(share["gkd"]) == {0.0, 1.0}
+    for name in REGIMES:
+        for row in steps(runs / name):
+            if row["rollout_share"] == 1.0:
+                assert 1 <= row["rollout_tokens"] <= 8
+                assert row["num_valid_tokens"] == round(row["rollout_tokens"] * 8)
+            else:
+                assert "rollout_tokens" not in row
+    assert all(row["kd_loss"] > 0 for row in steps(runs / "on_policy"))
+    assert all("kd_loss" not in row for row in steps(runs / "seqkd"))
+    assert {row["rollout_staleness"] for row in steps(runs / "on_policy")} == {0.0}
+
+
+def test_a_replayed_text_is_older_and_was_written_before(cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, "--config", "tiny/distillm", f"output_dir={tmp_path}", "rollouts.policy.start=1.0",
+               "rollouts.policy.replay=increasing", "max_steps_per_epoch=8", "rollouts.max_staleness=3")  # fmt: skip
+    assert done.code == 0, done.err
+    found = steps(tmp_path)
+    assert all(row["rollout_share"] == 1.0 for row in found)
+    fresh = ["generated_tokens" in row for row in found]
+    # The buffer holds 16 texts, those of two steps.
+    assert fresh[:2] == [True, True] and False in fresh
+    assert all(0 < row["rollout_staleness"] <= 3 for row, is_new in zip(found, fresh, strict=True) if not is_new)
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, runs: Path, cli: CLI, tmp_path: Path) -> None:
+    whole, cut = runs / name, tmp_path / "cut"
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("final", "step_6"))
+    done = cli(*RUN, "--config", f"tiny/{name}", f"output_dir={cut}", "resume_from_checkpoint=true")
+    assert done.code == 0, done.err
+    assert rows(cut) == rows(whole)
+    for folder in ("final", "step_6"):
+        assert (cut / folder / "model.safetensors").read_bytes() == (whole / folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("batch_size=8", "gradient_accumulation_steps=1"),
+        ("batch_size=2", "gradient_accumulation_steps=4", "rollouts.slots=3"),
+        pytest.param(
+            ("tokens_per_micro_batch=300",), marks=pytest.mark.slow("another layout of the same texts, as two others")
+        ),
+        pytest.param(
+            ("padding_free=false",), marks=pytest.mark.slow("another layout of the same texts, as two others")
+        ),
+    ],
+    ids=["one batch", "four batches", "by tokens", "padded"],
+)
+@pytest.mark.parametrize(
+    "name", ["gkd", pytest.param("distillm", marks=pytest.mark.slow("the same layouts, with texts from the buffer"))]
+)
+def test_texts_do_not_depend_on_batches(
+    name: str, layout: tuple[str, ...], runs: Path, cli: CLI, tmp_path: Path
+) -> None:
+    done = cli(*RUN, "--config", f"tiny/{name}", f"output_dir={tmp_path}", *layout, "max_steps_per_epoch=3")
+    assert done.code == 0, done.err
+    for ours, theirs in zip(steps(tmp_path), steps(runs / name), strict=False):
+        assert ours["rollout_share"] == theirs["rollout_share"]
+        for key in ("num_valid_tokens", "rollout_tokens", "rollout_repetition"):
+            assert ours.get(key) == theirs.get(key)
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_kept_targets_are_the_teacher_s_answers(cli: CLI, tmp_path: Path) -> None:
+    """What the buffer keeps of the teacher trains what asking it again does."""
+    more = ("rollouts.policy.start=1.0", "rollouts.policy.replay=increasing")
+    for kept in ("true", "false"):
+        done = cli(
+            *RUN, "--config", "tiny/distillm", f"output_dir={tmp_path / kept}", *more, f"rollouts.keep_targets={kept}"
+        )
+        assert done.code == 0, done.err
+    ours, theirs = (load_file(tmp_path / kept / "final" / "model.safetensors") for kept in ("true", "false"))
+    assert [row["loss"] for row in steps(tmp_path / "true")] == pytest.approx(
+        [row["loss"] for row in steps(tmp_path / "false")], rel=1e-5
+    )
+    assert all(((ours[name] - theirs[name]).abs().max() < 1e-5) for name in ours)
+
+
+def test_a_teacher_that_knows_the_text_alone_can_teach_the_student_s_own(cli: CLI, tmp_path: Path) -> None:
+    sampled = ("kd_loss=kdtune.losses.SampledReverseKL",)
+    done = cli(*RUN, "--config", "tiny/on_policy", f"output_dir={tmp_path / 'run'}", *sampled)
+    assert done.code == 0, done.err
+    assert all(row["kd_loss"] > 0 for row in steps(tmp_path / "run"))
+    refused = cli(*RUN, "--config", "tiny/gkd", f"output_dir={tmp_path / 'none'}", *sampled)
+    assert refused.code == 2
+    assert "a data set's text is not" in refused.err
+
+
+def test_there_is_no_cross_entropy_on_the_student_s_own_text(cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, "--config", "tiny/gkd", f"output_dir={tmp_path}", "kd_ratio=0.5")
+    assert done.code == 0, done.err
+    for row in steps(tmp_path):
+        of_class = 0.0 if row["rollout_share"] else row["class_loss"]
+        assert (row["class_loss"] > 0) == (row["rollout_share"] == 0)
+        assert row["loss"] == pytest.approx(0.5 * of_class + 0.5 * row["kd_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "said"),
+    [
+        ("on_policy", ("kd_ratio=0.5",), "kd_ratio=0.5: on the student's own text there is no cross entropy"),
+        ("gkd", ("kd_ratio=0",), "kd_ratio=0: of the student's own text only the divergence"),
+        ("distillm", ("~rollouts.buffer_size",), "rollouts.buffer_size=0: the policy learns from earlier texts"),
+        ("gkd", ("rollouts.buffer_size=5",), "rollouts.buffer_size=5: the policy never learns from earlier texts"),
+        ("gkd", ("rollouts.policy.student=1.5",), "student=1.5"),
+        ("gkd", ("rollouts.max_new_tokens=0",), "max_new_tokens=0"),
+        ("gkd", ("parallelism.tp=2",), "parallelism.tp: processes that share a model"),
+        ("gkd", ("~teacher_model", "teacher={_component_: kdtune.teachers.CachedTeacher, path: nowhere}"), "teacher: a cache knows"),
+        ("seqkd", ("teacher_processes=1", "kd_ratio=0.5"), "rollouts.policy: the teacher writes only as a model"),
+        ("gkd", ("dataset.packed=true", "dataset.split_across_pack=true"), "dataset.split_across_pack=true"),
+        ("distillm", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "rollouts.keep_targets=true: hidden_loss"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_a_weight_is_read(
+    config: str, changed: tuple[str, ...], said: str, cli: CLI, tmp_path: Path
+) -> None:
+    done = cli(
+        "run", "knowledge_distillation", "--config", f"tiny/{config}", f"output_dir={tmp_path / 'run'}", *changed
+    )
+    assert done.code == 2
+    assert said in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_random_teacher_and_texts_without_end_stop_the_run(cli: CLI, tmp_path: Path) -> None:
+    endless = cli(*RUN, "--config", "tiny/on_policy", f"output_dir={tmp_path / 'endless'}", "rollouts.guards.max_cut_share=0.5",
+                  "rollouts.guards.patience=2")  # fmt: skip
+    assert endless.code == 1
+    assert "were cut by the limit" in endless.err
+    broken = cli(
+        *RUN, "--config", "tiny/on_policy", f"output_dir={tmp_path / 'broken'}", "rollouts.guards.max_teacher_loss=0.9"
+    )
+    assert broken.code == 1
+    assert "nothing can be learned from it" in broken.err
+
+
+def test_a_resumed_run_without_the_rollouts_is_refused(runs: Path, cli: CLI, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(runs / "gkd", cut, ignore=shutil.ignore_patterns("final", "step_6"))
+    done = cli(*RUN[:-1], "--config", "tiny/gkd", f"output_dir={cut}", "resume_from_checkpoint=true", "~rollouts")
+    assert done.code == 2
+    assert "rollouts" in done.err
