@@ -272,7 +272,7 @@ def summary(folder: Path) -> str:
     rows = [cache.described(quality) | {"size": cache.size_text(index["bytes"])}]
     lines = [runs.format_table(rows), f"KL(live || stored) over {quality['num_tokens']:,} tokens; {folder}"]
     read = quality.get("read_back")
-    if read and read.items() - quality.items():  # else it is of the same tokens
+    if read and any(quality[key] != value for key, value in read.items()):  # else it is of the same tokens
         lines.append(
             f"read back from the files: {read['forward_kl']:.2g} over {read['num_tokens']:,} tokens that were captured"
         )
