@@ -13,6 +13,7 @@ Several ways, each case in a fresh process:
     compiled the same with compile=True
     rounded  the same with logits_dtype=torch.bfloat16, for bf16; rounded+compiled: both
     topk64, sampled50   the fused one of a teacher's 64 most likely ids and their tail, and of 50 draws
+    comparison, comparison+compiled   softmax, divergence and gradient of fp32 logits that are there: fused without its products
     plain    full fp32 logits of both models, F.cross_entropy and F.kl_div
     matmul   the floor: only the products that any exact loss needs, in the dtype as it is: both logits, the gradient of
              the hidden states and, with a trainable head, of its weight; by tiles of 16,032 ids, in reused memory
@@ -210,6 +211,26 @@ def fused(
     return call
 
 
+def comparison(
+    weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None, divergence: str, compile: bool = False
+) -> Call:
+    from kdtune import losses
+    from kdtune.losses.comparison import Settings, compare_, compiled
+    from kdtune.losses.products import block_size, slices
+
+    compare = compiled(weight.device.type) if compile else compare_
+    settings = Settings(getattr(losses, divergence)(), 0.5, len(weight), None, None, True)
+    logits, teacher_logits = (torch.randn(64, len(weight), device=weight.device) for _ in range(2))
+
+    @torch.no_grad()
+    def call(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> None:
+        for labels_C in labels.flatten().split(len(logits)):  # the gradients of one chunk are the logits of the next
+            for block in slices(len(labels_C), block_size(logits)):
+                compare((logits[block],), (teacher_logits[block],), labels_C[block], None, settings)
+
+    return call
+
+
 def plain(weight: Tensor, teacher_weight: Tensor, trainable: bool, _: int | None, divergence: str) -> Call:
     output, teacher_output = head(weight, trainable), head(teacher_weight, False)
 
@@ -249,6 +270,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor, bool, int | None, str], Call]] = {
     "compiled": partial(fused, compile=True),
     "rounded": partial(fused, logits_dtype=torch.bfloat16),
     "rounded+compiled": partial(fused, logits_dtype=torch.bfloat16, compile=True),
+    "comparison": comparison,
+    "comparison+compiled": partial(comparison, compile=True),
     "topk64": partial(fused, targets=("TopKTargets", 64)),
     "sampled50": partial(fused, targets=("SampledTargets", 50)),
     "plain": plain,

@@ -130,14 +130,16 @@ def batch(dtype: torch.dtype, kind: str, ids: int = 61, seed: int = 0) -> Batch:
     )
 
 
-def assert_fused(case: Case, b: Batch, exact_of: Callable[[Tensor], Tensor], loss_fn: KDLoss) -> None:
+def assert_fused(
+    case: Case, b: Batch, exact_of: Callable[[Tensor], Tensor], loss_fn: KDLoss, fp32_tolerance: float = 1e-5
+) -> None:
     """Value and gradients of the fused loss against those of a function of the student's log-probabilities in float64."""
     loss, parts = loss_fn(b.hidden, b.head, b.signal, b.labels)
     found = torch.autograd.grad(loss, (b.hidden, b.head.weight))
     inputs = tuple(x.detach().double().requires_grad_() for x in (b.hidden, b.head.weight))
     exact = exact_of(b.student_logp(*inputs))
     is_half = b.hidden.dtype == torch.bfloat16
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3}[b.hidden.dtype]
+    tolerance = {torch.float64: 1e-10, torch.float32: fp32_tolerance, torch.bfloat16: 5e-3}[b.hidden.dtype]
     assert float(parts["kd_loss"]) == pytest.approx(exact.item(), rel=1e-4 if is_half else tolerance)
     for one, wanted in zip(found, torch.autograd.grad(exact, inputs), strict=True):
         assert one.dtype == b.hidden.dtype
@@ -171,12 +173,22 @@ def test_fused_with_bf16_logits(case: Case) -> None:
         assert relative(one, wanted) < (0.03 if case.name == "total variation" else 0.01)
 
 
-@pytest.mark.parametrize("name", ["reverse", "jsd", "total variation"])
-def test_fused_over_the_vocabulary_of_llama_3(name: str) -> None:
-    case = next(case for case in CASES if case.name == name)
+QUICK = ("reverse", "jsd", "total variation")
+LARGE = [
+    pytest.param(
+        case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow("in float64 over 128,256 ids")
+    )
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_fused_over_the_vocabulary_of_llama_3(case: Case) -> None:
+    """At temperature 0.5 a few large terms of torch's softmax in fp32 swallow many small ones: 3.5e-5, where plain logits have 1.3e-4."""
     b = batch(torch.float32, "hidden", ids=128_256)
     loss_fn = KDLoss(case.divergence, kd_ratio=1.0, chunk_size=8)
-    assert_fused(case, b, lambda logq: case.exact(logq, b.teacher_logp).sum(), loss_fn)
+    tolerance = 5e-5 if "T=0.5" in case.name else 1e-5
+    assert_fused(case, b, lambda logq: case.exact(logq, b.teacher_logp).sum(), loss_fn, tolerance)
 
 
 def merged(logp: Tensor, ids: Tensor) -> Tensor:
