@@ -178,7 +178,7 @@ def test_the_text_alone_serves_the_sampled_reverse_kl(cli: CLI, made: Path, tmp_
     assert {"val_kd_loss", "val_forward_kl", "val_teacher_class_loss"} <= found[0].keys()
 
 
-@pytest.mark.slow("three runs; tests/unit/teachers reads what is stored")
+@pytest.mark.slow("five runs; tests/unit/teachers reads what is stored")
 def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None:
     """Of examples that are not cut: where one is, the two tokenizations are cut together, and other tokens are left."""
     tokenizer = byte_tokenizer(max_seq_len=2048)
@@ -200,6 +200,11 @@ def test_the_text_alone_serves_alm(cli: CLI, made: Path, tmp_path: Path) -> None
     expected = train(cli, tmp_path / "online", *online(tmp_path), *settings)
     for kind in ("path", "hidden"):
         check(train(cli, tmp_path / f"of_{kind}", *cached(tmp_path, kind), *settings), expected)
+    settings.append("kd_loss.debias_threshold=0.001")
+    expected = train(cli, tmp_path / "debiased", *online(tmp_path), *settings)
+    check(train(cli, tmp_path / "debiased_of_hidden", *cached(tmp_path, "hidden"), *settings), expected)
+    done = cli("run", *KD, f"output_dir={tmp_path / 'refused'}", *cached(tmp_path, "path"), *settings)
+    assert done.code == 2 and "kind=path cannot serve debiased ALM" in done.err
 
 
 @pytest.mark.slow("four runs; test_resumed_runs.py resumes others, and rows are found by example")
