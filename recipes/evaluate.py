@@ -139,7 +139,7 @@ class Config(teachers.TeacherConfig):
         found += [
             f"perplexity_files: {name} occurs twice; files need different names" for name in evaluation.repeated(names)
         ]
-        found += training.builder_problems(self) + training.divergence_problems(self.kd_loss)
+        found += training.builder_problems(self) + training.divergence_problems(self.kd_loss, is_own_text=True)
         found += data.first_row_problems(self)
         return found + evaluation.rouge_problems(self.rouge)
 
