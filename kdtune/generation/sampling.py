@@ -61,7 +61,9 @@ def sample_tokens(logits_BV: Tensor, sampling: Sampling, generators: Sequence[to
         # One transfer for the whole batch.
         logits_BV = logits_BV.to("cpu", torch.promote_types(logits_BV.dtype, torch.float32))
         # From the largest down, so that no temperature makes one of them infinite.
-        scaled_BV = (logits_BV - best_B1.to(logits_BV)) / max(sampling.temperature, _LEAST_TEMPERATURE)
+        scaled_BV = logits_BV - best_B1.to(logits_BV)
+        if sampling.temperature != 1.0:
+            scaled_BV /= max(sampling.temperature, _LEAST_TEMPERATURE)
         ids_B1 = _drawn(scaled_BV, sampling, torch.stack(uniforms)[:, None])
     chosen: list[int] = ids_B1[:, 0].tolist()
     return chosen

@@ -19,7 +19,7 @@ from kdtune.generation.generate import eval_mode
 from kdtune.generation.sampling import Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer, TransformerConfig
 from kdtune.models.kv_cache import SlotCache
-from kdtune.tensor_types import is_fsdp_module
+from kdtune.tensor_types import is_fsdp_module, is_plain
 
 
 @dataclass
@@ -152,6 +152,12 @@ class _Slots:
         self._model, self.num_slots, self._num_rows = model, num_slots, num_rows
         # Attention that is not kdtune's own computes all rows.
         self._has_idle_slots = not isinstance(model.config, TransformerConfig)
+        # torch does less for each operation than under no_grad. Tensors that are made in it could not be trained on: other modules may
+        # keep some, and FSDP gathers weights.
+        is_plain_model = (
+            not self._has_idle_slots and not is_fsdp_module(model) and all(map(is_plain, model.parameters()))
+        )
+        self._mode = torch.inference_mode if is_plain_model else torch.no_grad
         num_kept = max(num_slots, num_rows) if self._has_idle_slots else num_slots
         self._cache = SlotCache(model.config, num_kept, longest, num_new=num_new)
         # Texts that begin alike one after the other share what is computed of the beginning.
@@ -164,24 +170,29 @@ class _Slots:
         prefix = list(ids) if len(ids) - 1 == self._model.config.rope_switch else list(ids[:-1])
         if not prefix:
             return
-        if prefix != self._prefix or self._prefix_cache is None:
-            self._prefix_cache = _cache_of(self._model, prefix, len(prefix))
-            self._prefix = prefix
-        self._cache.write(slot, self._prefix_cache)
+        with self._mode():
+            if prefix != self._prefix or self._prefix_cache is None:
+                self._prefix_cache = _cache_of(self._model, prefix, len(prefix))
+                self._prefix = prefix
+            self._cache.write(slot, self._prefix_cache)
 
     def move(self, source: int, target: int) -> None:
-        self._cache.move(source, target)
+        with self._mode():
+            self._cache.move(source, target)
 
     def hidden(self, texts: Sequence[Text], num_new: int = 1) -> Tensor:
         idle = [0] * (self._num_rows - len(texts))  # any id will do: nothing sees it
         positions = [len(text.ids) - num_new for text in texts]
         tokens = [text.ids[-num_new:] for text in texts] + [[0] * num_new for _ in idle]
         device = self._model.device
-        self._cache.place(positions + idle if self._has_idle_slots else positions, device, num_new)
-        tokens_BS, firsts_B = torch.tensor(tokens, device=device), torch.tensor(positions + idle, device=device)
-        positions_BS = firsts_B[:, None] + torch.arange(num_new, device=device)
-        hidden_BSD: Tensor = self._model(tokens_BS, input_pos=positions_BS, kv_cache=self._cache, return_hidden=True)
-        return hidden_BSD
+        with self._mode():
+            self._cache.place(positions + idle if self._has_idle_slots else positions, device, num_new)
+            tokens_BS, firsts_B = torch.tensor(tokens, device=device), torch.tensor(positions + idle, device=device)
+            positions_BS = firsts_B[:, None] + torch.arange(num_new, device=device)
+            hidden_BSD: Tensor = self._model(
+                tokens_BS, input_pos=positions_BS, kv_cache=self._cache, return_hidden=True
+            )
+        return hidden_BSD.clone() if hidden_BSD.is_inference() else hidden_BSD  # a loss may be computed from it
 
 
 class _OneByOne:

@@ -55,8 +55,10 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        gated_BSF = _GatedActivation.apply(self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD), self.activation)
-        return self.down_proj(gated_BSF)
+        gate_BSF, up_BSF = self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD)
+        if not torch.is_grad_enabled():  # the same, and a call less for each token that is generated
+            return self.down_proj(_activated(gate_BSF, self.activation).mul_(up_BSF))
+        return self.down_proj(_GatedActivation.apply(gate_BSF, up_BSF, self.activation))
 
 
 class _GatedActivation(torch.autograd.Function):
