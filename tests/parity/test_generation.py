@@ -1,15 +1,18 @@
-"""Greedy generation against transformers' on the real SmolLM2, token for token.
+"""Greedy generation against transformers' on the real SmolLM2, token for token; samples against each other, bit for bit.
 
 KDTUNE_TEST_FULL=1 takes 20 prompts of 128 new tokens in place of 4 of 32.
 """
 
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
 
 from kdtune.checkpoint import load_model, save_model
-from kdtune.generation import generate, generate_batch
+from kdtune.generation import Completion, Sampling, complete, generate, generate_batch
 from kdtune.tokenizers import load
 
 transformers = pytest.importorskip("transformers")
@@ -78,3 +81,27 @@ def test_token_for_token_as_transformers(model, prompts, alone, tmp_path):
 def test_a_batch_of_all_gives_the_same(model, prompts, alone):
     assert len({len(prompt) for prompt in prompts}) > 2
     assert generate_batch(model, prompts, max_new_tokens=NUM_NEW, stop_ids=()) == alone
+
+
+def sampled(folder: Path, part: slice, slots: int) -> list[Completion]:
+    """Samples of some of the prompts, in a process of its own or in this one."""
+    torch.set_num_threads(1)
+    tokenizer = load(folder)
+    prompts = [
+        tokenizer.tokenize_messages([{"role": "user", "content": question}], add_generation_prompt=True)[0]
+        for question in QUESTIONS[:5]
+    ]
+    return complete(
+        load_model(folder, dtype=torch.float32), prompts[part], max_new_tokens=16, stop_ids=tokenizer.stop_ids,
+        sampling=Sampling(1.0), seeds=range(5)[part], slots=slots, with_log_probs=True,
+    )  # fmt: skip
+
+
+def test_samples_are_the_same_to_the_bit_in_any_company(smollm2_gguf):
+    """With 1, 8 and 32 slots, and shared by two processes."""
+    together = sampled(smollm2_gguf, slice(None), 32)
+    for slots in (1, 8):
+        assert sampled(smollm2_gguf, slice(None), slots) == together
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        shares = list(pool.map(sampled, [smollm2_gguf] * 2, [slice(0, None, 2), slice(1, None, 2)], [2, 32]))
+    assert [shares[number % 2][number // 2] for number in range(5)] == together
