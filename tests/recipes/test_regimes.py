@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from command_line import CLI
+from command_line import CLI, Fork
 from safetensors.torch import load_file
 
 MEASURED = {"time", "step_seconds", "data_seconds", "generation_seconds", "tokens_per_second", "peak_memory_rss"}
@@ -183,3 +186,27 @@ def test_a_resumed_run_without_the_rollouts_is_refused(runs: Path, cli: CLI, tmp
     done = cli(*RUN[:-1], "--config", "tiny/gkd", f"output_dir={cut}", "resume_from_checkpoint=true", "~rollouts")
     assert done.code == 2
     assert "rollouts" in done.err
+
+
+@pytest.mark.slow("eleven runs; a run that is resumed once is among the quick tests")
+def test_an_on_policy_run_that_is_killed_ten_times(cli: CLI, tmp_path: Path) -> None:
+    """SIGKILL at random moments, in the middle of writing and learning: the same texts, losses and weights, to the bit."""
+    run = (*RUN, "--config", "tiny/distillm", "rollouts.policy.start=0.9", "rollouts.policy.replay=increasing", "max_steps_per_epoch=24",
+           "save_every_n_steps=1", "keep_last_n_checkpoints=2")  # fmt: skip
+    whole, cut, random, num_unfinished = tmp_path / "whole", tmp_path / "cut", np.random.default_rng(0), 0
+    assert cli(*run, f"output_dir={whole}").code == 0
+    for kill in range(10):
+        process = Fork(*run, f"output_dir={cut}", "resume_from_checkpoint=true")
+        # Not before a step more is saved, and a random moment later.
+        while process.is_running and not any(int(one.name[5:]) > 2 * kill for one in cut.glob("step_*")):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.1))
+        process.send(signal.SIGKILL)
+        process.end(timeout=60)
+        num_unfinished += not (cut / "final").exists()
+    assert num_unfinished >= 8
+    done = cli(*run, f"output_dir={cut}", "resume_from_checkpoint=true")
+    assert done.code == 0, done.err
+    assert rows(cut) == rows(whole)
+    assert {row["rollout_share"] for row in steps(whole)} == {0.0, 1.0}
+    assert (cut / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
