@@ -80,6 +80,10 @@ def _files(folder: Path, tokenizer: "Tokenizer") -> list[str]:
         header: dict[str, Any] = read_json(folder / ANSWERS_HEADER)
     except CheckpointError as error:
         raise ConfigError(f"source={folder}: holds no answers of `kdtune run write_answers`: {error}") from error
+    if not isinstance(header.get("num_files"), int) or not isinstance(header.get("tokenizer"), dict):
+        raise ConfigError(
+            f"source={folder}: {ANSWERS_HEADER} lacks num_files or tokenizer: it is damaged; copy the folder again"
+        )
     files = [folder / answers_file(number) for number in range(header["num_files"])]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ConfigError(

@@ -3,7 +3,7 @@ from .prompts import encode_prompt, read_prompts
 from .rollout import Completion, complete
 from .samples import Generator, answer
 from .sampling import Sampling, sample_token, sample_tokens
-from .speculative import Speculation, complete_speculatively
+from .speculative import Speculation, check_speculative, complete_speculatively
 from .stream import TextStream
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TextStream",
     "answer",
     "check_max_new_tokens",
+    "check_speculative",
     "complete",
     "complete_speculatively",
     "encode_prompt",

@@ -17,6 +17,14 @@ from kdtune.models import Transformer
 _ROWS = 32
 
 
+def check_slots(slots: int, seeds: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    """Raise a ConfigError if there is no slot, or not one seed for each prompt."""
+    if slots < 1:
+        raise ConfigError(f"slots={slots}: must be 1 or more")
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one for each")
+
+
 def rows_of(model: Transformer, slots: int) -> int:
     """Return the rows that the linear layers of a model compute in each forward for so many slots, see `grow`."""
     return max(_ROWS, slots) if model.device.type == "cpu" else 1
@@ -35,8 +43,8 @@ class Completion:
     float64 model in float64; None if not asked for."""
     partner_log_probs: list[float] | None = None
     """Those by the partner; None without one."""
-    partner_hidden: list[Tensor] | None = None
-    """The partner's last hidden states [D], after its final norm, that predict each new id; None without one."""
+    partner_hidden: Tensor | None = None
+    """The partner's last hidden states [A, D], after its final norm, that predict each new id, on the CPU; None without one."""
 
 
 def complete(
@@ -53,6 +61,7 @@ def complete(
     progress: Callable[[int], object] | None = None,
     partner: Transformer | None = None,
     partner_share: float = 0.5,
+    num_ids: int | None = None,
 ) -> list[Completion]:
     """Return a completion of each prompt, in order.
 
@@ -78,6 +87,7 @@ def complete(
         partner: a second model, such as a teacher, that writes with it: each id is drawn from the mixture of their distributions, and
             ``sampling`` applies to that.
         partner_share: its part of the mixture.
+        num_ids: draw from the first so many ids alone, such as those that a teacher's head has too; None: from all.
 
     Raises:
         ConfigError: a number is out of range, or there is not one seed for each prompt.
@@ -85,10 +95,7 @@ def complete(
         CheckpointError: the model's logits are not finite.
     """
     check_max_new_tokens(max_new_tokens)
-    if slots < 1:
-        raise ConfigError(f"slots={slots}: must be 1 or more")
-    if len(seeds) != len(prompts):
-        raise ConfigError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one for each")
+    check_slots(slots, seeds, prompts)
     if not prompts:
         return []
     contexts = [one.config.max_seq_len for one in (model, partner) if one is not None]
@@ -104,7 +111,7 @@ def complete(
             is_finished,
             text.log_probs if with_log_probs else None,
             None if partner is None else text.partner_log_probs,
-            None if partner is None else text.partner_hidden,
+            None if partner is None else text.hidden_of_partner(),
         )
         if progress is not None:
             progress(1)
@@ -124,5 +131,6 @@ def complete(
         with_log_probs=with_log_probs or partner is not None,
         sync_tokens=sync_tokens,
         partner=None if partner is None else Partner(partner, partner_share),
+        num_ids=num_ids,
     )
     return [completion for completion in completions if completion is not None]

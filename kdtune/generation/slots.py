@@ -39,6 +39,11 @@ class Text:
     partner_hidden: list[Tensor] = field(default_factory=list)
     """The partner's last hidden states [D] that predict the new ids."""
 
+    def hidden_of_partner(self) -> Tensor:
+        """Return the partner's hidden states [A, D] on the CPU, and keep them no longer."""
+        hidden_AD, self.partner_hidden = torch.stack(self.partner_hidden).cpu(), []
+        return hidden_AD
+
 
 @dataclass(frozen=True)
 class Partner:
@@ -49,8 +54,8 @@ class Partner:
     """Its part of the mixture, between 0 and 1."""
 
     def mixed(self, logits_BV: Tensor, partner_logits_BV: Tensor) -> Tensor:
-        """Return the logarithm of the mixture [B, V], over the first model's ids."""
-        ours_BV, theirs_BV = log_softmax(logits_BV), log_softmax(partner_logits_BV[:, : logits_BV.shape[1]])
+        """Return the logarithm of the mixture [B, V], over the first model's ids, of which the partner has all or the first ones."""
+        ours_BV, theirs_BV = log_softmax(logits_BV), log_softmax(partner_logits_BV)
         lacking = ours_BV.shape[1] - theirs_BV.shape[1]
         theirs_BV = functional.pad(theirs_BV, (0, lacking), value=-torch.inf)
         return torch.logaddexp(ours_BV + math.log1p(-self.share), theirs_BV + math.log(self.share))
@@ -68,6 +73,7 @@ def grow(
     with_log_probs: bool = False,
     sync_tokens: bool = False,
     partner: Partner | None = None,
+    num_ids: int | None = None,
 ) -> None:
     """Append ids to each text until it has ended.
 
@@ -83,6 +89,7 @@ def grow(
         with_log_probs: fill in ``log_probs``.
         sync_tokens: every process continues with rank 0's ids.
         partner: a second model to write with.
+        num_ids: draw from the first so many ids alone; None: from all that the models share.
     """
     waiting = deque(texts)
     models = [model] if partner is None else [model, partner.model]
@@ -97,8 +104,11 @@ def grow(
         while active:
             states = served.hidden(active)
             logits = [one.output(hidden_BD)[: len(active)] for one, hidden_BD in zip(models, states, strict=True)]
+            if partner is not None:
+                logits[1] = logits[1][:, : logits[0].shape[1]]
+                num_ids = min(num_ids or logits[1].shape[1], logits[1].shape[1])
             drawn_from = logits[0] if partner is None else partner.mixed(*logits)
-            tokens = sample_tokens(drawn_from, sampling, [text.generator for text in active])
+            tokens = sample_tokens(drawn_from[:, :num_ids], sampling, [text.generator for text in active])
             tokens = broadcast_object(tokens) if sync_tokens else tokens
             if with_log_probs:
                 _note(active, tokens, logits, states)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdtune.errors import ConfigError
 from kdtune.generation.generate import check_max_new_tokens, eval_mode, new_token_limits
-from kdtune.generation.rollout import Completion, rows_of
+from kdtune.generation.rollout import Completion, check_slots, rows_of
 from kdtune.generation.sampling import Sampling, sample_tokens
 from kdtune.generation.slots import Served, Text, Together, has_slots, log_softmax, refill, served_by, uncompiled
 from kdtune.models import Transformer
@@ -59,6 +59,7 @@ def complete_speculatively(
     seeds: Sequence[int],
     speculation: Speculation = _AS_PUBLISHED,
     slots: int = 32,
+    num_ids: int | None = None,
 ) -> list[Completion]:
     """Return a completion of each prompt, in order, with what the teacher (the partner) says of it.
 
@@ -75,13 +76,15 @@ def complete_speculatively(
         seeds: of each prompt's own random numbers.
         speculation: how the teacher corrects.
         slots: number of texts that are written at a time.
+        num_ids: draft the first so many ids alone; None: all.
 
     Raises:
         ConfigError: a number is out of range, or a model cannot write texts of different lengths side by side.
         DataError: a prompt is empty or leaves no room in a model's context.
     """
     check_max_new_tokens(max_new_tokens)
-    _check_models(student, teacher)
+    check_speculative(student, teacher)
+    check_slots(slots, seeds, prompts)
     if not prompts:
         return []
     context = min(one.config.max_seq_len for one in (student, teacher))
@@ -104,12 +107,12 @@ def complete_speculatively(
         for slot, text in enumerate(active):
             both.put(slot, text.ids)
         while active:
-            drafts, own_NGV = _drafted(student, drafting, active, num_drafted, sampling)
+            drafts, own_NGV = _drafted(student, drafting, active, num_drafted, sampling, num_ids)
             # The teacher reads what comes before each drafted token.
             for text in active:
                 text.ids.pop()
             hidden_NGD = reading.hidden(active, num_drafted)[: len(active)]
-            judged = _Judged(teacher.output(hidden_NGD), own_NGV, hidden_NGD)
+            judged = _Judged(teacher.output(hidden_NGD), own_NGV, hidden_NGD, drafts)
             ended = []
             for slot, (text, draft) in enumerate(zip(active, drafts, strict=True)):
                 del text.ids[len(text.ids) - num_drafted + 1 :]
@@ -117,10 +120,10 @@ def complete_speculatively(
                 room = length + limits[text.number] - len(text.ids)
                 written = _corrected(judged, slot, draft[:room], speculation, of_teacher[text.number])
                 end = next((at + 1 for at, token in enumerate(written) if token in stop_ids), len(written))
-                _note(text, written[:end], judged, slot)
+                _note(text, written[:end], judged, slot, draft)
                 if (is_finished := text.ids[-1] in stop_ids) or end == room:
                     completions[text.number] = Completion(
-                        text.ids[length:], is_finished, text.log_probs, text.partner_log_probs, text.partner_hidden
+                        text.ids[length:], is_finished, text.log_probs, text.partner_log_probs, text.hidden_of_partner()
                     )
                     ended.append(slot)
             refill(active, ended, waiting, both)
@@ -128,13 +131,18 @@ def complete_speculatively(
 
 
 def _drafted(
-    student: Transformer, drafting: Served, texts: Sequence[Text], num_drafted: int, sampling: Sampling
+    student: Transformer,
+    drafting: Served,
+    texts: Sequence[Text],
+    num_drafted: int,
+    sampling: Sampling,
+    num_ids: int | None,
 ) -> tuple[list[list[int]], Tensor]:
     """Append drafted tokens to each text; return them, and the logits [N, G, V] that they were drawn from."""
     logits = []
     for _ in range(num_drafted):
         logits.append(student.output(drafting.hidden(texts)[:, -1])[: len(texts)])
-        tokens = sample_tokens(logits[-1], sampling, [text.generator for text in texts])
+        tokens = sample_tokens(logits[-1][:, :num_ids], sampling, [text.generator for text in texts])
         for text, token in zip(texts, tokens, strict=True):
             text.ids.append(token)
     return [text.ids[-num_drafted:] for text in texts], torch.stack(logits, dim=1)
@@ -143,41 +151,59 @@ def _drafted(
 class _Judged:
     """What both models say of the drafted tokens' places."""
 
-    def __init__(self, teacher_NGV: Tensor, student_NGV: Tensor, hidden_NGD: Tensor) -> None:
+    def __init__(
+        self, teacher_NGV: Tensor, student_NGV: Tensor, hidden_NGD: Tensor, drafts: Sequence[Sequence[int]]
+    ) -> None:
         vocab_size = min(teacher_NGV.shape[-1], student_NGV.shape[-1])
         self.teacher_NGV, self.hidden_NGD = teacher_NGV[..., :vocab_size], hidden_NGD
-        self.teacher_logp_NGV, self.student_logp_NGV = log_softmax(self.teacher_NGV), log_softmax(student_NGV)
+        self._logp = [log_softmax(student_NGV), log_softmax(self.teacher_NGV)]
+        drafts_NG1 = torch.tensor(drafts, device=hidden_NGD.device)[..., None]
+        is_known_NG1, known_NG1 = drafts_NG1 < vocab_size, drafts_NG1.clamp(max=vocab_size - 1)
+        above_NG = (self.teacher_NGV > self.teacher_NGV.gather(-1, known_NG1)).sum(-1)
+        # Of all drafts in one transfer each.
+        self.ranks: list[list[int]] = torch.where(is_known_NG1[..., 0], above_NG, _UNKNOWN).tolist()
+        self._of_drafts = [logp_NGV.gather(-1, known_NG1)[..., 0].tolist() for logp_NGV in self._logp]
+
+    def log_probs(self, slot: int, written: Sequence[int], draft: Sequence[int]) -> list[list[float]]:
+        """Return the log-probabilities of a text's new tokens by the student, and by the teacher."""
+        found = []
+        for logp_NGV, of_drafts in zip(self._logp, self._of_drafts, strict=True):
+            own = of_drafts[slot][: len(written)]
+            if written[-1] != draft[len(written) - 1]:  # only the last may be another
+                own[-1] = float(logp_NGV[slot, len(written) - 1, written[-1]])
+            found.append(own)
+        return found
 
 
 def _corrected(
     judged: _Judged, slot: int, draft: Sequence[int], speculation: Speculation, generator: torch.Generator
 ) -> list[int]:
     """Return the drafted tokens that stay, and the teacher's own in place of the first that does not."""
-    logits_GV = judged.teacher_NGV[slot, : len(draft)]
-    drafted_G = torch.tensor(draft, device=logits_GV.device)
-    is_known_G = drafted_G < logits_GV.shape[1]
-    own_G1 = logits_GV.gather(1, drafted_G.clamp(max=logits_GV.shape[1] - 1)[:, None])
-    ranks = torch.where(is_known_G, (logits_GV > own_G1).sum(-1), _UNKNOWN).tolist()
+    ranks = judged.ranks[slot][: len(draft)]
     kept = next((at for at, rank in enumerate(ranks) if rank >= speculation.top_k), len(draft))
     if kept == len(draft):
         return list(draft)
     sampling = Sampling(speculation.teacher_temperature, None, speculation.teacher_top_p)
     if speculation.top_k == 1:
         sampling = Sampling(0.0)
-    return [*draft[:kept], *sample_tokens(logits_GV[kept : kept + 1], sampling, [generator])]
+    return [*draft[:kept], *sample_tokens(judged.teacher_NGV[slot, kept : kept + 1], sampling, [generator])]
 
 
-def _note(text: Text, written: Sequence[int], judged: _Judged, slot: int) -> None:
+def _note(text: Text, written: Sequence[int], judged: _Judged, slot: int, draft: Sequence[int]) -> None:
     """Append tokens to a text, with both models' log-probabilities and the teacher's hidden states."""
     text.ids.extend(written)
-    places = range(len(written))
-    text.log_probs += judged.student_logp_NGV[slot, places, list(written)].tolist()
-    text.partner_log_probs += judged.teacher_logp_NGV[slot, places, list(written)].tolist()
-    text.partner_hidden += list(judged.hidden_NGD[slot, : len(written)])
+    by_student, by_teacher = judged.log_probs(slot, written, draft)
+    text.log_probs += by_student
+    text.partner_log_probs += by_teacher
+    # Copies: what is not kept of the drafts may be freed.
+    text.partner_hidden += list(judged.hidden_NGD[slot, : len(written)].clone())
 
 
-def _check_models(*models: Transformer) -> None:
+def check_speculative(*models: Transformer | None) -> None:
+    """Raise a ConfigError if one of the models cannot write speculative text; None: it is no model in this process."""
     for model in models:
+        if model is None:
+            raise ConfigError("speculative text: the teacher is no model in this process; choose another regime")
         if not has_slots(model) or model.config.rope_switch is not None:
             raise ConfigError(
                 f"a model of the family {model.config.family} cannot take back tokens that it has read: its attention has a window of "

@@ -16,7 +16,7 @@ _FIRST_ROOM = 1024
 _SLACK = 256
 # Of so many places slots have whole blocks, and all of them are read.
 _BLOCK = 64
-# Places that a sum is taken over at a time, see `_places`.
+# Places that a sum is taken over at a time, see `SlotCache.num_places`.
 PART = 512
 # Places that slots begin with; they then double.
 _FIRST_PLACES = 256
@@ -170,7 +170,7 @@ class SlotLayer:
     def attended(
         self, start: int, keys_BKSE: Tensor, values_BKSE: Tensor, *_: object
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return ``store``'s keys and values, their mask [N, 1, 1, T], and None: the mask knows of the window."""
+        """Return ``store``'s keys and values, their mask [N, 1, S, T], and None: the mask knows of the window."""
         keys_NKTE, values_NKTE = self.store(start, keys_BKSE, values_BKSE)
         # Of a bool one torch's kernels would make the same in every layer.
         dtype = torch.bool if self._is_capped else keys_NKTE.dtype

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdtune.config import instantiate
 from kdtune.config.check import COMPONENT
-from kdtune.distributed import is_under_torchrun
+from kdtune.distributed import world_size
 from kdtune.errors import KDTuneError
+from kdtune.generation import Sampling
+from kdtune.parallel.mesh import is_whole
 
 if TYPE_CHECKING:
     from kdtune.rollouts.rollouts import Rollouts
@@ -38,6 +40,18 @@ def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
         kd_loss = instantiate(cfg.kd_loss)
     except KDTuneError:  # said elsewhere
         return
+    needs_own = (
+        "rollouts.policy_gradient"
+        if rollouts.policy_gradient
+        else "kd_loss"
+        if hasattr(kd_loss, "text_problem")
+        else None
+    )
+    if needs_own and (rollouts.sampling != Sampling(1.0) or sources & {"speculative"}):
+        yield (
+            f"{needs_own}: holds for text drawn from the model's own distribution; give rollouts.temperature=1 without top_k and top_p, "
+            "and no speculative text"
+        )
     if getattr(kd_loss, "is_cross_tokenizer", False):
         yield "rollouts: the text of one tokenizer is not paired with that of another while it trains; choose another kd_loss, or ~rollouts"
     if "replay" in sources and not rollouts.buffer.capacity:
@@ -46,6 +60,14 @@ def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
         yield f"rollouts.buffer_size={rollouts.buffer.capacity}: the policy never learns from earlier texts; ~rollouts.buffer_size"
     if cfg.hidden_loss and rollouts.buffer.capacity and rollouts.keep_targets:
         yield "rollouts.keep_targets=true: hidden_loss compares layers, whose states are not kept; set it to false, or ~hidden_loss"
+    if cfg.hidden_loss and sources & {*OF_BOTH}:
+        yield "hidden_loss: of text that both models write, the states of layers are not kept; ~hidden_loss, or another rollouts.policy"
+    listens = getattr(rollouts.policy, "metric", None)
+    if listens and (cfg.dataset_val is None or cfg.run_val_every_n_steps is None):
+        yield (
+            f"rollouts.policy: goes by {listens} of the validations during the training; give dataset_val and run_val_every_n_steps, or "
+            "another policy"
+        )
 
 
 def _teacher_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
@@ -57,20 +79,25 @@ def _teacher_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
     if rollouts.policy.sources & {"teacher", *OF_BOTH} and (cfg.teacher or cfg.teacher_processes):
         key = "teacher" if cfg.teacher else "teacher_processes"
         yield f"rollouts.policy: the teacher writes only as a model in the student's processes; ~{key}, or a policy without its texts"
+    if rollouts.policy.sources & {*OF_BOTH} and cfg.teacher_device:
+        yield f"teacher_device={cfg.teacher_device}: both models write a text on one device; ~teacher_device, or another rollouts.policy"
 
 
 def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
     if (cfg.parallelism or {}).get("tp", 1) > 1:
         yield "parallelism.tp: processes that share a model cannot write different texts; set 1, and dp_shard to divide it"
-    parallelism = instantiate(cfg.parallelism)
-    if rollouts.policy.sources & {*OF_BOTH} and is_under_torchrun() and parallelism.dp_shard != 1:
+    layouts = [instantiate(node) for node in (cfg.parallelism, cfg.teacher_parallelism or cfg.parallelism)]
+    if rollouts.policy.sources & {*OF_BOTH} and not all(is_whole(one, world_size()) for one in layouts):
         yield (
             "rollouts.policy: where both models write a text, every process needs whole ones; parallelism.dp_shard=1 "
             "parallelism.dp_replicate=-1"
         )
     nodes = cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
-    if any(isinstance(node, dict) and node.get("split_across_pack") for node in nodes):
-        yield "dataset.split_across_pack=true: an example that is cut has no prompt; set it to false, or ~rollouts"
+    if any(isinstance(node, dict) and node.get("packed") for node in nodes):
+        yield (
+            "dataset.packed=true: batch_size would count packs of the data and texts of a model; ~dataset.packed, and "
+            "tokens_per_micro_batch for micro-batches of one size"
+        )
 
 
 def _has_cache(node: Any) -> bool:

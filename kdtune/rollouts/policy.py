@@ -146,7 +146,7 @@ class DistiLLMSchedule:
         """Raise phi if the loss has risen."""
         loss = metrics.get(self.metric)
         if loss is None:
-            return
+            raise ConfigError(f"metric={self.metric}: the validation has {', '.join(metrics)}; give one of them")
         if self._before is not None and loss >= self._before + self._threshold:
             self.phi = min(1.0, self.phi + self._step)
         elif self._before is not None and self._compare_with == "at_rise":

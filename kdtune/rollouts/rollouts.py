@@ -16,8 +16,16 @@ from torch import Tensor
 from kdtune.data import Batch, collate
 from kdtune.data.micro_batches import cut_by_tokens, is_padding_free
 from kdtune.distributed import World, lockstep_forwards
-from kdtune.errors import ConfigError
-from kdtune.generation import Completion, Sampling, Speculation, check_max_new_tokens, complete, complete_speculatively
+from kdtune.errors import ConfigError, DataError
+from kdtune.generation import (
+    Completion,
+    Sampling,
+    Speculation,
+    check_max_new_tokens,
+    check_speculative,
+    complete,
+    complete_speculatively,
+)
 from kdtune.losses import HiddenSignal, PendingSignal, signal_token_log_probs
 from kdtune.losses.heads import project
 from kdtune.models import Transformer
@@ -27,6 +35,7 @@ from kdtune.rollouts.policy import Policy, Source
 from kdtune.rollouts.policy_gradient import PolicyGradient, importance_weights
 from kdtune.rollouts.record import Prompt, Rollout, prompts_of, random_seed
 from kdtune.rollouts.watch import Guards, describe
+from kdtune.tensor_types import is_fsdp_module
 
 
 class Rollouts:
@@ -79,6 +88,8 @@ class Rollouts:
                 f"policy={policy}: must be an object with the methods of kdtune.rollouts.Policy; give policy._component_, such as "
                 "kdtune.rollouts.Share"
             )
+        if slots < 1:
+            raise ConfigError(f"slots={slots}: must be 1 or more")
         self.policy, self.max_new_tokens, self.slots = policy, max_new_tokens, slots
         if not 0 < teacher_share < 1:
             raise ConfigError(f"teacher_share={teacher_share}: must lie between 0 and 1")
@@ -92,18 +103,27 @@ class Rollouts:
         """Return why a distillation config cannot have these texts, one sentence each; read no weights and no rows."""
         return config_problems(self, cfg)
 
-    def start(self, inputs: Any, student: Transformer, teacher: Any, world: World) -> None:
-        """Keep the models, the world's processes and the settings of the run, whose `inputs` are `kdtune.training.Inputs`."""
+    def start(self, inputs: Any, student: Transformer, teacher: Any, world: World, *, context: int) -> None:
+        """Keep the models, the world's processes and the settings of the run.
+
+        `inputs` are `kdtune.training.Inputs`; `context` is the shortest of the models', in tokens. ConfigError if a model cannot write.
+        """
         cfg, tokenizer = inputs.cfg, inputs.tokenizer
         self._world, self._student, self._teacher = world, student, teacher
         model = getattr(teacher, "model", None)
         self._teacher_model: Transformer | None = model if isinstance(model, Transformer) else None
-        self._keeps_targets = self.keep_targets and self.buffer.capacity > 0 and self._teacher_model is not None
+        # One that is a component of the config may compute with the student's weights.
+        has_own_weights = self._teacher_model is not None and cfg.teacher is None
+        self._keeps_targets = self.keep_targets and self.buffer.capacity > 0 and has_own_weights
+        if self._keeps_targets and is_fsdp_module(model):
+            model.unshard()  # a resumed run may read the head before the teacher's first forward
+        if "speculative" in self.policy.sources:
+            check_speculative(student, model)
         self._seed, self._num_steps, self._kd_ratio = cfg.seed, inputs.num_steps, cfg.kd_ratio
         self._batch_size, self._max_tokens = cfg.batch_size, cfg.tokens_per_micro_batch
         self._padding_free, self._pad_id, self._stop_ids = is_padding_free(cfg), tokenizer.pad_id, tokenizer.stop_ids
-        contexts = [one.config.max_seq_len for one in (student, self._teacher_model) if one is not None]
-        self._longest = min([*contexts, tokenizer.max_seq_len or contexts[0]])
+        self._longest = min(context, tokenizer.max_seq_len or context)
+        self._num_ids = min(student.config.vocab_size, teacher.vocab_size)
 
     def batches(self, step: Any) -> list[Batch]:
         """Return the micro-batches that this process learns from in a step: the step's own, or texts that take their place.
@@ -112,10 +132,11 @@ class Rollouts:
 
         Raises:
             TrainingError: a guard stops the run.
+            DataError: the data set makes batches that do not say where its prompts end.
         """
         since = time.perf_counter()
         self.buffer.drop_stale(step.number)
-        source = self._source(step.number)
+        source, self._has_no_class_loss = self._source(step.number), False
         self.metrics = {"rollout_share": float(source != "dataset"), **_prefixed("policy_", self.policy.state_dict())}
         if source == "dataset":
             return list(step.batches)
@@ -126,17 +147,33 @@ class Rollouts:
             rollouts = self.buffer.draw(int(count), random_seed(self._seed, step.number, 1))
         else:
             rollouts = self._written(step, source)
+        if not rollouts:
+            raise DataError(
+                "rollouts: the data set's batches do not say where its prompts end (Batch.prompt_lengths); ~rollouts"
+            )
         self.metrics |= describe(rollouts, step.number)
         parts = self._parts(rollouts)
         batches = [self._batch([rollouts[index] for index in part]) for part in parts]
         if source != "replay":
-            self.guards.check(self.metrics, is_drawn=self.sampling.temperature > 0)
+            is_drawn = source == "student" and self.sampling.temperature > 0
+            self.guards.check(self.metrics, is_drawn=is_drawn)
             self.metrics["generated_tokens"] = float(sum(one.answer_length for one in rollouts))
             if source not in OF_BOTH and (self._keeps_targets or self.policy_gradient is not None):
                 batches, rollouts = self._answered(batches, parts, rollouts)
-            self.buffer.push(rollouts)
+            kept = rollouts if self._keeps_targets else [replace(one, target=None) for one in rollouts]
+            self.buffer.push(kept)
         self.metrics["generation_seconds"] = time.perf_counter() - since
         return self._with_class_weights(batches, parts, rollouts)
+
+    def described(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Return the row of a step's metrics with those of its text. The cross entropy with the student's own text, where it is not a part
+        of the loss, or stands for the policy gradient, has no place among that with the data.
+        """
+        found = {**row, **self.metrics}
+        if self._has_no_class_loss and "class_loss" in found:
+            value = found.pop("class_loss")
+            found |= {} if self.policy_gradient is None else {"policy_gradient_loss": value}
+        return found
 
     def after_validation(self, metrics: Mapping[str, float]) -> None:
         """Tell the policy the results of a validation; TrainingError if they show a teacher that cannot teach."""
@@ -180,6 +217,7 @@ class Rollouts:
             "sampling": self.sampling,
             "seeds": [random_seed(self._seed, step.position[0], prompt.key) for prompt in prompts],
             "slots": self.slots,
+            "num_ids": self._num_ids,
         }
         student, teacher = self._student, self._teacher_model
         if source == "student":
@@ -214,7 +252,7 @@ class Rollouts:
             prompt.route,
             None if log_probs is None else np.array(log_probs[:room], dtype=np.float32),
             None if of_teacher is None else np.array(of_teacher[:room], dtype=np.float32),
-            None if hidden is None else torch.stack(hidden[:room]).cpu(),
+            None if hidden is None else hidden[:room],
         )
 
     def _parts(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
@@ -240,14 +278,8 @@ class Rollouts:
         # The loss reads the positions that have a target, and no others.
         target_ND, positions_N = torch.cat(targets), batch.targets.positions_N
         hidden_TD = target_ND.new_zeros(batch.tokens.numel(), target_ND.shape[1]).index_copy_(0, positions_N, target_ND)
-        return self._with_signal(batch, hidden_TD.view(*batch.tokens.shape, -1).to(self._world.device))
-
-    def _with_signal(self, batch: Batch, hidden_BSD: Tensor) -> Batch:
-        return (
-            replace(batch, signal=HiddenSignal(hidden_BSD, self._teacher_model.output))
-            if self._teacher_model
-            else batch
-        )
+        hidden_BSD = hidden_TD.view(*batch.tokens.shape, -1).to(self._world.device)
+        return replace(batch, signal=HiddenSignal(hidden_BSD, self._teacher.head()))
 
     def _answered(
         self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
@@ -281,6 +313,7 @@ class Rollouts:
         self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
     ) -> list[Batch]:
         """Return the batches with the weights of cross entropy: 1 on the teacher's text; on the student's 0, or its advantages."""
+        self._has_no_class_loss = 0 < self._kd_ratio < 1 and all(one.source != "teacher" for one in rollouts)
         if self._kd_ratio in (0, 1):
             return list(batches)
         weights = [np.full(one.answer_length, float(one.source == "teacher")) for one in rollouts]
@@ -294,7 +327,7 @@ class Rollouts:
         found = []
         for batch, part in zip(batches, parts, strict=True):
             own = np.concatenate([weights[index] for index in part]) if part else np.zeros(0)
-            found.append(replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own))))
+            found.append(replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own).float())))
         return found
 
 

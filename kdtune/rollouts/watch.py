@@ -18,8 +18,8 @@ def describe(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
     """Return means over some rollouts, at least one, that are learned from at an optimizer step.
 
     "rollout_tokens" of the answers; "rollout_cut_share" of those that the limit cut; "rollout_repetition", the share of an answer's
-    sequences of 4 tokens that it has had before; "rollout_entropy", -log q of the answers' tokens, in nats, which estimates the
-    entropy of the model that wrote them; "rollout_staleness", optimizer steps since they were written.
+    sequences of 4 tokens that it has had before; "rollout_entropy", -log q of the answers' tokens, in nats: of the student's own text at
+    temperature 1 an estimate of its entropy; "rollout_staleness", optimizer steps since they were written.
     """
     found = {
         "rollout_tokens": float(np.mean([one.answer_length for one in rollouts])),
@@ -88,7 +88,7 @@ class Guards:
     def check(self, metrics: Mapping[str, float], *, is_drawn: bool) -> None:
         """Raise TrainingError if the texts of the last steps, of which `describe` says these metrics, leave nothing to learn.
 
-        is_drawn: the tokens are drawn; False: each is the most likely one.
+        is_drawn: they are the student's own and drawn; False: of another writer, or each token is the most likely one.
         """
         cut, entropy = metrics["rollout_cut_share"], metrics.get("rollout_entropy")
         is_cut = self.max_cut_share is not None and cut > self.max_cut_share
@@ -98,7 +98,7 @@ class Guards:
         if self._in_a_row["cut"] >= self.patience:
             raise TrainingError(
                 f"{cut:.0%} of the texts were cut by the limit, and more than {self.max_cut_share:.0%} in each of the last {self.patience} "
-                "steps with text of a model: the student does not learn to end; raise rollouts.max_new_tokens, begin with a student "
+                "steps with text of a model: no end is learned from them; raise rollouts.max_new_tokens, begin with a student "
                 "that is finetuned, or raise rollouts.guards.max_cut_share"
             )
         if self._in_a_row["entropy"] >= self.patience:

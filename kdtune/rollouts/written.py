@@ -99,11 +99,12 @@ def start_answers(cfg: Any, folder: Path, header: dict[str, Any]) -> None:
                 f"output_dir={folder}: holds answers of another run, which differs in {', '.join(different)}; choose another output_dir, "
                 "or put back what has changed"
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"output_dir={folder}: holds files, and no answers; choose another output_dir")
+    else:
+        # First: without it the same command would refuse what a killed process has left.
+        atomic_write_text(folder / ANSWERS_HEADER, json.dumps(header, indent=2) + "\n")
     write_run_files(folder, resolved_config=resolved_yaml(cfg), record=run_record(cfg))
-    atomic_write_text(folder / ANSWERS_HEADER, json.dumps(header, indent=2) + "\n")
 
 
 def answers_summary(folder: Path) -> str:

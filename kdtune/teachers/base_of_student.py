@@ -38,7 +38,8 @@ class BaseOfStudent(OnlineTeacher):
             )
         self.model = student
 
-    def _head(self) -> OutputHead:
+    def head(self) -> OutputHead:
+        """Return the output head of its signals, on the device of the loss."""
         # With FSDP the weight is whole from the forward to the end of the student's backward.
         return OutputHead.of(self.model.output.weight, softcap=self.model.config.logit_softcap)
 

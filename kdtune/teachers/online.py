@@ -72,9 +72,10 @@ class OnlineTeacher:
         return PendingSignal(shape, self.vocab_size, lambda: self._signal(*states()))
 
     def _signal(self, hidden_BSD: Tensor, *states: Tensor) -> HiddenSignal:
-        return HiddenSignal(hidden_BSD, self._head(), states)
+        return HiddenSignal(hidden_BSD, self.head(), states)
 
-    def _head(self) -> OutputHead:
+    def head(self) -> OutputHead:
+        """Return the output head of its signals, on the device of the loss."""
         return self.model.output
 
     @contextmanager

@@ -49,5 +49,6 @@ class OtherDeviceTeacher(OnlineTeacher):
     def _hidden(self, batch: Batch) -> list[Tensor]:
         return super()._hidden(batch.to(self.model.device))
 
-    def _head(self) -> OutputHead:
+    def head(self) -> OutputHead:
+        """Return the output head of its signals, on the device of the loss."""
         return self._own_head

@@ -193,13 +193,19 @@ def is_own_text(cfg: Any) -> bool:
         rollouts = instantiate(cfg.rollouts)
     except KDTuneError:  # which `rollout_problems` tells
         return False
-    return rollouts is not None and rollouts.policy.sources == {"student"}
+    sources: Any = getattr(getattr(rollouts, "policy", None), "sources", None)
+    return bool(sources == {"student"})
 
 
 def rollout_problems(cfg: Any) -> list[str]:
     """Return problems with the `rollouts` of a distillation config; reads no weights and no rows."""
     try:
         rollouts = instantiate(cfg.rollouts)
+        if rollouts is not None and not hasattr(rollouts, "problems"):
+            name = cfg.rollouts["_component_"]
+            return [
+                f"rollouts: {name} does not write texts; give kdtune.rollouts.Rollouts, of which {name} may be an argument"
+            ]
         return [] if rollouts is None else list(rollouts.problems(cfg))
     except KDTuneError as error:
         return [f"rollouts: {error}"]

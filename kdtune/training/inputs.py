@@ -211,6 +211,11 @@ def _contexts(cfg: Any, prefix: str | None = None) -> dict[str, int]:
     return found
 
 
+def shortest_context(cfg: Any, model: Any) -> int:
+    """Return the shortest context of the models of a config `cfg`, in tokens, and of a built `model`, one of them."""
+    return min([model.config.max_seq_len, *_contexts(cfg).values()])
+
+
 def example_lengths(batches: Sequence[Batch]) -> list[int]:
     """Return the number of tokens of each example of some batches."""
     return [length for batch in batches for length in batch.lengths]

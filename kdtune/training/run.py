@@ -254,7 +254,7 @@ class Run:
         if self._loss is not None and "kd_loss" in row:
             row |= self._loss.after_step(self._step, num_steps, row["kd_loss"])
         if self._rollouts is not None:
-            row |= self._rollouts.metrics
+            row = self._rollouts.described(row)
         if cfg.log_peak_memory_stats:
             row |= memory_stats(self.world.device)
         self._log.log(row, self._step)

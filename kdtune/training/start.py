@@ -24,7 +24,7 @@ from kdtune.tokenizers import Tokenizer
 from kdtune.training.checks import check_save_weights, may_change
 from kdtune.training.fp32_updates import update_in_fp32
 from kdtune.training.in_backward import step_in_backward
-from kdtune.training.inputs import check_inputs
+from kdtune.training.inputs import check_inputs, shortest_context
 from kdtune.training.optim import trainable_parameters
 from kdtune.training.out_of_memory import explained_out_of_memory
 from kdtune.training.precision import resolve_device
@@ -207,7 +207,7 @@ def start_rollouts(cfg: Any, inputs: Inputs, student: Transformer, teacher: Any,
     """
     rollouts = instantiate(cfg.rollouts)
     if rollouts is not None:
-        rollouts.start(inputs, student, teacher, world)
+        rollouts.start(inputs, student, teacher, world, context=shortest_context(cfg, student))
     return rollouts
 
 

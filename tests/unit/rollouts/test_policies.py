@@ -54,10 +54,11 @@ def test_phi_rises_as_published_and_as_described() -> None:
     assert phis(DistiLLMSchedule(compare_with="previous"), losses) == [0, 0, 0.1, 0.1, 0.1, 0.2, 0.3, 0.3, 0.3]
 
 
-def test_phi_ends_at_one_and_ignores_other_metrics() -> None:
+def test_phi_ends_at_one_and_needs_its_metric() -> None:
     policy = DistiLLMSchedule(0.95, compare_with="previous")
     assert phis(policy, [1.0, 2.0, 3.0]) == [0.95, 1.0, 1.0]
-    policy.after_validation({"val_kd_loss": 9.0})
+    with pytest.raises(ConfigError, match="metric=val_class_loss: the validation has val_kd_loss"):
+        policy.after_validation({"val_kd_loss": 9.0})
     assert policy.state_dict() == {"phi": 1.0, "before": 3.0}
 
 
