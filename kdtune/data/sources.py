@@ -181,6 +181,11 @@ def _local_files(source: Source) -> tuple[str | None, FilesOfSplits]:
         return local_folder(path, source.name, source.data_files, source.data_dir)
     kind = kind_of(path)
     if kind is None:
+        if path.is_file():
+            raise ConfigError(
+                f"source={source.source}: a file of no known kind; .json, .jsonl, .csv, .parquet and .txt are read: rename it, or give "
+                f"source=text (or json, csv, parquet) and data_files={source.source}"
+            )
         if source.source.startswith(("/", "./", "../", "~")):
             raise ElsewhereError(f"source={source.source}: no such file or folder")
         return None, {}

@@ -124,6 +124,12 @@ def test_corrupt_parquet_is_named(tmp_path, streaming):
         list(read_stream(open_rows(Source(str(tmp_path / "bad.parquet"), streaming=streaming)), "bad.parquet (train)"))
 
 
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path):
+    (tmp_path / "notes.md").write_text("text")
+    with pytest.raises(ConfigError, match=r"notes\.md: a file of no known kind; \.json.*source=text .*data_files="):
+        open_rows(Source(str(tmp_path / "notes.md")))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
