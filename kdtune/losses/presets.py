@@ -26,7 +26,7 @@ def torchtune() -> ForwardKL:
 def gkd(beta: float = 0.5) -> JensenShannon:
     """Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649), with the usual kd_ratio of 1.
 
-    Not in a loss: the share of texts that the student writes itself.
+    Not in a loss: the share of texts that the student writes itself (`kdtune.rollouts.Share`, docs/regimes.md).
 
     Args:
         beta: the teacher's share of the mixture, between 0 and 1; near the ends see `kdtune.losses.JensenShannon`.
@@ -38,7 +38,7 @@ def distillm(direction: Literal["forward", "reverse"] = "reverse", alpha: float 
     """Skew KL of DistiLLM (arXiv 2402.03898), with the usual kd_ratio of 1.
 
     Not in a loss: the schedule by which the student's own texts come in, their replay buffer, and the language modelling
-    loss on a pre-training corpus.
+    loss on a pre-training corpus. `kdtune.rollouts.DistiLLMSchedule` has the first two (docs/regimes.md).
 
     Args:
         direction: "reverse", the paper's better one, or "forward".
@@ -60,7 +60,8 @@ def minillm() -> ReverseKL:
     """The single-step part of MiniLLM's gradient (arXiv 2306.08543): the reverse KL of each next token.
 
     Not in a loss: the policy gradient of what comes after a token, texts sampled from a mixture of both models, their
-    importance weights, and the language modelling loss on a pre-training corpus.
+    importance weights, and the language modelling loss on a pre-training corpus. All but the last are in `kdtune.rollouts`
+    (docs/regimes.md).
     """
     return ReverseKL()
 

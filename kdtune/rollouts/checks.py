@@ -40,16 +40,15 @@ def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
         kd_loss = instantiate(cfg.kd_loss)
     except KDTuneError:  # said elsewhere
         return
-    needs_own = (
-        "rollouts.policy_gradient"
-        if rollouts.policy_gradient
-        else "kd_loss"
-        if hasattr(kd_loss, "text_problem")
-        else None
-    )
-    if needs_own and (rollouts.sampling != Sampling(1.0) or sources & {"speculative"}):
+    needs_samples = {
+        "rollouts.policy_gradient": rollouts.policy_gradient is not None,
+        "kd_loss": hasattr(kd_loss, "text_problem"),
+    }
+    for key in (key for key, is_there in needs_samples.items() if is_there):
+        if rollouts.sampling == Sampling(1.0) and "speculative" not in sources:
+            continue
         yield (
-            f"{needs_own}: holds for text drawn from the model's own distribution; give rollouts.temperature=1 without top_k and top_p, "
+            f"{key}: holds for text drawn from the model's own distribution; give rollouts.temperature=1 without top_k and top_p, "
             "and no speculative text"
         )
     if getattr(kd_loss, "is_cross_tokenizer", False):

@@ -137,7 +137,8 @@ class Rollouts:
         since = time.perf_counter()
         self.buffer.drop_stale(step.number)
         source, self._has_no_class_loss = self._source(step.number), False
-        self.metrics = {"rollout_share": float(source != "dataset"), **_prefixed("policy_", self.policy.state_dict())}
+        self.metrics = {f"policy_{name}": value for name, value in self.policy.state_dict().items()}
+        self.metrics["rollout_share"] = float(source != "dataset")
         if source == "dataset":
             return list(step.batches)
         if source == "replay":
@@ -166,8 +167,10 @@ class Rollouts:
         return self._with_class_weights(batches, parts, rollouts)
 
     def described(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Return the row of a step's metrics with those of its text. The cross entropy with the student's own text, where it is not a part
-        of the loss, or stands for the policy gradient, has no place among that with the data.
+        """Return the row of a step's metrics with those of its text.
+
+        Where cross entropy is no part of the loss, on the student's own text, the row has no `class_loss`; what stands there with a policy
+        gradient is `policy_gradient_loss`.
         """
         found = {**row, **self.metrics}
         if self._has_no_class_loss and "class_loss" in found:
@@ -329,7 +332,3 @@ class Rollouts:
             own = np.concatenate([weights[index] for index in part]) if part else np.zeros(0)
             found.append(replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own).float())))
         return found
-
-
-def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}{name}": value for name, value in values.items()}

@@ -9,9 +9,8 @@ import numpy as np
 from kdtune.errors import ConfigError, TrainingError
 from kdtune.rollouts.record import Rollout
 
-_REPEATED = (
-    4  # tokens of a sequence that counts as repeated if it has been there before, as in rep-4 of arXiv 1908.04319
-)
+# Tokens of a sequence that counts as repeated if it has been there before, as in rep-4 of arXiv 1908.04319.
+_REPEATED = 4
 
 
 def describe(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
@@ -46,9 +45,10 @@ class Guards:
         max_teacher_loss: largest cross entropy of the teacher with the held-out data, as a multiple of that of equal probabilities,
             log(vocabulary): above it, the teacher is broken or reads another template.
         max_cut_share: largest share of a step's texts that the limit cuts.
-        min_entropy: least entropy of what is written, in nats per token: below it the student says the same whatever it is asked. Not
-            for the most likely token, temperature 0.
-        patience: steps in a row with text that a model writes in which one of the last two must be so, to stop.
+        min_entropy: least entropy of what is written, in nats per token: below it the student says the same whatever it is asked. Of the
+            student's own text alone, and not at temperature 0.
+        patience: number of steps in a row, of those in which a model writes, that must be above max_cut_share, or below min_entropy,
+            for the run to stop.
 
     Raises:
         ConfigError: a number is out of range.
