@@ -176,7 +176,7 @@ def kdtune_command(job: Job, python: str, overrides: Sequence[str]) -> list[str]
     given = [f"{name}={value}" for name, value in settings.items() if job.rank or not name.startswith("adapter.")]
     config = str(HERE / "peers/kdtune.yaml")
     return [python, "-m", "kdtune", "run", "knowledge_distillation", "--config", config, *given,
-            *([] if job.rank else ["~adapter"]), *overrides]  # fmt: skip
+            *([] if job.rank else ["~adapter", "~save_weights"]), *overrides]  # fmt: skip
 
 
 def torchtune_command(job: Job, python: str, overrides: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ from kdtune.losses.products import (
     hidden_gradient,
     project,
     rows_of,
+    scaled_weight_gradient_,
     slices,
     sum_dtype,
 )
@@ -100,7 +101,7 @@ class _FusedLinear(torch.autograd.Function):
         needs_hidden, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
         # Summed over all chunks, hence not in half precision.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype(hidden_TD)) if needs_weight else None
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=sum_dtype(hidden_TD)) if needs_weight else None
         student = Projection(hidden_TD, weight_VD, shards, softcap)
         with torch.autocast(hidden_TD.device.type, enabled=False), Buffers() as buffers:
             sums = _run_chunks(student, task, buffers, grad_hidden_TD, grad_weight_VD)
@@ -121,9 +122,8 @@ class _FusedLinear(torch.autograd.Function):
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad_total
         if grad_weight_VD is not None:
-            # In place, for a second matrix would cost as much as the head. Autograd's version check then refuses a
-            # second backward through the same graph.
-            grad_weight_VD = grad_weight_VD.mul_(grad_total).to(ctx.weight_dtype)
+            # In place. Autograd's version check then refuses a second backward through the same graph.
+            grad_weight_VD = scaled_weight_gradient_(grad_weight_VD, grad_total, ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
@@ -173,7 +173,11 @@ def _run_chunks(
         if grad_hidden_TD is not None:
             grad_hidden_TD[positions_C] = hidden_gradient(grad_logits_CV, hidden_CD, student)
         if grad_weight_VD is not None:
-            add_weight_gradient_(grad_weight_VD, grad_logits_CV, hidden_CD, student.weight_VD)
+            add_weight_gradient_(
+                grad_weight_VD, grad_logits_CV, hidden_CD, student.weight_VD, is_first=chunk.start == 0
+            )
+    if grad_weight_VD is not None and num_tokens == 0:
+        grad_weight_VD.zero_()
 
     sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
     ce, kd, agreement, outside = shards.sum_(sums) if shards else sums

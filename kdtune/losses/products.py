@@ -188,17 +188,35 @@ def hidden_gradient(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection)
     return grad_CD.to(hidden_CD.dtype)
 
 
-def add_weight_gradient_(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    """Add a chunk's share to the gradient of the head's rows, from that of the logits."""
+def add_weight_gradient_(
+    grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, *, is_first: bool = False
+) -> None:
+    """Add a chunk's share to the gradient of the head's rows, from that of the logits; the first overwrites what was there."""
     form = form_of(hidden_CD, weight_VD, grad_logits_CV.dtype)
     dtype = grad_weight_VD.dtype if form == "raised" else torch.bfloat16
     hidden_CD = hidden_CD.to(dtype)
+    if is_first:
+        grad_weight_VD[grad_logits_CV.shape[1] :].zero_()  # rows without a logit
     for tile in slices(grad_logits_CV.shape[1], _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
-        grad = grad_logits_CV[:, tile].T.to(dtype)
+        total, grad = grad_weight_VD[tile], grad_logits_CV[:, tile].T.to(dtype)
         if form in ("two products", "rounded"):
-            grad_weight_VD[tile].add_(grad @ hidden_CD)
+            share = grad @ hidden_CD
+            total.copy_(share) if is_first else total.add_(share)
+        elif is_first:
+            _mm(grad, hidden_CD, out=total)
         else:
-            _addmm_(grad_weight_VD[tile], grad, hidden_CD)
+            _addmm_(total, grad, hidden_CD)
+
+
+def scaled_weight_gradient_(grad_weight_VD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient times a 0-d scale, in a dtype, in the memory of the sum: another tensor would cost as much as the head."""
+    if dtype.itemsize >= grad_weight_VD.itemsize:
+        return grad_weight_VD.mul_(scale).to(dtype)
+    # Rows of the narrower dtype, one after the other, end before the rows of the sum that are still to be read.
+    scaled_VD = grad_weight_VD.view(-1).view(dtype)[: grad_weight_VD.numel()].view(grad_weight_VD.shape)
+    for tile in slices(len(grad_weight_VD), _tile_rows(grad_weight_VD, grad_weight_VD.dtype)):
+        scaled_VD[tile] = grad_weight_VD[tile] * scale
+    return scaled_VD
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
