@@ -45,6 +45,13 @@ class Completion:
     """Those by the partner; None without one."""
     partner_hidden: Tensor | None = None
     """The partner's last hidden states [A, D], after its final norm, that predict each new id, on the CPU; None without one."""
+    num_rejected: int = 0
+    """Tokens that were drafted and are not among the new ids: a model has computed them too."""
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens after the prompt that went through the model."""
+        return len(self.ids) + self.num_rejected
 
 
 def complete(

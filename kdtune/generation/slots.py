@@ -38,6 +38,8 @@ class Text:
     """Those by the partner, if there is one."""
     partner_hidden: list[Tensor] = field(default_factory=list)
     """The partner's last hidden states [D] that predict the new ids."""
+    num_rejected: int = 0
+    """Tokens that were drafted and taken back."""
 
     def hidden_of_partner(self) -> Tensor:
         """Return the partner's hidden states [A, D] on the CPU, and keep them no longer."""

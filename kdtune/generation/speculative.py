@@ -121,10 +121,9 @@ def complete_speculatively(
                 written = _corrected(judged, slot, draft[:room], speculation, of_teacher[text.number])
                 end = next((at + 1 for at, token in enumerate(written) if token in stop_ids), len(written))
                 _note(text, written[:end], judged, slot, draft)
+                text.num_rejected += num_drafted - end
                 if (is_finished := text.ids[-1] in stop_ids) or end == room:
-                    completions[text.number] = Completion(
-                        text.ids[length:], is_finished, text.log_probs, text.partner_log_probs, text.hidden_of_partner()
-                    )
+                    completions[text.number] = _completion(text, length, is_finished)
                     ended.append(slot)
             refill(active, ended, waiting, both)
     return [completion for completion in completions if completion is not None]
@@ -187,6 +186,13 @@ def _corrected(
     if speculation.top_k == 1:
         sampling = Sampling(0.0)
     return [*draft[:kept], *sample_tokens(judged.teacher_NGV[slot, kept : kept + 1], sampling, [generator])]
+
+
+def _completion(text: Text, num_prompt: int, is_finished: bool) -> Completion:
+    hidden_AD = text.hidden_of_partner()
+    return Completion(
+        text.ids[num_prompt:], is_finished, text.log_probs, text.partner_log_probs, hidden_AD, text.num_rejected
+    )
 
 
 def _note(text: Text, written: Sequence[int], judged: _Judged, slot: int, draft: Sequence[int]) -> None:

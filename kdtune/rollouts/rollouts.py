@@ -29,6 +29,7 @@ from kdtune.generation import (
 from kdtune.losses import HiddenSignal, PendingSignal, signal_token_log_probs
 from kdtune.losses.heads import project
 from kdtune.models import Transformer
+from kdtune.models.flops import ModelFlops
 from kdtune.rollouts.buffer import Buffer
 from kdtune.rollouts.checks import OF_BOTH, config_problems
 from kdtune.rollouts.policy import Policy, Source
@@ -136,7 +137,7 @@ class Rollouts:
         """
         since = time.perf_counter()
         self.buffer.drop_stale(step.number)
-        source, self._has_no_class_loss = self._source(step.number), False
+        source, self._has_no_class_loss, self._flops = self._source(step.number), False, 0
         self.metrics = {f"policy_{name}": value for name, value in self.policy.state_dict().items()}
         self.metrics["rollout_share"] = float(source != "dataset")
         if source == "dataset":
@@ -163,6 +164,7 @@ class Rollouts:
                 batches, rollouts = self._answered(batches, parts, rollouts)
             kept = rollouts if self._keeps_targets else [replace(one, target=None) for one in rollouts]
             self.buffer.push(kept)
+        (self.metrics["rollout_flops"],) = self._world.sum([self._flops])
         self.metrics["generation_seconds"] = time.perf_counter() - since
         return self._with_class_weights(batches, parts, rollouts)
 
@@ -237,8 +239,15 @@ class Rollouts:
             found = complete(student, with_log_probs=True, partner=teacher, partner_share=self.teacher_share, **asked)
         else:
             found = complete_speculatively(student, teacher, speculation=self.speculation, **asked)
+        models = {"student": [student], "teacher": [teacher]}.get(source, [student, teacher])
+        self._count([len(prompt.ids) + one.num_computed for prompt, one in zip(prompts, found, strict=True)],
+                    sum(one.num_computed for one in found), models)  # fmt: skip
         own = [self._rollout(*one, source, step.number) for one in zip(prompts, found, strict=True)]
         return sorted(chain.from_iterable(self._world.gather(own)), key=lambda one: (one.key, one.tokens.tolist()))
+
+    def _count(self, lengths: Sequence[int], num_logits: int, models: Sequence[Transformer | None]) -> None:
+        """Add the operations of each model's forward of texts of these lengths, and of so many tokens' logits."""
+        self._flops += sum(ModelFlops.of(model).forward(lengths, num_logits) for model in models if model is not None)
 
     def _rollout(self, prompt: Prompt, completion: Completion, source: Source, step: int) -> Rollout:
         """Return a text, cut to the shortest context that has to read it."""
@@ -293,6 +302,8 @@ class Rollouts:
         for batch, part in zip(batches, parts, strict=True):
             targets = batch.targets.map(lambda tensor: tensor.to(self._world.device))
             signal = self._teacher(batch.to(self._world.device))
+            num_logits = 0 if self.policy_gradient is None else len(targets)
+            self._count(batch.lengths, num_logits, [self._teacher_model])
             signal = signal.result() if isinstance(signal, PendingSignal) else signal
             answered.append(replace(batch, signal=signal))
             of_tokens: dict[str, Tensor] = {}

@@ -36,15 +36,15 @@ class Metrics:
         self._world = world
         self._clock, self._teacher_wait = clock, teacher_wait
         self._sums: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        self._counts = [0, 0, 0]  # valid, all but padding, padding
+        self._counts = [0, 0, 0, 0]  # valid, all but padding, padding, floating-point operations
         self._data_seconds = 0.0
         self._since = clock()
 
-    def add(self, parts: Mapping[str, torch.Tensor], batch: Batch) -> None:
-        """Add a micro-batch, on any device: 0-d sums over its valid tokens."""
+    def add(self, parts: Mapping[str, torch.Tensor], batch: Batch, *, flops: int = 0) -> None:
+        """Add a micro-batch, on any device: 0-d sums over its valid tokens, and the floating-point operations that it takes."""
         for name, value in parts.items():
             self._sums[name].append(value.detach())
-        own = (batch.num_valid_tokens, batch.num_tokens, batch.num_padded_tokens)
+        own = (batch.num_valid_tokens, batch.num_tokens, batch.num_padded_tokens, flops)
         self._counts = [total + count for total, count in zip(self._counts, own, strict=True)]
 
     def restart_clock(self) -> None:
@@ -87,7 +87,7 @@ class Metrics:
         if self._teacher_wait is not None:
             waits["teacher_seconds"] = self._teacher_wait()
         summed = self._world.sum([*own, *self._counts, *waits.values()])
-        *sums, num_valid_tokens, num_tokens, num_padded_tokens = summed[: -len(waits)]
+        *sums, num_valid_tokens, num_tokens, num_padded_tokens, flops = summed[: -len(waits)]
         seconds_of = (seconds / self._world.dp_size for seconds in summed[-len(waits) :])
         waits = dict(zip(waits, seconds_of, strict=True))
         if num_valid_tokens == 0:
@@ -95,11 +95,12 @@ class Metrics:
         seconds = max(now - self._since, 1e-9)
         self._since = now
         self._sums.clear()
-        self._counts, self._data_seconds = [0, 0, 0], 0.0
+        self._counts, self._data_seconds = [0, 0, 0, 0], 0.0
         return {
             **{name: total / num_valid_tokens for name, total in zip(parts, sums, strict=True)},
             "num_valid_tokens": int(num_valid_tokens),
             "num_padded_tokens": int(num_padded_tokens),
+            "flops": flops,
             **dict(zip(scalars, values[len(values) - len(scalars) :], strict=True)),
             "step_seconds": seconds,
             **waits,

@@ -24,6 +24,7 @@ from kdtune.errors import CheckpointError
 from kdtune.generation import Generator, answer
 from kdtune.losses import KDLoss
 from kdtune.models import Transformer, has_adapters
+from kdtune.models.flops import ModelFlops
 from kdtune.runs.interrupt import InterruptFlag
 from kdtune.runs.metrics_file import JSONLLogger
 from kdtune.runs.progress import Progress
@@ -76,7 +77,7 @@ class Step:
 
     def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
         """Record a micro-batch's loss and its parts, sums over its valid tokens, without waiting for the device."""
-        self._run.metrics.add({"loss": loss, **parts}, batch)
+        self._run.metrics.add({"loss": loss, **parts}, batch, flops=self._run.flops_of(batch))
 
     def check_finite(self, grad_norm: Tensor) -> None:
         """Fetch the step's metrics from the device, the only wait for it in a step, and raise if loss or norm is not finite.
@@ -146,6 +147,9 @@ class Run:
             "is_chat": inputs.loader.dataset.is_chat,
         }
         self._step, self._is_stopped = inputs.num_steps if inputs.is_finished else 0, False
+        self._model_flops, self._total_flops = ModelFlops.of(model), 0.0
+        taught = getattr(teacher, "model", None) if loss is not None and loss.needs_teacher else None
+        self._teacher_flops = ModelFlops.of(taught) if isinstance(taught, Transformer) else None
         self._resources, self.room = ExitStack(), Room(world.device)
 
     def __enter__(self) -> Self:
@@ -155,7 +159,7 @@ class Run:
         if inputs.resume_from is not None:
             saved = load_training_state(inputs.resume_from / "state", cfg, model=self._model, optimizer=self.optimizer,
                                         scheduler=self._scheduler, loss=self._loss, rollouts=self._rollouts)  # fmt: skip
-            self._step = saved["step"]
+            self._step, self._total_flops = saved["step"], saved.get("total_flops", 0.0)
             inputs.loader.seek(saved["position"])
         self._profiler, second_logger = profiler_and_logger(cfg, self.world)
         record = {**config.run_record(cfg), "batches_per_step": inputs.batches_per_step, "adapters": has_adapters(self._model),
@@ -247,6 +251,15 @@ class Run:
                 )
             self._end(step, lr)
 
+    def flops_of(self, batch: Batch) -> int:
+        """Return the operations of a micro-batch's forward and backward, and of a teacher's forward in this process."""
+        found = self._model_flops.training(batch.lengths, batch.num_valid_tokens)
+        if self._teacher_flops is not None:
+            # What a text's writer has computed is counted there; the head's product is the loss's.
+            lengths = (batch.teacher_lengths or batch.lengths) if batch.signal is None else ()
+            found += self._teacher_flops.forward(lengths, batch.num_valid_tokens)
+        return found
+
     def _end(self, step: Step, lr: float) -> None:
         cfg, num_steps = self.cfg, self.inputs.num_steps
         self._step += 1
@@ -255,6 +268,8 @@ class Run:
             row |= self._loss.after_step(self._step, num_steps, row["kd_loss"])
         if self._rollouts is not None:
             row = self._rollouts.described(row)
+        self._total_flops += row["flops"] + row.get("rollout_flops", 0.0)
+        row["total_flops"] = self._total_flops
         if cfg.log_peak_memory_stats:
             row |= memory_stats(self.world.device)
         self._log.log(row, self._step)
@@ -267,7 +282,8 @@ class Run:
             self.progress.phase(f"saving step_{self._step}")
             with self.paused():
                 self._manager.save(self._step, model=self._model, optimizer=self.optimizer, scheduler=self._scheduler, loss=self._loss,
-                                   rollouts=self._rollouts, metrics=row, extra=resume_extra(cfg, self.inputs.loader.position),
+                                   rollouts=self._rollouts, metrics=row,
+                                   extra={**resume_extra(cfg, self.inputs.loader.position), "total_flops": self._total_flops},
                                    **self._beside)  # fmt: skip
         if self._profiler:
             self._profiler.step()

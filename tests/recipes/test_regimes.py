@@ -57,6 +57,20 @@ def test_the_source_of_each_step(runs: Path) -> None:
     assert {row["rollout_staleness"] for row in steps(runs / "on_policy")} == {0.0}
 
 
+def test_operations_are_added_up(runs: Path) -> None:
+    for name in REGIMES:
+        total = 0.0
+        for row in steps(runs / name):
+            assert row["flops"] > 0
+            assert row.get("rollout_flops", 0) > 0 or row["rollout_share"] == 0.0 or "generated_tokens" not in row
+            total += row["flops"] + row.get("rollout_flops", 0)
+            assert row["total_flops"] == total
+    # The student writes and learns, and the teacher reads: the same tokens in a forward of each, and in a backward.
+    first = steps(runs / "on_policy")[0]
+
+    assert first["rollout_flops"] < first["flops"] / 3
+
+
 def test_a_replayed_text_is_older_and_was_written_before(cli: CLI, tmp_path: Path) -> None:
     done = cli(*RUN, "--config", "tiny/distillm", f"output_dir={tmp_path}", "rollouts.policy.start=1.0",
                "rollouts.policy.replay=increasing", "max_steps_per_epoch=8", "rollouts.max_staleness=3")  # fmt: skip

@@ -38,6 +38,8 @@ def test_with_all_ids_it_is_the_student_s_sample() -> None:
         expected = complete(student, PROMPTS, **ASKED, with_log_probs=True)
         assert [one.ids for one in found] == [one.ids for one in expected]
         assert [one.is_finished for one in found] == [one.is_finished for one in expected]
+        # Whole drafts are computed, and those of whole texts are kept up to their end.
+        assert all(one.num_rejected < drafted and one.num_computed % drafted == 0 for one in found)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-5)
 
@@ -47,6 +49,8 @@ def test_with_one_id_it_is_the_teacher_s_most_likely_text() -> None:
     found = complete_speculatively(student, teacher, PROMPTS, **ASKED, speculation=Speculation(3, top_k=1))
     greedy = complete(teacher, PROMPTS, **{**ASKED, "sampling": Sampling(0.0)})
     assert [one.ids for one in found] == [one.ids for one in greedy]
+    assert all(one.num_computed % 3 == 0 for one in found)
+    assert max(one.num_rejected for one in found) > 3
 
 
 @pytest.mark.parametrize("top_k", [2, 6])

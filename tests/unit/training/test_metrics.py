@@ -58,7 +58,7 @@ def test_speed_counts_all_tokens_of_the_whole_step_and_leaves_out_what_is_told()
         now[0] += 0.25
     now[0] += 0.25
     row = metrics.pop(grad_norm=torch.tensor(1.5))
-    counts = {"num_valid_tokens": 10, "num_padded_tokens": 9}
+    counts = {"num_valid_tokens": 10, "num_padded_tokens": 9, "flops": 0}
     times = {"step_seconds": 3.0, "data_seconds": 0.75, "tokens_per_second": 80 / 3}
     assert row == {"loss": 0.2, **counts, "grad_norm": 1.5, **times}
     now[0] += 1.0  # the optimizer, whose time is the next step's
@@ -104,8 +104,8 @@ def test_means_are_over_all_processes():
         pass
     metrics.add({"loss": torch.tensor(12.0), "kd_loss": torch.tensor(3.0)}, batch(6, 10, 1))
     found = metrics.pop()
-    assert seen == [[12.0, 3.0, 6, 10, 1, 0.5]]
-    counts = {"num_valid_tokens": 12, "num_padded_tokens": 2}
+    assert seen == [[12.0, 3.0, 6, 10, 1, 0, 0.5]]
+    counts = {"num_valid_tokens": 12, "num_padded_tokens": 2, "flops": 0}
     assert found == {
         "loss": 2.0,
         "kd_loss": 0.5,
