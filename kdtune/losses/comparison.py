@@ -31,13 +31,14 @@ class Settings:
     teacher_targets: TeacherTargets | None
     softcap: float | None  # the student's
     needs_grad: bool
+    with_log_ratio: bool = False
     label_in_one_pass: bool = True
     """In compiled code, subtract the label's part in the gradient's own pass over the ids."""
 
 
 Weights: TypeAlias = tuple[Tensor | None, ...]
 """Two tensors: factors [R] of the tokens' losses, and of their cross entropy besides; None: all 1."""
-Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]
+Parts: TypeAlias = tuple[Tensor, Tensor | float, Tensor | float, Tensor | float, Tensor | float]
 Compare: TypeAlias = Callable[[Logits, Logits | SparseRows | None, Tensor, Weights, Settings], Parts]
 
 
@@ -48,8 +49,9 @@ def compare_(
     weights: Weights,
     settings: Settings,
 ) -> Parts:
-    """Return cross entropy, divergence, agreement and probability outside, of each token.
+    """Return cross entropy, divergence, agreement, probability outside and, with_log_ratio, log q - log p of the label, of each token.
 
+    The last needs all of the teacher's probabilities, and is 0 without them; no weights apply to it, q is the student's, p the teacher's.
     If needs_grad, the first tensor of the logits becomes the loss's gradient, in its dtype. Given soft-capped logits z, it is
     the gradient with respect to the product before the cap: 1 - (z / softcap)^2 times z's.
     """
@@ -60,12 +62,15 @@ def compare_(
     kd_R: Tensor | float = 0.0
     agreement_R: Tensor | float = 0.0
     outside_R: Tensor | float = 0.0
+    log_ratio_R: Tensor | float = 0.0
     grad_logp_RV = None
     if settings.num_teacher_ids is not None and teacher is not None:
         teacher_logp: Tensor | SparseRows
         if isinstance(teacher, tuple):
             teacher_logp, teachers_best_R = _log_softmax(joined(teacher).to(logp_RV.dtype))
             agreement_R = (best_R == teachers_best_R).to(logp_RV.dtype)
+            if settings.with_log_ratio:
+                log_ratio_R = -ce_R - teacher_logp.gather(1, labels_R[:, None]).squeeze(1)
         else:
             teacher_logp = teacher
             if not isinstance(teacher, SampledRows):
@@ -91,7 +96,7 @@ def compare_(
         ce_R = ce_R * class_weights_R
     if weights_R is not None:
         ce_R, kd_R = ce_R * weights_R, kd_R * weights_R
-    return ce_R, kd_R, agreement_R, outside_R
+    return ce_R, kd_R, agreement_R, outside_R, log_ratio_R
 
 
 def compiled(device_type: str, problem: str | None = None) -> Compare:

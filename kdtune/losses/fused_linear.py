@@ -60,6 +60,7 @@ class Task:
     teacher_targets: TeacherTargets | None = None  # what the loss keeps of dense teacher rows; None: all
     num_compared: int | None = None  # the first tokens, which alone have a teacher's row; None: all
     logits_dtype: torch.dtype | None = None  # of logits in memory and their gradient; None: fp32 or wider
+    with_log_ratio: bool = False
     compare_: Compare = compare_  # or a compiled one
 
 
@@ -74,6 +75,8 @@ class Sums:
     """Tokens to which both models give the same most likely id; None: the teacher's is not known."""
     outside: Tensor | None
     """Probability that the student gives to ids that the teacher's head does not have; None: it has all."""
+    log_ratio: Tensor | None = None
+    """log q - log p of the labels, q the student's and p the teacher's probability, without weights; None: not asked for."""
 
 
 def fused_linear_kd(student: Projection, task: Task) -> Sums:
@@ -107,7 +110,7 @@ class _FusedLinear(torch.autograd.Function):
             sums = _run_chunks(student, task, buffers, grad_hidden_TD, grad_weight_VD)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        parts = (sums.ce, sums.kd, sums.agreement, sums.outside)
+        parts = (sums.ce, sums.kd, sums.agreement, sums.outside, sums.log_ratio)
         ctx.mark_non_differentiable(*(part for part in parts if part is not None))
         return sums.total, *parts
 
@@ -140,13 +143,12 @@ def _run_chunks(
     rows = min(chunk_size, num_tokens)
     student_buffers, teacher_buffers = _logits_of_chunk(student, task, buffers, rows, dtype)
     ce_N = student.hidden_TD.new_zeros(num_tokens, dtype=dtype)
-    kd_N, agreement_N, outside_N = (torch.zeros_like(ce_N) for _ in range(3))
+    kd_N, agreement_N, outside_N, log_ratio_N = (torch.zeros_like(ce_N) for _ in range(4))
 
     needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
     num_teacher_ids = None if task.teacher is None else task.teacher.vocab_size
-    settings = Settings(
-        task.divergence, task.kd_ratio, num_teacher_ids, task.teacher_targets, student.softcap, needs_grad
-    )
+    settings = Settings(task.divergence, task.kd_ratio, num_teacher_ids, task.teacher_targets, student.softcap, needs_grad,
+                        task.with_log_ratio)  # fmt: skip
     teacher_rows: Logits | SparseRows | None = None
     for chunk, is_compared in _task_chunks(task, chunk_size):
         positions_C, labels_C = task.positions_N[chunk], task.labels_N[chunk]
@@ -163,7 +165,7 @@ def _run_chunks(
             given = (task.weights_N, task.class_weights_N)
             weights = tuple(None if one is None else one[chunk][own][block].to(dtype) for one in given)
             parts = task.compare_(rows_of(logits, block), compared, labels_C[own][block], weights, settings)
-            for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N), parts, strict=True):
+            for values_N, part in zip((ce_N, kd_N, agreement_N, outside_N, log_ratio_N), parts, strict=True):
                 values_N[chunk][own][block] = part
         if not needs_grad:
             continue
@@ -179,15 +181,16 @@ def _run_chunks(
     if grad_weight_VD is not None and num_tokens == 0:
         grad_weight_VD.zero_()
 
-    sums = torch.stack((ce_N.sum(), kd_N.sum(), agreement_N.sum(), outside_N.sum()))
-    ce, kd, agreement, outside = shards.sum_(sums) if shards else sums
+    sums = torch.stack([one.sum() for one in (ce_N, kd_N, agreement_N, outside_N, log_ratio_N)])
+    ce, kd, agreement, outside, log_ratio = shards.sum_(sums) if shards else sums
     # A part with weight 0 is skipped, not multiplied by 0: it may be infinite.
     total = sum((w * part for w, part in ((1 - task.kd_ratio, ce), (task.kd_ratio, kd)) if w), ce.new_zeros(()))
     if task.teacher is None:
         return Sums(total, ce, None, None, None)
     is_drawn = isinstance(task.teacher, SampledSignal) or isinstance(teacher_rows, SampledRows)
     known = None if is_drawn else agreement
-    return Sums(total, ce, kd, known, outside if task.teacher.vocab_size < vocab_size else None)
+    return Sums(total, ce, kd, known, outside if task.teacher.vocab_size < vocab_size else None,
+                log_ratio if task.with_log_ratio else None)  # fmt: skip
 
 
 def chunk_tokens(num_ids: int, dtype: torch.dtype, chunk_size: int | None) -> int:

@@ -96,7 +96,8 @@ class KDLoss:
 
         These are "kd_loss", the divergence; "agreement", the number of tokens to which both models give the same most
         likely id; and, where the student's head has ids that the teacher's has not, "student_mass_outside", the
-        probability that the student gives to them. Its softmax is over all of its ids, with a teacher as without one; see
+        probability that the student gives to them. Watched targets (`Targets.watched_M`) add those of `watched_parts`. The
+        student's softmax is over all of its ids, with a teacher as without one; see
         `kdtune.losses.covers_extra_ids` for what the divergence is taken over. The targets' weights multiply the loss of each
         token and its two losses among the parts; its class weights the cross entropy alone. Softmax
         and sums are in fp32 (float64 for float64 hidden states).
@@ -173,6 +174,7 @@ class KDLoss:
             class_weights_N=targets.class_weights_N,
             teacher_targets=self.teacher_targets,
             logits_dtype=self.logits_dtype,
+            with_log_ratio=targets.watched_M is not None,
             compare_=compare_,
         )
         sums = fused_linear_kd(student, task)
@@ -182,6 +184,10 @@ class KDLoss:
             "agreement": sums.agreement,
             "student_mass_outside": sums.outside,
         }
+        if targets.watched_M is not None and teacher is not None and sums.log_ratio is not None:
+            from kdtune.losses.watched import watched_parts  # only text of a model is watched
+
+            parts |= watched_parts(student, teacher, targets, sums.log_ratio)
         return sums.total, {name: part for name, part in parts.items() if part is not None}
 
     def _compare(self, hidden_BSD: Tensor) -> "Compare":

@@ -86,7 +86,7 @@ class SampledReverseKL:
 def text_loss(
     loss: "KDLoss", student: Projection, signal: Signal | None, targets: Targets
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what `KDLoss` does, for a divergence of the text's likelihoods: the parts "class_loss" and "kd_loss".
+    """Return what `KDLoss` does, for a divergence of the text's likelihoods: with "class_loss" and "kd_loss" among the parts.
 
     Args:
         loss: the loss; its kd_ratio is above 0.
@@ -121,4 +121,9 @@ def text_loss(
     ce, kd = ce_N.sum(), kd_N.sum()
     # A part with weight 0 is left out, not multiplied by 0: it may be infinite.
     total = loss.kd_ratio * kd if loss.kd_ratio == 1 else (1 - loss.kd_ratio) * ce + loss.kd_ratio * kd
-    return total, {"class_loss": ce.detach(), "kd_loss": kd.detach()}
+    parts = {"class_loss": ce.detach(), "kd_loss": kd.detach()}
+    if targets.watched_M is not None:
+        from kdtune.losses.watched import watched_parts
+
+        parts |= watched_parts(student, teacher, targets, (student_N - teacher_N).sum().detach())
+    return total, parts

@@ -34,6 +34,9 @@ class Targets:
     """Factors of the tokens' losses, floating-point; None: all 1."""
     class_weights_N: Tensor | None = None
     """Factors of the tokens' cross entropies, beside weights_N: 0 where a text is not to be imitated; None: all 1."""
+    watched_M: Tensor | None = None
+    """int64 indices of some of these N, at which both models' most likely ids are compared, in text that a model has written; None: the
+    text is not watched."""
     alignment: "Alignment | None" = None
     """Where the teacher reads the same text in tokens of its own; None: it reads these."""
 
