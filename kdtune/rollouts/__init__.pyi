@@ -1,7 +1,7 @@
 from .buffer import Buffer
 from .policy import DistiLLMSchedule, Policy, Share
 from .policy_gradient import PolicyGradient
-from .record import Prompt, Rollout, prompts_of_dataset, random_seed
+from .record import Prompt, Rollout, check_prompts, prompts_of_dataset, random_seed
 from .rollouts import Rollouts
 from .watch import Guards
 from .written import answer_rows, answers_header, answers_summary, start_answers
@@ -19,6 +19,7 @@ __all__ = [
     "answer_rows",
     "answers_header",
     "answers_summary",
+    "check_prompts",
     "prompts_of_dataset",
     "random_seed",
     "start_answers",

@@ -13,6 +13,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kdtune.data import Batch, Dataset, Example, make_example
+from kdtune.errors import DataError
+
+_NUM_CHECKED = 64  # examples, of a dataset that may be read from its source for it
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ class Rollout:
     """Of its prompt."""
     route: str | None = None
     """Of its prompt."""
-    log_probs: npt.NDArray[np.float32] | None = None
+    log_probs: npt.NDArray[np.float64] | None = None
     """Natural log-probabilities [A] of the answer's tokens at temperature 1 by the student, or of the teacher's own text by the teacher."""
-    teacher_log_probs: npt.NDArray[np.float32] | None = None
+    teacher_log_probs: npt.NDArray[np.float64] | None = None
     """The teacher's; None where they are not needed."""
     target: Tensor | None = None
     """The teacher's last hidden states [A, D] where these tokens are predicted, on the CPU; None: not kept."""
@@ -77,6 +80,18 @@ def prompts_of_dataset(dataset: Dataset, max_prompts: int | None = None) -> Iter
     documents = (one for example in examples for one in example.documents or (example,))
     for number, one in enumerate(islice(documents, max_prompts)):
         yield Prompt(tuple(one.tokens[: one.prompt_length].tolist()), number, one.route)
+
+
+def check_prompts(dataset: Dataset, key: str = "dataset") -> None:
+    """Raise a DataError if a dataset's first examples have no prompts, as they are trained on from their second token on.
+
+    `key` is the dataset's in the config.
+    """
+    if all(len(prompt.ids) <= 1 for prompt in prompts_of_dataset(dataset, _NUM_CHECKED)):
+        raise DataError(
+            f"{key}: has no prompts to answer: its examples are trained on from their second token on, as with train_on=all, the default "
+            f"of Alpaca's builders; set {key}.train_on=answers, or give another dataset"
+        )
 
 
 def random_seed(*numbers: int) -> int:

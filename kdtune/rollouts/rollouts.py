@@ -35,7 +35,7 @@ from kdtune.rollouts.checks import OF_BOTH, config_problems
 from kdtune.rollouts.policy import Policy, Source
 from kdtune.rollouts.policy_gradient import PolicyGradient, importance_weights
 from kdtune.rollouts.record import Prompt, Rollout, prompts_of, random_seed
-from kdtune.rollouts.watch import Guards, describe
+from kdtune.rollouts.watch import Guards, describe, watched_means, watched_targets
 from kdtune.tensor_types import is_fsdp_module
 
 
@@ -140,6 +140,7 @@ class Rollouts:
         source, self._has_no_class_loss, self._flops = self._source(step.number), False, 0
         self.metrics = {f"policy_{name}": value for name, value in self.policy.state_dict().items()}
         self.metrics["rollout_share"] = float(source != "dataset")
+        self._is_teachers_text = source == "teacher"
         if source == "dataset":
             return list(step.batches)
         if source == "replay":
@@ -166,6 +167,10 @@ class Rollouts:
             self.buffer.push(kept)
         (self.metrics["rollout_flops"],) = self._world.sum([self._flops])
         self.metrics["generation_seconds"] = time.perf_counter() - since
+        batches = [
+            replace(batch, targets=replace(batch.targets, watched_M=watched_M))
+            for batch, watched_M in zip(batches, watched_targets(rollouts, parts), strict=True)
+        ]
         return self._with_class_weights(batches, parts, rollouts)
 
     def described(self, row: Mapping[str, float]) -> dict[str, float]:
@@ -174,7 +179,9 @@ class Rollouts:
         Where cross entropy is no part of the loss, on the student's own text, the row has no `class_loss`; what stands there with a policy
         gradient is `policy_gradient_loss`.
         """
-        found = {**row, **self.metrics}
+        found = {**watched_means(row), **self.metrics}
+        if self._is_teachers_text:  # over which it would estimate the forward KL, below 0
+            found.pop("rollout_log_ratio", None)
         if self._has_no_class_loss and "class_loss" in found:
             value = found.pop("class_loss")
             found |= {} if self.policy_gradient is None else {"policy_gradient_loss": value}
@@ -262,8 +269,8 @@ class Rollouts:
             step,
             prompt.key,
             prompt.route,
-            None if log_probs is None else np.array(log_probs[:room], dtype=np.float32),
-            None if of_teacher is None else np.array(of_teacher[:room], dtype=np.float32),
+            None if log_probs is None else np.array(log_probs[:room]),
+            None if of_teacher is None else np.array(of_teacher[:room]),
             None if hidden is None else hidden[:room],
         )
 
@@ -313,7 +320,7 @@ class Rollouts:
                 is_hidden = isinstance(signal, HiddenSignal)
                 source = project("teacher", signal.hidden_BSD, signal.output) if is_hidden else signal
                 logp_N = signal_token_log_probs(source, targets.positions_N, targets.labels_N)
-                of_tokens["teacher_log_probs"] = logp_N.float().cpu()
+                of_tokens["teacher_log_probs"] = logp_N.cpu().double()
             sizes = [rollouts[index].answer_length for index in part]
             for name, values in of_tokens.items():
                 for index, value in zip(part, values.split(sizes), strict=True):
@@ -338,8 +345,10 @@ class Rollouts:
                 scale * advantage * importance_weights(one, self.teacher_share if one.source == "mixed" else 0.0)
                 for advantage, one in zip(self.policy_gradient.advantages(rollouts), rollouts, strict=True)
             ]
-        found = []
+        dtype, found = torch.promote_types(self._student.dtype, torch.float32), []
         for batch, part in zip(batches, parts, strict=True):
             own = np.concatenate([weights[index] for index in part]) if part else np.zeros(0)
-            found.append(replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own).float())))
+            found.append(
+                replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own).to(dtype)))
+            )
         return found

@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdtune.errors import ConfigError, TrainingError
 from kdtune.rollouts.record import Rollout
 
 # Tokens of a sequence that counts as repeated if it has been there before, as in rep-4 of arXiv 1908.04319.
 _REPEATED = 4
+# Tokens of a step at which both models' most likely ids are compared: enough to see a trend, too few to cost time.
+NUM_WATCHED = 64
 
 
 def describe(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
@@ -38,17 +42,52 @@ def _repetition(rollout: Rollout) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def watched_targets(rollouts: Sequence[Rollout], parts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return indices, int64, of those targets of each micro-batch that are among a step's 64 at equal distances, or all if it has fewer.
+
+    They depend on the step's texts alone, however these are laid out.
+
+    Args:
+        rollouts: the step's, on all processes, ordered.
+        parts: which of them each micro-batch has.
+    """
+    ends = np.cumsum([one.answer_length for one in rollouts])
+    watched = np.unique(np.arange(NUM_WATCHED) * int(ends[-1]) // NUM_WATCHED)
+    found = []
+    for part in parts:
+        tokens = [np.arange(ends[index] - rollouts[index].answer_length, ends[index]) for index in part]
+        is_watched = np.isin(np.concatenate([np.zeros(0, dtype=np.int64), *tokens]), watched)
+        found.append(torch.from_numpy(np.flatnonzero(is_watched)))
+    return found
+
+
+def watched_means(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the means of what the loss has added up of watched targets, from a step's row of means over all of its targets.
+
+    "rollout_log_ratio", log q - log p over all tokens, q the student's probability and p the teacher's: on the student's own text at
+    temperature 1 an estimate of the reverse KL. "rollout_overlap", the share of ids that are among the 16 most likely of both
+    models, over the 64 tokens of `watched_targets`.
+    """
+    names = {"log_ratio": "rollout_log_ratio", "overlap": "rollout_overlap"}
+    found = {ours: row[name] for name, ours in names.items() if name in row}
+    if "overlap" in row:
+        found["rollout_overlap"] *= max(1.0, row["num_valid_tokens"] / NUM_WATCHED)
+    return {**{name: value for name, value in row.items() if name not in names}, **found}
+
+
 class Guards:
     """Reasons to stop a run that learns from texts of its own: each comes with its threshold, null turns it off.
 
     Args:
         max_teacher_loss: largest cross entropy of the teacher with the held-out data, as a multiple of that of equal probabilities,
-            log(vocabulary): above it, the teacher is broken or reads another template.
+            log(vocabulary): above it, the teacher is broken. One that is asked in another chat template than its own stays below.
         max_cut_share: largest share of a step's texts that the limit cuts.
         min_entropy: least entropy of what is written, in nats per token: below it the student says the same whatever it is asked. Of the
             student's own text alone, and not at temperature 0.
         patience: number of steps in a row, of those in which a model writes, that must be above max_cut_share, or below min_entropy,
             for the run to stop.
+        same_template: refuse, before weights are read, a teacher whose folder (`teacher_checkpointer`) has another chat template than the
+            conversations of the data are written in; False: warn.
 
     Raises:
         ConfigError: a number is out of range.
@@ -60,6 +99,7 @@ class Guards:
         max_cut_share: float | None = 0.95,
         min_entropy: float | None = 0.01,
         patience: int = 20,
+        same_template: bool = True,
     ) -> None:
         for name, value in (
             ("max_teacher_loss", max_teacher_loss),
@@ -71,7 +111,7 @@ class Guards:
         if patience < 1:
             raise ConfigError(f"patience={patience}: must be 1 or more steps")
         self.max_teacher_loss, self.max_cut_share, self.min_entropy = max_teacher_loss, max_cut_share, min_entropy
-        self.patience = patience
+        self.patience, self.same_template = patience, same_template
         self._in_a_row = {"cut": 0, "entropy": 0}
 
     def check_teacher(self, metrics: Mapping[str, float], vocab_size: int) -> None:
@@ -81,8 +121,8 @@ class Guards:
             return
         raise TrainingError(
             f"the teacher's cross entropy with the held-out answers is {loss:.3g} nats per token, and that of equal probabilities for all "
-            f"{vocab_size} ids is {uniform:.3g}: nothing can be learned from it; check its weights, and that its chat template is the "
-            "data's (or raise rollouts.guards.max_teacher_loss)"
+            f"{vocab_size} ids is {uniform:.3g}: nothing can be learned from it; check its weights and its tokenizer (or "
+            "raise rollouts.guards.max_teacher_loss)"
         )
 
     def check(self, metrics: Mapping[str, float], *, is_drawn: bool) -> None:

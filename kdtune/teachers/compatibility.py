@@ -24,6 +24,7 @@ def check_tokenizer(
     *,
     path: str | Path | None = None,
     is_chat: bool = False,
+    same_template: bool = False,
 ) -> None:
     """Compare the run's tokenizer with the one in a model's folder; log a warning if that folder has none.
 
@@ -34,9 +35,10 @@ def check_tokenizer(
             finetuned with the chat tokenizer), so a difference is a warning.
         path: path from which the run's tokenizer was read; a model in the same folder is not compared.
         is_chat: the examples are conversations (`Dataset.is_chat`): warn about a teacher with another chat template.
+        same_template: refuse it instead.
 
     Raises:
-        ConfigError: the two give the same text different ids, which mean other tokens to the model.
+        ConfigError: the two give the same text different ids, which mean other tokens to the model; or same_template, and it is another.
     """
     if checkpointer is None:
         return
@@ -53,13 +55,13 @@ def check_tokenizer(
         return
     _check_teacher(tokenizer, own, f"tokenizer and {key}={folder}", folder)
     if is_chat and render_question(tokenizer) != render_question(own, tokenizer.chat_template_kwargs):
-        log.warning(
-            "tokenizer and %s=%s: the teacher has another chat template, so it is asked in a format that is not its own; "
-            "tokenizer.path=%s takes its format",
-            key,
-            folder,
-            folder,
+        problem = (
+            f"tokenizer and {key}={folder}: the teacher has another chat template, so it is asked in a format that is not its own; "
+            f"tokenizer.path={folder} takes its format"
         )
+        if same_template:
+            raise ConfigError(f"{problem} (or rollouts.guards.same_template=false)")
+        log.warning(problem)
 
 
 def _check_teacher(tokenizer: Tokenizer, own: Tokenizer, keys: str, folder: Path) -> None:

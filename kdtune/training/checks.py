@@ -32,12 +32,14 @@ _NEEDS = {
 _MAX_WORKERS = 512  # processes that the largest hosts can start beside a run
 
 
-def may_change(schema: type[Any]) -> list[str]:
-    """Keys that a resumed run may have otherwise than before: where and on how many processes it runs, what it shows, how long.
+def may_change(cfg: Any) -> list[str]:
+    """Return the keys of a recipe's config that a resumed run may have otherwise: where it runs, what it shows, how long.
 
-    step_to_resume checks the part of gradient_accumulation_steps and of the parallelism that must not change.
+    step_to_resume checks the part of gradient_accumulation_steps and of the parallelism that must not change. Where a policy of the
+    rollouts goes by the validations, their steps are kept.
     """
-    return [field.name for field in fields(schema) if field.metadata.get("may_change")]
+    kept = {"run_val_every_n_steps"} if getattr(_of_rollouts(cfg, "policy"), "metric", None) else set()
+    return [field.name for field in fields(cfg) if field.metadata.get("may_change") and field.name not in kept]
 
 
 def profiler_and_logger(cfg: Any, world: World) -> tuple[Any, Any]:
@@ -185,6 +187,15 @@ def divergence_problems(kd_loss: Any, teacher_targets: Any = None, *, is_own_tex
     except KDTuneError as error:
         return [str(error)]
     return []
+
+
+def needs_same_template(cfg: Any) -> bool:
+    """Return whether a guard of a config's rollouts, if it has any, refuses a teacher with another chat template than the data's."""
+    return bool(getattr(_of_rollouts(cfg, "guards"), "same_template", False))
+
+
+def _of_rollouts(cfg: Any, name: str) -> Any:
+    return getattr(instantiate(getattr(cfg, "rollouts", None)), name, None)
 
 
 def is_own_text(cfg: Any) -> bool:

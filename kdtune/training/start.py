@@ -21,7 +21,7 @@ from kdtune.models import Transformer, dtype_from_name, family_of
 from kdtune.runs.progress import Progress
 from kdtune.runs.resume import is_finished, step_to_resume
 from kdtune.tokenizers import Tokenizer
-from kdtune.training.checks import check_save_weights, may_change
+from kdtune.training.checks import check_save_weights, may_change, needs_same_template
 from kdtune.training.fp32_updates import update_in_fp32
 from kdtune.training.in_backward import step_in_backward
 from kdtune.training.inputs import check_inputs, shortest_context
@@ -86,7 +86,7 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     if cfg.resume_from_checkpoint:
         values = config.as_values(cfg)
         resume_from = world.broadcast(
-            step_to_resume(output_dir, values, may_change=may_change(type(cfg)), batches_per_step=batches_per_step)
+            step_to_resume(output_dir, values, may_change=may_change(cfg), batches_per_step=batches_per_step)
         )
     progress.phase("reading the data")
     tokenizer = pair_tokenizers(cfg, tokenizer)
@@ -95,14 +95,10 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
         for key in ("dataset", "dataset_val")
     )
     dataset, dataset_val = teachers.fit_data(cfg, tokenizer, dataset, dataset_val)
-    _check_packs(cfg, dataset)
+    _check_examples(cfg, dataset)
     fingerprints = check_inputs(cfg, tokenizer, {"dataset": dataset, "dataset_val": dataset_val}, world)
     teachers.log_aligned_share(tokenizer, dataset)
-    for key in ("checkpointer", "teacher_checkpointer"):
-        if tokenizer.pair and key == "teacher_checkpointer":
-            continue  # the teacher has its own
-        source = instantiate(getattr(cfg, key, None))
-        teachers.check_tokenizer(tokenizer, source, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat)
+    _check_tokenizers(cfg, tokenizer, dataset)
     share: dict[str, Any] = {
         "rank": world.dp_rank,
         "num_ranks": world.dp_size,
@@ -141,7 +137,20 @@ def load_inputs(cfg: Any, world: World, progress: Progress) -> Inputs:
     )
 
 
-def _check_packs(cfg: Any, dataset: Dataset) -> None:
+def _check_tokenizers(cfg: Any, tokenizer: Tokenizer, dataset: Dataset) -> None:
+    for key in ("checkpointer", "teacher_checkpointer"):
+        if tokenizer.pair and key == "teacher_checkpointer":
+            continue  # the teacher has its own
+        source = instantiate(getattr(cfg, key, None))
+        teachers.check_tokenizer(tokenizer, source, key, path=cfg.tokenizer.get("path"), is_chat=dataset.is_chat,
+                                 same_template=needs_same_template(cfg))  # fmt: skip
+
+
+def _check_examples(cfg: Any, dataset: Dataset) -> None:
+    if getattr(cfg, "rollouts", None) is not None:
+        from kdtune.rollouts.record import check_prompts  # few runs have prompts
+
+        check_prompts(dataset)
     if not is_padding_free(cfg) and isinstance(dataset, PackedDataset | PackedStream):
         raise ConfigError(
             "dataset.packed=true: padding its documents to the longest would take many times the memory; padding_free=true, or "

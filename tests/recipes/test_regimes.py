@@ -49,8 +49,12 @@ def test_the_source_of_each_step(runs: Path) -> None:
             if row["rollout_share"] == 1.0:
                 assert 1 <= row["rollout_tokens"] <= 8
                 assert row["num_valid_tokens"] == round(row["rollout_tokens"] * 8)
+                # Two models: cross entropy on the teacher's text knows of one.
+                assert ("rollout_overlap" in row) == ("rollout_log_ratio" in row) == (name != "seqkd")
+                assert 0 < row.get("rollout_overlap", 0.5) < 1
             else:
-                assert "rollout_tokens" not in row
+                assert not {"rollout_tokens", "rollout_overlap", "rollout_log_ratio"} & row.keys()
+            assert not {"overlap", "log_ratio"} & row.keys()
     assert all(row["kd_loss"] > 0 for row in steps(runs / "on_policy"))
     assert all("policy_gradient_loss" in row and "class_loss" not in row for row in steps(runs / "minillm"))
     assert all("kd_loss" not in row for row in steps(runs / "seqkd"))
@@ -180,6 +184,7 @@ def test_there_is_no_cross_entropy_on_the_student_s_own_text(cli: CLI, tmp_path:
         ("distillm", ("dataset_val=null", "run_val_every_n_steps=null"), "rollouts.policy: goes by val_class_loss of the validations"),
         ("minillm", ("teacher_device=cpu",), "teacher_device=cpu: both models write a text on one device"),
         ("speculative", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "hidden_loss: of text that both models write"),
+        ("gkd", ("dataset.train_on=all",), "dataset: has no prompts to answer: its examples are trained on from their second token"),
         ("gkd", ("rollouts.slots=0",), "slots=0: must be 1 or more"),
         ("gkd", ("rollouts=kdtune.rollouts.Share", "rollouts.student=1"), "rollouts: kdtune.rollouts.Share does not write texts"),
         ("distillm", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "rollouts.keep_targets=true: hidden_loss"),
@@ -214,6 +219,25 @@ def test_a_resumed_run_without_the_rollouts_is_refused(runs: Path, cli: CLI, tmp
     done = cli(*RUN[:-1], "--config", "tiny/gkd", f"output_dir={cut}", "resume_from_checkpoint=true", "~rollouts")
     assert done.code == 2
     assert "rollouts" in done.err
+
+
+def test_a_policy_that_listens_to_validations_keeps_their_steps(runs: Path, cli: CLI, tmp_path: Path) -> None:
+    for name, code in (("distillm", 2), ("gkd", 0)):
+        cut = tmp_path / name
+        shutil.copytree(runs / name, cut, ignore=shutil.ignore_patterns("final", "step_6"))
+        before = rows(cut)
+        done = cli(
+            *RUN,
+            "--config",
+            f"tiny/{name}",
+            f"output_dir={cut}",
+            "resume_from_checkpoint=true",
+            "run_val_every_n_steps=3",
+        )
+        assert done.code == code, done.err
+        if code:
+            assert "run_val_every_n_steps: was 2, is 3" in done.err
+            assert rows(cut) == before
 
 
 @pytest.mark.slow("eleven runs; a run that is resumed once is among the quick tests")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from command_line import CLI
 
+from kdtune.tokenizers import byte_tokenizer
+
 RUN = ("run", "write_answers", "--config", "tiny/write_answers")
 KD = ("run", "knowledge_distillation", "--config", "tiny/knowledge_distillation", "sample_prompts=[]", "~lr_scheduler",
       "run_val_every_n_steps=null", "save_every_n_steps=null", "dataset_val=null", "dataset=kdtune.data.answers_dataset")  # fmt: skip
@@ -36,10 +38,19 @@ def test_every_prompt_has_its_answer(answers: Path) -> None:
         assert 1 <= length <= 16
         assert row["is_finished"] or length == 16
         assert row["mean_log_prob"] < 0
+        asked = byte_tokenizer().decode(row["ids"][: row["prompt_length"]], skip_special=False)
+        assert asked.startswith("<|im_start|>user\n") and asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert len({tuple(row["ids"][row["prompt_length"] :]) for row in found}) > 20
     assert sorted(file.name for file in answers.iterdir()) == [
         "answers-00000.jsonl", "answers-00001.jsonl", "answers-00002.jsonl", "answers.json", "config.yaml", "run.json",
     ]  # fmt: skip
+
+
+def test_data_without_prompts_is_refused(cli: CLI, tmp_path: Path) -> None:
+    done = cli(*RUN, f"output_dir={tmp_path / 'run'}", "dataset.train_on=all")
+    assert done.code == 2
+    assert "dataset: has no prompts to answer" in done.err and "set dataset.train_on=answers" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_run_goes_on_with_the_same_files(answers: Path, cli: CLI, tmp_path: Path) -> None:

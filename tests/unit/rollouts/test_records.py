@@ -10,7 +10,7 @@ from kdtune.errors import ConfigError, TrainingError
 from kdtune.rollouts import Buffer, Guards, PolicyGradient, Rollout
 from kdtune.rollouts.policy_gradient import importance_weights
 from kdtune.rollouts.record import prompts_of, random_seed
-from kdtune.rollouts.watch import describe
+from kdtune.rollouts.watch import describe, watched_means, watched_targets
 
 
 def rollout(answer: list[int], step: int = 0, key: int = 0, **more: object) -> Rollout:
@@ -115,6 +115,30 @@ def test_what_is_logged_of_rollouts() -> None:
     assert found["rollout_repetition"] == pytest.approx((0 + 3 / 4) / 2)
 
 
+def test_which_tokens_are_watched_depends_on_the_texts_alone() -> None:
+    rollouts = [rollout([4] * length) for length in (3, 50, 1, 30, 40, 6)]
+    (all_at_once,) = watched_targets(rollouts, [range(6)])
+    assert all_at_once.tolist() == [index * 130 // 64 for index in range(64)]
+    starts = np.cumsum([0, *(one.answer_length for one in rollouts)])
+    for parts in ([[0], [1], [2], [3], [4], [5]], [[0, 4], [2, 1], [], [3, 5]]):
+        found = watched_targets(rollouts, parts)
+        tokens = [[at for index in part for at in range(starts[index], starts[index + 1])] for part in parts]
+        assert (
+            sorted(own[i] for own, one in zip(tokens, found, strict=True) for i in one.tolist()) == all_at_once.tolist()
+        )
+        assert all(one.dtype == torch.int64 for one in found)
+    assert watched_targets(rollouts[:1], [[0], []])[0].tolist() == [0, 1, 2]  # a step of fewer tokens: all of them
+
+
+@pytest.mark.parametrize(("num_tokens", "num_watched"), [(130, 64), (10, 10)])
+def test_means_of_watched_tokens(num_tokens: int, num_watched: int) -> None:
+    # The loss adds up 0.25 at each watched token, and the step's row has that sum by token of the step.
+    row = {"loss": 2.0, "num_valid_tokens": num_tokens, "log_ratio": 0.5, "overlap": 0.25 * num_watched / num_tokens}
+    assert watched_means(row) == {"loss": 2.0, "num_valid_tokens": num_tokens, "rollout_log_ratio": 0.5,
+                                  "rollout_overlap": pytest.approx(0.25)}  # fmt: skip
+    assert watched_means({"loss": 2.0, "num_valid_tokens": 9}) == {"loss": 2.0, "num_valid_tokens": 9}
+
+
 def test_guards_stop_after_so_many_steps_in_a_row() -> None:
     guards = Guards(max_cut_share=0.5, min_entropy=0.1, patience=3)
     fine, cut, flat = (
@@ -139,7 +163,7 @@ def test_a_teacher_that_is_worse_than_none_is_refused() -> None:
     guards = Guards()
     guards.check_teacher({"val_teacher_class_loss": 6.9}, 1000)
     guards.check_teacher({"val_class_loss": 99.0}, 1000)
-    with pytest.raises(TrainingError, match=r"7\.1 nats per token.*1000 ids is 6\.91.*chat template"):
+    with pytest.raises(TrainingError, match=r"7\.1 nats per token.*1000 ids is 6\.91.*check its weights"):
         guards.check_teacher({"val_teacher_class_loss": 7.1}, 1000)
     Guards(max_teacher_loss=None).check_teacher({"val_teacher_class_loss": 99.0}, 1000)
 
