@@ -146,10 +146,7 @@ def model_writer(
     The arguments are those of `write_model`. With `staged`, the current weights are copied to CPU memory, so the model may
     change before they are written.
     """
-    keys = family_of(model.config).hf_keys
-    computed = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
-    wholes = dict.fromkeys(map(keys.whole_of, computed))
-    weights = {name: [computed[part] for part in keys.parts_of(name)] for name in wholes}
+    weights = file_weights(model)
     planned = _planned(model, weights)
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -170,6 +167,14 @@ def model_writer(
                 describe(folder)
 
     return write
+
+
+def file_weights(model: Transformer) -> dict[str, list[Callable[[], Tensor]]]:
+    """Return by name in a Hugging Face file functions that compute the parts of a weight, one below the other, as they would be written."""
+    keys = family_of(model.config).hf_keys
+    computed = {keys.from_kdtune(name): compute for name, compute in merged_weights(model).items()}
+    wholes = dict.fromkeys(map(keys.whole_of, computed))
+    return {name: [computed[part] for part in keys.parts_of(name)] for name in wholes}
 
 
 def description(

@@ -3,6 +3,7 @@ from .policy import DistiLLMSchedule, Policy, Share
 from .policy_gradient import PolicyGradient
 from .record import Prompt, Rollout, check_prompts, prompts_of_dataset, random_seed
 from .rollouts import Rollouts
+from .vllm_writer import VLLMWriter
 from .watch import Guards
 from .written import answer_rows, answers_header, answers_summary, start_answers
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rollout",
     "Rollouts",
     "Share",
+    "VLLMWriter",
     "answer_rows",
     "answers_header",
     "answers_summary",

@@ -19,7 +19,12 @@ OF_BOTH = ("mixed", "speculative")
 
 def config_problems(rollouts: "Rollouts", cfg: Any) -> list[str]:
     """Return why a distillation config `cfg` cannot have these rollouts, one sentence each; read no weights and no rows."""
-    return [*_loss_problems(rollouts, cfg), *_teacher_problems(rollouts, cfg), *_place_problems(rollouts, cfg)]
+    return [
+        *_loss_problems(rollouts, cfg),
+        *_teacher_problems(rollouts, cfg),
+        *_place_problems(rollouts, cfg),
+        *_writer_problems(rollouts),
+    ]
 
 
 def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
@@ -97,6 +102,19 @@ def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
             "dataset.packed=true: batch_size would count packs of the data and texts of a model; ~dataset.packed, and "
             "tokens_per_micro_batch for micro-batches of one size"
         )
+
+
+def _writer_problems(rollouts: "Rollouts") -> Iterator[str]:
+    if rollouts.writer is None:
+        return
+    if "student" not in rollouts.policy.sources:
+        yield "rollouts.writer: writes the student's text, and the policy has none; ~rollouts.writer, or give the student a share"
+    if both := [source for source in OF_BOTH if source in rollouts.policy.sources]:
+        yield (
+            f"rollouts.writer: in {both[0]} text both models compute every token, which kdtune's decoder does alone; ~rollouts.writer, or "
+            "another rollouts.policy"
+        )
+    yield from (f"rollouts.writer: {problem}" for problem in rollouts.writer.problems())
 
 
 def _has_cache(node: Any) -> bool:

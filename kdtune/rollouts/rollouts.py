@@ -55,6 +55,7 @@ class Rollouts:
         teacher_share: of the teacher's distribution in the mixture that `mixed` text is drawn from; MiniLLM's alpha.
         speculation: how the teacher corrects `speculative` text, `kdtune.generation.Speculation`; None: as published.
         slots: texts that are written at a time, by each process.
+        writer: what writes the student's text in place of kdtune's own decoder, `kdtune.rollouts.VLLMWriter`; None: the decoder.
         buffer_size: earlier texts that are kept for a policy with replay, in all processes together.
         max_staleness: optimizer steps after which a kept text is dropped; None: never.
         keep_targets: keep the teacher's last hidden states of the texts in the buffer too, in the CPU's memory, so that learning from one
@@ -77,6 +78,7 @@ class Rollouts:
         teacher_share: float = 0.2,
         speculation: Speculation | None = None,
         slots: int = 32,
+        writer: Any = None,
         buffer_size: int = 0,
         max_staleness: int | None = None,
         keep_targets: bool = True,
@@ -91,7 +93,11 @@ class Rollouts:
             )
         if slots < 1:
             raise ConfigError(f"slots={slots}: must be 1 or more")
-        self.policy, self.max_new_tokens, self.slots = policy, max_new_tokens, slots
+        if writer is not None and not hasattr(writer, "complete"):
+            raise ConfigError(
+                f"writer={writer}: must be an object such as kdtune.rollouts.VLLMWriter; give writer._component_"
+            )
+        self.policy, self.max_new_tokens, self.slots, self.writer = policy, max_new_tokens, slots, writer
         if not 0 < teacher_share < 1:
             raise ConfigError(f"teacher_share={teacher_share}: must lie between 0 and 1")
         self.sampling, self.teacher_share = Sampling(temperature, top_k, top_p), teacher_share
@@ -125,6 +131,9 @@ class Rollouts:
         self._padding_free, self._pad_id, self._stop_ids = is_padding_free(cfg), tokenizer.pad_id, tokenizer.stop_ids
         self._longest = min(context, tokenizer.max_seq_len or context)
         self._num_ids = min(student.config.vocab_size, teacher.vocab_size)
+        if self.writer is not None:
+            base = (cfg.checkpointer or {}).get("checkpoint_dir")
+            self.writer.start(student, world, longest=self._longest, num_ids=self._num_ids, base=base)
 
     def batches(self, step: Any) -> list[Batch]:
         """Return the micro-batches that this process learns from in a step: the step's own, or texts that take their place.
@@ -228,25 +237,28 @@ class Rollouts:
             "stop_ids": self._stop_ids,
             "sampling": self.sampling,
             "seeds": [random_seed(self._seed, step.position[0], prompt.key) for prompt in prompts],
-            "slots": self.slots,
-            "num_ids": self._num_ids,
         }
+        ours: dict[str, Any] = {"slots": self.slots, "num_ids": self._num_ids}
         student, teacher = self._student, self._teacher_model
-        if source == "student":
+        if source == "student" and self.writer is not None:
+            found = self.writer.complete(**asked)
+        elif source == "student":
             with lockstep_forwards(student, self._world):
-                found = complete(student, with_log_probs=True, **asked)
+                found = complete(student, with_log_probs=True, **asked, **ours)
         elif teacher is None:
             raise ConfigError(
                 "rollouts.policy: the teacher is to write, and it is no model in this process; give a policy without its texts"
             )
         elif source == "teacher":
             with lockstep_forwards(teacher, self._world):
-                found = complete(teacher, with_log_probs=True, **asked)
+                found = complete(teacher, with_log_probs=True, **asked, **ours)
         elif source == "mixed":
-            found = complete(student, with_log_probs=True, partner=teacher, partner_share=self.teacher_share, **asked)
+            mixture: dict[str, Any] = {"partner": teacher, "partner_share": self.teacher_share}
+            found = complete(student, with_log_probs=True, **mixture, **asked, **ours)
         else:
-            found = complete_speculatively(student, teacher, speculation=self.speculation, **asked)
-        models = {"student": [student], "teacher": [teacher]}.get(source, [student, teacher])
+            found = complete_speculatively(student, teacher, speculation=self.speculation, **asked, **ours)
+        alone: dict[Source, list[Transformer | None]] = {"student": [student], "teacher": [teacher]}
+        models = alone.get(source, [student, teacher])
         self._count([len(prompt.ids) + one.num_computed for prompt, one in zip(prompts, found, strict=True)],
                     sum(one.num_computed for one in found), models)  # fmt: skip
         own = [self._rollout(*one, source, step.number) for one in zip(prompts, found, strict=True)]

@@ -1,5 +1,6 @@
 """Text that a model writes in training, on several processes: the same texts, sources and steps as on one."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,37 @@ def test_one_process_and_two_make_the_same_steps(
     )
     check_same_rows(ours, theirs, tolerance=2e-5)
     assert any(row.get("rollout_share") == 1.0 for row in theirs)
+    check_same_change(tmp_path / "2" / "final", tmp_path / "1" / "final", small_model)
+
+
+@pytest.mark.slow("two processes for the gathering of shards alone; the quick tests write with vLLM in one")
+def test_vllm_is_given_the_weights_of_all_processes(
+    launch, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "unit" / "rollouts" / "fake_vllm"))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    start = [
+        "run",
+        "knowledge_distillation",
+        "--config",
+        "tiny/on_policy",
+        HELD_OUT,
+        *PLAIN,
+        base,
+        "rollouts.temperature=0",
+    ]
+    writer = "rollouts.writer={_component_: kdtune.rollouts.VLLMWriter, sleeps: false}"
+    for folder, ranks, own in (("1", 1, []), ("2", 2, [writer])):
+        ended = launch.kdtune(
+            *start, *own, f"output_dir={tmp_path / folder}", f"gradient_accumulation_steps={4 // ranks}", ranks=ranks
+        )
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
+    ours, theirs = (
+        [{key: value for key, value in row.items() if key != "generation_seconds"} for row in rows(tmp_path / folder)]
+        for folder in ("2", "1")
+    )
+    check_same_rows(ours, theirs, tolerance=2e-5)
     check_same_change(tmp_path / "2" / "final", tmp_path / "1" / "final", small_model)
 
 

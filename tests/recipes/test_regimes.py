@@ -1,8 +1,10 @@
 """Regimes of the distillation recipe: who has written a step's text, and that it depends on nothing else than it should."""
 
+import importlib.util
 import json
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,34 @@ def test_a_random_teacher_and_texts_without_end_stop_the_run(cli: CLI, tmp_path:
     )
     assert broken.code == 1
     assert "nothing can be learned from it" in broken.err
+
+
+def test_vllm_writes_in_place_of_the_decoder(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake of vLLM that computes with transformers: the most likely text after each step's weights is the decoder's."""
+    run = (
+        *RUN[:-1],
+        "--config",
+        "tiny/on_policy",
+        "rollouts.temperature=0",
+        "max_steps_per_epoch=3",
+        "rollouts.max_new_tokens=5",
+    )
+    writer = "rollouts.writer={_component_: kdtune.rollouts.VLLMWriter, sleeps: false}"
+    if importlib.util.find_spec("vllm") is None:
+        refused = cli("validate", "tiny/on_policy", writer)
+        assert refused.code == 2
+        assert "rollouts.writer: needs vLLM, which is not installed; run pip install 'kdtune[vllm]'" in refused.err
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "unit" / "rollouts" / "fake_vllm"))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    for name, more in (("decoder", []), ("vllm", [writer])):
+        done = cli(*run, *more, f"output_dir={tmp_path / name}")
+        assert done.code == 0, done.err
+    for ours, theirs in zip(steps(tmp_path / "vllm"), steps(tmp_path / "decoder"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for config, message in (("seqkd", "writes the student's text, and the policy has none"),
+                            ("speculative", "in speculative text both models compute every token")):  # fmt: skip
+        refused = cli("validate", f"tiny/{config}", writer)
+        assert refused.code == 2 and message in " ".join(refused.err.split())
 
 
 def test_a_resumed_run_without_the_rollouts_is_refused(runs: Path, cli: CLI, tmp_path: Path) -> None:
