@@ -91,7 +91,7 @@ class Config:
             found.append(
                 f"parallelism.tp={tp}: each process writes answers of its own; tp=1, and dp_shard=-1 divides the model"
             )
-        return found + training.builder_problems(self) + data.first_row_problems(self)
+        return found + training.builder_problems(self) + data.first_row_problems(self, prompts_alone=["dataset"])
 
     def machine_problems(self) -> list[str]:
         """Return machine problems, found without reading weights."""

@@ -10,6 +10,7 @@ from .loader import Loader, LoaderState, batches
 from .messages import Conversation, Message, parse_conversation
 from .mix import MixedDataset, MixedStream, load_dataset, mixed_dataset
 from .packing import PackedDataset, PackedStream, pack_examples
+from .prompts import prompts_dataset
 from .rows import RowStream
 from .sources import Source, open_rows, previewed
 from .text import text_completion_dataset
@@ -57,6 +58,7 @@ __all__ = [
     "pack_examples",
     "parse_conversation",
     "previewed",
+    "prompts_dataset",
     "quickstart_dataset",
     "read_problems",
     "text_completion_dataset",

@@ -114,6 +114,14 @@ def suggest_chat_columns(row: Row) -> Suggestion:
     return {"_component_": "kdtune.data.instruct_dataset", **settings} if settings else {}
 
 
+def suggest_prompt_column(row: Row) -> Suggestion:
+    """Suggest settings for a builder of prompts: the column of the question, and that of what belongs to it."""
+    question = _named(row, _QUESTIONS)
+    beside = _named(row, _CONTEXTS, without=(question,))
+    found = {"column": question, "input_column": beside}
+    return {name: _yaml(column) for name, column in found.items() if column is not None}
+
+
 def suggest_text_column(row: Row) -> Suggestion:
     """Suggest settings for a builder of plain text: the column of the longest text."""
     texts = {column: value for column, value in row.items() if isinstance(value, str)}

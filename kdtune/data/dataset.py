@@ -91,6 +91,9 @@ class Dataset(ABC):
     is_paired: bool = False
     """True if every example has the same text in a teacher's own tokens too, see `Example.teacher`."""
 
+    is_prompts: bool = False
+    """True if examples are prompts alone, of which nothing is trained on, and a model writes their answers."""
+
     @abstractmethod
     def examples(self, *, seed: int, epoch: int, shuffle: bool) -> Iterator[Example]:
         """Yield the examples of one epoch, in that epoch's order."""

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from kdtune.config import instantiate, is_component
-from kdtune.config.check import is_ours
+from kdtune.config.check import COMPONENT, is_ours
 from kdtune.data.columns import MissingColumnError
 from kdtune.data.files import ElsewhereError
 from kdtune.data.sources import previewed
@@ -52,16 +52,25 @@ def _unmixed(key: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[s
             yield from _unmixed(f"{key}.datasets.{number}", part)
 
 
-def first_row_problems(cfg: Any) -> list[str]:
+def first_row_problems(cfg: Any, *, prompts_alone: Collection[str] = ()) -> list[str]:
     """Return what kdtune's dataset builders cannot read in the first row of their source, with the settings that fit.
 
-    Sources that are not on this machine are skipped: nothing is downloaded, and the run may take place elsewhere.
+    Sources that are not on this machine are skipped: nothing is downloaded, and the run may take place elsewhere. `prompts_alone` are the
+    keys of `cfg`, such as "dataset", of data whose answers a model writes; elsewhere `kdtune.data.prompts_dataset` is refused.
     """
+    nodes = dict(dataset_nodes(cfg))
+    found = [
+        f"{key}: kdtune.data.prompts_dataset has no answers, and they are needed here; it is for write_answers, and for the dataset of "
+        "a distillation in which a model writes the text of every step (rollouts.policy without a share for the data)"
+        + ("; ~dataset_val validates on nothing" if key == "dataset_val" else "")
+        for key, node in nodes.items()
+        if node.get(COMPONENT) == "kdtune.data.prompts_dataset" and key.partition(".")[0] not in prompts_alone
+    ]
 
     def read(node: Mapping[str, Any]) -> None:
         instantiate(dict(node), tokenizer=_NoTokenizer())
 
-    return read_problems(dict(dataset_nodes(cfg)), read)
+    return found + read_problems(nodes, read)
 
 
 def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> list[str]:

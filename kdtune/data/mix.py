@@ -124,6 +124,7 @@ class MixedDataset(MapDataset):
         self.report = _mixed_report(datasets)
         self.is_chat = any(dataset.is_chat for dataset in datasets)
         self.is_paired = all(dataset.is_paired for dataset in datasets)
+        self.is_prompts = any(dataset.is_prompts for dataset in datasets)
         self._datasets = list(datasets)
         self._starts = np.cumsum([0] + [dataset.size for dataset in datasets])
         self._length = sum(len(dataset) for dataset in datasets) if epoch_length is None else epoch_length
@@ -211,6 +212,7 @@ class MixedStream(StreamDataset):
     def __init__(self, datasets: Sequence[Dataset], shares: Sequence[float], epoch_length: int | None = None) -> None:
         self.is_chat = any(dataset.is_chat for dataset in datasets)
         self.is_paired = all(dataset.is_paired for dataset in datasets)
+        self.is_prompts = any(dataset.is_prompts for dataset in datasets)
         self._datasets = list(datasets)
         self._shares = np.asarray(shares)
         self._epoch_length = epoch_length

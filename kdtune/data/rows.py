@@ -44,7 +44,7 @@ class RowEncoder:
     """Turn the rows of a source into examples: select rows and tokenize them.
 
     encode: from a row to its tokens, truncated; None if it does not fit. columns: those that it reads. suggest: returns
-    settings for a row that lacks one of them. is_chat, is_paired: those of the dataset. route_column: see Source.
+    settings for a row that lacks one of them. is_chat, is_paired, is_prompts: those of the dataset. route_column: see Source.
     """
 
     encode: Callable[[Row], EncodedRow | None]
@@ -53,6 +53,7 @@ class RowEncoder:
     suggest: Suggest | None = None
     is_chat: bool = False
     is_paired: bool = False
+    is_prompts: bool = False
     route_column: str | None = None
 
     def encoded(self, rows: Iterable[Row], report: DatasetStats) -> Iterator[EncodedRow]:
@@ -78,7 +79,7 @@ class RowEncoder:
                 continue
             report.truncated += found.truncated
             report.remarks.update(found.remarks)
-            if is_trainable(found.trained):
+            if self.is_prompts or is_trainable(found.trained):
                 yield found if self.route_column is None else replace(found, route=self._route(row, report))
             else:
                 report.untrainable += 1
@@ -102,7 +103,7 @@ class RowStream(StreamDataset):
         self, rows: "datasets.IterableDataset", encoder: RowEncoder, *, source: str, shuffle_buffer: int
     ) -> None:
         self.report = DatasetStats(source)
-        self.is_chat, self.is_paired = encoder.is_chat, encoder.is_paired
+        self.is_chat, self.is_paired, self.is_prompts = encoder.is_chat, encoder.is_paired, encoder.is_prompts
         self._rows = rows
         self._encoder = encoder
         self._shuffle_buffer = shuffle_buffer
@@ -154,6 +155,7 @@ def build_dataset(
     suggest: Suggest | None = None,
     is_chat: bool = False,
     is_paired: bool = False,
+    is_prompts: bool = False,
 ) -> Dataset:
     """Build the dataset of a source: in memory, or a stream if source.streaming. See RowEncoder for the other arguments.
 
@@ -162,7 +164,7 @@ def build_dataset(
         DataError: the source cannot be read, a row cannot be used, or nothing can be trained on.
     """
     keep = resolve(filter_fn) if isinstance(filter_fn, str) else filter_fn
-    encoder = RowEncoder(encode, keep, columns, suggest, is_chat, is_paired, source.route_column)
+    encoder = RowEncoder(encode, keep, columns, suggest, is_chat, is_paired, is_prompts, source.route_column)
     rows = open_rows(source)
     if source.streaming and PREVIEW.get() is None:
         buffer = DEFAULT_SHUFFLE_BUFFER if source.shuffle_buffer is None else source.shuffle_buffer
@@ -195,6 +197,7 @@ def tokenize_rows(rows: Iterable[Row], encoder: RowEncoder, source: str) -> Toke
                 encoded = encoded_in_parallel(progress, encoder.encoded, report, processes)
             dataset = TokenizedDataset(encoded, report, is_chat=encoder.is_chat)
         write_tokenized(file, dataset)
+    dataset.is_prompts = encoder.is_prompts
     report = dataset.report
     if preview is None:
         check_not_empty(report)

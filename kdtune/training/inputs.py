@@ -87,7 +87,7 @@ def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World, t
     everywhere = world.gather(rows)
     for key in rows:
         _check_same_rows(key, [one[key] for one in everywhere])
-    lengths = {key: dataset.lengths for key, dataset in given.items()}
+    lengths = {key: _room(dataset) for key, dataset in given.items()}
     if tokenizer.pair is None:
         check_lengths(cfg, lengths)
     else:
@@ -95,6 +95,12 @@ def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World, t
         check_lengths(cfg, lengths, prefix="")
         check_lengths(cfg, of_teacher, prefix="teacher_", limit=tokenizer.pair.teacher.max_seq_len)
     return rows
+
+
+def _room(dataset: Dataset) -> Sequence[int] | None:
+    """Return the tokens that each example takes of a context: after a prompt alone, at least one of an answer."""
+    lengths = dataset.lengths
+    return [length + 1 for length in lengths] if dataset.is_prompts and lengths is not None else lengths
 
 
 def _check_same_rows(key: str, by_rank: Sequence[str]) -> None:

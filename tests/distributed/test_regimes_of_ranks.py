@@ -1,6 +1,8 @@
 """Text that a model writes in training, on several processes: the same texts, sources and steps as on one."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,10 @@ def test_one_process_and_two_make_the_same_steps(
 ) -> None:
     base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
     start = ["run", "knowledge_distillation", "--config", f"tiny/{name}", HELD_OUT, *PLAIN, *MORE.get(name, []), base]
+    check_one_and_two(start, launch, small_model, tmp_path, own)
+
+
+def check_one_and_two(start: list[str], launch, small_model: Path, tmp_path: Path, own: Sequence[str] = ()) -> None:
     for folder, ranks, accumulation in (("1", 1, 4), ("2", 2, 2)):
         more = own if ranks == 2 or "parallelism" not in "".join(own) else []
         ended = launch.kdtune(*start, *more, f"output_dir={tmp_path / folder}", f"gradient_accumulation_steps={accumulation}",
@@ -71,6 +77,16 @@ def test_vllm_is_given_the_weights_of_all_processes(
     )
     check_same_rows(ours, theirs, tolerance=2e-5)
     check_same_change(tmp_path / "2" / "final", tmp_path / "1" / "final", small_model)
+
+
+@pytest.mark.slow("another data set in the loop of the tests above")
+def test_prompts_alone_on_two_processes(launch, small_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i} times {i * i}?"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    start = ["run", "knowledge_distillation", "--config", "tiny/on_policy", HELD_OUT, *PLAIN, base, "epochs=2",
+             "dataset=kdtune.data.prompts_dataset", f"dataset.source={tmp_path / 'rows.jsonl'}"]  # fmt: skip
+    check_one_and_two(start, launch, small_model, tmp_path)
 
 
 @pytest.mark.slow("four processes for what the test above shows of one model")
