@@ -184,6 +184,7 @@ class _Slots:
             return
         with self._mode():
             if prefix != self._prefix or self._prefix_cache is None:
+                self._prefix_cache = None  # or there would be two for a moment
                 self._prefix_cache = _cache_of(self._model, prefix, len(prefix))
                 self._prefix = prefix
             self._cache.write(slot, self._prefix_cache)

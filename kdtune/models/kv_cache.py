@@ -3,6 +3,7 @@
 Shape suffixes: B batch, N slots in use, S new tokens, T tokens attended to, K key/value heads, C capacity of the cache, E head dim.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from kdtune.models.architecture import TransformerConfig
 # Tokens that a cache begins with room for; it then doubles.
 _FIRST_ROOM = 1024
 # Tokens that a layer with a window has room for beside those in it: so often they are moved to the front.
-_SLACK = 256
+SLACK = 256
 # Of so many places slots have whole blocks, and all of them are read.
 _BLOCK = 64
 # Places that a sum is taken over at a time, see `SlotCache.num_places`.
@@ -30,7 +31,7 @@ class LayerCache:
 
     def __init__(self, capacity: int, window: int | None = None) -> None:
         self._window = capacity if window is None else window
-        self._capacity = min(capacity, self._window + _SLACK)
+        self._capacity = min(capacity, self._window + SLACK)
         self._first = 0  # the token that the first held keys are of
         self._keys_BKCE = self._values_BKCE = torch.empty(0)
 
@@ -153,7 +154,9 @@ class SlotLayer:
     """
 
     def __init__(self, slots: "SlotCache", window: int | None, *, is_capped: bool) -> None:
-        self._slots, self._window, self._is_capped = slots, window, is_capped
+        # The cache has its layers: were it theirs too, keys and values would stay until Python looks for garbage.
+        self._slots: SlotCache = weakref.proxy(slots)
+        self._window, self._is_capped = window, is_capped
         self._keys_RKCE = self._values_RKCE = torch.empty(0)
 
     def store(self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:

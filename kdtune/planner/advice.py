@@ -77,6 +77,10 @@ def _candidates(cfg: Any) -> Iterator[_Candidate]:
             "the same gradient",
             {"batch_size": _constant(size), "gradient_accumulation_steps": _constant(accumulation)},
         )
+    slots = (getattr(cfg, "rollouts", None) or {"slots": 1}).get("slots", 32)
+    while slots > 1:
+        slots //= 2
+        yield f"rollouts.slots={slots}", "the texts take longer to write", {"rollouts": _with("slots", slots)}
     yield _one("enable_activation_checkpointing", True, "a third more time")
     if getattr(cfg, "teacher_checkpointer", None) or getattr(cfg, "teacher_model", None):
         yield _one("teacher_quantization", "int8", "a teacher in 8 bits, see docs/benchmarks.md")
@@ -97,6 +101,10 @@ def _one(key: str, value: Any, price: str) -> _Candidate:
 
 def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
+
+
+def _with(name: str, value: Any) -> Callable[[Any], Any]:
+    return lambda node: {**node, name: value}
 
 
 def _gib(size: float) -> str:

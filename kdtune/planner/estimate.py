@@ -32,9 +32,19 @@ from kdtune.planner.costs import (
 )
 from kdtune.planner.hardware import GPU, GPUS_PER_HOST, UTILIZATION
 from kdtune.planner.meta_device import Cost
-from kdtune.planner.phases import CommVolume, Phase, SavedActivations, StudentCost, TeacherCost, phases, volume
+from kdtune.planner.phases import (
+    CommVolume,
+    Phase,
+    SavedActivations,
+    StudentCost,
+    TeacherCost,
+    phases,
+    volume,
+    writing_phases,
+)
 from kdtune.planner.sizes import FSDPUnit, ModelSizes, model_sizes, update_bytes
 from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher, stored_signal
+from kdtune.planner.writing import writers, writing
 
 # What the configs of recipes that train have.
 _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
@@ -189,6 +199,8 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     found = phases(
         student, teacher, loss, accumulation, update, kept_by_loss=chunk_bytes if batch.device_type == "cpu" else 0
     )
+    here = {"student": student.sizes} | ({"teacher": teacher.sizes} if teacher and not teacher.is_elsewhere else {})
+    written = {name: writing(cfg, here[name], batch) for name in here if name in writers(cfg)}
     return Estimate(
         world_size=world.size + num_teachers,
         batch=batch,
@@ -197,7 +209,9 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         student=student,
         teacher=teacher,
         loss=loss,
-        phases=tuple(_with_stored(_with_maps(one, *maps), stored) for one in found),
+        phases=tuple(
+            _with_stored(_with_maps(one, *maps), stored) for one in (*found, *writing_phases(student, teacher, written))
+        ),
         volume=volume(
             ours, asked, accumulation, batch, recomputed=student.saved.num_recomputed(ours.num_layers) / ours.num_layers
         ),

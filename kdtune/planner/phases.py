@@ -10,7 +10,7 @@ tests/distributed/test_planned_memory.py. A unit is a layer, or the rest (embedd
   next unit's backward ends.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -19,6 +19,7 @@ from kdtune.parallel import Checkpointed
 from kdtune.planner.costs import MicroBatch, hidden_bytes
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.sizes import FSDPUnit, ModelSizes
+from kdtune.planner.writing import Writing
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Phase:
     """Temporaries of the loss, including gradients of hidden states and head; in the optimizer's step, its temporaries."""
     reduction: int = 0
     """Gradients before they are reduced, and the reduce-scatter buffers."""
+    cache: int = 0
+    """Keys and values of texts that are written."""
 
     @property
     def total(self) -> int:
@@ -241,6 +244,27 @@ def teacher_phases(teacher: TeacherCost, held: dict[str, int], *, unfetched: int
     yield Phase("the teacher's first use", weights=held["weights"], gathered=first)
     gathered = held["gathered"] + (layer.whole + buffer if sizes.reshards else 0)
     yield Phase("the teacher's forward", **{**held, "gathered": gathered}, activations=unfetched + teacher.working)
+
+
+def writing_phases(student: StudentCost, teacher: TeacherCost | None, needed: Mapping[str, Writing]) -> Iterator[Phase]:
+    """Return the phase in which models write a step's texts, while there are no gradients; none if none writes.
+
+    `needed`: what each of "student" and "teacher" needs that writes on the student's device.
+    """
+    if not needed:
+        return
+    held, gathered = _held(student, teacher, 1), 0
+    if "student" in needed:
+        layer, count = student.sizes.layer, 1 if student.sizes.reshards else student.sizes.num_layers
+        gathered = student.sizes.rest.whole + count * layer.whole + _buffer(student.sizes, layer)
+    if "teacher" in needed and teacher is not None and teacher.sizes.reshards:
+        # Where both write, every process has whole models.
+        gathered = max(gathered, teacher.sizes.layer.whole + _buffer(teacher.sizes, teacher.sizes.layer))
+    held["gathered"] += gathered
+    working = max(one.working for one in needed.values())
+    yield Phase(
+        "the writing of the texts", **held, activations=working, cache=sum(one.cache for one in needed.values())
+    )
 
 
 def _forward(student: StudentCost, loss: Cost, held: dict[str, int], *, answer: int) -> Iterator[Phase]:

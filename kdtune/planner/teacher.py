@@ -16,6 +16,7 @@ from kdtune.planner.costs import MicroBatch, fixed_bytes, hidden_bytes, layer_co
 from kdtune.planner.meta_device import Cost
 from kdtune.planner.phases import Phase, TeacherCost, teacher_gather, teacher_held, teacher_phases
 from kdtune.planner.sizes import ModelSizes, model_sizes
+from kdtune.planner.writing import writers, writing
 
 # Schemes that torchao applies on a CUDA device only, and those counted in their place: equal bytes, and 3 % fewer.
 _STAND_INS = {"float8_dynamic": "float8_weight_only", "int4_weight_only": "nf4"}
@@ -54,7 +55,12 @@ def make_teacher_estimate(
         _teacher_cost(cfg, _sizes(cfg, _parallelism(cfg), world), share), num_ranks=world.size, rounds=rounds
     )
     # The answer before is kept until it has been fetched.
-    found = teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)
+    found = [*teacher_phases(teacher, teacher_held(teacher), unfetched=teacher.hidden)]
+    if "teacher" in writers(cfg):
+        own = writing(cfg, teacher.sizes, batch)
+        found.append(
+            Phase("the writing of the texts", **teacher_held(teacher), activations=own.working, cache=own.cache)
+        )
     steps = micro_batches(cfg, batch)
     return TeacherEstimate(
         teacher, tuple(found), steps * teacher.flops, steps * teacher_gather(teacher), cfg.teacher_device

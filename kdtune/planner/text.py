@@ -143,6 +143,7 @@ def _memory_rows(plans: Sequence[Estimate], gpu: GPU | None) -> list[Row]:
         row("gradients", lambda plan: plan.held.gradients),
         row("optimizer state", lambda plan: plan.held.state),
         row("at the peak, activations", lambda plan: plan.peak.activations),
+        *([row("... keys and values", lambda plan: plan.peak.cache)] if any(plan.peak.cache for plan in plans) else []),
         row("... loss, or optimizer's step", lambda plan: plan.peak.loss),
         row("... all-gathered weights", lambda plan: plan.peak.gathered),
         row("... reduced gradients", lambda plan: plan.peak.gradients),
@@ -162,6 +163,11 @@ def _teacher_rows(plans: Sequence[TeacherEstimate], gpu: GPU | None) -> list[Row
         _bytes_row("weights", plans, unit, lambda plan: plan.teacher.on_device),
         _bytes_row("at the peak, activations", plans, unit, lambda plan: plan.peak.activations),
         _bytes_row("... all-gathered weights", plans, unit, lambda plan: plan.peak.gathered),
+        *(
+            [_bytes_row("... keys and values", plans, unit, lambda plan: plan.peak.cache)]
+            if any(plan.peak.cache for plan in plans)
+            else []
+        ),
         _bytes_row("peak", plans, unit, lambda plan: plan.peak.total),
     ]
     if any(plan.teacher.on_host for plan in plans):

@@ -1,0 +1,63 @@
+"""Texts that models write in training, in a plan: their keys and values, and what a forward of one token of each takes.
+
+The cache (`kdtune.models.kv_cache.SlotCache`) grows with the longest text: it is counted for texts that are as long as there can be.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdtune.config import instantiate
+from kdtune.models import TransformerConfig
+from kdtune.models.kv_cache import SLACK, SlotCache
+from kdtune.planner.costs import MicroBatch, fixed_bytes, layer_cost
+from kdtune.planner.sizes import ModelSizes
+
+# Rows that a CPU computes at least (kdtune.generation), and bytes of a row's logits in sampling besides the logits themselves: on a CPU in
+# fp32, less the largest, as probabilities, and their sums in fp64; elsewhere as log-probabilities alone.
+_CPU_ROWS, _CPU_BYTES, _BYTES = 32, 20, 8
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a model needs besides its weights to write a process's texts; bytes."""
+
+    cache: int
+    """Keys and values of the texts, and of the prompt that was read last."""
+    working: int
+    """The forward of a prompt, or the logits of the next tokens."""
+
+
+def writers(cfg: Any) -> frozenset[str]:
+    """Return which models write texts by kdtune's decoder in a run of a config `cfg`: "student", "teacher", both or none."""
+    rollouts = instantiate(getattr(cfg, "rollouts", None))
+    if rollouts is None:
+        return frozenset()
+    sources = rollouts.policy.sources
+    both = bool(sources & {"mixed", "speculative"})
+    found = {"student"} if both or ("student" in sources and rollouts.writer is None) else set()
+    return frozenset(found | ({"teacher"} if both or "teacher" in sources else set()))
+
+
+def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:
+    """Return what a model of these sizes needs to write after prompts that are as long as the examples of the largest batch.
+
+    `cfg` has `rollouts`. The cache of a model that transformers computes is not counted: its heads are known only there.
+    """
+    rollouts, pieces = instantiate(cfg.rollouts), sizes.pieces
+    config = pieces.config
+    num_new = rollouts.speculation.num_drafted if "speculative" in rollouts.policy.sources else 1
+    slots = min(rollouts.slots, cfg.batch_size * cfg.gradient_accumulation_steps)
+    prompt = batch.seq_len - 1  # its last token goes through the model with those of the other texts
+    longest = min(prompt + rollouts.max_new_tokens, config.max_seq_len) + (num_new if num_new > 1 else 0)
+    cache = 0
+    if isinstance(config, TransformerConfig):
+        layout = SlotCache(config, slots, longest, num_new=num_new)
+        windows = [config.window(index) for index in range(config.num_layers)]
+        places = sum(slots * layout.num_places(window, longest) for window in windows)
+        places += sum(prompt - 1 if window is None else min(prompt - 1, window + SLACK) for window in windows)
+        cache = 2 * places * config.num_kv_heads * config.head_dim * pieces.dtype.itemsize
+    read = MicroBatch(1, prompt - 1, batch.device_type)
+    rows, extra = (max(slots, _CPU_ROWS), _CPU_BYTES) if batch.device_type == "cpu" else (slots, _BYTES)
+    logits = rows * config.vocab_size * (pieces.dtype.itemsize + extra)
+    reading = fixed_bytes(pieces, read) + layer_cost(pieces, read, backward=False).forward_peak
+    return Writing(cache, max(reading, logits))

@@ -1,0 +1,119 @@
+"""A plan with texts that models write in training: their keys and values are those of a real writing."""
+
+from copy import deepcopy
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from exit_codes import run_command
+
+from kdtune._assets import find_recipe
+from kdtune.config import instantiate, load
+from kdtune.config.recipe import import_recipe
+from kdtune.distributed import Parallelism, World
+from kdtune.generation import Sampling, complete
+from kdtune.generation.slots import _Slots
+from kdtune.models import Transformer, dtype_from_name
+from kdtune.planner.advice import changes_to_fit
+from kdtune.planner.estimate import Estimate, make_estimate
+from kdtune.planner.phases import Phase
+from kdtune.planner.sizes import model_sizes
+from kdtune.planner.teacher import make_teacher_estimate
+from kdtune.planner.writing import writing
+from kdtune.rollouts import VLLMWriter
+
+CPU = torch.device("cpu")
+WIDE = ["model.embed_dim=64", "model.intermediate_dim=64", "model.num_layers=2", "model.vocab_size=320", "model.max_seq_len=1024",
+        "batch_size=20", "tokenizer.max_seq_len=300", "rollouts.max_new_tokens=8", "rollouts.slots=24"]  # fmt: skip
+
+
+def config(*overrides: str, source: str = "tiny/on_policy") -> Any:
+    return load(source, [*overrides], import_recipe(find_recipe("knowledge_distillation")).schema)
+
+
+def planned(*overrides: str, source: str = "tiny/on_policy", device_type: str = "cpu") -> Estimate:
+    return make_estimate(config(*overrides, source=source), World(CPU), device_type=device_type)
+
+
+def writing_of(plan: Any) -> Phase | None:
+    return next((phase for phase in plan.phases if phase.name == "the writing of the texts"), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "windows"),
+    [(["dtype=fp32"], ()), (["dtype=bf16", "rollouts.slots=20"], ()), (["dtype=fp32"], (100, None))],
+    ids=["fp32", "bf16", "windows"],
+)
+def test_what_the_writing_takes_is_what_it_takes(
+    overrides: list[str], windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts as long as there can be: the caches' bytes are equal, and the peak is the allocator's record to 10 %."""
+    cfg, plan = config(*WIDE, *overrides), planned(*WIDE, *overrides)
+    rollouts, model = instantiate(cfg.rollouts), Transformer(replace(instantiate(cfg.model).config, windows=windows))
+    model = model.to(dtype_from_name(cfg.dtype)).requires_grad_(False)
+    needed = writing(cfg, model_sizes(deepcopy(model), Parallelism(), World(CPU)), plan.batch)
+    phase = writing_of(plan)
+    assert phase is not None and ((phase.cache, phase.activations) == (needed.cache, needed.working) or windows)
+    held: list[int] = []
+    hidden_of = _Slots.hidden
+
+    def noting(self: Any, *args: Any) -> torch.Tensor:
+        found = hidden_of(self, *args)
+        held[:] = [
+            sum(one._keys_RKCE.nbytes + one._values_RKCE.nbytes for one in self._cache.layers)
+            + sum(one._keys_BKCE.nbytes + one._values_BKCE.nbytes for one in self._prefix_cache.layers)
+        ]
+        return found
+
+    monkeypatch.setattr(_Slots, "hidden", noting)
+    prompts = [[number % 5] * 299 for number in range(26)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        complete(model, prompts, max_new_tokens=rollouts.max_new_tokens, stop_ids=(), sampling=Sampling(1.0), seeds=[*range(26)],
+                 slots=rollouts.slots, with_log_probs=True)  # fmt: skip
+    assert held == [needed.cache]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    growth = [*accumulate(event.nbytes() for event in sorted(events, key=lambda one: one.start_ns()))]
+    assert max(growth) == pytest.approx(needed.cache + needed.working, rel=0.1)
+    # Nothing of it is left for Python's collector of garbage.
+    assert growth[-1] < 0.02 * needed.cache
+
+
+def test_who_writes_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = {
+        name: writing_of(planned(source=f"tiny/{name}"))
+        for name in ("on_policy", "seqkd", "minillm", "speculative", "gkd")
+    }
+    assert writing_of(planned(source="tiny/knowledge_distillation")) is None
+    assert all(phase is not None and phase.gradients == 0 for phase in caches.values())
+    student, teacher = (caches[name].cache for name in ("on_policy", "seqkd"))
+    assert teacher == student * 3 * 48 // (2 * 32)  # layers and widths
+    assert caches["minillm"].cache == student + teacher
+    assert caches["gkd"].cache == student
+    # Drafted tokens need places beyond the 256 that the texts have, which come in hundreds, in both.
+    assert 1 < caches["speculative"].cache / (student + teacher) < 2
+    monkeypatch.setattr(VLLMWriter, "problems", lambda _: [])
+    vllm = "rollouts.writer={_component_: kdtune.rollouts.VLLMWriter}"
+    assert writing_of(planned(vllm)) is None
+
+
+def test_a_teacher_on_another_device_writes_there() -> None:
+    cfg = config("teacher_device=cuda:1", source="tiny/seqkd")
+    here, there = (planned("teacher_device=cuda:1", source="tiny/seqkd", device_type="cuda"),
+                   make_teacher_estimate(cfg, World(CPU), 1, device_type="cuda"))  # fmt: skip
+    assert writing_of(here) is None
+    own = writing_of(there)
+    assert own is not None and own.cache == writing_of(planned(source="tiny/seqkd", device_type="cuda")).cache
+
+
+def test_the_command_line_shows_it_and_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["model.max_seq_len=8192", "rollouts.max_new_tokens=8000", "batch_size=1", "gradient_accumulation_steps=64"]
+    assert run_command(["plan", "tiny/on_policy", "device=cuda", *large]) == 0
+    text = capsys.readouterr().out
+    assert "... keys and values" in text
+    assert "The peak is in the writing of the texts." in text
+    (change, *_) = changes_to_fit(
+        config(*large), 0, lambda cfg: make_estimate(cfg, World(CPU), device_type="cuda").peak.total
+    )
+    assert change.overrides == "rollouts.slots=16" and change.after < 0.6 * change.before
