@@ -127,7 +127,15 @@ def tempered(temperature: float, *logp: Tensor) -> tuple[Tensor, ...]:
 
     A softmax ignores a shift of its logits, so log-probabilities / T give the same result as logits / T.
     """
-    return logp if temperature == 1 else tuple((one / temperature).log_softmax(-1) for one in logp)
+    if temperature == 1:
+        return logp
+    return tuple(_log_softmax(one / temperature) for one in logp)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # torch's own adds one number after the other on a CPU: with 128,256 ids the gradient at temperature 0.5 was off by 3.5e-5.
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    return below - below.exp().sum(-1, keepdim=True).log()
 
 
 def raised(*logp: Tensor) -> tuple[Tensor, ...]:

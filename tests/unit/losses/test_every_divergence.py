@@ -51,7 +51,7 @@ def test_formula_and_autograd_equal_the_definition(case: Case) -> None:
     free = student.clone().requires_grad_()
     exact = case.exact(free, teacher)
     (exact_gradient,) = torch.autograd.grad(exact.sum(), free)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         s, t = student.to(dtype).requires_grad_(), teacher.to(dtype)
         plain = case.divergence(s, t)
         (by_autograd,) = torch.autograd.grad(plain.sum(), s)
@@ -184,11 +184,9 @@ LARGE = [
 
 @pytest.mark.parametrize("case", LARGE)
 def test_fused_over_the_vocabulary_of_llama_3(case: Case) -> None:
-    """At temperature 0.5 a few large terms of torch's softmax in fp32 swallow many small ones: 3.5e-5, where plain logits have 1.3e-4."""
     b = batch(torch.float32, "hidden", ids=128_256)
     loss_fn = KDLoss(case.divergence, kd_ratio=1.0, chunk_size=8)
-    tolerance = 5e-5 if "T=0.5" in case.name else 1e-5
-    assert_fused(case, b, lambda logq: case.exact(logq, b.teacher_logp).sum(), loss_fn, tolerance)
+    assert_fused(case, b, lambda logq: case.exact(logq, b.teacher_logp).sum(), loss_fn)
 
 
 def merged(logp: Tensor, ids: Tensor) -> Tensor:
