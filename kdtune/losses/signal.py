@@ -6,14 +6,14 @@ K ids that are kept per position.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from kdtune.errors import ConfigError
 from kdtune.losses.divergences.base import raised
-from kdtune.losses.sparse import SampledRows, SparseRows, TopKRows, log1mexp
+from kdtune.losses.sparse import Outside, SampledRows, SparseRows, TopKRows, log1mexp
 
 
 @runtime_checkable
@@ -112,15 +112,15 @@ class TopKSignal:
 
     Renormalized, the K ids share all of the probability, other ids have none; divergences that are infinite where only the
     student gives probability, such as reverse KL, are infinite on it. With a tail, the other ids are one id more, which has
-    the probability that the K leave: see `kdtune.losses.TopKTargets`.
+    the probability that the K leave; ignored, the student's distribution too is over the K: see `kdtune.losses.TopKTargets`.
     """
 
     ids_BSK: Tensor
     """int64."""
     logp_BSK: Tensor
-    """Natural log-probabilities, or, renormalized, logits, of these ids."""
+    """Natural log-probabilities, or, renormalized or ignored, logits, of these ids."""
     vocab_size: int
-    outside: Literal["renormalize", "tail"] = "renormalize"
+    outside: Outside = "renormalize"
     log_tail_BS: Tensor | None = None
     """With a tail, the logarithm of its probability; None: of what the K leave of 1, which rounding blurs where it is small."""
 
@@ -130,11 +130,13 @@ class TopKSignal:
         return tuple(self.ids_BSK.shape[:-1])
 
     def log_probs(self, positions_C: Tensor) -> Tensor | SparseRows:
-        """Return natural log-probabilities [C, V], fp32 or wider, -inf for ids that are not among the K; or them with a tail."""
+        """Return natural log-probabilities [C, V], fp32 or wider, -inf for ids that are not among the K; or the rows of the K."""
         ids_CK = self.ids_BSK.flatten(0, -2)[positions_C]
         logp_CK = self.logp_BSK.flatten(0, -2)[positions_C]
-        if self.outside == "tail":
+        if self.outside != "renormalize":
             (logp_CK,) = raised(logp_CK)
+            if self.outside == "ignore":
+                return TopKRows(ids_CK, logp_CK, None)
             if self.log_tail_BS is not None:
                 return TopKRows(ids_CK, logp_CK, self.log_tail_BS.flatten()[positions_C].to(logp_CK.dtype))
             return TopKRows(ids_CK, logp_CK, log1mexp(logp_CK.logsumexp(-1)))

@@ -4,7 +4,7 @@ Shapes: R tokens, K ids of each, V ids of the student.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,21 +13,25 @@ from kdtune.errors import ConfigError
 from kdtune.losses.contract import Divergence, OnSharedIds, covers_extra_ids, divergence_name, value_and_gradient
 from kdtune.losses.divergences.base import TargetKind
 
+Outside: TypeAlias = Literal["tail", "renormalize", "ignore"]
+"""What becomes of the ids that are not among the teacher's k, see `TopKTargets`."""
+KIND_OF: dict[str, TargetKind] = {"tail": "tail", "renormalize": "renormalized", "ignore": "ignored"}
+
 
 @dataclass(frozen=True)
 class TopKRows:
-    """The teacher's distribution with all ids but K merged into one, the tail."""
+    """The teacher's distribution with all ids but K merged into one, the tail; or over the K ids alone, and the student's too."""
 
     ids_RK: Tensor  # int64, distinct
-    logp_RK: Tensor  # natural log-probabilities
-    tail_R: Tensor  # log-probability of all other ids together
+    logp_RK: Tensor  # natural log-probabilities; without a tail any shift of them
+    tail_R: Tensor | None  # log-probability of all other ids together; None: they are ignored
 
     def __getitem__(self, rows: slice) -> "TopKRows":
-        return TopKRows(self.ids_RK[rows], self.logp_RK[rows], self.tail_R[rows])
+        return TopKRows(self.ids_RK[rows], self.logp_RK[rows], None if self.tail_R is None else self.tail_R[rows])
 
     def to(self, dtype: torch.dtype) -> "TopKRows":
         """Return the rows with log-probabilities in a dtype."""
-        return TopKRows(self.ids_RK, self.logp_RK.to(dtype), self.tail_R.to(dtype))
+        return TopKRows(self.ids_RK, self.logp_RK.to(dtype), None if self.tail_R is None else self.tail_R.to(dtype))
 
     def most_likely(self) -> Tensor:
         """Return the most likely id of each token, [R]."""
@@ -72,19 +76,23 @@ class TopKTargets:
     With the tail as one more id, the divergence is that of the two distributions after all other ids are merged: it is
     never negative, and at most the full one, for divergences that are f-divergences; others are refused. Renormalized, the k ids
     share all of the teacher's probability, and the student's distribution stays whole: it is taught to give the others none.
+    Ignored, both distributions are those over the k ids alone, renormalized (NeMo-RL, Megatron; for reverse KL on the student's
+    own text arXiv 2603.25562): defined for every divergence, and nothing holds down what the student gives to other ids.
     Other tools sum the k terms of the full formula (verl, EasyDistill), which is negative where the student has more
-    probability there than the teacher, or renormalize both sides (NeMo-RL, Megatron), which leaves the student's tail free.
+    probability there than the teacher.
 
     Args:
         k: number of ids.
-        outside: "tail": one bucket for all other ids; "renormalize": no probability for them.
+        outside: "tail": one bucket for all other ids; "renormalize": no probability for them; "ignore": as if there were none.
     """
 
-    def __init__(self, k: int, outside: Literal["tail", "renormalize"] = "tail") -> None:
+    def __init__(self, k: int, outside: Outside = "tail") -> None:
         if k < 1:
             raise ConfigError(f"k={k}: must be 1 or more")
+        if outside not in KIND_OF:
+            raise ConfigError(f"outside={outside}: must be {', '.join(KIND_OF)}")
         self.k, self.outside = k, outside
-        self.kind: TargetKind = "tail" if outside == "tail" else "renormalized"
+        self.kind: TargetKind = KIND_OF[outside]
 
     def of(self, teacher_logp_RV: Tensor) -> Tensor | SparseRows:
         """Return the k ids with their tail, or dense rows with -inf for all others."""
@@ -92,7 +100,7 @@ class TopKTargets:
         if self.outside == "renormalize":
             # Not full_like: compiled by torch 2.13, some readers of the result get its constant at the k ids too.
             return teacher_logp_RV.clamp(max=-torch.inf).scatter(1, ids_RK, logp_RK.log_softmax(-1))
-        return TopKRows(ids_RK, logp_RK, rest(teacher_logp_RV, ids_RK))
+        return TopKRows(ids_RK, logp_RK, rest(teacher_logp_RV, ids_RK) if self.outside == "tail" else None)
 
 
 class SampledTargets:
@@ -136,13 +144,14 @@ _DEFINED: dict[TargetKind, str] = {
     "tail": 'f-divergences at temperature 1 (ForwardKL, ReverseKL, JensenShannon, ...), or outside="renormalize"',
     "sampled": "sums over ids at temperature 1 (ForwardKL, ReverseKL, JensenShannon, ...)",
     "renormalized": 'those that are finite where the teacher gives no probability (ForwardKL, JensenShannon, ...), or outside="tail"',
+    "ignored": "all that compare distributions over ids",
 }
 
 
 def target_problem(divergence: Divergence, kind: TargetKind) -> str | None:
     """Return why a divergence is not defined on targets of a kind; None if it is."""
-    if kind == "renormalized" and not getattr(divergence, "of_text", False):
-        is_finite = covers_extra_ids(divergence)
+    if kind in ("renormalized", "ignored") and not getattr(divergence, "of_text", False):
+        is_finite = kind == "ignored" or covers_extra_ids(divergence)
         return None if is_finite else "it is infinite where the student alone gives an id probability"
     own = getattr(divergence, "target_problem", None)
     return own(kind) if own else "it does not say that it is defined there (`target_problem`)"
@@ -175,7 +184,7 @@ def sparse_value_and_gradient(divergence: Divergence, s_RV: Tensor, rows: Sparse
         return own(divergence, s_RV)
     if isinstance(divergence, OnSharedIds):
         return divergence.restricted(s_RV, lambda s: sparse_value_and_gradient(divergence.__wrapped__, s, rows))
-    kind: TargetKind = "sampled" if isinstance(rows, SampledRows) else "tail"
+    kind: TargetKind = "sampled" if isinstance(rows, SampledRows) else "ignored" if rows.tail_R is None else "tail"
     if problem := target_problem(divergence, kind):  # of a teacher of one's own: nobody could ask before it answered
         raise ConfigError(
             f"the teacher's {type(rows).__name__} cannot serve {divergence_name(divergence)}: {problem}; allowed are {_DEFINED[kind]}"
@@ -185,6 +194,12 @@ def sparse_value_and_gradient(divergence: Divergence, s_RV: Tensor, rows: Sparse
         terms_RK, slopes_RK = getattr(divergence, "terms")(s_RK, rows.logp_RK)  # noqa: B009 - see target_problem
         slopes_RV = torch.zeros_like(s_RV).scatter_add_(1, rows.ids_RK, rows.weights_RK * slopes_RK)
         return (rows.weights_RK * terms_RK).sum(-1), slopes_RV
+    if rows.tail_R is None:
+        # An id that the teacher excludes has no place among the k.
+        s_RK = s_RK.masked_fill(rows.logp_RK == -torch.inf, -torch.inf).log_softmax(-1)
+        values_R, slopes = value_and_gradient(divergence, s_RK, rows.logp_RK.log_softmax(-1))
+        slopes = slopes - s_RK.exp() * slopes.sum(-1, keepdim=True)
+        return values_R, torch.zeros_like(s_RV).scatter_(1, rows.ids_RK, slopes)
     student_tail_R = rest(s_RV, rows.ids_RK)
     coarse = [
         torch.cat([one, tail[:, None]], dim=1) for one, tail in ((s_RK, student_tail_R), (rows.logp_RK, rows.tail_R))

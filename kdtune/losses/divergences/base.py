@@ -20,8 +20,9 @@ from kdtune.errors import ConfigError
 # Ids per part of `most_likely`'s first pass.
 _PART = 8192
 
-TargetKind = Literal["tail", "sampled", "renormalized"]
-"""What is known of a teacher's distribution: its top k ids and a bucket for the rest; ids drawn from it; the top k alone."""
+TargetKind = Literal["tail", "sampled", "renormalized", "ignored"]
+"""What a loss sees of a teacher's distribution: its top k ids and a bucket for the rest; ids drawn from it; the top k, with the student's
+probability of others to be unlearned, or ignored."""
 
 
 class TemperedDivergence:

@@ -25,11 +25,12 @@ from kdtune.data.batch import mover
 from kdtune.distributed import World
 from kdtune.errors import ConfigError, DataError, KDTuneError
 from kdtune.losses import PendingSignal, Signal
+from kdtune.losses.sparse import Outside
 from kdtune.models import OutputHead, Transformer
 from kdtune.paths import PathText
 from kdtune.teachers.cache.checks import fitted_dataset
 from kdtune.teachers.cache.format import Cache
-from kdtune.teachers.cache.signals import Outside, loss_problem, stored_signal
+from kdtune.teachers.cache.signals import loss_problem, stored_signal
 from kdtune.teachers.protocol import ConfiguredTeacher, Teacher, TeacherOfStudent
 from kdtune.tokenizers import Tokenizer
 
@@ -48,7 +49,7 @@ class CachedTeacher:
     Args:
         path: folder of the cache.
         outside: of kind topk, what becomes of the ids that it does not keep: "tail", one id more that has the probability of all of
-            them, or "renormalize", none has any; see `kdtune.losses.TopKTargets`.
+            them; "renormalize", none has any; or "ignore": see `kdtune.losses.TopKTargets`.
         validation: teacher of `dataset_val`: the folder of another cache, or a component such as `kdtune.teachers.LiveTeacher`; None:
             the validation measures the cross entropy alone.
     """

@@ -5,17 +5,15 @@ Shapes: N stored positions of a micro-batch, B batch, S sequence, K ids kept of 
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from kdtune.losses import HiddenSignal, SampledSignal, Signal, TextSignal, TopKSignal, divergence_name, divergence_of
-from kdtune.losses.sparse import target_problem
+from kdtune.losses.sparse import KIND_OF, Outside, target_problem
 from kdtune.models import OutputHead
 from kdtune.teachers.cache.header import Header
 from kdtune.teachers.cache.kinds import KINDS, Kind
-
-Outside: TypeAlias = Literal["tail", "renormalize"]
 
 
 def stored_signal(
@@ -58,8 +56,8 @@ def stored_signal(
         if header.exponent != 1:
             log_weights = log_weights + columns["log_normalizer"][:, None]
         return SampledSignal(ids, logp, spread(log_weights.exp() / logp.shape[-1]), header.vocab_size)
-    if outside == "renormalize":
-        return TopKSignal(ids, logp * header.temperature, header.vocab_size)
+    if outside != "tail":
+        return TopKSignal(ids, logp * header.temperature, header.vocab_size, outside)
     return TopKSignal(ids, logp, header.vocab_size, "tail", spread(columns["log_tail"]))
 
 
@@ -77,7 +75,7 @@ def kind_problem(kind: Kind, kd_loss: Any, outside: Outside = "tail") -> str | N
         return "it needs the probability of the text's own tokens"
     if kind == "sampled":
         return target_problem(divergence_of(kd_loss), "sampled")
-    return target_problem(divergence_of(kd_loss), "tail" if outside == "tail" else "renormalized")
+    return target_problem(divergence_of(kd_loss), KIND_OF[outside])
 
 
 def able_kinds(kd_loss: Any) -> list[str]:
@@ -86,8 +84,10 @@ def able_kinds(kd_loss: Any) -> list[str]:
     for kind in KINDS:
         if kind_problem(kind, kd_loss) is None:
             found.append(f"kind={kind}")
-        elif kind == "topk" and kind_problem(kind, kd_loss, "renormalize") is None:
-            found.append('kind=topk with outside="renormalize"')
+        elif kind == "topk":
+            others: tuple[Outside, ...] = ("renormalize", "ignore")
+            able = [one for one in others if kind_problem(kind, kd_loss, one) is None]
+            found += [f'kind=topk with outside="{one}"' for one in able[:1]]
     return found
 
 
@@ -97,7 +97,7 @@ def loss_problem(header: Header, kd_loss: Any, outside: Outside) -> str | None:
     if problem is None and header.kind == "topk" and outside == "tail" and header.temperature != 1:
         return (
             f"its log-probabilities, and that of all other ids together, are at temperature {header.temperature:g}, and only those at 1 "
-            'make a tail; capture with temperature=1, or outside="renormalize"'
+            'make a tail; capture with temperature=1, or outside="renormalize" or "ignore"'
         )
     if problem is None:
         return None

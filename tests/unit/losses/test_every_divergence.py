@@ -220,6 +220,20 @@ def test_fused_with_renormalized_top_k(case: Case, dtype: torch.dtype) -> None:
     assert_fused(case, b, lambda logq: case.exact(logq, p).sum(), loss_fn)
 
 
+@pytest.mark.parametrize("kind", ["hidden", "top k"])
+@each
+def test_fused_with_top_k_alone(case: Case, kind: str) -> None:
+    """Both distributions over the teacher's k ids, the student's renormalized too: defined for every divergence."""
+    b = batch(torch.float32, kind)
+    if isinstance(b.signal, TopKSignal):
+        b.signal = dataclasses.replace(b.signal, outside="ignore", log_tail_BS=None)
+    ids = b.teacher_logp.topk(K).indices
+    targets = TopKTargets(K, "ignore") if kind == "hidden" else None
+    loss_fn = KDLoss(case.divergence, kd_ratio=1.0, chunk_size=4, teacher_targets=targets)
+    p = b.teacher_logp.gather(-1, ids).log_softmax(-1)
+    assert_fused(case, b, lambda logq: case.exact(logq.gather(-1, ids).log_softmax(-1), p).sum(), loss_fn)
+
+
 def drawn(b: Batch, samples: int, exponent: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, log-probabilities and weights for all positions of a batch."""
     r = (exponent * b.teacher_logp).softmax(-1)
@@ -277,6 +291,7 @@ def test_what_is_not_defined_on_sparse_targets_is_refused(case: Case) -> None:
         (TopKTargets(K), case.tail),
         (SampledTargets(K), case.sampled),
         (TopKTargets(K, "renormalize"), case.renormalized),
+        (TopKTargets(K, "ignore"), True),
     ):
         if is_defined:
             KDLoss(case.divergence, teacher_targets=targets)

@@ -143,6 +143,19 @@ def test_top_k_renormalized_at_any_temperature(temperature: float) -> None:
     check(loss_of(signal, ForwardKL(2.0), POSITIONS), brute(value, POSITIONS))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_top_k_alone_at_any_temperature(temperature: float) -> None:
+    signal, columns, _, exact = stored("topk", outside="ignore", temperature=temperature)
+    ids = columns["ids"].long()
+    t = exact.gather(1, ids).log_softmax(-1)
+
+    def value(s: Tensor) -> Tensor:
+        s = s.gather(1, ids).log_softmax(-1)
+        return (s.exp() * (s - t)).sum(-1)
+
+    check(loss_of(signal, ReverseKL(), POSITIONS), brute(value, POSITIONS))
+
+
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 def test_draws_with_their_weights(exponent: float) -> None:
     signal, columns, _, exact = stored("sampled", exponent=exponent)
@@ -171,7 +184,7 @@ def test_the_text_alone() -> None:
         (ForwardKL(), ["kind=hidden", "kind=topk", "kind=sampled"]),
         (ForwardKL(2.0), ["kind=hidden", 'kind=topk with outside="renormalize"']),
         (JensenShannon(), ["kind=hidden", "kind=topk", "kind=sampled"]),
-        (AdaptiveKL(), ["kind=hidden"]),
+        (AdaptiveKL(), ["kind=hidden", 'kind=topk with outside="ignore"']),
         (ALM(), ["kind=hidden", "kind=path"]),
     ],
 )
