@@ -22,8 +22,8 @@ _FOUND = {
 }
 _LOSSES = [
     "ForwardKL", "ReverseKL", "SymmetricKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL", "AdaptiveKL",
-    "AlphaBeta", "ConcreteScore", "ArgMaxCrossEntropy", "Mixture", "TAID", "WeightedSum", "SampledReverseKL", "ULD",
-    "HybridULD", "ALM", "HiddenStateLoss", "TopKTargets", "SampledTargets",
+    "AlphaBeta", "ConcreteScore", "ArgMaxCrossEntropy", "Mixture", "TAID", "WeightedSum", "BySource", "SampledReverseKL",
+    "ULD", "HybridULD", "ALM", "HiddenStateLoss", "TopKTargets", "SampledTargets",
 ]  # fmt: skip
 _LISTED = {
     "adapters": ["kdtune.models.apply_lora"],
@@ -34,7 +34,10 @@ _LISTED = {
     "parallelism": ["kdtune.distributed.Parallelism"],
     "profilers": ["kdtune.training.Profiler"],
     "rollouts": [
-        *(f"kdtune.rollouts.{name}" for name in ("Rollouts", "Share", "DistiLLMSchedule", "PolicyGradient", "Guards")),
+        *(
+            f"kdtune.rollouts.{name}"
+            for name in ("Rollouts", "Share", "DistiLLMSchedule", "Pairs", "PolicyGradient", "Guards")
+        ),
         "kdtune.generation.Speculation",
     ],
     "teachers": [
@@ -47,8 +50,8 @@ _MORE = {
     "are for a teacher with another tokenizer, HiddenStateLoss for `hidden_loss`, and the last two for `teacher_targets`.",
     "optimizers": "Any other optimizer whose step needs no closure serves too, such as torchao.optim.AdamW8bit.",
     "schedules": "Any class of torch.optim.lr_scheduler that goes by the number of steps serves too.",
-    "rollouts": "Rollouts is for the key `rollouts`, the others for its arguments `policy` (Share, DistiLLMSchedule), `policy_gradient`,\n"
-    "`speculation` and `guards`.",
+    "rollouts": "Rollouts is for the key `rollouts`, the others for its arguments `policy` (Share, DistiLLMSchedule, Pairs),\n"
+    "`policy_gradient`, `speculation` and `guards`.",
     "teachers": "For the key `teacher`, in place of teacher_checkpointer and teacher_model.",
 }
 _GIVEN = ("tokenizer", "params", "optimizer", "num_training_steps", "model", "log_dir")

@@ -15,7 +15,7 @@ from .divergences.arg_max import ArgMaxCrossEntropy
 from .divergences.concrete_score import ConcreteScore
 from .divergences.jensen_shannon import JensenShannon, TotalVariation
 from .divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, SymmetricKL, forward_kl
-from .divergences.mixture import Mixture, WeightedSum
+from .divergences.mixture import BySource, Mixture, WeightedSum
 from .divergences.taid import TAID
 from .heads import Head, check_head
 from .hidden_states import HiddenStateLoss
@@ -35,6 +35,7 @@ __all__ = [
     "Alignment",
     "AlphaBeta",
     "ArgMaxCrossEntropy",
+    "BySource",
     "ConcreteScore",
     "CrossEntropyLoss",
     "DenseSignal",

@@ -18,7 +18,7 @@ Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _TOKENS, _IDS = 3, 4096
 
 # What a divergence may have beside its call.
-_BESIDE = ("value_and_gradient", "terms", "target_problem", "temperature", "name")
+_BESIDE = ("value_and_gradient", "terms", "target_problem", "temperature", "name", "for_text")
 
 
 def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
@@ -39,6 +39,10 @@ def check_divergence(kd_loss: Any, key: str = "kd_loss") -> None:
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     if getattr(divergence, "of_text", False):  # of likelihoods, not of distributions
+        return
+    if hasattr(divergence, "for_text"):
+        for is_own_text, name in ((False, "teacher"), (True, "student")):
+            check_divergence(divergence_for(divergence, is_own_text=is_own_text), f"{key}.{name}")
         return
     name = f"{key}: the divergence {_name(divergence)}"
     student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
@@ -93,6 +97,26 @@ def divergence_of(kd_loss: Any) -> Divergence:
         f"{_name(type(kd_loss))} has no divergence; allowed is a function (student_logp, teacher_logp) -> one value a token, "
         "such as kdtune.losses.ForwardKL, or an object with one as its attribute `divergence`"
     )
+
+
+def divergence_for(divergence: Divergence, *, is_own_text: bool) -> Divergence:
+    """Return the divergence for text that the student has written, or for another's: another one of `kdtune.losses.BySource` alone."""
+    choose: Callable[[bool], Divergence] | None = getattr(divergence, "for_text", None)
+    return divergence if choose is None else choose(is_own_text)
+
+
+def part_of(kd_loss: Any, whole: str) -> Divergence:
+    """Return the divergence of a component that is part of another, `whole` by name.
+
+    Raises:
+        ConfigError: as `divergence_of`; or it depends on who has written the text, which a part is not told.
+    """
+    divergence = divergence_of(kd_loss)
+    if hasattr(divergence, "for_text"):
+        raise ConfigError(
+            f"{whole}: {_name(divergence)} chooses by who has written the text, and must be the whole kd_loss; a part may be any other"
+        )
+    return divergence
 
 
 class OfObject:
@@ -191,6 +215,9 @@ def covers_extra_ids(divergence: Divergence, *, of_teacher: bool = False) -> boo
     """
     if is_of_text(divergence):  # no other ids than the text's
         return True
+    if hasattr(divergence, "for_text"):
+        both = (divergence_for(divergence, is_own_text=is_own_text) for is_own_text in (False, True))
+        return all(covers_extra_ids(one, of_teacher=of_teacher) for one in both)
     student, teacher = _few_tokens(), _few_tokens(of_teacher=True)
     (student if of_teacher else teacher)[:, -1] = -torch.inf
     try:

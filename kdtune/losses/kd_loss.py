@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kdtune.errors import ConfigError
-from kdtune.losses.contract import Divergence, OnSharedIds, divergence_of, is_of_text, over_student_ids
+from kdtune.losses.contract import Divergence, OnSharedIds, divergence_for, divergence_of, is_of_text, over_student_ids
 from kdtune.losses.divergences.kl import ForwardKL
 from kdtune.losses.heads import Projection, project
 from kdtune.losses.signal import HiddenSignal, PendingSignal, SampledSignal, Signal, TextSignal
@@ -87,7 +87,7 @@ class KDLoss:
         self.compile = compile
         self._compiled: dict[str, Compare] = {}  # by device type
         check_targets(self.divergence, teacher_targets)
-        self._over: dict[tuple[int, int, bool], Divergence] = {}
+        self._over: dict[tuple[int, int, bool, bool], Divergence] = {}
 
     def __call__(
         self, hidden: Any, output: nn.Module, signal: Signal | None, targets: Targets | Tensor
@@ -167,7 +167,7 @@ class KDLoss:
             positions_N=targets.positions_N,
             labels_N=targets.labels_N,
             teacher=teacher,
-            divergence=self._divergence_over(student.vocab_size, num_shared, signal),
+            divergence=self._divergence_over(student.vocab_size, num_shared, signal, targets.is_own_text),
             kd_ratio=self.kd_ratio,
             chunk_size=self.chunk_size,
             weights_N=targets.weights_N,
@@ -263,14 +263,17 @@ class KDLoss:
             )
         return teacher
 
-    def _divergence_over(self, vocab_size: int, num_shared: int, signal: Signal | None) -> Divergence:
+    def _divergence_over(
+        self, vocab_size: int, num_shared: int, signal: Signal | None, is_own_text: bool
+    ) -> Divergence:
         """Return `over_student_ids`, cached; of draws, over the shared ids if an estimate from them would lack the others."""
         is_drawn = getattr(self.teacher_targets, "kind", None) == "sampled" or isinstance(signal, SampledSignal)
-        key = (vocab_size, num_shared, is_drawn)
+        key = (vocab_size, num_shared, is_drawn, is_own_text)
         if key not in self._over:
-            self._over[key] = over_student_ids(self.divergence, vocab_size, num_shared)
-            if is_drawn and num_shared < vocab_size and misses_extra_ids(self.divergence):
-                self._over[key] = OnSharedIds(self.divergence, num_shared)
+            divergence = divergence_for(self.divergence, is_own_text=is_own_text)
+            self._over[key] = over_student_ids(divergence, vocab_size, num_shared)
+            if is_drawn and num_shared < vocab_size and misses_extra_ids(divergence):
+                self._over[key] = OnSharedIds(divergence, num_shared)
         return self._over[key]
 
 

@@ -12,6 +12,7 @@ from kdtune.losses.divergences.arg_max import ArgMaxCrossEntropy
 from kdtune.losses.divergences.concrete_score import ConcreteScore
 from kdtune.losses.divergences.jensen_shannon import JensenShannon
 from kdtune.losses.divergences.kl import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from kdtune.losses.divergences.mixture import BySource
 
 
 def torchtune() -> ForwardKL:
@@ -45,6 +46,20 @@ def distillm(direction: Literal["forward", "reverse"] = "reverse", alpha: float 
         alpha: share of the one that is mixed into the other.
     """
     return SkewReverseKL(alpha) if direction == "reverse" else SkewForwardKL(alpha)
+
+
+def distillm2(alpha: float = 0.1, detach_mixture: bool = True) -> BySource:
+    """Skew KL on the teacher's text, skew reverse KL on the student's: DistiLLM-2 (arXiv 2503.07067), with kd_ratio 1.
+
+    Not in a loss: the pairs of texts and their weights (`kdtune.rollouts.Pairs`, docs/regimes.md). Not repeated: the mean of a
+    text's tokens before the mean of texts, for a step is divided by its tokens; and an alpha of each text, which goes by a statistic that
+    the authors' code reads and never writes, so that it trains at the fixed one.
+
+    Args:
+        alpha: share of the one that is mixed into the other.
+        detach_mixture: no gradient through the mixture of the skew reverse KL, as in the authors' code.
+    """
+    return BySource(SkewForwardKL(alpha), SkewReverseKL(alpha, detach_mixture))
 
 
 def akl(head_mass: float = 0.5) -> AdaptiveKL:

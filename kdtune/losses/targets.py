@@ -37,6 +37,8 @@ class Targets:
     watched_M: Tensor | None = None
     """int64 indices of some of these N, at which both models' most likely ids are compared, in text that a model has written; None: the
     text is not watched."""
+    is_own_text: bool = False
+    """The student has written all of the text; see `kdtune.losses.BySource`."""
     alignment: "Alignment | None" = None
     """Where the teacher reads the same text in tokens of its own; None: it reads these."""
 

@@ -1,5 +1,5 @@
 from .buffer import Buffer
-from .policy import DistiLLMSchedule, Policy, Share
+from .policy import DistiLLMSchedule, Pairs, Policy, Share
 from .policy_gradient import PolicyGradient
 from .record import Prompt, Rollout, check_prompts, prompts_of_dataset, random_seed
 from .rollouts import Rollouts
@@ -11,6 +11,7 @@ __all__ = [
     "Buffer",
     "DistiLLMSchedule",
     "Guards",
+    "Pairs",
     "Policy",
     "PolicyGradient",
     "Prompt",

@@ -11,6 +11,7 @@ from kdtune.errors import ConfigError
 from kdtune.rollouts.record import Rollout
 
 _NUMBERS = ("prompt_length", "is_finished", "step", "key")
+_OF_TOKENS = ("log_probs", "teacher_log_probs")
 
 
 class Buffer:
@@ -65,9 +66,10 @@ class Buffer:
             "sources": [one.source for one in ours],
             "routes": [one.route for one in ours],
         }
-        log_probs = [one.log_probs for one in ours if one.log_probs is not None]
-        if len(log_probs) == len(ours):
-            found["log_probs"] = torch.from_numpy(np.concatenate(log_probs))
+        for name in _OF_TOKENS:
+            values = [value for one in ours if (value := getattr(one, name)) is not None]
+            if len(values) == len(ours):
+                found[name] = torch.from_numpy(np.concatenate(values))
         targets = [one.target for one in ours if one.target is not None]
         if len(targets) == len(ours):
             found["targets"] = torch.cat(targets)
@@ -85,11 +87,9 @@ class Buffer:
             values = dict(zip(_NUMBERS, numbers, strict=True)) | {"is_finished": bool(numbers[1])}
             self.rollouts.append(Rollout(text.numpy().astype(np.int64), source=source, route=route, **values))
         sizes = [one.answer_length for one in self.rollouts]
-        if "log_probs" in state_dict:
-            found = state_dict["log_probs"].split(sizes)
-            self.rollouts = [
-                replace(one, log_probs=part.numpy()) for one, part in zip(self.rollouts, found, strict=True)
-            ]
+        for name in (name for name in _OF_TOKENS if name in state_dict):
+            found = zip(self.rollouts, state_dict[name].split(sizes), strict=True)
+            self.rollouts = [replace(one, **{name: part.numpy()}) for one, part in found]
         if "targets" in state_dict:
             found = state_dict["targets"].split(sizes)
             self.rollouts = [replace(one, target=part.clone()) for one, part in zip(self.rollouts, found, strict=True)]

@@ -36,7 +36,11 @@ def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
             f"kd_ratio={cfg.kd_ratio}: on the student's own text there is no cross entropy, and rollouts.policy has no other text; set "
             "kd_ratio=1, give a share to the data, or give rollouts.policy_gradient"
         )
-    if rollouts.policy_gradient is not None and (not 0 < cfg.kd_ratio < 1 or sources - {"dataset", "student", "mixed"}):
+    if rollouts.policy_gradient is not None and hasattr(rollouts.policy, "weights"):
+        yield "rollouts.policy_gradient: is not defined for pairs of texts; ~rollouts.policy_gradient, or another rollouts.policy"
+    if rollouts.policy_gradient is not None and (
+        not 0 < cfg.kd_ratio < 1 or sources - {"dataset", "student", "mixed", "replay"}
+    ):
         yield (
             f"rollouts.policy_gradient: needs kd_ratio between 0 and 1 (found {cfg.kd_ratio}), and of models' texts only the student's "
             f"(the policy has: {', '.join(sorted(sources))})"
@@ -45,6 +49,8 @@ def _loss_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
         kd_loss = instantiate(cfg.kd_loss)
     except KDTuneError:  # said elsewhere
         return
+    if hasattr(kd_loss, "for_text") and not sources & {"student", *OF_BOTH}:
+        yield "kd_loss: has a divergence for the student's own text, which rollouts.policy never has; give it a share, or the other alone"
     needs_samples = {
         "rollouts.policy_gradient": rollouts.policy_gradient is not None,
         "kd_loss": hasattr(kd_loss, "text_problem"),

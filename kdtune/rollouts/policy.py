@@ -19,8 +19,8 @@ class Policy(Protocol):
     def sources(self) -> frozenset[str]:
         """All that it may choose."""
 
-    def source(self, draw: float, progress: float, *, is_full: bool) -> Source:
-        """Return the source of a step.
+    def source(self, draw: float, progress: float, *, is_full: bool) -> Source | tuple[Source, ...]:
+        """Return the source of a step, or several: a text of each after every prompt, as `Pairs` has it.
 
         Args:
             draw: random number of the step, uniform in [0, 1), equal on all processes.
@@ -47,21 +47,28 @@ class Share:
         mixed: probability that both write it: each token is drawn from the mixture of their distributions, with the share
             `teacher_share` of `kdtune.rollouts.Rollouts` (MiniLLM, arXiv 2306.08543).
         speculative: probability that the student drafts it and the teacher corrects it (arXiv 2410.11325).
+        replay: probability that earlier texts from the buffer are learned from again; 3/4, with 1/4 of another: each text four times
+            on average.
 
     Raises:
-        ConfigError: one is negative, their sum is above 1, or all are 0.
+        ConfigError: one is negative, their sum is above 1, or no model writes.
     """
 
     def __init__(
-        self, student: float = 0.0, teacher: float = 0.0, mixed: float = 0.0, speculative: float = 0.0
+        self,
+        student: float = 0.0,
+        teacher: float = 0.0,
+        mixed: float = 0.0,
+        speculative: float = 0.0,
+        replay: float = 0.0,
     ) -> None:
         self._shares: dict[Source, float] = {
-            "student": student, "teacher": teacher, "mixed": mixed, "speculative": speculative,
+            "student": student, "teacher": teacher, "mixed": mixed, "speculative": speculative, "replay": replay,
         }  # fmt: skip
         given, total = ", ".join(f"{name}={share}" for name, share in self._shares.items()), sum(self._shares.values())
         if min(self._shares.values()) < 0 or total > 1 + _ROUNDING:
             raise ConfigError(f"{given}: shares of the steps, from 0 to 1 together")
-        if total == 0:
+        if total == replay:
             raise ConfigError(f"{given}: no step has a text of a model; give a share, or leave out rollouts")
 
     @property
@@ -84,6 +91,63 @@ class Share:
 
     def state_dict(self) -> dict[str, float]:
         """Return {}: the draws depend on seed and step alone."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+class Pairs:
+    """Two texts after each prompt of every step: one that the student writes, and another's (DistiLLM-2, arXiv 2503.07067).
+
+    For `kdtune.losses.BySource`, such as `kdtune.losses.presets.distillm2`, which has a divergence for each of the two. The losses of the
+    student's text have the weight b, those of the other 2 - b; a step is divided by the number of all of its targets.
+
+    Args:
+        beside: who has written the other text: "teacher", now; or "dataset": it is the data's answer, such as one that the teacher has
+            written once (`kdtune run write_answers`), as in the paper.
+        student_weight: b at first, above 0 and below 2.
+        final_weight: what b rises to, linearly over the first half of the training, 1.5 in the paper; None: it stays, as in the
+            authors' code.
+
+    Raises:
+        ConfigError: a weight is out of range.
+    """
+
+    def __init__(
+        self,
+        beside: Literal["teacher", "dataset"] = "teacher",
+        student_weight: float = 1.0,
+        final_weight: float | None = None,
+    ) -> None:
+        if beside not in ("teacher", "dataset"):
+            raise ConfigError(f"beside={beside}: must be teacher or dataset")
+        self._beside, self._first = beside, student_weight
+        self._last = student_weight if final_weight is None else final_weight
+        if not (0 < self._first < 2 and 0 < self._last < 2):
+            raise ConfigError(
+                f"student_weight={student_weight}, final_weight={final_weight}: must be above 0 and below 2, which the two texts share"
+            )
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Both."""
+        return frozenset({self._beside, "student"})
+
+    def source(self, draw: float, progress: float, *, is_full: bool) -> tuple[Source, ...]:
+        """Return both, whatever the draw; see `Policy.source`."""
+        return self._beside, "student"
+
+    def weights(self, progress: float) -> dict[Source, float]:
+        """Return the factor of the losses of each source's text at a share of the training's steps."""
+        student = self._first + (self._last - self._first) * min(1.0, 2 * progress)
+        return {self._beside: 2 - student, "student": student}
+
+    def after_validation(self, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return {}: the weights depend on the step alone."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

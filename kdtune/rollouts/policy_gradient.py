@@ -23,7 +23,13 @@ class PolicyGradient:
     `kdtune.losses.ReverseKL`. Both have the weight kd_ratio, which must be below 1; only the data's text has cross entropy.
 
     With gamma 1, `normalizes_length`, `whitens` and `reward_clip` off and `reward_scale` 1, single steps and policy gradient together are
-    the gradient of the reverse KL between the models' distributions of whole texts. One step is made on each text.
+    the gradient of the reverse KL between the models' distributions of whole texts.
+
+    A text from the buffer (the share `replay` of `kdtune.rollouts.Share`; MiniLLM makes four passes over its texts) was written by the
+    student of some steps ago. With rho_t the ratio of its probability of y_t now and then, the objective is PPO's,
+    min(rho A, clip(rho, 1 - c, 1 + c) A) (arXiv 1707.06347): the factor rho, and no gradient where it is already further from 1 than
+    `ratio_clip` in the direction of the advantage. Advantages are those of then; a new text has the ratio 1. MiniLLM's code clips the
+    product of the ratio and the weights of mixed text; here these are a factor outside, so that a first pass is the gradient itself.
 
     Args:
         gamma: discount of later tokens' rewards.
@@ -32,6 +38,7 @@ class PolicyGradient:
         normalizes_length: divide R_t by the number of rewards in it.
         includes_current: count r_t in R_t too, as the paper's code does; the single-step term has it already.
         whitens: subtract the mean of all tokens of the step and divide by their standard deviation.
+        ratio_clip: c, above 0; None: no bound.
 
     Raises:
         ConfigError: a number is out of range.
@@ -46,13 +53,15 @@ class PolicyGradient:
         normalizes_length: bool = True,
         includes_current: bool = False,
         whitens: bool = True,
+        ratio_clip: float | None = 0.2,
     ) -> None:
-        if not 0 <= gamma <= 1 or reward_scale <= 0 or (reward_clip is not None and reward_clip <= 0):
+        bounds = [one for one in (reward_clip, ratio_clip) if one is not None]
+        if not 0 <= gamma <= 1 or min(reward_scale, *bounds) <= 0:
             raise ConfigError(
-                f"gamma={gamma}, reward_scale={reward_scale}, reward_clip={reward_clip}: gamma must lie between 0 and 1, the others above "
-                "0 (reward_clip=null: no bound)"
+                f"gamma={gamma}, reward_scale={reward_scale}, reward_clip={reward_clip}, ratio_clip={ratio_clip}: gamma must lie between 0 "
+                "and 1, the others above 0 (reward_clip=null, ratio_clip=null: no bound)"
             )
-        self.gamma, self.reward_scale, self.reward_clip = gamma, reward_scale, reward_clip
+        self.gamma, self.reward_scale, self.reward_clip, self.ratio_clip = gamma, reward_scale, reward_clip, ratio_clip
         self.normalizes_length, self.includes_current, self.whitens = normalizes_length, includes_current, whitens
 
     def advantages(self, rollouts: Sequence[Rollout]) -> list[FloatArray]:
@@ -63,6 +72,17 @@ class PolicyGradient:
         every = np.concatenate(returns)
         # Equal returns, such as of one token, say nothing: an advantage of 0.
         return [(one - every.mean()) / max(float(every.std()), 1e-8) for one in returns]
+
+    def replayed(self, advantages: FloatArray, log_ratios: FloatArray) -> FloatArray:
+        """Return what the gradients of log q now are multiplied by, [A], in place of the advantages [A].
+
+        log_ratios: [A], log q of the tokens now less that of when they were written.
+        """
+        ratios = np.exp(log_ratios)
+        if self.ratio_clip is None:
+            return advantages * ratios
+        is_beyond = np.where(advantages > 0, ratios > 1 + self.ratio_clip, ratios < 1 - self.ratio_clip)
+        return advantages * ratios * ~is_beyond
 
     def _returns(self, rollout: Rollout) -> FloatArray:
         if rollout.log_probs is None or rollout.teacher_log_probs is None:

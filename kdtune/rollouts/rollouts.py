@@ -33,9 +33,10 @@ from kdtune.models.flops import ModelFlops
 from kdtune.rollouts.buffer import Buffer
 from kdtune.rollouts.checks import OF_BOTH, config_problems
 from kdtune.rollouts.policy import Policy, Source
-from kdtune.rollouts.policy_gradient import PolicyGradient, importance_weights
+from kdtune.rollouts.policy_gradient import FloatArray, PolicyGradient, importance_weights
 from kdtune.rollouts.record import Prompt, Rollout, prompts_of, random_seed
-from kdtune.rollouts.watch import Guards, describe, watched_means, watched_targets
+from kdtune.rollouts.watch import Guards, describe, watched, watched_means, watched_targets
+from kdtune.rollouts.weights import log_ratios, weighted, with_class_weights
 from kdtune.tensor_types import is_fsdp_module
 
 
@@ -105,6 +106,7 @@ class Rollouts:
         self.buffer, self.keep_targets = Buffer(buffer_size, max_staleness), keep_targets
         self.policy_gradient, self.guards = policy_gradient, Guards() if guards is None else guards
         self.metrics: dict[str, float] = {}
+        self._num_shown = 0
 
     def problems(self, cfg: Any) -> list[str]:
         """Return why a distillation config cannot have these texts, one sentence each; read no weights and no rows."""
@@ -146,41 +148,56 @@ class Rollouts:
         """
         since = time.perf_counter()
         self.buffer.drop_stale(step.number)
-        source, self._has_no_class_loss, self._flops = self._source(step.number), False, 0
+        sources, self._has_no_class_loss, self._flops = self._sources(step.number), False, 0
         self.metrics = {f"policy_{name}": value for name, value in self.policy.state_dict().items()}
-        self.metrics["rollout_share"] = float(source != "dataset")
-        self._is_teachers_text = source == "teacher"
-        if source == "dataset":
-            return list(step.batches)
-        if source == "replay":
+        self.metrics["rollout_share"] = 1 - sources.count("dataset") / len(sources)
+        self._is_teachers_text = sources == ("teacher",)
+        weights_at = getattr(self.policy, "weights", None)
+        self._weights = {} if weights_at is None else weights_at(step.number / self._num_steps)
+        of_data = [weighted(one, self._weights.get("dataset")) for one in step.batches if "dataset" in sources]
+        if set(sources) == {"dataset"}:
+            return of_data
+        if "replay" in sources:
             (count,) = self._world.sum(
                 [sum(bool(batch.prompt_lengths) and len(batch.lengths) for batch in step.batches)]
             )
             rollouts = self.buffer.draw(int(count), random_seed(self._seed, step.number, 1))
         else:
-            rollouts = self._written(step, source)
+            writers = [one for one in sources if one != "dataset"]
+            rollouts = [one for number, writer in enumerate(writers) for one in self._written(step, writer, number)]
         if not rollouts:
             raise DataError(
                 "rollouts: the data set's batches do not say where its prompts end (Batch.prompt_lengths); ~rollouts"
             )
-        self.metrics |= describe(rollouts, step.number)
+        shown = watched(rollouts)
+        self._num_shown = sum(one.answer_length for one in shown)
+        self.metrics |= describe(shown, step.number)
         parts = self._parts(rollouts)
         batches = [self._batch([rollouts[index] for index in part]) for part in parts]
-        if source != "replay":
-            is_drawn = source == "student" and self.sampling.temperature > 0
+        if "replay" not in sources:
+            is_drawn = "student" in sources and self.sampling.temperature > 0
             self.guards.check(self.metrics, is_drawn=is_drawn)
             self.metrics["generated_tokens"] = float(sum(one.answer_length for one in rollouts))
-            if source not in OF_BOTH and (self._keeps_targets or self.policy_gradient is not None):
+            if not {*sources} & {*OF_BOTH} and (self._keeps_targets or self.policy_gradient is not None):
                 batches, rollouts = self._answered(batches, parts, rollouts)
             kept = rollouts if self._keeps_targets else [replace(one, target=None) for one in rollouts]
             self.buffer.push(kept)
-        (self.metrics["rollout_flops"],) = self._world.sum([self._flops])
-        self.metrics["generation_seconds"] = time.perf_counter() - since
         batches = [
             replace(batch, targets=replace(batch.targets, watched_M=watched_M))
             for batch, watched_M in zip(batches, watched_targets(rollouts, parts), strict=True)
         ]
-        return self._with_class_weights(batches, parts, rollouts)
+        has_data = "dataset" in sources
+        self._has_no_class_loss = (
+            0 < self._kd_ratio < 1 and not has_data and all(one.source != "teacher" for one in rollouts)
+        )
+        if 0 < self._kd_ratio < 1:
+            weights = self._class_weights(batches, parts, rollouts, step.number)
+            batches = with_class_weights(
+                batches, parts, weights, torch.promote_types(self._student.dtype, torch.float32)
+            )
+        (self.metrics["rollout_flops"],) = self._world.sum([self._flops])
+        self.metrics["generation_seconds"] = time.perf_counter() - since
+        return [*of_data, *batches]
 
     def described(self, row: Mapping[str, float]) -> dict[str, float]:
         """Return the row of a step's metrics with those of its text.
@@ -188,7 +205,7 @@ class Rollouts:
         Where cross entropy is no part of the loss, on the student's own text, the row has no `class_loss`; what stands there with a policy
         gradient is `policy_gradient_loss`.
         """
-        found = {**watched_means(row), **self.metrics}
+        found = {**watched_means(row, self._num_shown), **self.metrics}
         if self._is_teachers_text:  # over which it would estimate the forward KL, below 0
             found.pop("rollout_log_ratio", None)
         if self._has_no_class_loss and "class_loss" in found:
@@ -222,21 +239,28 @@ class Rollouts:
     def _parts_with_state(self) -> list[tuple[str, Any]]:
         return [("policy", self.policy), ("buffer", self.buffer), ("guards", self.guards)]
 
-    def _source(self, step: int) -> Source:
+    def _sources(self, step: int) -> tuple[Source, ...]:
         draw = np.random.default_rng(random_seed(self._seed, step)).random()
-        source = self.policy.source(draw, step / self._num_steps, is_full=self.buffer.is_full)
-        # All kept texts may have become too old.
-        return "student" if source == "replay" and not self.buffer.rollouts else source
+        found = self.policy.source(draw, step / self._num_steps, is_full=self.buffer.is_full)
+        if found == "replay" and not self.buffer.rollouts:
+            # There is none yet, or all have become too old.
+            writers: tuple[Source, ...] = ("student", "mixed", "speculative", "teacher")
+            found = next((one for one in writers if one in self.policy.sources), "student")
+        return (found,) if isinstance(found, str) else found
 
-    def _written(self, step: Any, source: Source) -> list[Rollout]:
-        """Return the texts after the prompts of all processes' examples, ordered by example: the same on all of them."""
+    def _written(self, step: Any, source: Source, number: int) -> list[Rollout]:
+        """Return the texts after the prompts of all processes' examples, ordered by example: the same on all of them.
+
+        `number` of the step's writers: the draws of the second are not those of the first.
+        """
         prompts = [prompt for batch in step.batches for prompt in prompts_of(batch)]
+        more = (number,) if number else ()
         asked: dict[str, Any] = {
             "prompts": [prompt.ids for prompt in prompts],
             "max_new_tokens": self.max_new_tokens,
             "stop_ids": self._stop_ids,
             "sampling": self.sampling,
-            "seeds": [random_seed(self._seed, step.position[0], prompt.key) for prompt in prompts],
+            "seeds": [random_seed(self._seed, step.position[0], prompt.key, *more) for prompt in prompts],
         }
         ours: dict[str, Any] = {"slots": self.slots, "num_ids": self._num_ids}
         student, teacher = self._student, self._teacher_model
@@ -287,22 +311,32 @@ class Rollouts:
         )
 
     def _parts(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return the indices of the rollouts of each of this process's micro-batches, laid out as the loader lays out examples."""
+        """Return the indices of the rollouts of each of this process's micro-batches, laid out as the loader lays out examples.
+
+        None has both the student's own text and the teacher's, whose divergences may differ.
+        """
         rank, size, every = self._world.dp_rank, self._world.dp_size, self._batch_size
-        if self._max_tokens is not None:
-            lengths = [len(one.tokens) for one in rollouts]
-            parts = cut_by_tokens(lengths, self._max_tokens, num_ranks=size, is_padded=not self._padding_free)
-        else:
-            indices = list(range(len(rollouts)))
-            parts = [indices[start : start + every] for start in range(0, len(indices), every)]
-            parts += [[] for _ in range(-len(parts) % size)]
-        return parts[rank::size]
+        found: list[list[int]] = []
+        for of_teacher in (True, False):
+            indices = [index for index, one in enumerate(rollouts) if (one.source == "teacher") == of_teacher]
+            if self._max_tokens is not None and indices:
+                lengths = [len(rollouts[index].tokens) for index in indices]
+                cut = cut_by_tokens(lengths, self._max_tokens, num_ranks=size, is_padded=not self._padding_free)
+                parts = [[indices[place] for place in part] for part in cut]
+            else:
+                parts = [indices[start : start + every] for start in range(0, len(indices), every)]
+                parts += [[] for _ in range(-len(parts) % size)]
+            found += parts[rank::size]
+        return found
 
     def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
         """Return a micro-batch of some rollouts, with the teacher's signal if it is kept."""
         batch = collate([one.example() for one in rollouts], self._pad_id, padding_free=self._padding_free)
         if not rollouts:
             return batch
+        writer = rollouts[0].source
+        batch = replace(batch, targets=replace(batch.targets, is_own_text=writer != "teacher"))
+        batch = weighted(batch, self._weights.get(writer))
         targets = [one.target for one in rollouts if one.target is not None]
         if len(targets) < len(rollouts):
             return batch
@@ -342,25 +376,21 @@ class Rollouts:
             everyone |= found
         return answered, [replace(one, **everyone[index]) for index, one in enumerate(rollouts)]
 
-    def _with_class_weights(
-        self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
-    ) -> list[Batch]:
-        """Return the batches with the weights of cross entropy: 1 on the teacher's text; on the student's 0, or its advantages."""
-        self._has_no_class_loss = 0 < self._kd_ratio < 1 and all(one.source != "teacher" for one in rollouts)
-        if self._kd_ratio in (0, 1):
-            return list(batches)
-        weights = [np.full(one.answer_length, float(one.source == "teacher")) for one in rollouts]
-        if self.policy_gradient is not None:
-            # Cross entropy has the weight 1 - kd_ratio; this term has that of the divergence.
-            scale = self._kd_ratio / (1 - self._kd_ratio)
-            weights = [
-                scale * advantage * importance_weights(one, self.teacher_share if one.source == "mixed" else 0.0)
-                for advantage, one in zip(self.policy_gradient.advantages(rollouts), rollouts, strict=True)
-            ]
-        dtype, found = torch.promote_types(self._student.dtype, torch.float32), []
-        for batch, part in zip(batches, parts, strict=True):
-            own = np.concatenate([weights[index] for index in part]) if part else np.zeros(0)
-            found.append(
-                replace(batch, targets=replace(batch.targets, class_weights_N=torch.from_numpy(own).to(dtype)))
-            )
-        return found
+    def _class_weights(
+        self, batches: Sequence[Batch], parts: Sequence[Sequence[int]], rollouts: Sequence[Rollout], step: int
+    ) -> list[FloatArray]:
+        """Return the weights [A] of cross entropy of each rollout: 1 on the teacher's text; on the student's 0, or its advantages."""
+        if self.policy_gradient is None:
+            return [np.full(one.answer_length, float(one.source == "teacher")) for one in rollouts]
+        advantages = self.policy_gradient.advantages(rollouts)
+        if any(one.step < step for one in rollouts):
+            for batch in batches:
+                self._count(batch.lengths, len(batch.targets), [self._student])
+            for index, changes in log_ratios(self._student, batches, parts, rollouts, self._world.device).items():
+                advantages[index] = self.policy_gradient.replayed(advantages[index], changes)
+        # Cross entropy has the weight 1 - kd_ratio; this term has that of the divergence.
+        scale = self._kd_ratio / (1 - self._kd_ratio)
+        return [
+            scale * advantage * importance_weights(one, self.teacher_share if one.source == "mixed" else 0.0)
+            for advantage, one in zip(advantages, rollouts, strict=True)
+        ]

@@ -42,36 +42,46 @@ def _repetition(rollout: Rollout) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def watched_targets(rollouts: Sequence[Rollout], parts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return indices, int64, of those targets of each micro-batch that are among a step's 64 at equal distances, or all if it has fewer.
+def watched(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Return the texts of a step that its metrics describe: the student's, which may go wrong, or, without one, the teacher's."""
+    return [one for one in rollouts if one.source != "teacher"] or list(rollouts)
 
-    They depend on the step's texts alone, however these are laid out.
+
+def watched_targets(rollouts: Sequence[Rollout], parts: Sequence[Sequence[int]]) -> list[Tensor | None]:
+    """Return indices, int64, of those targets of each micro-batch that are among 64 at equal distances, or all if there are fewer.
+
+    Of the texts of `watched`; None for a micro-batch of others. They depend on the step's texts alone, however these are laid out.
 
     Args:
         rollouts: the step's, on all processes, ordered.
         parts: which of them each micro-batch has.
     """
-    ends = np.cumsum([one.answer_length for one in rollouts])
-    watched = np.unique(np.arange(NUM_WATCHED) * int(ends[-1]) // NUM_WATCHED)
-    found = []
+    writers = {one.source for one in watched(rollouts)}
+    ends = np.cumsum([one.answer_length if one.source in writers else 0 for one in rollouts])
+    chosen = np.unique(np.arange(NUM_WATCHED) * int(ends[-1]) // NUM_WATCHED)
+    found: list[Tensor | None] = []
     for part in parts:
+        if any(rollouts[index].source not in writers for index in part):
+            found.append(None)
+            continue
         tokens = [np.arange(ends[index] - rollouts[index].answer_length, ends[index]) for index in part]
-        is_watched = np.isin(np.concatenate([np.zeros(0, dtype=np.int64), *tokens]), watched)
-        found.append(torch.from_numpy(np.flatnonzero(is_watched)))
+        is_chosen = np.isin(np.concatenate([np.zeros(0, dtype=np.int64), *tokens]), chosen)
+        found.append(torch.from_numpy(np.flatnonzero(is_chosen)))
     return found
 
 
-def watched_means(row: Mapping[str, float]) -> dict[str, float]:
-    """Return the means of what the loss has added up of watched targets, from a step's row of means over all of its targets.
+def watched_means(row: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    """Return the means of what the loss has added up of watched targets, from a step's `row` of means over all of its targets.
+
+    `num_tokens` are those of the watched texts.
 
     "rollout_log_ratio", log q - log p over all tokens, q the student's probability and p the teacher's: on the student's own text at
     temperature 1 an estimate of the reverse KL. "rollout_overlap", the share of ids that are among the 16 most likely of both
     models, over the 64 tokens of `watched_targets`.
     """
     names = {"log_ratio": "rollout_log_ratio", "overlap": "rollout_overlap"}
-    found = {ours: row[name] for name, ours in names.items() if name in row}
-    if "overlap" in row:
-        found["rollout_overlap"] *= max(1.0, row["num_valid_tokens"] / NUM_WATCHED)
+    counts = {"log_ratio": num_tokens, "overlap": min(num_tokens, NUM_WATCHED)}
+    found = {ours: row[name] * (row["num_valid_tokens"] / counts[name]) for name, ours in names.items() if name in row}
     return {**{name: value for name, value in row.items() if name not in names}, **found}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kdtune.rollouts import random_seed
 
 MEASURED = {"time", "step_seconds", "data_seconds", "generation_seconds", "tokens_per_second", "peak_memory_rss"}
-REGIMES = ("gkd", "on_policy", "seqkd", "distillm", "minillm", "speculative")
+REGIMES = ("gkd", "on_policy", "seqkd", "distillm", "distillm2", "minillm", "speculative")
 RUN = ("run", "knowledge_distillation", "sample_prompts=[]", "max_steps_per_epoch=6", "save_every_n_steps=2",
        "run_val_every_n_steps=2", "dataset_val.split=test[:4]", "optimizer=torch.optim.SGD", "optimizer.lr=0.3",
        "~lr_scheduler", "rollouts.max_new_tokens=8")  # fmt: skip
@@ -50,7 +50,9 @@ def test_the_source_of_each_step(runs: Path) -> None:
         for row in steps(runs / name):
             if row["rollout_share"] == 1.0:
                 assert 1 <= row["rollout_tokens"] <= 8
-                assert row["num_valid_tokens"] == round(row["rollout_tokens"] * 8)
+                # Of a pair, the student's; the teacher's are learned from too.
+                num_targets = row["generated_tokens"] if name == "distillm2" else round(row["rollout_tokens"] * 8)
+                assert row["num_valid_tokens"] == num_targets
                 # Two models: cross entropy on the teacher's text knows of one.
                 assert ("rollout_overlap" in row) == ("rollout_log_ratio" in row) == (name != "seqkd")
                 assert 0 < row.get("rollout_overlap", 0.5) < 1
@@ -134,6 +136,75 @@ def test_texts_do_not_depend_on_batches(
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
+def test_a_pair_is_the_sum_of_its_two_texts(cli: CLI, tmp_path: Path) -> None:
+    """One step: 2 - b times the skew KL on the data's answers, b times the skew reverse KL on the text of an on-policy run."""
+    b, skew_reverse = 0.6, "{_component_: kdtune.losses.SkewReverseKL, detach_mixture: true}"
+    own = {
+        "pair": ("tiny/distillm2", "rollouts.policy.beside=dataset", f"rollouts.policy.student_weight={b}"),
+        "data": ("tiny/distillm2", "~rollouts", "kd_loss=kdtune.losses.SkewForwardKL"),
+        "student": ("tiny/on_policy", f"kd_loss={skew_reverse}"),
+    }
+    sums, counts, watched = {}, {}, {}
+    for name, (config, *more) in own.items():
+        without = [one for one in RUN if name != "data" or not one.startswith("rollouts.")]
+        done = cli(*without, "--config", config, f"output_dir={tmp_path / name}", *more, "max_steps_per_epoch=1", "save_every_n_steps=1",
+                   "run_val_every_n_steps=1")  # fmt: skip
+        assert done.code == 0, done.err
+        (row,) = steps(tmp_path / name)
+        counts[name] = row["num_valid_tokens"]
+        sums[name] = row["loss"] * counts[name]
+        watched[name] = [row.get(f"rollout_{key}") for key in ("log_ratio", "overlap", "tokens", "entropy")]
+    assert counts["pair"] == counts["data"] + counts["student"]
+    assert watched["pair"] == pytest.approx(watched["student"], rel=1e-5)  # which the data's text is no part of
+    assert sums["pair"] == pytest.approx((2 - b) * sums["data"] + b * sums["student"], rel=1e-5)
+
+
+def test_a_second_pass_over_unchanged_weights_is_the_first(cli: CLI, tmp_path: Path) -> None:
+    """MiniLLM's several passes: with a learning rate of 0 a replayed step is the one that wrote its texts; otherwise it goes on."""
+    # The first step would replay, and has nothing to; the sixth writes.
+    more = ("rollouts.policy.mixed=0.12", "rollouts.policy.replay=0.88", "rollouts.buffer_size=8")
+    run = (*RUN, "--config", "tiny/minillm", *more)
+    still = cli(*run, "optimizer.lr=0", f"output_dir={tmp_path / 'still'}")
+    assert still.code == 0, still.err
+    written: dict[str, Any] = {}
+    passes = []
+    for row in steps(tmp_path / "still"):
+        if "generated_tokens" in row:
+            written, _ = row, passes.append(0)
+            continue
+        passes[-1] += 1
+        assert row["rollout_staleness"] > 0
+        for key in ("loss", "kd_loss", "policy_gradient_loss", "grad_norm", "num_valid_tokens"):
+            assert row[key] == pytest.approx(written[key], rel=1e-4, abs=1e-6)
+    assert passes == [4, 0]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli(*run, f"output_dir={whole}").code == 0
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("final", "step_6"))
+    resumed = cli(*run, f"output_dir={cut}", "resume_from_checkpoint=true")
+    assert resumed.code == 0, resumed.err
+    assert rows(cut) == rows(whole)
+    assert (cut / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("outside", ["tail", "ignore"])
+def test_the_student_s_own_text_with_the_teacher_s_top_k(outside: str, cli: CLI, tmp_path: Path) -> None:
+    """Of all ids it is the whole reverse KL."""
+    found = {}
+    for name, k in (("few", 4), ("all", 320), ("whole", None)):
+        targets = (
+            []
+            if k is None
+            else [f"teacher_targets={{_component_: kdtune.losses.TopKTargets, k: {k}, outside: {outside}}}"]
+        )
+        done = cli(
+            *RUN, "--config", "tiny/on_policy", f"output_dir={tmp_path / name}", *targets, "max_steps_per_epoch=2"
+        )
+        assert done.code == 0, done.err
+        found[name] = [row["loss"] for row in steps(tmp_path / name)]
+    assert found["all"] == pytest.approx(found["whole"], rel=1e-4)
+    assert all(0 < few < whole for few, whole in zip(found["few"], found["whole"], strict=True))
+
+
 def test_kept_targets_are_the_teacher_s_answers(cli: CLI, tmp_path: Path) -> None:
     """What the buffer keeps of the teacher trains what asking it again does."""
     more = ("rollouts.policy.start=1.0", "rollouts.policy.replay=increasing")
@@ -187,6 +258,15 @@ def test_there_is_no_cross_entropy_on_the_student_s_own_text(cli: CLI, tmp_path:
         ("minillm", ("teacher_device=cpu",), "teacher_device=cpu: both models write a text on one device"),
         ("speculative", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "hidden_loss: of text that both models write"),
         ("gkd", ("dataset.train_on=all",), "dataset: has no prompts to answer: its examples are trained on from their second token"),
+        ("distillm2", ("rollouts.policy=kdtune.rollouts.Share", "rollouts.policy.teacher=1"),
+         "kd_loss: has a divergence for the student's own text"),
+        ("distillm2", ("rollouts.policy.student_weight=2",), "student_weight=2"),
+        ("distillm2", ("rollouts.policy_gradient={_component_: kdtune.rollouts.PolicyGradient}",),
+         "rollouts.policy_gradient: is not defined for pairs"),
+        ("distillm2", ("rollouts.buffer_size=5",), "rollouts.buffer_size=5: the policy never learns"),
+        ("distillm2", ("kd_loss=kdtune.losses.WeightedSum", "kd_loss.weights=[1]",
+                       "kd_loss.divergences=[{_component_: kdtune.losses.presets.distillm2}]"),
+         "WeightedSum: kdtune.losses.divergences.mixture.BySource chooses by who has written the text"),
         ("gkd", ("rollouts.slots=0",), "slots=0: must be 1 or more"),
         ("gkd", ("rollouts=kdtune.rollouts.Share", "rollouts.student=1"), "rollouts: kdtune.rollouts.Share does not write texts"),
         ("distillm", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "rollouts.keep_targets=true: hidden_loss"),

@@ -1,4 +1,4 @@
-"""Divergences from an assistant between the two models, and weighted sums of divergences. Notation as in `base`."""
+"""Divergences made of others: from an assistant between the models, a weighted sum, one by the text's writer. Notation as in `base`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from kdtune.errors import ConfigError
-from kdtune.losses.contract import Divergence, divergence_name, divergence_of, gradient_by_autograd, value_and_gradient
+from kdtune.losses.contract import (
+    Divergence,
+    divergence_name,
+    gradient_by_autograd,
+    is_of_text,
+    part_of,
+    value_and_gradient,
+)
 from kdtune.losses.divergences.base import TargetKind, TemperedDivergence, check_range, raised, tempered
 
 
@@ -41,7 +48,7 @@ class Mixture(TemperedDivergence):
         scale_by_temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
-        self.divergence_from: Divergence = divergence_of(divergence)
+        self.divergence_from: Divergence = part_of(divergence, "Mixture")
         self.share = check_range("share", share, lambda w: 0 <= w <= 1, "from 0 to 1")
         self.alpha = check_range("alpha", alpha, lambda a: -1 <= a <= 0.99 or a == 1, "from -1 to 0.99, or 1")
         self.replaces, self.detach = replaces, detach
@@ -105,7 +112,7 @@ class WeightedSum:
             )
         for weight in weights:
             check_range("weights", weight, lambda number: number > 0, "numbers above 0")
-        self.parts: tuple[Divergence, ...] = tuple(divergence_of(one) for one in divergences)
+        self.parts: tuple[Divergence, ...] = tuple(part_of(one, "WeightedSum") for one in divergences)
         self.weights = tuple(weights)
         self.name = " + ".join(f"{w:g} {divergence_name(one)}" for w, one in zip(weights, divergences, strict=True))
 
@@ -124,10 +131,7 @@ class WeightedSum:
 
     def target_problem(self, kind: TargetKind) -> str | None:
         """Return why one of the divergences is not defined on sparse targets of a kind; None if all are."""
-        from kdtune.losses.sparse import target_problem
-
-        problems = (target_problem(part, kind) for part in self.parts)
-        return next((problem for problem in problems if problem), None)
+        return _target_problem(self.parts, kind)
 
     def _weighted(self) -> list[tuple[float, Divergence]]:
         return list(zip(self.weights, self.parts, strict=True))
@@ -140,3 +144,44 @@ class WeightedSum:
         for w, more, more_too in pairs[1:]:
             first, second = first + w * more, second + w * more_too
         return first, second
+
+
+class BySource:
+    """One divergence on text of the teacher or the data, another on text that the student has written (DistiLLM-2, arXiv 2503.07067).
+
+    For the key `rollouts`, whose policy decides who writes, such as `kdtune.rollouts.Pairs`. The paper's pair is the skew KL and the
+    skew reverse KL: what the teacher says becomes likelier, and what the student says and the teacher would not less likely.
+    Validation is on the data's text.
+
+    Args:
+        teacher: any divergence of distributions over ids, for text that the student has not written.
+        student: the one for its own.
+    """
+
+    def __init__(self, teacher: Callable[..., Tensor], student: Callable[..., Tensor]) -> None:
+        self.parts: tuple[Divergence, ...] = tuple(part_of(one, "BySource") for one in (teacher, student))
+        for one in self.parts:
+            if is_of_text(one) or getattr(one, "is_cross_tokenizer", False):
+                raise ConfigError(
+                    f"BySource: {divergence_name(one)} compares no distributions over the same ids; allowed are divergences that do"
+                )
+        self.name = f"{divergence_name(teacher)}, on the student's text {divergence_name(student)}"
+
+    def for_text(self, is_own_text: bool) -> Divergence:
+        """Return the divergence for text that the student has written, or for another's."""
+        return self.parts[is_own_text]
+
+    def __call__(self, student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+        """Return the divergence of each token, [N], of text that the student has not written."""
+        return self.parts[0](student_logp_NV, teacher_logp_NV)
+
+    def target_problem(self, kind: TargetKind) -> str | None:
+        """Return why one of the two is not defined on sparse targets of a kind; None if both are."""
+        return _target_problem(self.parts, kind)
+
+
+def _target_problem(parts: Sequence[Divergence], kind: TargetKind) -> str | None:
+    """Return the first of the divergences' own problems."""
+    from kdtune.losses.sparse import target_problem
+
+    return next((problem for part in parts if (problem := target_problem(part, kind))), None)

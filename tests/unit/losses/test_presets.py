@@ -20,6 +20,7 @@ LOGP = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=to
         ("distillm", {"direction": "forward", "alpha": 0.2}, losses.SkewForwardKL(0.2)),
         ("akl", {}, losses.AdaptiveKL(0.5)),
         ("minillm", {}, losses.ReverseKL()),
+        ("distillm2", {}, losses.BySource(losses.SkewForwardKL(0.1), losses.SkewReverseKL(0.1, detach_mixture=True))),
         ("csd", {}, losses.ConcreteScore(("teacher", "student"))),
         ("hard", {}, losses.ArgMaxCrossEntropy()),
     ],
@@ -29,6 +30,13 @@ def test_presets(name: str, settings: dict[str, object], same: losses.Divergence
     losses.check_divergence(found)
     assert losses.divergence_name(found) == losses.divergence_name(same)
     assert torch.equal(found(*LOGP), same(*LOGP))
+    if isinstance(found, losses.BySource):
+        for ours, theirs in zip(
+            losses.value_and_gradient(found.parts[1], *LOGP),
+            losses.value_and_gradient(same.parts[1], *LOGP),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
 
 
 def test_presets_for_another_tokenizer() -> None:

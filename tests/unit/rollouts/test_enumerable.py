@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -12,11 +13,23 @@ from torch import Tensor
 
 from kdtune.data import collate
 from kdtune.generation import Sampling, complete
-from kdtune.losses import HiddenSignal, JensenShannon, KDLoss, ReverseKL, SkewReverseKL
+from kdtune.losses import (
+    BySource,
+    ForwardKL,
+    HiddenSignal,
+    JensenShannon,
+    KDLoss,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TopKTargets,
+    WeightedSum,
+)
 from kdtune.models import Transformer, llama
 from kdtune.rollouts import PolicyGradient, Rollout
 
 V, LENGTH, STOP, PROMPT = 5, 3, 4, [1, 2]
+Compared: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def model(seed: int) -> Transformer:
@@ -47,32 +60,86 @@ def text_probability(one: Transformer, ids: tuple[int, ...]) -> Tensor:
     return torch.stack([log_probs(one, ids[:at])[token] for at, token in enumerate(ids)]).sum().exp()
 
 
-@pytest.mark.parametrize(
-    "divergence", [ReverseKL(), JensenShannon(0.3), SkewReverseKL(0.1)], ids=["reverse", "jsd", "skew"]
-)
-def test_the_expected_gradient_is_that_of_all_prefixes(divergence: object) -> None:
-    """Each prefix counts by the student's probability of it, which is no part of the gradient."""
-    student, teacher = model(0), model(1)
-    expected = torch.zeros(())
-    prefixes = {ids[:at] for ids in texts() for at in range(len(ids))}
-    for prefix in prefixes:
-        probability = text_probability(student, prefix).detach() if prefix else 1.0
-        expected = (
-            expected
-            + probability * divergence(log_probs(student, prefix)[None], log_probs(teacher, prefix)[None]).sum()
-        )
-    expected_gradients = torch.autograd.grad(expected, list(student.parameters()))
-    loss_fn, total = KDLoss(divergence, kd_ratio=1.0), torch.zeros((), dtype=torch.float64)
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) of log-probabilities [V]."""
+    return (p.exp() * (p - q)).sum()
+
+
+def over_prefixes(student: Transformer, teacher: Transformer, writer: Transformer, of_token: Compared) -> Tensor:
+    """Return the sum of a function of both distributions over all prefixes, each by the writer's probability of it, a constant."""
+    total = torch.zeros((), dtype=torch.float64)
+    for prefix in {ids[:at] for ids in texts() for at in range(len(ids))}:
+        probability = text_probability(writer, prefix).detach() if prefix else 1.0
+        total = total + probability * of_token(log_probs(student, prefix), log_probs(teacher, prefix).detach())
+    return total
+
+
+def expected_loss(
+    student: Transformer, teacher: Transformer, writer: Transformer, loss_fn: KDLoss, weight: float = 1.0
+) -> Tensor:
+    """Return the loss of every text as it is trained on, each by the writer's probability of it, a constant."""
+    total, is_own = torch.zeros((), dtype=torch.float64), writer is student
     for ids in texts():
-        rollout = Rollout(np.array([*PROMPT, *ids]), len(PROMPT), ids[-1] == STOP, "student", 0, 0)
+        rollout = Rollout(
+            np.array([*PROMPT, *ids]), len(PROMPT), ids[-1] == STOP, "student" if is_own else "teacher", 0, 0
+        )
         batch = collate([rollout.example()], 0, padding_free=True)
+        targets = replace(
+            batch.targets, is_own_text=is_own, weights_N=torch.full((len(ids),), weight, dtype=torch.float64)
+        )
         with torch.no_grad():
             signal = HiddenSignal(teacher(**batch.inputs, return_hidden=True), teacher.output)
-        loss, _ = loss_fn(student(**batch.inputs, return_hidden=True), student.output, signal, batch.targets)
-        total = total + text_probability(student, ids).detach() * loss
-    assert total.item() == pytest.approx(expected.item(), rel=1e-10)
-    for found, wanted in zip(torch.autograd.grad(total, list(student.parameters())), expected_gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        loss, _ = loss_fn(student(**batch.inputs, return_hidden=True), student.output, signal, targets)
+        total = total + text_probability(writer, ids).detach() * loss
+    return total
+
+
+def assert_same_gradient(found: Tensor, wanted: Tensor, student: Transformer) -> None:
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-10)
+    gradients = [torch.autograd.grad(one, list(student.parameters())) for one in (found, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def merged(logp: Tensor, ids: Tensor) -> Tensor:
+    """Return the logarithms of some ids' probabilities, and of all others' together."""
+    kept = logp.exp()[ids]
+    return torch.cat([kept, 1 - kept.sum()[None]]).log()
+
+
+REGIMES = {
+    "reverse": (ReverseKL(), None, lambda s, t: kl(s, t)),
+    "jsd": (JensenShannon(0.3), None, lambda s, t: JensenShannon(0.3)(s[None], t[None]).sum()),
+    "skew": (SkewReverseKL(0.1), None, lambda s, t: kl(s, (0.9 * t.exp() + 0.1 * s.exp()).log())),
+    "a share of forward KL": (WeightedSum([ReverseKL(), ForwardKL()], [0.8, 0.2]), None,
+                              lambda s, t: 0.8 * kl(s, t) + 0.2 * kl(t, s)),
+    "top-k with a tail": (ReverseKL(), TopKTargets(2), lambda s, t: kl(*(merged(one, t.topk(2).indices) for one in (s, t)))),
+    "top-k alone": (ReverseKL(), TopKTargets(2, "ignore"),
+                    lambda s, t: kl(*(one[t.topk(2).indices].log_softmax(0) for one in (s, t)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_the_expected_gradient_is_that_of_all_prefixes(name: str) -> None:
+    """Each prefix counts by the student's probability of it, which is no part of the gradient."""
+    student, teacher = model(0), model(1)
+    divergence, teacher_targets, of_token = REGIMES[name]
+    loss_fn = KDLoss(divergence, kd_ratio=1.0, teacher_targets=teacher_targets)
+    found = expected_loss(student, teacher, student, loss_fn)
+    assert_same_gradient(found, over_prefixes(student, teacher, student, of_token), student)
+
+
+def test_pairs_are_two_divergences_each_on_its_own_writer_s_prefixes() -> None:
+    """DistiLLM-2 in expectation: (2 - b) skew KL over the teacher's texts, b skew reverse KL over the student's."""
+    student, teacher, b = model(0), model(1), 1.3
+    loss_fn = KDLoss(BySource(SkewForwardKL(0.1), SkewReverseKL(0.1)), kd_ratio=1.0)
+    found = expected_loss(student, teacher, teacher, loss_fn, 2 - b) + expected_loss(
+        student, teacher, student, loss_fn, b
+    )
+    wanted = (2 - b) * over_prefixes(
+        student, teacher, teacher, lambda s, t: kl(t, (0.1 * t.exp() + 0.9 * s.exp()).log())
+    ) + b * over_prefixes(student, teacher, student, REGIMES["skew"][2])
+    assert_same_gradient(found, wanted, student)
 
 
 def test_texts_are_written_as_often_as_the_model_says() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from kdtune.errors import ConfigError
-from kdtune.rollouts import DistiLLMSchedule, Share
+from kdtune.rollouts import DistiLLMSchedule, Pairs, Share
 
 
 def test_constant_shares() -> None:
@@ -16,8 +16,34 @@ def test_constant_shares() -> None:
     assert policy.state_dict() == {}
 
 
-@pytest.mark.parametrize("shares", [(0.0, 0.0), (-0.1, 0.5), (0.7, 0.4)])
-def test_shares_out_of_range_are_refused(shares: tuple[float, float]) -> None:
+def test_earlier_texts_have_a_share() -> None:
+    policy = Share(mixed=0.25, replay=0.5)
+    assert policy.sources == {"mixed", "replay", "dataset"}
+    assert [policy.source(draw, 0.0, is_full=False) for draw in (0.24, 0.25, 0.74, 0.75)] == [
+        "mixed", "replay", "replay", "dataset",
+    ]  # fmt: skip
+
+
+def test_weights_of_pairs() -> None:
+    """Constant, or as published: from 1 to 1.5 over half of the training."""
+    policy = Pairs()
+    assert policy.sources == {"teacher", "student"}
+    assert policy.source(0.9, 0.0, is_full=False) == ("teacher", "student")
+    assert policy.weights(0.3) == {"teacher": 1.0, "student": 1.0}
+    rising = Pairs("dataset", final_weight=1.5)
+    assert rising.sources == {"dataset", "student"}
+    assert [rising.weights(progress)["student"] for progress in (0.0, 0.25, 0.5, 0.9)] == [1.0, 1.25, 1.5, 1.5]
+    assert all(sum(rising.weights(progress).values()) == 2.0 for progress in (0.0, 0.1, 0.4, 0.99))
+    with pytest.raises(ConfigError, match="student_weight=2.0"):
+        Pairs(student_weight=2.0)
+    with pytest.raises(ConfigError, match="final_weight=0"):
+        Pairs(final_weight=0.0)
+    with pytest.raises(ConfigError, match="beside=mixed: must be teacher or dataset"):
+        Pairs("mixed")
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (-0.1, 0.5), (0.7, 0.4), (0.0, 0.0, 0.0, 0.0, 0.5)])
+def test_shares_out_of_range_are_refused(shares: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="student="):
         Share(*shares)
 

@@ -1,5 +1,7 @@
 """Rollouts, their buffer and their guards, without a model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from kdtune.errors import ConfigError, TrainingError
 from kdtune.rollouts import Buffer, Guards, PolicyGradient, Rollout
 from kdtune.rollouts.policy_gradient import importance_weights
 from kdtune.rollouts.record import prompts_of, random_seed
-from kdtune.rollouts.watch import describe, watched_means, watched_targets
+from kdtune.rollouts.watch import describe, watched, watched_means, watched_targets
 
 
 def rollout(answer: list[int], step: int = 0, key: int = 0, **more: object) -> Rollout:
@@ -77,11 +79,24 @@ def test_a_buffer_comes_back_from_its_state(targets: bool) -> None:
     for step, answer in enumerate(([4, 5, 9], [7], [6, 6])):
         more = {"target": torch.randn(len(answer), 4, dtype=torch.bfloat16)} if targets else {}
         log_probs = np.linspace(-1, -2, len(answer), dtype=np.float32)
-        buffer.push([rollout(answer, step, 2**62 + step, route=f"r{step}", log_probs=log_probs, **more)])
+        buffer.push(
+            [
+                rollout(
+                    answer,
+                    step,
+                    2**62 + step,
+                    route=f"r{step}",
+                    log_probs=log_probs,
+                    teacher_log_probs=2 * log_probs,
+                    **more,
+                )
+            ]
+        )
     other.load_state_dict(buffer.state_dict())
     for ours, theirs in zip(buffer.rollouts, other.rollouts, strict=True):
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         assert ours.log_probs.tolist() == theirs.log_probs.tolist()
+        assert ours.teacher_log_probs.tolist() == theirs.teacher_log_probs.tolist()
         for name in ("prompt_length", "is_finished", "source", "step", "key", "route"):
             assert getattr(ours, name) == getattr(theirs, name)
         assert (theirs.target is not None) == targets
@@ -128,15 +143,24 @@ def test_which_tokens_are_watched_depends_on_the_texts_alone() -> None:
         )
         assert all(one.dtype == torch.int64 for one in found)
     assert watched_targets(rollouts[:1], [[0], []])[0].tolist() == [0, 1, 2]  # a step of fewer tokens: all of them
+    # Beside a teacher's text the student's alone.
+    of_teacher = replace(rollouts[1], source="teacher")
+    assert watched([of_teacher, *rollouts[:1]]) == rollouts[:1] and watched([of_teacher]) == [of_teacher]
+    beside = watched_targets([of_teacher, rollouts[0], of_teacher], [[0, 2], [1], []])
+    assert [one if one is None else one.tolist() for one in beside] == [None, [0, 1, 2], []]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_watched"), [(130, 64), (10, 10)])
 def test_means_of_watched_tokens(num_tokens: int, num_watched: int) -> None:
     # The loss adds up 0.25 at each watched token, and the step's row has that sum by token of the step.
     row = {"loss": 2.0, "num_valid_tokens": num_tokens, "log_ratio": 0.5, "overlap": 0.25 * num_watched / num_tokens}
-    assert watched_means(row) == {"loss": 2.0, "num_valid_tokens": num_tokens, "rollout_log_ratio": 0.5,
+    assert watched_means(row, num_tokens) == {"loss": 2.0, "num_valid_tokens": num_tokens, "rollout_log_ratio": 0.5,
                                   "rollout_overlap": pytest.approx(0.25)}  # fmt: skip
-    assert watched_means({"loss": 2.0, "num_valid_tokens": 9}) == {"loss": 2.0, "num_valid_tokens": 9}
+    assert watched_means({"loss": 2.0, "num_valid_tokens": 9}, 9) == {"loss": 2.0, "num_valid_tokens": 9}
+    # As many tokens of other text, which is not watched, halve the sums by token.
+    row |= {"num_valid_tokens": 2 * num_tokens, "log_ratio": 0.25, "overlap": 0.25 * num_watched / (2 * num_tokens)}
+    found = watched_means(row, num_tokens)
+    assert (found["rollout_log_ratio"], found["rollout_overlap"]) == (0.5, pytest.approx(0.25))
 
 
 def test_guards_stop_after_so_many_steps_in_a_row() -> None:
@@ -212,7 +236,25 @@ def test_importance_weights_of_a_mixture() -> None:
     assert importance_weights(text, 0.0).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("arguments", [{"gamma": 1.1}, {"reward_scale": 0.0}, {"reward_clip": -1.0}])
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_a_later_pass_has_the_gradient_of_the_clipped_objective(clip: float | None) -> None:
+    """min(rho A, clip(rho) A), by autograd in float64; with a ratio of 1, the advantage itself."""
+    advantages, log_ratios = (
+        np.array([1.0, 1.0, 1.0, -2.0, -2.0, -2.0, 0.0]),
+        np.array([0.3, 0.1, -0.9, 0.3, -0.1, -0.9, 0.5]),
+    )
+    policy = PolicyGradient(ratio_clip=clip)
+    log_q = torch.from_numpy(log_ratios).requires_grad_()
+    ratio, of_token = log_q.exp(), torch.from_numpy(advantages)
+    bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+    torch.minimum(ratio * of_token, bounded * of_token).sum().backward()
+    assert policy.replayed(advantages, log_ratios).tolist() == pytest.approx(log_q.grad.tolist(), rel=1e-12)
+    assert policy.replayed(advantages, np.zeros(7)).tolist() == advantages.tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"gamma": 1.1}, {"reward_scale": 0.0}, {"reward_clip": -1.0}, {"ratio_clip": 0.0}]
+)
 def test_policy_gradients_out_of_range_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="gamma="):
         PolicyGradient(**arguments)
