@@ -4,7 +4,7 @@ Shape suffixes: N texts that are written, G drafted tokens, D embedding, V vocab
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,7 @@ def complete_speculatively(
     seeds: Sequence[int],
     speculation: Speculation = _AS_PUBLISHED,
     slots: int = 32,
+    progress: Callable[[int], object] | None = None,
     num_ids: int | None = None,
 ) -> list[Completion]:
     """Return a completion of each prompt, in order, with what the teacher (the partner) says of it.
@@ -76,6 +77,7 @@ def complete_speculatively(
         seeds: of each prompt's own random numbers.
         speculation: how the teacher corrects.
         slots: number of texts that are written at a time.
+        progress: called with the number of prompts that have just been completed.
         num_ids: draft the first so many ids alone; None: all.
 
     Raises:
@@ -87,8 +89,7 @@ def complete_speculatively(
     check_slots(slots, seeds, prompts)
     if not prompts:
         return []
-    context = min(one.config.max_seq_len for one in (student, teacher))
-    limits = new_token_limits(prompts, max_new_tokens, context)
+    limits = new_token_limits(prompts, max_new_tokens, min(one.config.max_seq_len for one in (student, teacher)))
     completions: list[Completion | None] = [None] * len(prompts)
     waiting = deque(
         Text(number, list(prompt), torch.Generator().manual_seed(seed))
@@ -126,6 +127,8 @@ def complete_speculatively(
                     completions[text.number] = _completion(text, length, is_finished)
                     ended.append(slot)
             refill(active, ended, waiting, both)
+            if progress is not None:
+                progress(len(ended))
     return [completion for completion in completions if completion is not None]
 
 

@@ -140,7 +140,8 @@ class Rollouts:
     def batches(self, step: Any) -> list[Batch]:
         """Return the micro-batches that this process learns from in a step: the step's own, or texts that take their place.
 
-        All processes call it. `step` has the step's `number`, `batches` and `position` (`kdtune.training.Step`).
+        All processes call it. `step` has the step's `number`, `batches` and `position`, and is told of each text by what its `writing`
+        returns (`kdtune.training.Step`).
 
         Raises:
             TrainingError: a guard stops the run.
@@ -262,7 +263,9 @@ class Rollouts:
             "sampling": self.sampling,
             "seeds": [random_seed(self._seed, step.position[0], prompt.key, *more) for prompt in prompts],
         }
-        ours: dict[str, Any] = {"slots": self.slots, "num_ids": self._num_ids}
+        ours: dict[str, Any] = {
+            "slots": self.slots, "num_ids": self._num_ids, "progress": step.writing(len(prompts)),
+        }  # fmt: skip
         student, teacher = self._student, self._teacher_model
         if source == "student" and self.writer is not None:
             found = self.writer.complete(**asked)

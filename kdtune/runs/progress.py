@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any, TextIO, TypeVar
 
@@ -75,6 +75,18 @@ class Progress:
     def micro_batches(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the micro-batches of the next step and count them."""
         return self.counted(batches, "micro-batches", f"step {self._step + 1}/{self._total}")
+
+    def counting(self, total: int, what: str) -> Callable[[int], None]:
+        """Show "0 of `total` `what`" in the current phase or step, and return a function that adds to the number."""
+        done = 0
+
+        def add(number: int) -> None:
+            nonlocal done
+            done += number
+            self._count = f", {done} of {total} {what}"
+
+        add(0)
+        return add
 
     def share(self, done: float) -> None:
         """Show the fraction of the current phase or step that is done, from 0 to 1."""
@@ -152,9 +164,10 @@ class Progress:
         if self._bar is not None:
             is_step = self._is_step()
             if lasted > 2.0 and (self._count or not is_step):
-                what = (self._numbers if is_step else self._phase) + self._count
-                what = what.removeprefix(", ")
-                self._bar.set_postfix_str(what, refresh=False)
+                count = self._count.removeprefix(", ")
+                # The right end may be cut off: the last step's numbers, which are known.
+                what = [count, self._numbers] if is_step else [self._phase, count]
+                self._bar.set_postfix_str(", ".join(filter(None, what)), refresh=False)
             self._bar.refresh()
         elif now - self._last_line >= self._patience:
             if self._numbers and self._is_step() and lasted < self._patience:

@@ -4,7 +4,7 @@ It never calls the recipe. The recipe iterates over `Run.steps()` and makes each
 the same weights, without any record.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,10 @@ class Step:
         """Labels of the whole step, over all processes, by which each gradient is divided as it is computed."""
         (total,) = self._run.world.sum([sum(batch.num_valid_tokens for batch in self.batches)])
         return total
+
+    def writing(self, num_texts: int) -> Callable[[int], None]:
+        """Show how many texts this process has written, and return what is to be told of each one, a number."""
+        return self._run.progress.counting(num_texts, "texts written")
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield each micro-batch on the device, with torch seeded for it: dropout draws the same on any number of processes."""

@@ -49,7 +49,8 @@ def trained(name: str, student: Transformer, world: World) -> tuple[dict[str, to
         every = [
             dataset.collate([dataset[2 * i], dataset[2 * i + 1]], tokenizer.pad_id) for i in range(NUM_MICRO_BATCHES)
         ]
-        step = SimpleNamespace(number=number, batches=every[world.dp_rank :: world.dp_size], position=(0, number))
+        step = SimpleNamespace(number=number, batches=every[world.dp_rank :: world.dp_size], position=(0, number),
+                               writing=lambda num_texts: lambda number: None)  # fmt: skip
         batches: list[Batch] = rollouts.batches(step)
         (num_tokens,) = world.sum([sum(batch.num_valid_tokens for batch in batches)])
         sums: dict[str, float] = {}

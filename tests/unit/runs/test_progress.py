@@ -64,6 +64,10 @@ def test_what_lasts_is_told_again_with_how_far_it_is() -> None:
         time.sleep(0.35)
         progress.start(5)
         progress.step(1, [])
+        written = progress.counting(6, "texts written")
+        for number in (1, 2):
+            written(number)
+            time.sleep(0.12)
         for _ in progress.micro_batches(range(4)):
             time.sleep(0.15)
         for _ in progress.validating(range(4)):
@@ -74,6 +78,7 @@ def test_what_lasts_is_told_again_with_how_far_it_is() -> None:
         last = time.monotonic()
     text = stream.getvalue()
     assert "\nreading the data, 00:00 so far\n" in text
+    assert "\nstep 2/5, 3 of 6 texts written, 00:00 so far\n" in text
     assert "\nstep 2/5, 3 of 4 micro-batches, 00:00 so far\n" in text
     assert "\nvalidating after step 2, 3 of 4 batches, 00:00 so far\n" in text
     assert all(f"\nstep {step}/5" in text for step in (2, 3, 4, 5)), "slow steps have a line each"
