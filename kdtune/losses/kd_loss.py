@@ -300,17 +300,10 @@ def signal_cross_entropy(signal: Signal, targets: Targets, chunk_size: int | Non
         targets: of the batch.
         chunk_size: tokens whose logits exist at a time; None: as `KDLoss` chooses it.
     """
-    from kdtune.losses.fused_linear import CHUNK_BYTES
+    from kdtune.losses.token_log_probs import signal_token_log_probs
 
-    if isinstance(signal, TextSignal):
-        return -signal.text_log_probs(targets.positions_N).sum()
     if isinstance(signal, HiddenSignal):
         return KDLoss(kd_ratio=0.0, chunk_size=chunk_size)(signal.hidden_BSD, signal.output, None, targets)[0]
-    size = chunk_size or max(1, CHUNK_BYTES // (signal.vocab_size * torch.float32.itemsize))
-    total = torch.zeros((), device=targets.labels_N.device)
-    for positions_C, labels_C in zip(targets.positions_N.split(size), targets.labels_N.split(size), strict=True):
-        rows_CV = signal.log_probs(positions_C)
-        if not isinstance(rows_CV, Tensor):
-            return None
-        total = total - rows_CV.gather(1, labels_C[:, None]).sum()
-    return total
+    if not isinstance(signal, TextSignal) and not isinstance(signal.log_probs(targets.positions_N[:1]), Tensor):
+        return None
+    return -signal_token_log_probs(signal, targets.positions_N, targets.labels_N, chunk_size).sum()

@@ -12,10 +12,11 @@ from kdtune.losses import ForwardKL, HiddenSignal, KDLoss, SampledTargets, TopKT
 from kdtune.models import OutputHead
 
 TARGETS: dict[str, Any] = {"whole": None, "top k": TopKTargets(5), "sampled": SampledTargets(7),
-                           "renormalized": TopKTargets(5, outside="renormalize")}  # fmt: skip
+                           "renormalized": TopKTargets(5, outside="renormalize"), "alone": TopKTargets(5, outside="ignore")}  # fmt: skip
 # One of each formula, and of each kind of targets.
 EVERY = [(case, "whole") for case in CASES if "0.01" not in case.name and "T=" not in case.name]
 EVERY += [(case, kind) for case in CASES if case.name in ("forward", "jsd", "sum") for kind in ("top k", "sampled")]
+EVERY += [(case, "alone") for case in CASES if case.name == "reverse"]
 
 
 @pytest.fixture
