@@ -1,5 +1,5 @@
 from .baseline import baseline_problems
-from .report import read_results, write_report
+from .report import read_results, write_report, write_run_page
 from .statistics import Difference, Summary, difference, summarize
 from .token_page import token_page
 
@@ -12,4 +12,5 @@ __all__ = [
     "summarize",
     "token_page",
     "write_report",
+    "write_run_page",
 ]

@@ -13,7 +13,7 @@ from kdtune.runs import TrainingRun, divergence_title, read_run, unit_of
 # What is drawn, in this order: the metric of metrics.jsonl, its title, and the config keys of a run that say what it is of.
 # Where these differ between rows, their curves mean different things and stand in different panels.
 _DATA, _HELD_OUT = ("dataset", "tokenizer"), ("dataset_val", "tokenizer")
-SERIES: dict[str, tuple[str, tuple[str, ...]]] = {
+LOSSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kd_loss": ("{divergence} to the teacher", (*_DATA, "kd_loss")),
     "class_loss": ("Cross entropy", _DATA),
     "loss": ("Total loss", (*_DATA, "kd_loss", "kd_ratio")),
@@ -21,6 +21,19 @@ SERIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "val_class_loss": ("Held-out cross entropy", _HELD_OUT),
     "val_agreement": ("Held-out top-1 agreement", _HELD_OUT),
 }
+# Of runs in which a model writes texts.
+TEXTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rollout_entropy": ("Entropy of the written text, -log q", _DATA),
+    "rollout_log_ratio": ("Student against teacher on the written text, log q - log p", _DATA),
+    "rollout_overlap": ("Ids among the 16 most likely of both models", _DATA),
+    "rollout_tokens": ("Length of the written text", _DATA),
+    "rollout_cut_share": ("Texts that the limit has cut", _DATA),
+    "rollout_repetition": ("Repetition within a text", _DATA),
+    "rollout_staleness": ("Age of the text", _DATA),
+    "generated_tokens": ("Tokens written", _DATA),
+    "num_valid_tokens": ("Tokens trained on", _DATA),
+}
+SERIES = LOSSES | TEXTS
 TRAINING = ("kd_loss", "class_loss", "loss")
 MAX_POINTS = 1000
 
@@ -103,14 +116,19 @@ def comparable_panels(runs: Sequence[CellRun], rows: Collection[int], metrics: I
             divergence = divergence_title(group[0].run.config, group[0].run.start)
             name = title.format(divergence=divergence)
             suffix = f" ({number} of {len(groups)}: other data or divergence)" if len(groups) > 1 else ""
-            unit = "share of tokens" if metric == "val_agreement" else unit_of(metric, divergence)
-            panels.append(Panel(metric, name + suffix, unit, tuple(dict.fromkeys(one.row for one in group))))
+            panels.append(
+                Panel(
+                    metric, name + suffix, unit_of(metric, divergence), tuple(dict.fromkeys(one.row for one in group))
+                )
+            )
     return panels
 
 
 def _shows(run: TrainingRun, metric: str) -> bool:
-    """Return whether a metric is logged and informative: not a total loss that is the weighted sum of other curves."""
+    """Return whether a metric is logged and informative: not a total loss that is the weighted sum of other curves, say."""
     logged = [row for row in run.rows if row.get(metric) is not None]
+    if metric == "num_valid_tokens" and not any("generated_tokens" in row for row in run.rows):
+        return False  # the data's tokens, in every step as many
     return bool(logged) and not (metric == "loss" and all(_is_mix(row, run.meaning("kd_ratio")) for row in logged))
 
 

@@ -25,20 +25,21 @@ def page(
     baseline: Baseline | None,
     curves: Sequence[Curve],
     panels: Sequence[Panel],
+    numbers: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return the page as HTML text: what was run, tables of rows and of cells, curves in their panels, failed cells."""
+    """Return the page as HTML text: what was run, numbers, tables of rows and of cells, curves in their panels, failed cells."""
     names = short_names(metrics)
     data = {
         "rows": [row.name for row in rows],
         "curves": [_curve_data(curve) for curve in curves],
         "panels": [vars(panel) | {"rows": list(panel.rows)} for panel in panels],
-        "summary": _summary_data(rows, metrics, names, baseline),
+        "summary": _summary_data(rows if metrics else [], metrics, names, baseline),
         "cells": _cells_data(results, metrics, names),
     }
     parts = {
         "TITLE": quoted(title),
         "NOTES": "\n".join(f"<p>{quoted(note)}</p>" for note in notes),
-        "FACTS": _facts_html(facts),
+        "FACTS": _facts_html("What was run", facts) + _facts_html("Newest numbers", numbers),
         "FAILED": _failed_html(results),
         "STYLE": _part("report.css"),
         "DATA": embedded_json(data),
@@ -131,9 +132,9 @@ def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:
     return [shown_value(value), value, "", ""]
 
 
-def _facts_html(facts: Sequence[tuple[str, str]]) -> str:
+def _facts_html(heading: str, facts: Sequence[tuple[str, str]]) -> str:
     lines = [f"<tr><th scope=row>{quoted(name)}</th><td>{quoted(text)}</td></tr>" for name, text in facts]
-    return "\n".join(["<h2>What was run</h2>", '<table class="facts">', *lines, "</table>"]) if lines else ""
+    return "\n".join([f"<h2>{heading}</h2>", '<table class="facts">', *lines, "</table>\n"]) if lines else ""
 
 
 def _failed_html(results: Sequence[Mapping[str, Any]]) -> str:

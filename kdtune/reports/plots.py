@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtune.escape import one_line
-from kdtune.reports.curves import SERIES, TRAINING, CellRun, Curve, Panel, comparable_panels
+from kdtune.reports.curves import LOSSES, TRAINING, CellRun, Curve, Panel, comparable_panels
 from kdtune.reports.rows import Row, axis_names
 from kdtune.reports.statistics import summarize
 from kdtune.runs.plot import curve_look, running_mean
@@ -83,7 +83,7 @@ def _plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = comparable_panels(runs, family, SERIES)
+    panels = comparable_panels(runs, family, LOSSES)
     panels = [panel for panel in panels if any(_curves_of(curves, panel, index) for index in panel.rows)]
     lines = [group[start : start + 3]
              for group in ([panel for panel in panels if (panel.metric in TRAINING) is training] for training in (True, False))

@@ -265,11 +265,13 @@ function drawCurves() {
     option.selected = window === usual;
     return option;
   }));
+  const hasSeeds = data.curves.some((curve) => curve.seed !== null);
+  const seeds = hasSeeds ? " Lines are means over seeds, bands ± one standard error." : "";
   const note = () => {
     const bin = Math.max(...data.curves.map((curve) => curve.bin));
     const kind = state.window > 1 ? `Training curves are means of the last ${state.window} points. ` : "Training curves are not smoothed. ";
     const thinned = bin > 1 ? `A point is the mean of up to ${bin} logged steps. ` : "";
-    byId("curve-note").textContent = `${kind}${thinned}Held-out values are as measured. Lines are means over seeds, bands ± one standard error.`;
+    byId("curve-note").textContent = `${kind}${thinned}Held-out values are as measured.${seeds}`;
   };
   const redraw = () => { note(); drawAll(); };
   byId("window").addEventListener("change", (event) => { state.window = Number(event.target.value); redraw(); });

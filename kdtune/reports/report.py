@@ -17,7 +17,7 @@ from kdtune.reports.page import page
 from kdtune.reports.plots import Plot, plot_sweep
 from kdtune.reports.rows import Row, repeated_cells, rows_over_seeds
 from kdtune.reports.tables import chosen_metrics, csv_cells, csv_table, difference_table, metric_problems, summary_table
-from kdtune.runs import has_facts, run_facts
+from kdtune.runs import has_facts, read_run, run_facts
 from kdtune.sweeps.results import DONE, finite_metrics
 
 log = get_logger(__name__)
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 # Of a setting in which the runs differ, so many values are listed.
 MAX_VALUES = 6
 
+# Of a run's numbers, those that its own page names, the newest of each.
+_NEWEST = ("val_", "rollout_", "policy_", "total_flops")
 _CELL_KEYS = ("cell", "axes", "status", "metrics", "seconds", "folders")
 
 
@@ -97,6 +99,31 @@ def write_report(
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
     return [*(folder / name for name in texts), *(file for plot in plots for file in plot.files)]
+
+
+def write_run_page(run_dir: str | Path, output_dir: str | Path, *, title: str) -> list[Path]:
+    """Write report.html of one training run, also of one that is under way: what was run, its newest numbers, its curves.
+
+    Args:
+        run_dir: its folder.
+        output_dir: folder to write into; an earlier page is replaced.
+        title: heading of the page.
+
+    Raises:
+        ConfigError: the folder holds no training run.
+        CheckpointError: a file of the run is damaged, or the page cannot be written.
+    """
+    run = read_run(user_path(run_dir))
+    newest = {name: (value, row["step"]) for row in run.rows for name, value in row.items() if name.startswith(_NEWEST)}
+    numbers = [(name, f"{value:.4g} (step {step})") for name, (value, step) in newest.items() if value is not None]
+    rows = rows_over_seeds([{"axes": {"run": user_path(run_dir).name}, "metrics": {}, "status": DONE}])
+    runs = [CellRun(0, None, run)]
+    curves, panels = all_curves(runs), comparable_panels(runs, [0], SERIES)
+    text = page(title, shared_facts(runs), [], rows, [], [], None, curves, panels, numbers)
+    folder = user_path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "report.html", text)
+    return [folder / "report.html"]
 
 
 def shared_facts(runs: Sequence[CellRun]) -> list[tuple[str, str]]:

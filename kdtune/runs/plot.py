@@ -24,6 +24,16 @@ _COMPARED = (
     ("val_class_loss", "Held-out cross entropy", "cross entropy"),
 )
 VALIDATION_PREFIX = "val_"
+_UNITS = {
+    "val_agreement": "share of tokens",
+    "rollout_tokens": "per answer",
+    "rollout_cut_share": "share of texts",
+    "rollout_repetition": "share of 4 tokens in a row",
+    "rollout_overlap": "share of ids",
+    "rollout_staleness": "optimizer steps",
+    "generated_tokens": "per step",
+    "num_valid_tokens": "per step",
+}
 
 # From dense to sparse: of curves that coincide the sparser one is drawn on top, the first and solid one is the widest. Their number
 # and that of the markers have no divisor in common, so that 35 curves differ.
@@ -135,9 +145,10 @@ def unit_of(metric: str, divergence: str) -> str:
 
     `divergence` is the display name of `kd_loss`.
     """
-    if metric == "rollout_tokens":
-        return "per answer"
-    is_in_nats = metric.removeprefix(VALIDATION_PREFIX) in ("class_loss", "rollout_entropy") or divergence == "KL"
+    if metric in _UNITS:
+        return _UNITS[metric]
+    in_nats = ("class_loss", "rollout_entropy", "rollout_log_ratio")
+    is_in_nats = metric.removeprefix(VALIDATION_PREFIX) in in_nats or divergence == "KL"
     return "nats per token" if is_in_nats else "per token"
 
 

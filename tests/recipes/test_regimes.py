@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import sys
@@ -348,6 +349,30 @@ def test_a_policy_that_listens_to_validations_keeps_their_steps(runs: Path, cli:
         if code:
             assert "run_val_every_n_steps: was 2, is 3" in done.err
             assert rows(cut) == before
+
+
+def test_the_page_of_a_run_has_the_curves_of_its_text(runs: Path, cli: CLI, tmp_path: Path) -> None:
+    page = ("run", "report", f"run={runs / 'minillm'}", f"output_dir={tmp_path / 'page'}")
+    done = cli(*page)
+    assert done.code == 0, done.err
+    text = (tmp_path / "page" / "report.html").read_text()
+    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[0])
+    names = ["rollout_entropy", "rollout_log_ratio", "rollout_overlap", "rollout_tokens", "rollout_cut_share", "rollout_repetition",
+             "rollout_staleness", "generated_tokens", "num_valid_tokens"]  # fmt: skip
+    assert [panel["metric"] for panel in data["panels"]][-len(names) :] == names
+    for name in names:
+        (curve,) = [one for one in data["curves"] if one["metric"] == name]
+        assert curve["values"] == pytest.approx([row[name] for row in steps(runs / "minillm")], rel=1e-5)
+    assert f"<td>{steps(runs / 'minillm')[-1]['rollout_log_ratio']:.4g} (step 6)</td>" in text
+    again = cli(*page)
+    assert (again.code, "overwrite=true replaces it" in again.err) == (2, True)
+    assert cli(*page, "overwrite=true").code == 0
+    for wrong, said in (
+        ("metrics=[evaluate.*]", "metrics, baseline: are about a sweep's rows"),
+        (f"run={tmp_path}", "holds no training run"),
+    ):
+        refused = cli(*page, "overwrite=true", wrong)
+        assert (refused.code, said in refused.err) == (2, True), refused.err
 
 
 @pytest.mark.slow("eleven runs; a run that is resumed once is among the quick tests")
