@@ -15,6 +15,7 @@ from kdtune.distributed import Parallelism, World
 from kdtune.errors import ConfigError
 from kdtune.losses import Divergence, HiddenSignal, HiddenStateLoss, Signal, divergence_name, divergence_of, is_of_text
 from kdtune.models import Transformer, dtype_from_name, has_adapters
+from kdtune.models.float8 import apply_float8
 from kdtune.parallel import meta_model
 from kdtune.parallel.activations import SMALLEST_BYTES
 from kdtune.planner.costs import (
@@ -172,6 +173,8 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     source, dtype = instantiate(cfg.checkpointer), dtype_from_name(cfg.dtype)
     model = meta_model(factory(cfg.model), source, adapter=factory(cfg.adapter), dtype=dtype)
     ours = model_sizes(model, parallelism, world, cfg.optimizer, cfg.weight_update)
+    if cfg.float8_training is not None:
+        apply_float8(ours.pieces, cfg.float8_training)
     kd_ratio, num_teachers = getattr(cfg, "kd_ratio", 0.0), getattr(cfg, "teacher_processes", 0)
     batch, source = longest_batch(cfg, ours.pieces.config.max_seq_len, device_type or world.device.type, seq_len)
     accumulation = micro_batches(cfg, batch)

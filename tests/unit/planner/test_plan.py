@@ -19,6 +19,7 @@ from kdtune.data import Batch, collate, make_example
 from kdtune.distributed import World, fake_world
 from kdtune.losses.products import Buffers
 from kdtune.models import Transformer, dtype_from_name
+from kdtune.models.float8 import apply_float8
 from kdtune.models.quantization import num_bytes, quantize
 from kdtune.parallel import apply_activation_checkpointing
 from kdtune.planner import estimate_text, text
@@ -124,10 +125,16 @@ def test_operations_are_those_that_torch_counts(kind: str, recomputed: bool) -> 
     assert estimated(cfg, 1).flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
-def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
+WIDE = ["dtype=bf16", "model.intermediate_dim=3200"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["dtype=bf16"], WIDE, [*WIDE, "float8_training=tensorwise"]], ids=" ".join)
+def test_peak_of_a_step_is_what_torchs_tracker_finds(overrides: list[str]) -> None:
     """`MemTracker`, which follows tensors, on a step of one process; the profiler is the witness in tests/distributed."""
-    cfg = config("finetune", *SMALL, "adapter=null")
+    cfg = config("finetune", *SMALL, "adapter=null", *overrides)
     model, tokens = real_model(cfg), tokens_of(cfg)
+    if cfg.float8_training:
+        apply_float8(model, cfg.float8_training)
     optimizer = instantiate(cfg.optimizer, params=training.trainable_parameters(model))
     ce_loss = losses.KDLoss(kd_ratio=0.0, chunk_size=64)
 
@@ -143,7 +150,9 @@ def test_peak_of_a_step_is_what_torchs_tracker_finds() -> None:
     with tracker:
         step()
     found = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=0.1)
+    # Products in float8 take 6 % more, copies of what they multiply.
+    tolerance = 0.02 if cfg.model["intermediate_dim"] == 3200 else 0.1
+    assert estimated(cfg, 1).peak.total == pytest.approx(found, rel=tolerance)
 
 
 @pytest.mark.parametrize(
