@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdtune.data import Batch, collate
-from kdtune.data.micro_batches import cut_by_tokens, is_padding_free
+from kdtune.data.micro_batches import is_padding_free
 from kdtune.distributed import World, lockstep_forwards
 from kdtune.errors import ConfigError, DataError
 from kdtune.generation import (
@@ -32,11 +32,11 @@ from kdtune.models import Transformer
 from kdtune.models.flops import ModelFlops
 from kdtune.rollouts.buffer import Buffer
 from kdtune.rollouts.checks import OF_BOTH, config_problems
+from kdtune.rollouts.micro_batches import log_ratios, parts_of, weighted, with_class_weights
 from kdtune.rollouts.policy import Policy, Source
 from kdtune.rollouts.policy_gradient import FloatArray, PolicyGradient, importance_weights
 from kdtune.rollouts.record import Prompt, Rollout, prompts_of, random_seed
 from kdtune.rollouts.watch import Guards, describe, watched, watched_means, watched_targets
-from kdtune.rollouts.weights import log_ratios, weighted, with_class_weights
 from kdtune.tensor_types import is_fsdp_module
 
 
@@ -173,7 +173,7 @@ class Rollouts:
         shown = watched(rollouts)
         self._num_shown = sum(one.answer_length for one in shown)
         self.metrics |= describe(shown, step.number)
-        parts = self._parts(rollouts)
+        parts = parts_of(rollouts, self._world, self._batch_size, self._max_tokens, is_padded=not self._padding_free)
         batches = [self._batch([rollouts[index] for index in part]) for part in parts]
         if "replay" not in sources:
             is_drawn = "student" in sources and self.sampling.temperature > 0
@@ -312,25 +312,6 @@ class Rollouts:
             None if of_teacher is None else np.array(of_teacher[:room]),
             None if hidden is None else hidden[:room],
         )
-
-    def _parts(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return the indices of the rollouts of each of this process's micro-batches, laid out as the loader lays out examples.
-
-        None has both the student's own text and the teacher's, whose divergences may differ.
-        """
-        rank, size, every = self._world.dp_rank, self._world.dp_size, self._batch_size
-        found: list[list[int]] = []
-        for of_teacher in (True, False):
-            indices = [index for index, one in enumerate(rollouts) if (one.source == "teacher") == of_teacher]
-            if self._max_tokens is not None and indices:
-                lengths = [len(rollouts[index].tokens) for index in indices]
-                cut = cut_by_tokens(lengths, self._max_tokens, num_ranks=size, is_padded=not self._padding_free)
-                parts = [[indices[place] for place in part] for part in cut]
-            else:
-                parts = [indices[start : start + every] for start in range(0, len(indices), every)]
-                parts += [[] for _ in range(-len(parts) % size)]
-            found += parts[rank::size]
-        return found
 
     def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
         """Return a micro-batch of some rollouts, with the teacher's signal if it is kept."""

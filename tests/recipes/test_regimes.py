@@ -122,7 +122,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, runs: Path, cli: CLI,
     ids=["one batch", "four batches", "by tokens", "padded"],
 )
 @pytest.mark.parametrize(
-    "name", ["gkd", pytest.param("distillm", marks=pytest.mark.slow("the same layouts, with texts from the buffer"))]
+    "name",
+    [
+        "gkd",
+        pytest.param("distillm", marks=pytest.mark.slow("the same layouts, with texts from the buffer")),
+        pytest.param("distillm2", marks=pytest.mark.slow("the same layouts, of two writers' texts")),
+    ],
 )
 def test_texts_do_not_depend_on_batches(
     name: str, layout: tuple[str, ...], runs: Path, cli: CLI, tmp_path: Path
@@ -137,12 +142,18 @@ def test_texts_do_not_depend_on_batches(
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
-def test_a_pair_is_the_sum_of_its_two_texts(cli: CLI, tmp_path: Path) -> None:
-    """One step: 2 - b times the skew KL on the data's answers, b times the skew reverse KL on the text of an on-policy run."""
+@pytest.mark.parametrize("kd_ratio", [1.0, 0.25])
+def test_a_pair_is_the_sum_of_its_two_texts(kd_ratio: float, cli: CLI, tmp_path: Path) -> None:
+    """One step: 2 - b times the loss on the data's answers, with cross entropy, b times the skew reverse KL on the student's text."""
     b, skew_reverse = 0.6, "{_component_: kdtune.losses.SkewReverseKL, detach_mixture: true}"
     own = {
-        "pair": ("tiny/distillm2", "rollouts.policy.beside=dataset", f"rollouts.policy.student_weight={b}"),
-        "data": ("tiny/distillm2", "~rollouts", "kd_loss=kdtune.losses.SkewForwardKL"),
+        "pair": (
+            "tiny/distillm2",
+            "rollouts.policy.beside=dataset",
+            f"rollouts.policy.student_weight={b}",
+            f"kd_ratio={kd_ratio}",
+        ),
+        "data": ("tiny/distillm2", "~rollouts", "kd_loss=kdtune.losses.SkewForwardKL", f"kd_ratio={kd_ratio}"),
         "student": ("tiny/on_policy", f"kd_loss={skew_reverse}"),
     }
     sums, counts, watched = {}, {}, {}
@@ -157,7 +168,7 @@ def test_a_pair_is_the_sum_of_its_two_texts(cli: CLI, tmp_path: Path) -> None:
         watched[name] = [row.get(f"rollout_{key}") for key in ("log_ratio", "overlap", "tokens", "entropy")]
     assert counts["pair"] == counts["data"] + counts["student"]
     assert watched["pair"] == pytest.approx(watched["student"], rel=1e-5)  # which the data's text is no part of
-    assert sums["pair"] == pytest.approx((2 - b) * sums["data"] + b * sums["student"], rel=1e-5)
+    assert sums["pair"] == pytest.approx((2 - b) * sums["data"] + b * kd_ratio * sums["student"], rel=1e-5)
 
 
 def test_a_second_pass_over_unchanged_weights_is_the_first(cli: CLI, tmp_path: Path) -> None:
@@ -187,23 +198,24 @@ def test_a_second_pass_over_unchanged_weights_is_the_first(cli: CLI, tmp_path: P
     assert (cut / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("outside", ["tail", "ignore"])
-def test_the_student_s_own_text_with_the_teacher_s_top_k(outside: str, cli: CLI, tmp_path: Path) -> None:
-    """Of all ids it is the whole reverse KL."""
-    found = {}
-    for name, k in (("few", 4), ("all", 320), ("whole", None)):
-        targets = (
-            []
-            if k is None
-            else [f"teacher_targets={{_component_: kdtune.losses.TopKTargets, k: {k}, outside: {outside}}}"]
-        )
+def test_the_student_s_own_text_with_the_teacher_s_top_k(cli: CLI, tmp_path: Path) -> None:
+    """Of all ids it is the whole reverse KL; of few, with the others as one id more or ignored, less."""
+
+    def losses(name: str, *targets: str) -> list[float]:
         done = cli(
             *RUN, "--config", "tiny/on_policy", f"output_dir={tmp_path / name}", *targets, "max_steps_per_epoch=2"
         )
         assert done.code == 0, done.err
-        found[name] = [row["loss"] for row in steps(tmp_path / name)]
-    assert found["all"] == pytest.approx(found["whole"], rel=1e-4)
-    assert all(0 < few < whole for few, whole in zip(found["few"], found["whole"], strict=True))
+        return [row["loss"] for row in steps(tmp_path / name)]
+
+    whole = losses("whole")
+    for outside in ("tail", "ignore"):
+        every, few = (
+            losses(f"{outside}-{k}", f"teacher_targets={{_component_: kdtune.losses.TopKTargets, k: {k}, outside: {outside}}}")
+            for k in (320, 4)
+        )  # fmt: skip
+        assert every == pytest.approx(whole, rel=1e-4)
+        assert all(0 < one < other for one, other in zip(few, whole, strict=True))
 
 
 def test_kept_targets_are_the_teacher_s_answers(cli: CLI, tmp_path: Path) -> None:
@@ -376,10 +388,26 @@ def test_the_page_of_a_run_has_the_curves_of_its_text(runs: Path, cli: CLI, tmp_
 
 
 @pytest.mark.slow("eleven runs; a run that is resumed once is among the quick tests")
-def test_an_on_policy_run_that_is_killed_ten_times(cli: CLI, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more", "shares"),
+    [
+        ("distillm", ("rollouts.policy.start=0.9", "rollouts.policy.replay=increasing"), {0.0, 1.0}),
+        ("distillm2", ("rollouts.policy.beside=dataset", "rollouts.policy.final_weight=1.5"), {0.5}),
+    ],
+)
+def test_an_on_policy_run_that_is_killed_ten_times(
+    name: str, more: tuple[str, ...], shares: set[float], cli: CLI, tmp_path: Path
+) -> None:
     """SIGKILL at random moments, in the middle of writing and learning: the same texts, losses and weights, to the bit."""
-    run = (*RUN, "--config", "tiny/distillm", "rollouts.policy.start=0.9", "rollouts.policy.replay=increasing", "max_steps_per_epoch=24",
-           "save_every_n_steps=1", "keep_last_n_checkpoints=2")  # fmt: skip
+    run = (
+        *RUN,
+        "--config",
+        f"tiny/{name}",
+        *more,
+        "max_steps_per_epoch=24",
+        "save_every_n_steps=1",
+        "keep_last_n_checkpoints=2",
+    )
     whole, cut, random, num_unfinished = tmp_path / "whole", tmp_path / "cut", np.random.default_rng(0), 0
     assert cli(*run, f"output_dir={whole}").code == 0
     for kill in range(10):
@@ -395,5 +423,5 @@ def test_an_on_policy_run_that_is_killed_ten_times(cli: CLI, tmp_path: Path) -> 
     done = cli(*run, f"output_dir={cut}", "resume_from_checkpoint=true")
     assert done.code == 0, done.err
     assert rows(cut) == rows(whole)
-    assert {row["rollout_share"] for row in steps(whole)} == {0.0, 1.0}
+    assert {row["rollout_share"] for row in steps(whole)} == shares
     assert (cut / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()

@@ -57,7 +57,8 @@ def log_probs(one: Transformer, prefix: tuple[int, ...]) -> Tensor:
 
 
 def text_probability(one: Transformer, ids: tuple[int, ...]) -> Tensor:
-    return torch.stack([log_probs(one, ids[:at])[token] for at, token in enumerate(ids)]).sum().exp()
+    logp = one(torch.tensor([[*PROMPT, *ids]]))[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    return logp[range(len(ids)), ids].sum().exp()
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -77,21 +78,18 @@ def over_prefixes(student: Transformer, teacher: Transformer, writer: Transforme
 def expected_loss(
     student: Transformer, teacher: Transformer, writer: Transformer, loss_fn: KDLoss, weight: float = 1.0
 ) -> Tensor:
-    """Return the loss of every text as it is trained on, each by the writer's probability of it, a constant."""
-    total, is_own = torch.zeros((), dtype=torch.float64), writer is student
-    for ids in texts():
-        rollout = Rollout(
-            np.array([*PROMPT, *ids]), len(PROMPT), ids[-1] == STOP, "student" if is_own else "teacher", 0, 0
-        )
-        batch = collate([rollout.example()], 0, padding_free=True)
-        targets = replace(
-            batch.targets, is_own_text=is_own, weights_N=torch.full((len(ids),), weight, dtype=torch.float64)
-        )
-        with torch.no_grad():
-            signal = HiddenSignal(teacher(**batch.inputs, return_hidden=True), teacher.output)
-        loss, _ = loss_fn(student(**batch.inputs, return_hidden=True), student.output, signal, targets)
-        total = total + text_probability(writer, ids).detach() * loss
-    return total
+    """Return the loss of every text as it is trained on, each by the writer's probability of it, a constant, times a weight."""
+    every, is_own = list(texts()), writer is student
+    source = "student" if is_own else "teacher"
+    rollouts = [Rollout(np.array([*PROMPT, *ids]), len(PROMPT), ids[-1] == STOP, source, 0, 0) for ids in every]
+    batch = collate([one.example() for one in rollouts], 0, padding_free=True)
+    with torch.no_grad():
+        probabilities = torch.stack([text_probability(writer, ids) for ids in every])
+        signal = HiddenSignal(teacher(**batch.inputs, return_hidden=True), teacher.output)
+    weights_N = weight * probabilities.repeat_interleave(torch.tensor([len(ids) for ids in every]))
+    targets = replace(batch.targets, is_own_text=is_own, weights_N=weights_N)
+    loss, _ = loss_fn(student(**batch.inputs, return_hidden=True), student.output, signal, targets)
+    return loss
 
 
 def assert_same_gradient(found: Tensor, wanted: Tensor, student: Transformer) -> None:

@@ -1,4 +1,4 @@
-"""Weights of the tokens' losses in text that a model has written, and what a replayed text's need of the present student.
+"""Which texts of a step each micro-batch has, and the weights of their tokens' losses.
 
 Shapes: N targets of a micro-batch, A tokens of an answer.
 """
@@ -10,12 +10,43 @@ import numpy as np
 import torch
 
 from kdtune.data import Batch
+from kdtune.data.micro_batches import cut_by_tokens
+from kdtune.distributed import World
 from kdtune.generation import eval_mode
 from kdtune.losses import token_log_probs
 from kdtune.losses.heads import project
 from kdtune.models import Transformer
 from kdtune.rollouts.policy_gradient import FloatArray
 from kdtune.rollouts.record import Rollout
+
+
+def parts_of(
+    rollouts: Sequence[Rollout], world: World, batch_size: int, max_tokens: int | None, *, is_padded: bool
+) -> list[list[int]]:
+    """Return the indices of the rollouts of each of this process's micro-batches, laid out as the loader lays out examples.
+
+    None has both the student's own text and the teacher's, whose divergences may differ.
+
+    Args:
+        rollouts: the step's.
+        world: the processes that share them.
+        batch_size: texts of a micro-batch.
+        max_tokens: largest micro-batch in tokens, which then decides in its place; None: no limit.
+        is_padded: count padding among the tokens.
+    """
+    rank, size = world.dp_rank, world.dp_size
+    found: list[list[int]] = []
+    for of_teacher in (True, False):
+        indices = [index for index, one in enumerate(rollouts) if (one.source == "teacher") == of_teacher]
+        if max_tokens is not None and indices:
+            lengths = [len(rollouts[index].tokens) for index in indices]
+            cut = cut_by_tokens(lengths, max_tokens, num_ranks=size, is_padded=is_padded)
+            parts = [[indices[place] for place in part] for part in cut]
+        else:
+            parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+            parts += [[] for _ in range(-len(parts) % size)]
+        found += parts[rank::size]
+    return found
 
 
 def weighted(batch: Batch, weight: float | None) -> Batch:
