@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="prompts of a batch; 0: none")
     parser.add_argument("--samples", type=int, default=0, help="samples, at most 80")
     parser.add_argument("--slots", type=int, default=32, help="of the samples")
+    parser.add_argument("--compile", action="store_true", help="kdtune's forwards of new tokens, also of a batch")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -65,7 +66,9 @@ def main() -> None:
     if arguments.alone:
         compare_alone(model, theirs, prompts[: arguments.alone], num_new)
     if arguments.batch_size:
-        compare_batches(model, theirs, prompts[: arguments.batch_size], num_new, arguments.rounds)
+        compare_batches(
+            model, theirs, prompts[: arguments.batch_size], num_new, arguments.rounds, compile=arguments.compile
+        )
     if arguments.samples:
         twice = [prompt for prompt in prompts for _ in range(2)][: arguments.samples]
         compare_samples(model, theirs, twice, num_new, arguments.slots, tokenizer.stop_ids)
@@ -135,14 +138,22 @@ def compare_alone(model: Transformer, theirs: Any, prompts: list[list[int]], num
     print_rows(model, dict(zip(("kdtune", "transformers"), seconds, strict=True)), len(prompts) * num_new, 1)
 
 
-def compare_batches(model: Transformer, theirs: Any, prompts: list[list[int]], num_new: int, rounds: int) -> None:
+def compare_batches(
+    model: Transformer, theirs: Any, prompts: list[list[int]], num_new: int, rounds: int, *, compile: bool
+) -> None:
     """Print the rows of a batch."""
-    settings: dict[str, Any] = {"stop_ids": (), "seeds": range(len(prompts)), "slots": len(prompts)}
+    settings: dict[str, Any] = {
+        "stop_ids": (),
+        "seeds": range(len(prompts)),
+        "slots": len(prompts),
+        "compile": compile,
+    }
 
     def ours(sampling: Sampling, num_new: int = num_new) -> list[list[int]]:
         return [one.ids for one in complete(model, prompts, max_new_tokens=num_new, sampling=sampling, **settings)]
 
-    ours(Sampling(), 2), their_answers(theirs, prompts, 2)  # to warm up
+    # To warm up: compiled for one number of places, and then for any.
+    ours(Sampling(), num_new if compile else 2), their_answers(theirs, prompts, 2)
     ways = {
         "kdtune": lambda: ours(Sampling()),
         "transformers": lambda: their_answers(theirs, prompts, num_new),

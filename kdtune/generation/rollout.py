@@ -69,6 +69,7 @@ def complete(
     partner: Transformer | None = None,
     partner_share: float = 0.5,
     num_ids: int | None = None,
+    compile: bool = False,
 ) -> list[Completion]:
     """Return a completion of each prompt, in order.
 
@@ -95,6 +96,8 @@ def complete(
             ``sampling`` applies to that.
         partner_share: its part of the mixture.
         num_ids: draw from the first so many ids alone, such as those that a teacher's head has too; None: from all.
+        compile: compile the forward of the next tokens, once for a process (`kdtune.generation.compiled`), unless the model is sharded or
+            quantized, or one that transformers computes. Its kernels may round otherwise.
 
     Raises:
         ConfigError: a number is out of range, or there is not one seed for each prompt.
@@ -139,5 +142,6 @@ def complete(
         sync_tokens=sync_tokens,
         partner=None if partner is None else Partner(partner, partner_share),
         num_ids=num_ids,
+        compile=compile,
     )
     return [completion for completion in completions if completion is not None]

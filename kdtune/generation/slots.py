@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtune.distributed import broadcast_object
+from kdtune.generation.compiled import can_compile, compiled_step, fixed_cache
 from kdtune.generation.generate import eval_mode
 from kdtune.generation.sampling import Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer, TransformerConfig
-from kdtune.models.kv_cache import SlotCache
+from kdtune.models.kv_cache import FixedLayer, SlotCache
 from kdtune.tensor_types import is_fsdp_module, is_plain
 
 
@@ -76,6 +77,7 @@ def grow(
     sync_tokens: bool = False,
     partner: Partner | None = None,
     num_ids: int | None = None,
+    compile: bool = False,
 ) -> None:
     """Append ids to each text until it has ended.
 
@@ -92,6 +94,7 @@ def grow(
         sync_tokens: every process continues with rank 0's ids.
         partner: a second model to write with.
         num_ids: draw from the first so many ids alone; None: from all that the models share.
+        compile: compile the forward of the texts' next tokens.
     """
     waiting = deque(texts)
     models = [model] if partner is None else [model, partner.model]
@@ -99,7 +102,8 @@ def grow(
         if is_fsdp_module(one):
             one.unshard()  # only then have its weights the dtype and device that they compute in
     with eval_mode(*models), uncompiled(models):
-        served = Together([served_by(one, min(slots, len(waiting)), rows, longest) for one in models])
+        num_slots = slots if compile else min(slots, len(waiting))  # always as many: each number has code of its own
+        served = Together([served_by(one, num_slots, rows, longest, compile=compile) for one in models])
         active = [waiting.popleft() for _ in range(min(served.num_slots, len(waiting)))]
         for slot, text in enumerate(active):
             served.put(slot, text.ids)
@@ -160,10 +164,13 @@ class Served(Protocol):
 class _Slots:
     """kdtune's decoder, with a `SlotCache`."""
 
-    def __init__(self, model: Transformer, num_slots: int, num_rows: int, longest: int, num_new: int) -> None:
-        self._model, self.num_slots, self._num_rows = model, num_slots, num_rows
-        # Attention that is not kdtune's own computes all rows.
-        self._has_idle_slots = not isinstance(model.config, TransformerConfig)
+    def __init__(
+        self, model: Transformer, num_slots: int, num_rows: int, longest: int, num_new: int, compile: bool
+    ) -> None:
+        self._model, self.num_slots = model, num_slots
+        self._num_rows = max(num_slots, num_rows) if compile else num_rows
+        # Attention that is not kdtune's own computes all rows, and so does a compiled forward.
+        self._has_idle_slots = compile or not isinstance(model.config, TransformerConfig)
         # torch does less for each operation than under no_grad. Tensors that are made in it could not be trained on: other modules may
         # keep some, and FSDP gathers weights.
         is_plain_model = (
@@ -172,6 +179,9 @@ class _Slots:
         self._mode = torch.inference_mode if is_plain_model else torch.no_grad
         num_kept = max(num_slots, num_rows) if self._has_idle_slots else num_slots
         self._cache = SlotCache(model.config, num_kept, longest, num_new=num_new)
+        self._fixed: list[FixedLayer] = []
+        if compile:
+            self._cache, self._fixed = fixed_cache(model, num_kept, longest)
         # Texts that begin alike one after the other share what is computed of the beginning.
         self._prefix: list[int] = []
         self._prefix_cache: KVCache | None = None
@@ -202,6 +212,12 @@ class _Slots:
             self._cache.place(positions + idle if self._has_idle_slots else positions, device, num_new)
             tokens_BS, firsts_B = torch.tensor(tokens, device=device), torch.tensor(positions + idle, device=device)
             positions_BS = firsts_B[:, None] + torch.arange(num_new, device=device)
+            if self._fixed:
+                self._cache.fix(self._model.dtype)
+                with torch.compiler.set_stance(
+                    "default"
+                ):  # whatever `uncompiled` says of layers that training has compiled
+                    return compiled_step(device.type)(self._model, tokens_BS, positions_BS, self._fixed)
             hidden_BSD: Tensor = self._model(
                 tokens_BS, input_pos=positions_BS, kv_cache=self._cache, return_hidden=True
             )
@@ -251,9 +267,13 @@ class Together:
         return [one.hidden(texts)[:, -1] for one in self._served]
 
 
-def served_by(model: Transformer, slots: int, rows: int, longest: int, num_new: int = 1) -> Served:
+def served_by(
+    model: Transformer, slots: int, rows: int, longest: int, num_new: int = 1, *, compile: bool = False
+) -> Served:
     """Return a model with caches of texts of up to ``longest`` tokens, to which up to ``num_new`` are appended at a time; see `grow`."""
-    return _Slots(model, slots, rows, longest, num_new) if has_slots(model) else _OneByOne(model, longest)
+    if not has_slots(model):
+        return _OneByOne(model, longest)
+    return _Slots(model, slots, rows, longest, num_new, compile and can_compile(model))
 
 
 def _cache_of(model: Transformer, ids: Sequence[int], longest: int) -> KVCache:

@@ -5,6 +5,7 @@ Shape suffixes: B batch, N slots in use, S new tokens, T tokens attended to, K k
 
 import weakref
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _FIRST_ROOM = 1024
 # Tokens that a layer with a window has room for beside those in it: so often they are moved to the front.
 SLACK = 256
 # Of so many places slots have whole blocks, and all of them are read.
-_BLOCK = 64
+BLOCK = 64
 # Places that a sum is taken over at a time, see `SlotCache.num_places`.
 PART = 512
 # Places that slots begin with; they then double.
@@ -156,7 +157,7 @@ class SlotLayer:
     def __init__(self, slots: "SlotCache", window: int | None, *, is_capped: bool) -> None:
         # The cache has its layers: were it theirs too, keys and values would stay until Python looks for garbage.
         self._slots: SlotCache = weakref.proxy(slots)
-        self._window, self._is_capped = window, is_capped
+        self.window, self._is_capped = window, is_capped
         self._keys_RKCE = self._values_RKCE = torch.empty(0)
 
     def store(self, _: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +165,8 @@ class SlotLayer:
 
         ``keys_BKSE`` and ``values_BKSE`` may have more rows than slots are in use.
         """
-        rows_N, places_NS, num_places = self._slots.places(self._window)
-        self._make_room(num_places, keys_BKSE)
+        rows_N, places_NS, num_places = self._slots.places(self.window)
+        self.make_room(num_places, keys_BKSE)
         self._keys_RKCE[rows_N[:, None], :, places_NS] = keys_BKSE[: len(rows_N)].transpose(1, 2)
         self._values_RKCE[rows_N[:, None], :, places_NS] = values_BKSE[: len(rows_N)].transpose(1, 2)
         return self._keys_RKCE[: len(rows_N), :, :num_places], self._values_RKCE[: len(rows_N), :, :num_places]
@@ -177,14 +178,14 @@ class SlotLayer:
         keys_NKTE, values_NKTE = self.store(start, keys_BKSE, values_BKSE)
         # Of a bool one torch's kernels would make the same in every layer.
         dtype = torch.bool if self._is_capped else keys_NKTE.dtype
-        return keys_NKTE, values_NKTE, self._slots.mask(self._window, keys_NKTE.shape[2], dtype), None
+        return keys_NKTE, values_NKTE, self._slots.mask(self.window, keys_NKTE.shape[2], dtype), None
 
     def write(self, slot: int, layer: LayerCache, length: int) -> None:
         """Put the text of a cache of one sequence, of ``length`` tokens, into a slot."""
         first, keys_1KPE, values_1KPE = layer.held(length)
-        num_places = self._slots.num_places(self._window, length)
+        num_places = self._slots.num_places(self.window, length)
         skipped = max(keys_1KPE.shape[2] - num_places, 0)
-        self._make_room(num_places, keys_1KPE)
+        self.make_room(num_places, keys_1KPE)
         places_P = torch.arange(first + skipped, length, device=keys_1KPE.device) % num_places
         self._keys_RKCE[slot, :, places_P] = keys_1KPE[0, :, skipped:]
         self._values_RKCE[slot, :, places_P] = values_1KPE[0, :, skipped:]
@@ -195,18 +196,48 @@ class SlotLayer:
             if tensor_RKCE.numel():
                 tensor_RKCE[target] = tensor_RKCE[source]
 
-    def _make_room(self, num_places: int, like_BKSE: Tensor) -> None:
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The keys and values [R, K, C, E]."""
+        return self._keys_RKCE, self._values_RKCE
+
+    def make_room(self, num_places: int, like_BKSE: Tensor) -> None:
+        """Hold at least so many places of keys and values as ``like_BKSE``."""
         room = self._keys_RKCE.shape[2] if self._keys_RKCE.numel() else 0
         if num_places <= room:
             return
         _, heads, _, head_dim = like_BKSE.shape
-        most = self._slots.num_places(self._window, self._slots.max_seq_len)
+        most = self._slots.num_places(self.window, self._slots.max_seq_len)
         more = min(max(num_places, _FIRST_PLACES, 2 * room), most)
         for name in ("_keys_RKCE", "_values_RKCE"):
             grown = like_BKSE.new_zeros(self._slots.num_slots, heads, more, head_dim)
             if room:
                 grown[:, :, :room] = getattr(self, name)
             setattr(self, name, grown)
+
+
+class FixedLayer:
+    """Keys and values of a `SlotLayer` with all of its room, for forwards that are compiled: its tensors are always the same.
+
+    ``now`` says by window, for the forward that comes next, the rows, the next tokens' places, the number of places and the mask.
+    """
+
+    def __init__(
+        self, keys_RKCE: Tensor, values_RKCE: Tensor, window: int | None, now: dict[int | None, "Placed"]
+    ) -> None:
+        self.keys_RKCE, self.values_RKCE, self._window, self._now = keys_RKCE, values_RKCE, window, now
+
+    def attended(
+        self, _: int, keys_RKSE: Tensor, values_RKSE: Tensor, *__: object
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Write the next tokens of all slots; return the same as `SlotLayer.attended`."""
+        rows_R1, places_RS, num_places, mask = self._now[self._window]
+        self.keys_RKCE[rows_R1, :, places_RS] = keys_RKSE.transpose(1, 2)
+        self.values_RKCE[rows_R1, :, places_RS] = values_RKSE.transpose(1, 2)
+        return self.keys_RKCE[:, :, :num_places], self.values_RKCE[:, :, :num_places], mask, None
+
+
+Placed: TypeAlias = tuple[Tensor, Tensor, int, Tensor]
 
 
 class SlotCache:
@@ -217,21 +248,42 @@ class SlotCache:
         num_slots: Number of texts that it has room for.
         max_seq_len: Tokens of the longest text. Memory grows on demand, doubling when full.
         num_new: Largest number of tokens that a forward appends, and by which a text may become shorter again.
+        block: Places are used by so many: of 64 on, by powers of two, up to 512.
 
     For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, S] and ``input_pos``
     [B, S]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
     the bit in fp32 on a CPU. ``length`` is the number of tokens before the next one, in the longest of the texts.
     """
 
-    def __init__(self, config: TransformerConfig, num_slots: int, max_seq_len: int, *, num_new: int = 1) -> None:
+    def __init__(
+        self, config: TransformerConfig, num_slots: int, max_seq_len: int, *, num_new: int = 1, block: int = BLOCK
+    ) -> None:
         self.num_slots, self.max_seq_len, self.length = num_slots, max_seq_len, 0
-        self._most_new = num_new
-        is_capped = config.score_softcap is not None
-        self.layers = [SlotLayer(self, config.window(index), is_capped=is_capped) for index in range(config.num_layers)]
+        self._most_new, self._block = num_new, block
+        self._is_capped = config.score_softcap is not None
+        windows = [config.window(index) for index in range(config.num_layers)]
+        self.layers = [SlotLayer(self, window, is_capped=self._is_capped) for window in windows]
         self._rows_N = torch.empty(0, dtype=torch.int64)
         self._positions_NS = torch.empty(0, 1, dtype=torch.int64)
         self._places: dict[int | None, tuple[Tensor, Tensor, int]] = {}
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._now: dict[int | None, Placed] = {}
+
+    def fixed(self, like_BKSE: Tensor) -> list[FixedLayer]:
+        """Return the layers for compiled forwards, with room for texts of ``max_seq_len``; ``like_BKSE`` is as new keys are.
+
+        For such a forward of one token of all slots, call ``place`` for all of them, and ``fix``.
+        """
+        for layer in self.layers:
+            layer.make_room(self.num_places(layer.window, self.max_seq_len), like_BKSE)
+        return [FixedLayer(*layer.tensors, layer.window, self._now) for layer in self.layers]
+
+    def fix(self, dtype: torch.dtype) -> None:
+        """Compute what `FixedLayer` needs for the placed tokens; ``dtype`` is the keys'."""
+        dtype = torch.bool if self._is_capped else dtype
+        for window in {layer.window for layer in self.layers}:
+            rows_R, places_RS, num_places = self.places(window)
+            self._now[window] = rows_R[:, None], places_RS, num_places, self.mask(window, num_places, dtype)
 
     def place(self, positions: Sequence[int], device: torch.device, num_new: int = 1) -> None:
         """Say which token of its text comes next in each of the first slots, from 0, and how many in all.
@@ -258,7 +310,7 @@ class SlotCache:
         # masked places at the end only add zeros: torch's attention has parts of 512, of which MKL's product takes up to 256 at once
         # (384 on some processors), and 512 in halves.
         full, rest = divmod(needed, PART)
-        rest = -(-rest // _BLOCK) * _BLOCK
+        rest = -(-rest // self._block) * self._block
         return full * PART + (PART if rest > PART // 2 else rest)
 
     def mask(self, window: int | None, num_places: int, dtype: torch.dtype = torch.bool) -> Tensor:

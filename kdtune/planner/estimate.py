@@ -45,7 +45,7 @@ from kdtune.planner.phases import (
 )
 from kdtune.planner.sizes import FSDPUnit, ModelSizes, model_sizes, update_bytes
 from kdtune.planner.teacher import TeacherEstimate, colocated_teacher, remote_teacher, stored_signal
-from kdtune.planner.writing import writers, writing
+from kdtune.planner.writing import kept_cache, writers, writing
 
 # What the configs of recipes that train have.
 _NEEDED = ("optimizer", "parallelism", "model", "checkpointer", "adapter", "gradient_accumulation_steps")
@@ -204,6 +204,7 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
     )
     here = {"student": student.sizes} | ({"teacher": teacher.sizes} if teacher and not teacher.is_elsewhere else {})
     written = {name: writing(cfg, here[name], batch) for name in here if name in writers(cfg)}
+    kept = kept_cache(cfg, written, batch)
     return Estimate(
         world_size=world.size + num_teachers,
         batch=batch,
@@ -213,7 +214,8 @@ def make_estimate(cfg: Any, world: World, *, device_type: str | None = None, seq
         teacher=teacher,
         loss=loss,
         phases=tuple(
-            _with_stored(_with_maps(one, *maps), stored) for one in (*found, *writing_phases(student, teacher, written))
+            _with_stored(_with_maps(replace(one, cache=max(one.cache, kept)), *maps), stored)
+            for one in (*found, *writing_phases(student, teacher, written))
         ),
         volume=volume(
             ours, asked, accumulation, batch, recomputed=student.saved.num_recomputed(ours.num_layers) / ours.num_layers

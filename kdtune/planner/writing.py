@@ -3,12 +3,13 @@
 The cache (`kdtune.models.kv_cache.SlotCache`) grows with the longest text: it is counted for texts that are as long as there can be.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kdtune.config import instantiate
 from kdtune.models import TransformerConfig
-from kdtune.models.kv_cache import SLACK, SlotCache
+from kdtune.models.kv_cache import BLOCK, PART, SLACK, SlotCache
 from kdtune.planner.costs import MicroBatch, fixed_bytes, layer_cost
 from kdtune.planner.sizes import ModelSizes
 
@@ -45,13 +46,14 @@ def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:
     """
     rollouts, pieces = instantiate(cfg.rollouts), sizes.pieces
     config = pieces.config
+    is_fixed = rollouts.compile and batch.device_type == "cuda"
     num_new = rollouts.speculation.num_drafted if "speculative" in rollouts.policy.sources else 1
-    slots = min(rollouts.slots, cfg.batch_size * cfg.gradient_accumulation_steps)
+    slots = rollouts.slots if is_fixed else min(rollouts.slots, cfg.batch_size * cfg.gradient_accumulation_steps)
     prompt = batch.seq_len - 1  # its last token goes through the model with those of the other texts
     longest = min(prompt + rollouts.max_new_tokens, config.max_seq_len) + (num_new if num_new > 1 else 0)
     cache = 0
     if isinstance(config, TransformerConfig):
-        layout = SlotCache(config, slots, longest, num_new=num_new)
+        layout = SlotCache(config, slots, longest, num_new=num_new, block=PART if is_fixed else BLOCK)
         windows = [config.window(index) for index in range(config.num_layers)]
         places = sum(slots * layout.num_places(window, longest) for window in windows)
         places += sum(prompt - 1 if window is None else min(prompt - 1, window + SLACK) for window in windows)
@@ -61,3 +63,9 @@ def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:
     logits = rows * config.vocab_size * (pieces.dtype.itemsize + extra)
     reading = fixed_bytes(pieces, read) + layer_cost(pieces, read, backward=False).forward_peak
     return Writing(cache, max(reading, logits))
+
+
+def kept_cache(cfg: Any, needed: Mapping[str, Writing], batch: MicroBatch) -> int:
+    """Return the bytes of what `needed` says of the caches that stay while the student trains: those of compiled forwards, on CUDA."""
+    stays = needed and batch.device_type == "cuda" and instantiate(cfg.rollouts).compile
+    return sum(one.cache for one in needed.values()) if stays else 0

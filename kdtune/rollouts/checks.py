@@ -102,6 +102,11 @@ def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
             "rollouts.policy: where both models write a text, every process needs whole ones; parallelism.dp_shard=1 "
             "parallelism.dp_replicate=-1"
         )
+    if rollouts.compile and not all(is_whole(one, world_size()) for one in layouts):
+        yield (
+            "rollouts.compile=true: the forward of a model that processes share is not compiled; ~rollouts.compile, or "
+            "parallelism.dp_shard=1 parallelism.dp_replicate=-1"
+        )
     nodes = cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
     if any(isinstance(node, dict) and node.get("packed") for node in nodes):
         yield (

@@ -56,6 +56,7 @@ class Rollouts:
         teacher_share: of the teacher's distribution in the mixture that `mixed` text is drawn from; MiniLLM's alpha.
         speculation: how the teacher corrects `speculative` text, `kdtune.generation.Speculation`; None: as published.
         slots: texts that are written at a time, by each process.
+        compile: compile the forward of a text's next tokens, but of `speculative` text; worth it for many steps, see docs/benchmarks.md.
         writer: what writes the student's text in place of kdtune's own decoder, `kdtune.rollouts.VLLMWriter`; None: the decoder.
         buffer_size: earlier texts that are kept for a policy with replay, in all processes together.
         max_staleness: optimizer steps after which a kept text is dropped; None: never.
@@ -79,6 +80,7 @@ class Rollouts:
         teacher_share: float = 0.2,
         speculation: Speculation | None = None,
         slots: int = 32,
+        compile: bool = False,
         writer: Any = None,
         buffer_size: int = 0,
         max_staleness: int | None = None,
@@ -103,7 +105,7 @@ class Rollouts:
             raise ConfigError(f"teacher_share={teacher_share}: must lie between 0 and 1")
         self.sampling, self.teacher_share = Sampling(temperature, top_k, top_p), teacher_share
         self.speculation = Speculation() if speculation is None else speculation
-        self.buffer, self.keep_targets = Buffer(buffer_size, max_staleness), keep_targets
+        self.buffer, self.keep_targets, self.compile = Buffer(buffer_size, max_staleness), keep_targets, compile
         self.policy_gradient, self.guards = policy_gradient, Guards() if guards is None else guards
         self.metrics: dict[str, float] = {}
         self._num_shown = 0
@@ -263,25 +265,24 @@ class Rollouts:
             "sampling": self.sampling,
             "seeds": [random_seed(self._seed, step.position[0], prompt.key, *more) for prompt in prompts],
         }
-        ours: dict[str, Any] = {
-            "slots": self.slots, "num_ids": self._num_ids, "progress": step.writing(len(prompts)),
-        }  # fmt: skip
+        ours: dict[str, Any] = {"slots": self.slots, "num_ids": self._num_ids, "progress": step.writing(len(prompts))}
+        options: dict[str, Any] = {"with_log_probs": True, "compile": self.compile}
         student, teacher = self._student, self._teacher_model
         if source == "student" and self.writer is not None:
             found = self.writer.complete(**asked)
         elif source == "student":
             with lockstep_forwards(student, self._world):
-                found = complete(student, with_log_probs=True, **asked, **ours)
+                found = complete(student, **options, **asked, **ours)
         elif teacher is None:
             raise ConfigError(
                 "rollouts.policy: the teacher is to write, and it is no model in this process; give a policy without its texts"
             )
         elif source == "teacher":
             with lockstep_forwards(teacher, self._world):
-                found = complete(teacher, with_log_probs=True, **asked, **ours)
+                found = complete(teacher, **options, **asked, **ours)
         elif source == "mixed":
             mixture: dict[str, Any] = {"partner": teacher, "partner_share": self.teacher_share}
-            found = complete(student, with_log_probs=True, **mixture, **asked, **ours)
+            found = complete(student, **mixture, **options, **asked, **ours)
         else:
             found = complete_speculatively(student, teacher, speculation=self.speculation, **asked, **ours)
         alone: dict[Source, list[Transformer | None]] = {"student": [student], "teacher": [teacher]}

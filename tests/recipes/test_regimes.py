@@ -15,7 +15,9 @@ import pytest
 from command_line import CLI, Fork
 from safetensors.torch import load_file
 
+from kdtune.generation import complete
 from kdtune.rollouts import random_seed
+from kdtune.rollouts import rollouts as writing
 
 MEASURED = {"time", "step_seconds", "data_seconds", "generation_seconds", "tokens_per_second", "peak_memory_rss"}
 REGIMES = ("gkd", "on_policy", "seqkd", "distillm", "distillm2", "minillm", "speculative")
@@ -306,6 +308,28 @@ def test_a_random_teacher_and_texts_without_end_stop_the_run(cli: CLI, tmp_path:
     )
     assert broken.code == 1
     assert "nothing can be learned from it" in broken.err
+
+
+def test_the_forward_of_new_tokens_is_compiled_if_asked_for(
+    cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noting(*args: Any, compile: bool, **more: Any) -> Any:
+        asked.append(compile)
+        return complete(*args, **more)
+
+    monkeypatch.setattr(writing, "complete", noting)
+    for number, value in enumerate(("true", "false")):
+        done = cli(
+            *RUN,
+            "--config",
+            "tiny/on_policy",
+            "max_steps_per_epoch=1",
+            f"rollouts.compile={value}",
+            f"output_dir={tmp_path / value}",
+        )
+        assert done.code == 0 and asked == [True, False][: number + 1], done.err
 
 
 def test_vllm_writes_in_place_of_the_decoder(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

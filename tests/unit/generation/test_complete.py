@@ -1,5 +1,6 @@
 """Samples of many prompts against whole forwards, one text at a time, and against each other in other company."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from test_generate_batch import greedy_by_recomputing
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
-from kdtune.generation import Sampling, complete
-from kdtune.models import apply_lora, llama
+from kdtune.generation import Sampling, compiled, complete
+from kdtune.models import Transformer, apply_lora, llama
 
 GREEDY = {"sampling": Sampling(), "max_new_tokens": 12, "stop_ids": ()}
 DRAWN = {"sampling": Sampling(1.0), "max_new_tokens": 12, "stop_ids": (5, 9), "with_log_probs": True}
@@ -162,3 +163,58 @@ def test_bad_arguments(model):
     broken.norm.weight.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="logits are not numbers"):
         complete(broken, [[1]], seeds=[0], **GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["plain", "windows", "capped"])
+def test_the_step_that_is_compiled_gives_the_same_texts(kind, model, prompts, monkeypatch):
+    """As Python runs it: a fixed number of rows, in a cache whose tensors stay the same."""
+    changes = {"windows": {"windows": (40, None)}, "capped": {"score_softcap": 4.0}}.get(kind, {})
+    if changes:
+        other = Transformer(replace(model.config, **changes))
+        other.load_state_dict(model.state_dict())
+        model = other
+    with torch.compiler.set_stance("force_eager"):
+        monkeypatch.setattr(torch.compiler, "set_stance", lambda _: nullcontext())
+        for sampling in (DRAWN, GREEDY | {"with_log_probs": True}):
+            found = complete(model, prompts, seeds=range(len(prompts)), slots=3, compile=True, **sampling)
+            expected = complete(model, prompts, seeds=range(len(prompts)), slots=3, **sampling)
+            assert [one.ids for one in found] == [one.ids for one in expected]
+            for one, another in zip(found, expected, strict=True):
+                torch.testing.assert_close(
+                    torch.tensor(one.log_probs), torch.tensor(another.log_probs), rtol=1e-5, atol=1e-5
+                )
+
+
+@pytest.mark.slow("two compilations; the quick tests run the same code in Python")
+def test_compiled_texts_do_not_depend_on_their_neighbours(model, prompts):
+    settings = {"seeds": range(len(prompts)), **DRAWN}
+    found = complete(model, prompts, slots=3, compile=True, **settings)
+    assert [one.ids for one in found] == [one.ids for one in complete(model, prompts, slots=3, **settings)]
+    turned = complete(model, prompts[::-1], slots=7, compile=True, **(settings | {"seeds": range(len(prompts))[::-1]}))
+    assert turned[::-1] == found
+    layer = model.layers[0]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.mul_(-1)  # as an optimizer would
+    assert [one.ids for one in complete(model, prompts, slots=3, compile=True, **settings)] == [
+        one.ids for one in complete(model, prompts, slots=3, **settings)
+    ]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.mul_(-1)
+
+
+def test_the_compiled_step_of_a_device_waits_for_nothing_and_keeps_its_cache(model, monkeypatch):
+    """On the meta device, whose tensors have no values to ask for, as on a GPU."""
+    monkeypatch.setattr(compiled, "_KEPT", type(compiled._KEPT)())
+    meta = torch.device("meta")
+    with meta, torch.no_grad():
+        on_device = Transformer(model.config)
+        cache, layers = compiled.fixed_cache(on_device, 8, 100)
+        # Places by 512, so that there is one graph for texts of up to 512 tokens, and tensors whose addresses the graph keeps.
+        assert layers[0].keys_RKCE.shape[2] == 512 and layers[0].keys_RKCE.is_meta
+        assert all(hasattr(one.keys_RKCE, "_dynamo_static_input_type") for one in layers)
+        cache.place([3] * 8, meta)
+        cache.fix(on_device.dtype)
+        tokens, positions = torch.zeros(8, 1, dtype=torch.int64), torch.full((8, 1), 3)
+        assert compiled.step(on_device, tokens, positions, layers).shape == (8, 1, 16)
+        assert compiled.fixed_cache(on_device, 8, 90)[0] is cache
+        assert compiled.fixed_cache(on_device, 8, 101)[0] is not cache

@@ -117,3 +117,14 @@ def test_the_command_line_shows_it_and_says_what_to_change(capsys: pytest.Captur
         config(*large), 0, lambda cfg: make_estimate(cfg, World(CPU), device_type="cuda").peak.total
     )
     assert change.overrides == "rollouts.slots=16" and change.after < 0.6 * change.before
+
+
+def test_the_cache_of_compiled_forwards_stays_on_a_gpu() -> None:
+    plain, compiled = (planned(*more, device_type="cuda") for more in ((), ("rollouts.compile=true",)))
+    phase = writing_of(compiled)
+    assert phase is not None and {one.cache for one in compiled.phases} == {phase.cache}
+    assert {one.cache for one in plain.phases} == {0, writing_of(plain).cache}
+    # 32 slots of 512 places, however few texts and tokens there are; and a prompt of 254 tokens in 256 places.
+    assert phase.cache == 2 * (2 * 8 * 4) * 2 * (32 * 512 + 254)
+    on_cpu = planned("rollouts.compile=true")
+    assert {one.cache for one in on_cpu.phases} == {0, writing_of(on_cpu).cache}
