@@ -12,7 +12,7 @@ from kdtune.json_files import read_json, read_json_lines
 from kdtune.sweeps.plan import Cell, Step
 
 DONE, FAILED = "done", "failed"
-LOSSES = ("loss", "class_loss", "kd_loss")
+_OF_LAST_STEP = ("loss", "class_loss", "kd_loss", "total_flops")
 _VALIDATION = "val_"
 _ADVICE = "remove it, and the sweep runs the step again"
 
@@ -20,13 +20,15 @@ _ADVICE = "remove it, and the sweep runs the step again"
 def step_metrics(folder: Path) -> dict[str, float | None]:
     """Return the numbers that a finished step has left in its folder, by name.
 
-    For a training run: the losses of the last step and the last validation (metrics.jsonl). For an evaluation: its
-    metrics (results.json). {} for a step that leaves neither. None is a number that was not finite.
+    For a training run: the losses of the last step, the operations up to it, and the last validation (metrics.jsonl). For an evaluation:
+    its metrics (results.json). {} for a step that leaves neither. None is a number that was not finite.
     """
     found: dict[str, Any] = {}
     if (folder / "metrics.jsonl").exists():
         for row in read_json_lines(folder / "metrics.jsonl"):
-            found |= {name: value for name, value in row.items() if name in LOSSES or name.startswith(_VALIDATION)}
+            found |= {
+                name: value for name, value in row.items() if name in _OF_LAST_STEP or name.startswith(_VALIDATION)
+            }
     if (folder / "results.json").exists():
         found |= read_json(folder / "results.json", advice=_ADVICE).get("metrics", {})
     return finite_metrics({name: value for name, value in found.items() if isinstance(value, int | float | None)})

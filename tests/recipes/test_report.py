@@ -187,10 +187,17 @@ def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
 
 
 def test_null_metrics_of_a_step_are_kept(tmp_path: Path) -> None:
-    rows = [{"step": 1, "loss": 2.0, "val_kd_loss": 1.0, "note": "x"}, {"step": 2, "loss": None, "val_kd_loss": None}]
+    rows = [{"step": 1, "loss": 2.0, "val_kd_loss": 1.0, "note": "x", "total_flops": 5},
+            {"step": 2, "loss": None, "val_kd_loss": None, "total_flops": 7}]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "results.json").write_text('{"metrics": {"a/acc": NaN, "b/acc": 0.5}}')
-    assert step_metrics(tmp_path) == {"loss": None, "val_kd_loss": None, "a/acc": None, "b/acc": 0.5}
+    assert step_metrics(tmp_path) == {
+        "loss": None,
+        "val_kd_loss": None,
+        "total_flops": 7.0,
+        "a/acc": None,
+        "b/acc": 0.5,
+    }
 
 
 def test_only_what_passes_the_bound_of_t_is_strong(tmp_path: Path) -> None:
