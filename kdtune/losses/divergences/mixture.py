@@ -165,7 +165,7 @@ class BySource:
                 raise ConfigError(
                     f"BySource: {divergence_name(one)} compares no distributions over the same ids; allowed are divergences that do"
                 )
-        self.name = f"{divergence_name(teacher)}, on the student's text {divergence_name(student)}"
+        self.name = f"{divergence_name(teacher)} / {divergence_name(student)}"
 
     def for_text(self, is_own_text: bool) -> Divergence:
         """Return the divergence for text that the student has written, or for another's."""
