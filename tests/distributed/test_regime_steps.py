@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from test_loss_gradients import float64_model
 
@@ -27,21 +28,19 @@ OWN = {
     "gkd": {"policy": {"_component_": "kdtune.rollouts.Share", "student": 0.5}},
 }  # fmt: skip
 SOURCES = {"gkd": {0.0, 1.0}}
-# Where both models write a text, every process has whole ones.
-IN_SHARDS = ("gkd", "on_policy", "distillm", "seqkd")
 
 
 def trained(name: str, student: Transformer, world: World) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights after some steps of SGD, and what is recorded of each step's text."""
     values: dict[str, Any] = read_yaml(CONFIGS / f"{name}.yaml")
     rollouts: Rollouts = config.instantiate({**values["rollouts"], "max_new_tokens": 6, **OWN.get(name, {})})
-    tokenizer = byte_tokenizer(max_seq_len=96)
-    dataset = quickstart_dataset(tokenizer, split="train[:8]")
+    tokenizer = byte_tokenizer(max_seq_len=128)
+    dataset = quickstart_dataset(tokenizer, split="train[:20]", prompt="plain", train_on="answers", truncation="right")
     teacher = OnlineTeacher(float64_model(width=48, vocab_size=320, seed=1))
     cfg = SimpleNamespace(teacher=None, seed=0, kd_ratio=values["kd_ratio"], batch_size=BATCH_SIZE,
                           tokens_per_micro_batch=None, padding_free=True, device="cpu")  # fmt: skip
     inputs = SimpleNamespace(cfg=cfg, tokenizer=tokenizer, num_steps=1000)
-    rollouts.start(inputs, student, teacher, world, context=96)
+    rollouts.start(inputs, student, teacher, world, context=128)
     kd_loss = config.instantiate(values.get("kd_loss"))
     loss_fn, optimizer = KDLoss(kd_loss, kd_ratio=cfg.kd_ratio), torch.optim.SGD(student.parameters(), lr=0.5)
     found = []
@@ -68,7 +67,7 @@ def trained(name: str, student: Transformer, world: World) -> tuple[dict[str, to
     return {key: full_tensor(one.detach()) for key, one in student.named_parameters()}, found
 
 
-def compare(names: list[str], layout: dict[str, int]) -> None:
+def compare(names: tuple[str, ...], layout: dict[str, int]) -> None:
     torch.set_num_threads(1)
     with Parallelism(**layout).start_world(torch.device("cpu")) as world:
         for name in names:
@@ -89,9 +88,19 @@ def compare(names: list[str], layout: dict[str, int]) -> None:
                 assert (found[key] - one).norm() < 1e-9 * moved, (name, key)
 
 
-def test_two_processes_with_a_student_in_shards_make_the_steps_of_one(launch) -> None:
-    launch.call(compare, list(IN_SHARDS), {"dp_shard": 2}, ranks=2)
+COPIES, SHARDS = {"dp_replicate": 2, "dp_shard": 1}, {"dp_shard": 2}
 
 
-def test_two_processes_with_whole_models_make_the_steps_of_one(launch) -> None:
-    launch.call(compare, ["minillm", "speculative"], {"dp_replicate": 2, "dp_shard": 1}, ranks=2)
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        pytest.param(("distillm", "minillm"), COPIES, id="copies"),
+        pytest.param(("gkd", "on_policy", "seqkd", "distillm2", "speculative"), COPIES, id="the others",
+                     marks=pytest.mark.slow("regimes that have less of their own in a step")),
+        # Where both models write a text, every process has whole ones.
+        pytest.param(("gkd", "on_policy", "distillm", "seqkd", "distillm2"), SHARDS, id="shards",
+                     marks=pytest.mark.slow("shards in place of copies; the quick tests of ranks have a regime in shards too")),
+    ],
+)  # fmt: skip
+def test_two_processes_make_the_steps_of_one(names: tuple[str, ...], layout: dict[str, int], launch) -> None:
+    launch.call(compare, names, layout, ranks=2)

@@ -63,7 +63,7 @@ def test_the_run_is_that_of_data_with_answers(
     ]
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (ours, theirs)]
     assert weights[0] == weights[1]
-    for epochs in (1, 2):  # resumed after the first
+    for epochs in (1, 2) if more else ():  # resumed after the first
         done = cli(
             *RUN,
             *sources["prompts"],
@@ -73,7 +73,8 @@ def test_the_run_is_that_of_data_with_answers(
             "resume_from_checkpoint=true",
         )
         assert done.code == 0, done.err
-    assert (tmp_path / "cut" / "final" / "model.safetensors").read_bytes() == weights[0]
+        if epochs == 2:
+            assert (tmp_path / "cut" / "final" / "model.safetensors").read_bytes() == weights[0]
 
 
 def test_answers_to_prompts_alone(sources: dict[str, list[str]], cli: CLI, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The run's tokenizer against the one in a model's folder."""
 
+import os
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -9,6 +12,12 @@ from kdtune.errors import ConfigError
 from kdtune.log import get_logger
 from kdtune.teachers import check_tokenizer
 from kdtune.tokenizers import byte_tokenizer
+
+PUBLISHED = [
+    file
+    for name in ("gemma", "llama3_1", "phi3", "qwen2_5")
+    if (file := Path(os.environ.get("KDTUNE_TEST_MODELS", "/nonexistent"), "chat_templates", f"{name}.jinja")).is_file()
+]
 
 
 def other_ids():
@@ -127,6 +136,18 @@ def test_a_teacher_with_another_chat_template_is_told_in_one_line(source, warnin
     theirs = tokenizers.load(tmp_path)
     check_tokenizer(theirs, source, is_chat=True)
     assert len(warnings.records) == 1
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="no template in KDTUNE_TEST_MODELS/chat_templates")
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_published_templates_of_a_teacher_are_refused(file, source, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(file.read_text())
+    with pytest.raises(
+        ConfigError, match=r"another chat template.*takes its format \(or rollouts.guards.same_template=false\)"
+    ):
+        check_tokenizer(byte_tokenizer(), source, is_chat=True, same_template=True)
+    theirs = tokenizers.load(tmp_path)
+    check_tokenizer(theirs, source, is_chat=True, same_template=True)
 
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path, warnings):
