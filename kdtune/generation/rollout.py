@@ -74,7 +74,7 @@ def complete(
     """Return a completion of each prompt, in order.
 
     A text ends at a stop id, after ``max_new_tokens``, or where the model's context is full; its slot is then given the next prompt,
-    whose tokens go through the model alone. Prompts that are equal and follow each other share that forward.
+    whose tokens go through the model alone in fp32 on a CPU, elsewhere with those of other new prompts. Equal ones share that forward.
 
     In fp32 on a CPU a completion does not depend, to the bit, on the other prompts, on their order, on ``slots`` up to 32, or on which
     process computes it, if all have as many threads. The model computes as it is, in eval mode and with its adapters; its mode is

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kdtune.errors import CheckpointError, ConfigError
 
 # Below it a temperature would be 0 in fp32; what is drawn is the most likely token long before.
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+# Ids whose probabilities are summed before a draw looks at each of them.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,12 @@ def sample_tokens(logits_BV: Tensor, sampling: Sampling, generators: Sequence[to
     Raises:
         CheckpointError: logits that are not finite.
     """
-    best_B1, ids_B1 = logits_BV.max(dim=-1, keepdim=True)
-    _check_finite(best_B1)
-    if sampling.temperature > 0.0:
+    if sampling.temperature == 0.0:
+        best_B1, ids_B1 = logits_BV.max(dim=-1, keepdim=True)
+        _check_finite(best_B1)
+    else:
+        best_B1 = logits_BV.amax(dim=-1, keepdim=True)
+        _check_finite(best_B1)
         uniforms = [torch.rand((), generator=each, dtype=torch.float64) for each in generators]
         # One transfer for the whole batch.
         logits_BV = logits_BV.to("cpu", torch.promote_types(logits_BV.dtype, torch.float32))
@@ -82,7 +88,7 @@ def _drawn(scaled_BV: Tensor, sampling: Sampling, uniforms_B1: Tensor) -> Tensor
     """Return ids [B, 1]: where the cumulative probabilities of those that are not filtered out reach a uniform number of [0, 1)."""
     top_k, top_p = sampling.top_k, sampling.top_p if sampling.top_p != 1.0 else None
     if top_k is None and top_p is None:
-        return _reached(scaled_BV.softmax(dim=-1), uniforms_B1)
+        return _reached_of_all(scaled_BV.exp(), uniforms_B1)
     vocab_size = scaled_BV.shape[-1]
     # Sorted from the most likely on.
     scaled_BN, ids_BN = scaled_BV.topk(vocab_size if top_k is None else min(top_k, vocab_size))
@@ -97,11 +103,25 @@ def _drawn(scaled_BV: Tensor, sampling: Sampling, uniforms_B1: Tensor) -> Tensor
 
 def _reached(weights_BN: Tensor, shares_B1: Tensor) -> Tensor:
     """Return the first index [B, 1] up to which more than this share of the weights lies."""
-    sums_BN = weights_BN.cumsum(dim=-1, dtype=torch.float64)
+    return _first_above(weights_BN.cumsum(dim=-1, dtype=torch.float64), shares_B1)
+
+
+def _first_above(sums_BN: Tensor, shares_B1: Tensor) -> Tensor:
     totals_B1 = sums_BN[:, -1:]
     # Below the total also where the product is rounded up: an index is found, and its weight is not 0.
     wanted_B1 = torch.minimum(shares_B1 * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1)))
     return torch.searchsorted(sums_BN, wanted_B1, right=True)
+
+
+def _reached_of_all(weights_BV: Tensor, shares_B1: Tensor) -> Tensor:
+    """Return the same of a whole vocabulary: first the block of ids, then the id in it, a sixth of the time of all sums."""
+    blocks_BKN = functional.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    sums_BK = blocks_BKN.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    block_B1 = _first_above(sums_BK, shares_B1)
+    before_B1 = torch.where(block_B1 > 0, sums_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inner_B1 = (shares_B1 * sums_BK[:, -1:] - before_B1) / (sums_BK.gather(1, block_B1) - before_B1)
+    block_BN = blocks_BKN.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
+    return block_B1 * _BLOCK + _reached(block_BN, inner_B1.clamp(0.0, 1.0))
 
 
 def _check_finite(best: Tensor) -> None:

@@ -5,10 +5,10 @@ Shape suffixes: B rows of a forward, N slots in use, S new tokens, D embedding, 
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from kdtune.generation.sampling import Sampling, sample_tokens
 from kdtune.models import KVCache, Transformer, TransformerConfig
 from kdtune.models.kv_cache import FixedLayer, SlotCache
 from kdtune.tensor_types import is_fsdp_module, is_plain
+
+# Tokens of prompts that are read in a forward, with their padding: more of them save nothing.
+TOKENS_READ = 2048
 
 
 @dataclass
@@ -105,8 +108,7 @@ def grow(
         num_slots = slots if compile else min(slots, len(waiting))  # always as many: each number has code of its own
         served = Together([served_by(one, num_slots, rows, longest, compile=compile) for one in models])
         active = [waiting.popleft() for _ in range(min(served.num_slots, len(waiting)))]
-        for slot, text in enumerate(active):
-            served.put(slot, text.ids)
+        served.put({slot: text.ids for slot, text in enumerate(active)})
         while active:
             states = served.hidden(active)
             logits = [one.output(hidden_BD)[: len(active)] for one, hidden_BD in zip(models, states, strict=True)]
@@ -125,22 +127,25 @@ def grow(
                     ended.append(slot)
                 elif any(len(text.ids) - 1 == one.config.rope_switch for one in models):
                     # From here on all tokens of that text are rotated otherwise: the keys that are held are of no more use.
-                    served.put(slot, text.ids)
+                    served.put({slot: text.ids})
             refill(active, ended, waiting, served)
 
 
 def refill(active: list[Text], ended: Sequence[int], waiting: deque[Text], served: "Together") -> None:
     """Give the slots of texts that have ended to those that wait, or move the last texts there; ``ended`` ascends."""
     # From the last on, so that what moves into a free slot has not ended.
+    new: set[int] = set()
     for slot in reversed(ended):
         if waiting:
             active[slot] = waiting.popleft()
-            served.put(slot, active[slot].ids)
+            new.add(active[slot].number)
             continue
         last = active.pop()
         if slot < len(active):
             served.move(len(active), slot)
             active[slot] = last
+    if new:
+        served.put({slot: text.ids for slot, text in enumerate(active) if text.number in new})
 
 
 class Served(Protocol):
@@ -148,8 +153,8 @@ class Served(Protocol):
 
     num_slots: int
 
-    def put(self, slot: int, ids: Sequence[int]) -> None:
-        """Compute the keys and values of a text whose last token comes next, for a slot."""
+    def put(self, texts: Mapping[int, Sequence[int]]) -> None:
+        """Compute the keys and values of texts whose last tokens come next, by their slots."""
 
     def move(self, source: int, target: int) -> None:
         """Move the text of one slot to another."""
@@ -183,21 +188,28 @@ class _Slots:
         if compile:
             self._cache, self._fixed = fixed_cache(model, num_kept, longest)
         # Texts that begin alike one after the other share what is computed of the beginning.
-        self._prefix: list[int] = []
-        self._prefix_cache: KVCache | None = None
+        self._read: list[tuple[int, ...]] = []
+        self._read_cache: KVCache | None = None
+        self._most_read = most_read(model.config, model.dtype, model.device.type, longest)
 
-    def put(self, slot: int, ids: Sequence[int]) -> None:
-        # The last token goes through the model with those of the other slots. With it a text may be so long that all of its
-        # tokens are rotated otherwise, which the model can only tell if it is among them.
-        prefix = list(ids) if len(ids) - 1 == self._model.config.rope_switch else list(ids[:-1])
-        if not prefix:
-            return
-        with self._mode():
-            if prefix != self._prefix or self._prefix_cache is None:
-                self._prefix_cache = None  # or there would be two for a moment
-                self._prefix_cache = _cache_of(self._model, prefix, len(prefix))
-                self._prefix = prefix
-            self._cache.write(slot, self._prefix_cache)
+    def put(self, texts: Mapping[int, Sequence[int]]) -> None:
+        slots: dict[tuple[int, ...], list[int]] = {}
+        for slot, ids in texts.items():
+            # The last token goes through the model with those of the other slots. With it a text may be so long that all of its
+            # tokens are rotated otherwise, which the model can only tell if it is among them.
+            prefix = tuple(ids if len(ids) - 1 == self._model.config.rope_switch else ids[:-1])
+            if prefix:
+                slots.setdefault(prefix, []).append(slot)
+        for group in together(slots, self._most_read):
+            with self._mode():
+                if group != self._read or self._read_cache is None:
+                    self._read_cache = None  # or there would be two for a moment
+                    self._read_cache, self._read = _cache_of(self._model, group, len(group[-1])), group
+                for row, prefix in enumerate(group):
+                    for slot in slots[prefix]:
+                        self._cache.write(slot, self._read_cache, row, len(prefix))
+        if len(self._read) > 1:
+            self._read, self._read_cache = [], None
 
     def move(self, source: int, target: int) -> None:
         with self._mode():
@@ -233,8 +245,9 @@ class _OneByOne:
         self._model, self._longest = model, longest
         self._cache: KVCache | None = None
 
-    def put(self, _: int, ids: Sequence[int]) -> None:
-        self._cache = _cache_of(self._model, ids[:-1], self._longest)
+    def put(self, texts: Mapping[int, Sequence[int]]) -> None:
+        (ids,) = texts.values()
+        self._cache = _cache_of(self._model, [ids[:-1]], self._longest)
 
     def move(self, source: int, target: int) -> None:
         """Never called: there is one slot."""
@@ -252,10 +265,10 @@ class Together:
         self._served = served
         self.num_slots = min(one.num_slots for one in served)
 
-    def put(self, slot: int, ids: Sequence[int]) -> None:
+    def put(self, texts: Mapping[int, Sequence[int]]) -> None:
         """See `Served.put`."""
         for one in self._served:
-            one.put(slot, ids)
+            one.put(texts)
 
     def move(self, source: int, target: int) -> None:
         """See `Served.move`."""
@@ -276,11 +289,37 @@ def served_by(
     return _Slots(model, slots, rows, longest, num_new, compile and can_compile(model))
 
 
-def _cache_of(model: Transformer, ids: Sequence[int], longest: int) -> KVCache:
-    """Return a cache with these tokens, and room for texts of up to ``longest``."""
-    cache = KVCache(model.config, 1, longest)
-    if ids:
-        model(torch.tensor([ids], device=model.device), kv_cache=cache, return_hidden=True)
+def most_read(config: Any, dtype: torch.dtype, device_type: str, longest: int) -> int:
+    """Return how many tokens of prompts go through a model in a forward; 0: each prompt alone, whatever its length.
+
+    Alone where a text must not depend on others to the bit, where the model tells a text's length, and where a layer holds the last tokens
+    of texts of up to ``longest`` alone.
+    """
+    is_exact = device_type == "cpu" and dtype.itemsize >= 4
+    if is_exact or not isinstance(config, TransformerConfig) or config.rope_switch is not None:
+        return 0
+    holds_all = all((config.window(index) or longest) >= longest for index in range(config.num_layers))
+    return TOKENS_READ if holds_all else 0
+
+
+def together(prefixes: Iterable[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the beginnings of texts that are read in one forward: alike in length, the longest last, up to ``most`` tokens with padding."""
+    group: list[tuple[int, ...]] = []
+    for prefix in sorted(prefixes, key=len) if most else prefixes:
+        if group and (len(group) + 1) * len(prefix) > most:
+            yield group
+            group = []
+        group.append(prefix)
+    if group:
+        yield group
+
+
+def _cache_of(model: Transformer, texts: Sequence[Sequence[int]], longest: int) -> KVCache:
+    """Return a cache with the tokens of texts, the longest last, padded at their ends, and room for texts of up to ``longest``."""
+    cache, most = KVCache(model.config, len(texts), longest), len(texts[-1])
+    if most:
+        tokens = [[*ids, *[0] * (most - len(ids))] for ids in texts]
+        model(torch.tensor(tokens, device=model.device), kv_cache=cache, return_hidden=True)
     return cache
 
 

@@ -105,8 +105,7 @@ def complete_speculatively(
         )
         both = Together([drafting, reading])
         active = [waiting.popleft() for _ in range(min(both.num_slots, len(waiting)))]
-        for slot, text in enumerate(active):
-            both.put(slot, text.ids)
+        both.put({slot: text.ids for slot, text in enumerate(active)})
         while active:
             drafts, own_NGV = _drafted(student, drafting, active, num_drafted, sampling, num_ids)
             # The teacher reads what comes before each drafted token.

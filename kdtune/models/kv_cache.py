@@ -180,15 +180,15 @@ class SlotLayer:
         dtype = torch.bool if self._is_capped else keys_NKTE.dtype
         return keys_NKTE, values_NKTE, self._slots.mask(self.window, keys_NKTE.shape[2], dtype), None
 
-    def write(self, slot: int, layer: LayerCache, length: int) -> None:
-        """Put the text of a cache of one sequence, of ``length`` tokens, into a slot."""
-        first, keys_1KPE, values_1KPE = layer.held(length)
+    def write(self, slot: int, layer: LayerCache, row: int, length: int) -> None:
+        """Put the first ``length`` tokens of a row of another cache into a slot."""
+        first, keys_BKPE, values_BKPE = layer.held(length)
         num_places = self._slots.num_places(self.window, length)
-        skipped = max(keys_1KPE.shape[2] - num_places, 0)
-        self.make_room(num_places, keys_1KPE)
-        places_P = torch.arange(first + skipped, length, device=keys_1KPE.device) % num_places
-        self._keys_RKCE[slot, :, places_P] = keys_1KPE[0, :, skipped:]
-        self._values_RKCE[slot, :, places_P] = values_1KPE[0, :, skipped:]
+        skipped = max(keys_BKPE.shape[2] - num_places, 0)
+        self.make_room(num_places, keys_BKPE)
+        places_P = torch.arange(first + skipped, length, device=keys_BKPE.device) % num_places
+        self._keys_RKCE[slot, :, places_P] = keys_BKPE[row, :, skipped:]
+        self._values_RKCE[slot, :, places_P] = values_BKPE[row, :, skipped:]
 
     def move(self, source: int, target: int) -> None:
         """Copy the text of one slot to another."""
@@ -330,10 +330,10 @@ class SlotCache:
             self._masks[key] = mask_NST[:, None]
         return self._masks[key]
 
-    def write(self, slot: int, cache: KVCache) -> None:
-        """Put the one text of another cache into a slot; whatever was there is gone."""
+    def write(self, slot: int, cache: KVCache, row: int, length: int) -> None:
+        """Put the first ``length`` tokens of a row of another cache into a slot; whatever was there is gone."""
         for own, layer in zip(self.layers, cache.layers, strict=True):
-            own.write(slot, layer, cache.length)
+            own.write(slot, layer, row, length)
 
     def move(self, source: int, target: int) -> None:
         """Copy the text of one slot to another."""

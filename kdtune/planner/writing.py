@@ -4,10 +4,11 @@ The cache (`kdtune.models.kv_cache.SlotCache`) grows with the longest text: it i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdtune.config import instantiate
+from kdtune.generation.slots import most_read
 from kdtune.models import TransformerConfig
 from kdtune.models.kv_cache import BLOCK, PART, SLACK, SlotCache
 from kdtune.planner.costs import MicroBatch, fixed_bytes, layer_cost
@@ -23,9 +24,9 @@ class Writing:
     """What a model needs besides its weights to write a process's texts; bytes."""
 
     cache: int
-    """Keys and values of the texts, and of the prompt that was read last."""
+    """Keys and values of the texts, and of the prompts that are read in one forward."""
     working: int
-    """The forward of a prompt, or the logits of the next tokens."""
+    """That forward, or the logits of the next tokens."""
 
 
 def writers(cfg: Any) -> frozenset[str]:
@@ -51,14 +52,17 @@ def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:
     slots = rollouts.slots if is_fixed else min(rollouts.slots, cfg.batch_size * cfg.gradient_accumulation_steps)
     prompt = batch.seq_len - 1  # its last token goes through the model with those of the other texts
     longest = min(prompt + rollouts.max_new_tokens, config.max_seq_len) + (num_new if num_new > 1 else 0)
+    read = MicroBatch(1, prompt - 1, batch.device_type)
+    if most := most_read(config, pieces.dtype, batch.device_type, longest):
+        read = replace(read, batch_size=max(1, min(slots, most // read.seq_len)))
     cache = 0
     if isinstance(config, TransformerConfig):
         layout = SlotCache(config, slots, longest, num_new=num_new, block=PART if is_fixed else BLOCK)
         windows = [config.window(index) for index in range(config.num_layers)]
         places = sum(slots * layout.num_places(window, longest) for window in windows)
-        places += sum(prompt - 1 if window is None else min(prompt - 1, window + SLACK) for window in windows)
+        lengths = (read.seq_len if window is None else min(read.seq_len, window + SLACK) for window in windows)
+        places += sum(read.batch_size * length for length in lengths)
         cache = 2 * places * config.num_kv_heads * config.head_dim * pieces.dtype.itemsize
-    read = MicroBatch(1, prompt - 1, batch.device_type)
     rows, extra = (max(slots, _CPU_ROWS), _CPU_BYTES) if batch.device_type == "cpu" else (slots, _BYTES)
     logits = rows * config.vocab_size * (pieces.dtype.itemsize + extra)
     reading = fixed_bytes(pieces, read) + layer_cost(pieces, read, backward=False).forward_peak

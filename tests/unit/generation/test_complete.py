@@ -9,6 +9,7 @@ from test_generate_batch import greedy_by_recomputing
 
 from kdtune.errors import CheckpointError, ConfigError, DataError
 from kdtune.generation import Sampling, compiled, complete
+from kdtune.generation import slots as slots_module
 from kdtune.models import Transformer, apply_lora, llama
 
 GREEDY = {"sampling": Sampling(), "max_new_tokens": 12, "stop_ids": ()}
@@ -218,3 +219,42 @@ def test_the_compiled_step_of_a_device_waits_for_nothing_and_keeps_its_cache(mod
         assert compiled.step(on_device, tokens, positions, layers).shape == (8, 1, 16)
         assert compiled.fixed_cache(on_device, 8, 90)[0] is cache
         assert compiled.fixed_cache(on_device, 8, 101)[0] is not cache
+
+
+def test_prompts_are_read_together_where_texts_need_not_be_equal_to_the_bit(model, prompts, monkeypatch):
+    """With padding at their ends, each beginning once: the same texts as alone."""
+    together, widths = {"alone": 0, "together": 200}, {}
+    texts = {}
+    for name, most in together.items():
+        monkeypatch.setattr(slots_module, "most_read", lambda *_, most=most: most)
+        forward, seen = type(model).forward, []
+
+        def noting(self, tokens, *args, seen=seen, forward=forward, **more):
+            seen.append(tuple(tokens.shape))
+            return forward(self, tokens, *args, **more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model), "forward", noting)
+            texts[name] = complete(model, prompts, seeds=range(len(prompts)), slots=8, **DRAWN)
+        widths[name] = [shape for shape in seen if shape[1] > 1]
+    assert [one.ids for one in texts["together"]] == [one.ids for one in texts["alone"]]
+    assert len(widths["together"]) < len(widths["alone"])
+    assert all(rows * tokens <= 200 or rows == 1 for rows, tokens in widths["together"])
+    assert max(rows for rows, _ in widths["together"]) > 1
+
+
+def test_how_many_prompts_are_read_together(model):
+    bf16 = replace(model.config, windows=(200, None))
+    assert slots_module.most_read(model.config, torch.float32, "cpu", 144) == 0
+    assert (
+        slots_module.most_read(model.config, torch.float32, "cuda", 144)
+        == slots_module.most_read(bf16, torch.bfloat16, "cpu", 200)
+        == 2048
+    )
+    assert (
+        slots_module.most_read(bf16, torch.bfloat16, "cpu", 201) == 0
+    )  # a layer would hold the last tokens of the longest alone
+    lengths = [
+        len(one) for group in slots_module.together([(1,) * n for n in (9, 2, 5, 40, 3)], 20) for one in [(), *group]
+    ]
+    assert lengths == [0, 2, 3, 5, 0, 9, 0, 40]

@@ -93,3 +93,20 @@ def test_in_the_limit_the_most_likely_is_taken(settings):
 def test_a_ban_is_no_fault():
     """Minus infinity is a logit: of a token that is not to come."""
     assert set(draws([float("-inf"), 1.0, float("-inf")], 20, temperature=1.0)) == {1}
+
+
+def test_a_draw_of_a_whole_vocabulary_is_where_the_sums_of_probabilities_reach_it():
+    """The first id up to which the probabilities, summed one by one in fp64, are more than the drawn number."""
+    logits = 3 * torch.randn(300, 1000, generator=torch.Generator().manual_seed(1))
+    logits[:, 100:600] = -torch.inf  # whole blocks without a probability
+    generators = [torch.Generator().manual_seed(seed) for seed in range(300)]
+    found = sample_tokens(logits, Sampling(1.0), generators)
+    uniforms = torch.stack(
+        [torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(300)]
+    )
+    sums = logits.double().softmax(-1).cumsum(-1)
+    expected = (sums <= uniforms[:, None]).sum(-1).tolist()
+    near = (sums - uniforms[:, None]).abs().amin(-1) < 1e-6  # either side is as right
+    assert all(one == other or is_near for one, other, is_near in zip(found, expected, near.tolist(), strict=True))
+    assert near.sum() < 5 and len(set(found)) > 100
+    assert all(logits[row, token] > -torch.inf for row, token in enumerate(found))
