@@ -17,7 +17,7 @@ _FIRST_ROOM = 1024
 # Tokens that a layer with a window has room for beside those in it: so often they are moved to the front.
 SLACK = 256
 # Of so many places slots have whole blocks, and all of them are read.
-BLOCK = 64
+_BLOCK = 64
 # Places that a sum is taken over at a time, see `SlotCache.num_places`.
 PART = 512
 # Places that slots begin with; they then double.
@@ -248,7 +248,7 @@ class SlotCache:
         num_slots: Number of texts that it has room for.
         max_seq_len: Tokens of the longest text. Memory grows on demand, doubling when full.
         num_new: Largest number of tokens that a forward appends, and by which a text may become shorter again.
-        block: Places are used by so many: of 64 on, by powers of two, up to 512.
+        block: Places are used by so many, a divisor of 512; None: 64.
 
     For one forward, call ``place`` and pass this as ``kv_cache`` of ``Transformer.forward``, with tokens [B, S] and ``input_pos``
     [B, S]: the first rows are the slots in use, the rest belong to no slot. Attention to a slot does not depend on the others, to
@@ -256,10 +256,10 @@ class SlotCache:
     """
 
     def __init__(
-        self, config: TransformerConfig, num_slots: int, max_seq_len: int, *, num_new: int = 1, block: int = BLOCK
+        self, config: TransformerConfig, num_slots: int, max_seq_len: int, *, num_new: int = 1, block: int | None = None
     ) -> None:
         self.num_slots, self.max_seq_len, self.length = num_slots, max_seq_len, 0
-        self._most_new, self._block = num_new, block
+        self._most_new, self._block = num_new, _BLOCK if block is None else block
         self._is_capped = config.score_softcap is not None
         windows = [config.window(index) for index in range(config.num_layers)]
         self.layers = [SlotLayer(self, window, is_capped=self._is_capped) for window in windows]

@@ -10,7 +10,7 @@ from typing import Any
 from kdtune.config import instantiate
 from kdtune.generation.slots import most_read
 from kdtune.models import TransformerConfig
-from kdtune.models.kv_cache import BLOCK, PART, SLACK, SlotCache
+from kdtune.models.kv_cache import PART, SLACK, SlotCache
 from kdtune.planner.costs import MicroBatch, fixed_bytes, layer_cost
 from kdtune.planner.sizes import ModelSizes
 
@@ -57,7 +57,7 @@ def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:
         read = replace(read, batch_size=max(1, min(slots, most // read.seq_len)))
     cache = 0
     if isinstance(config, TransformerConfig):
-        layout = SlotCache(config, slots, longest, num_new=num_new, block=PART if is_fixed else BLOCK)
+        layout = SlotCache(config, slots, longest, num_new=num_new, block=PART if is_fixed else None)
         windows = [config.window(index) for index in range(config.num_layers)]
         places = sum(slots * layout.num_places(window, longest) for window in windows)
         lengths = (read.seq_len if window is None else min(read.seq_len, window + SLACK) for window in windows)
