@@ -50,7 +50,7 @@ class Completion:
 
     @property
     def num_computed(self) -> int:
-        """Tokens after the prompt that went through the model."""
+        """Tokens whose logits the model has computed for it, one place before each."""
         return len(self.ids) + self.num_rejected
 
 

@@ -44,7 +44,7 @@ class ModelFlops:
         )
 
     def forward(self, lengths: Sequence[int], num_logits: int) -> int:
-        """Return those of a forward of texts of these numbers of tokens, whose tokens attend to all before them and themselves.
+        """Return those of a forward of texts of these numbers of tokens, whose tokens attend to all before them and themselves: no window.
 
         `num_logits` is the number of tokens whose logits are computed.
         """

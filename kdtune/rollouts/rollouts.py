@@ -287,7 +287,7 @@ class Rollouts:
             found = complete_speculatively(student, teacher, speculation=self.speculation, **asked, **ours)
         alone: dict[Source, list[Transformer | None]] = {"student": [student], "teacher": [teacher]}
         models = alone.get(source, [student, teacher])
-        self._count([len(prompt.ids) + one.num_computed for prompt, one in zip(prompts, found, strict=True)],
+        self._count([len(prompt.ids) + one.num_computed - 1 for prompt, one in zip(prompts, found, strict=True)],
                     sum(one.num_computed for one in found), models)  # fmt: skip
         own = [self._rollout(*one, source, step.number) for one in zip(prompts, found, strict=True)]
         return sorted(chain.from_iterable(self._world.gather(own)), key=lambda one: (one.key, one.tokens.tolist()))
