@@ -139,6 +139,11 @@ class TransformerConfig:
                 )
 
     @property
+    def attention_dim(self) -> int:
+        """Return the width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
     def num_rotated(self) -> int:
         """Return how many values of each query and key head are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim

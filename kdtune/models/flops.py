@@ -27,18 +27,13 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Transformer) -> "ModelFlops":
-        """Count those of a model; of one in shards, those of all processes that share it.
-
-        Attention of a model of transformers (`kdtune.models.hf_model`) is not counted: its heads are known only there.
-        """
-        config = model.config
+        """Count those of a model; of one in shards, those of all processes that share it."""
         matrices = [one for one in model.layers.parameters() if one.ndim == 2]
         head = [one for one in model.output.parameters() if one.ndim == 2]
-        heads = getattr(config, "num_heads", 0) * getattr(config, "head_dim", 0)
         return cls(
             2 * sum(one.numel() for one in matrices),
             2 * sum(one.numel() for one in matrices if one.requires_grad),
-            4 * heads * config.num_layers,
+            4 * model.config.attention_dim * model.config.num_layers,
             2 * sum(one.numel() for one in head),
             2 * sum(one.numel() for one in head if one.requires_grad),
         )

@@ -50,6 +50,8 @@ class HFConfig:
     vocab_size: int
     embed_dim: int
     num_layers: int
+    attention_dim: int
+    """Of all query heads together."""
     max_seq_len: int
     tie_embeddings: bool
     logit_scale: float
@@ -176,6 +178,7 @@ def _inspected(text: str, folder: str | None, trust_remote_code: bool) -> tuple[
         vocab_size=form.vocab_size,
         embed_dim=form.embed_dim,
         num_layers=form.num_layers,
+        attention_dim=form.attention_dim,
         max_seq_len=form.max_seq_len,
         tie_embeddings=form.ties,
         logit_scale=form.logit_scale,

@@ -39,6 +39,7 @@ class Form:
     vocab_size: int
     embed_dim: int
     num_layers: int
+    attention_dim: int
     max_seq_len: int
     windows: tuple[int, ...]
     ties: bool
@@ -171,12 +172,19 @@ def form_of(causal: PreTrainedModel) -> Form:
         vocab_size=head.out_features,
         embed_dim=head.in_features,
         num_layers=len(list(layers.children())),
+        attention_dim=_attention_dim(settings, head.in_features),
         max_seq_len=context,
         windows=(window,) if isinstance(window := getattr(settings, "sliding_window", None), int) else (),
         ties=head.weight is embeddings.weight,
         logit_scale=scale,
         logit_softcap=softcap,
     )  # fmt: skip
+
+
+def _attention_dim(settings: Any, embed_dim: int) -> int:
+    """Return the width of all query heads together, of which a settings object may give the heads' own."""
+    num_heads, head_dim = (getattr(settings, name, None) for name in ("num_attention_heads", "head_dim"))
+    return num_heads * head_dim if isinstance(num_heads, int) and isinstance(head_dim, int) else embed_dim
 
 
 def _check_tokens_apart(causal: PreTrainedModel, parts: Mapping[str, str]) -> None:
