@@ -14,7 +14,8 @@ from kdtune.config.recipe import import_recipe
 from kdtune.errors import ConfigError
 
 # Their steps are dozens of configs each, which takes seconds; sweeps/tiny has the same keys.
-LARGE = {f"sweeps/case_study_table{number}" for number in (2, 3, 4, 5, "5_cached")} | {"sweeps/smollm2_case_study"}
+LARGE = {f"sweeps/case_study_table{number}" for number in (2, 3, 4, 5, "5_cached")}
+LARGE |= {"sweeps/smollm2_case_study", "sweeps/smollm2_regimes"}
 CONFIGS = [config for config in _assets.configs() if config.name not in LARGE]
 
 
