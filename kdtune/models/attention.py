@@ -191,6 +191,17 @@ def _within(window: int, mask: Tensor | None, num_new: int, num_tokens: int, dev
     return mask & torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).triu(num_held - window + 1)
 
 
+def with_block_masks(documents: Documents, config: TransformerConfig) -> Documents:
+    """Return the documents with what soft-capped attention needs on their device, once for all layers; most need nothing."""
+    if config.score_softcap is None or documents.positions_T.device.type != "cuda":
+        return documents
+    from kdtune.models import flex  # imports torch's compiler
+
+    if not flex.is_available(config.head_dim):
+        return documents
+    return flex.with_block_masks(documents, {config.window(index) for index in range(config.num_layers)})
+
+
 def attend_within(
     documents: Documents,
     q_SHE: Tensor,
@@ -202,8 +213,8 @@ def attend_within(
 ) -> Tensor:
     """Compute causal softmax attention within each document, [S, H, E], from queries, keys and values of all of them.
 
-    No scores between documents exist: where the flash kernel takes the tensors it is one call with the boundaries, elsewhere one
-    call a document. Window, scale and soft-cap are `attend`'s.
+    No scores between documents exist: where the flash kernel takes the tensors it is one call with the boundaries, with a
+    soft-cap and `with_block_masks` one call of flex attention, elsewhere one call a document. Window, scale and soft-cap are `attend`'s.
     """
     head_dim = q_SHE.shape[-1]
     is_plain_on_cuda = q_SHE.is_cuda and q_SHE.dtype == torch.bfloat16 and softcap is None
@@ -228,6 +239,10 @@ def attend_within(
             window_size=(before, 0),
             enable_gqa=is_shared,
         )
+    if softcap is not None and window in documents.block_masks:
+        from kdtune.models.flex import attend_capped
+
+        return attend_capped(documents.block_masks[window], q_SHE, k_SKE, v_SKE, scale, softcap)
     if torch.compiler.is_compiling():
         # Every other number of documents would need code of its own. As a decorator it would import the compiler in every run.
         one_by_one: Callable[..., Tensor] = torch.compiler.disable(_attend_one_by_one)

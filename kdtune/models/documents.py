@@ -1,8 +1,9 @@
 """Documents laid end to end in one row of tokens, without padding. Shape suffixes: T tokens of all documents, N documents."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Documents:
     """int64 position of each token in its document."""
     starts_N1: Tensor
     """int32 index of each document's first token, and T."""
+    block_masks: Mapping[int | None, Any] = field(default_factory=dict)
+    """Flex attention's masks by the window, of a forward that needs them (`kdtune.models.flex`)."""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> "Documents":

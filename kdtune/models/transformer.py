@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdtune.errors import ConfigError
 from kdtune.models.architecture import TransformerConfig
-from kdtune.models.attention import Attention, norm_of
+from kdtune.models.attention import Attention, norm_of, with_block_masks
 from kdtune.models.documents import Documents
 from kdtune.models.kv_cache import KVCache, LayerCache, SlotCache, SlotLayer
 from kdtune.models.rope import LongRope, YarnRope, inverse_frequencies, long_rope_frequencies, rope_tables
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
         allowed: Tensor | Documents | None
         if documents is not None:
             documents.check_alone(tokens, input_pos, mask, kv_cache)
-            allowed, input_pos = documents, documents.positions_T[None]
+            allowed, input_pos = with_block_masks(documents, self.config), documents.positions_T[None]
         else:
             allowed = attention_mask(mask, num_held, num_new, tokens.device)
         if input_pos is None:
