@@ -7,6 +7,7 @@ For CUDA: on a CPU flex attention has no backward. Importing this file imports t
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from kdtune.models.documents import Documents
 BLOCK = 128
 """Tokens of a block, of queries as of keys: flex attention skips whole blocks."""
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-_compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+_plain: Callable[..., Any] = flex_attention
+_compiled = torch.compile(_plain, dynamic=True)
 
 
 def is_available(head_dim: int) -> bool:
@@ -88,8 +90,8 @@ def attend_capped(
     """
     q_BHSE, k_BKSE, v_BKSE = (tensor.transpose(0, 1)[None] for tensor in (q_SHE, k_SKE, v_SKE))
     # Within compiled layers it is part of their code.
-    run: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _compiled
+    run = _plain if torch.compiler.is_compiling() else _compiled
     is_shared = q_SHE.shape[1] != k_SKE.shape[1]
     bounded = soft_cap(q_SHE.new_full((), softcap, dtype=torch.promote_types(q_SHE.dtype, torch.float32)))
-    out_BHSE = run(q_BHSE, k_BKSE, v_BKSE, bounded, mask, scale, is_shared)
+    out_BHSE: Tensor = run(q_BHSE, k_BKSE, v_BKSE, bounded, mask, scale, is_shared)
     return out_BHSE[0].transpose(0, 1)
