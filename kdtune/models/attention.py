@@ -166,7 +166,7 @@ def _attend_capped(
     *,
     part: int | None = None,
 ) -> Tensor:
-    """Compute attention whose scores are bounded, all [B, H, S, T] of them in memory: none of torch's kernels has a soft-cap.
+    """Compute attention whose scores are bounded, all [B, H, S, T] of them in memory; only flex attention has a kernel for it.
 
     With ``part`` the sum over tokens is one of sums over so many.
     """

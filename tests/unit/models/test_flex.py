@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from kdtune.models import Documents, Transformer, attention, flex, llama
@@ -98,3 +99,29 @@ def test_where_flex_attention_is_taken(
 ) -> None:
     monkeypatch.setattr(flex, "find_spec", lambda name: object() if triton else None)
     assert flex.is_available(head_dim) == is_taken
+
+
+@pytest.mark.slow("torch's compiler traces layers and their backward for several lengths")
+def test_compiled_layers_serve_any_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    model = llama(vocab_size=64, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_dim=64, max_seq_len=64)  # fmt: skip
+    model = Transformer(replace(model.config, score_softcap=CAP, windows=(7, None)))
+    weights, results = list(model.parameters()), list[list[Tensor]]()
+    counter, counts = CompileCounterWithBackend("aot_eager"), list[int]()
+    texts = [(5, 300), (100, 28), (40, 70, 90), (200,), (1000, 3)]
+    for is_compiled in (False, True):
+        if is_compiled:
+            monkeypatch.setattr(
+                "kdtune.models.transformer.with_block_masks", lambda one, _: flex.with_block_masks(one, {7, None})
+            )
+            for layer in model.layers:
+                layer.compile(backend=counter, dynamic=True)
+        for lengths in texts:
+            tokens = torch.arange(sum(lengths))[None] % 61
+            logits = model(tokens, documents=Documents.of_lengths(lengths))
+            results.append([logits.detach(), *torch.autograd.grad(logits.sin().sum(), weights)])
+            counts.append(counter.frame_count)
+    assert counts[-1] == counts[len(texts) + 1] > 0, "no code is made after the second text"
+    for ours, theirs in zip(results[len(texts) :], results[: len(texts)], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
