@@ -119,7 +119,7 @@ def run(cfg: Config, world: World, progress: runs.Progress) -> None:
     progress.phase("reading the data")
     dataset = data.load_dataset("dataset", cfg.dataset, tokenizer)
     rollouts.check_prompts(dataset)
-    training.check_data(cfg, {"dataset": dataset}, world, tokenizer)
+    training.check_data(cfg, {"dataset": dataset}, world, tokenizer, prompts_alone=["dataset"])
     prompts = list(rollouts.prompts_of_dataset(dataset, cfg.max_prompts))
     parts = [prompts[start : start + cfg.prompts_per_file] for start in range(0, len(prompts), cfg.prompts_per_file)]
     checkpointer = config.instantiate(cfg.checkpointer)

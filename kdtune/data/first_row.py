@@ -60,17 +60,25 @@ def first_row_problems(cfg: Any, *, prompts_alone: Collection[str] = ()) -> list
     """
     nodes = dict(dataset_nodes(cfg))
     found = [
-        f"{key}: kdtune.data.prompts_dataset has no answers, and they are needed here; it is for write_answers, and for the dataset of "
-        "a distillation in which a model writes the text of every step (rollouts.policy without a share for the data)"
-        + ("; ~dataset_val validates on nothing" if key == "dataset_val" else "")
+        answers_needed(key, str(node[COMPONENT]))
         for key, node in nodes.items()
-        if node.get(COMPONENT) == "kdtune.data.prompts_dataset" and key.partition(".")[0] not in prompts_alone
+        # Written in any of its ways, such as kdtune.data.prompts.prompts_dataset.
+        if is_ours(node) and node[COMPONENT].endswith(".prompts_dataset") and key.partition(".")[0] not in prompts_alone
     ]
 
     def read(node: Mapping[str, Any]) -> None:
         instantiate(dict(node), tokenizer=_NoTokenizer())
 
     return found + read_problems(nodes, read)
+
+
+def answers_needed(key: str, name: str) -> str:
+    """Return the sentence that refuses the data of `key`, of which `name` gives prompts alone, where answers are needed."""
+    return (
+        f"{key}: {name} has no answers, and they are needed here; it is for write_answers, and for the dataset of "
+        "a distillation in which a model writes the text of every step (rollouts.policy without a share for the data)"
+        + ("; ~dataset_val validates on nothing" if key == "dataset_val" else "")
+    )
 
 
 def read_problems(nodes: Mapping[str, Any], read: Callable[[Any], object]) -> list[str]:

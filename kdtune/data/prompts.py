@@ -98,6 +98,11 @@ def _unanswered(messages: list[Message], column: str) -> list[Message]:
             f"column '{column}': the conversation ends with the assistant's turn; a prompt ends before it. Rows with answers are for "
             "kdtune.data.chat_dataset, whose answers a model may replace too"
         )
+    if messages[-1].role == "system":
+        raise DataError(
+            f"column '{column}': the conversation ends with the system's turn; a prompt ends with the turn of a user or a tool. Add the "
+            "user's turn, or leave such rows out with filter_fn"
+        )
     return messages
 
 

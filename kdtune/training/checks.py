@@ -108,8 +108,7 @@ def loop_problems(cfg: Any) -> list[str]:
     # At most so many steps; how many there are, the data will say.
     most = cfg.epochs * cfg.max_steps_per_epoch if cfg.max_steps_per_epoch else None
     found += optimizer_problems(cfg.optimizer, cfg.lr_scheduler, most if most and most > 0 else None)
-    prompts_alone = () if _learns_from_data(cfg) else ("dataset",)
-    return found + builder_problems(cfg) + data.first_row_problems(cfg, prompts_alone=prompts_alone)
+    return found + builder_problems(cfg) + data.first_row_problems(cfg, prompts_alone=keys_without_answers(cfg))
 
 
 def memory_problems(cfg: Any) -> list[str]:
@@ -209,13 +208,16 @@ def is_own_text(cfg: Any) -> bool:
     return bool(sources == {"student"})
 
 
-def _learns_from_data(cfg: Any) -> bool:
-    """Return whether a step may learn from the data's answers; True if it cannot be told."""
+def keys_without_answers(cfg: Any) -> tuple[str, ...]:
+    """Return the keys of a training config whose data need no answers: "dataset" where a model writes the text of every step.
+
+    None where a step may learn from the data's answers, or if it cannot be told.
+    """
     try:
         sources: Any = getattr(_of_rollouts(cfg, "policy"), "sources", None)
     except KDTuneError:  # which `rollout_problems` tells
-        return True
-    return sources is None or "dataset" in sources
+        return ()
+    return () if sources is None or "dataset" in sources else ("dataset",)
 
 
 def rollout_problems(cfg: Any) -> list[str]:

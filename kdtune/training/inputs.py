@@ -1,7 +1,7 @@
 """Check a run's rows and weights: they fit the models, and are the same on all processes and on resume."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from kdtune.runs.folder import holds_run
 from kdtune.runs.record import differing_values, recorded_starts
 from kdtune.teachers import configured_teacher
 from kdtune.tokenizers import Tokenizer, fingerprint
+from kdtune.training.checks import keys_without_answers
 
 log = get_logger(__name__)
 
@@ -41,7 +42,7 @@ def check_inputs(
         ConfigError: a key or file, which the message names, differs from that of the run being resumed, or between hosts.
         DataError: as `check_data`.
     """
-    rows = check_data(cfg, datasets, world, tokenizer)
+    rows = check_data(cfg, datasets, world, tokenizer, prompts_alone=keys_without_answers(cfg))
     _check_sample_prompts(cfg, tokenizer)
     with raise_on_all_ranks():
         own = _files(cfg, tokenizer) if is_first_on_host() else None
@@ -73,16 +74,29 @@ def _check_same_files(by_rank: Mapping[int, Mapping[str, Any]]) -> None:
                 )
 
 
-def check_data(cfg: Any, datasets: Mapping[str, Dataset | None], world: World, tokenizer: Tokenizer) -> dict[str, str]:
+def check_data(
+    cfg: Any,
+    datasets: Mapping[str, Dataset | None],
+    world: World,
+    tokenizer: Tokenizer,
+    *,
+    prompts_alone: Collection[str] = (),
+) -> dict[str, str]:
     """Return the datasets' fingerprints, after checking that all processes have the same rows and that the models fit them.
 
     cfg, datasets, world and tokenizer as for `check_inputs`. A teacher with a tokenizer of its own must fit its own tokens.
+    `prompts_alone` are the keys of data whose answers a model writes.
 
     Raises:
-        ConfigError: the lengths of the examples are unknown, and the tokenizer's max_seq_len is not set.
+        ConfigError: the lengths of the examples are unknown, and the tokenizer's max_seq_len is not set; or a dataset has no answers.
         DataError: the processes have different rows, or an example is longer than a model's context.
     """
     given = {key: dataset for key, dataset in datasets.items() if dataset is not None}
+    for key, dataset in given.items():
+        if dataset.is_prompts and key not in prompts_alone:
+            from kdtune.data.first_row import answers_needed  # most runs do without it
+
+            raise ConfigError(answers_needed(key, getattr(cfg, key)["_component_"]))
     rows = {key: dataset.fingerprint() for key, dataset in given.items()}
     everywhere = world.gather(rows)
     for key in rows:

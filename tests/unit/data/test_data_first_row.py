@@ -119,6 +119,14 @@ def test_what_is_elsewhere_is_left_alone(tmp_path, monkeypatch):
     assert first_row_problems(Config(dataset=own, other={"x": 1})) == []
 
 
+@pytest.mark.parametrize("name", ["kdtune.data.prompts_dataset", "kdtune.data.prompts.prompts_dataset"])
+def test_prompts_alone_are_known_by_every_name(name, jsonl):
+    cfg = Config(dataset={"_component_": name, "source": jsonl([{"prompt": "a"}])})
+    (problem,) = first_row_problems(cfg)
+    assert problem.startswith(f"dataset: {name} has no answers")
+    assert first_row_problems(cfg, prompts_alone=["dataset"]) == []
+
+
 def test_other_problems_of_the_first_row(jsonl):
     source = jsonl([{"instruction": "i", "output": 3}])
     cfg = Config(

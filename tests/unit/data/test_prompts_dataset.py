@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from kdtune.data import (
 )
 from kdtune.data.columns import MissingColumnError
 from kdtune.data.tokenized_cache import tokenized_cache
+from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import ConfigError, DataError
 from kdtune.tokenizers import byte_tokenizer
+from kdtune.training import check_data
 
 TOKENIZER = byte_tokenizer(max_seq_len=400)
 
@@ -90,6 +93,21 @@ def test_conversations_end_before_an_answer(tmp_path: Path) -> None:
         TOKENIZER, source=write(tmp_path, shares), column="conversations", conversation_style="sharegpt"
     )
     assert "One?" in TOKENIZER.decode(prompts(found)[0])
+
+
+def test_a_conversation_of_the_system_alone_is_no_prompt(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "One?"}, {"role": "system", "content": "Hm."}]
+    for given in (turns, turns[1:]):
+        with pytest.raises(DataError, match=r"row 1: column 'messages': the conversation ends with the system's turn"):
+            prompts_dataset(TOKENIZER, source=write(tmp_path, [{"messages": given}]), column="messages")
+
+
+@pytest.mark.parametrize("key", ["dataset", "dataset_val"])
+def test_what_has_no_answers_is_refused_whoever_built_it(key: str, tmp_path: Path) -> None:
+    made = prompts_dataset(TOKENIZER, source=write(tmp_path, [{"prompt": "a"}]))
+    cfg = SimpleNamespace(**{key: {"_component_": "mine.built"}})
+    with pytest.raises(ConfigError, match=f"{key}: mine.built has no answers, and they are needed here"):
+        check_data(cfg, {key: made}, SINGLE_PROCESS, TOKENIZER, prompts_alone=() if key == "dataset" else ["dataset"])
 
 
 def test_a_prompt_that_leaves_no_room_is_left_out(tmp_path: Path) -> None:
