@@ -18,7 +18,7 @@ from kdtune.generation.slots import Served, Text, Together, has_slots, log_softm
 from kdtune.models import Transformer
 
 _TEACHER_SEED = 0x5D
-_UNKNOWN = 2**40  # rank of an id that the teacher does not have
+_UNKNOWN = 2**31 - 1  # rank of an id that the teacher does not have
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def complete_speculatively(
                 if (is_finished := text.ids[-1] in stop_ids) or end == room:
                     completions[text.number] = _completion(text, length, is_finished)
                     ended.append(slot)
+            del judged, own_NGV  # or there would be two for a moment
             refill(active, ended, waiting, both)
             if progress is not None:
                 progress(len(ended))
@@ -160,7 +161,8 @@ class _Judged:
         self._logp = [log_softmax(student_NGV), log_softmax(self.teacher_NGV)]
         drafts_NG1 = torch.tensor(drafts, device=hidden_NGD.device)[..., None]
         is_known_NG1, known_NG1 = drafts_NG1 < vocab_size, drafts_NG1.clamp(max=vocab_size - 1)
-        above_NG = (self.teacher_NGV > self.teacher_NGV.gather(-1, known_NG1)).sum(-1)
+        # A sum makes a copy of its terms, which are of all ids, in its dtype.
+        above_NG = (self.teacher_NGV > self.teacher_NGV.gather(-1, known_NG1)).sum(-1, dtype=torch.int32)
         # Of all drafts in one transfer each.
         self.ranks: list[list[int]] = torch.where(is_known_NG1[..., 0], above_NG, _UNKNOWN).tolist()
         self._of_drafts = [logp_NGV.gather(-1, known_NG1)[..., 0].tolist() for logp_NGV in self._logp]

@@ -1,5 +1,6 @@
 """A plan with texts that models write in training: their keys and values are those of a real writing."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
@@ -13,7 +14,8 @@ from kdtune._assets import find_recipe
 from kdtune.config import instantiate, load
 from kdtune.config.recipe import import_recipe
 from kdtune.distributed import Parallelism, World
-from kdtune.generation import Sampling, complete, slots
+from kdtune.generation import Sampling, complete, complete_speculatively, slots
+from kdtune.generation.compiled import step
 from kdtune.generation.slots import _Slots
 from kdtune.models import Transformer, dtype_from_name
 from kdtune.planner.advice import changes_to_fit
@@ -27,6 +29,10 @@ from kdtune.rollouts import VLLMWriter
 CPU = torch.device("cpu")
 WIDE = ["model.embed_dim=64", "model.intermediate_dim=64", "model.num_layers=2", "model.vocab_size=320", "model.max_seq_len=1024",
         "batch_size=20", "tokenizer.max_seq_len=300", "rollouts.max_new_tokens=8", "rollouts.slots=24"]  # fmt: skip
+
+
+PROMPTS = [[number] * 299 for number in range(42)]
+ASKED: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": (), "sampling": Sampling(1.0), "seeds": [*range(42)]}
 
 
 def config(*overrides: str, source: str = "tiny/on_policy") -> Any:
@@ -43,8 +49,14 @@ def writing_of(plan: Any) -> Phase | None:
 
 @pytest.mark.parametrize(
     ("overrides", "windows"),
-    [(["dtype=fp32"], ()), (["dtype=bf16", "rollouts.slots=40"], ()), (["dtype=fp32"], (100, None))],
-    ids=["fp32", "bf16", "windows"],
+    [
+        (["dtype=fp32"], ()),
+        (["dtype=bf16", "rollouts.slots=40"], ()),
+        (["dtype=fp32"], (100, None)),
+        (["dtype=fp32", "rollouts.compile=true", "rollouts.slots=44"], ()),
+        (["dtype=fp32", "rollouts.compile=true"], ()),
+    ],
+    ids=["fp32", "bf16", "windows", "compiled, more slots than texts", "compiled, more rows than slots"],
 )
 def test_what_the_writing_takes_is_what_it_takes(
     overrides: list[str], windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
@@ -72,16 +84,47 @@ def test_what_the_writing_takes_is_what_it_takes(
 
     monkeypatch.setattr(slots, "_cache_of", noting_read)
     monkeypatch.setattr(_Slots, "hidden", noting)
-    prompts = [[number] * 299 for number in range(42)]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        complete(model, prompts, max_new_tokens=rollouts.max_new_tokens, stop_ids=(), sampling=Sampling(1.0), seeds=[*range(42)],
-                 slots=rollouts.slots, with_log_probs=True)  # fmt: skip
+    monkeypatch.setattr(slots, "compiled_step", lambda _: step)  # the code has the tensors that it is given
+    growth = growth_of(
+        lambda: complete(model, PROMPTS, **ASKED, slots=rollouts.slots, with_log_probs=True, compile=rollouts.compile)
+    )
     assert sum(held.values()) == needed.cache
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    growth = [*accumulate(event.nbytes() for event in sorted(events, key=lambda one: one.start_ns()))]
     assert max(growth) == pytest.approx(needed.cache + needed.working, rel=0.1)
     # Nothing of it is left for Python's collector of garbage.
     assert growth[-1] < 0.02 * needed.cache
+
+
+@pytest.mark.parametrize(("source", "dtype"), [("mixed", "fp32"), ("speculative", "fp32"), ("speculative", "bf16")])
+def test_what_two_models_take_together_is_what_they_take(source: str, dtype: str) -> None:
+    """A vocabulary that is large beside the models: most of the peak are logits, and what is made of them."""
+    overrides = [*WIDE, f"dtype={dtype}", "tokenizer.max_seq_len=100", "model.vocab_size=8000",
+                 "teacher_model.vocab_size=8000", "teacher_model.max_seq_len=1024",
+                 f"rollouts.policy={{_component_: kdtune.rollouts.Share, {source}: 1.0}}"]  # fmt: skip
+    cfg, batch = config(*overrides, source="tiny/speculative"), planned(*overrides, source="tiny/speculative").batch
+    rollouts = instantiate(cfg.rollouts)
+    models = [
+        instantiate(node).to(dtype_from_name(dtype)).requires_grad_(False) for node in (cfg.model, cfg.teacher_model)
+    ]
+    needed = [writing(cfg, model_sizes(deepcopy(one), Parallelism(), World(CPU)), batch) for one in models]
+    (student, teacher), prompts = models, [ids[:99] for ids in PROMPTS]
+    growth = growth_of(
+        lambda: (
+            complete(student, prompts, **ASKED, slots=rollouts.slots, with_log_probs=True, partner=teacher)
+            if source == "mixed"
+            else complete_speculatively(student, teacher, prompts, **ASKED, slots=rollouts.slots)
+        )
+    )
+    working = max(one.working for one in needed)
+    assert working > 0.6 * max(growth)
+    assert max(growth) == pytest.approx(sum(one.cache for one in needed) + working, rel=0.1)
+
+
+def growth_of(write: Callable[[], object]) -> list[int]:
+    """Return the allocator's record of what is held while texts are written."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        write()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [*accumulate(event.nbytes() for event in sorted(events, key=lambda one: one.start_ns()))]
 
 
 def test_who_writes_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,5 +173,6 @@ def test_the_cache_of_compiled_forwards_stays_on_a_gpu() -> None:
     assert {one.cache for one in plain.phases} == {0, writing_of(plain).cache}
     # 32 slots of 512 places, however few texts and tokens there are; and as many prompts of 254 tokens as 2,048 are.
     assert phase.cache == 2 * (2 * 8 * 4) * 2 * (32 * 512 + 8 * 254)
+    # On a CPU they are thrown away: 32 rows of 256 places, and a prompt.
     on_cpu = planned("rollouts.compile=true")
-    assert {one.cache for one in on_cpu.phases} == {0, writing_of(on_cpu).cache}
+    assert {one.cache for one in on_cpu.phases} == {0, 2 * (2 * 8 * 4) * 2 * (32 * 256 + 254)}
