@@ -1,15 +1,19 @@
 """vLLM in place of kdtune's own decoder for the text that the student writes. Needs the [vllm] extra; names as in vLLM 0.33."""
 
 import importlib.util
+import inspect
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdtune._assets import did_you_mean
 from kdtune.checkpoint.save import description, file_weights
 from kdtune.distributed import World, full_tensor, reshard
 from kdtune.errors import ConfigError, TrainingError
@@ -53,8 +57,27 @@ class VLLMWriter:
 
     def problems(self) -> list[str]:
         """Return why it cannot write on this machine, one sentence each."""
-        missing = "needs vLLM, which is not installed; run pip install 'kdtune[vllm]', or ~rollouts.writer"
-        return [] if importlib.util.find_spec("vllm") else [missing]
+        if importlib.util.find_spec("vllm") is None:
+            return ["needs vLLM, which is not installed; run pip install 'kdtune[vllm]', or ~rollouts.writer"]
+        found = []
+        if self._sleeps and not torch.cuda.is_available():
+            found.append("sleeps=true: needs CUDA, and torch finds no such device here; set sleeps: false")
+        if self._options:
+            vllm = _imported()
+            allowed = {*inspect.signature(vllm.LLM).parameters, *(one.name for one in fields(vllm.EngineArgs))}
+            found += [
+                f"options.{name}: is no argument of vllm.LLM in the version that is installed{did_you_mean(name, allowed)}"
+                for name in sorted(self._options.keys() - allowed)
+            ]
+        return found
+
+    def check_ids(self, num_of_student: int, num_ids: int) -> None:
+        """Raise ConfigError if the student has `num_of_student` ids, and only the first `num_ids`, the teacher's, may be drawn."""
+        if num_ids < num_of_student:
+            raise ConfigError(
+                f"rollouts.writer: the student has {num_of_student:,} ids and the teacher {num_ids:,}, of which vLLM would draw "
+                "all; ~rollouts.writer"
+            )
 
     def start(
         self, student: Transformer, world: World, *, longest: int, num_ids: int, base: str | Path | None = None
@@ -64,15 +87,7 @@ class VLLMWriter:
         `student` is read before each writing; `longest`: tokens of the longest text, with its prompt; `num_ids`: how many ids may be drawn,
         ConfigError if the student has more; `base`: folder of the student's files, whose config is kept, if there is one.
         """
-        if num_ids < student.config.vocab_size:
-            raise ConfigError(
-                f"rollouts.writer: the student has {student.config.vocab_size:,} ids and the teacher {num_ids:,}, of which vLLM would draw "
-                "all; ~rollouts.writer"
-            )
-        # In this process, or it could not be given tensors. vLLM reads it when it is imported.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM
-
+        self.check_ids(student.config.vocab_size, num_ids)
         self._student, self._longest = student, min(longest, self._options.get("max_model_len") or longest)
         reshard(student)
         self._folder = tempfile.TemporaryDirectory(prefix="kdtune-vllm-")
@@ -82,7 +97,7 @@ class VLLMWriter:
         settings: dict[str, Any] = {"max_model_len": self._longest} | self._options | executor
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):  # which vLLM seeds
-            self._llm = LLM(
+            self._llm = _imported().LLM(
                 self._folder.name, load_format="dummy", skip_tokenizer_init=True, gpu_memory_utilization=self._share,
                 dtype=str(self._dtype or student.dtype).removeprefix("torch."), logprobs_mode="raw_logprobs",
                 enable_sleep_mode=self._sleeps, **settings,
@@ -136,6 +151,13 @@ class VLLMWriter:
     def _sleep(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=2)  # weights are thrown away: new ones come before the next text
+
+
+def _imported() -> ModuleType:
+    """Return vLLM."""
+    # In this process, or it could not be given tensors. vLLM reads it when it is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return importlib.import_module("vllm")
 
 
 def _completion(one: Any, stop_ids: Collection[int]) -> Completion:

@@ -44,6 +44,7 @@ def check_inputs(
     """
     rows = check_data(cfg, datasets, world, tokenizer, prompts_alone=keys_without_answers(cfg))
     _check_sample_prompts(cfg, tokenizer)
+    _check_writer(cfg)
     with raise_on_all_ranks():
         own = _files(cfg, tokenizer) if is_first_on_host() else None
     by_rank = {rank: files for rank, files in enumerate(world.gather(own)) if files is not None}
@@ -252,6 +253,16 @@ def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:
                     f"sample_prompts: prompt {number} has {len(ids)} tokens, which leaves no room for an answer in the {context} "
                     f"that {key} has for its context; shorten it"
                 )
+
+
+def _check_writer(cfg: Any) -> None:
+    """Raise ConfigError if what writes the student's text in place of kdtune's decoder might draw ids that the teacher does not have."""
+    writer = getattr(instantiate(getattr(cfg, "rollouts", None)), "writer", None)
+    if writer is None or not hasattr(writer, "check_ids"):
+        return
+    models = [(getattr(cfg, builder), instantiate(getattr(cfg, weights))) for builder, weights in _MODELS]
+    if (None, None) not in models:  # else a teacher of one's own, whose ids are known when it is built
+        writer.check_ids(*(model_config(node and factory(node), weights).vocab_size for node, weights in models))
 
 
 def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from command_line import CLI, Fork
 from safetensors.torch import load_file
 
 from kdtune.generation import complete
-from kdtune.rollouts import random_seed
+from kdtune.rollouts import VLLMWriter, random_seed
 from kdtune.rollouts import rollouts as writing
 
 MEASURED = {"time", "step_seconds", "data_seconds", "generation_seconds", "tokens_per_second", "peak_memory_rss"}
@@ -354,6 +354,10 @@ def test_vllm_writes_in_place_of_the_decoder(cli: CLI, tmp_path: Path, monkeypat
         assert done.code == 0, done.err
     for ours, theirs in zip(steps(tmp_path / "vllm"), steps(tmp_path / "decoder"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    with monkeypatch.context() as patched:  # no weights are read, and no vLLM is started
+        patched.setattr(VLLMWriter, "start", lambda *_, **__: pytest.fail("started"))
+        refused = cli(*run, writer, "teacher_model.vocab_size=300", f"output_dir={tmp_path / 'ids'}")
+    assert refused.code == 2 and "the student has 320 ids and the teacher 300" in refused.err
     for config, message in (("seqkd", "writes the student's text, and the policy has none"),
                             ("speculative", "in speculative text both models compute every token")):  # fmt: skip
         refused = cli("validate", f"tiny/{config}", writer)

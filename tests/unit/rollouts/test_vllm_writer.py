@@ -106,6 +106,18 @@ def test_memory_is_given_back_between_writings(vllm: ModuleType, student: Transf
     assert vllm.made[-1].calls[1:] == ["reload_weights", "generate"]
 
 
+def test_what_vllm_cannot_do_here_is_told_before_it_starts(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert VLLMWriter().problems() == [
+        "sleeps=true: needs CUDA, and torch finds no such device here; set sleeps: false"
+    ]
+    options = {"enforce_eager": True, "seed": 1, "max_num_seq": 4}
+    (problem,) = VLLMWriter(sleeps=False, options=options).problems()
+    assert problem.startswith("options.max_num_seq: is no argument of vllm.LLM") and "max_num_seqs" in problem
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert VLLMWriter(options={"max_num_seqs": 4}).problems() == []
+
+
 def test_limits_and_what_is_refused(vllm: ModuleType, student: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = started(student, longest=10)
     found = writer.complete(PROMPTS, sampling=Sampling(), **(ASKED | {"stop_ids": ()}))

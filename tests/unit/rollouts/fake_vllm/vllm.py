@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ ENGINE_ARGUMENTS = {
     "enforce_eager", "load_format", "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "enable_sleep_mode",
     "enable_prefix_caching", "distributed_executor_backend", "kv_cache_dtype", "model_impl", "cpu_offload_gb", "block_size",
 }  # fmt: skip
+EngineArgs = make_dataclass("EngineArgs", sorted(ENGINE_ARGUMENTS))
 made: list["LLM"] = []  # for a test to look at
 
 
