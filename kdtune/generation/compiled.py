@@ -52,7 +52,8 @@ def step(
 
 def layer_step(layer: nn.Module, hidden_BSD: Tensor, rope: tuple[Tensor, ...], cached: FixedLayer) -> Tensor:
     """Return a `layer`'s output for its input, `hidden_BSD`, the rotary tables `rope` and its keys and values in `cached`."""
-    output: Tensor = layer.forward(hidden_BSD, rope, None, cached, 0)
+    # Not what activation offloading or checkpointing has put in its place for the backward, of which there is none.
+    output: Tensor = type(layer).forward(layer, hidden_BSD, rope, None, cached, 0)
     return output
 
 

@@ -105,6 +105,7 @@ def grow(
         if is_fsdp_module(one):
             one.unshard()  # only then have its weights the dtype and device that they compute in
     with eval_mode(*models), uncompiled(models):
+        compile = compile and all(map(can_compile, models))
         num_slots = slots if compile else min(slots, len(waiting))  # always as many: each number has code of its own
         served = Together([served_by(one, num_slots, rows, longest, compile=compile) for one in models])
         active = [waiting.popleft() for _ in range(min(served.num_slots, len(waiting)))]
@@ -226,9 +227,8 @@ class _Slots:
             positions_BS = firsts_B[:, None] + torch.arange(num_new, device=device)
             if self._fixed:
                 self._cache.fix(self._model.dtype)
-                with torch.compiler.set_stance(
-                    "default"
-                ):  # whatever `uncompiled` says of layers that training has compiled
+                # Whatever `uncompiled` says of layers that training has compiled.
+                with torch.compiler.set_stance("default"):
                     return compiled_step(device.type)(self._model, tokens_BS, positions_BS, self._fixed)
             hidden_BSD: Tensor = self._model(
                 tokens_BS, input_pos=positions_BS, kv_cache=self._cache, return_hidden=True

@@ -1,13 +1,14 @@
 """Whether a distillation config can learn from text that a model writes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdtune.config import instantiate
 from kdtune.config.check import COMPONENT
 from kdtune.distributed import world_size
-from kdtune.errors import KDTuneError
+from kdtune.errors import ConfigError, KDTuneError
 from kdtune.generation import Sampling
+from kdtune.models import Transformer
 from kdtune.parallel.mesh import is_whole
 
 if TYPE_CHECKING:
@@ -107,12 +108,41 @@ def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
             "rollouts.compile=true: the forward of a model that processes share is not compiled; ~rollouts.compile, or "
             "parallelism.dp_shard=1 parallelism.dp_replicate=-1"
         )
+    if rollouts.compile and not _compiled_writers(rollouts):
+        yield "rollouts.compile=true: nothing is written that the compiled forward of one new token serves; ~rollouts.compile"
+    if cfg.optimizer_in_backward and (
+        hasattr(rollouts.policy, "weights") or {"replay", "teacher"} <= rollouts.policy.sources
+    ):
+        yield (
+            "optimizer_in_backward=true, rollouts.policy: a step has micro-batches of the student's text and of the teacher's, and a "
+            "weight is updated in every backward; set optimizer_in_backward=false"
+        )
     nodes = cfg.dataset if isinstance(cfg.dataset, list) else [cfg.dataset]
     if any(isinstance(node, dict) and node.get("packed") for node in nodes):
         yield (
             "dataset.packed=true: batch_size would count packs of the data and texts of a model; ~dataset.packed, and "
             "tokens_per_micro_batch for micro-batches of one size"
         )
+
+
+def _compiled_writers(rollouts: "Rollouts") -> set[str]:
+    """Return the models, "student" and "teacher", that write token by token with kdtune's decoder."""
+    sources = rollouts.policy.sources
+    found = {"student", "teacher"} if "mixed" in sources else set(sources & {"teacher"})
+    return found | ({"student"} if "student" in sources and rollouts.writer is None else set())
+
+
+def check_compiled(rollouts: "Rollouts", models: Mapping[str, Transformer | None]) -> None:
+    """Raise ConfigError if `rollouts.compile` is set and one of the models, by name, that write cannot be compiled."""
+    from kdtune.generation.compiled import can_compile
+
+    for name in sorted(_compiled_writers(rollouts)) if rollouts.compile else ():
+        model = models[name]
+        if model is not None and not can_compile(model):
+            raise ConfigError(
+                f"rollouts.compile=true: the {name}'s forward is not compiled: it has quantized weights, is shared by processes, or is a "
+                "model of transformers; ~rollouts.compile"
+            )
 
 
 def _writer_problems(rollouts: "Rollouts") -> Iterator[str]:

@@ -28,8 +28,9 @@ class PolicyGradient:
     A text from the buffer (the share `replay` of `kdtune.rollouts.Share`; MiniLLM makes four passes over its texts) was written by the
     student of some steps ago. With rho_t the ratio of its probability of y_t now and then, the objective is PPO's,
     min(rho A, clip(rho, 1 - c, 1 + c) A) (arXiv 1707.06347): the factor rho, and no gradient where it is already further from 1 than
-    `ratio_clip` in the direction of the advantage. Advantages are those of then; a new text has the ratio 1. MiniLLM's code clips the
-    product of the ratio and the weights of mixed text; here these are a factor outside, so that a first pass is the gradient itself.
+    `ratio_clip` in the direction of the advantage. Rewards are those of then, whitened over the texts of the step; a new text has the
+    ratio 1. MiniLLM's code clips the product of the ratio and the weights of mixed text; here these are a factor outside, so that a first
+    pass is the gradient itself.
 
     Args:
         gamma: discount of later tokens' rewards.
@@ -87,7 +88,7 @@ class PolicyGradient:
     def _returns(self, rollout: Rollout) -> FloatArray:
         if rollout.log_probs is None or rollout.teacher_log_probs is None:
             raise ValueError("PolicyGradient: a rollout without the log-probabilities of both models")
-        ratio = rollout.teacher_log_probs.astype(np.float64) - rollout.log_probs.astype(np.float64)
+        ratio = rollout.teacher_log_probs - rollout.log_probs
         rewards = ratio / self.reward_scale
         if self.reward_clip is not None:
             rewards = rewards.clip(-self.reward_clip, self.reward_clip)
@@ -109,6 +110,6 @@ def importance_weights(rollout: Rollout, teacher_share: float) -> FloatArray:
     """
     if teacher_share == 0 or rollout.log_probs is None or rollout.teacher_log_probs is None:
         return np.ones(rollout.answer_length)
-    ratio = np.exp(rollout.teacher_log_probs.astype(np.float64) - rollout.log_probs.astype(np.float64))
+    ratio = np.exp(rollout.teacher_log_probs - rollout.log_probs)
     weights: FloatArray = 1 / (1 - teacher_share + teacher_share * ratio)
     return weights

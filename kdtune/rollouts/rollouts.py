@@ -31,7 +31,7 @@ from kdtune.losses.heads import project
 from kdtune.models import Transformer
 from kdtune.models.flops import ModelFlops
 from kdtune.rollouts.buffer import Buffer
-from kdtune.rollouts.checks import OF_BOTH, config_problems
+from kdtune.rollouts.checks import OF_BOTH, check_compiled, config_problems
 from kdtune.rollouts.micro_batches import log_ratios, parts_of, weighted, with_class_weights
 from kdtune.rollouts.policy import Policy, Source
 from kdtune.rollouts.policy_gradient import FloatArray, PolicyGradient, importance_weights
@@ -130,6 +130,7 @@ class Rollouts:
             model.unshard()  # a resumed run may read the head before the teacher's first forward
         if "speculative" in self.policy.sources:
             check_speculative(student, model)
+        check_compiled(self, {"student": student, "teacher": model})
         self._seed, self._num_steps, self._kd_ratio = cfg.seed, inputs.num_steps, cfg.kd_ratio
         self._batch_size, self._max_tokens = cfg.batch_size, cfg.tokens_per_micro_batch
         self._padding_free, self._pad_id, self._stop_ids = is_padding_free(cfg), tokenizer.pad_id, tokenizer.stop_ids
@@ -154,7 +155,7 @@ class Rollouts:
         sources, self._has_no_class_loss, self._flops = self._sources(step.number), False, 0
         self.metrics = {f"policy_{name}": value for name, value in self.policy.state_dict().items()}
         self.metrics["rollout_share"] = 1 - sources.count("dataset") / len(sources)
-        self._is_teachers_text = sources == ("teacher",)
+        self._is_teachers_text = False
         weights_at = getattr(self.policy, "weights", None)
         self._weights = {} if weights_at is None else weights_at(step.number / self._num_steps)
         of_data = [weighted(one, self._weights.get("dataset")) for one in step.batches if "dataset" in sources]
@@ -174,9 +175,12 @@ class Rollouts:
             )
         shown = watched(rollouts)
         self._num_shown = sum(one.answer_length for one in shown)
+        self._is_teachers_text = all(one.source == "teacher" for one in shown)
         self.metrics |= describe(shown, step.number)
         parts = parts_of(rollouts, self._world, self._batch_size, self._max_tokens, is_padded=not self._padding_free)
-        batches = [self._batch([rollouts[index] for index in part]) for part in parts]
+        # All processes have the teacher's targets of all texts, or none asks it less often than another.
+        like = rollouts[0].target if all(one.target is not None for one in rollouts) else None
+        batches = [self._batch([rollouts[index] for index in part], like) for part in parts]
         if "replay" not in sources:
             is_drawn = "student" in sources and self.sampling.temperature > 0
             self.guards.check(self.metrics, is_drawn=is_drawn)
@@ -314,19 +318,18 @@ class Rollouts:
             None if hidden is None else hidden[:room],
         )
 
-    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
-        """Return a micro-batch of some rollouts, with the teacher's signal if it is kept."""
+    def _batch(self, rollouts: Sequence[Rollout], like: Tensor | None) -> Batch:
+        """Return a micro-batch of some rollouts, maybe none, with the teacher's signal if the step's targets, `like` one, are kept."""
         batch = collate([one.example() for one in rollouts], self._pad_id, padding_free=self._padding_free)
-        if not rollouts:
-            return batch
-        writer = rollouts[0].source
-        batch = replace(batch, targets=replace(batch.targets, is_own_text=writer != "teacher"))
-        batch = weighted(batch, self._weights.get(writer))
-        targets = [one.target for one in rollouts if one.target is not None]
-        if len(targets) < len(rollouts):
+        if rollouts:
+            writer = rollouts[0].source
+            batch = replace(batch, targets=replace(batch.targets, is_own_text=writer != "teacher"))
+            batch = weighted(batch, self._weights.get(writer))
+        if like is None:
             return batch
         # The loss reads the positions that have a target, and no others.
-        target_ND, positions_N = torch.cat(targets), batch.targets.positions_N
+        targets = [one.target for one in rollouts if one.target is not None]
+        target_ND, positions_N = torch.cat([like[:0], *targets]), batch.targets.positions_N
         hidden_TD = target_ND.new_zeros(batch.tokens.numel(), target_ND.shape[1]).index_copy_(0, positions_N, target_ND)
         hidden_BSD = hidden_TD.view(*batch.tokens.shape, -1).to(self._world.device)
         return replace(batch, signal=HiddenSignal(hidden_BSD, self._teacher.head()))

@@ -229,6 +229,11 @@ def rollout_problems(cfg: Any) -> list[str]:
             return [
                 f"rollouts: {name} does not write texts; give kdtune.rollouts.Rollouts, of which {name} may be an argument"
             ]
+        if rollouts is None and hasattr(instantiate(cfg.kd_loss), "for_text"):
+            return [
+                "kd_loss: has a divergence for the student's own text, and only the data's is learned from; give rollouts, or the other "
+                "divergence alone"
+            ]
         return [] if rollouts is None else list(rollouts.problems(cfg))
     except KDTuneError as error:
         return [f"rollouts: {error}"]

@@ -92,6 +92,14 @@ def test_prompts_alone_on_two_processes(launch, small_model: Path, tmp_path: Pat
     check_one_and_two(start, launch, small_model, tmp_path)
 
 
+@pytest.mark.slow("two processes, of which one has no text of a step that is learned from again")
+def test_a_process_without_a_replayed_text(launch, small_model: Path, tmp_path: Path) -> None:
+    base = f"checkpointer={{_component_: kdtune.checkpoint.Checkpointer, checkpoint_dir: {small_model}}}"
+    start = ["run", "knowledge_distillation", "--config", "tiny/gkd", HELD_OUT, *PLAIN, base, "batch_size=2",
+             "rollouts.policy.student=0.5", "rollouts.policy.replay=0.5", "rollouts.buffer_size=2"]  # fmt: skip
+    check_one_and_two(start, launch, small_model, tmp_path)
+
+
 @pytest.mark.slow("four processes for what the test above shows of one model")
 @pytest.mark.parametrize(
     ("name", "own"),

@@ -220,6 +220,15 @@ def test_the_student_s_own_text_with_the_teacher_s_top_k(cli: CLI, tmp_path: Pat
         assert all(0 < one < other for one, other in zip(few, whole, strict=True))
 
 
+def test_the_log_ratio_of_the_teacher_s_text_is_not_recorded(cli: CLI, tmp_path: Path) -> None:
+    """Not of that which is learned from again either."""
+    done = cli(*RUN, "--config", "tiny/gkd", f"output_dir={tmp_path}", "rollouts.policy.student=0", "rollouts.policy.teacher=0.5",
+               "rollouts.policy.replay=0.5", "rollouts.buffer_size=8")  # fmt: skip
+    assert done.code == 0, done.err
+    assert any(row["rollout_staleness"] > 0 for row in steps(tmp_path))
+    assert all("rollout_log_ratio" not in row and "rollout_overlap" in row for row in steps(tmp_path))
+
+
 def test_kept_targets_are_the_teacher_s_answers(cli: CLI, tmp_path: Path) -> None:
     """What the buffer keeps of the teacher trains what asking it again does."""
     more = ("rollouts.policy.start=1.0", "rollouts.policy.replay=increasing")
@@ -282,6 +291,10 @@ def test_there_is_no_cross_entropy_on_the_student_s_own_text(cli: CLI, tmp_path:
         ("distillm2", ("kd_loss=kdtune.losses.WeightedSum", "kd_loss.weights=[1]",
                        "kd_loss.divergences=[{_component_: kdtune.losses.presets.distillm2}]"),
          "WeightedSum: kdtune.losses.divergences.mixture.BySource chooses by who has written the text"),
+        ("distillm2", ("~rollouts",), "kd_loss: has a divergence for the student's own text, and only the data's is learned from"),
+        ("distillm2", ("optimizer_in_backward=true", "~clip_grad_norm", "gradient_accumulation_steps=1"),
+         "optimizer_in_backward=true, rollouts.policy: a step has micro-batches"),
+        ("speculative", ("rollouts.compile=true",), "rollouts.compile=true: nothing is written that"),
         ("gkd", ("rollouts.slots=0",), "slots=0: must be 1 or more"),
         ("gkd", ("rollouts=kdtune.rollouts.Share", "rollouts.student=1"), "rollouts: kdtune.rollouts.Share does not write texts"),
         ("distillm", ("hidden_loss=kdtune.losses.HiddenStateLoss",), "rollouts.keep_targets=true: hidden_loss"),
