@@ -10,7 +10,7 @@ from kdtune.escape import printable
 from kdtune.reports.baseline import Baseline
 from kdtune.reports.curves import Curve, Panel
 from kdtune.reports.rows import Row, axis_names
-from kdtune.reports.tables import difference_text, mean_text, short_names
+from kdtune.reports.tables import difference_text, mean_text, number_text, short_names
 from kdtune.sweeps.plan import shown_value
 from kdtune.sweeps.results import DONE
 
@@ -122,7 +122,7 @@ def _metric_cell(values: Mapping[str, float | None], metric: str) -> list[Any]:
     value = values.get(metric)
     if value is None:
         return ["not finite" if metric in values else "-", None, "", ""]
-    return [f"{value:.4f}", value, "", ""]
+    return [number_text(value), value, "", ""]
 
 
 def _axis_cell(values: Mapping[str, Any], axis: str) -> list[Any]:

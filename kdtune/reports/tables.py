@@ -75,6 +75,11 @@ def _axis_cells(row: Row, axes: Sequence[str]) -> list[str]:
     return [markdown_text(shown_value(row.axes[axis])) if axis in row.axes else "-" for axis in axes]
 
 
+def number_text(value: float, sign: str = "") -> str:
+    """Format a number with four decimals, from a million on with four digits, `1.126e+13`; with `sign` "+" also a positive one has it."""
+    return f"{value:{sign}.4f}" if abs(value) < 1e6 else f"{value:{sign}.4g}"
+
+
 def mean_text(row: Row, metric: str) -> str:
     """Format a row's mean and its standard error over seeds, `0.4512 ± 0.0021`; `-` for none.
 
@@ -86,7 +91,7 @@ def mean_text(row: Row, metric: str) -> str:
     if summary is not None:
         over_documents = row.document_error(metric)
         error = over_documents if summary.standard_error is None else summary.standard_error
-        text = f"{summary.mean:.4f} ± " + ("-" if error is None else f"{error:.4f}")
+        text = f"{number_text(summary.mean)} ± " + ("-" if error is None else number_text(error))
         text += " d" if over_documents is not None else ""
     return text if num_finite == num_cells else f"{text} ({num_finite} of {num_cells})"
 
@@ -100,7 +105,7 @@ def difference_text(found: Difference | None) -> str:
         return "-"
     ratio = "-" if found.in_standard_errors is None else f"{found.in_standard_errors:+.1f}"
     how = f"p, n {found.counts[0]}" if found.kind == "paired" else f"t, n {found.counts[0]}, {found.counts[1]}"
-    return f"{found.value:+.4f} ({ratio} {how})"
+    return f"{number_text(found.value, '+')} ({ratio} {how})"
 
 
 def _emphasized(found: Difference | None) -> str:

@@ -186,6 +186,12 @@ def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert [line[3][0] for line in page_data(tmp_path)["cells"]["lines"]][:3] == ["1.0000", "3.0000", "not finite"]
 
 
+def test_a_large_number_has_an_exponent(tmp_path: Path) -> None:
+    text = write(tmp_path, [cell({"seed": seed}, {"train.total_flops": 1.1e13 + 1e12 * seed}) for seed in range(3)])
+    assert "| 1.2e+13 ± 5.774e+11 |" in text
+    assert page_data(tmp_path)["cells"]["lines"][0][2][0] == "1.1e+13"
+
+
 def test_null_metrics_of_a_step_are_kept(tmp_path: Path) -> None:
     rows = [{"step": 1, "loss": 2.0, "val_kd_loss": 1.0, "note": "x", "total_flops": 5},
             {"step": 2, "loss": None, "val_kd_loss": None, "total_flops": 7}]  # fmt: skip
