@@ -33,4 +33,4 @@ def test_a_copy_on_each_process(scheme: str, launch, tmp_path: Path) -> None:
             assert "holds quantized weights, which cannot be sharded; a teacher can be a copy" in ended[0].text
         else:
             assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
-            check_same_rows(rows(out), rows(tmp_path / "alone"), teacher_is_apart=name == "apart")
+            check_same_rows(rows(out), rows(tmp_path / "alone"))

@@ -56,7 +56,7 @@ def test_the_numbers_of_one_process(kind: str, names: list[str], launch, small_m
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
         said = [number for number, rank in enumerate(ended) if rank.text]
         assert said == [0]  # the main process alone
-        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"), teacher_is_apart=name != "1 of both")
+        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"))
         check_same_change(tmp_path / name / "final", tmp_path / "1 of both" / "final", small_model)
     on = {"2 + 1": "1 of the run's 3", "4 + 3, copies": "3 of the run's 7"}
     assert f"the teacher is on {on[names[-1]]} processes" in ended[0].text
@@ -87,7 +87,7 @@ def test_random_weights_answers_and_steps_without_a_batch_for_all(names: list[st
         arguments, ranks = layout_arguments(name, tmp_path / name)
         ended = launch.kdtune(*KD, *PLAIN, *short, *arguments, ranks=ranks)
         assert [rank.code for rank in ended] == [0] * ranks, "\n".join(rank.text for rank in ended)
-        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"), teacher_is_apart=name != "1 of both")
+        check_same_rows(rows(tmp_path / name), rows(tmp_path / "1 of both"))
         answers[name] = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
     assert [row["model"] for row in answers[names[-1]]] == ["student", "teacher", "student"]
     assert all(one == answers["1 of both"] for one in answers.values()) and answers[names[-1]][1]["answer"]
@@ -301,7 +301,7 @@ def test_resumed_with_the_teacher_beside_and_apart_again(
         assert said in ended[0].text
     trained, expected = ([row for row in rows(out) if "loss" in row] for out in (cut, whole))
     # AdamW enlarges the rounding differences of other numbers of processes; a lost state would show in percents.
-    check_same_rows(trained, expected, tolerance=1e-3, teacher_is_apart=True)
+    check_same_rows(trained, expected, tolerance=1e-3)
 
 
 @pytest.mark.parametrize(

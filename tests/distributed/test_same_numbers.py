@@ -84,6 +84,8 @@ def test_however_a_step_is_cut(
         assert [rank.code for rank in ended] == [0] * ranks, ended[0].text
         assert not any(rank.text for rank in ended[1:]), ended[1].text
         check_same_rows(rows(tmp_path / name), rows(tmp_path / "1x4"))
+        ours, theirs = (rows(tmp_path / folder)[-1]["total_flops"] for folder in (name, "1x4"))
+        assert ours == pytest.approx(theirs, rel=1e-5)
         check_same_change(tmp_path / name / "final", tmp_path / "1x4" / "final", small_model)
     trained = [row for row in rows(tmp_path / "1x4") if "loss" in row]
     assert len(trained) == 5 and trained[-1]["loss"] < trained[0]["loss"] - 0.01
