@@ -189,55 +189,41 @@ def hidden_gradient(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection)
 
 
 def weight_gradient_sums(weight_VD: Tensor, dtype: torch.dtype, num_tokens: int) -> tuple[Tensor, ...]:
-    """Return memory for the sum of a head's gradient over chunks of so many tokens, in a dtype, for `add_weight_gradient_`.
-
-    Of a bf16 head two bf16 tensors that add up to it, to 16 bits: the first becomes the gradient, the other is freed with the loss.
-    """
-    dtypes = [torch.bfloat16] * 2 if (weight_VD.dtype, dtype) == (torch.bfloat16, torch.float32) else [dtype]
+    """Return memory for the sum of a head's gradient over chunks of so many tokens, in a dtype, for `add_weight_gradient_`."""
     empty = torch.empty_like if num_tokens else torch.zeros_like
-    return tuple(empty(weight_VD, dtype=one) for one in dtypes)
+    return (empty(weight_VD, dtype=dtype),)
 
 
 def add_weight_gradient_(
     sums_VD: Sequence[Tensor], grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, *, is_first: bool
 ) -> None:
     """Add a chunk's share to the gradient of the head's rows, from that of the logits; the first overwrites what was there."""
+    (sum_VD,) = sums_VD
     form = form_of(hidden_CD, weight_VD, grad_logits_CV.dtype)
-    dtype = grad_logits_CV.dtype if form == "raised" else torch.bfloat16
+    dtype = sum_VD.dtype if form == "raised" else torch.bfloat16
     hidden_CD = hidden_CD.to(dtype)
-    first_VD, *rest = sums_VD
     if is_first:
-        for one in sums_VD:
-            one[grad_logits_CV.shape[1] :].zero_()  # rows without a logit
-    for tile in slices(grad_logits_CV.shape[1], _tile_rows(first_VD, torch.float32)):
-        grad = grad_logits_CV[:, tile].T.to(dtype)
-        is_rounded = form in ("two products", "rounded")
-        if not rest and not is_rounded:
-            total = first_VD[tile]
-            _mm(grad, hidden_CD, out=total) if is_first else _addmm_(total, grad, hidden_CD)
-            continue
-        share = grad @ hidden_CD if is_rounded else _product(grad, hidden_CD, sum_dtype(hidden_CD))
-        if rest:
-            _add_to_pair_(first_VD[tile], rest[0][tile], share, is_first=is_first)
+        sum_VD[grad_logits_CV.shape[1] :].zero_()  # rows without a logit
+    for tile in slices(grad_logits_CV.shape[1], _tile_rows(sum_VD, sum_VD.dtype)):
+        total, grad = sum_VD[tile], grad_logits_CV[:, tile].T.to(dtype)
+        if form in ("two products", "rounded"):
+            share = grad @ hidden_CD
+            total.copy_(share) if is_first else total.add_(share)
+        elif is_first:
+            _mm(grad, hidden_CD, out=total)
         else:
-            first_VD[tile].copy_(share) if is_first else first_VD[tile].add_(share)
+            _addmm_(total, grad, hidden_CD)
 
 
 def scaled_weight_gradient_(sums_VD: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum times a 0-d scale, in a dtype and in the memory of the first tensor, if that has the dtype."""
-    first_VD, *rest = sums_VD
-    if not rest:
-        return first_VD.mul_(scale).to(dtype)
-    for tile in slices(len(first_VD), _tile_rows(first_VD, torch.float32)):
-        first_VD[tile].copy_(first_VD[tile].float().add_(rest[0][tile]).mul_(scale))
-    return first_VD
-
-
-def _add_to_pair_(high: Tensor, low: Tensor, share: Tensor, *, is_first: bool) -> None:
-    """Add to the sum of two bf16 tensors."""
-    total = share.float() if is_first else high.float().add_(low).add_(share)
-    high.copy_(total)
-    low.copy_(total.sub_(high))
+    """Return the sum times a 0-d scale in a dtype, in the sum's own memory if that has the dtype."""
+    (sum_VD,) = sums_VD
+    if dtype == sum_VD.dtype:
+        return sum_VD.mul_(scale)
+    scaled_VD = torch.empty_like(sum_VD, dtype=dtype)
+    for tile in slices(len(sum_VD), _tile_rows(sum_VD, sum_VD.dtype)):
+        scaled_VD[tile] = sum_VD[tile].mul_(scale)  # in place, which a second backward is refused for
+    return scaled_VD
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -265,11 +251,6 @@ def _with_rounding_error(
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Return the product of two matrices, computed to the precision of out's dtype."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product of two matrices, computed to the precision of a dtype."""
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def _addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
