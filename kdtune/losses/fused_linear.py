@@ -13,7 +13,7 @@ V the student's vocabulary, D embedding width (the student's and the teacher's m
 to ids that it lacks; its rows for ids that the student lacks are dropped before its softmax.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ from kdtune.losses.products import (
     add_weight_gradient_,
     block_size,
     hidden_gradient,
+    new_weight_gradient,
     project,
     rows_of,
     scaled_weight_gradient_,
     slices,
     sum_dtype,
-    weight_gradient_sums,
 )
 from kdtune.losses.signal import SampledSignal, Signal
 from kdtune.losses.sparse import SampledRows, SparseRows, TeacherTargets
@@ -104,12 +104,13 @@ class _FusedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
-        num_tokens = len(task.labels_N)
-        weight_sums_VD = weight_gradient_sums(weight_VD, sum_dtype(hidden_TD), num_tokens) if needs_weight else ()
+        # Summed over all chunks, hence not in half precision.
+        dtype, num_tokens = sum_dtype(hidden_TD), len(task.labels_N)
+        grad_weight_VD = new_weight_gradient(weight_VD, dtype, num_tokens) if needs_weight else None
         student = Projection(hidden_TD, weight_VD, shards, softcap)
         with torch.autocast(hidden_TD.device.type, enabled=False), Buffers() as buffers:
-            sums = _run_chunks(student, task, buffers, grad_hidden_TD, weight_sums_VD)
-        ctx.save_for_backward(grad_hidden_TD, *weight_sums_VD)
+            sums = _run_chunks(student, task, buffers, grad_hidden_TD, grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         parts = (sums.ce, sums.kd, sums.agreement, sums.outside, sums.log_ratio)
         ctx.mark_non_differentiable(*(part for part in parts if part is not None))
@@ -122,18 +123,17 @@ class _FusedLinear(torch.autograd.Function):
                 "the fused loss has no second derivative: backward got create_graph=True; allowed is False; "
                 "for second derivatives use CrossEntropyLoss and ForwardKLLoss on plain logits"
             )
-        grad_hidden_TD, *weight_sums_VD = ctx.saved_tensors
-        grad_weight_VD = None
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad_total
-        if weight_sums_VD:
+        if grad_weight_VD is not None:
             # In place. Autograd's version check then refuses a second backward through the same graph.
-            grad_weight_VD = scaled_weight_gradient_(weight_sums_VD, grad_total, ctx.weight_dtype)
+            grad_weight_VD = scaled_weight_gradient_(grad_weight_VD, grad_total, ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
 def _run_chunks(
-    student: Projection, task: Task, buffers: Buffers, grad_hidden_TD: Tensor | None, weight_sums_VD: Sequence[Tensor]
+    student: Projection, task: Task, buffers: Buffers, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None
 ) -> Sums:
     """Return the sums over all chunks. The gradients of the total are written into the given tensors, if any."""
     num_tokens, vocab_size, shards = len(task.labels_N), student.vocab_size, student.shards
@@ -147,7 +147,7 @@ def _run_chunks(
     ce_N = student.hidden_TD.new_zeros(num_tokens, dtype=dtype)
     kd_N, agreement_N, outside_N, log_ratio_N = (torch.zeros_like(ce_N) for _ in range(4))
 
-    needs_grad = grad_hidden_TD is not None or bool(weight_sums_VD)
+    needs_grad = grad_hidden_TD is not None or grad_weight_VD is not None
     num_teacher_ids = None if task.teacher is None else task.teacher.vocab_size
     settings = Settings(task.divergence, task.kd_ratio, num_teacher_ids, task.teacher_targets, student.softcap, needs_grad,
                         task.with_log_ratio)  # fmt: skip
@@ -176,9 +176,9 @@ def _run_chunks(
             grad_logits_CV = shards.to_ids(grad_logits_CV, len(labels_C))
         if grad_hidden_TD is not None:
             grad_hidden_TD[positions_C] = hidden_gradient(grad_logits_CV, hidden_CD, student)
-        if weight_sums_VD:
+        if grad_weight_VD is not None:
             is_first = chunk.start == 0
-            add_weight_gradient_(weight_sums_VD, grad_logits_CV, hidden_CD, student.weight_VD, is_first=is_first)
+            add_weight_gradient_(grad_weight_VD, grad_logits_CV, hidden_CD, student.weight_VD, is_first=is_first)
 
     sums = torch.stack([one.sum() for one in (ce_N, kd_N, agreement_N, outside_N, log_ratio_N)])
     ce, kd, agreement, outside, log_ratio = shards.sum_(sums) if shards else sums

@@ -20,7 +20,7 @@ import functools
 import math
 import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
@@ -188,17 +188,15 @@ def hidden_gradient(grad_logits_CV: Tensor, hidden_CD: Tensor, head: Projection)
     return grad_CD.to(hidden_CD.dtype)
 
 
-def weight_gradient_sums(weight_VD: Tensor, dtype: torch.dtype, num_tokens: int) -> tuple[Tensor, ...]:
-    """Return memory for the sum of a head's gradient over chunks of so many tokens, in a dtype, for `add_weight_gradient_`."""
-    empty = torch.empty_like if num_tokens else torch.zeros_like
-    return (empty(weight_VD, dtype=dtype),)
+def new_weight_gradient(weight_VD: Tensor, dtype: torch.dtype, num_tokens: int) -> Tensor:
+    """Return memory for a head's gradient, in the dtype of its sum over chunks of so many tokens: zeros if there are none."""
+    return (torch.empty_like if num_tokens else torch.zeros_like)(weight_VD, dtype=dtype)
 
 
 def add_weight_gradient_(
-    sums_VD: Sequence[Tensor], grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, *, is_first: bool
+    sum_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, *, is_first: bool
 ) -> None:
     """Add a chunk's share to the gradient of the head's rows, from that of the logits; the first overwrites what was there."""
-    (sum_VD,) = sums_VD
     form = form_of(hidden_CD, weight_VD, grad_logits_CV.dtype)
     dtype = sum_VD.dtype if form == "raised" else torch.bfloat16
     hidden_CD = hidden_CD.to(dtype)
@@ -215,14 +213,13 @@ def add_weight_gradient_(
             _addmm_(total, grad, hidden_CD)
 
 
-def scaled_weight_gradient_(sums_VD: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_weight_gradient_(sum_VD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum times a 0-d scale in a dtype, in the sum's own memory if that has the dtype."""
-    (sum_VD,) = sums_VD
     if dtype == sum_VD.dtype:
         return sum_VD.mul_(scale)
     scaled_VD = torch.empty_like(sum_VD, dtype=dtype)
     for tile in slices(len(sum_VD), _tile_rows(sum_VD, sum_VD.dtype)):
-        scaled_VD[tile] = sum_VD[tile].mul_(scale)  # in place, which a second backward is refused for
+        scaled_VD[tile] = sum_VD[tile].mul_(scale)  # in place: autograd then refuses a second backward
     return scaled_VD
 
 

@@ -11,12 +11,7 @@ from torch import Tensor
 from kdtune.errors import ConfigError
 from kdtune.losses.fused_linear import CHUNK_BYTES, chunk_slices, project_logits
 from kdtune.losses.heads import Projection
-from kdtune.losses.products import (
-    add_weight_gradient_,
-    hidden_gradient,
-    scaled_weight_gradient_,
-    weight_gradient_sums,
-)
+from kdtune.losses.products import add_weight_gradient_, hidden_gradient, new_weight_gradient
 from kdtune.losses.signal import Signal, TextSignal
 
 
@@ -142,9 +137,9 @@ class _LogProbs(torch.autograd.Function):
         hidden_TD, weight_VD, positions_N, labels_N, ids_U = ctx.saved_tensors
         head = Projection(hidden_TD, weight_VD, softcap=ctx.softcap)
         grad_hidden_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        weight_sums_VD = (
-            weight_gradient_sums(weight_VD, grad_N.dtype, len(positions_N)) if ctx.needs_input_grad[1] else ()
-        )
+        grad_weight_VD: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = new_weight_gradient(weight_VD, grad_N.dtype, len(positions_N))
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for chunk in chunk_slices(head, len(positions_N), ctx.chunk_size):
                 logits_CV = project_logits(head, positions_N[chunk])
@@ -159,9 +154,7 @@ class _LogProbs(torch.autograd.Function):
                 hidden_CD = hidden_TD[positions_N[chunk]]
                 if grad_hidden_TD is not None:
                     grad_hidden_TD[positions_N[chunk]] = hidden_gradient(grad_CV, hidden_CD, head)
-                if weight_sums_VD:
-                    add_weight_gradient_(weight_sums_VD, grad_CV, hidden_CD, weight_VD, is_first=chunk.start == 0)
-        grad_weight_VD = None
-        if weight_sums_VD:
-            grad_weight_VD = scaled_weight_gradient_(weight_sums_VD, grad_N.new_ones(()), weight_VD.dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
+                if grad_weight_VD is not None:
+                    add_weight_gradient_(grad_weight_VD, grad_CV, hidden_CD, weight_VD, is_first=chunk.start == 0)
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_TD, grad_weight, None, None, None, None, None
