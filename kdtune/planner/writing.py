@@ -35,12 +35,8 @@ class Writing:
 def writers(cfg: Any) -> frozenset[str]:
     """Return which models write texts by kdtune's decoder in a run of a config `cfg`: "student", "teacher", both or none."""
     rollouts = instantiate(getattr(cfg, "rollouts", None))
-    if rollouts is None:
-        return frozenset()
-    sources = rollouts.policy.sources
-    both = bool(sources & {"mixed", "speculative"})
-    found = {"student"} if both or ("student" in sources and rollouts.writer is None) else set()
-    return frozenset(found | ({"teacher"} if both or "teacher" in sources else set()))
+    found: frozenset[str] = frozenset() if rollouts is None else rollouts.writers()
+    return found
 
 
 def writing(cfg: Any, sizes: ModelSizes, batch: MicroBatch) -> Writing:

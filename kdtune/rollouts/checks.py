@@ -125,11 +125,18 @@ def _place_problems(rollouts: "Rollouts", cfg: Any) -> Iterator[str]:
         )
 
 
-def _compiled_writers(rollouts: "Rollouts") -> set[str]:
-    """Return the models, "student" and "teacher", that write token by token with kdtune's decoder."""
-    sources = rollouts.policy.sources
-    found = {"student", "teacher"} if "mixed" in sources else set(sources & {"teacher"})
-    return found | ({"student"} if "student" in sources and rollouts.writer is None else set())
+def _compiled_writers(rollouts: "Rollouts") -> frozenset[str]:
+    """Return the models that write with forwards of one new token: all but those of speculative text."""
+    return rollouts.writers(rollouts.policy.sources - {"speculative"})
+
+
+def check_writer_ids(rollouts: "Rollouts", num_of_student: int, num_of_teacher: int) -> None:
+    """Raise ConfigError if what writes in place of kdtune's decoder could draw one of the student's ids that the teacher does not have."""
+    if rollouts.writer is not None and num_of_teacher < num_of_student:
+        raise ConfigError(
+            f"rollouts.writer: the student has {num_of_student:,} ids and the teacher {num_of_teacher:,}, and the writer would draw "
+            "from all; ~rollouts.writer"
+        )
 
 
 def check_compiled(rollouts: "Rollouts", models: Mapping[str, Transformer | None]) -> None:

@@ -4,7 +4,7 @@ Shapes: N targets of a micro-batch, B batch, S sequence, A tokens of an answer, 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -31,7 +31,7 @@ from kdtune.losses.heads import project
 from kdtune.models import Transformer
 from kdtune.models.flops import ModelFlops
 from kdtune.rollouts.buffer import Buffer
-from kdtune.rollouts.checks import OF_BOTH, check_compiled, config_problems
+from kdtune.rollouts.checks import OF_BOTH, check_compiled, check_writer_ids, config_problems
 from kdtune.rollouts.micro_batches import log_ratios, parts_of, weighted, with_class_weights
 from kdtune.rollouts.policy import Policy, Source
 from kdtune.rollouts.policy_gradient import FloatArray, PolicyGradient, importance_weights
@@ -114,6 +114,12 @@ class Rollouts:
         """Return why a distillation config cannot have these texts, one sentence each; read no weights and no rows."""
         return config_problems(self, cfg)
 
+    def writers(self, sources: Collection[str] | None = None) -> frozenset[str]:
+        """Return which models, "student" and "teacher", write text of some sources with kdtune's decoder; None: of all of the policy's."""
+        given = self.policy.sources if sources is None else sources
+        found = {"student", "teacher"} if {*OF_BOTH} & {*given} else {"teacher"} & {*given}
+        return frozenset(found | ({"student"} if "student" in given and self.writer is None else set()))
+
     def start(self, inputs: Any, student: Transformer, teacher: Any, world: World, *, context: int) -> None:
         """Keep the models, the world's processes and the settings of the run.
 
@@ -136,9 +142,10 @@ class Rollouts:
         self._padding_free, self._pad_id, self._stop_ids = is_padding_free(cfg), tokenizer.pad_id, tokenizer.stop_ids
         self._longest = min(context, tokenizer.max_seq_len or context)
         self._num_ids = min(student.config.vocab_size, teacher.vocab_size)
+        check_writer_ids(self, student.config.vocab_size, teacher.vocab_size)
         if self.writer is not None:
             base = (cfg.checkpointer or {}).get("checkpoint_dir")
-            self.writer.start(student, world, longest=self._longest, num_ids=self._num_ids, base=base)
+            self.writer.start(student, world, longest=self._longest, base=base)
 
     def batches(self, step: Any) -> list[Batch]:
         """Return the micro-batches that this process learns from in a step: the step's own, or texts that take their place.

@@ -1,4 +1,4 @@
-"""vLLM in place of kdtune's own decoder for the text that the student writes. Needs the [vllm] extra; names as in vLLM 0.33."""
+"""vLLM in place of kdtune's own decoder for the text that the student writes. Needs the [vllm] extra; names as in vLLM 0.20 to 0.33."""
 
 import importlib.util
 import inspect
@@ -40,14 +40,8 @@ class VLLMWriter:
             one is given here already.
     """
 
-    def __init__(
-        self,
-        gpu_memory_utilization: float = 0.3,
-        *,
-        sleeps: bool = True,
-        dtype: str | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, gpu_memory_utilization: float = 0.3, *, sleeps: bool = True, dtype: str | None = None,
+                 options: Mapping[str, Any] | None = None) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}: must be above 0 and at most 1")
         if own := sorted(set(options or {}) & {*_OWN}):
@@ -71,23 +65,12 @@ class VLLMWriter:
             ]
         return found
 
-    def check_ids(self, num_of_student: int, num_ids: int) -> None:
-        """Raise ConfigError if the student has `num_of_student` ids, and only the first `num_ids`, the teacher's, may be drawn."""
-        if num_ids < num_of_student:
-            raise ConfigError(
-                f"rollouts.writer: the student has {num_of_student:,} ids and the teacher {num_ids:,}, of which vLLM would draw "
-                "all; ~rollouts.writer"
-            )
-
-    def start(
-        self, student: Transformer, world: World, *, longest: int, num_ids: int, base: str | Path | None = None
-    ) -> None:
+    def start(self, student: Transformer, world: World, *, longest: int, base: str | Path | None = None) -> None:
         """Start a vLLM in each process of the `world`, without weights.
 
-        `student` is read before each writing; `longest`: tokens of the longest text, with its prompt; `num_ids`: how many ids may be drawn,
-        ConfigError if the student has more; `base`: folder of the student's files, whose config is kept, if there is one.
+        `student` is read before each writing; `longest`: tokens of the longest text, with its prompt; `base`: folder of the student's
+        files, whose config is kept, if there is one.
         """
-        self.check_ids(student.config.vocab_size, num_ids)
         self._student, self._longest = student, min(longest, self._options.get("max_model_len") or longest)
         reshard(student)
         self._folder = tempfile.TemporaryDirectory(prefix="kdtune-vllm-")
@@ -105,15 +88,8 @@ class VLLMWriter:
         self._sleep()
 
     @torch.no_grad()
-    def complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling,
+                 seeds: Sequence[int]) -> list[Completion]:  # fmt: skip
         """Return a completion of each of the `prompts`, with log-probabilities, in order; all processes call it, also without prompts.
 
         `max_new_tokens`, `stop_ids`, `sampling` and `seeds` are those of `kdtune.generation.complete`. Raises DataError if a prompt

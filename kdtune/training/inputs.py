@@ -256,13 +256,17 @@ def _check_sample_prompts(cfg: Any, tokenizer: Tokenizer) -> None:
 
 
 def _check_writer(cfg: Any) -> None:
-    """Raise ConfigError if what writes the student's text in place of kdtune's decoder might draw ids that the teacher does not have."""
-    writer = getattr(instantiate(getattr(cfg, "rollouts", None)), "writer", None)
-    if writer is None or not hasattr(writer, "check_ids"):
+    """Raise ConfigError if what writes the student's text in place of kdtune's decoder could draw ids that the teacher does not have."""
+    rollouts = instantiate(getattr(cfg, "rollouts", None))
+    if getattr(rollouts, "writer", None) is None:
         return
+    from kdtune.rollouts.checks import check_writer_ids  # few runs have one
+
     models = [(getattr(cfg, builder), instantiate(getattr(cfg, weights))) for builder, weights in _MODELS]
     if (None, None) not in models:  # else a teacher of one's own, whose ids are known when it is built
-        writer.check_ids(*(model_config(node and factory(node), weights).vocab_size for node, weights in models))
+        check_writer_ids(
+            rollouts, *(model_config(node and factory(node), weights).vocab_size for node, weights in models)
+        )
 
 
 def _check_as_recorded(output_dir: Path, now: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from kdtune.distributed import SINGLE_PROCESS
 from kdtune.errors import ConfigError, DataError, TrainingError
 from kdtune.generation import Sampling, complete
 from kdtune.models import Transformer, apply_lora, llama
-from kdtune.rollouts import VLLMWriter
+from kdtune.rollouts import Rollouts, Share, VLLMWriter
+from kdtune.rollouts.checks import check_writer_ids
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8], [9, 8], [20, 21, 22]]
 ASKED = {"max_new_tokens": 12, "stop_ids": (3, 7, 11), "seeds": [1, 2, 3, 4, 5]}
@@ -41,7 +42,7 @@ def student() -> Transformer:
 
 def started(student: Transformer, longest: int = 64, **settings: object) -> VLLMWriter:
     writer = VLLMWriter(**settings)
-    writer.start(student, SINGLE_PROCESS, longest=longest, num_ids=student.config.vocab_size)
+    writer.start(student, SINGLE_PROCESS, longest=longest)
     return writer
 
 
@@ -124,8 +125,10 @@ def test_limits_and_what_is_refused(vllm: ModuleType, student: Transformer, monk
     assert [len(one.ids) for one in found] == [9, 3, 8, 8, 7]
     with pytest.raises(DataError, match=r"prompts\[1\]: 10 tokens"):
         writer.complete([[1], list(range(10))], max_new_tokens=2, stop_ids=(), sampling=Sampling(), seeds=[0, 1])
-    with pytest.raises(ConfigError, match="the student has 32 ids and the teacher 30, of which vLLM would draw all"):
-        VLLMWriter().start(student, SINGLE_PROCESS, longest=10, num_ids=30)
+    with pytest.raises(
+        ConfigError, match="the student has 32 ids and the teacher 30, and the writer would draw from all"
+    ):
+        check_writer_ids(Rollouts(Share(student=1.0), writer=writer), 32, 30)
     with pytest.raises(ConfigError, match=r"options\.load_format: is given to vLLM by kdtune"):
         VLLMWriter(options={"load_format": "auto"})
     with pytest.raises(ConfigError, match="gpu_memory_utilization=0: must be above 0"):
