@@ -126,9 +126,14 @@ def test_operations_are_those_that_torch_counts(kind: str, recomputed: bool) -> 
 
 
 WIDE = ["dtype=bf16", "model.intermediate_dim=3200"]
+FLOAT8 = [*WIDE, "float8_training=tensorwise"]
 
 
-@pytest.mark.parametrize("overrides", [[], ["dtype=bf16"], WIDE, [*WIDE, "float8_training=tensorwise"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["dtype=bf16"], WIDE, pytest.param(FLOAT8, marks=pytest.mark.slow("products in float8 take a CPU a minute"))],
+    ids=" ".join,
+)
 def test_peak_of_a_step_is_what_torchs_tracker_finds(overrides: list[str]) -> None:
     """`MemTracker`, which follows tensors, on a step of one process; the profiler is the witness in tests/distributed."""
     cfg = config("finetune", *SMALL, "adapter=null", *overrides)

@@ -245,7 +245,7 @@ def test_a_resumed_run_remembers_its_best_validation_and_an_error_closes_all(tmp
 def test_a_child_forked_while_a_thread_writes_can_write(tmp_path: Path) -> None:
     """As a data worker that logs; in a process of its own, as the one that forks here has threads."""
     code = """
-import io, os, signal, threading, time
+import io, os, signal, sys, threading, time
 from tqdm import tqdm
 from kdtune.runs.progress import Progress
 
@@ -263,6 +263,7 @@ child = os.fork()
 if child == 0:
     signal.alarm(3)
     tqdm.write("from the worker")
+    sys.stdout.flush()
     os._exit(0)
 print(os.waitpid(child, 0)[1])
 """
